@@ -1,0 +1,1 @@
+"""Agents for the grounding environments, and the learners that train them."""

@@ -1,0 +1,128 @@
+"""What an agent is, and how a command line names one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from agents.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
+from ivt_env.rollouts import Agent
+from ivt_env.vector_env import GroundingVectorEnv
+
+__all__ = ["BUILT_IN", "Agent", "load_agent"]
+
+BUILT_IN = ("random", "centre", "oracle")
+"""The agents that go by a bare name."""
+
+_FORMS = (*BUILT_IN, "stop-after-K:AGENT", "vlm:FOLDER", "module:Class")
+
+
+def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 0, **options: Any) -> Agent:
+    """The agent that ``spec`` names.
+
+    ===================== ==========================================================================
+    ``random``            uniformly drawn boxes; stops by chance
+    ``centre``            one box around the centre, then stops
+    ``oracle``            reads the target box; needs ``env``
+    ``stop-after-K:SPEC`` the agent ``SPEC``, stopped after K proposals: ``stop-after-1:random``
+    ``vlm:FOLDER``        a vision-language model: a checkpoint folder or a model id
+    ``module:Class``      your own: made as ``Class()``; the current directory is searched too
+    ===================== ==========================================================================
+
+    Args:
+        spec: see above.
+        env: the vector environment that will be played; only the oracle is given it.
+        seed: for what is drawn or sampled at random; a ``module:Class`` does not get it.
+        **options: of the agent itself (``stop_probability``, ``noise``, what ``load_policy`` takes).
+            A ``module:Class`` takes none.
+
+    Returns:
+        An object with ``act`` and ``reset``.
+
+    Raises:
+        ValueError: for a spec that names no agent, or a class that is none.
+    """
+    head, colon, rest = spec.partition(":")
+    if spec == "random":
+        return RandomAgent(seed=seed, **options)
+    if spec == "centre":
+        return CentreAgent(**options)
+    if spec == "oracle":
+        if env is None:
+            raise ValueError("agent 'oracle' reads the target box, so it needs the environment: env=...")
+        return OracleAgent(env, seed=seed, **options)
+    if head.startswith("stop-after-"):
+        if not re.fullmatch(r"stop-after-[0-9]+:.+", spec):
+            raise ValueError(
+                f"agent {spec!r}: say after how many proposals, and who proposes, like 'stop-after-1:random'"
+            )
+        proposer = load_agent(rest, env=env, seed=seed, **options)
+        return StopAfter(proposer, int(head.removeprefix("stop-after-")))
+    if head == "vlm" and rest:
+        return _load_vlm(rest, {"seed": seed, **options})
+    if colon and rest and head != "vlm":
+        if options:
+            raise ValueError(f"agent {spec!r} is made without arguments: no {', '.join(sorted(options))}")
+        return _load_class(spec, head, rest)
+    raise ValueError(f"no agent {spec!r}{_closest(head, _names(_FORMS))}; {_there_are()}")
+
+
+def _load_vlm(path: str, options: dict[str, Any]) -> Agent:
+    try:
+        load_policy: Callable[..., Agent] = importlib.import_module("agents.vlm.policy").load_policy
+    except ImportError as error:
+        raise ValueError(f"agent 'vlm:{path}' needs the training install, torch among it: {error}") from error
+    return load_policy(path, **options)
+
+
+def _load_class(spec: str, module_name: str, class_name: str) -> Agent:
+    """Import and instantiate ``module:Class``. What the module itself raises is passed on as it is."""
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise ValueError(f"no agent {spec!r}: {module_name!r} is no module name; {_there_are()}")
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append(str(Path.cwd()))  # last: a file here must not hide an installed package
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(f"agent {spec!r}: {module_name} cannot be imported: {error}") from error
+        # A name like this is as likely a slip in a built-in one.
+        near = _closest(module_name, _names(_FORMS[len(BUILT_IN) :]))
+        raise ValueError(f"agent {spec!r}: no module {error.name!r} here or installed{near}; {_there_are()}") from error
+    agent_class = getattr(module, class_name, None)
+    if not inspect.isclass(agent_class):
+        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        held = f"; {module_name} has {', '.join(classes)}" if classes else f"; {module_name} has no class"
+        raise ValueError(f"agent {spec!r}: no class {class_name!r}{_closest(class_name, classes)}{held}")
+    missing = [name for name in ("act", "reset") if not callable(getattr(agent_class, name, None))]
+    if missing:
+        raise ValueError(
+            f"agent {spec!r} has no method {' and no method '.join(missing)}: "
+            "an agent has act(observations) and reset(mask)"
+        )
+    try:
+        inspect.signature(agent_class).bind()
+    except TypeError as error:
+        raise ValueError(f"agent {spec!r} is made as {class_name}(), without arguments: {error}") from error
+    return cast(Agent, agent_class())
+
+
+def _names(forms: Sequence[str]) -> list[str]:
+    return [form.partition(":")[0] for form in forms]
+
+
+def _there_are() -> str:
+    return f"there are {', '.join(_FORMS)}"
+
+
+def _closest(word: str, valid: Sequence[str]) -> str:
+    names = {v.lower(): v for v in valid}
+    found = difflib.get_close_matches(word.lower(), names, n=1)
+    return f" (did you mean {names[found[0]]!r}?)" if found else ""

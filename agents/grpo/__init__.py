@@ -1,0 +1,1 @@
+"""Multi-turn GRPO: advantages and losses as pure functions, rollouts, and the trainer."""

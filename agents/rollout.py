@@ -1,0 +1,206 @@
+"""Play a few episodes and show every step: the command to look at an environment or an agent.
+
+Prints each episode for a person, and writes ``episodes.jsonl``, the pictures and a page for a
+browser. It measures nothing.
+
+    python -m agents.rollout
+    python -m agents.rollout --env IVT-Photos-v0 --agent my_module:MyAgent --episodes 16 --index 0
+    python -m agents.rollout --agent random --episodes 100 --json > episodes.jsonl
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+import ivt_env
+from agents.base import Agent, load_agent
+from ivt_env.data.sample import DataError, Picture, Sample
+from ivt_env.episodes import Box, Episode, Step, save_episodes
+from ivt_env.rollouts import make_vector_env, rollout
+from ivt_env.vector_env import GroundingVectorEnv
+from ivt_env.viewer import write_page
+
+
+@dataclass
+class Args:
+    """Options of ``python -m agents.rollout``."""
+
+    env: str = "IVT-Scenes-v0"
+    """Environment id."""
+    agent: str = "oracle"
+    """random, centre, oracle, stop-after-K:AGENT, vlm:FOLDER, or your own as module:Class."""
+    episodes: int = 1
+    """How many."""
+    seed: int = 0
+    """Decides which samples are drawn (episode i: seed + i), and what a random agent does."""
+    split: str = "val"
+    """Split of the data set."""
+    index: int | None = None
+    """Play this sample (from 0), and with more episodes the ones after it, instead of drawing."""
+    max_steps: int = 3
+    """Actions in an episode."""
+    view: Literal["overlay", "closeup", "both"] = "overlay"
+    """What the agent sees once there is a box."""
+    data_root: str | None = None
+    """Folder of the real data sets; not given: the variable IVT_DATA, then the user's cache."""
+    strict: bool = False
+    """Refuse to serve the embedded scenes in place of a data set that is not on this machine."""
+    forced: bool = False
+    """Never stop: a stop is replaced by proposing the current box again."""
+    out: Path = Path("runs/rollout")
+    """Folder for episodes.jsonl, pictures/ and page.html."""
+    json: bool = False
+    """Print one JSON object per episode and nothing else."""
+
+
+def main(args: Args) -> int:
+    """Play, print and save; returns the exit status.
+
+    Returns:
+        0, or 2 where an option or the data cannot be used: then one line on stderr says why. What
+        goes wrong inside an agent while it plays is raised as it is, because its place is needed.
+    """
+    try:
+        env, agent = _set_up(args)
+        played, samples = [], {}
+        asked = ivt_env.IDS[args.env]["dataset"]
+        for episode in _play(args, env, agent):
+            played.append(episode)
+            samples[episode.sample_id] = env.samples[0]
+            if args.json:
+                print(json.dumps(asdict(episode)), flush=True)
+                continue
+            print(f"episode {len(played)} of {args.episodes}")
+            print(describe(episode, in_place_of=None if env.dataset.name == asked else asked), flush=True)
+        _save(args, env, played, samples)
+    except (_OptionError, DataError) as error:
+        print(f"error: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _OptionError(Exception):
+    """Something that the person at the command line can put right."""
+
+
+def _set_up(args: Args) -> tuple[GroundingVectorEnv, Agent]:
+    try:
+        if args.episodes < 1:
+            raise ValueError(f"--episodes {args.episodes}: give an integer of at least 1")
+        if args.seed < 0:
+            raise ValueError(f"--seed {args.seed}: give an integer of at least 0")
+        if args.env not in ivt_env.IDS:
+            near = difflib.get_close_matches(args.env, ivt_env.IDS, n=1, cutoff=0.4)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"no environment {args.env!r}{hint}; there are {', '.join(ivt_env.IDS)}")
+        env = make_vector_env(
+            args.env,
+            num_envs=1,
+            split=args.split,
+            data_root=args.data_root,
+            strict=args.strict,
+            max_steps=args.max_steps,
+            view=args.view,
+        )
+        last = len(env.dataset) - 1
+        if args.index is not None and not 0 <= args.index <= last - (args.episodes - 1):
+            raise ValueError(
+                f"--index {args.index}, {args.episodes} episode(s): {env.dataset.name}/{env.dataset.split} "
+                f"holds samples 0 to {last}"
+            )
+        agent = load_agent(args.agent, env=env, seed=args.seed)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise _OptionError(str(error)) from error
+    return env, agent
+
+
+def _play(args: Args, env: GroundingVectorEnv, agent: Agent) -> Iterator[Episode]:
+    """One by one, so that each can be looked at while the next is played."""
+    for i in range(args.episodes):
+        yield from rollout(
+            env,
+            agent,
+            episodes=1,
+            seed=args.seed + i,
+            indices=None if args.index is None else [args.index + i],
+            ignore_stop=args.forced,
+            agent_name=args.agent,
+        )
+
+
+def _save(args: Args, env: GroundingVectorEnv, played: list[Episode], samples: dict[str, Sample]) -> None:
+    def picture_of(episode: Episode) -> Picture:
+        return env.dataset.picture(samples[episode.sample_id])
+
+    try:
+        saved = save_episodes(args.out, played, picture_of)
+        page = write_page(args.out / "page.html", played, picture_of, title=f"{args.agent} on {args.env}")
+    except OSError as error:
+        raise _OptionError(f"cannot write the episodes to {args.out}: {error}") from error
+    # With --json the output belongs to the program that reads it.
+    print(f"episodes  {saved}\npage      {page}", file=sys.stderr if args.json else sys.stdout)
+
+
+def describe(episode: Episode, in_place_of: str | None = None) -> str:
+    """The episode in words, one line a step, ending in an empty line.
+
+    Args:
+        episode: what was played.
+        in_place_of: the data set that was asked for, where another one was served.
+    """
+    height, width = episode.size
+    instead = f"   IN PLACE OF {in_place_of}" if in_place_of else ""
+    sample = f"{episode.dataset}/{episode.split}, sample {_printable(episode.sample_id)}"
+    lines = [
+        f"  find      {_printable(episode.expression)}",
+        f"  served    {sample}, {width}x{height} pixels{instead}",
+        f"  target    {_numbers(episode.target)}",
+    ]
+    if episode.initial_box is not None:
+        lines.append(f"  start     {_numbers(episode.initial_box)}")
+    for step_number, step in enumerate(episode.steps):
+        lines += _describe_step(step, step_number)
+    how = "stopped" if episode.terminated else "out of steps"
+    earned = f"final IoU {episode.final_iou:.3f}, total reward {episode.total_reward:+.3f}"
+    return "\n".join([*lines, f"  end       {how}, {earned}\n"])
+
+
+def _describe_step(step: Step, number: int) -> list[str]:
+    name = "stop" if step.stop else f"step {number}"
+    proposal = "" if step.stop else "no usable box" if step.proposal is None else _numbers(step.proposal)
+    line = f"  {name:<9} {proposal:<27}   IoU {step.iou:.3f}   reward {step.reward:+.3f}"
+    if step.stop_probability is not None:
+        line += f"   P(stop) {step.stop_probability:.2f}"
+    lines = [line]
+    if step.invalid is not None:
+        lines.append(f"            refused: {_printable(step.invalid)}; the box stays")
+    if step.parse_failure:
+        lines.append("            no action could be read from the text")
+    lines += [f"            | {_printable(words)}" for words in step.text.splitlines()]
+    return lines
+
+
+def _numbers(box: Box) -> str:
+    return "  ".join(f"{v:.3f}" for v in box)
+
+
+def _printable(text: str) -> str:
+    """Text of unknown origin for a terminal: control characters are spelled out, never sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal with a small character set must not end a run at the first other expression.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.exit(main(tyro.cli(Args, description=__doc__)))

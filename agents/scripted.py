@@ -1,0 +1,214 @@
+"""Agents without a model: the floor, the ceiling, and a rule for stopping.
+
+All are batched, ignore environments whose episode is over, and decide from the observation alone.
+The one exception is ``OracleAgent``, which reads the target box and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ivt_env import boxes
+from ivt_env.rollouts import Agent
+from ivt_env.vector_env import GroundingVectorEnv
+
+Actions = dict[str, Any]
+
+_GRID = 1000
+"""Random boxes have their edges on this many steps a side, so that none is empty in float32."""
+_THINNEST = 1e-3
+"""The oracle's noise never makes a box thinner than this, relative to the picture."""
+
+
+class _EpisodeStreams:
+    """A random stream for each episode, in the order in which episodes begin.
+
+    So an agent's choices in episode k depend on its seed and k, and not on how many environments
+    are played at once.
+    """
+
+    def __init__(self, seed: int) -> None:
+        if seed < 0:
+            raise ValueError(f"seed {seed}: give an integer of at least 0")
+        self._seed, self._begun = seed, 0
+        self._streams: list[np.random.Generator] = []
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        """Give a new stream to the environments where ``mask`` (N,) is true."""
+        if len(mask) != len(self._streams):
+            mask = np.ones(len(mask), dtype=bool)
+            self._streams = [np.random.default_rng()] * len(mask)
+        for i in np.flatnonzero(mask):
+            self._streams[i] = np.random.default_rng([self._seed, self._begun])
+            self._begun += 1
+
+    def of(self, rows: NDArray[np.intp]) -> list[np.random.Generator]:
+        """The streams of environments ``rows`` (M,)."""
+        if not self._streams:
+            raise RuntimeError("no episodes yet; call the agent's reset() with a mask of ones")
+        return [self._streams[i] for i in rows]
+
+
+def _no_actions(count: int) -> Actions:
+    """Zeros: ``box`` (N, 4) float32 and ``stop`` (N,) int64."""
+    return {"box": np.zeros((count, 4), dtype=np.float32), "stop": np.zeros(count, dtype=np.int64)}
+
+
+class RandomAgent:
+    """Draws from all boxes with equal chance, and from the second step on sometimes stops."""
+
+    def __init__(self, seed: int = 0, stop_probability: float = 0.25) -> None:
+        """Set up.
+
+        Args:
+            seed: decides every draw.
+            stop_probability: chance of stopping at each step but the first.
+        """
+        if not 0 <= stop_probability <= 1:
+            raise ValueError(f"stop_probability {stop_probability}: give a number from 0 to 1")
+        self.stop_probability = stop_probability
+        self._streams = _EpisodeStreams(seed)
+
+    def act(self, observations: Mapping[str, Any]) -> Actions:
+        """A box (N, 4) and a stop (N,) for each environment."""
+        rows = np.flatnonzero(observations["active"])
+        actions = _no_actions(len(observations["active"]))
+        draws = np.array([stream.random(5) for stream in self._streams.of(rows)]).reshape(-1, 5)  # (M, 5)
+        # Two different grid lines on each axis: the second is 1.._GRID lines further, round the end.
+        first = np.floor(draws[:, :2] * (_GRID + 1))  # (M, 2)
+        second = (first + 1 + np.floor(draws[:, 2:4] * _GRID)) % (_GRID + 1)
+        edges = np.concatenate([np.minimum(first, second), np.maximum(first, second)], axis=1)  # (M, 4)
+        actions["box"][rows] = edges / _GRID
+        later = np.asarray(observations["step"])[rows] > 0
+        actions["stop"][rows] = later & (draws[:, 4] < self.stop_probability)
+        return actions
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        """New episodes where ``mask`` (N,) is true."""
+        self._streams.reset(mask)
+
+
+class CentreAgent:
+    """Proposes a box around the centre, then stops: what is worth nothing."""
+
+    def __init__(self, side: float = 0.5) -> None:
+        """Set up.
+
+        Args:
+            side: of the box, relative to the picture's width and height.
+        """
+        if not 0 < side <= 1:
+            raise ValueError(f"side {side}: give a number above 0 and at most 1")
+        self._box = np.array([0.5 - side / 2] * 2 + [0.5 + side / 2] * 2, dtype=np.float32)
+
+    def act(self, observations: Mapping[str, Any]) -> Actions:
+        """A box (N, 4) and a stop (N,) for each environment."""
+        active = np.asarray(observations["active"])
+        actions = _no_actions(len(active))
+        actions["box"][active] = self._box
+        actions["stop"][active] = np.asarray(observations["step"])[active] > 0
+        return actions
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        """Nothing to forget."""
+
+
+class OracleAgent:
+    """Proposes the target with less and less noise, then stops: the ceiling, and no result.
+
+    The only agent here that reads the target. It takes it from the environment behind the
+    observations' back, which no agent that is to be measured may do.
+    """
+
+    def __init__(
+        self,
+        env: GroundingVectorEnv,
+        noise: float = 0.1,
+        shrink: float = 0.5,
+        proposals: int = 2,
+        seed: int = 0,
+    ) -> None:
+        """Set up.
+
+        Args:
+            env: the environment being played; its samples hold the targets.
+            noise: standard deviation of each edge at the first step, relative to the target's width
+                (left, right) or height (top, bottom).
+            shrink: factor on the noise at every further step.
+            proposals: how many boxes it puts forward before it stops.
+            seed: decides every draw.
+        """
+        if not (np.isfinite(noise) and noise >= 0 and np.isfinite(shrink) and shrink >= 0):
+            raise ValueError(f"noise {noise}, shrink {shrink}: give finite numbers of at least 0")
+        if proposals < 1:
+            raise ValueError(f"proposals {proposals}: give an integer of at least 1")
+        self._env, self.noise, self.shrink, self.proposals = env, noise, shrink, proposals
+        self._streams = _EpisodeStreams(seed)
+
+    def act(self, observations: Mapping[str, Any]) -> Actions:
+        """A box (N, 4) and a stop (N,) for each environment."""
+        rows = np.flatnonzero(observations["active"])
+        actions = _no_actions(len(observations["active"]))
+        samples = self._env.samples
+        targets = np.array([samples[i].box for i in rows]).reshape(-1, 4)  # (M, 4)
+        steps = np.asarray(observations["step"])[rows]
+        draws = np.array([s.standard_normal(4) for s in self._streams.of(rows)]).reshape(-1, 4)
+        sizes = np.tile(targets[:, 2:] - targets[:, :2], 2)  # width, height, width, height: (M, 4)
+        spread = self.noise * self.shrink ** steps.astype(float)
+        actions["box"][rows] = _usable(targets + draws * sizes * spread[:, None], targets)
+        actions["stop"][rows] = steps >= self.proposals
+        return actions
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        """New episodes where ``mask`` (N,) is true."""
+        self._streams.reset(mask)
+
+
+def _usable(noisy: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Boxes (M, 4) in order and inside the picture; an axis that noise left empty takes the target's."""
+    clipped = boxes.clip(noisy)
+    low, high = np.minimum(clipped[:, :2], clipped[:, 2:]), np.maximum(clipped[:, :2], clipped[:, 2:])
+    ordered = np.concatenate([low, high], axis=1)
+    empty = np.tile(high - low < _THINNEST, 2)
+    return np.where(empty, targets, ordered)
+
+
+class StopAfter:
+    """Another agent, stopped after ``count`` proposals. It may stop earlier of its own accord."""
+
+    def __init__(self, agent: Agent, count: int) -> None:
+        """Set up.
+
+        Args:
+            agent: who proposes.
+            count: how many proposals; refused ones count too. 0 keeps the box the episode began with.
+        """
+        if count < 0:
+            raise ValueError(f"count {count}: give an integer of at least 0")
+        self.agent, self.count = agent, count
+
+    def act(self, observations: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The wrapped agent's actions (N), stopped where it has had its proposals.
+
+        The wrapped agent is not asked about those environments: a model need not answer for nothing.
+        """
+        active = np.asarray(observations["active"])
+        due = active & (np.asarray(observations["step"]) >= self.count)  # (N,)
+        asked = active & ~due
+        if not asked.any():
+            return _no_actions(len(active)) | {"stop": due.astype(np.int64)}
+        actions = dict(self.agent.act({**observations, "active": asked}))
+        actions["stop"] = np.where(due, 1, np.asarray(actions["stop"])).astype(np.int64)
+        if "text" in actions:
+            actions["text"] = ["" if d else text for d, text in zip(due, actions["text"], strict=True)]
+        if "parse_failure" in actions:
+            actions["parse_failure"] = np.asarray(actions["parse_failure"]) & ~due
+        return actions
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        """New episodes where ``mask`` (N,) is true."""
+        self.agent.reset(mask)

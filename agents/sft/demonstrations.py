@@ -1,0 +1,168 @@
+"""Demonstrations: what a teacher would answer at one step of an episode.
+
+A demonstration names a sample of a registered environment, the box that stands drawn on it (or
+none), and the answer. The file format is JSON lines, one demonstration a line, so that any other
+teacher can write it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from agents.teacher.template import critique
+from ivt_env import boxes
+from ivt_env.data.sample import DataError, Dataset, Sample
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """One step: what is shown, and the right answer."""
+
+    dataset: str
+    """What was really read; a file for one data set is refused on another."""
+    split: str
+    index: int
+    """Of the sample in the split."""
+    sample_id: str
+    shown: Box | None
+    """The drawn box, xyxy relative; None before the first proposal."""
+    answer: Box | None
+    """The box to answer with; None: stop."""
+    trace: str = ""
+    """Reasoning that precedes the answer."""
+    weight: float = 1.0
+    """Of its loss."""
+
+
+def save_demonstrations(path: str | Path, demonstrations: Sequence[Demonstration]) -> None:
+    """Write JSON lines; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for demonstration in demonstrations:
+            file.write(json.dumps(asdict(demonstration), allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def load_demonstrations(path: str | Path, dataset: Dataset) -> list[Demonstration]:
+    """Read and check demonstrations for ``dataset``.
+
+    Raises:
+        DataError: for a line that is none, that belongs to another data set or sample, or whose
+            boxes are unusable; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no demonstrations at {path}: give a JSON-lines file, or leave --demonstrations out")
+    found = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                found.append(_parse(line, f"{path}:{number}", dataset))
+    if not found:
+        raise DataError(f"{path} holds no demonstrations")
+    return found
+
+
+def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
+    try:
+        row = json.loads(line)
+        for key in ("shown", "answer"):
+            row[key] = None if row[key] is None else tuple(float(v) for v in row[key])
+        demonstration = Demonstration(**row)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{where}: not a demonstration ({error})") from error
+    if (demonstration.dataset, demonstration.split) != (dataset.name, dataset.split):
+        raise DataError(
+            f"{where}: made for {demonstration.dataset}/{demonstration.split}, "
+            f"but {dataset.name}/{dataset.split} is being served"
+        )
+    for name in ("shown", "answer"):
+        box = getattr(demonstration, name)
+        if box is not None and (why := boxes.invalid_reason(box)):
+            raise DataError(f"{where}: {name}: {why}")
+    if not 0 <= demonstration.index < len(dataset):
+        raise DataError(f"{where}: index {demonstration.index} is outside the {len(dataset)} samples of the split")
+    if dataset[demonstration.index].sample_id != demonstration.sample_id:
+        raise DataError(
+            f"{where}: sample {demonstration.index} is {dataset[demonstration.index].sample_id!r}, "
+            f"not {demonstration.sample_id!r}"
+        )
+    return demonstration
+
+
+def teach(
+    dataset: Dataset,
+    indices: Sequence[int],
+    student_boxes: Sequence[Sequence[float] | None],
+    rng: np.random.Generator,
+    *,
+    good_iou: float = 0.85,
+    steps: int = 2,
+    keep_share: float = 0.35,
+) -> list[Demonstration]:
+    """Traces from the student's own first boxes, as the template teacher writes them.
+
+    For each sample: the first answer (no box shown, the target), then a walk of ``steps`` from the
+    student's box to the target in equal parts, each step explained, and a stop at the end. A student
+    box that is already good gets a stop at once. Samples on which the student is right are most, so
+    only ``keep_share`` of the walks' last boxes are shown again as boxes to keep.
+
+    Args:
+        dataset: the split being taught.
+        indices: which samples.
+        student_boxes: the student's step-0 box for each; None where it gave none.
+        rng: decides which final boxes are shown again, and their small errors.
+        good_iou: from here on a box is good, and the answer is to stop (the paper filters at 0.85).
+        steps: of the walk.
+        keep_share: see above.
+    """
+    made: list[Demonstration] = []
+    for index, first in zip(indices, student_boxes, strict=True):
+        sample = dataset[int(index)]
+        made.append(_demonstration(sample, dataset, int(index), None, sample.box))
+        if first is None or boxes.invalid_reason(first) is not None:
+            continue
+        target, shown = np.asarray(sample.box), np.asarray(first, dtype=np.float64)
+        if float(boxes.iou(shown, target)) >= good_iou:
+            made.append(_demonstration(sample, dataset, int(index), shown, None))
+            continue
+        # Far from the target a straight walk crosses places that mean nothing: jump at once.
+        hops = steps if float(boxes.iou(shown, target)) >= 0.1 else 1
+        for hop in range(hops):
+            following = shown + (target - shown) / (hops - hop)
+            trace = critique(shown, target, sample.siblings)
+            made.append(_demonstration(sample, dataset, int(index), shown, following, trace))
+            shown = following
+        if rng.random() < keep_share:
+            error = rng.normal(0, 0.02, 4) * np.tile(target[2:] - target[:2], 2)
+            near = boxes.clip(target + error)
+            if boxes.invalid_reason(near) is None and float(boxes.iou(near, target)) >= good_iou:
+                made.append(_demonstration(sample, dataset, int(index), near, None))
+    return made
+
+
+def _demonstration(
+    sample: Sample,
+    dataset: Dataset,
+    index: int,
+    shown: Sequence[float] | np.ndarray | None,
+    answer: Sequence[float] | np.ndarray | None,
+    trace: str = "",
+) -> Demonstration:
+    return Demonstration(dataset.name, dataset.split, index, sample.sample_id, _box(shown), _box(answer), trace)
+
+
+def _box(box: Sequence[float] | np.ndarray | None) -> Box | None:
+    if box is None:
+        return None
+    x1, y1, x2, y2 = (round(float(v), 6) for v in box)
+    return (x1, y1, x2, y2)

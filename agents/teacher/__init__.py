@@ -1,0 +1,1 @@
+"""Teachers: they turn a student's box and the target into a corrective trace."""

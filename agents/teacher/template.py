@@ -1,0 +1,58 @@
+"""The template teacher: geometry into plain English. Needs no model and no network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from ivt_env import boxes
+
+FITS = "The box fits."
+MISSES = "Wrong place; look again."
+WRONG_OBJECT = "Wrong object; look again."
+
+_SHIFT = (("too far left", "right"), ("too far right", "left"), ("too high", "down"), ("too low", "up"))
+_SIZE = (("too wide", "narrower"), ("too narrow", "wider"), ("too tall", "shorter"), ("too short", "taller"))
+_EXTRA = "slightly almost much a bit the it is on move make larger smaller larger nearer and Keep Stop"
+
+TOLERANCE = 0.02
+"""Errors below this share of the picture's side are not worth a word."""
+
+
+def teacher_words() -> list[str]:
+    """Every word that a trace can hold; the tiny model's tokenizer knows them whole."""
+    text = " ".join([FITS, MISSES, WRONG_OBJECT, _EXTRA, *(w for pair in (*_SHIFT, *_SIZE) for w in pair)])
+    words = set(re.findall(r"[A-Za-z]+", text))
+    return sorted(words | {w.capitalize() for w in words})
+
+
+def critique(box: Sequence[float], target: Sequence[float], siblings: Sequence[Sequence[float]] = ()) -> str:
+    """What is wrong with ``box`` and how to mend it, in one sentence.
+
+    Args:
+        box: the drawn box, xyxy relative.
+        target: the true box, xyxy relative.
+        siblings: boxes of other objects of the target's class.
+    """
+    overlap = float(boxes.iou(box, target))
+    if overlap < 0.1:
+        on_sibling = len(siblings) > 0 and float(boxes.iou(box, np.asarray(siblings)).max()) >= 0.5
+        return WRONG_OBJECT if on_sibling else MISSES
+    b, t = np.asarray(box, dtype=float), np.asarray(target, dtype=float)
+    shift = (t[:2] + t[2:] - b[:2] - b[2:]) / 2  # positive: the target lies further right or down
+    growth = (t[2:] - t[:2]) - (b[2:] - b[:2])  # positive: the target is wider or taller
+    found: list[tuple[float, str, str, str]] = []
+    for axis in (0, 1):
+        wrong, way = _SHIFT[2 * axis + (0 if shift[axis] > 0 else 1)]
+        found.append((abs(float(shift[axis])), wrong, "move", way))
+        wrong, way = _SIZE[2 * axis + (1 if growth[axis] > 0 else 0)]
+        found.append((abs(float(growth[axis])) / 2, wrong, "make it", way))
+    # The two largest errors only: a short trace that names the point is what a reader wants.
+    worst = [f for f in sorted(found, key=lambda f: -f[0]) if f[0] >= TOLERANCE][:2]
+    if not worst:
+        return FITS
+    problems = " and ".join(wrong for _, wrong, _, _ in worst)
+    remedies = " and ".join(f"{verb} {way}" for _, _, verb, way in worst)
+    return f"{problems[0].upper()}{problems[1:]}; {remedies}."

@@ -1,0 +1,35 @@
+"""Gymnasium environments for iterative visual grounding.
+
+>>> import gymnasium as gym, ivt_env
+>>> env = gym.make("IVT-Scenes-v0")
+
+Importing the package registers the ids; torch is never imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+
+__version__ = "0.1.0"
+
+IDS: dict[str, dict[str, Any]] = {
+    "IVT-RefCOCOg-v0": {"dataset": "refcocog"},
+    "IVT-RefCOCO-v0": {"dataset": "refcoco"},
+    "IVT-RefCOCOplus-v0": {"dataset": "refcocoplus"},
+    "IVT-RefL4-v0": {"dataset": "refl4", "split": "test"},
+    "IVT-RefAdv-v0": {"dataset": "refadv", "split": "test"},
+    "IVT-Mixed-v0": {"dataset": "mixed"},
+    "IVT-Scenes-v0": {"dataset": "scenes", "canvas": 384},
+    "IVT-Photos-v0": {"dataset": "photos"},
+}
+"""Every registered id and the keywords that it sets."""
+
+for _id, _kwargs in IDS.items():
+    gym.register(
+        _id,
+        entry_point="ivt_env.env:GroundingEnv",
+        vector_entry_point="ivt_env.vector_env:GroundingVectorEnv",
+        kwargs=_kwargs,
+    )

@@ -1,0 +1,127 @@
+"""Box arithmetic on arrays of any leading shape.
+
+A box is ``(x1, y1, x2, y2)``: left, top, right, bottom. Unless a name says ``_px``, coordinates
+are relative to the picture (0 = left or top edge, 1 = right or bottom edge). Areas are
+continuous: a box has width ``x2 - x1``, never ``x2 - x1 + 1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+NO_BOX = np.zeros(4, dtype=np.float32)
+"""The box observation before the first proposal."""
+
+
+def area(boxes: ArrayLike) -> Array:
+    """Area of boxes of shape (..., 4); a reversed or empty box has area 0. Shape (...)."""
+    b = np.asarray(boxes, dtype=np.float64)
+    return np.clip(b[..., 2] - b[..., 0], 0, None) * np.clip(b[..., 3] - b[..., 1], 0, None)
+
+
+def _intersection(a: Array, b: Array) -> Array:
+    width = np.minimum(a[..., 2], b[..., 2]) - np.maximum(a[..., 0], b[..., 0])
+    height = np.minimum(a[..., 3], b[..., 3]) - np.maximum(a[..., 1], b[..., 1])
+    return np.clip(width, 0, None) * np.clip(height, 0, None)
+
+
+def iou(a: ArrayLike, b: ArrayLike) -> Array:
+    """Intersection over union of boxes that broadcast to (..., 4); 0 where the union is empty.
+
+    Continuous convention, the only one this package rewards and scores with.
+    """
+    a_, b_ = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    intersection = _intersection(a_, b_)
+    union = area(a_) + area(b_) - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+
+
+def giou(a: ArrayLike, b: ArrayLike) -> Array:
+    """Generalised IoU (Rezatofighi et al., arXiv 1902.09630, eq. 1) in [-1, 1], shape (...)."""
+    a_, b_ = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    intersection = _intersection(a_, b_)
+    union = area(a_) + area(b_) - intersection
+    low = np.minimum(a_[..., :2], b_[..., :2])
+    high = np.maximum(a_[..., 2:], b_[..., 2:])
+    hull = np.prod(np.clip(high - low, 0, None), axis=-1)
+    ratio = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+    slack = np.divide(hull - union, hull, out=np.zeros_like(hull), where=hull > 0)
+    return ratio - slack
+
+
+def invalid_reason(box: ArrayLike) -> str | None:
+    """Why a single proposed box (4,) cannot be used, or None when it can.
+
+    The environment turns the reason into ``info["invalid"]``; nothing is repaired silently.
+    """
+    b = np.asarray(box, dtype=np.float64)
+    if b.shape != (4,):
+        return f"a box has 4 numbers, this one has shape {b.shape}"
+    if not np.isfinite(b).all():
+        return f"not finite: {b.tolist()}"
+    if (b < 0).any() or (b > 1).any():
+        return f"outside [0, 1]: {b.round(4).tolist()}"
+    if b[2] <= b[0]:
+        return f"x2 <= x1: {b.round(4).tolist()}"
+    if b[3] <= b[1]:
+        return f"y2 <= y1: {b.round(4).tolist()}"
+    return None
+
+
+def is_no_box(boxes: ArrayLike) -> NDArray[np.bool_]:
+    """True where a box of shape (..., 4) is all zeros: nothing has been proposed yet."""
+    return np.asarray(~np.asarray(boxes).any(axis=-1))
+
+
+def xywh_to_xyxy(boxes: ArrayLike) -> Array:
+    """(x, y, width, height) to (x1, y1, x2, y2), same frame, shape (..., 4)."""
+    b = np.asarray(boxes, dtype=np.float64)
+    return np.concatenate([b[..., :2], b[..., :2] + b[..., 2:]], axis=-1)
+
+
+def xyxy_to_xywh(boxes: ArrayLike) -> Array:
+    """(x1, y1, x2, y2) to (x, y, width, height), same frame, shape (..., 4)."""
+    b = np.asarray(boxes, dtype=np.float64)
+    return np.concatenate([b[..., :2], b[..., 2:] - b[..., :2]], axis=-1)
+
+
+def to_relative(boxes_px: ArrayLike, size: Sequence[int]) -> Array:
+    """Pixels to relative coordinates; ``size`` is (height, width) in pixels."""
+    height, width = size
+    return np.asarray(boxes_px, dtype=np.float64) / np.array([width, height, width, height])
+
+
+def to_pixels(boxes: ArrayLike, size: Sequence[int]) -> Array:
+    """Relative coordinates to pixels (not rounded); ``size`` is (height, width) in pixels."""
+    height, width = size
+    return np.asarray(boxes, dtype=np.float64) * np.array([width, height, width, height])
+
+
+def clip(boxes: ArrayLike) -> Array:
+    """Boxes clipped to the picture, shape (..., 4)."""
+    return np.clip(np.asarray(boxes, dtype=np.float64), 0.0, 1.0)
+
+
+def into_window(boxes: ArrayLike, window: ArrayLike) -> Array:
+    """Relative to the whole picture -> relative to ``window`` (itself relative to the picture)."""
+    b, w = np.asarray(boxes, dtype=np.float64), np.asarray(window, dtype=np.float64)
+    origin = np.concatenate([w[..., :2], w[..., :2]], axis=-1)
+    extent = np.concatenate([w[..., 2:] - w[..., :2]] * 2, axis=-1)
+    return (b - origin) / extent
+
+
+def closeup_window(box: ArrayLike, margin: float = 0.5, smallest: float = 0.25) -> Array:
+    """The region that a close-up around ``box`` (4,) shows, relative to the picture.
+
+    The box grown by ``margin`` of its own size on each side, never smaller than ``smallest`` of
+    the picture, and shifted so that it stays inside it.
+    """
+    b = np.asarray(box, dtype=np.float64)
+    size = np.clip((b[2:] - b[:2]) * (1 + 2 * margin), smallest, 1.0)
+    low = np.clip((b[:2] + b[2:]) / 2 - size / 2, 0.0, 1.0 - size)
+    return np.concatenate([low, low + size])

@@ -1,0 +1,106 @@
+"""Five annotated photographs that come with the package: real pictures without a download."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from ivt_env.boxes import to_relative
+from ivt_env.data.pictures import read_picture
+from ivt_env.data.sample import DataError, Picture, Sample
+
+SPLITS = ("train", "val", "test", "all")
+
+_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "photos"
+_SAME_CLASS = (frozenset({"the eye on the left", "the eye on the right"}),)
+"""Expressions whose targets are of one class and in one picture, checked by eye."""
+
+
+class Photos:
+    """16 referring expressions on five photographs (``assets/photos``, boxes good to about 3 px).
+
+    A demonstration, not a benchmark: five photographs are too few to be divided, so **every split
+    (train, val, test, all) serves all 16 samples**. A score on them says that the parts fit
+    together, not that a model is good, and training on them is training on the test.
+
+    ``siblings`` are filled for the cat's two eyes only; the other boxes on a picture belong to
+    objects of other classes.
+    """
+
+    name = "photos"
+
+    def __init__(self, split: str = "train") -> None:
+        """Open a split.
+
+        Args:
+            split: one of ``SPLITS``; all give the same samples.
+
+        Raises:
+            DataError: for another split, or where the package was installed without the photographs.
+        """
+        if split not in SPLITS:
+            raise DataError(f"photos has no split {split!r}; it has {', '.join(SPLITS)} (all the same)")
+        self.split = split
+        self._samples = _samples(split)
+
+    def __len__(self) -> int:
+        """16."""
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index``; IndexError outside 0..15."""
+        if not 0 <= index < len(self._samples):
+            raise IndexError(f"photos holds {len(self._samples)} samples, there is no sample {index}")
+        return self._samples[index]
+
+    def picture(self, sample: Sample) -> Picture:
+        """The photograph, uint8 (height, width, 3); shared and read-only, copy it to draw on it.
+
+        Raises:
+            DataError: for a sample of another data set.
+        """
+        if sample.dataset != self.name:
+            raise DataError(f"sample {sample.sample_id!r} is of {sample.dataset!r}, not of photos")
+        return _photograph(sample.picture_id, sample.size)
+
+
+@lru_cache(maxsize=16)
+def _photograph(picture_id: str, size: tuple[int, int]) -> Picture:
+    path = _FOLDER / f"{picture_id}.jpg"
+    picture = read_picture(path, str(path), size)
+    picture.setflags(write=False)
+    return picture
+
+
+@lru_cache(maxsize=len(SPLITS))
+def _samples(split: str) -> tuple[Sample, ...]:
+    path = _FOLDER / "annotations.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for row in rows:
+            box = to_relative(row["bbox"], (row["height"], row["width"]))
+            row["box"] = tuple(box.tolist())
+            row["picture_id"] = Path(row["image"]).stem
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: photographs missing or changed ({error}); install ivt_env again") from error
+    return tuple(
+        Sample(
+            sample_id=f"{row['picture_id']}-{sum(r['image'] == row['image'] for r in rows[:number])}",
+            picture_id=row["picture_id"],
+            expression=row["expression"],
+            box=row["box"],
+            size=(row["height"], row["width"]),
+            dataset=Photos.name,
+            split=split,
+            siblings=tuple(
+                other["box"]
+                for group in _SAME_CLASS
+                for other in rows
+                if other is not row
+                and other["image"] == row["image"]
+                and {row["expression"], other["expression"]} <= group
+            ),
+        )
+        for number, row in enumerate(rows)
+    )

@@ -1,0 +1,63 @@
+"""What every data set gives: samples, and the pictures behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Picture = NDArray[np.uint8]
+"""RGB, shape (height, width, 3)."""
+
+
+class DataError(ValueError):
+    """A data set, file, row or picture that cannot be used. Names the place and the remedy."""
+
+
+class DataMissingError(DataError):
+    """A real data set was asked for and is not on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture, one referring expression, one target box."""
+
+    sample_id: str
+    """Unique within the data set and split."""
+    picture_id: str
+    """Samples with the same value share their picture; statistics are clustered by it."""
+    expression: str
+    box: tuple[float, float, float, float]
+    """The target: xyxy, relative to the picture."""
+    size: tuple[int, int]
+    """(height, width) of the picture in pixels."""
+    dataset: str
+    """What was really read, for example ``scenes``, ``photos`` or ``refcocog``."""
+    split: str
+    siblings: tuple[tuple[float, float, float, float], ...] = ()
+    """Boxes of other objects of the target's class, where the data set knows them."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able extras of the data set (category, number of distractors, ids)."""
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A split of a data set: random access to samples, and their pictures on demand."""
+
+    name: str
+    split: str
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index`` (0-based); IndexError outside the range."""
+        ...
+
+    def picture(self, sample: Sample) -> Picture:
+        """The sample's picture at full resolution, RGB uint8 (height, width, 3)."""
+        ...

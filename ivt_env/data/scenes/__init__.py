@@ -1,0 +1,134 @@
+"""The embedded data set: procedural pictures of coloured shapes, and English about them.
+
+A sample is made from the split's name and its index alone, so nothing is stored and the training
+split has no practical end. Splits draw from disjoint seed sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ivt_env.data.sample import DataError, Picture, Sample
+from ivt_env.data.scenes.drawing import draw
+from ivt_env.data.scenes.language import Expression, ask
+from ivt_env.data.scenes.world import DISTRACTORS, SIDE, SMALL, STANDARD, Recipe, Thing, place_things
+
+LENGTHS = {
+    "train": 10_000_000,
+    "val": 10_000,
+    "test": 10_000,
+    "test_distractors": 10_000,
+    "test_small": 10_000,
+}
+_SPLIT_CODE = {name: code for code, name in enumerate(LENGTHS)}
+_SALT = 20260
+# The training split holds some of every difficulty; val and test hold the standard one only.
+_TRAIN_MIXTURE = ((STANDARD, 0.75), (DISTRACTORS, 0.15), (SMALL, 0.10))
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Objects and the seed of their picture."""
+
+    things: tuple[Thing, ...]
+    recipe: Recipe
+    expression: Expression
+    seed: tuple[int, ...]
+
+    def picture(self) -> Picture:
+        """RGB uint8 (384, 384, 3)."""
+        return draw(list(self.things), np.random.default_rng((*self.seed, 1)))
+
+    def questions(self, count: int) -> list[Expression]:
+        """The scene's own expression first, then up to ``count - 1`` different others about any object."""
+        rng = np.random.default_rng((*self.seed, 2))
+        found = {self.expression.text: self.expression}
+        for _ in range(3 * count):
+            if len(found) >= count:
+                break
+            # Each object in turn: asking about all of them is worth more than rewording one.
+            target = int(rng.integers(len(self.things)))
+            other = ask(list(self.things), STANDARD, rng, [target])
+            if other is not None:
+                found.setdefault(other.text, other)
+        return list(found.values())
+
+
+def make_scene(split: str, index: int) -> Scene:
+    """The scene at ``index`` of ``split``; the same on every machine."""
+    code = _SPLIT_CODE[split]
+    for attempt in range(1000):
+        seed = (_SALT, code, index, attempt)
+        rng = np.random.default_rng((*seed, 0))
+        recipe = _recipe(split, rng)
+        things = place_things(rng, recipe)
+        if things is None:
+            continue
+        targets = [i for i, t in enumerate(things) if _may_be_asked(t, things, recipe)]
+        expression = ask(things, recipe, rng, targets) if targets else None
+        if expression is not None:
+            return Scene(tuple(things), recipe, expression, seed)
+    raise AssertionError(f"no scene for {split} {index} in 1000 attempts")
+
+
+def _recipe(split: str, rng: np.random.Generator) -> Recipe:
+    if split == "train":
+        return _TRAIN_MIXTURE[int(rng.choice(len(_TRAIN_MIXTURE), p=[p for _, p in _TRAIN_MIXTURE]))][0]
+    return {"test_distractors": DISTRACTORS, "test_small": SMALL}.get(split, STANDARD)
+
+
+def _may_be_asked(thing: Thing, things: list[Thing], recipe: Recipe) -> bool:
+    siblings = sum(t.shape == thing.shape for t in things) - 1
+    tiny_enough = recipe.target_band is None or thing.side <= 0.1
+    return siblings >= recipe.siblings and tiny_enough
+
+
+class Scenes:
+    """``Dataset`` over the procedural scenes. See the module's docstring."""
+
+    name = "scenes"
+
+    def __init__(self, split: str = "train") -> None:
+        """Open a split.
+
+        Args:
+            split: one of ``LENGTHS``.
+
+        Raises:
+            DataError: for an unknown split, listing the known ones.
+        """
+        if split not in LENGTHS:
+            raise DataError(f"scenes have no split {split!r}; choose one of {', '.join(LENGTHS)}")
+        self.split = split
+
+    def __len__(self) -> int:
+        """Number of samples (each with its own picture)."""
+        return LENGTHS[self.split]
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index``; IndexError outside the range."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"scenes/{self.split} has {len(self)} samples, index {index} is outside")
+        scene = make_scene(self.split, int(index))
+        expression = scene.expression
+        target = scene.things[expression.target]
+        siblings = tuple(
+            t.box for i, t in enumerate(scene.things) if i != expression.target and t.shape == target.shape
+        )
+        return Sample(
+            sample_id=f"{self.split}-{index}",
+            picture_id=f"scenes-{self.split}-{index}",
+            expression=expression.text,
+            box=target.box,
+            size=(SIDE, SIDE),
+            dataset=self.name,
+            split=self.split,
+            siblings=siblings,
+            meta={"kind": expression.kind, "index": int(index), "things": len(scene.things)},
+        )
+
+    def picture(self, sample: Sample) -> Picture:
+        """The sample's picture, drawn anew, RGB uint8 (384, 384, 3)."""
+        return make_scene(self.split, sample.meta["index"]).picture()

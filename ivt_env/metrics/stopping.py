@@ -1,0 +1,110 @@
+"""Does the policy know when it is right? Its stops, and what it says about itself.
+
+A *decision* is an action taken while a box is in force: to stop there, or to go on. The box in
+force is *right* when its IoU reaches the threshold (``>=``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ivt_env.metrics.columns import Array, Outcomes
+from ivt_env.metrics.scores import Share
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How a stated probability goes with being right."""
+
+    ece: float
+    """Expected calibration error in [0, 1], NaN over no pairs."""
+    pearson: float
+    """Correlation in [-1, 1], NaN where either side is constant."""
+    num: int
+    """Statements compared."""
+
+
+def stop_precision(played: Outcomes, threshold: float = 0.5) -> Share:
+    """Of the stops, those with a right box. A stop without any box is a wrong one."""
+    right = played.stop & (played.iou_before >= threshold)
+    return Share(int(right.sum()), int(played.stop.sum()))
+
+
+def stop_recall(played: Outcomes, threshold: float = 0.5) -> Share:
+    """Of the decisions taken with a right box in force, those that stopped.
+
+    A box that became right with the last action allowed left no decision, so it does not count.
+    """
+    right = played.acted & played.has_box_before & (played.iou_before >= threshold)
+    return Share(int((right & played.stop).sum()), int(right.sum()))
+
+
+def stop_calibration(played: Outcomes, threshold: float = 0.5, bins: int = 10) -> Calibration:
+    """The stated stop probability against whether the box in force is right, over all decisions.
+
+    Read as "the probability that the box is good enough". The reference point is the correlation
+    of about 0.22 that arXiv 2606.13156 reports for stated confidence.
+    """
+    stated = played.acted & played.has_box_before & ~np.isnan(played.stop_probability)
+    return calibration(played.stop_probability[stated], played.iou_before[stated] >= threshold, bins)
+
+
+def confidence_calibration(played: Outcomes, threshold: float = 0.5, bins: int = 10) -> Calibration:
+    """The stated confidence in an action against whether the box after it is right."""
+    stated = played.acted & ~np.isnan(played.confidence)
+    return calibration(played.confidence[stated], played.iou[stated] >= threshold, bins)
+
+
+def calibration(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> Calibration:
+    """Both scores of m probabilities and m outcomes; see ``ece`` and ``pearson``."""
+    p, c = _pairs(probability, correct)
+    return Calibration(ece(p, c, bins), pearson(p, c), len(p))
+
+
+def ece(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
+    """Expected calibration error over equal-width bins (Guo et al., arXiv 1706.04599, eq. 3).
+
+    The sum over bins of (share of statements in it) * |mean outcome - mean probability|.
+
+    Args:
+        probability: Statements in [0, 1], shape (m,).
+        correct: Outcomes, 0 or 1, shape (m,).
+        bins: Bins of [0, 1]; 1 itself belongs to the last.
+
+    Raises:
+        ValueError: For different lengths, a probability outside [0, 1], or fewer than 1 bin.
+    """
+    p, c = _pairs(probability, correct)
+    if bins < 1:
+        raise ValueError(f"at least 1 bin is needed, not {bins}")
+    if not len(p):
+        return math.nan
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"probabilities lie in [0, 1]; these reach from {p.min()} to {p.max()}")
+    index = np.minimum((p * bins).astype(int), bins - 1)
+    # |sum of (outcome - probability)| of a bin is its count times the gap of its means.
+    return float(np.abs(np.bincount(index, weights=c - p, minlength=bins)).sum() / len(p))
+
+
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
+    """Pearson correlation of two vectors (m,); NaN where either is constant or m < 2.
+
+    Raises:
+        ValueError: For different lengths.
+    """
+    a, b = _pairs(x, y)
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    a, b = a - a.mean(), b - b.mean()
+    return float(np.clip((a @ b) / math.sqrt((a @ a) * (b @ b)), -1, 1))
+
+
+def _pairs(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"two vectors of one length are needed, not shapes {a.shape} and {b.shape}")
+    return a, b

@@ -1,0 +1,268 @@
+"""Scores and differences as text, Markdown and JSON.
+
+Accuracies are printed in percent and their differences in points; IoUs as they are. Rows of the
+oracle are marked, and a difference whose interval holds 0 is printed as ``not shown``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from ivt_env.metrics.columns import Column
+from ivt_env.metrics.scores import METRICS, Share, per_episode
+from ivt_env.metrics.statistics import Difference, Interval, bootstrap_mean, paired_bootstrap
+
+ORACLE_NOTE = "* chosen with the target box: a ceiling that nothing deployed can reach, never a result"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The scores of one policy under one rule."""
+
+    policy: str
+    column: str
+    oracle: bool
+    rollout: str
+    """``forced`` or ``stopping``."""
+    scores: dict[str, Interval]
+    """By metric name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The paired difference of two answers to the same episodes, a minus b."""
+
+    a: str
+    b: str
+    metric: str
+    oracle: bool
+    """One of the two looks at the target."""
+    difference: Difference
+
+
+def score_rows(
+    policy: str,
+    columns: Mapping[str, Column],
+    picture_ids: Sequence[object],
+    metrics: Sequence[str] = METRICS,
+    *,
+    strict: bool = False,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> list[Row]:
+    """One row per column, each score with its interval clustered by picture.
+
+    Args:
+        policy: Name printed for the policy.
+        columns: What ``columns()`` returned, n episodes each.
+        picture_ids: ``Outcomes.picture_ids``, length n.
+        metrics: Names as in ``per_episode``.
+        strict: As in ``per_episode``.
+        n_boot: Resamples of the interval.
+        seed: Seed of the interval.
+
+    Raises:
+        ValueError: As in ``per_episode`` and ``bootstrap_mean``.
+    """
+    return [
+        Row(
+            policy,
+            name,
+            column.oracle,
+            column.rollout,
+            {
+                m: bootstrap_mean(per_episode(column, m, strict=strict), picture_ids, n_boot=n_boot, seed=seed)
+                for m in metrics
+            },
+        )
+        for name, column in columns.items()
+    ]
+
+
+def compare(
+    a_name: str,
+    a: Column,
+    b_name: str,
+    b: Column,
+    picture_ids: Sequence[object],
+    metric: str = "Acc@0.5",
+    *,
+    strict: bool = False,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Paired difference a minus b of one metric over the same n episodes.
+
+    The columns may be of two rules or of two policies; call ``check_same_samples`` first when
+    they come from different rollouts.
+
+    Raises:
+        ValueError: As in ``per_episode`` and ``paired_bootstrap``.
+    """
+    x, y = per_episode(a, metric, strict=strict), per_episode(b, metric, strict=strict)
+    difference = paired_bootstrap(x, y, picture_ids, n_boot=n_boot, seed=seed)
+    return Comparison(a_name, b_name, metric, a.oracle or b.oracle, difference)
+
+
+def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
+    """One line per policy and rule; each metric has a column and an interval column.
+
+    Raises:
+        ValueError: For no rows, or rows with different metrics.
+    """
+    metrics = _shared_metrics(rows)
+    header = ["policy", "column", "episodes", "pictures"]
+    for metric in metrics:
+        header += [_title(metric), f"{rows[0].scores[metric].level:.0%} interval"]
+    lines = []
+    for row in rows:
+        first = row.scores[metrics[0]]
+        line = [row.policy, _marked(row.column, row.oracle), str(first.num), str(first.num_clusters)]
+        for metric in metrics:
+            score = row.scores[metric]
+            line += [_number(score.value, metric), _interval(score.low, score.high, metric)]
+        lines.append(line)
+    return _with_note(render(header, lines, markdown=markdown, left=2), any(r.oracle for r in rows), markdown)
+
+
+def policy_table(rows: Sequence[Row], metric: str, *, markdown: bool = False) -> str:
+    """One line per policy, one column per rule, for a single metric, without intervals.
+
+    A rule that a policy's rollouts do not allow is printed as ``-``.
+
+    Raises:
+        ValueError: For no rows, or a metric that a row lacks.
+    """
+    if metric not in _shared_metrics(rows):
+        raise ValueError(f"no scores of {metric!r}: the rows hold {', '.join(rows[0].scores)}")
+    rules = list(dict.fromkeys(_marked(r.column, r.oracle) for r in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for r in rows:
+        cells.setdefault(r.policy, {})[_marked(r.column, r.oracle)] = _number(r.scores[metric].value, metric)
+    lines = [[policy, *(found.get(rule, "-") for rule in rules)] for policy, found in cells.items()]
+    text = render([f"policy, {_title(metric)}", *rules], lines, markdown=markdown, left=1)
+    return _with_note(text, any(r.oracle for r in rows), markdown)
+
+
+def difference_table(comparisons: Sequence[Comparison], *, markdown: bool = False) -> str:
+    """One line per comparison: the difference, or ``not shown`` where the interval holds 0.
+
+    The last column is the smallest true difference that these data would have shown with 80 %
+    power: what "not shown" leaves open.
+
+    Raises:
+        ValueError: For no comparisons.
+    """
+    if not comparisons:
+        raise ValueError("no comparisons to print")
+    level = comparisons[0].difference.level
+    header = ["a", "b", "metric", "a - b", f"{level:.0%} interval", "pictures", "detectable"]
+    lines = []
+    for c in comparisons:
+        d = c.difference
+        lines.append(
+            [
+                c.a,
+                c.b,
+                _marked(_title(c.metric), c.oracle),
+                _number(d.diff, c.metric, sign=True) if d.shown else "not shown",
+                _interval(d.low, d.high, c.metric, sign=True),
+                str(d.num_clusters),
+                _number(d.detectable, c.metric),
+            ]
+        )
+    return _with_note(render(header, lines, markdown=markdown, left=3), any(c.oracle for c in comparisons), markdown)
+
+
+def render(header: Sequence[str], lines: Sequence[Sequence[str]], *, markdown: bool = False, left: int = 1) -> str:
+    """An aligned table: the first ``left`` columns to the left, the others to the right.
+
+    Raises:
+        ValueError: For a line with another number of cells than the header.
+    """
+    for line in lines:
+        if len(line) != len(header):
+            raise ValueError(f"a line of {len(line)} cells under {len(header)} headings: {list(line)}")
+    grid = [list(header), *(list(line) for line in lines)]
+    if markdown:
+        grid = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in grid]
+    widths = [max(len(line[k]) for line in grid) for k in range(len(header))]
+    texts = [
+        [cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in grid
+    ]
+    if not markdown:
+        rule = "  ".join("-" * w for w in widths)
+        body = ["  ".join(line).rstrip() for line in texts]
+        return "\n".join([body[0], rule, *body[1:]])
+    marks = ["-" * max(w, 3) if k < left else "-" * max(w - 1, 2) + ":" for k, w in enumerate(widths)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [texts[0], marks, *texts[1:]])
+
+
+def as_json(value: Any) -> Any:
+    """Records, arrays and mappings of this package as plain JSON values; NaN becomes None.
+
+    A ``Share`` is given with its value.
+
+    Raises:
+        TypeError: For a value of another type, or an infinite number.
+    """
+    if isinstance(value, Share):
+        return {"value": as_json(value.value), "count": as_json(value.count), "total": value.total}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return as_json(value.tolist())
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise TypeError("an infinite number has no JSON form")
+        return None if math.isnan(value) else value
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    raise TypeError(f"no JSON form for {type(value).__name__}")
+
+
+def _shared_metrics(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        raise ValueError("no rows to print")
+    metrics = list(rows[0].scores)
+    for row in rows:
+        if list(row.scores) != metrics or not metrics:
+            raise ValueError(f"{row.policy!r} {row.column!r} has the metrics {list(row.scores)}, not {metrics}")
+    return metrics
+
+
+def _is_iou(metric: str) -> bool:
+    return metric == "mIoU"
+
+
+def _title(metric: str) -> str:
+    return metric if _is_iou(metric) else f"{metric} (%)"
+
+
+def _number(value: float, metric: str, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    return format(value, f"{plus}.3f") if _is_iou(metric) else format(100 * value, f"{plus}.1f")
+
+
+def _interval(low: float, high: float, metric: str, sign: bool = False) -> str:
+    return f"[{_number(low, metric, sign)}, {_number(high, metric, sign)}]"
+
+
+def _marked(name: str, oracle: bool) -> str:
+    return f"{name} *" if oracle else name
+
+
+def _with_note(text: str, oracle: bool, markdown: bool) -> str:
+    if not oracle:
+        return text
+    return f"{text}\n\n" + (ORACLE_NOTE.replace("*", "\\*") if markdown else ORACLE_NOTE)

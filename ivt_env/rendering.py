@@ -1,0 +1,170 @@
+"""Pictures on a canvas, overlays, close-ups and captioned frames. NumPy and Pillow only."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from ivt_env import boxes
+from ivt_env.data.sample import Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """How the current box is drawn into the observation."""
+
+    style: str = "fill"
+    """``fill`` (the paper's translucent rectangle), ``outline``, or ``both``."""
+    colour: tuple[int, int, int] = (255, 0, 0)
+    """RGB, 0..255."""
+    opacity: float = 0.35
+    """Of the fill, in (0, 1]. Our choice: the paper does not give its value."""
+    width: int = 3
+    """Of the outline, in pixels of the canvas."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that would draw nothing, or nonsense."""
+        if self.style not in ("fill", "outline", "both"):
+            raise ValueError(f"overlay style {self.style!r}: choose fill, outline or both")
+        if (
+            not isinstance(self.colour, tuple)
+            or len(self.colour) != 3
+            or not all(isinstance(c, int) and 0 <= c <= 255 for c in self.colour)
+        ):
+            raise ValueError(f"overlay colour {self.colour!r}: give three integers 0..255")
+        if not isinstance(self.opacity, int | float) or not 0 < self.opacity <= 1:
+            raise ValueError(f"overlay opacity {self.opacity!r}: give a number in (0, 1]")
+        if not isinstance(self.width, int) or self.width < 1:
+            raise ValueError(f"overlay width {self.width!r}: give an integer of at least 1 pixel")
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any] | Overlay | None) -> Overlay:
+        """From the JSON-able ``overlay`` keyword of ``gym.make``; None gives the defaults."""
+        if options is None or isinstance(options, Overlay):
+            return options or cls()
+        if not isinstance(options, Mapping):
+            raise ValueError(f"overlay {options!r}: give a dict of options")
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"unknown overlay option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
+        values = dict(options)
+        if isinstance(values.get("colour"), list):
+            values["colour"] = tuple(values["colour"])
+        return cls(**values)
+
+
+def place_on_canvas(picture: Picture, side: int) -> tuple[Picture, tuple[int, int]]:
+    """The picture at the top left of a black canvas.
+
+    Args:
+        picture: RGB (height, width, 3); scaled down to fit if larger than the canvas, never enlarged.
+        side: S, the canvas's side in pixels.
+
+    Returns:
+        canvas (S, S, 3) and the extent (height, width) of the picture on it.
+    """
+    height, width = picture.shape[:2]
+    scale = min(1.0, side / max(height, width))
+    if scale < 1:
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+    canvas = np.zeros((side, side, 3), dtype=np.uint8)
+    canvas[:height, :width] = picture
+    return canvas, (height, width)
+
+
+def pixel_rectangle(box: ArrayLike, extent: Sequence[int]) -> tuple[int, int, int, int]:
+    """Integer pixels (x1, y1, x2, y2) of a relative box on a picture; at least one pixel each way."""
+    x1, y1, x2, y2 = boxes.to_pixels(box, extent)
+    height, width = extent
+    left, top = min(int(round(x1)), width - 1), min(int(round(y1)), height - 1)
+    return left, top, min(width, max(left + 1, int(round(x2)))), min(height, max(top + 1, int(round(y2))))
+
+
+def draw_overlay(canvas: Picture, extent: Sequence[int], box: ArrayLike, overlay: Overlay) -> None:
+    """Draw a relative box into ``canvas`` in place. Only the box's rectangle is touched."""
+    x1, y1, x2, y2 = pixel_rectangle(box, extent)
+    if overlay.style in ("fill", "both"):
+        region = canvas[y1:y2, x1:x2]
+        # 8.8 fixed point: exact to half a grey level and several times faster than floats.
+        alpha = round(overlay.opacity * 256)
+        blended = region.astype(np.uint16) * np.uint16(256 - alpha)
+        blended += np.array([c * alpha + 128 for c in overlay.colour], dtype=np.uint16)
+        region[...] = blended >> 8
+    if overlay.style in ("outline", "both"):
+        _frame(canvas, (x1, y1, x2, y2), overlay.colour, overlay.width)
+
+
+def _frame(canvas: Picture, rectangle: tuple[int, int, int, int], colour: Sequence[int], width: int) -> None:
+    x1, y1, x2, y2 = rectangle
+    w = min(width, max(1, (x2 - x1) // 2), max(1, (y2 - y1) // 2))
+    for part in (
+        canvas[y1 : y1 + w, x1:x2],
+        canvas[y2 - w : y2, x1:x2],
+        canvas[y1:y2, x1 : x1 + w],
+        canvas[y1:y2, x2 - w : x2],
+    ):
+        part[...] = colour
+
+
+def closeup(
+    picture: Picture, box: ArrayLike, side: int, overlay: Overlay
+) -> tuple[Picture, tuple[int, int], NDArray[np.float32]]:
+    """The region around a box, cut from the full-resolution picture and enlarged, the box drawn on it.
+
+    Returns:
+        canvas (S, S, 3), the extent (height, width) of the region on it, and the window: the
+        region's box relative to the whole picture, (4,).
+    """
+    window = boxes.closeup_window(box)
+    x1, y1, x2, y2 = pixel_rectangle(window, picture.shape[:2])
+    region = Image.fromarray(picture[y1:y2, x1:x2])
+    scale = side / max(x2 - x1, y2 - y1)
+    width, height = max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale))
+    canvas = np.zeros((side, side, 3), dtype=np.uint8)
+    canvas[:height, :width] = np.asarray(region.resize((width, height), Image.Resampling.BICUBIC))
+    # The window is what was really cut, after rounding to pixels.
+    window = boxes.to_relative([x1, y1, x2, y2], picture.shape[:2])
+    draw_overlay(canvas, (height, width), boxes.clip(boxes.into_window(box, window)), overlay)
+    return canvas, (height, width), window.astype(np.float32)
+
+
+def frame(
+    canvas: Picture, extent: Sequence[int], box: ArrayLike | None, target: ArrayLike, lines: Sequence[str]
+) -> Picture:
+    """A frame for people: proposal (red, filled), target (green outline) and a caption below.
+
+    Returns:
+        RGB uint8 (S + caption, S, 3). Its size does not depend on the picture or the caption's
+        length, as video writers need; long lines are cut with an ellipsis.
+    """
+    side = canvas.shape[1]
+    picture = canvas.copy()
+    if box is not None:
+        draw_overlay(picture, extent, box, Overlay(style="both", width=2))
+    _frame(picture, pixel_rectangle(target, extent), (0, 220, 90), 2)
+    size = max(11, side // 32)
+    font = ImageFont.load_default(size)
+    line_height = round(size * 1.45)
+    page = Image.new("RGB", (side, side + line_height * len(lines) + size // 2), (24, 26, 30))
+    page.paste(Image.fromarray(picture), (0, 0))
+    pen = ImageDraw.Draw(page)
+    for number, line in enumerate(lines):
+        shown = _cut(" ".join(line.split()), side - size, lambda text: pen.textlength(text, font=font))
+        pen.text((size // 2, side + size // 4 + number * line_height), shown, font=font, fill=(235, 235, 235))
+    return np.asarray(page).copy()
+
+
+def _cut(text: str, room: float, length: Callable[[str], float]) -> str:
+    """The text, or as much of its beginning as fits into ``room`` with an ellipsis behind it."""
+    if length(text) <= room:
+        return text
+    fitting = bisect_right(range(len(text)), room, key=lambda n: length(text[:n] + "…")) - 1
+    return text[: max(fitting, 0)].rstrip() + "…"

@@ -1,0 +1,67 @@
+"""Potentials and costs: one ``RewardConfig`` serves training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ivt_env import boxes
+
+POTENTIALS: dict[str, Callable[[ArrayLike, ArrayLike], Any]] = {
+    "iou": boxes.iou,
+    # Squared IoU as in Perception-R1: the last few pixels count for more.
+    "iou_squared": lambda a, b: boxes.iou(a, b) ** 2,
+    # GIoU moved to [0, 1], so that "no box" (0) is never better than a box that misses.
+    "giou": lambda a, b: (boxes.giou(a, b) + 1) / 2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RewardConfig:
+    """What a step is worth.
+
+    With the defaults a step earns the gain in IoU, so an episode's rewards add up to its final IoU
+    and nothing can be won by a bad first box (gamma = 1; the gains telescope).
+    """
+
+    kind: str = "gain"
+    """``gain``: potential(new) - potential(old) at every step. ``final``: the potential of the last box,
+    paid once when the episode ends (the paper's outcome reward)."""
+    potential: str = "iou"
+    """``iou``, ``iou_squared`` or ``giou``."""
+    step_cost: float = 0.0
+    """Subtracted at every action that is not a stop."""
+    invalid_penalty: float = 0.0
+    """Subtracted when a proposal is not a usable box."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names and negative costs."""
+        if self.kind not in ("gain", "final"):
+            raise ValueError(f"reward kind {self.kind!r}: choose gain or final")
+        if self.potential not in POTENTIALS:
+            raise ValueError(f"potential {self.potential!r}: choose one of {', '.join(POTENTIALS)}")
+        for name in ("step_cost", "invalid_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
+                raise ValueError(f"{name} is {value!r}: give a number >= 0 (it is subtracted)")
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any] | RewardConfig | None) -> RewardConfig:
+        """From the JSON-able ``reward`` keyword of ``gym.make``; None gives the defaults."""
+        if options is None or isinstance(options, RewardConfig):
+            return options or cls()
+        if not isinstance(options, Mapping):
+            raise ValueError(f"reward {options!r}: give a dict of options")
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"unknown reward option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
+        return cls(**options)
+
+    def phi(self, box: ArrayLike | None, target: ArrayLike) -> float:
+        """Potential of a box; 0 when there is none."""
+        return 0.0 if box is None else float(POTENTIALS[self.potential](box, target))

@@ -1,0 +1,207 @@
+"""The columns of an evaluation: which box each rule answers with.
+
+If one of these claims is false nothing crashes: a table merely credits a label-free rule with a box
+that it could not have picked, or drops the episodes that went wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_metrics_records import REFUSED, STOP, UNPARSED, episode, random_pair
+
+from ivt_env.metrics import columns as module
+from ivt_env.metrics.columns import check_same_samples, columns, outcomes, prefix_agreement, select, strata
+from ivt_env.metrics.scores import hits, per_episode
+
+
+def test_a_stopped_episode_keeps_the_iou_of_its_last_box() -> None:
+    played = outcomes([episode([0.4, STOP]), episode([0.2, 0.3, 0.6, 0.7], "s1")])
+    np.testing.assert_allclose(played.iou, [[0.4, 0.4, 0.4, 0.4], [0.2, 0.3, 0.6, 0.7]])
+    assert played.num_actions.tolist() == [2, 4]
+    assert played.num_proposals.tolist() == [1, 4]
+    assert played.stopped.tolist() == [True, False]
+    assert played.stop.sum() == 1, "the padding must not repeat the stop"
+
+
+@pytest.mark.parametrize("first", [STOP, UNPARSED, REFUSED])
+def test_step_0_is_zero_when_the_first_action_gives_no_box(first: str) -> None:
+    actions: list[float | str] = [STOP] if first == STOP else [first, 0.9]
+    assert columns(episodes_stopping=[episode(actions)])["step_0"].iou.tolist() == [0.0]
+
+
+def test_step_0_keeps_the_box_that_the_episode_started_from() -> None:
+    assert columns(episodes_stopping=[episode([STOP], start=0.6)])["step_0"].iou == pytest.approx([0.6])
+
+
+def test_each_column_answers_with_its_own_box() -> None:
+    forced = [episode([0.3, 0.8, 0.78, 0.2], stop_probability=[0.9, 0.1, 0.6, 0.9])]
+    found = columns(episodes_forced=forced, episodes_stopping=[episode([0.3, 0.8, STOP])])
+    assert {name: c.iou[0] for name, c in found.items()} == pytest.approx(
+        {
+            "step_0": 0.3,
+            "last_step": 0.2,
+            "learned_stop": 0.8,
+            "box_stability": 0.78,  # 0.78 / 0.8 is the first overlap of 0.9 or more
+            "confidence_gated": 0.8,  # no box yet at the first 0.9; 0.6 is said before the third box
+            "random_step": (0.3 + 0.8 + 0.78 + 0.2) / 4,
+            "oracle_best": 0.8,
+        }
+    )
+
+
+def test_only_the_oracle_column_is_marked_as_one() -> None:
+    forced, stopping = random_pair(10, 0)
+    found = columns(episodes_forced=forced, episodes_stopping=stopping)
+    assert {name for name, c in found.items() if c.oracle} == {"oracle_best"}
+    assert {name for name, c in found.items() if c.rollout == "stopping"} == {"step_0", "learned_stop"}
+    assert all(np.allclose(c.weights.sum(axis=1), 1) for c in found.values())
+
+
+def test_label_free_columns_do_not_change_with_the_target() -> None:
+    forced, _ = random_pair(200, 1)
+    for i, one in enumerate(forced[::4]):  # a repeated box in every fourth episode, for box_stability
+        forced[4 * i] = episode([*one.proposal_ious[:3], one.proposal_ious[2]], one.sample_id)
+    played = outcomes(forced)
+    rng = np.random.default_rng(2)
+
+    def with_ious(iou: np.ndarray) -> module.Outcomes:
+        return replace(played, iou=iou)
+
+    numbered = with_ious(np.tile(np.arange(1.0, 5.0), (200, 1)))  # the "IoU" tells which box was picked
+    noise = rng.random((200, 4))
+    for rule in (module.step_0, module.last_step, module.box_stability, module.confidence_gated):
+        picked = rule(numbered).astype(int) - 1
+        assert (picked >= 0).all()
+        np.testing.assert_array_equal(rule(with_ious(noise)), noise[np.arange(200), picked])
+    assert len(set(module.box_stability(numbered).tolist())) > 1, "vacuous: the rule always picks one step"
+    assert len(set(module.confidence_gated(numbered).tolist())) > 1, "vacuous: as above"
+
+
+def test_oracle_best_is_at_least_every_column_elementwise() -> None:
+    forced, stopping = random_pair(300, 3)
+    found = columns(episodes_forced=forced, episodes_stopping=stopping)
+    assert len(found) == 7
+    for column in found.values():
+        assert (found["oracle_best"].iou >= column.iou - 1e-12).all(), column.name
+    assert (found["oracle_best"].iou > found["last_step"].iou).any()
+
+
+def test_random_step_equals_monte_carlo_over_proposals() -> None:
+    forced, _ = random_pair(40, 4)
+    column = columns(episodes_forced=forced)["random_step"]
+    rng = np.random.default_rng(5)
+    draws = np.array([[e.proposal_ious[k] for k in rng.integers(0, 4, 20_000)] for e in forced])  # (n, 20000)
+    np.testing.assert_allclose(column.iou, draws.mean(axis=1), atol=5 * 0.5 / np.sqrt(20_000))
+    np.testing.assert_allclose(hits(column, 0.5), (draws >= 0.5).mean(axis=1), atol=5 * 0.5 / np.sqrt(20_000))
+
+
+def test_random_step_accuracy_is_not_the_accuracy_of_the_mean_iou() -> None:
+    column = columns(episodes_forced=[episode([0.4, 0.9])])["random_step"]
+    assert column.iou[0] >= 0.5
+    assert hits(column, 0.5).tolist() == [0.5]
+
+
+def test_random_step_draws_only_from_proposals_made() -> None:
+    forced = [episode([0.2]), episode([0.6, 0.8, 1.0], "s1")]
+    np.testing.assert_allclose(columns(episodes_forced=forced)["random_step"].iou, [0.2, 0.8])
+
+
+def test_box_stability_does_not_take_a_refused_box_for_agreement() -> None:
+    forced = [episode([0.4, REFUSED, 0.9]), episode([0.4, UNPARSED, 0.9], "s1")]
+    assert columns(episodes_forced=forced)["box_stability"].iou == pytest.approx([0.9, 0.9])
+
+
+def test_box_stability_compares_with_the_starting_box() -> None:
+    forced = [episode([0.79, 0.1], start=0.8)]
+    assert columns(episodes_forced=forced)["box_stability"].iou == pytest.approx([0.79])
+
+
+def test_confidence_gated_is_absent_without_stop_probabilities() -> None:
+    assert "confidence_gated" not in columns(episodes_forced=[episode([0.4, 0.5])])
+
+
+def test_learned_stop_equals_last_step_when_nothing_stops() -> None:
+    forced, _ = random_pair(20, 6)
+    found = columns(episodes_forced=forced, episodes_stopping=forced)
+    np.testing.assert_array_equal(found["learned_stop"].iou, found["last_step"].iou)
+
+
+def test_rewards_telescope_to_the_final_iou_of_the_column() -> None:
+    forced, stopping = random_pair(100, 7)
+    found = columns(episodes_forced=forced, episodes_stopping=stopping)
+    np.testing.assert_allclose([e.total_reward for e in forced], found["last_step"].iou, atol=1e-12)
+    np.testing.assert_allclose([e.total_reward for e in stopping], found["learned_stop"].iou, atol=1e-12)
+    started = [episode([0.2, UNPARSED, 0.7, STOP], start=0.5)]
+    gain = columns(episodes_stopping=started)["learned_stop"].iou - outcomes(started).start_iou
+    assert gain == pytest.approx([started[0].total_reward])
+
+
+def test_no_episode_is_dropped_for_failing() -> None:
+    failing = [episode([UNPARSED, UNPARSED], f"s{i}") for i in range(3)]
+    for column in columns(episodes_forced=[*failing, episode([1.0, 1.0], "s3")]).values():
+        assert per_episode(column, "Acc@0.5").mean() == 0.25, column.name
+
+
+def test_rollouts_of_different_samples_are_refused() -> None:
+    a, b = [episode([0.5], "s0"), episode([0.5], "s1")], [episode([0.5], "s1"), episode([0.5], "s0")]
+    with pytest.raises(ValueError, match=r"episode 0 differs in sample_id: 's0' in episodes_forced, 's1' in"):
+        columns(episodes_forced=a, episodes_stopping=b)
+    with pytest.raises(ValueError, match="2 episodes, episodes_stopping has 1"):
+        columns(episodes_forced=a, episodes_stopping=a[:1])
+    with pytest.raises(ValueError, match="differs in dataset"):
+        check_same_samples(a, [episode([0.5], "s0", dataset="photos"), a[1]])
+    with pytest.raises(ValueError, match="differs in initial_box"):
+        check_same_samples(a[:1], [episode([0.5], "s0", start=0.1)])
+
+
+def test_a_forced_rollout_with_a_stop_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"episodes_forced\[1\] \('s1'\) holds a stop, as do 1 of 2"):
+        columns(episodes_forced=[episode([0.5]), episode([0.5, STOP], "s1")])
+
+
+def test_empty_and_broken_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="the list is empty"):
+        columns(episodes_forced=[])
+    with pytest.raises(ValueError, match="no rollout given"):
+        columns()
+    with pytest.raises(ValueError, match="'s0'.* has no step"):
+        outcomes([episode([])])
+    with pytest.raises(ValueError, match="goes on after its stop"):
+        outcomes([episode([0.2, STOP, 0.4])])
+    with pytest.raises(ValueError, match="no proposal to draw from"):
+        module.random_step(outcomes([episode([STOP])]))
+
+
+def test_a_record_whose_iou_is_not_that_of_its_box_is_refused() -> None:
+    wrong = episode([0.3, 0.5])
+    wrong.steps[1].iou = 0.9
+    with pytest.raises(ValueError, match=r"step 1: recorded IoU 0.9, but its box and target give 0.5"):
+        outcomes([wrong])
+    assert outcomes([wrong], verify=False).iou[0, 1] == 0.9
+
+
+def test_prefix_agreement_counts_the_episodes_that_the_stop_changed() -> None:
+    forced = [episode([0.3, 0.6]), episode([0.3, 0.6], "s1")]
+    stopping = [episode([0.3, STOP]), episode([0.4, STOP], "s1")]
+    assert prefix_agreement(outcomes(forced), outcomes(stopping)) == 0.5
+    same_forced, same_stopping = random_pair(50, 8)
+    assert prefix_agreement(outcomes(same_forced), outcomes(same_stopping)) == 1.0
+
+
+def test_strata_split_by_data_set_and_by_box_size_in_pixels() -> None:
+    episodes = [episode([0.5]), episode([0.5], "s1", dataset="photos")]
+    episodes[1].size = (10, 20)  # target of 100 pixels
+    found = {name: mask.tolist() for name, mask in strata(episodes).items()}
+    assert found == {
+        "dataset:photos": [False, True],
+        "dataset:scenes": [True, False],
+        "size:small": [False, True],
+        "size:medium": [True, False],
+    }
+    column = columns(episodes_forced=episodes)["step_0"]
+    assert len(select(column, np.array([True, False]))) == 1
+    with pytest.raises(ValueError, match="no episode of 'step_0'"):
+        select(column, np.array([False, False]))

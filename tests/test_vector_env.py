@@ -1,0 +1,378 @@
+"""Many episodes at once are the same episodes as one at a time.
+
+Silent when false: the members of a group play different samples or reset in mid-flight, a reward is
+credited to another environment, or a run with eight environments learns something else than a run
+with one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from ivt_env.data.sample import Picture, Sample
+from ivt_env.env import GroundingEnv
+from ivt_env.expression_space import Expression
+from ivt_env.vector_env import GroundingVectorEnv
+
+N = 3
+NAN = float("nan")
+Actions = dict[str, np.ndarray]
+
+
+class Notes:
+    """A data set in memory: two samples a picture, expressions in several scripts."""
+
+    name, split = "notes", "train"
+    expressions = ("das größte Ü", "红色的圆圈", "الدائرة", "🟥 left of 🟦", "", "x" * 1024)
+
+    def __init__(self) -> None:
+        self.decoded: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.expressions)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, box = f"p{index // 2}", (0.1, 0.2, 0.5 + index / 20, 0.9)
+        return Sample(f"s{index}", name, self.expressions[index], box, (20, 30), self.name, self.split)
+
+    def picture(self, sample: Sample) -> Picture:
+        self.decoded[sample.picture_id] += 1
+        return np.full((20, 30, 3), 40 * int(sample.picture_id[1:]), dtype=np.uint8)
+
+
+def make_notes_env() -> gym.Env[Any, Any]:
+    return GroundingEnv(Notes(), canvas=32)
+
+
+def scenes(mode: str, vectorization: str, n: int = N, **kwargs: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
+    """Three ways to the same episodes: sync and async of the single environment, and our own."""
+    options = {"canvas": 40} | kwargs
+    if vectorization == "own":
+        entry = "vector_entry_point"
+        env = gym.make_vec("IVT-Scenes-v0", n, entry, autoreset_mode=AutoresetMode(mode), **options)
+        assert isinstance(env.unwrapped, GroundingVectorEnv)
+        return env
+    return gym.make_vec("IVT-Scenes-v0", n, vectorization, {"autoreset_mode": AutoresetMode(mode)}, **options)
+
+
+def random_actions(rng: np.random.Generator, n: int = N) -> Actions:
+    box = np.concatenate([rng.uniform(0, 0.5, (n, 2)), rng.uniform(0.5, 1, (n, 2))], axis=1)
+    box[rng.random(n) < 0.15] = NAN
+    box[rng.random(n) < 0.15] = (0.7, 0.1, 0.2, 0.5)
+    return {"box": box.astype(np.float32), "stop": (rng.random(n) < 0.25).astype(np.int64)}
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Equal in keys, types, shapes and values."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    elif isinstance(a, np.ndarray) and a.dtype == object:
+        assert a.shape == b.shape and b.dtype == object
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    else:
+        assert a == b
+
+
+# ---- equal to Gymnasium's own vectorisation --------------------------------------------------
+
+
+@pytest.mark.parametrize("view", ["overlay", "both"])
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+@pytest.mark.parametrize("other", ["sync", "async"])
+def test_own_sync_and_async_vectorisation_give_equal_steps(other, mode, view):
+    own, reference = scenes(mode, "own", view=view), scenes(mode, other, view=view)
+    try:
+        assert own.metadata["autoreset_mode"] == reference.metadata["autoreset_mode"] == AutoresetMode(mode)
+        assert own.single_observation_space == reference.single_observation_space
+        assert own.observation_space == reference.observation_space
+        assert own.action_space == reference.action_space
+        rng = np.random.default_rng(0)
+        seen: Counter[str] = Counter()
+        for seed in (7, [3, None, 3]):
+            assert_equal(own.reset(seed=seed), reference.reset(seed=seed))
+            for _ in range(14):
+                actions = random_actions(rng)
+                ours = own.step(actions)
+                assert_equal(ours, reference.step(actions))
+                _, rewards, terminated, truncated, infos = ours
+                seen += Counter(terminated=terminated.sum(), truncated=truncated.sum(), rewarded=(rewards > 0).sum())
+                seen += Counter(k for k in infos)
+        expected = {"terminated", "truncated", "rewarded", "invalid"}
+        expected |= {"final_obs", "final_info"} if mode == "SameStep" else set()
+        assert expected <= set(seen), "something never happened: this test would show little"
+    finally:
+        own.close()
+        reference.close()
+
+
+@pytest.mark.parametrize("other", ["sync", "async"])
+def test_without_autoreset_own_and_sync_and_async_give_equal_steps_under_reset_masks(other):
+    own, reference = scenes("Disabled", "own"), scenes("Disabled", other)
+    try:
+        rng = np.random.default_rng(1)
+        assert_equal(own.reset(seed=11), reference.reset(seed=11))
+        resets = 0
+        for round_number in range(25):
+            actions = random_actions(rng)
+            ours = own.step(actions)
+            assert_equal(ours, reference.step(actions))
+            done = ours[2] | ours[3]
+            if done.any():
+                # Gymnasium's own classes take the mask out of the dictionary that they are given.
+                seed = None if round_number % 2 else [100 + round_number] * N
+                first, second = (env.reset(seed=seed, options={"reset_mask": done.copy()}) for env in (own, reference))
+                assert_equal(first, second)
+                resets += not done.all()
+        assert resets > 5
+    finally:
+        own.close()
+        reference.close()
+
+
+def test_every_batch_of_observations_is_of_the_space():
+    for view in ("overlay", "closeup", "both"):
+        env = scenes("NextStep", "own", view=view)
+        rng = np.random.default_rng(0)
+        observations, _ = env.reset(seed=0)
+        for _ in range(6):
+            assert env.observation_space.contains(observations)
+            assert env.action_space.contains(random_actions(rng) | {"box": np.zeros((N, 4), np.float32)})
+            observations, *_ = env.step(random_actions(rng))
+
+
+def test_steps_and_observations_share_no_memory():
+    env, clean = scenes("Disabled", "own"), scenes("Disabled", "own")
+    spoilt, expected = env.reset(seed=0)[0], clean.reset(seed=0)[0]
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        assert_equal(spoilt, expected)
+        for value in spoilt.values():
+            if isinstance(value, np.ndarray):
+                value[...] = 1
+        actions = random_actions(rng) | {"stop": np.zeros(N, dtype=np.int64)}
+        kept = {k: v.copy() for k, v in actions.items()}
+        spoilt = env.step(actions)[0]
+        actions["box"][...] = 0.5
+        expected = clean.step(kept)[0]
+
+
+# ---- text ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
+def test_expressions_in_any_script_come_through_gymnasiums_vectorisation(cls):
+    env = cls([make_notes_env] * 2)
+    try:
+        for index, expression in enumerate(Notes.expressions):
+            observations, _ = env.reset(options={"index": index})
+            assert observations["expression"] == (expression, expression)
+        # An observation that was given out does not change when the environments move on.
+        env.reset(options={"index": 0})
+        assert observations["expression"] == (Notes.expressions[-1],) * 2
+        stepped = env.step({"box": np.full((2, 4), NAN, np.float32), "stop": np.zeros(2, np.int64)})[0]
+        assert stepped["expression"] == (Notes.expressions[0],) * 2
+    finally:
+        env.close()
+
+
+def test_each_environment_has_its_own_expression_in_async():
+    env = AsyncVectorEnv([make_notes_env] * 3)
+    try:
+        expected = tuple(make_notes_env().reset(seed=s)[0]["expression"] for s in (1, 2, 5))
+        assert env.reset(seed=[1, 2, 5])[0]["expression"] == expected
+        assert len(set(expected)) > 1
+    finally:
+        env.close()
+
+
+def test_the_text_space_holds_every_string_up_to_its_length_and_nothing_else():
+    space = Expression(5)
+    assert all(text in space for text in ("", "abc", "红色的圆圈", "🟥🟥🟥🟥🟥"))
+    assert all(thing not in space for thing in ("abcdef", 3, None, ["a"]))
+    assert space.sample() in space
+    assert space == Expression(5) != Expression(6)
+
+
+# ---- groups ----------------------------------------------------------------------------------
+
+
+def disabled(n: int = 4, dataset: Any = None, **kwargs: Any) -> GroundingVectorEnv:
+    dataset = dataset or "scenes"
+    return GroundingVectorEnv(n, dataset, canvas=32, autoreset_mode="Disabled", **kwargs)
+
+
+def test_a_group_decodes_each_distinct_picture_once():
+    notes = Notes()
+    env = disabled(8, notes)
+    # Samples 0 and 1 are on one picture, sample 4 is on another.
+    env.reset(options={"index": [0, 0, 0, 1, 1, 4, 4, 4]})
+    assert notes.decoded == {"p0": 1, "p2": 1}
+    for _ in range(3):
+        env.step(random_actions(np.random.default_rng(0), 8))
+    env.reset(options={"index": [4, 4, 4, 4, 1, 1, 1, 1]})
+    assert notes.decoded == {"p0": 1, "p2": 1}
+
+
+def test_as_many_pictures_are_kept_as_there_are_environments():
+    notes = Notes()
+    env = disabled(2, notes)
+    env.reset(options={"index": [0, 2]})
+    env.reset(options={"index": [4, 4]})
+    env.reset(options={"index": [4, 2]})
+    assert notes.decoded == {"p0": 1, "p1": 1, "p2": 1}
+    env.reset(options={"index": [0, 0]})
+    assert notes.decoded == {"p0": 2, "p1": 1, "p2": 1}
+
+
+def test_equal_seeds_in_a_group_give_one_sample_and_one_first_box():
+    env = disabled(6, initial_box=[0.1, 0.1, 0.8, 0.8])
+    observations, infos = env.reset(seed=[5, 5, 5, 9, 9, 9])
+    assert infos["sample_id"][:3].tolist() == [infos["sample_id"][0]] * 3
+    assert infos["sample_id"][3:].tolist() == [infos["sample_id"][3]] * 3
+    assert infos["sample_id"][0] != infos["sample_id"][3]
+    np.testing.assert_array_equal(observations["image"][0], observations["image"][2])
+    np.testing.assert_array_equal(observations["box"], np.float32([[0.1, 0.1, 0.8, 0.8]] * 6))
+
+
+def test_one_seed_counts_up_over_the_environments_and_other_kinds_of_integers_serve():
+    env = disabled(3)
+    expected = env.reset(seed=[20, 21, 22])[1]["sample_id"].tolist()
+    assert len(set(expected)) == 3
+    for seed in (20, np.int64(20), np.array([20, 21, 22])):
+        assert env.reset(seed=seed)[1]["sample_id"].tolist() == expected
+    unseeded = env.reset()[1]["sample_id"].tolist()
+    assert not set(unseeded) & set(expected)
+
+
+def test_without_autoreset_a_finished_episode_ignores_actions_earns_0_and_keeps_its_flags():
+    env = disabled(3, max_steps=2)
+    env.reset(seed=0)
+    boxes = np.float32([[0.1, 0.1, 0.9, 0.9]] * 3)
+    _, _, terminated, truncated, _ = env.step({"box": boxes, "stop": np.array([1, 0, 0])})
+    assert (terminated.tolist(), truncated.tolist()) == ([True, False, False], [False] * 3)
+    before, _, terminated, truncated, infos = env.step({"box": boxes, "stop": np.array([0, 0, 1])})
+    assert (terminated.tolist(), truncated.tolist()) == ([True, False, True], [False, True, False])
+    for other in (np.float32([[0, 0, 0.2, 0.2]] * 3), np.full((3, 4), NAN, np.float32)):
+        for stop in (0, 1):
+            after, rewards, still_terminated, still_truncated, later = env.step(
+                {"box": other, "stop": np.full(3, stop)}
+            )
+            assert_equal(before, after)
+            assert rewards.tolist() == [0, 0, 0]
+            np.testing.assert_array_equal(terminated, still_terminated)
+            np.testing.assert_array_equal(truncated, still_truncated)
+            assert "invalid" not in later
+            np.testing.assert_array_equal(infos["iou"], later["iou"])
+
+
+def test_a_reset_mask_resets_the_chosen_environments_and_no_others():
+    env = disabled(4)
+    env.reset(seed=0)
+    boxes = np.float32([[0.1, 0.1, 0.9, 0.9]] * 4)
+    before = env.step({"box": boxes, "stop": np.array([0, 1, 0, 1])})[0]
+    options = {"reset_mask": np.array([False, True, False, True]), "index": [1, 2, 3, None]}
+    after, infos = env.reset(seed=[8, 8, 8, 9], options=options)
+    assert set(options) == {"reset_mask", "index"}, "the caller's options were changed"
+    assert after["step"].tolist() == [1, 0, 1, 0]
+    assert infos["_sample_id"].tolist() == [False, True, False, True]
+    assert env.samples[1].sample_id == "train-2"
+    assert env.samples[3].sample_id == disabled(1).reset(seed=9)[1]["sample_id"][0]
+    for i in (0, 2):
+        np.testing.assert_array_equal(before["image"][i], after["image"][i])
+        assert before["expression"][i] == after["expression"][i]
+    terminated = env.step({"box": boxes, "stop": np.zeros(4, np.int64)})[2]
+    assert not terminated.any()
+
+
+def test_options_are_given_per_environment_with_none_for_the_default():
+    env = disabled(3, initial_box=[0.5, 0.5, 1, 1])
+    first = [[0.1, 0.2, 0.3, 0.4], None, (0, 0, 1, 1)]
+    observations, infos = env.reset(seed=1, options={"index": [7, None, 9], "initial_box": first})
+    assert infos["sample_id"][[0, 2]].tolist() == ["train-7", "train-9"]
+    expected = np.float32([[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 1, 1], [0, 0, 1, 1]])
+    np.testing.assert_array_equal(observations["box"], expected)
+
+
+# ---- bad input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("box", "stop"),
+    [((3, 4), (4,)), ((4, 4), (3,)), ((4,), (4,)), ((4, 5), (4,)), ((4, 4), ()), ((4, 4), (4, 1))],
+)
+def test_actions_of_a_wrong_shape_are_a_value_error_and_play_nothing(box, stop):
+    env = disabled(4)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"box must be \(4, 4\) and stop \(4,\)"):
+        env.step({"box": np.zeros(box), "stop": np.zeros(stop)})
+    assert [game.step_count for game in env.games] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"reset_mask": [True, True]}, "reset_mask"),
+        ({"reset_mask": [False] * 3}, "at least one of them true"),
+        ({"index": [1, 2]}, r"index \[1, 2\]: give 3 entries"),
+        ({"index": 1}, "index 1: give 3 entries"),
+        ({"index": [0, 1, 10_000_000]}, "index 10000000"),
+        ({"initial_box": [[0, 0, 1, 1]]}, "initial_box .* give 3 entries"),
+        ({"initial_box": [None, None, [1, 0, 0, 1]]}, "x2 <= x1"),
+        ({"indices": [0, 1, 2]}, "'indices'"),
+    ],
+)
+def test_a_wrong_reset_option_is_a_value_error_that_names_it(options, named):
+    env = disabled(3)
+    with pytest.raises(ValueError, match=named):
+        env.reset(options=options)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(random_actions(np.random.default_rng(0)))
+    assert env.reset(seed=0)[0]["step"].tolist() == [0, 0, 0]
+
+
+def test_the_first_reset_must_reset_all_and_a_wrong_number_of_seeds_is_refused():
+    env = disabled(3)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(random_actions(np.random.default_rng(0)))
+    with pytest.raises(ValueError, match="first reset"):
+        env.reset(options={"reset_mask": np.array([True, False, True])})
+    with pytest.raises(ValueError, match="seed"):
+        env.reset(seed=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"num_envs": 0}, "num_envs 0"), ({"autoreset_mode": "Never"}, "Never"), ({"render_mode": "human"}, "human")],
+)
+def test_an_option_of_the_vector_environment_that_is_wrong_is_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        GroundingVectorEnv(**options)
+
+
+def test_frames_are_one_per_environment_and_of_one_size():
+    env = disabled(3, render_mode="rgb_array")
+    env.reset(seed=0)
+    before = env.render()
+    env.step({"box": np.float32([[0.1, 0.1, 0.9, 0.9]] * 3), "stop": np.zeros(3)})
+    after = env.render()
+    assert len(before) == len(after) == 3
+    assert len({frame.shape for frame in (*before, *after)}) == 1
+    assert all((a != b).any() for a, b in zip(before, after, strict=True))
+    assert disabled(2).render() is None

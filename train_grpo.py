@@ -1,0 +1,240 @@
+"""Multi-turn GRPO in the environment.
+
+    python train_grpo.py                                     # tiny model, its own warm start, 2 cores
+    python train_grpo.py --model runs/sft/policy             # from a warm start made before
+    python train_grpo.py --out runs/grpo --resume            # go on where a run was cut off
+    accelerate launch --num_processes 2 train_grpo.py        # the same on several processes
+
+Each step plays groups of episodes of the same sample with the policy itself, credits every action
+with its return-to-go minus the mean of the other members', and takes one clipped policy-gradient
+step. Rewards are IoU gains, so an episode's return is its final IoU: nothing is picked with the
+target. It ends with a table of before and after, label-free, on the validation split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import train_sft
+from agents.command import run_command
+from agents.evaluation import play, summary
+from agents.grpo.trainer import GRPOConfig, GRPOTrainer
+from agents.training import MetricsLog, RunError, seed_everything, write_json
+from agents.vlm.policy import VLMPolicy, load_policy
+from ivt_env.episodes import save_episodes
+from ivt_env.rollouts import make_vector_env
+
+
+@dataclass
+class Args:
+    """Multi-turn GRPO on IoU gains."""
+
+    model: str | None = None
+    """The warm-started policy: a folder or hub name. None: `train_sft.py` is run first, on `tiny`."""
+    env: str = "IVT-Scenes-v0"
+    """Registered id to train in."""
+    split: str = "train"
+    """Split to train on."""
+    data_root: str | None = None
+    """Folder of real data sets."""
+    out: Path = Path("runs/grpo")
+    """Run folder: configuration, metrics, checkpoints, the policy, sampled episodes."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+    steps: int = 60
+    """Training steps: a rollout and an update each."""
+    prompts: int = 16
+    """Samples in a step, over all processes."""
+    group: int = 8
+    """Episodes of each sample (the paper: 6)."""
+    max_steps: int = 3
+    """Actions in an episode (the paper: one proposal and two refinements)."""
+    reward: Literal["gain", "final"] = "gain"
+    """`gain`: IoU gain at each step. `final`: IoU of the last box, paid at the end (the paper)."""
+    step_cost: float = 0.0
+    """Subtracted for every proposal."""
+    advantage: Literal["return_to_go", "trajectory"] = "return_to_go"
+    """Credit per step, or one value for the whole episode."""
+    lr: float = 1e-3
+    """Learning rate of AdamW."""
+    warmup: int = 5
+    """Steps over which it rises from 0."""
+    lora_rank: int = 16
+    """Rank of LoRA adapters on the language model; 0 trains every weight."""
+    iterations: int = 1
+    """Optimizer steps on each rollout."""
+    clip_low: float = 0.2
+    """The probability ratio is clipped at 1 - clip_low ..."""
+    clip_high: float = 0.28
+    """... and at 1 + clip_high."""
+    beta: float = 0.0
+    """Weight of the KL divergence to the warm-started policy (the paper: 0.04)."""
+    temperature: float = 1.0
+    """Of the rollouts; the update scores with the same."""
+    max_new_tokens: int = 40
+    """Token limit of a turn."""
+    mask_truncated: bool = True
+    """Leave turns that ran into the limit out of the loss."""
+    micro_batch: int = 64
+    """Turns in one forward and backward pass."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    seed: int = 0
+    """Decides samples and sampling."""
+    save_every: int = 20
+    """Steps between checkpoints."""
+    eval_every: int = 15
+    """Steps between greedy evaluations on the validation split; 0: only before and after."""
+    eval_samples: int = 300
+    """Validation samples of each evaluation; 0: none at all."""
+    eval_split: str = "val"
+    """Split of those evaluations."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Number format of the update's passes."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside the JSON lines."""
+
+
+def main(args: Args) -> Path:
+    """Train; returns the folder of the trained policy."""
+    _refuse_contradictions(args)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    chief = accelerator.is_main_process
+    args.model = args.model or _warm_start(args)
+    seed_everything(args.seed)
+    policy = load_policy(
+        args.model,
+        temperature=args.temperature,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        device=str(accelerator.device),
+    )
+    policy.model.requires_grad_(args.lora_rank == 0)
+    if args.lora_rank:
+        policy.model = train_sft.add_lora(policy.model, args.lora_rank)
+    reward = {"kind": args.reward, "step_cost": args.step_cost}
+    env = make_vector_env(
+        args.env,
+        args.prompts // accelerator.num_processes * args.group,
+        split=args.split,
+        data_root=args.data_root,
+        strict=True,
+        max_steps=args.max_steps,
+        reward=reward,
+    )
+    config = GRPOConfig(**{k: getattr(args, k) for k in GRPOConfig.__dataclass_fields__})
+    # The log is opened after the checkpoint is read: a resumed run drops what it will write again.
+    log = MetricsLog(args.out, enabled=False)
+    trainer = GRPOTrainer(policy, env, config, accelerator, log, args.out)
+    if args.resume:
+        trainer.resume()
+    trainer.log = log = MetricsLog(
+        args.out, enabled=chief, tensorboard=args.tensorboard, keep_until=trainer.step if args.resume else None
+    )
+    if chief:
+        write_json(args.out / "config.json", asdict(args))
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), disable=not chief) as progress:
+        task = progress.add_task("GRPO", total=args.steps, completed=trainer.step, note="")
+        if chief and trainer.step == 0:
+            log.write(0, _evaluate(policy, args, 0))
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            note = f"final IoU {metrics['rollout/final_iou']:.3f}  stop {metrics['rollout/stop_rate']:.2f}"
+            progress.update(task, completed=step, note=note)
+            due = step == args.steps or (args.eval_every and step % args.eval_every == 0)
+            if chief and due:
+                log.write(step, _evaluate(policy, args, step))
+
+        trainer.train(on_step)
+    folder = args.out / "policy"
+    if chief:
+        if args.lora_rank:
+            policy.model.save_pretrained(args.out / "adapter")
+            policy.model = policy.model.merge_and_unload()
+        policy.save(folder)
+    log.close()
+    accelerator.wait_for_everyone()
+    if chief:
+        _report(args, folder)
+    return folder
+
+
+def _refuse_contradictions(args: Args) -> None:
+    """Options that would waste a run end it before it starts, with the consequence."""
+    if args.temperature <= 0:
+        raise ValueError("temperature 0: all members of a group would be equal and every advantage 0")
+    if args.group < 2:
+        raise ValueError(f"group {args.group}: with no other members to compare with every advantage is 0")
+    if args.resume and args.model is None:
+        args.model = _recorded_model(args.out)
+    if args.advantage == "return_to_go" and args.reward == "final" and args.max_steps == 1:
+        raise ValueError("max_steps 1 leaves nothing to refine: use evaluate.py's single-shot control instead")
+
+
+def _recorded_model(out: Path) -> str:
+    import json
+
+    path = out / "config.json"
+    if not path.exists():
+        raise RunError(f"nothing to resume in {out}: no config.json; start without --resume")
+    return str(json.loads(path.read_text(encoding="utf-8"))["model"])
+
+
+def _warm_start(args: Args) -> str:
+    """The SFT policy beside this run, made now unless a finished one is there."""
+    out = args.out.with_name(args.out.name + "-sft")
+    if (out / "policy" / "policy.json").exists():
+        print(f"warm start: using {out / 'policy'}")
+        return str(out / "policy")
+    print("warm start: none given, training one (pass --model to use your own)")
+    folder = train_sft.main(
+        train_sft.Args(env=args.env, split=args.split, data_root=args.data_root, out=out, seed=args.seed)
+    )
+    return str(folder)
+
+
+def _evaluate(policy: VLMPolicy, args: Args, step: int) -> dict[str, float]:
+    """Greedy episodes on the validation split; the last ones are kept to be looked at."""
+    if not args.eval_samples:
+        return {}
+    sampling, generator = policy.sampling, policy.generator
+    env = make_vector_env(args.env, 1, split=args.eval_split, data_root=args.data_root, strict=True)
+    count = min(args.eval_samples, len(env.dataset))
+    policy.set_temperature(0.0)
+    episodes = play(
+        policy,
+        args.env,
+        args.eval_split,
+        range(count),
+        ignore_stop=False,
+        max_steps=args.max_steps,
+        data_root=args.data_root,
+        strict=True,
+        agent_name=f"step {step}",
+    )
+    policy.sampling, policy.generator = sampling, generator
+    save_episodes(args.out / "episodes" / f"step-{step:06d}", episodes[:50], None)
+    return {f"eval/{k}": v for k, v in summary(episodes).items()}
+
+
+def _report(args: Args, folder: Path) -> None:
+    """The table of before and after, read back from the run's own metrics."""
+    import json
+
+    rows: list[dict[str, Any]] = [json.loads(x) for x in (args.out / "metrics.jsonl").read_text().splitlines()]
+    measured = [r for r in rows if "eval/final_iou" in r]
+    if len(measured) > 1:
+        first, last = ({k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in (measured[0], measured[-1]))
+        write_json(args.out / "before_after.json", {"before": first, "after": last})
+        print(train_sft.before_and_after(first, last))
+    print(f"policy saved to {folder}")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

@@ -1,0 +1,206 @@
+"""Supervised warm start: teaches a policy to correct its own boxes, and to stop.
+
+    python train_sft.py                                    # the tiny model on the embedded scenes
+    python train_sft.py --demonstrations traces.jsonl      # from another teacher
+    python train_sft.py --single-shot --steps 500          # the control: single shots only
+    accelerate launch --num_processes 2 train_sft.py       # the same on several processes
+
+1. Harvest: the student plays one step on samples of the training split.
+2. Teach: the template teacher walks from each of its boxes to the target, in words and numbers, and
+   answers *stop* where the box is already good.
+3. Fine-tune: cross-entropy on the answers only.
+
+It ends with a table of before and after, label-free, on the validation split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from agents.command import run_command
+from agents.evaluation import play, summary
+from agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations, teach
+from agents.sft.trainer import to_turns, train
+from agents.training import MetricsLog, seed_everything, write_json
+from agents.vlm.policy import VLMPolicy, load_policy
+from agents.vlm.prompts import TINY, TINY_SINGLE_SHOT
+from agents.vlm.turns import Turn
+from ivt_env.data.sample import Dataset
+from ivt_env.metrics.table import render
+from ivt_env.rollouts import make_vector_env
+
+
+@dataclass
+class Args:
+    """Supervised warm start on corrective traces."""
+
+    model: str = "tiny"
+    """The student: `tiny`, a folder, or a hub name."""
+    env: str = "IVT-Scenes-v0"
+    """Registered id that serves the samples."""
+    split: str = "train"
+    """Split to harvest and teach on."""
+    data_root: str | None = None
+    """Folder of real data sets."""
+    out: Path = Path("runs/sft")
+    """Run folder: configuration, metrics, demonstrations, the policy, samples."""
+    samples: int = 3000
+    """Samples to harvest (all of the split if it has fewer)."""
+    demonstrations: Path | None = None
+    """JSON lines from any teacher; nothing is harvested then."""
+    teacher: Literal["template"] = "template"
+    """Who writes the traces."""
+    single_shot: bool = False
+    """Teach first answers only. The control that every claim about the loop must beat."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch: int = 64
+    """Demonstrations in a step, over all processes."""
+    micro_batch: int = 32
+    """Demonstrations in one forward pass."""
+    lr: float = 6e-4
+    """Peak learning rate of AdamW."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the language model; 0 trains every weight."""
+    seed: int = 0
+    """Decides the samples and their order."""
+    eval_samples: int = 300
+    """Validation samples of the table of before and after; 0 leaves it out."""
+    eval_split: str = "val"
+    """Split of that table."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Number format of the forward and backward pass."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside the JSON lines."""
+
+
+def main(args: Args) -> Path:
+    """Run the three stages; returns the folder of the trained policy."""
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    seed_everything(args.seed)
+    policy = load_policy(args.model, device=str(accelerator.device))
+    env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True}
+    env = make_vector_env(args.env, 1, **env_kwargs)
+    dataset = env.dataset
+    chief = accelerator.is_main_process
+    log = MetricsLog(args.out, enabled=chief, tensorboard=args.tensorboard)
+    if chief:
+        write_json(args.out / "config.json", asdict(args))
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), disable=not chief) as progress:
+        before = _measure(policy, args, progress, "before") if chief else {}
+        demonstrations = _demonstrations(args, policy, dataset, env_kwargs, progress)
+        if chief:
+            save_demonstrations(args.out / "demonstrations.jsonl", demonstrations)
+        _prepare_parameters(policy, args)
+        if policy.prompts == TINY_SINGLE_SHOT and not args.single_shot:
+            policy.prompts = TINY  # from now on the current box stands in the question, too
+        task = progress.add_task("training", total=args.steps, note="")
+
+        def make_turns(chosen: Sequence[int]) -> list[Turn]:
+            return to_turns(policy, env.screen, dataset, [demonstrations[i] for i in chosen])
+
+        def on_step(step: int, loss: float) -> None:
+            progress.update(task, completed=step, note=f"loss {loss:.3f}")
+
+        train(
+            policy,
+            make_turns,
+            len(demonstrations),
+            accelerator,
+            log,
+            steps=args.steps,
+            batch=args.batch,
+            micro_batch=args.micro_batch,
+            peak_lr=args.lr,
+            seed=args.seed,
+            on_step=on_step,
+        )
+        folder = args.out / "policy"
+        if chief:
+            if args.lora_rank:
+                policy.model = policy.model.merge_and_unload()
+            policy.save(folder)
+            after = _measure(policy, args, progress, "after")
+    log.close()
+    accelerator.wait_for_everyone()
+    if chief and before:
+        write_json(args.out / "before_after.json", {"before": before, "after": after})
+        print(before_and_after(before, after))
+        print(f"policy saved to {folder}")
+    return folder
+
+
+def _prepare_parameters(policy: VLMPolicy, args: Args) -> None:
+    """Decide what is trained: everything, or adapters."""
+    policy.model.requires_grad_(args.lora_rank == 0)
+    policy.frozen_vision = args.lora_rank > 0
+    if args.lora_rank:
+        policy.model = add_lora(policy.model, args.lora_rank)
+
+
+def add_lora(model: Any, rank: int) -> Any:
+    """A fresh LoRA adapter on every matrix of the language model; dropout 0, so that ratios start at 1."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=modules)
+    return get_peft_model(model, config)
+
+
+def _demonstrations(
+    args: Args, policy: VLMPolicy, dataset: Dataset, env_kwargs: dict[str, Any], progress: Progress
+) -> list[Demonstration]:
+    if args.demonstrations is not None:
+        return load_demonstrations(args.demonstrations, dataset)
+    rng = np.random.default_rng((args.seed, 1))
+    size = min(args.samples, len(dataset))
+    indices = [int(i) for i in rng.choice(len(dataset), size=size, replace=False)]
+    if args.single_shot:
+        samples = [(i, dataset[i]) for i in indices]
+        return [Demonstration(s.dataset, s.split, i, s.sample_id, None, s.box) for i, s in samples]
+    task = progress.add_task("harvesting", total=size, note="")
+    episodes = play(
+        policy,
+        args.env,
+        indices=indices,
+        ignore_stop=True,
+        max_steps=1,
+        on_progress=lambda n: progress.advance(task, n),
+        **env_kwargs,
+    )
+    return teach(dataset, indices, [e.steps[0].box for e in episodes], np.random.default_rng((args.seed, 2)))
+
+
+def _measure(policy: VLMPolicy, args: Args, progress: Progress, name: str) -> dict[str, float]:
+    if not args.eval_samples:
+        return {}
+    task = progress.add_task(f"measuring {name}", total=args.eval_samples, note="")
+    episodes = play(
+        policy,
+        args.env,
+        args.eval_split,
+        range(args.eval_samples),
+        ignore_stop=False,
+        data_root=args.data_root,
+        strict=True,
+        on_progress=lambda n: progress.advance(task, n),
+    )
+    return dict(summary(episodes))
+
+
+def before_and_after(before: dict[str, float], after: dict[str, float]) -> str:
+    """The closing table of a training command; every row is label-free."""
+    lines = [[k, f"{before[k]:.3f}", f"{after[k]:.3f}", f"{after[k] - before[k]:+.3f}"] for k in before]
+    return render(["label-free, greedy", "before", "after", "change"], lines)
+
+
+if __name__ == "__main__":
+    run_command(main, Args)
