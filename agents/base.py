@@ -77,7 +77,7 @@ def _load_vlm(path: str, options: dict[str, Any]) -> Agent:
     try:
         load_policy: Callable[..., Agent] = importlib.import_module("agents.vlm.policy").load_policy
     except ImportError as error:
-        raise ValueError(f"agent 'vlm:{path}' needs the training install, torch among it: {error}") from error
+        raise ValueError(f"agent 'vlm:{path}' needs the training install, ivt-env[train]: {error}") from error
     return load_policy(path, **options)
 
 

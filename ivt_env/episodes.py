@@ -87,7 +87,7 @@ class Episode:
 
 def picture_file(picture_id: str) -> str:
     """File name (inside ``pictures/``) of a picture id: safe on every file system."""
-    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", picture_id).lstrip(".")
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", picture_id).lstrip(".") or "picture"
     if safe != picture_id:
         # Ids that differ only in what was replaced must not share a file.
         safe += "-" + hashlib.sha256(picture_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]

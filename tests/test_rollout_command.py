@@ -47,7 +47,7 @@ def command(cwd: Path, *arguments: str, status: int = 0) -> subprocess.Completed
         env={**os.environ, "PYTHONPATH": str(ROOT), "IVT_DATA": str(cwd / "no-data"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == status, done.stderr
     return done
@@ -135,7 +135,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
 

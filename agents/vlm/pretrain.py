@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -399,7 +400,8 @@ def main(args: Args) -> None:
         log += train_grounding(model, tokenizer, pool, args, progress)
     save(model, tokenizer, args.out)
     seconds = {"drawing": drawn - start, "vision": seen - drawn, "grounding": time.time() - seen}
-    record = {"args": asdict(args) | {"out": str(args.out)}, "seconds": seconds, "log": log}
+    command = " ".join(["python -m agents.vlm.pretrain", *sys.argv[1:]])
+    record = {"command": command, "args": asdict(args) | {"out": str(args.out)}, "seconds": seconds, "log": log}
     (args.out / "training.json").write_text(json.dumps(record, indent=1))
     print(f"saved to {args.out} after {(time.time() - start) / 60:.1f} minutes")
 

@@ -1,0 +1,111 @@
+"""A checkpoint that does not fit must be refused when it is loaded, not show up as a bad score."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from agents.vlm.policy import PolicyError, load_policy
+from agents.vlm.prompts import QWEN, TINY, TINY_SINGLE_SHOT
+from agents.vlm.tiny import weights_folder
+from ivt_env.rollouts import make_vector_env
+from train_sft import add_lora
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(weights_folder(), tmp_path / "model")
+
+
+def rewrite_weights(folder, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_folder_that_is_not_there_or_no_model_is_named(tmp_path):
+    with pytest.raises(PolicyError, match="no model at"):
+        load_policy(tmp_path / "nothing")
+    with pytest.raises(PolicyError, match=r"neither config\.json"):
+        load_policy(tmp_path)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(folder):
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    rewrite_weights(folder, lambda w: w.update({name: torch.zeros(64, 128)}))
+    with pytest.raises(PolicyError, match="belong together"):
+        load_policy(folder)
+
+
+def test_a_checkpoint_with_a_missing_weight_is_refused(folder):
+    rewrite_weights(folder, lambda w: w.pop("model.language_model.layers.0.self_attn.q_proj.weight"))
+    with pytest.raises(PolicyError, match="missing keys"):
+        load_policy(folder)
+
+
+def test_a_truncated_file_is_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(PolicyError, match="could not be loaded"):
+        load_policy(folder)
+
+
+def test_saved_and_loaded_policies_act_alike(folder, tmp_path):
+    env = make_vector_env("IVT-Scenes-v0", 4, split="val")
+    observations, _ = env.reset(seed=3)
+    policy = load_policy(folder)
+    policy.save(tmp_path / "again")
+    wanted, found = policy.act(observations), load_policy(tmp_path / "again").act(observations)
+    assert np.array_equal(wanted["box"], found["box"], equal_nan=True) and wanted["text"] == found["text"]
+
+
+def test_an_adapter_folder_is_put_on_the_base_that_it_names(folder, tmp_path):
+    env = make_vector_env("IVT-Scenes-v0", 4, split="val")
+    observations, _ = env.reset(seed=3)
+    policy = load_policy(folder)
+    policy.model = add_lora(policy.model, 4)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    policy.save(tmp_path / "adapter")
+    wanted = policy.act(observations)
+    found = load_policy(tmp_path / "adapter").act(observations)
+    assert wanted["text"] == found["text"]
+    assert wanted["text"] != load_policy(folder).act(observations)["text"], "the adapter did nothing"
+
+
+def test_the_prompt_of_a_policy_travels_with_it(folder):
+    assert load_policy(folder).prompts == TINY_SINGLE_SHOT
+    (folder / "policy.json").write_text(json.dumps({"prompt": TINY.text, "frame": "relative_1000"}))
+    assert load_policy(folder).prompts == TINY
+    (folder / "policy.json").unlink()
+    assert load_policy(folder).prompts == QWEN
+
+
+def test_prompts_keep_braces_and_boxes_apart():
+    assert TINY.fill("the {box} {expression}", "[1, 2, 3, 4]") == "Locate the {box} {expression}. Current box: [1, 2, 3, 4]."
+    assert TINY.fill("x", None).endswith("Current box: none.")
+
+
+def test_an_unparsable_output_is_a_counted_miss_and_the_episode_goes_on():
+    policy = load_policy("tiny", max_new_tokens=2)
+    env = make_vector_env("IVT-Scenes-v0", 2, split="val")
+    observations, _ = env.reset(seed=0)
+    actions = policy.act(observations)
+    assert actions["parse_failure"].all() and np.isnan(actions["box"]).all()
+    _, reward, terminated, _, infos = env.step({"box": actions["box"], "stop": actions["stop"]})
+    assert (reward == 0).all() and not terminated.any() and "not finite" in infos["invalid"][0]
+
+
+def test_only_active_environments_are_asked():
+    policy = load_policy("tiny")
+    env = make_vector_env("IVT-Scenes-v0", 3, split="val")
+    observations, _ = env.reset(seed=0)
+    policy.act({**observations, "active": np.array([True, False, True])})
+    assert [t is None for t in policy.turns] == [False, True, False]

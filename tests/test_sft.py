@@ -1,0 +1,179 @@
+"""Demonstrations decide what the loop learns. A trace with the wrong box, or a stop that is missing, teaches that."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations, teach
+from agents.sft.trainer import batches, to_turns, train
+from agents.teacher.template import FITS, MISSES, WRONG_OBJECT, critique, teacher_words
+from agents.training import MetricsLog
+from agents.vlm.codec import parse_action
+from agents.vlm.policy import load_policy
+from agents.vlm.tiny import build_tokenizer
+from ivt_env import boxes
+from ivt_env.data.sample import DataError
+from ivt_env.data.scenes import Scenes
+from ivt_env.rollouts import make_vector_env
+
+TARGET = (0.4, 0.4, 0.6, 0.6)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return Scenes("train")
+
+
+def taught(dataset, student, **options) -> list[Demonstration]:
+    return teach(dataset, [5], [student], np.random.default_rng(0), **options)
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ((0.3, 0.4, 0.5, 0.6), ["too far left", "move right"]),
+        ((0.5, 0.4, 0.7, 0.6), ["too far right", "move left"]),
+        ((0.4, 0.3, 0.6, 0.5), ["too high", "move down"]),
+        ((0.4, 0.5, 0.6, 0.7), ["too low", "move up"]),
+        ((0.3, 0.4, 0.7, 0.6), ["too wide", "make it narrower"]),
+        ((0.45, 0.4, 0.55, 0.6), ["too narrow", "make it wider"]),
+        ((0.4, 0.3, 0.6, 0.7), ["too tall", "make it shorter"]),
+        ((0.4, 0.45, 0.6, 0.55), ["too short", "make it taller"]),
+    ],
+)
+def test_the_teacher_says_what_is_wrong_and_which_way(box, words):
+    said = critique(box, TARGET).lower()
+    assert all(w in said for w in words), said
+
+
+def test_the_teacher_tells_a_wrong_object_from_a_wrong_place():
+    assert critique((0, 0, 0.2, 0.2), TARGET) == MISSES
+    assert critique((0, 0, 0.2, 0.2), TARGET, [(0.0, 0.0, 0.2, 0.21)]) == WRONG_OBJECT
+    assert critique(TARGET, TARGET) == FITS
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=4, max_size=4))
+def test_every_trace_is_made_of_words_the_tokenizer_knows_whole(values):
+    box = (min(values[0], values[2]), min(values[1], values[3]), max(values[0], values[2]) + 0.01, max(values[1], values[3]) + 0.01)
+    text = critique(box, TARGET)
+    words = [w.strip(".;") for w in text.split()]
+    assert set(words) <= set(teacher_words())
+    assert len(build_tokenizer()(text)["input_ids"]) <= len(words) + text.count(";") + text.count(".")
+
+
+def test_a_walk_leads_from_the_students_box_to_the_target(dataset):
+    target = np.array(dataset[5].box)
+    student = boxes.clip(target + 0.25 * np.tile(target[2:] - target[:2], 2))
+    made = taught(dataset, student, steps=3, keep_share=0)
+    assert made[0].shown is None and np.allclose(made[0].answer, target, atol=1e-6)
+    walk = made[1:]
+    assert len(walk) == 3 and np.allclose(walk[0].shown, student, atol=1e-6)
+    assert np.allclose(walk[-1].answer, target, atol=1e-6)
+    for before, after in zip(walk, walk[1:], strict=False):
+        assert after.shown == before.answer
+    overlap = [float(boxes.iou(d.shown, target)) for d in walk] + [1.0]
+    assert overlap == sorted(overlap) and all(d.trace for d in walk)
+
+
+def test_a_good_box_is_answered_with_a_stop(dataset):
+    made = taught(dataset, dataset[5].box)
+    assert made[1].shown is not None and made[1].answer is None and len(made) == 2
+
+
+def test_a_student_without_a_box_gets_the_first_answer_only(dataset):
+    assert len(taught(dataset, None)) == 1
+
+
+def test_demonstrations_survive_the_file(tmp_path, dataset):
+    made = taught(dataset, (0.1, 0.1, 0.2, 0.2))
+    save_demonstrations(tmp_path / "d.jsonl", made)
+    assert load_demonstrations(tmp_path / "d.jsonl", dataset) == made
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shown": [0.5, 0.5, 0.1, 0.6]}, "x2 <= x1"),
+        ({"answer": [0.1, 0.1, 2.0, 0.6]}, "outside"),
+        ({"index": 10**9}, "outside the"),
+        ({"sample_id": "train-6"}, "train-5"),
+        ({"dataset": "refcocog"}, "scenes/train"),
+        ({"split": "test"}, "made for scenes/test"),
+        ({"boxes": []}, "not a demonstration"),
+        ({"answer": "stop"}, "not a demonstration"),
+    ],
+)
+def test_a_bad_line_is_refused_with_file_and_line(tmp_path, dataset, changes, message):
+    good = asdict(taught(dataset, None)[0])
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good | changes) + "\n")
+    with pytest.raises(DataError, match=message) as error:
+        load_demonstrations(path, dataset)
+    assert f"{path}:2" in str(error.value)
+
+
+def test_missing_and_empty_files_are_refused(tmp_path, dataset):
+    with pytest.raises(DataError, match="no demonstrations at"):
+        load_demonstrations(tmp_path / "none.jsonl", dataset)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="holds no demonstrations"):
+        load_demonstrations(tmp_path / "empty.jsonl", dataset)
+
+
+def test_a_demonstration_looks_exactly_like_the_rollout_it_teaches(dataset):
+    """Same pixels, same ids: one formatter serves SFT, rollouts and evaluation."""
+    policy = load_policy("tiny")
+    env = make_vector_env("IVT-Scenes-v0", 1, split="train")
+    shown = (0.1, 0.2, 0.5, 0.7)
+    observations, _ = env.reset(options={"index": [5], "initial_box": [shown]})
+    (rolled,) = policy.prompts_for(observations, [0])
+    demonstration = Demonstration("scenes", "train", 5, "train-5", shown, dataset[5].box, "Too high; move down.")
+    (turn,) = to_turns(policy, env.screen, dataset, [demonstration])
+    assert turn.prompt.ids == rolled.ids
+    assert (turn.prompt.pictures[0].patches == rolled.pictures[0].patches).all()
+
+
+def test_the_answer_ends_with_the_end_of_turn_and_parses(dataset):
+    policy = load_policy("tiny")
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train").screen
+    for demonstration in taught(dataset, (0.05, 0.05, 0.2, 0.2)) + taught(dataset, dataset[5].box):
+        (turn,) = to_turns(policy, screen, dataset, [demonstration])
+        assert turn.completion[-1] in policy.sampling.end_ids and turn.finished
+        action = parse_action(policy.text(turn))
+        assert action.stop == (demonstration.answer is None) and not action.failed
+
+
+def test_batches_show_every_demonstration_once_an_epoch():
+    seen = np.concatenate(list(batches(10, 4, 5, np.random.default_rng(0))))
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
+
+
+def test_training_lowers_the_loss_on_its_demonstrations(tmp_path, dataset):
+    policy = load_policy("tiny")
+    policy.model.requires_grad_(True)
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train").screen
+    made = [d for i in range(8) for d in teach(dataset, [i], [(0.1, 0.1, 0.3, 0.3)], np.random.default_rng(0))]
+    turns = to_turns(policy, screen, dataset, made)
+    losses: list[float] = []
+    train(
+        policy,
+        lambda chosen: [turns[i] for i in chosen],
+        len(turns),
+        Accelerator(cpu=True),
+        MetricsLog(Path(tmp_path), tensorboard=False),
+        steps=12,
+        batch=len(turns),
+        micro_batch=8,
+        peak_lr=1e-3,
+        seed=0,
+        on_step=lambda _, loss: losses.append(loss),
+    )
+    assert losses[-1] < 0.7 * losses[0]
