@@ -11,7 +11,7 @@ GRPO_STEPS ?= 60
 CONTROL_STEPS := $(shell expr $(SFT_STEPS) + $(GRPO_STEPS))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: train test check clean
+.PHONY: train test seeds tiny check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,18 @@ train: $(VENV)/.installed
 	$(RUN) train_sft.py --single-shot --out $(OUT)/control --steps $(CONTROL_STEPS) --samples 20000
 	$(RUN) evaluate.py --out $(OUT)/evaluation --runs $(OUT)/grpo --policies \
 		base=tiny sft=$(OUT)/sft/policy sft+grpo=$(OUT)/grpo/policy control=$(OUT)/control/policy
+
+# Two more seeds of GRPO from the warm start of `make train`, and all three curves in one plot.
+seeds: $(VENV)/.installed
+	for seed in 1 2; do $(RUN) train_grpo.py --model $(OUT)/sft/policy --out $(OUT)/grpo-seed$$seed \
+		--steps $(GRPO_STEPS) --seed $$seed || exit 1; done
+	$(RUN) evaluate.py --out $(OUT)/seeds --runs $(OUT)/grpo $(OUT)/grpo-seed1 $(OUT)/grpo-seed2 --policies \
+		base=tiny sft=$(OUT)/sft/policy seed0=$(OUT)/grpo/policy seed1=$(OUT)/grpo-seed1/policy \
+		seed2=$(OUT)/grpo-seed2/policy
+
+# The shipped weights, made again (about 50 minutes on two cores).
+tiny: $(VENV)/.installed
+	$(RUN) -m agents.vlm.pretrain --out runs/tiny_qwen3vl
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

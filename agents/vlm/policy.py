@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from agents.vlm.codec import FRAMES, STOP_TEXT, BoxCodec, parse_action
 from agents.vlm.generation import Sampling, generate
@@ -273,6 +274,8 @@ def load_policy(
 
 def _load_model(source: str, dtype: torch.dtype | str) -> Any:
     """The model, refusing weights that do not fit their own configuration."""
+    if Path(source).exists():
+        transformers_logging.disable_progress_bar()  # a local file is read in a blink
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (RuntimeError, OSError, ValueError) as error:

@@ -187,7 +187,8 @@ function makeRow(episode, position) {
     "aria-selected": String(episode === state.episode),
     "aria-posinset": position + 1, "aria-setsize": state.visible.length,
   }, element("div", { class: "expression", dir: "auto" }, episode.expression || "(no expression)"),
-  element("div", { class: "facts" }, ...badges(episode).slice(0, other ? 1 : 2), ious));
+  element("div", { class: "facts" }, ...badges(episode).slice(0, other ? 1 : 2),
+    other && episode.unparsable ? element("span", { class: "badge unparsable", title: "Unparsable" }, "⚠") : null, ious));
   row.style.top = position * rowHeight + "px";
   row.addEventListener("click", () => select(episode));
   return row;
@@ -299,12 +300,14 @@ function makeStage(episode, step) {
 function makeBoxes(episode, step) {
   const overlay = drawing("svg", { role: "img" });
   const draw = ([x1, y1, x2, y2], name) => {
-    const rect = drawing("rect", {
-      class: name, x: 100 * x1 + "%", y: 100 * y1 + "%",
+    const place = {
+      x: 100 * x1 + "%", y: 100 * y1 + "%",
       width: 100 * Math.max(0, x2 - x1) + "%", height: 100 * Math.max(0, y2 - y1) + "%",
-    });
-    overlay.append(rect);
-    return rect;
+    };
+    // A light line under the coloured one keeps a box visible on a picture of its own colour.
+    const group = drawing("g", {}, drawing("rect", { class: "casing of-" + name, ...place }), drawing("rect", { class: name, ...place }));
+    overlay.append(group);
+    return group;
   };
   const current = step === null ? undefined : boxAt(episode, step);
   const drawn = new Set(current ? [String(current)] : []);
@@ -373,7 +376,7 @@ function makeWords(episode, step) {
 }
 
 function makeCurve(episode, step) {
-  const [width, height, left, right, top, bottom] = [320, 110, 30, 14, 8, 20];
+  const [width, height, left, right, top, bottom] = [320, 96, 30, 14, 8, 20];
   const from = firstStep(episode);
   const count = lastStep(episode) - from + 1;
   const x = (index) => (count < 2 ? (left + width - right) / 2 : left + ((index - from) * (width - left - right)) / (count - 1));
