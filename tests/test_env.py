@@ -28,7 +28,7 @@ import ivt_env
 from ivt_env import boxes, data
 from ivt_env.data import DataError, DatasetFallbackWarning
 from ivt_env.env import GroundingEnv
-from ivt_env.rendering import Overlay, draw_overlay, frame, pixel_rectangle, place_on_canvas
+from ivt_env.rendering import Overlay, closeup, draw_overlay, frame, pixel_rectangle, place_on_canvas
 from ivt_env.rewards import POTENTIALS, RewardConfig
 from ivt_env.vector_env import GroundingVectorEnv
 
@@ -334,19 +334,21 @@ def test_info_says_what_was_served_and_what_it_is_worth():
 @pytest.mark.parametrize("env_id", ["IVT-Scenes-v0", "IVT-Photos-v0"])
 def test_an_observation_never_aliases_the_cached_picture_or_another_observation(env_id, view):
     env, clean = make(env_id, view=view, canvas=96), make(env_id, view=view, canvas=96)
-    action = propose(0.1, 0.2, 0.6, 0.7)
+    actions = [propose(NAN, 0, 1, 1), propose(0.1, 0.2, 0.6, 0.7), propose(0.5, 0.5, 0.4, 0.6)]
     for options in ({"index": 3}, {"index": 3, "initial_box": np.float32([0.2, 0.2, 0.5, 0.5])}):
         spoilt, _ = env.reset(options=options)
         expected, _ = clean.reset(options=copy.deepcopy(options))
         assert_equal(spoilt, expected)
-        for _ in range(3):
+        for action in actions:
             for value in (*spoilt.values(), *options.values()):
                 if isinstance(value, np.ndarray):
                     value[...] = 77
             own = copy.deepcopy(action)
-            spoilt = env.step(own)[0]
+            step = env.step(own)
             own["box"][...] = 0.5
-            assert_equal(spoilt, clean.step(action)[0])
+            assert_equal(step, clean.step(action))
+            spoilt = step[0]
+            step[4]["target"][...] = 77
 
 
 @pytest.mark.parametrize("style", ["fill", "outline", "both"])
@@ -470,6 +472,19 @@ def test_a_closeup_shows_its_window_cut_from_the_full_resolution_picture(view):
         expected = boxes.into_window(box, window) * np.array([width, height, width, height])
         drawn = [red[:, 1].min(), red[:, 0].min(), red[:, 1].max() + 1, red[:, 0].max() + 1]
         assert np.abs(drawn - expected).max() <= 1
+
+
+def test_a_closeup_keeps_detail_that_the_canvas_has_lost():
+    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+    image, (height, width), window = closeup(noise, (0.5, 0.5, 0.52, 0.52), 300, Overlay("outline", width=1))
+    x1, y1, x2, y2 = (window * np.array([800, 600, 800, 600])).round().astype(int)
+    assert (x2 - x1, y2 - y1) == (200, 150) and (height, width) == (225, 300)
+    # Pixel (i, j) of the region is centred on 1.5 (i, j) + 0.75 of the close-up.
+    shown = image[:height, :width][(np.arange(150) * 1.5 + 0.75).astype(int)]
+    shown = shown[:, (np.arange(200) * 1.5 + 0.75).astype(int)]
+    assert np.corrcoef(shown.ravel(), noise[y1:y2, x1:x2].ravel())[0, 1] > 0.9
+    canvas, _ = place_on_canvas(noise, 300)
+    assert canvas[:225, :300].std() < 0.6 * noise.std(), "the canvas has lost nothing: this would show little"
 
 
 def test_the_view_both_shows_the_overlay_and_the_closeup_view_beside_each_other():

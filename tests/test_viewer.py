@@ -115,7 +115,14 @@ def made_up_episodes(seed: int = 0) -> list[Episode]:
     long = "the cup " + "that stands on the saucer which lies on the table " * 30 + "and" + "n" * 300 + "d"
     refused = play(cup, [shifted(cup, 0.05, 0.0)], sample_id="refused", expression="the cup, refused once")
     refused.steps.append(
-        Step(None, False, refused.steps[0].box, refused.final_iou, 0.0, invalid="x2 <= x1: [0.5, 0.1, 0.4, 0.9]")
+        Step(
+            None,
+            False,
+            refused.steps[0].box,
+            refused.final_iou,
+            0.0,
+            invalid="x2 <= x1: [0.5, 0.1, 0.4, 0.9]",
+        )
     )
     return [
         *made,
@@ -124,7 +131,7 @@ def made_up_episodes(seed: int = 0) -> list[Episode]:
         play(cup, [None, None], sample_id="no-box", expression="nothing was ever proposed"),
         play(cup, [], sample_id="no-step", expression="no step was taken"),
         refused,
-        stopping(play(cup, [cup], sample_id="started", expression="from a given box", initial_box=(0.5, 0.5, 0.9, 0.9))),
+        stopping(play(cup, [cup], sample_id="started", expression="given a box", initial_box=(0.5, 0.5, 0.9, 0.9))),
         play(
             (0.3, 0.15, 0.85, 0.9), [(0.1, 0.1, 0.6, 0.5), (0.3, 0.2, 0.9, 0.9)],
             sample_id="tall", picture_id="portrait-astronaut.jpg", expression="the tall picture",
@@ -211,6 +218,30 @@ def test_the_page_asks_for_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert policy and "default-src 'none'" in policy[1] and "unsafe" not in policy[1]
 
 
+def _contrast(one: str, other: str) -> float:
+    """WCAG 2 contrast ratio of two ``#rrggbb`` colours."""
+
+    def luminance(colour: str) -> float:
+        v = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        return float(np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_has_the_contrast_of_wcag_aa_in_light_and_dark() -> None:
+    style = (Path(ivt_env.__path__[0]) / "viewer" / "viewer.css").read_text("utf-8")
+    themes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)]
+    assert len(themes) == 2
+    grounds = ("page", "card", "sunk", "selected")
+    pairs = [(text, ground) for text in ("ink", "soft") for ground in grounds]
+    pairs += [(f"{text}-ink", ground) for text in ("good", "bad", "warn") for ground in grounds]
+    pairs += [(f"{text}-ink", text) for text in ("good", "bad", "calm", "dull", "warn")]
+    for theme in themes:
+        for text, ground in pairs:
+            assert _contrast(theme[text], theme[ground]) >= 4.5, (text, ground)
+
+
 def test_iou_just_below_half_is_not_rounded_up(tmp_path: Path) -> None:
     box: Box = (0.1, 0.1, 0.5, 0.5)
     episode = play(box, [box])
@@ -221,7 +252,12 @@ def test_iou_just_below_half_is_not_rounded_up(tmp_path: Path) -> None:
 
 def test_the_page_names_what_was_really_served(tmp_path: Path) -> None:
     box: Box = (0.1, 0.1, 0.5, 0.5)
-    served = [("scenes", "test", "1"), ("scenes", "test", "2"), ("photos", "all", "1"), ("photos", "all", "1")]
+    served = [
+        ("scenes", "test", "1"),
+        ("scenes", "test", "2"),
+        ("photos", "all", "1"),
+        ("photos", "all", "1"),
+    ]
     episodes = [play(box, [box], dataset=d, split=s, sample_id=i) for d, s, i in served]
     page = write_page(tmp_path / "p.html", episodes, photo_of, "t")
     assert "photos / all (1 sample), scenes / test (2 samples)" in page.read_text("utf-8")
@@ -541,10 +577,12 @@ def test_two_runs_are_matched_by_sample(open_page: Callable[..., Page]) -> None:
 
 def test_rollouts_of_one_sample_are_matched_in_order(open_page: Callable[..., Page]) -> None:
     box: Box = (0.1, 0.1, 0.5, 0.5)
-    runs = {name: [play(box, [shifted(box, d, 0)], seed=n) for n, d in enumerate(ds)] for name, ds in
-            {"a": (0.0, 0.1, 0.2), "b": (0.3, 0.02)}.items()}  # fmt: skip
-    page = open_page(runs, "#run=a&beside=b&sample=s0&copy=2&step=0")
-    assert page.texts(".strip .iou") == [f"{runs[n][1].final_iou:.3f}" for n in "ab"]
+    shifts = {"a": (0.0, 0.1, 0.2), "b": (0.3, 0.02)}
+    runs = {name: [play(box, [shifted(box, d, 0)], seed=n) for n, d in enumerate(s)] for name, s in shifts.items()}
+    for copy in (1, 2, 3):
+        page = open_page(runs, f"#run=a&beside=b&sample=s0&copy={copy}&step=0")
+        shown = [run[copy - 1].final_iou for run in runs.values() if copy <= len(run)]
+        assert page.texts(".strip .iou") == [f"{overlap:.3f}" for overlap in shown]
 
 
 def test_a_link_leads_back_to_episode_and_step(open_page: Callable[..., Page]) -> None:
@@ -555,7 +593,12 @@ def test_a_link_leads_back_to_episode_and_step(open_page: Callable[..., Page]) -
     page = open_page(episodes, "#sample=photos-2&step=1")
     assert page.expression() == episodes[2].expression
     assert page.text(".strip button[aria-current] .name") == "Step 1"
-    for nonsense in ("#sample=absent&step=9", "#sample=photos-2&step=99", "#%%%", "#step=NaN&sample=photos-1&copy=x"):
+    for nonsense in (
+        "#sample=absent&step=9",
+        "#sample=photos-2&step=99",
+        "#%%%",
+        "#step=NaN&sample=photos-1&copy=x",
+    ):
         page = open_page(episodes, nonsense)
         assert page.expression() in {e.expression for e in episodes}
 
@@ -567,7 +610,10 @@ def test_an_initial_box_is_shown_as_the_start(open_page: Callable[..., Page]) ->
     assert page.text(".strip button[aria-current] .name") == "Step 0"
     page.press("\ue012")
     assert page.text(".strip button[aria-current] .name") == "Start"
-    origin, extent = page.rect(".picture img")[[0, 1, 0, 1]], np.ptp(page.rect(".picture img").reshape(2, 2), axis=0)
+    origin, extent = (
+        page.rect(".picture img")[[0, 1, 0, 1]],
+        np.ptp(page.rect(".picture img").reshape(2, 2), axis=0),
+    )
     assert episode.initial_box is not None
     np.testing.assert_allclose(
         page.rect("rect.current"), origin + np.tile(extent, 2) * np.array(episode.initial_box), atol=0.75
@@ -599,7 +645,8 @@ def test_a_long_list_stays_fast(open_page: Callable[..., Page]) -> None:
 @pytest.mark.parametrize("width", [1400, 480, 320])
 def test_nothing_runs_over_the_edge(open_page: Callable[..., Page], driver: Any, width: int) -> None:
     driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
     )
     episodes = made_up_episodes()
     page = open_page(

@@ -46,6 +46,10 @@ class Args:
     """Folder for the weights, tokenizer, image processor and the training record."""
     seed: int = 0
     """Seed of the initial weights and of the order of pictures."""
+    init: Path | None = None
+    """Folder of an earlier run of this command to go on from; None: from scratch."""
+    first_picture: int = 0
+    """Index of the first training scene, so that a run that goes on sees new ones."""
     pictures: int = 30_000
     """Distinct training scenes, drawn once (27 KB of memory each)."""
     questions: int = 12
@@ -126,7 +130,7 @@ def draw_pool(args: Args, progress: Progress) -> Pool:
     task = progress.add_task("drawing scenes", total=args.pictures, note="")
     rows = []
     with multiprocessing.get_context("spawn").Pool(args.workers) as workers:
-        jobs = ((index, args.questions) for index in range(args.pictures))
+        jobs = ((index, args.questions) for index in range(args.first_picture, args.first_picture + args.pictures))
         for row in workers.imap(_one, jobs, chunksize=100):
             rows.append(row)
             progress.advance(task)
@@ -387,7 +391,10 @@ def main(args: Args) -> None:
     start = time.time()
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.seed)
+    if args.init is None:
+        model = build_model(tokenizer, args.seed)
+    else:
+        model = Qwen3VLForConditionalGeneration.from_pretrained(args.init, dtype=torch.float32)
     # Plain matrix products: at these sizes the fused CPU kernel's backward pass is twice as slow.
     model.set_attn_implementation("eager")
     columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -395,13 +402,13 @@ def main(args: Args) -> None:
     with Progress(*columns, TimeRemainingColumn(), note) as progress:
         pool = draw_pool(args, progress)
         drawn = time.time()
-        log = train_vision(model, pool, args, progress)
+        log = train_vision(model, pool, args, progress) if args.vision_steps else []
         seen = time.time()
         log += train_grounding(model, tokenizer, pool, args, progress)
     save(model, tokenizer, args.out)
     seconds = {"drawing": drawn - start, "vision": seen - drawn, "grounding": time.time() - seen}
     command = " ".join(["python -m agents.vlm.pretrain", *sys.argv[1:]])
-    record = {"command": command, "args": asdict(args) | {"out": str(args.out)}, "seconds": seconds, "log": log}
+    record = {"command": command, "args": asdict(args) | {"out": str(args.out), "init": str(args.init)}, "seconds": seconds, "log": log}
     (args.out / "training.json").write_text(json.dumps(record, indent=1))
     print(f"saved to {args.out} after {(time.time() - start) / 60:.1f} minutes")
 

@@ -22,11 +22,11 @@ _BANDS = {"tiny": (0.06, 0.10), "small": (0.10, 0.15), "medium": (0.19, 0.29), "
 _TEXTURED_FROM = 0.15
 _MAX_COVERED = 0.25
 _KINDS = {
-    "attributes": 0.36,
+    "attributes": 0.40,
     "extreme": 0.22,
-    "size": 0.12,
+    "size": 0.1,
     "relation": 0.1,
-    "negation": 0.08,
+    "negation": 0.06,
     "closest": 0.06,
     "ordinal": 0.06,
 }
@@ -87,7 +87,7 @@ class Recipe:
     """Whether every expression says the target's shape, so that its siblings must be told apart."""
 
 
-STANDARD = Recipe(count=(2, 6), bands={"tiny": 0.03, "small": 0.2, "medium": 0.47, "large": 0.3}, same_shape=0.35)
+STANDARD = Recipe(count=(2, 5), bands={"tiny": 0.03, "small": 0.2, "medium": 0.47, "large": 0.3}, same_shape=0.25)
 DISTRACTORS = Recipe(
     count=(5, 8),
     bands={"tiny": 0.05, "small": 0.4, "medium": 0.5, "large": 0.05},
