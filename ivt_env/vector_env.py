@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
@@ -74,13 +76,19 @@ class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], ND
         }
         self.single_observation_space = observation_space(view, canvas, max_steps)
         self.single_action_space = action_space()
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.games: list[Game] = []
         self._loaded: list[Loaded] = []
         self._observations: list[Observation] = []
         self._rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
         self._pictures: OrderedDict[str, Loaded] = OrderedDict()
+
+    @cached_property
+    def observation_space(self) -> spaces.Dict:  # type: ignore[override]
+        """Made when it is first asked for: its bounds are several times as large as the observations."""
+        batched = batch_space(self.single_observation_space, self.num_envs)
+        assert isinstance(batched, spaces.Dict)
+        return batched
 
     @property
     def samples(self) -> list[Sample]:
@@ -202,7 +210,7 @@ class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], ND
     def _stack(self) -> Observation:
         """Fresh arrays with a leading axis of environments; expressions as a tuple of str."""
         stacked: Observation = {}
-        for key, space in self.observation_space.spaces.items():  # type: ignore[attr-defined]
+        for key, space in self.single_observation_space.spaces.items():  # type: ignore[attr-defined]
             values = [o[key] for o in self._observations]
             stacked[key] = tuple(values) if key == "expression" else np.stack(values).astype(space.dtype, copy=False)
         return stacked

@@ -13,7 +13,7 @@ from agents.vlm.generation import TokenScorer, generate, log_softmax
 from agents.vlm.policy import VLMPolicy
 from agents.vlm.prompts import TINY
 from agents.vlm.codec import BoxCodec
-from agents.vlm.tiny import build_image_processor, build_model, build_tokenizer
+from agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, number_ids
 from agents.vlm.turns import Turn, collate, encode_pictures
 
 
@@ -21,9 +21,9 @@ from agents.vlm.turns import Turn, collate, encode_pictures
 def policy() -> VLMPolicy:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed=3).eval()
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    with torch.no_grad():  # an untrained model that ends its turns now and then
-        model.get_input_embeddings().weight[: len(tokenizer)] *= 2.5
+    # An untrained model hardly ever samples one of two ids, so two hundred numbers end its turns, too.
+    ends = [*tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), *number_ids(tokenizer)[:200]]
+    model.generation_config.eos_token_id = ends
     return VLMPolicy(
         model, tokenizer, build_image_processor(), TINY, BoxCodec(), max_new_tokens=12, temperature=1.0, seed=0
     )
@@ -135,7 +135,7 @@ def test_vision_tokens_are_never_sampled(policy, prompts):
 def test_every_end_token_ends_a_turn_and_carries_loss(policy, prompts):
     many = generate(policy.model, prompts * 60, policy.sampling, torch.Generator().manual_seed(6), keep=False)
     ends = {t.completion[-1] for t in many if t.finished}
-    assert ends == set(policy.sampling.end_ids), "both end tokens must have been sampled for this to test anything"
+    assert len(ends) > 20, "several end tokens must have been sampled for this to test anything"
     for turn in many:
         assert turn.finished == (turn.completion[-1] in policy.sampling.end_ids)
         assert not set(turn.completion[:-1]) & set(policy.sampling.end_ids)

@@ -80,14 +80,14 @@ class Recipe:
     siblings: int = 0
     """At least this many other objects share the target's shape."""
     target_band: str | None = None
-    """Only objects of this size band are asked for."""
+    """Only objects up to the tiny band's limit (square root of the area, 0.1 of the side) are asked for."""
     kinds: dict[str, float] = field(default_factory=lambda: dict(_KINDS))
     """Probability of trying each kind of expression first."""
     names_shape: bool = False
     """Whether every expression says the target's shape, so that its siblings must be told apart."""
 
 
-STANDARD = Recipe(count=(2, 5), bands={"tiny": 0.03, "small": 0.2, "medium": 0.47, "large": 0.3}, same_shape=0.25)
+STANDARD = Recipe(count=(2, 4), bands={"small": 0.2, "medium": 0.5, "large": 0.3}, same_shape=0.25)
 DISTRACTORS = Recipe(
     count=(5, 8),
     bands={"tiny": 0.05, "small": 0.4, "medium": 0.5, "large": 0.05},
