@@ -31,7 +31,6 @@ from agents.sft.demonstrations import Demonstration, load_demonstrations, save_d
 from agents.sft.trainer import to_turns, train
 from agents.training import MetricsLog, seed_everything, write_json
 from agents.vlm.policy import VLMPolicy, load_policy
-from agents.vlm.prompts import TINY, TINY_SINGLE_SHOT
 from agents.vlm.turns import Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.metrics.table import render
@@ -101,8 +100,6 @@ def main(args: Args) -> Path:
         if chief:
             save_demonstrations(args.out / "demonstrations.jsonl", demonstrations)
         _prepare_parameters(policy, args)
-        if policy.prompts == TINY_SINGLE_SHOT and not args.single_shot:
-            policy.prompts = TINY  # from now on the current box stands in the question, too
         task = progress.add_task("training", total=args.steps, note="")
 
         def make_turns(chosen: Sequence[int]) -> list[Turn]:

@@ -1,6 +1,6 @@
 """Not a test: run under ``accelerate launch`` by test_grpo.py. Writes the gradient of fixed rows.
 
-    accelerate launch --cpu --num_processes N tests/ddp_gradients.py OUT
+accelerate launch --cpu --num_processes N tests/ddp_gradients.py OUT
 """
 
 import sys
@@ -10,9 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from learner import small_trainer  # noqa: E402
+from learner import small_trainer
 
-from agents.grpo.collect import collect  # noqa: E402
+from agents.grpo.collect import collect
 
 
 def main(out: Path) -> None:

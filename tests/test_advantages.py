@@ -48,9 +48,7 @@ def play(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def estimate(advantage, rewards, taken, scores) -> tuple[np.ndarray, np.ndarray]:
     """Mean gradient and its standard error over groups."""
-    per_group = np.stack(
-        [(advantage(r, t) * s).mean(axis=0) for r, t, s in zip(rewards, taken, scores, strict=True)]
-    )
+    per_group = np.stack([(advantage(r, t) * s).mean(axis=0) for r, t, s in zip(rewards, taken, scores, strict=True)])
     return per_group.mean(axis=0), per_group.std(axis=0) / np.sqrt(len(per_group))
 
 

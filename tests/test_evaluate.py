@@ -22,7 +22,16 @@ def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
 def evaluated(tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation")
     done = evaluate(
-        "--policies", "base=tiny", "floor=centre", "ceiling=oracle", "--samples", "40", "--split", "val", "--out", str(out)
+        "--policies",
+        "base=tiny",
+        "floor=centre",
+        "ceiling=oracle",
+        "--samples",
+        "40",
+        "--split",
+        "val",
+        "--out",
+        str(out),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done.stdout

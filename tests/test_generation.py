@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from agents.vlm.codec import BoxCodec
 from agents.vlm.generation import TokenScorer, generate, log_softmax
 from agents.vlm.policy import VLMPolicy
 from agents.vlm.prompts import TINY
-from agents.vlm.codec import BoxCodec
 from agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, number_ids
-from agents.vlm.turns import Turn, collate, encode_pictures
+from agents.vlm.turns import collate, encode_pictures
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,11 @@ def test_loss_mask_covers_exactly_the_sampled_tokens(policy, turns):
         assert policy.tokenizer.decode(scored) == policy.tokenizer.decode(turn.completion)
         rest = batch.input_ids[row][~batch.loss_mask[row] & batch.attention_mask[row].bool()].tolist()
         assert rest == turn.prompt.ids
-    assert batch.loss_mask.sum() == sum(len(t.completion) for t in turns) == len(TokenScorer(model, policy.sampling, True)(turns)[0])
+    assert (
+        batch.loss_mask.sum()
+        == sum(len(t.completion) for t in turns)
+        == len(TokenScorer(model, policy.sampling, True)(turns)[0])
+    )
 
 
 def test_sampler_and_scorer_give_the_same_log_probabilities(policy, turns):

@@ -160,9 +160,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
 
 
 def command(*arguments: str, timeout: int = 280) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:

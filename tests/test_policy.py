@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agents.vlm.policy import PolicyError, load_policy
-from agents.vlm.prompts import QWEN, TINY, TINY_SINGLE_SHOT
+from agents.vlm.prompts import QWEN, TINY
 from agents.vlm.tiny import weights_folder
 from ivt_env.rollouts import make_vector_env
 from train_sft import add_lora
@@ -81,15 +81,18 @@ def test_an_adapter_folder_is_put_on_the_base_that_it_names(folder, tmp_path):
 
 
 def test_the_prompt_of_a_policy_travels_with_it(folder):
-    assert load_policy(folder).prompts == TINY_SINGLE_SHOT
-    (folder / "policy.json").write_text(json.dumps({"prompt": TINY.text, "frame": "relative_1000"}))
     assert load_policy(folder).prompts == TINY
+    (folder / "policy.json").write_text(json.dumps({"prompt": "Where is {expression}?", "frame": "relative_1000"}))
+    assert load_policy(folder).prompts.text == "Where is {expression}?"
     (folder / "policy.json").unlink()
     assert load_policy(folder).prompts == QWEN
 
 
 def test_prompts_keep_braces_and_boxes_apart():
-    assert TINY.fill("the {box} {expression}", "[1, 2, 3, 4]") == "Locate the {box} {expression}. Current box: [1, 2, 3, 4]."
+    assert (
+        TINY.fill("the {box} {expression}", "[1, 2, 3, 4]")
+        == "Locate the {box} {expression}. Current box: [1, 2, 3, 4]."
+    )
     assert TINY.fill("x", None).endswith("Current box: none.")
 
 

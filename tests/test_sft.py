@@ -62,7 +62,12 @@ def test_the_teacher_tells_a_wrong_object_from_a_wrong_place():
 
 @given(st.lists(st.floats(0.01, 0.99), min_size=4, max_size=4))
 def test_every_trace_is_made_of_words_the_tokenizer_knows_whole(values):
-    box = (min(values[0], values[2]), min(values[1], values[3]), max(values[0], values[2]) + 0.01, max(values[1], values[3]) + 0.01)
+    box = (
+        min(values[0], values[2]),
+        min(values[1], values[3]),
+        max(values[0], values[2]) + 0.01,
+        max(values[1], values[3]) + 0.01,
+    )
     text = critique(box, TARGET)
     words = [w.strip(".;") for w in text.split()]
     assert set(words) <= set(teacher_words())

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from agents.vlm.policy import POLICY_FILE
-from agents.vlm.prompts import TINY, TINY_SINGLE_SHOT
+from agents.vlm.prompts import TINY
 from agents.vlm.tiny import INPUT_SIDE, build_image_processor, build_model, build_tokenizer, number_ids
 from ivt_env.data.scenes import make_scene
 from ivt_env.data.scenes.world import COLOURS, SHAPES, TEXTURES
@@ -58,7 +58,7 @@ class Args:
     """Steps of the first stage (vision tower on cell labels)."""
     vision_batch: int = 64
     """Pictures in a batch of the first stage."""
-    steps: int = 3_300
+    steps: int = 5_600
     """Steps of the second stage (grounding)."""
     batch: int = 32
     """Pictures in a batch of the second stage."""
@@ -382,7 +382,7 @@ def save(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerF
     model.save_pretrained(folder, state_dict=half)
     tokenizer.save_pretrained(folder)
     build_image_processor().save_pretrained(folder)
-    settings = {"prompt": TINY_SINGLE_SHOT.text, "frame": "relative_1000"}
+    settings = {"prompt": TINY.text, "frame": "relative_1000"}
     (folder / POLICY_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
@@ -408,7 +408,12 @@ def main(args: Args) -> None:
     save(model, tokenizer, args.out)
     seconds = {"drawing": drawn - start, "vision": seen - drawn, "grounding": time.time() - seen}
     command = " ".join(["python -m agents.vlm.pretrain", *sys.argv[1:]])
-    record = {"command": command, "args": asdict(args) | {"out": str(args.out), "init": str(args.init)}, "seconds": seconds, "log": log}
+    record = {
+        "command": command,
+        "args": asdict(args) | {"out": str(args.out), "init": str(args.init)},
+        "seconds": seconds,
+        "log": log,
+    }
     (args.out / "training.json").write_text(json.dumps(record, indent=1))
     print(f"saved to {args.out} after {(time.time() - start) / 60:.1f} minutes")
 

@@ -28,10 +28,6 @@ class Prompts:
 TINY = Prompts("Locate {expression}. Current box: {box}.")
 """Short, because the tiny model learns and runs on two CPU cores."""
 
-TINY_SINGLE_SHOT = Prompts(TINY.text.replace("{box}", NO_BOX_TEXT))
-"""For the untrained tiny model, which has never read a box in a question: asked to iterate, it gets
-the very question of its single shot, and the drawn box is all that changes."""
-
 QWEN = Prompts(
     'Locate the object that this expression describes: "{expression}". Current box: {box}.\n'
     "The current box, if there is one, is drawn on the picture as a translucent red rectangle. If it "

@@ -87,7 +87,7 @@ class Recipe:
     """Whether every expression says the target's shape, so that its siblings must be told apart."""
 
 
-STANDARD = Recipe(count=(2, 4), bands={"small": 0.2, "medium": 0.5, "large": 0.3}, same_shape=0.25)
+STANDARD = Recipe(count=(2, 5), bands={"tiny": 0.03, "small": 0.2, "medium": 0.47, "large": 0.3}, same_shape=0.25)
 DISTRACTORS = Recipe(
     count=(5, 8),
     bands={"tiny": 0.05, "small": 0.4, "medium": 0.5, "large": 0.05},
