@@ -186,14 +186,15 @@ def _behaviour(played: Mapping[str, Played]) -> str:
     lines = []
     for name, one in played.items():
         stopped, forced = outcomes(one.stopping), outcomes(one.forced)
-        before, after = one.columns["step_0"].iou, one.columns["learned_stop"].iou
+        before, after = one.columns["step_0"], one.columns["learned_stop"]
         did, change = rollout_summary(stopped), step_changes(forced)
         lines.append(
             f"{name}: {did.mean_actions:.2f} actions, stopped {100 * did.stopped.value:.0f} %, "
             f"unparsable actions {did.parse_failures.count}; corrected "
             f"{100 * np.nan_to_num(correction_rate(before, after).value):.1f} % of wrong first boxes, broke "
             f"{100 * np.nan_to_num(break_rate(before, after).value):.1f} % of right ones; forced: "
-            f"IoU {change.mean_change:+.3f} a refinement, {100 * change.samples_degrading.value:.0f} % of samples end worse"
+            f"IoU {change.mean_change:+.3f} a refinement, "
+            f"{100 * change.samples_degrading.value:.0f} % of samples end worse"
         )
     return "\n".join(lines)
 

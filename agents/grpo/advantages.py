@@ -27,7 +27,7 @@ def leave_one_out(values: Array) -> Array:
 
 
 def per_step_advantages(rewards: Array, taken: Mask) -> Array:
-    """Return-to-go minus the leave-one-out group mean of it, ended episodes counted as 0. (G, T)
+    """Return-to-go minus the leave-one-out group mean of it, ended episodes counted as 0; shape (G, T).
 
     The baseline of an episode's step never depends on that episode, so the estimator is unbiased
     although the policy itself chooses when to stop. Normalising per step *before* summing is not:
@@ -38,7 +38,7 @@ def per_step_advantages(rewards: Array, taken: Mask) -> Array:
 
 
 def trajectory_advantages(rewards: Array, taken: Mask) -> Array:
-    """Total return minus the leave-one-out group mean, the same for every step taken. (G, T)
+    """Total return minus the leave-one-out group mean, the same for every step taken; shape (G, T).
 
     Plain GRPO (arXiv 2402.03300) without division by the standard deviation.
     """

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ivt_env import boxes
 
@@ -28,7 +29,7 @@ def teacher_words() -> list[str]:
     return sorted(words | {w.capitalize() for w in words})
 
 
-def critique(box: Sequence[float], target: Sequence[float], siblings: Sequence[Sequence[float]] = ()) -> str:
+def critique(box: ArrayLike, target: ArrayLike, siblings: Sequence[Sequence[float]] = ()) -> str:
     """What is wrong with ``box`` and how to mend it, in one sentence.
 
     Args:

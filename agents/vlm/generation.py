@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def log_softmax(logits: torch.Tensor, temperature: float, suppressed: Sequence[i
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling, generator: torch.Generator | None, keep: bool
+    model: Any, prompts: Sequence[Prompt], sampling: Sampling, generator: torch.Generator | None, keep: bool
 ) -> list[Turn]:
     """One completion for each prompt.
 
@@ -120,7 +121,7 @@ def generate(
     return turns
 
 
-def _forward(model, batch: Batch, features, cache: DynamicCache | None) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _forward(model: Any, batch: Batch, features: Any, cache: DynamicCache | None) -> torch.Tensor:
     """Hidden states (B, L, width) of a batch whose pictures are already encoded."""
     device = model.device
     return model.model(
@@ -130,7 +131,7 @@ def _forward(model, batch: Batch, features, cache: DynamicCache | None) -> torch
         mm_encoder_outputs={"image": features},
         past_key_values=cache,
         use_cache=cache is not None,
-    ).last_hidden_state
+    ).last_hidden_state  # type: ignore[no-any-return]
 
 
 class TokenScorer(nn.Module):
@@ -176,6 +177,6 @@ class TokenScorer(nn.Module):
         return log_softmax(logits, self.sampling.temperature, self.sampling.suppressed)
 
 
-def _core(model: nn.Module) -> nn.Module:
+def _core(model: Any) -> Any:
     """The Qwen-VL model itself, adapters still in place."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,no-any-return]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -258,7 +258,7 @@ def load_policy(
         # The fused attention kernel's backward pass takes twice as long as plain matrix products
         # at the sizes that a CPU can train.
         (model.get_base_model() if base != source else model).set_attn_implementation("eager")
-    settings = {"prompt": QWEN.text, "frame": FRAMES.get(model.config.model_type)}
+    settings: dict[str, Any] = {"prompt": QWEN.text, "frame": FRAMES.get(model.config.model_type)}
     if (folder / POLICY_FILE).exists():
         settings |= json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
     if settings["frame"] is None:

@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from agents.vlm.policy import POLICY_FILE
 from agents.vlm.prompts import TINY
 from agents.vlm.tiny import INPUT_SIDE, build_image_processor, build_model, build_tokenizer, number_ids
 from ivt_env.data.scenes import make_scene
-from ivt_env.data.scenes.world import COLOURS, SHAPES, TEXTURES
+from ivt_env.data.scenes.world import COLOURS, SHAPES, TEXTURES, Thing
 
 GRID = INPUT_SIDE // 8
 CELLS = INPUT_SIDE // 16
@@ -98,7 +99,7 @@ def _one(job: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.float32], 
     return np.asarray(picture), cell_labels(scene.things), [q.text for q in asked], boxes
 
 
-def cell_labels(things) -> NDArray[np.float32]:  # type: ignore[no-untyped-def]
+def cell_labels(things: Sequence[Thing]) -> NDArray[np.float32]:
     """What each merged token should know, (36, 8).
 
     A cell speaks for the object that covers most of it or, before that, for a small object that
@@ -251,7 +252,7 @@ class PackedQuestions:
         return input_ids, self._positions(segment_ids), attention, loss_mask
 
     def _positions(self, segment_ids: torch.Tensor) -> torch.Tensor:
-        """M-RoPE positions: every question starts where the picture ended. (3, B, L)"""
+        """M-RoPE positions: every question starts where the picture ended; shape (3, B, L)."""
         length = segment_ids.shape[1]
         start = self.first_image
         prefix = torch.arange(len(self.prefix)).expand(3, -1).clone()

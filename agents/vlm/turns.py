@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def collate(turns: Sequence[Turn], pad_id: int, image_token: int, merge: int, le
     )
 
 
-def encode_pictures(model, pictures: Sequence[Picture], keep: bool) -> BaseModelOutputWithDeepstackFeatures:  # type: ignore[no-untyped-def]
+def encode_pictures(model: Any, pictures: Sequence[Picture], keep: bool) -> BaseModelOutputWithDeepstackFeatures:
     """The vision tower's output for a batch's pictures; each distinct picture is encoded once.
 
     Args:
