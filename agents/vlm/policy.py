@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -283,7 +284,7 @@ def _load_model(source: str, dtype: torch.dtype | str) -> Any:
         transformers_logging.disable_progress_bar()  # a local file is read in a blink
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise PolicyError(
             f"{source} could not be loaded ({first}). Is it complete, and do weights and config.json belong together?"
