@@ -88,7 +88,7 @@ class Args:
     """Decides samples and sampling."""
     save_every: int = 20
     """Steps between checkpoints."""
-    eval_every: int = 15
+    eval_every: int = 20
     """Steps between greedy evaluations on the validation split; 0: only before and after."""
     eval_samples: int = 300
     """Validation samples of each evaluation; 0: none at all."""

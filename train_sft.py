@@ -65,7 +65,7 @@ class Args:
     """Demonstrations in a step, over all processes."""
     micro_batch: int = 32
     """Demonstrations in one forward pass."""
-    lr: float = 6e-4
+    lr: float = 2e-4
     """Peak learning rate of AdamW."""
     lora_rank: int = 0
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
