@@ -45,7 +45,7 @@ check: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 test: check
-	$(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
