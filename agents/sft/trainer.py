@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -99,11 +102,9 @@ def train(
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
     policy.model.train()
     rng = np.random.default_rng((seed, 11))
-    for step, chosen in enumerate(batches(count, batch, steps, rng)):
+    for step, turns in enumerate(_prepared(batches(count, batch, steps, rng), make_turns, accelerator)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_lr, warmup=min(20, max(1, steps // 10)))
-        mine = chosen[accelerator.process_index :: accelerator.num_processes]
-        turns = make_turns([int(i) for i in mine])
         tokens = torch.tensor(float(sum(len(t.completion) for t in turns)), device=accelerator.device)
         total = accelerator.reduce(tokens, "sum")
         loss_sum = 0.0
@@ -127,10 +128,23 @@ def train(
     policy.model.eval()
 
 
+def _prepared(
+    chosen: Iterator[np.ndarray], make_turns: Callable[[Sequence[int]], list[Turn]], accelerator: Accelerator
+) -> Iterator[list[Turn]]:
+    """This process's turns of each batch, the next one made in a thread while the current one is trained on."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[list[Turn]]] = deque()
+        for batch in chosen:
+            waiting.append(thread.submit(make_turns, [int(i) for i in batch[rank::world]]))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def _sync(accelerator: Accelerator, module: nn.Module, last: bool) -> Any:
     """Gradients travel between processes at the last micro-batch only."""
-    import contextlib
-
     return contextlib.nullcontext() if last else accelerator.no_sync(module)
 
 

@@ -7,6 +7,7 @@ split has no practical end. Splits draw from disjoint seed sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -56,6 +57,7 @@ class Scene:
         return list(found.values())
 
 
+@lru_cache(maxsize=4096)  # a sample and its picture are asked for one after the other
 def make_scene(split: str, index: int) -> Scene:
     """The scene at ``index`` of ``split``; the same on every machine."""
     code = _SPLIT_CODE[split]
