@@ -37,8 +37,6 @@ class Demonstration:
     """The box to answer with; None: stop."""
     trace: str = ""
     """Reasoning that precedes the answer."""
-    weight: float = 1.0
-    """Of its loss."""
 
 
 def save_demonstrations(path: str | Path, demonstrations: Sequence[Demonstration]) -> None:
