@@ -106,7 +106,7 @@ def test_an_agent_of_a_few_lines_in_the_current_directory_plays(tmp_path: Path) 
 
 def test_an_absent_data_set_is_refused_when_strict(tmp_path: Path) -> None:
     strict = command(tmp_path, "--env", "IVT-RefCOCOg-v0", "--strict", status=2)
-    assert strict.stderr.startswith("error: refcocog: not on this machine; looked for the folder ")
+    assert strict.stderr.startswith("error: refcocog: not on this machine; looked for ")
     assert strict.stderr.count("\n") == 1 and strict.stdout == ""
     assert not (tmp_path / "runs").exists()
 

@@ -8,13 +8,19 @@ whatever is served carries its own name, so no result can be labelled with data 
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ivt_env.data.sample import DataError, DataMissingError, Dataset, Picture, Sample
+
+if TYPE_CHECKING:
+    from ivt_env.data.table import Source
 
 __all__ = [
     "NAMES",
@@ -26,26 +32,33 @@ __all__ = [
     "Sample",
     "cache_folder",
     "data_folder",
+    "find_source",
     "load_dataset",
     "splits",
 ]
 
-NAMES = ("scenes", "photos", "refcocog", "refcoco", "refcocoplus", "refl4", "refadv", "mixed")
+NAMES = ("scenes", "photos", "refcocog", "refcoco", "refcocoplus", "refl4", "refadv", "mixed", "custom")
 """Every data set name that ``load_dataset`` takes."""
 
-_WITHOUT_READER = {
+_LAYOUTS = {
+    "refcocog": ("refer", "jxu124", "vlm_r1", "mdetr", "lmms"),
+    "refcoco": ("refer", "jxu124", "vlm_r1", "mdetr", "lmms"),
+    "refcocoplus": ("refer", "jxu124", "vlm_r1", "mdetr", "lmms"),
+    "refl4": ("ref_l4",),
+    "refadv": ("ref_adv",),
+    "custom": ("custom",),
+}
+"""Real data sets and the modules that read their layouts; the first that is on disk and has the split is served."""
+
+_SPLITS = {
+    "refcocog": ("train", "val", "test"),
+    "refcoco": ("train", "val", "testA", "testB"),
+    "refcocoplus": ("train", "val", "testA", "testB"),
     "refl4": ("val", "test"),
     "refadv": ("test",),
     "mixed": ("train", "val", "test"),
+    "custom": ("train", "val", "test"),
 }
-
-_ARCHIVES = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data/{}"
-_ARCHIVE_OF = {
-    "refcocog": ("refcocog.zip", _ARCHIVES.format("20220413012904", "refcocog.zip")),
-    "refcoco": ("refcoco.zip", _ARCHIVES.format("20220413011718", "refcoco.zip")),
-    "refcocoplus": ("refcoco+.zip", _ARCHIVES.format("20220413011656", "refcoco+.zip")),
-}
-_PICTURES_URL = "http://images.cocodataset.org/zips/train2014.zip"
 
 _warned: set[str] = set()
 
@@ -83,8 +96,8 @@ def splits(name: str) -> tuple[str, ...]:
     Raises:
         DataError: for an unknown name.
     """
-    if name in _WITHOUT_READER:
-        return _WITHOUT_READER[name]
+    if name in _SPLITS:
+        return _SPLITS[name]
     # Each imported only when asked for: this package must import fast.
     if name == "scenes":
         from ivt_env.data.scenes import LENGTHS
@@ -94,10 +107,6 @@ def splits(name: str) -> tuple[str, ...]:
         from ivt_env.data import photos
 
         return photos.SPLITS
-    if name in NAMES:
-        from ivt_env.data import refer
-
-        return next(iter(refer.PARTITIONS[name].values()))
     raise DataError(f"no data set {name!r}{_closest(name, NAMES)}; there are {', '.join(NAMES)}")
 
 
@@ -133,12 +142,15 @@ def load_dataset(
 
         return Photos(split)
     root = data_folder(data_root)
-    if name not in _WITHOUT_READER:
-        from ivt_env.data import refer
+    if name == "mixed":
+        from ivt_env.data.mixture import PARTS, open_mixture
 
-        folder = root / refer.FOLDERS[name]
-        if os.path.lexists(folder):
-            return refer.Refer(root, name, split)
+        if all(find_source(part, part_split, root) for part, part_split in PARTS[split]):
+            return open_mixture(root, split)
+    elif (found := find_source(name, split, root)) is not None:
+        from ivt_env.data.table import open_table
+
+        return open_table(found, split)
     if strict:
         raise DataMissingError(_absence(name, root))
     served = "test" if split.startswith("test") else split
@@ -156,6 +168,19 @@ def load_dataset(
     return _scenes(served)
 
 
+def find_source(name: str, split: str, root: Path) -> Source | None:
+    """Where a real data set lies under ``root`` in a layout that has this split; None: nowhere."""
+    for layout in _LAYOUTS[name]:
+        found = _layout(layout).find(root, name)
+        if found is not None and split in found.splits:
+            return found
+    return None
+
+
+def _layout(module: str) -> ModuleType:
+    return importlib.import_module(f"ivt_env.data.{module}")
+
+
 def _scenes(split: str) -> Dataset:
     from ivt_env.data.scenes import Scenes
 
@@ -164,21 +189,24 @@ def _scenes(split: str) -> Dataset:
 
 def _absence(name: str, root: Path) -> str:
     """Why a data set cannot be served, where it was looked for, and how to get it."""
-    if name in _WITHOUT_READER:
+    if name == "custom":
         return (
-            f"{name}: this version has no reader for it yet, so having the files would not help (nothing was "
-            f"looked for in {root})."
+            f"custom: no data set of your own in {root}: the folder needs a file SPLIT.jsonl (see docs/data/custom.md)."
         )
-    from ivt_env.data.refer import FOLDERS, PICTURE_FOLDERS
+    if name == "mixed":
+        from ivt_env.data.mixture import PARTS
 
-    archive, url = _ARCHIVE_OF[name]
-    folder = root / FOLDERS[name]
+        needed = dict.fromkeys(part for parts in PARTS.values() for part in parts)
+        absent = [part for part in needed if find_source(*part, root) is None]
+        return (
+            f"mixed: made of {', '.join(dict.fromkeys(name for name, _ in needed))}; not in {root}: "
+            f"{', '.join(' '.join(part) for part in absent)}. To get them: "
+            f"{', '.join(dict.fromkeys(f'`ivt data fetch {name}`' for name, _ in absent))}."
+        )
+    places = [str(root / place) for layout in _LAYOUTS[name] for place in _layout(layout).PLACES[name]]
     return (
-        f"{name}: not on this machine; looked for the folder {folder}. To get it: (1) download {archive} "
-        f"({url}) and unpack it, so that {folder / 'instances.json'} exists; (2) download train2014.zip "
-        f"(13.5 GB, {_PICTURES_URL}) and unpack its pictures into {root / PICTURE_FOLDERS[0]}. If you have "
-        f"them elsewhere, pass data_root=... or set the variable IVT_DATA to the folder that holds "
-        f"{FOLDERS[name]}/ and images/."
+        f"{name}: not on this machine; looked for {', '.join(places)}. To get it: `ivt data fetch {name}`. If you "
+        "have it elsewhere, pass data_root=... or set the variable IVT_DATA to the folder that holds it."
     )
 
 

@@ -1,0 +1,404 @@
+"""``ivt data fetch NAME``: download a data set to where its reader looks for it.
+
+Shows the licence and the size first and asks before more than 1 GB. Everything that is interrupted
+goes on where it stopped when the same command is run again. Pictures come as one archive, or one by
+one where a split needs a fraction of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from ivt_env.data import data_folder
+from ivt_env.data.archives import unpack
+from ivt_env.data.catalogue import (
+    CATALOGUE,
+    Entry,
+    HubFile,
+    HubFolder,
+    PictureSource,
+    RemoteFile,
+    entry,
+    hub_url,
+    list_hub_folder,
+)
+from ivt_env.data.fetch import (
+    PATIENCE,
+    Patience,
+    bytes_to_come,
+    check_space,
+    disk_error,
+    download,
+    fetch_pictures,
+    held_file,
+    mirrored,
+    readable,
+    remote_size,
+)
+from ivt_env.data.sample import DataError
+
+ASK_ABOVE_BYTES = 1_000_000_000
+_COCO_NAME = re.compile(r"COCO_train2014_\d{12}\.jpg")
+_REFER_SETS = ("refcocog", "refcoco", "refcocoplus")
+
+
+class ConsentError(Exception):
+    """A large download was not agreed to."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``run`` needs to a parser."""
+    parser.add_argument("name", metavar="NAME", help=f"data set: {', '.join(CATALOGUE)}")
+    parser.add_argument(
+        "--data-root", metavar="FOLDER", help="where data sets lie (default: the variable IVT_DATA, else the cache)"
+    )
+    parser.add_argument(
+        "--mirror", metavar="URL", help="another server: takes the place of scheme and host in every address"
+    )
+    parser.add_argument("--yes", action="store_true", help="download more than 1 GB without asking")
+    parser.add_argument(
+        "--split", help="only what this split needs, where it can be had alone (pictures one by one unless told else)"
+    )
+    parser.add_argument(
+        "--pictures",
+        choices=("archive", "single", "none"),
+        help="as one archive (default), one by one as the annotations name them (default with --split), or not at all",
+    )
+    parser.add_argument("--workers", type=_workers, default=8, metavar="N", help="pictures at a time (default: 8)")
+    parser.add_argument(
+        "--keep-archives", action="store_true", help="keep an archive after it is unpacked (default: delete it)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch a data set.
+
+    Args:
+        args: what ``add_arguments`` asks for.
+
+    Returns:
+        Exit status: 0 done (or there already), 1 an error or declined, 2 consent could not be asked
+        for, 130 interrupted. Errors are told on standard error.
+    """
+    try:
+        _fetch(args)
+    except ConsentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (DataError, _DeclinedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``run`` with arguments from a list of words (None: from the command line)."""
+    parser = argparse.ArgumentParser("ivt data fetch", description="Download a data set to where its reader looks.")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+class _DeclinedError(Exception):
+    """The user said no."""
+
+
+def _workers(word: str) -> int:
+    if not word.isdecimal() or not 1 <= int(word) <= 64:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number of downloads at a time (1 to 64)")
+    return int(word)
+
+
+def _fetch(args: argparse.Namespace, patience: Patience = PATIENCE) -> None:
+    found = entry(args.name)
+    if args.split is not None and args.split not in found.splits:
+        raise DataError(f"{found.name} has no split {args.split!r}; it has {', '.join(found.splits)}")
+    how = args.pictures or ("single" if args.split and found.pictures and found.pictures.single_url else "archive")
+    if how == "single" and (found.pictures is None or found.pictures.single_url is None):
+        raise DataError(
+            f"the pictures of {found.name} are not served one by one; leave --pictures out to get them with it"
+        )
+    root = data_folder(args.data_root)
+    print(f"{found.title} ({found.homepage})\nLicence: {found.licence}\n{found.notice}\nInto {root}")
+    wanted = [*found.files, *_hub_files(found.hub, args.split, args.mirror, patience)]
+    if found.pictures is not None and how == "archive" and not _is_complete_elsewhere(found.pictures, root):
+        wanted.append(found.pictures.archive)
+    files = [replace(file, url=mirrored(file.url, args.mirror)) for file in wanted]
+    absent = [file for file in files if not is_ready(file, root)]
+    _ask([_size(file, root, patience) for file in absent], args.yes)
+    for file in absent:
+        _obtain(file, root, args.keep_archives, patience)
+    if found.pictures is not None and how == "single":
+        _obtain_pictures(found, found.pictures, root, args, patience)
+    print(f"{found.name}: complete in {root}" + (" (without pictures)" if found.pictures and how == "none" else ""))
+
+
+# --- What there is to do --------------------------------------------------------------------------
+
+
+def is_ready(file: RemoteFile, root: Path) -> bool:
+    """Whether a file is where it belongs, whole; an archive: whether it is unpacked.
+
+    Raises:
+        DataError: where a file without published checksum is not the one that was received.
+    """
+    if file.unpack_into is None:
+        return held_file(root / file.path, file.bytes, file.sha256) is not None
+    proven = file.listed_is_all or _unpacked_note(file, root).is_file()
+    return proven and not _missing(file, root)
+
+
+def _missing(file: RemoteFile, root: Path) -> str | None:
+    """What unpacking should have left and is not there."""
+    for path in file.must_exist:
+        place = root / path
+        if not place.is_file() or not place.stat().st_size:
+            return f"{place} is not there"
+    if file.must_hold is not None:
+        folder, number = file.must_hold
+        count = _files_in(root / folder)
+        if count < number:
+            return f"{root / folder} holds {count} files, not {number}"
+    return None
+
+
+def _files_in(folder: Path) -> int:
+    try:
+        with os.scandir(folder) as entries:
+            return sum(not e.name.endswith(".partial") for e in entries)
+    except OSError:
+        return 0
+
+
+def _is_complete_elsewhere(pictures: PictureSource, root: Path) -> bool:
+    """Whether a user keeps all pictures in another of the folders that the reader looks into."""
+    must_hold = pictures.archive.must_hold
+    return must_hold is not None and any(_files_in(root / f) >= must_hold[1] for f in pictures.folders[1:])
+
+
+def _hub_files(
+    folders: Sequence[HubFolder], split: str | None, mirror: str | None, patience: Patience
+) -> list[RemoteFile]:
+    """The files of Hub folders, with the sizes and checksums that the Hub states."""
+    files: list[RemoteFile] = []
+    for folder in folders:
+        listed = list_hub_folder(folder.dataset, folder.revision, folder.folder, mirror, patience)
+        held = [f for f in listed if fnmatch.fnmatchcase(PurePosixPath(f.path).name, folder.pattern)]
+        if not held:
+            raise DataError(
+                f"{folder.dataset}: its folder {folder.folder or '/'} at revision {folder.revision} holds no "
+                f"{folder.pattern}; the data set has changed: see whether a newer version of this package knows it"
+            )
+        if split is not None and folder.split_pattern is not None:
+            pattern = folder.split_pattern.format(split=split)
+            held = [f for f in held if fnmatch.fnmatchcase(PurePosixPath(f.path).name, pattern)]
+        files += [_hub_file(folder, file) for file in held]
+    if folders and not files:
+        raise DataError(f"{', '.join(f.dataset for f in folders)}: none holds files of split {split!r}")
+    return files
+
+
+def _hub_file(folder: HubFolder, file: HubFile) -> RemoteFile:
+    name = PurePosixPath(file.path).name
+    url = hub_url(folder.dataset, folder.revision, file.path)
+    return RemoteFile(url, f"{folder.into}/{name}", bytes=file.bytes, sha256=file.sha256)
+
+
+def _size(file: RemoteFile, root: Path, patience: Patience) -> int | None:
+    """Bytes still to come; None where not even the server says."""
+    target = root / file.path
+    size = file.bytes or file.about_bytes
+    if file.unpack_into is not None and target.is_file():
+        return 0
+    if size is None:
+        size = remote_size(file.url, str(target), patience)
+    return None if size is None else bytes_to_come(target, size)
+
+
+def _ask(sizes: Sequence[int | None], agreed: bool) -> None:
+    """Tell the size, and ask before more than 1 GB or an unknown size.
+
+    Raises:
+        ConsentError: where nobody can be asked.
+    """
+    known = sum(size for size in sizes if size is not None)
+    text = f"about {readable(known)}"
+    if None in sizes:
+        text += " and something whose size the server does not tell" if known else ", of a size that is not told"
+    if not known and None not in sizes:
+        return
+    print(f"To download: {text}")
+    if agreed or (known <= ASK_ABOVE_BYTES and None not in sizes):
+        return
+    if not sys.stdin.isatty():
+        raise ConsentError(
+            f"this would download {text}, more than 1 GB or unknown, and nobody can be asked here; give --yes to agree"
+        )
+    if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise _DeclinedError("nothing was downloaded")
+
+
+# --- Doing it -------------------------------------------------------------------------------------
+
+
+def _obtain(file: RemoteFile, root: Path, keep: bool, patience: Patience) -> None:
+    """Download a file, and unpack it where it is an archive."""
+    target = root / file.path
+    line = ProgressLine(target.name)
+    try:
+        received = download(
+            file.url, target, size=file.bytes, sha256=file.sha256, space_factor=file.unpack_factor,
+            patience=patience, progress=line,
+        )  # fmt: skip
+    finally:
+        line.close()
+    checked = "as published" if file.sha256 is not None else "no published one to compare with; noted beside it"
+    print(f"{target}: {readable(received.bytes)}, sha256 {received.sha256} ({checked})")
+    if file.unpack_into is None:
+        return
+    folder = root / file.unpack_into
+    line = ProgressLine(f"unpacking {target.name}")
+    try:
+        unpacked = unpack(target, folder, only=file.only, flatten=file.flatten, progress=line)
+    finally:
+        line.close()
+    missing = _missing(file, root)
+    if missing is not None:
+        raise DataError(
+            f"{target}: was unpacked into {folder}, but {missing}; the archive has another layout than is known here: "
+            "put its files there by hand, or see whether a newer version of this package knows it"
+        )
+    try:
+        _unpacked_note(file, root).write_text(
+            f"{unpacked.files} files, {unpacked.bytes} bytes, of sha256 {received.sha256}\n", encoding="utf-8"
+        )
+        if not keep:
+            target.unlink()
+    except OSError as error:
+        raise disk_error(error, target) from error
+    print(f"{target.name}: {unpacked.files} files in {folder}" + ("" if keep else "; the archive is deleted"))
+
+
+def _unpacked_note(file: RemoteFile, root: Path) -> Path:
+    target = root / file.path
+    return target.with_name(f"{target.name}.unpacked")
+
+
+def _obtain_pictures(
+    found: Entry, pictures: PictureSource, root: Path, args: argparse.Namespace, patience: Patience
+) -> None:
+    """Download the pictures that the annotations name, one by one."""
+    single_url = pictures.single_url
+    assert single_url is not None
+    asked = (args.split,) if args.split else found.splits
+    names = sorted({name for split in asked for name in picture_names(found.name, split, root)})
+    folder = next((root / f for f in pictures.folders if (root / f).is_dir()), root / pictures.folders[0])
+    absent = sum(not (folder / name).is_file() for name in names)
+    print(f"{found.name} {'/'.join(asked)}: {len(names)} pictures, {absent} of them not in {folder}")
+    estimate = absent * pictures.mean_bytes
+    _ask([estimate], args.yes)
+    check_space(folder, estimate, f"downloading {absent} pictures")
+    line = ProgressLine("pictures", "pictures")
+    try:
+        downloaded, present = fetch_pictures(
+            names, folder, lambda name: mirrored(single_url.format(name=name), args.mirror), args.workers,
+            patience=patience, progress=line,
+        )  # fmt: skip
+    finally:
+        line.close()
+    print(f"{folder}: {downloaded} pictures downloaded, {present} were there")
+
+
+def picture_names(name: str, split: str, root: Path) -> list[str]:
+    """The pictures of COCO train2014 that a split names, sorted; its annotations must be there, its pictures not.
+
+    Args:
+        name: a data set of the catalogue whose pictures are COCO's.
+        split: one of its splits.
+        root: the data root.
+
+    Raises:
+        DataError: where the annotations are missing or broken, or name other pictures.
+    """
+    from ivt_env.data.table import open_table
+
+    layout = importlib.import_module(f"ivt_env.data.{'refer' if name in _REFER_SETS else name}")
+    names: set[str] = set()
+    for part in (name,) if name in _REFER_SETS else _REFER_SETS:
+        source = layout.find(root, part)
+        if source is None or split not in source.splits:
+            continue
+        for path in open_table(source, split, need_pictures=False).file_names():
+            plain = PurePosixPath(path).name
+            if not _COCO_NAME.fullmatch(plain):
+                raise DataError(
+                    f"{source.folder}: {part} {split} names the picture {path!r}, which is none of COCO's train2014 "
+                    "and cannot be downloaded alone; use --pictures none, and put the pictures there by hand"
+                )
+            names.add(plain)
+    if not names:
+        raise DataError(f"{root}: holds no annotations of {name} for split {split!r}; fetch {name} there first")
+    return sorted(names)
+
+
+# --- Saying how far it is -------------------------------------------------------------------------
+
+
+class ProgressLine:
+    """Progress for a person: one line rewritten in place on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, label: str, unit: str = "bytes", stream: IO[str] | None = None, quiet_s: float = 30.0) -> None:
+        """Start the clock.
+
+        Args:
+            label: what is being done.
+            unit: ``bytes``, or the plural of what is counted.
+            stream: standard error by default.
+            quiet_s: seconds between lines where the stream is no terminal.
+        """
+        self._label, self._unit = label, unit
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._every_s = 0.2 if self._terminal else quiet_s
+        self._start = self._shown_at = time.monotonic()
+        self._first: int | None = None
+        self._last: tuple[int, int | None] | None = None
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """Note the state, and show it if it is time to."""
+        self._first = done if self._first is None else self._first
+        self._last = done, total
+        now = time.monotonic()
+        if now - self._shown_at >= self._every_s:
+            self._shown_at = now
+            self._show("\r" if self._terminal else "", "\x1b[K" if self._terminal else "\n")
+
+    def close(self) -> None:
+        """Show the last state and end the line."""
+        if self._last is not None:
+            self._show("\r" if self._terminal else "", "\x1b[K\n" if self._terminal else "\n")
+
+    def _show(self, before: str, after: str) -> None:
+        assert self._last is not None and self._first is not None
+        done, total = self._last
+        speed = (done - self._first) / max(time.monotonic() - self._start, 1e-3)  # of this run, without what was there
+        amount = readable if self._unit == "bytes" else lambda value: f"{value:.0f}"
+        text = amount(done) if total is None else f"{amount(done)} of {amount(total)} ({100 * done // max(total, 1)} %)"
+        text += "" if self._unit == "bytes" else f" {self._unit}"
+        text += f", {amount(speed)}/s"
+        if total is not None and 0 < speed and done < total:
+            text += f", {(total - done) / speed / 60:.0f} min left"
+        self._stream.write(f"{before}{self._label}: {text}{after}")
+        self._stream.flush()

@@ -1,0 +1,215 @@
+"""``ivt score``: score a file of predictions without the model that made them.
+
+    ivt score predictions.jsonl --dataset refcocog --split test --format xyxy --frame px
+    ivt score cogvlm_grounding_pred.json --layout refl4 --extra ignore --dataset refl4 --split test
+    ivt score qwen3a4b_direct_predictions.jsonl --layout refadv --dataset refadv --split test --json
+
+It prints one common rule for every data set and, beside it, the rule under which the benchmark's
+published numbers were made; ``ivt_env.metrics.benchmarks`` says what they are. What the numbers of a
+box mean is declared, never guessed; ``ivt_env.metrics.predictions`` says what a file looks like.
+
+Exit status: 0, or 2 with one line on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ivt_env.data import NAMES, load_dataset
+from ivt_env.data.sample import DataError, Sample
+from ivt_env.metrics.benchmarks import OWN_RULES, RULES, BenchmarkError, RuleResult, results_table, score
+from ivt_env.metrics.predictions import (
+    FORMATS,
+    FRAMES,
+    LAYOUTS,
+    Matched,
+    PredictionError,
+    PredictionFile,
+    match,
+    read_predictions,
+)
+from ivt_env.metrics.table import as_json
+
+_MOST_SAMPLES = 500_000
+"""More samples than this are not meant to be scored whole (the embedded scenes have no end)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ivt score`` to ``parser``."""
+    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="JSON lines, or one JSON array")
+    data = parser.add_argument_group("data set")
+    data.add_argument("--dataset", required=True, choices=NAMES, help="what the predictions answer")
+    data.add_argument("--split", required=True, help="its split; never assumed")
+    data.add_argument("--data-root", type=Path, help="folder of the real data sets (default: the variable IVT_DATA)")
+    data.add_argument("--samples", type=int, metavar="N", help="the first N samples only (default: the whole split)")
+    file = parser.add_argument_group("what the file holds (declared, never guessed)")
+    file.add_argument("--format", choices=FORMATS, dest="box_format", help="what the four numbers are")
+    file.add_argument("--frame", choices=FRAMES, help="what they are measured in; resized needs input_size in each row")
+    file.add_argument("--layout", choices=LAYOUTS, default="ivt", help="a published layout (default: %(default)s)")
+    file.add_argument("--id-field", help="field of the sample's id (default: the layout's)")
+    file.add_argument("--box-field", help="field of the box (default: the layout's)")
+    file.add_argument("--missing", choices=("error", "miss"), default="error", help="samples without a prediction")
+    file.add_argument("--extra", choices=("error", "ignore"), default="error", help="predictions without a sample")
+    file.add_argument(
+        "--trust-declaration",
+        action="store_true",
+        help="score even where many boxes contradict the declared format or frame",
+    )
+    rules = parser.add_argument_group("rules and output")
+    rules.add_argument(
+        "--rule",
+        choices=("auto", *RULES),
+        default="auto",
+        help="the rule beside the common one; auto: the benchmark's own (default: %(default)s)",
+    )
+    rules.add_argument("--category-map", type=Path, help="JSON object refcoco_k -> o365_m, for refl4's class averages")
+    rules.add_argument(
+        "--resamples", type=int, default=1000, help="bootstrap resamples of the intervals, 0 for none (%(default)s)"
+    )
+    rules.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
+    rules.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score and print; the exit status.
+
+    Args:
+        args: what ``add_arguments`` parsed.
+    """
+    try:
+        print(_scored(args))
+    except (DataError, PredictionError, BenchmarkError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse ``argv`` (default: the command line) and run; the exit status."""
+    parser = _Parser(prog="ivt score", description="Score a file of predictions without a model.")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())} (ivt score --help lists the options)\n")
+
+
+def _scored(args: argparse.Namespace) -> str:
+    for option, value, least in (("--samples", args.samples, 1), ("--resamples", args.resamples, 0)):
+        if value is not None and value < least:
+            raise PredictionError(f"{option} {value}: give {least} or more")
+    # Before the data set, which may take a minute to open.
+    file = read_predictions(
+        args.predictions,
+        args.layout,
+        box_format=args.box_format,
+        frame=args.frame,
+        id_field=args.id_field,
+        box_field=args.box_field,
+    )
+    mapping = _category_map(args.category_map) if args.category_map else None
+    samples, total = _samples(args)
+    matched = match(file, samples, missing=args.missing, extra=args.extra, trust=args.trust_declaration)
+    own = OWN_RULES.get(args.dataset, ()) if args.rule == "auto" else (args.rule,)
+    names = dict.fromkeys(("common", *own))
+    results = [
+        score(name, matched.boxes_px, samples, category_map=mapping, resamples=args.resamples, seed=args.seed)
+        for name in names
+    ]
+    if args.json:
+        return json.dumps(_as_record(args, file, samples, total, matched, results), indent=2, allow_nan=False)
+    return _as_text(args, file, samples, total, matched, results)
+
+
+def _samples(args: argparse.Namespace) -> tuple[list[Sample], int]:
+    """The samples to score, and how many the split has."""
+    dataset = load_dataset(args.dataset, args.split, args.data_root, strict=True)
+    total = len(dataset)
+    count = total if args.samples is None else args.samples
+    if count > total:
+        raise PredictionError(f"--samples {count}: {args.dataset} {args.split} has {total}")
+    if count > _MOST_SAMPLES:
+        raise PredictionError(f"{args.dataset} {args.split} has {total} samples: say how many with --samples N")
+    return [dataset[number] for number in range(count)], total
+
+
+def _category_map(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise PredictionError(f"{path}: cannot be read ({error.strerror}); give a JSON file") from error
+    except (ValueError, RecursionError) as error:
+        raise PredictionError(f"{path}: not JSON ({error}); write an object refcoco_k -> o365_m") from error
+    if not isinstance(content, dict) or not content:
+        raise PredictionError(f"{path}: not a JSON object with entries; write one of refcoco_k -> o365_m")
+    for key, value in content.items():
+        if not key.startswith("refcoco_") or not isinstance(value, str) or not value.startswith("o365_"):
+            raise PredictionError(f"{path}: {key!r}: {value!r} does not map a refcoco_k to an o365_m; correct it")
+    return content
+
+
+def _as_record(
+    args: argparse.Namespace,
+    file: PredictionFile,
+    samples: Sequence[Sample],
+    total: int,
+    matched: Matched,
+    results: Sequence[RuleResult],
+) -> dict[str, Any]:
+    record: dict[str, Any] = as_json(
+        {
+            "dataset": samples[0].dataset,
+            "split": samples[0].split,
+            "samples": len(samples),
+            "samples_of_split": total,
+            "pictures": len({sample.picture_id for sample in samples}),
+            "predictions": str(file.path),
+            "layout": args.layout,
+            "declared": file.declared,
+            "missing": matched.missing,
+            "parse_failures": matched.parse_failures,
+            "without_area": matched.without_area,
+            "ignored": matched.ignored,
+            "interval": {"level": 0.95, "resamples": args.resamples, "seed": args.seed, "clusters": "picture"},
+            "rules": {result.name: result for result in results},
+        }
+    )
+    return record
+
+
+def _as_text(
+    args: argparse.Namespace,
+    file: PredictionFile,
+    samples: Sequence[Sample],
+    total: int,
+    matched: Matched,
+    results: Sequence[RuleResult],
+) -> str:
+    pictures = len({sample.picture_id for sample in samples})
+    part = "" if len(samples) == total else f" (the first of {total})"
+    lines = [
+        f"{samples[0].dataset} {samples[0].split}: {len(samples)} samples{part}, {pictures} pictures",
+        f"{file.path}: {len(file.rows)} predictions, boxes declared as {file.declared}",
+        f"counted as misses: {matched.missing} missing, {matched.parse_failures} parse failures; "
+        f"boxes without area: {matched.without_area}; rows of no sample, ignored: {matched.ignored}",
+        "",
+        results_table(results),
+    ]
+    if args.rule == "auto" and args.dataset not in OWN_RULES:
+        lines.append(f"{args.dataset} has no rule of its own; --rule names another")
+    if args.resamples:
+        lines.append(f"intervals: bootstrap over whole pictures, {args.resamples} resamples")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

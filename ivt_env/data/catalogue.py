@@ -1,0 +1,340 @@
+"""What can be fetched: for each data set its files, where they belong under the data root, and its licence.
+
+Places agree with what the readers look for. A checksum or exact size stands here only where it is
+published; where there is none, ``fetch`` records what it received, so that a second fetch can be compared.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+
+from ivt_env.data.fetch import PATIENCE, Patience, get_bytes, mirrored
+from ivt_env.data.sample import DataError
+
+DOWNLOADS = "downloads"
+"""Archives wait here, under the data root, until they are unpacked."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file on a server, and what becomes of it."""
+
+    url: str
+    path: str
+    """Where it ends up, relative to the data root, with ``/``."""
+    bytes: int | None = None
+    """Exact size, where published."""
+    about_bytes: int | None = None
+    """Rounded size, where only that is published: good for asking, not for checking."""
+    sha256: str | None = None
+    unpack_into: str | None = None
+    """For an archive: folder relative to the data root (``.`` is the root itself)."""
+    only: tuple[str, ...] = ()
+    """Patterns (``fnmatch``, of the plain file name) of the members that are wanted; none means all."""
+    flatten: bool = False
+    """Whether members lose their folders: for archives whose inner folder is not documented."""
+    unpack_factor: float = 0.0
+    """Estimate of the unpacked size divided by the archive's, for the check of the disk before a download."""
+    must_exist: tuple[str, ...] = ()
+    """What unpacking must leave, relative to the data root."""
+    must_hold: tuple[str, int] | None = None
+    """A folder that unpacking must fill, and with at least how many files."""
+    listed_is_all: bool = True
+    """Whether ``must_exist`` and ``must_hold`` prove that it is complete, without a note of the unpacking."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubFolder:
+    """Files of a Hugging Face Hub data set whose names are asked of the Hub; it also gives size and checksum."""
+
+    dataset: str
+    into: str
+    """Folder under the data root; files keep their plain name."""
+    pattern: str = "*.parquet"
+    """``fnmatch`` pattern of the plain file name."""
+    folder: str = ""
+    """Folder inside the Hub data set."""
+    revision: str = "main"
+    split_pattern: str | None = None
+    """Pattern with ``{split}`` where a single split can be fetched alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSource:
+    """Where the pictures come from when they are not inside the annotation files."""
+
+    archive: RemoteFile
+    folders: tuple[str, ...]
+    """Where they may lie under the data root; the first is where they are put if none is there."""
+    single_url: str | None = None
+    """Address of one picture, with ``{name}``; None where only the archive is served."""
+    mean_bytes: int = 0
+    """Of one picture, to estimate a download."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A data set that can be fetched."""
+
+    name: str
+    title: str
+    licence: str
+    notice: str
+    """What a user has to know besides: origin, terms of the pictures, limits of use."""
+    homepage: str
+    splits: tuple[str, ...]
+    files: tuple[RemoteFile, ...] = ()
+    hub: tuple[HubFolder, ...] = ()
+    pictures: PictureSource | None = None
+
+
+def entry(name: str) -> Entry:
+    """The data set of that name.
+
+    Raises:
+        DataError: for a name that cannot be fetched; it lists those that can.
+    """
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    if name in ("scenes", "photos"):
+        raise DataError(f"{name!r} is part of this package: there is nothing to fetch")
+    close = difflib.get_close_matches(name, CATALOGUE, n=1)
+    meant = f" (did you mean {close[0]!r}?)" if close else ""
+    raise DataError(f"no data set {name!r} can be fetched{meant}; there are {', '.join(CATALOGUE)}")
+
+
+def hub_url(dataset: str, revision: str, path: str) -> str:
+    """Address of one file of a Hub data set."""
+    return f"https://huggingface.co/datasets/{dataset}/resolve/{revision}/{path}"
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file in a Hub data set, as its listing describes it."""
+
+    path: str
+    bytes: int
+    sha256: str | None
+    """None for a small file, which the Hub keeps in git itself."""
+
+
+def list_hub_folder(
+    dataset: str, revision: str, folder: str, mirror: str | None = None, patience: Patience = PATIENCE
+) -> list[HubFile]:
+    """The files of a folder (not of its sub-folders) of a Hub data set.
+
+    Raises:
+        DataError: where the Hub does not have it, or answers something else than a listing.
+    """
+    what = f"the listing of {dataset}" + (f", folder {folder}" if folder else "")
+    place = f"{dataset}/tree/{revision}" + (f"/{folder}" if folder else "")
+    url: str | None = f"https://huggingface.co/api/datasets/{place}"
+    files: list[HubFile] = []
+    while url is not None:
+        url = mirrored(url, mirror)
+        body, headers = get_bytes(url, 16 << 20, what, patience)
+        try:
+            for row in json.loads(body):
+                if row["type"] == "file":
+                    lfs = row.get("lfs") or {}
+                    files.append(HubFile(str(row["path"]), int(lfs.get("size", row["size"])), lfs.get("oid")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{what}: {url} answers something else than a list of files ({type(error).__name__}: {error}); if you "
+                "gave a --mirror, it must serve the Hub's /api too"
+            ) from error
+        following = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link") or "")
+        url = following.group(1) if following else None
+    return files
+
+
+# --- Pictures of COCO -----------------------------------------------------------------------------
+
+COCO_TRAIN2014 = PictureSource(
+    archive=RemoteFile(
+        url="http://images.cocodataset.org/zips/train2014.zip",
+        path=f"{DOWNLOADS}/train2014.zip",
+        about_bytes=13_500_000_000,
+        unpack_into="images/mscoco/images",
+        unpack_factor=1.02,  # JPEG does not compress
+        must_hold=("images/mscoco/images/train2014", 82_783),
+    ),
+    folders=("images/mscoco/images/train2014", "images/train2014", "train2014"),
+    single_url="http://images.cocodataset.org/train2014/{name}",
+    mean_bytes=163_000,
+)
+
+_COCO_TERMS = "The pictures are COCO's train2014, photographs from Flickr, each under the terms its owner chose there."
+
+
+# --- The data sets --------------------------------------------------------------------------------
+
+_WAYBACK = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data/{}"
+
+
+def _refer(
+    name: str, title: str, folder: str, partition: str, stamp: str, size: int, sha256: str, licence: str
+) -> Entry:
+    archive = f"{folder}.zip"
+    return Entry(
+        name=name,
+        title=title,
+        licence=licence,
+        notice=f"From a copy in the Internet Archive, the original host being gone. {_COCO_TERMS}",
+        homepage="https://github.com/lichengunc/refer",
+        splits=("train", "val", "test") if partition == "umd" else ("train", "val", "testA", "testB"),
+        files=(
+            RemoteFile(
+                url=_WAYBACK.format(stamp, archive),
+                path=f"{DOWNLOADS}/{archive}",
+                bytes=size,
+                sha256=sha256,
+                unpack_into=".",
+                unpack_factor=8.0,  # JSON
+                must_exist=(f"{folder}/instances.json", f"{folder}/refs({partition}).p"),
+            ),
+        ),
+        pictures=COCO_TRAIN2014,
+    )
+
+
+_MDETR_FILES = tuple(
+    f"mdetr/finetune_{name}_{split}.json"
+    for name, splits in (
+        ("refcoco", ("train", "val", "testA", "testB")),
+        ("refcoco+", ("train", "val", "testA", "testB")),
+        ("refcocog", ("train", "val", "test")),
+    )
+    for split in splits
+)
+_VLM_R1_FILES = tuple(
+    f"vlm_r1/rec_jsons_processed/{name}_{ending}"
+    for name in ("refcoco", "refcocop", "refcocog")
+    for ending in ("train.json", "train.jsonl", "val.json")
+)
+
+_ENTRIES = (
+    _refer(
+        "refcocog", "RefCOCOg", "refcocog", "umd", "20220413012904", 56_712_951,
+        "3d1f7e5b2ff2205940bf59de55f861f5f2cc1403fb980669933a7f9af1aa8211",
+        "CC BY 4.0 (as stated by Ref-L4's authors; the REFER tool is Apache-2.0); COCO annotations CC BY 4.0",
+    ),
+    _refer(
+        "refcoco", "RefCOCO", "refcoco", "unc", "20220413011718", 53_993_993,
+        "7f924bb7ed8dc4568058e4ff626281918d56e5206f4c868c5a80f088f38c8bf0",
+        "Apache-2.0 (as stated by Ref-L4's authors); COCO annotations CC BY 4.0",
+    ),
+    _refer(
+        "refcocoplus", "RefCOCO+", "refcoco+", "unc", "20220413011656", 45_613_210,
+        "5f1238112d63199e68da54a28f201471909b21ded7ed79a57d51b4c1443c6b45",
+        "Apache-2.0 (as stated by Ref-L4's authors); COCO annotations CC BY 4.0",
+    ),
+    Entry(
+        name="refl4",
+        title="Ref-L4",
+        licence="CC BY-NC 4.0: not for commercial use",
+        notice="For evaluation: there is no train split. Its pictures are from COCO 2014 and Objects365, each under "
+        "its own terms.",
+        homepage="https://huggingface.co/datasets/JierunChen/Ref-L4",
+        splits=("val", "test"),
+        hub=(HubFolder("JierunChen/Ref-L4", "refl4", "ref-l4-*.parquet"),),
+        pictures=PictureSource(
+            archive=RemoteFile(
+                url=hub_url("JierunChen/Ref-L4", "main", "images.tar.gz"),
+                path=f"{DOWNLOADS}/ref-l4-images.tar.gz",
+                bytes=3_512_747_994,
+                sha256="a07c7b85e94d3dcd1f7847ba85d670590b86d6000ffa3c8dd11e988b2af2a7b7",
+                unpack_into="refl4/images",
+                flatten=True,
+                unpack_factor=1.05,
+                must_hold=("refl4/images", 1),
+                listed_is_all=False,
+            ),
+            folders=("refl4/images",),
+        ),
+    ),
+    Entry(
+        name="refadv",
+        title="Ref-Adv-s",
+        licence="data CC BY 4.0 as reported, while its repository speaks of 'its own license': see its page",
+        notice="For evaluation only, although its file calls the split 'train'. Pictures of COCO val2017 and "
+        "OpenImages are inside, under their own terms.",
+        homepage="https://huggingface.co/datasets/dddraxxx/ref-adv-s",
+        splits=("test",),
+        hub=(HubFolder("dddraxxx/ref-adv-s", "refadv", revision="e7a53e352b5885b8228fc6afa8645ab78e76d5f1"),),
+    ),
+    Entry(
+        name="mdetr",
+        title="RefCOCO, RefCOCO+ and RefCOCOg as prepared for MDETR",
+        licence="none stated for the data (the code is Apache-2.0)",
+        notice=f"The archive also holds other data sets, which are left in it. {_COCO_TERMS}",
+        homepage="https://github.com/ashkamath/mdetr",
+        splits=("train", "val", "testA", "testB", "test"),
+        files=(
+            RemoteFile(
+                url="https://zenodo.org/record/4729015/files/mdetr_annotations.tar.gz",
+                path=f"{DOWNLOADS}/mdetr_annotations.tar.gz",
+                unpack_into="mdetr",
+                only=("finetune_refcoco*.json",),
+                flatten=True,
+                unpack_factor=1.0,
+                must_exist=_MDETR_FILES,
+            ),
+        ),
+        pictures=COCO_TRAIN2014,
+    ),
+    Entry(
+        name="vlm_r1",
+        title="RefCOCO, RefCOCO+ and RefCOCOg as prepared for VLM-R1",
+        licence="none stated for the data",
+        notice=_COCO_TERMS,
+        homepage="https://huggingface.co/datasets/omlab/VLM-R1",
+        splits=("train", "val"),
+        files=(
+            RemoteFile(
+                url=hub_url("omlab/VLM-R1", "main", "rec_jsons_processed.zip"),
+                path=f"{DOWNLOADS}/rec_jsons_processed.zip",
+                about_bytes=37_600_000,
+                unpack_into="vlm_r1/rec_jsons_processed",
+                flatten=True,
+                unpack_factor=15.0,  # JSON with much repetition
+                must_exist=_VLM_R1_FILES,
+            ),
+        ),
+        pictures=COCO_TRAIN2014,
+    ),
+    Entry(
+        name="lmms",
+        title="RefCOCO, RefCOCO+ and RefCOCOg of lmms-lab, pictures inside",
+        licence="none stated",
+        notice="For evaluation only: there is no train split, and some val rows share pictures with RefCOCO's train. "
+        "The pictures are COCO's, under their own terms.",
+        homepage="https://huggingface.co/lmms-lab-encoder",
+        splits=("val", "test", "testA", "testB"),
+        hub=tuple(
+            HubFolder(
+                f"lmms-lab-encoder/{name}", f"lmms/{name}/data", folder="data", split_pattern="{split}-*.parquet"
+            )
+            for name in ("RefCOCO", "RefCOCOplus", "RefCOCOg")
+        ),
+    ),
+    Entry(
+        name="jxu124",
+        title="RefCOCO, RefCOCO+ and RefCOCOg of jxu124",
+        licence="none stated",
+        notice=_COCO_TERMS,
+        homepage="https://huggingface.co/jxu124",
+        splits=("train", "val", "testA", "testB", "test"),
+        hub=tuple(
+            HubFolder(f"jxu124/{name}", f"jxu124/{name}/data", folder="data")
+            for name in ("refcoco", "refcocoplus", "refcocog")
+        ),
+        pictures=COCO_TRAIN2014,
+    ),
+)  # fmt: skip
+
+CATALOGUE: dict[str, Entry] = {found.name: found for found in _ENTRIES}
+"""Name -> data set."""

@@ -1,0 +1,219 @@
+"""Is a data set on this machine whole, readable and free of leaks? What ``ivt data check`` says.
+
+Everything is looked at, not a sample: every row through its reader, every picture file decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from ivt_env.data.checked import BadRows
+from ivt_env.data.pictures import read_picture
+from ivt_env.data.sample import DataError
+from ivt_env.data.table import Source, Table, open_table
+
+Level = Literal["error", "warning", "note"]
+_EXAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing worth knowing about a data set."""
+
+    level: Level
+    """``error``: results would be wrong or a run would stop; ``warning``: look at it; ``note``: good to know."""
+    split: str
+    text: str
+    count: int
+    """How many rows or pictures."""
+    examples: tuple[str, ...] = ()
+    """The first few."""
+
+
+@dataclass
+class Report:
+    """What was found in a data set."""
+
+    name: str
+    layout: str
+    folder: str
+    samples: dict[str, int] = field(default_factory=dict)
+    """Split -> expressions."""
+    pictures: dict[str, int] = field(default_factory=dict)
+    """Split -> distinct pictures."""
+    pictures_read: int = 0
+    """Picture files decoded; 0 if that was not asked for."""
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return all(finding.level != "error" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self) | {"ok": self.ok}
+
+    def __str__(self) -> str:
+        """For a person to read."""
+        lines = [f"{self.name} ({self.layout}) in {self.folder}"]
+        lines += [f"  {s:<8} {n:>8,} expressions on {self.pictures[s]:>7,} pictures" for s, n in self.samples.items()]
+        lines.append(f"  {self.pictures_read:,} picture files read" if self.pictures_read else "  pictures not read")
+        for level in ("error", "warning", "note"):
+            for finding in (f for f in self.findings if f.level == level):
+                lines.append(f"  {level.upper():<8} {finding.split}: {finding.text} ({finding.count:,})")
+                lines += [f"             {example}" for example in finding.examples]
+                if finding.count > len(finding.examples) > 0:
+                    lines.append(f"             ... and {finding.count - len(finding.examples):,} more")
+        lines.append("  whole and readable" if self.ok else "  NOT fit for use: see the errors above")
+        return "\n".join(lines)
+
+
+def check_source(
+    source: Source,
+    splits: Sequence[str] | None = None,
+    read_pictures: bool = True,
+    workers: int = 4,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Check a data set.
+
+    Args:
+        source: where it lies and how it is read.
+        splits: which; None is all. Leaks can only be found between splits that are looked at.
+        read_pictures: whether to decode every picture (slow: some 100 a second and core).
+        workers: threads that decode pictures.
+        progress: called with pictures done and pictures in all.
+
+    Raises:
+        DataError: where a split cannot be opened at all.
+    """
+    report = Report(source.name, source.layout, str(source.folder))
+    tables = {split: open_table(source, split, need_pictures=read_pictures) for split in splits or source.splits}
+    for split, table in tables.items():
+        report.samples[split], report.pictures[split] = len(table), len(set(table.picture_ids()))
+        expected = (source.published or {}).get(split)
+        if expected is not None and expected != len(table):
+            text = f"holds {len(table):,} expressions, published are {expected:,}"
+            report.findings.append(Finding("error", split, text, abs(expected - len(table))))
+        report.findings += _repeats(table)
+    report.findings += left_out(source, tables)
+    report.findings += leaks({(source.name, s): t for s, t in tables.items()}, source.may_share_pictures)
+    if read_pictures:
+        report.findings += _pictures(tables, report, workers, progress)
+    return report
+
+
+def left_out(source: Source, tables: Mapping[str, Table]) -> Iterator[Finding]:
+    """The rows that the reader refuses, with its reasons."""
+    if not any(table.skipped for table in tables.values()):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        bad = BadRows(str(source.folder), source.remedy)
+        seen: set[tuple[str, str]] = set()
+        for row in source.read(bad, Path(folder)):
+            if (row.split, row.sample_id) in seen:
+                bad.add(row.sample_id, f"the id {row.sample_id} occurs twice in {row.split}")
+            seen.add((row.split, row.sample_id))
+    text = "rows cannot be used and are left out"
+    yield Finding("warning", "all", text, len(bad.reasons), tuple(bad.reasons[:_EXAMPLES]))
+
+
+def leaks(tables: Mapping[tuple[str, str], Table], allowed: bool = False) -> Iterator[Finding]:
+    """Pictures that are in a training split and in another one, in one data set or across several.
+
+    Args:
+        tables: (data set, split) -> opened split.
+        allowed: whether the data set is known to be divided like this (the google partitions).
+    """
+    pictures = {key: set(table.picture_ids()) for key, table in tables.items()}
+    for train, of_train in pictures.items():
+        if train[1] != "train":
+            continue
+        for other, of_other in pictures.items():
+            shared = of_train & of_other
+            if other != train and other[1] != "train" and shared:
+                text = f"{' '.join(train)} shares pictures with {' '.join(other)}: leave them out of training"
+                level: Level = "warning" if allowed or train[0] != other[0] else "error"
+                yield Finding(level, f"{train[1]}/{other[1]}", text, len(shared), _first(sorted(shared)))
+
+
+def _repeats(table: Table) -> Iterator[Finding]:
+    same: Counter[tuple[str, str, tuple[float, ...]]] = Counter()
+    boxes: dict[tuple[str, str], set[tuple[float, ...]]] = defaultdict(set)
+    for index in range(len(table)):
+        sample = table[index]
+        key = sample.picture_id, " ".join(sample.expression.casefold().split())
+        same[*key, sample.box] += 1
+        boxes[key].add(sample.box)
+    twice = [f"{picture}: {text!r}" for (picture, text, _), count in same.items() if count > 1]
+    if twice:
+        text = "expressions stand twice with the same picture and box"
+        yield Finding("note", table.split, text, len(twice), _first(twice))
+    torn = [f"{picture}: {text!r} has {len(b)} boxes" for (picture, text), b in boxes.items() if len(b) > 1]
+    if torn:
+        text = "expressions are ambiguous: one picture, one text, several boxes"
+        yield Finding("warning", table.split, text, len(torn), _first(torn))
+
+
+def _pictures(
+    tables: Mapping[str, Table], report: Report, workers: int, progress: Callable[[int, int], None]
+) -> Iterator[Finding]:
+    """Decode every picture once; find broken ones, and equal files under different ids."""
+    jobs: dict[str, tuple[Table, int]] = {}
+    splits_of: dict[str, set[str]] = defaultdict(set)
+    for split, table in tables.items():
+        for index, picture_id in enumerate(table.picture_ids()):
+            jobs.setdefault(picture_id, (table, index))
+            splits_of[picture_id].add(split)
+    ids_of: dict[str, list[str]] = defaultdict(list)
+    broken: list[str] = []
+    with ThreadPoolExecutor(workers) as pool:
+        # In slices: an exception must not wait behind 20,000 queued pictures.
+        done, waiting = 0, iter(jobs.items())
+        while chunk := list(islice(waiting, 64)):
+            for (picture_id, _), result in zip(chunk, pool.map(_decode, (job for _, job in chunk)), strict=True):
+                if result.startswith("sha256:"):
+                    ids_of[result].append(picture_id)
+                else:
+                    broken.append(result)
+            done += len(chunk)
+            progress(done, len(jobs))
+    report.pictures_read = done - len(broken)
+    if broken:
+        yield Finding("error", "all", "pictures cannot be read", len(broken), _first(broken))
+    copies = [ids for ids in ids_of.values() if len(ids) > 1]
+    leaking = [ids for ids in copies if len({"train" if "train" in splits_of[i] else "other" for i in ids}) > 1]
+    if leaking:
+        text = "picture files are the same in train and in another split, under different ids"
+        yield Finding("error", "train/other", text, len(leaking), _first(" = ".join(ids) for ids in leaking))
+    elif copies:
+        text = "picture files are the same under different ids"
+        yield Finding("note", "all", text, len(copies), _first(" = ".join(ids) for ids in copies))
+
+
+def _decode(job: tuple[Table, int]) -> str:
+    """``sha256:...`` of the file, or what is wrong with it."""
+    table, index = job
+    sample = table[index]
+    try:
+        path = table.picture_path(sample)
+        content = path.read_bytes()
+        read_picture(content, str(path), sample.size)
+    except DataError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: cannot be read ({error.strerror}); check its permissions"
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def _first(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(islice(texts, _EXAMPLES))

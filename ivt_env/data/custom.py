@@ -1,0 +1,353 @@
+"""A data set of one's own: plain JSON lines (docs/data/custom.md shows a whole one).
+
+The root is the data set's folder::
+
+    dataset.json                    {"name": "my-set", "box": "xyxy", "frame": "px"}
+    train.jsonl val.jsonl test.jsonl    (those that there are)
+    images/...                      (or beside dataset.json)
+
+How boxes are written is declared in ``dataset.json`` and never guessed: ``box`` is **xyxy** (two
+corners) or **xywh** (corner, width, height); ``frame`` is ``px`` (pixels of the picture),
+``relative`` (0 to 1) or ``thousandths`` (0 to 1000), both of the last two of the picture's width
+and height.
+
+Where a line states ``width`` and ``height``, its boxes refer to the picture of that size: as
+stored if that has it, else upright. Without them they refer to the upright picture, as a viewer
+shows it; a picture where that would be unclear (turned by half, mirrored, or square and turned by a
+quarter) is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial as bound
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, cast, get_args
+
+from ivt_env.data import NAMES
+from ivt_env.data.checked import (
+    BadRowError,
+    BadRows,
+    Box,
+    Convention,
+    picture_size,
+    read_json,
+    relative_box,
+    relative_path,
+    short,
+    text,
+)
+from ivt_env.data.headers import read_header
+from ivt_env.data.sample import DataError
+from ivt_env.data.table import Row, Source
+
+Frame = Literal["px", "relative", "thousandths"]
+
+SPLITS = ("train", "val", "test")
+PLACES = {"custom": ("dataset.json",)}
+"""Data set name -> what is looked for under the root."""
+
+KEYS = frozenset(
+    ("image", "expression", "bbox", "id", "picture_id", "width", "height", "siblings", "category", "meta")
+)  # fmt: skip
+"""What a line may hold; the first three it must."""
+
+_CONVENTIONS = get_args(Convention)
+_UNIT = {"relative": 1, "thousandths": 1000}
+_REMEDY = "correct it as docs/data/custom.md shows"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What ``dataset.json`` says."""
+
+    name: str
+    box: Convention
+    frame: Frame
+
+
+def find(root: Path, name: str) -> Source | None:
+    """The data set in the folder ``root``, if there is one (it may be broken); else None.
+
+    Its label is the name in ``dataset.json``; it has the splits whose file is there. ``sample_id``
+    is the line's ``id``, else the number of the line from 1; ``picture_id`` the line's, else the
+    path of the picture; ``meta`` the line's, with ``category`` in it.
+
+    Raises:
+        DataError: where ``dataset.json`` is missing beside lines, broken, or names a known data set.
+    """
+    if name != "custom":
+        return None
+    paths = {split: root / f"{split}.jsonl" for split in SPLITS if os.path.lexists(root / f"{split}.jsonl")}
+    declaration = root / "dataset.json"
+    if not paths and not os.path.lexists(declaration):
+        return None
+    declared = read_declared(declaration)
+    folders = (root / "images", root)
+    return Source(
+        name=declared.name,
+        layout="custom",
+        folder=root,
+        files=(declaration, *paths.values()),
+        splits=tuple(paths),
+        read=bound(_read, paths, declared, folders),
+        picture_folders=folders,
+        remedy=_REMEDY,
+        picture_remedy="put it there, or correct 'image' in the lines that name it",
+    )
+
+
+def read_declared(path: Path) -> Declared:
+    """Name and box convention of a data set from its ``dataset.json``; DataError where they are not clear."""
+    example = 'it must hold {"name": "my-set", "box": "xyxy" or "xywh", "frame": "px", "relative" or "thousandths"}'
+    content = read_json(path, example)
+    if not isinstance(content, dict) or not {"name", "box", "frame"} <= content.keys():
+        raise DataError(f"{path}: holds {short(content)}; {example}")
+    unknown = sorted(content.keys() - {"name", "box", "frame", "description"})
+    if unknown:
+        raise DataError(f"{path}: unknown key {unknown[0]!r}; {example}, and may hold a 'description'")
+    for key, valid in (("box", _CONVENTIONS), ("frame", get_args(Frame))):
+        if content[key] not in valid:
+            raise DataError(f"{path}: {key} is {short(content[key])}, which is none of {', '.join(valid)}")
+    try:
+        name = check_name(content["name"])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return Declared(name, content["box"], content["frame"])
+
+
+def check_name(name: Any) -> str:
+    """``name``, if it can label a data set of one's own; DataError for that of a known one."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DataError(
+            f"the name {short(name)} is not 1 to 64 of the characters A-Z, a-z, 0-9, '.', '_' and '-', the first a "
+            "letter or digit; choose such a name"
+        )
+    plain = _plain(name)
+    for known in (*NAMES, "ref-adv-s", "refclef", "scenes-v0"):
+        partitions = ("", "unc", "umd", "google") if known.startswith("refcoco") else ("",)
+        if plain in {_plain(known) + partition for partition in partitions}:
+            raise DataError(
+                f"the name {name!r} is that of a known data set ({known}), and results would be taken for results on "
+                "it; choose another name"
+            )
+    return name
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "plus"))
+
+
+def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox") -> Box:
+    """A box as declared to xyxy relative to the picture.
+
+    Up to one pixel (one thousandth) outside the picture is taken for rounding and cut off.
+
+    Args:
+        bbox: what the line holds.
+        size: (height, width) of the picture in pixels.
+        declared: how boxes are written.
+        key: how a message names the box.
+
+    Raises:
+        BadRowError: as ``relative_box``; for a box that fits only in another frame it says which.
+    """
+    is_numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
+    numbers: list[float] = bbox if is_numbers else []
+    if declared.frame != "relative" and numbers and all(abs(value) <= 1 for value in numbers):
+        raise BadRowError(
+            f"{key} {short(bbox)} lies within one {'pixel' if declared.frame == 'px' else 'thousandth'} of the corner; "
+            "it would fit as 'relative': is the declared frame wrong?"
+        )
+    if declared.frame == "px":
+        try:
+            return relative_box(bbox, size, declared.box, key)
+        except BadRowError as error:
+            raise BadRowError(f"{error}{_other_frame(numbers, size, declared)}") from error
+    unit = _UNIT[declared.frame]
+    try:
+        box = relative_box(bbox, (unit, unit), declared.box, key)
+        if declared.frame == "relative":
+            _check_inside(numbers, size, declared.box, key)
+    except BadRowError as error:
+        hint = _other_frame(numbers, size, declared)
+        raise BadRowError(f"{error} (the frame is {declared.frame!r}: the picture is {unit} x {unit}){hint}") from error
+    return box
+
+
+def _check_inside(numbers: list[float], size: tuple[int, int], convention: Convention, key: str) -> None:
+    """``relative_box`` allows one unit outside, which here would be a whole picture; allow one pixel."""
+    a, b, c, d = numbers
+    x2, y2 = (a + c, b + d) if convention == "xywh" else (c, d)
+    slack_y, slack_x = 1 / size[0], 1 / size[1]
+    if a < -slack_x or b < -slack_y or x2 > 1 + slack_x or y2 > 1 + slack_y:
+        corners = convention == "xywh" and a < c <= 1 + slack_x and b < d <= 1 + slack_y
+        raise BadRowError(
+            f"{key} {numbers} ({convention}) leaves the picture by more than a pixel"
+            + ("; it would fit as xyxy (x1, y1, x2, y2): is the declared convention wrong?" if corners else "")
+        )
+
+
+def _other_frame(numbers: list[float], size: tuple[int, int], declared: Declared) -> str:
+    for frame in cast(tuple[Frame, ...], get_args(Frame)):
+        unit = _UNIT.get(frame)
+        # What lies within one unit of the corner fits nearly everywhere and tells nothing.
+        if frame == declared.frame or (frame != "relative" and all(abs(value) <= 1 for value in numbers)):
+            continue
+        try:
+            relative_box(numbers, (unit, unit) if unit else size, declared.box)
+        except BadRowError:
+            continue
+        if frame != "relative" or all(abs(value) <= 1 for value in numbers):
+            return f"; it would fit as {frame!r}: is the declared frame wrong?"
+    return ""
+
+
+def _read(
+    paths: dict[str, Path], declared: Declared, folders: tuple[Path, ...], bad: BadRows, _f: Path
+) -> Iterator[Row]:
+    pictures = _Pictures(folders)
+    for split, path in paths.items():
+        for number, line in _lines(path):
+            try:
+                row = _row(line, split, number, declared, pictures)
+            except BadRowError as error:
+                bad.add(f"{path.name} line {number}", error)
+            else:
+                yield row
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of each line that is not blank, without the byte order mark."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
+                if line:
+                    yield number, line
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
+
+
+def _row(line: bytes, split: str, number: int, declared: Declared, pictures: _Pictures) -> Row:
+    values = _parsed(line)
+    image = str(PurePosixPath(relative_path(text(values, "image"))))  # "./a.jpg" and "a.jpg" are one picture
+    stated = picture_size(values) if {"width", "height"} & values.keys() else None
+    size = pictures.size(image, stated)
+    picture_id = _name(values, "picture_id", image)
+    pictures.check_identity(picture_id, image, size)
+    siblings = values.get("siblings", [])
+    if not isinstance(siblings, list):
+        raise BadRowError(f"siblings is {short(siblings)}, not a list of boxes")
+    return Row(
+        split=split,
+        sample_id=_name(values, "id", str(number)),
+        picture_id=picture_id,
+        file_name=image,
+        size=size,
+        expression=text(values, "expression").strip(),
+        box=boxed(values.get("bbox"), size, declared),
+        siblings=[boxed(box, size, declared, f"siblings[{i}]") for i, box in enumerate(siblings)],
+        meta=_meta(values),
+    )
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise BadRowError(f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"not a whole JSON object ({error}): {short(line.decode('utf-8'))}") from error
+    if not isinstance(values, dict):
+        raise BadRowError(f"a line is a JSON object, this is {short(values)}")
+    for key in sorted(values.keys() - KEYS):
+        close = difflib.get_close_matches(key, KEYS, n=1)
+        raise BadRowError(
+            f"unknown key {short(key)}{f' (did you mean {close[0]!r}?)' if close else ''}; what is your own goes into "
+            "'meta'"
+        )
+    return values
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _name(values: dict[str, Any], key: str, default: str) -> str:
+    """An id: a text, or a whole number; ``default`` where the line has none."""
+    if key not in values:
+        return default
+    return str(values[key]) if type(values[key]) is int else text(values, key)
+
+
+def _meta(values: dict[str, Any]) -> dict[str, Any]:
+    meta = values.get("meta", {})
+    if not isinstance(meta, dict):
+        raise BadRowError(f"meta is {short(meta)}, not a JSON object")
+    if "category" in values:
+        category = text(values, "category")
+        if meta.get("category", category) != category:
+            raise BadRowError(f"category is {short(category)}, but in meta it is {short(meta['category'])}")
+        meta = meta | {"category": category}
+    try:
+        json.dumps(meta, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"meta {short(meta)} holds a text that is not valid Unicode") from error
+    return meta
+
+
+class _Pictures:
+    """Sizes from headers, each read once, and whether pictures and their ids go together."""
+
+    def __init__(self, folders: tuple[Path, ...]) -> None:
+        self._folders = folders
+        self._from_header: dict[str, tuple[int, int] | str] = {}
+        self._of_id: dict[str, tuple[str, tuple[int, int]]] = {}
+        self._id_of: dict[str, str] = {}
+
+    def size(self, image: str, stated: tuple[int, int] | None) -> tuple[int, int]:
+        """(height, width): as stated, else of the upright picture."""
+        if stated is not None:
+            return stated
+        if image not in self._from_header:
+            try:
+                self._from_header[image] = self._upright_size(image)
+            except BadRowError as error:
+                self._from_header[image] = str(error)
+        found = self._from_header[image]
+        if isinstance(found, str):
+            raise BadRowError(found)
+        return found
+
+    def _upright_size(self, image: str) -> tuple[int, int]:
+        path = next((f / image for f in self._folders if (f / image).is_file()), None)
+        if path is None:
+            places = " or ".join(str(folder / image) for folder in self._folders)
+            raise BadRowError(f"image {image!r}: no such picture, neither {places}; put it there or correct the path")
+        header = read_header(path, str(path))
+        if header.frame_is_unclear:
+            raise BadRowError(
+                f"{path}: its EXIF note says to show it turned or mirrored (orientation {header.orientation}), with "
+                "the same height and width, so it is unclear which of the two its boxes refer to; turn the pixels "
+                "themselves (for example with ImageMagick's `mogrify -auto-orient`) or, where the boxes refer to "
+                "the pixels as stored, state width and height"
+            )
+        return header.upright
+
+    def check_identity(self, picture_id: str, image: str, size: tuple[int, int]) -> None:
+        """One id, one picture, one size: a leak between splits is found by the id."""
+        file, known_size = self._of_id.setdefault(picture_id, (image, size))
+        if file != image:
+            raise BadRowError(f"picture_id {picture_id!r} is that of {file!r} in a line before, here of {image!r}")
+        if known_size != size:
+            raise BadRowError(f"{image!r} has (height, width) {size} here and {known_size} in a line before")
+        known_id = self._id_of.setdefault(image, picture_id)
+        if known_id != picture_id:
+            raise BadRowError(f"{image!r} has the picture_id {known_id!r} in a line before, here {picture_id!r}")

@@ -1,0 +1,201 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg as the Hub data sets of lmms-lab: pictures inside, evaluation only.
+
+Under a root (the data sets are now called lmms-lab-encoder/RefCOCO and so on)::
+
+    lmms/RefCOCO/data/testA-00000-of-00001.parquet       (also RefCOCOplus/, RefCOCOg/)
+
+Boxes are the column ``bbox``: **xywh**, in pixels of the picture as stored, held as float32. Each
+number is taken as the shortest decimal that float32 stands for (103.93, not 103.93000030517578):
+that is what the annotators' file says, and the box then is the same to the last bit as in the
+other layouts. A row is an object; its expressions are the list ``answer`` (``question`` only asks
+a model to describe the object).
+
+Splits served: testA and testB of RefCOCO; val, testA and testB of RefCOCO+; test of RefCOCOg; of
+these, the ones whose files are there. The others are refused:
+
+- There is no train split.
+- val of RefCOCO (8,811 rows) is 3,811 rows of the unc partition and 5,000 of google, and val of
+  RefCOCOg (7,573) is 2,573 of umd and 5,000 of google. The rows of google show pictures that are
+  in the train splits of unc and umd, and nothing in the file tells which rows those are.
+- test of RefCOCO is google's, and shares pictures with unc's train likewise.
+
+The pictures are written out once, byte for byte, into ``pictures/`` beside the index, and the size
+is taken from their headers (pixels as stored: a rotation noted in EXIF does not turn the boxes).
+The files know neither the other objects of a picture nor categories: ``siblings`` are empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial as bound
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ivt_env.data.checked import BadRowError, BadRows, plain_file_name, relative_box, short, text
+from ivt_env.data.headers import read_header
+from ivt_env.data.jxu124 import (
+    PUBLISHED,
+    Columns,
+    check_shards,
+    coco_image_id,
+    is_list_of,
+    is_text,
+    shards,
+    typed_rows,
+)
+from ivt_env.data.sample import DataError
+from ivt_env.data.table import Row, Source
+
+FOLDERS = {"refcocog": "RefCOCOg", "refcoco": "RefCOCO", "refcocoplus": "RefCOCOplus"}
+"""Data set name -> its folder under ``lmms/``."""
+
+SPLITS = {"refcocog": ("test",), "refcoco": ("testA", "testB"), "refcocoplus": ("val", "testA", "testB")}
+"""Data set name -> the splits that are served; their files begin with the same word."""
+
+PLACES: dict[str, tuple[str, ...]] = {
+    name: tuple(f"lmms/{FOLDERS[name]}/data/{split}-*.parquet" for split in held) for name, held in SPLITS.items()
+}
+"""Data set name -> what is looked for under the root."""
+
+_ROWS_AT_ONCE = 16  # of about 150 kB each
+_WRITTEN = "pictures"
+
+
+def _is_binary(kind: Any) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_picture(kind: Any) -> bool:
+    return _is_binary(kind) or (
+        pa.types.is_struct(kind) and any(field.name == "bytes" and _is_binary(field.type) for field in kind)
+    )
+
+
+_COLUMNS: Columns = {
+    "question_id": ("texts", is_text),
+    "image": ("pictures (binary, or a struct with binary bytes)", _is_picture),
+    "answer": ("lists of texts", is_list_of(is_text)),
+    "bbox": ("lists of floating-point numbers", is_list_of(pa.types.is_floating)),
+    "file_name": ("texts", is_text),
+}
+
+
+def find(root: Path, name: str) -> Source | None:
+    """The data set in this layout, if a file of a served split is under ``root`` (it may be broken); else None.
+
+    ``sample_id`` is ``"<ann_id>-<number of the answer>"``, ``picture_id`` ``"coco-<image_id>"``,
+    and ``meta`` holds ``ann_id`` and ``image_id``.
+    """
+    if name not in FOLDERS:
+        return None
+    folder = root / "lmms" / FOLDERS[name]
+    found = shards(folder / "data")
+    files = {split: found[split] for split in SPLITS[name] if split in found}
+    if not files:
+        return None
+    remedy = f"download the Hub data set lmms-lab-encoder/{FOLDERS[name]} again (`ivt data fetch lmms`)"
+    return Source(
+        name=name,
+        layout="lmms",
+        folder=folder,
+        files=[path for paths in files.values() for path in paths],
+        splits=tuple(files),
+        read=bound(_read, files, remedy),
+        picture_folders=(),
+        remedy=remedy,
+        picture_remedy=f"delete {name}-lmms.arrow beside that folder and open the data set again, which writes it out",
+        published=PUBLISHED[name],
+        embedded=True,
+    )
+
+
+def _read(files: Mapping[str, Sequence[Path]], remedy: str, bad: BadRows, folder: Path) -> Iterator[Row]:
+    """One row per answer; the pictures of good rows are written out."""
+    pictures = folder / _WRITTEN
+    try:
+        pictures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{pictures}: cannot be made ({error.strerror}), and the pictures belong there") from error
+    written: dict[str, bytes] = {}
+    for split, paths in files.items():
+        check_shards(paths, remedy)
+        for path in paths:
+            for number, held in typed_rows(path, _COLUMNS, remedy, _ROWS_AT_ONCE):
+                answers = held["answer"] or [None]
+                here = f"{number} of {path.name}"
+                try:
+                    row, content = _object(held, split)
+                    # The same picture id must mean the same pixels; most pictures come in several rows.
+                    digest = hashlib.sha256(content).digest()
+                    if written.setdefault(row["file_name"], digest) != digest:
+                        raise BadRowError(f"holds another picture than an earlier row with {row['picture_id']}")
+                except BadRowError as error:
+                    bad.add(here, error, len(answers))
+                    continue
+                _write_once(pictures / row["file_name"], content)
+                for count, answer in enumerate(answers):
+                    try:
+                        expression = text({"answer": answer}, "answer").strip()
+                    except BadRowError as error:
+                        bad.add(here, error)
+                        continue
+                    yield Row(sample_id=f"{row['meta']['ann_id']}-{count}", expression=expression, **row)
+
+
+def _object(held: dict[str, Any], split: str) -> tuple[dict[str, Any], bytes]:
+    """Check a row; what its expressions share, and the picture's bytes."""
+    question_id, file_name = text(held, "question_id"), plain_file_name(text(held, "file_name"))
+    if not re.fullmatch("[0-9]{1,18}", question_id):
+        raise BadRowError(f"question_id is {question_id!r}, not the number of an annotation")
+    image_id = coco_image_id(file_name)
+    here = f"question_id {question_id}"
+    if not file_name.endswith(f"_{question_id}.jpg"):
+        raise BadRowError(f"{here}: file_name {file_name!r} is of another annotation")
+    content = held["image"].get("bytes") if isinstance(held["image"], dict) else held["image"]
+    if not content:
+        raise BadRowError(f"{here}: the picture is not in the file (image is {short(held['image'])})")
+    size = read_header(content, f"{here}: image").stored
+    bbox = held["bbox"]
+    box = relative_box(list(map(_as_written, bbox)) if isinstance(bbox, list) else bbox, size, "xywh")
+    return {
+        "split": split,
+        "picture_id": f"coco-{image_id}",
+        "file_name": f"COCO_train2014_{image_id:012d}.jpg",
+        "size": size,
+        "box": box,
+        "meta": {"ann_id": int(question_id), "image_id": image_id},
+    }, content
+
+
+def _as_written(value: Any) -> Any:
+    """The shortest decimal that the same float32 stands for; a value that is no float32 stays."""
+    if not isinstance(value, float) or not abs(value) < 1e9:
+        return value
+    narrow = np.float32(value)
+    return float(str(narrow)) if float(narrow) == value else value
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    """Write a file unless it is there already; it appears whole or not at all."""
+    # A name of its own for each process: several may write the same picture at once.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+            return
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the picture cannot be written ({error.strerror}); make room on that disk, or make the folder "
+            "writable, and open the data set again"
+        ) from error

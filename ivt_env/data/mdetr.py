@@ -1,0 +1,139 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg as prepared for MDETR: annotations only, all splits.
+
+Under a root::
+
+    mdetr/finetune_refcoco_train.json       (also refcoco+ and refcocog; val, testA, testB, test)
+    images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
+    (or the pictures in images/train2014/, train2014/ or coco/train2014/)
+
+Boxes are ``annotations[].bbox``: **xywh**, floats in pixels of the picture as stored.
+
+The files have COCO's form but one image entry and one annotation for each *expression*: ``id`` of
+an image and ``image_id`` of an annotation are running numbers, ``original_id`` of an image is
+COCO's number of the picture and ``original_id`` of an annotation COCO's number of the object. An
+image entry with no annotation or several is a bad row. Only splits whose files are there are
+served. A file knows the objects that somebody described, not the others of a picture:
+``siblings`` are empty.
+
+(MDETR scores a box as right at GIoU >= 0.5. That is not the IoU >= 0.5 of everybody else.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import partial as bound
+from pathlib import Path
+from typing import Any
+
+from ivt_env.data.checked import (
+    BadRowError,
+    BadRows,
+    integer,
+    picture_size,
+    plain_file_name,
+    read_json,
+    relative_box,
+    short,
+    text,
+)
+from ivt_env.data.jxu124 import PICTURE_FOLDERS, PICTURE_REMEDY, PUBLISHED, SPLITS, coco_image_id
+from ivt_env.data.sample import DataError
+from ivt_env.data.table import Row, Source
+
+LABELS = {"refcocog": "refcocog", "refcoco": "refcoco", "refcocoplus": "refcoco+"}
+"""Data set name -> what the files call it."""
+
+PLACES: dict[str, tuple[str, ...]] = {name: (f"mdetr/finetune_{label}_*.json",) for name, label in LABELS.items()}
+"""Data set name -> what is looked for under the root."""
+
+_REMEDY = (
+    "unpack mdetr_annotations.tar.gz (zenodo.org/record/4729015) again, and download it anew if that does not "
+    "help (`ivt data fetch mdetr`)"
+)
+
+
+def find(root: Path, name: str) -> Source | None:
+    """The data set in this layout, if a file of it is under ``root`` (it may be broken); else None.
+
+    ``sample_id`` is ``"<ann_id>-<running number>"``, ``picture_id`` ``"coco-<image_id>"`` with
+    COCO's number, and ``meta`` holds ``ann_id`` and ``image_id`` (COCO's), ``category_id`` and
+    ``category`` where the file names it.
+    """
+    if name not in LABELS:
+        return None
+    folder = root / "mdetr"
+    named = {split: folder / f"finetune_{LABELS[name]}_{split}.json" for split in SPLITS[name]}
+    files = {split: path for split, path in named.items() if path.is_file()}
+    if not files:
+        return None
+    return Source(
+        name=name,
+        layout="mdetr",
+        folder=folder,
+        files=tuple(files.values()),
+        splits=tuple(files),
+        read=bound(_read, files, LABELS[name]),
+        picture_folders=[root / below for below in PICTURE_FOLDERS],
+        remedy=_REMEDY,
+        picture_remedy=PICTURE_REMEDY,
+        published=PUBLISHED[name],
+    )
+
+
+def _read(files: Mapping[str, Path], label: str, bad: BadRows, _folder: Path) -> Iterator[Row]:
+    """One row per image entry."""
+    for split, path in files.items():
+        content = read_json(path, _REMEDY)
+        for key in ("images", "annotations"):
+            if not isinstance(content, dict) or not isinstance(content.get(key), list):
+                raise DataError(f"{path}: has no list {key!r}, so is no annotation file of MDETR; {_REMEDY}")
+        categories: dict[int, str] = {}
+        for entry in content["categories"] if isinstance(content.get("categories"), list) else ():
+            with contextlib.suppress(BadRowError):  # a row then lacks its category's name, which is no harm
+                categories[integer(entry, "id")] = text(entry, "name")
+        annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for number, entry in enumerate(content["annotations"]):
+            try:
+                annotations[integer(entry, "image_id")].append(entry)
+            except BadRowError as error:
+                bad.add(f"{number} of the annotations of {path.name}", error)
+        for number, image in enumerate(content["images"]):
+            try:
+                yield _expression(image, annotations, categories, label, split)
+            except BadRowError as error:
+                bad.add(f"{number} of the images of {path.name}", error)
+        held = {image["id"] for image in content["images"] if isinstance(image, dict) and type(image.get("id")) is int}
+        for image_id in annotations.keys() - held:
+            bad.add(f"of the annotations of {path.name}", f"there is no image with their image_id {image_id}")
+
+
+def _expression(
+    image: Any, annotations: Mapping[int, list[dict[str, Any]]], categories: Mapping[int, str], label: str, split: str
+) -> Row:
+    """Check an image entry and its annotation."""
+    running = integer(image, "id")
+    here = f"image id {running}"
+    own = annotations.get(running, [])
+    if len(own) != 1:
+        raise BadRowError(f"{here}: has {len(own)} annotations, not one")
+    if image.get("dataset_name") != label:
+        raise BadRowError(f"{here}: dataset_name is {short(image.get('dataset_name'))}, not {label!r}")
+    image_id, ann_id = integer(image, "original_id"), integer(own[0], "original_id")
+    category_id = integer(own[0], "category_id")
+    file_name = plain_file_name(text(image, "file_name"))
+    if coco_image_id(file_name) != image_id:
+        raise BadRowError(f"{here}: its picture is called {file_name!r}, but its original_id is {image_id}")
+    size = picture_size(image)
+    return Row(
+        split=split,
+        sample_id=f"{ann_id}-{running}",
+        picture_id=f"coco-{image_id}",
+        file_name=file_name,
+        size=size,
+        expression=text(image, "caption").strip(),
+        box=relative_box(own[0].get("bbox"), size, "xywh"),
+        meta={"ann_id": ann_id, "image_id": image_id, "category_id": category_id}
+        | ({"category": categories[category_id]} if category_id in categories else {}),
+    )

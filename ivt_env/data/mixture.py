@@ -1,0 +1,232 @@
+"""The paper's mixture: RefCOCOg, Ref-Adv-s and Ref-L4 in equal parts (arXiv 2606.13156: 2,400 / 510 / 505).
+
+The paper gives the three totals and the word *balanced*, not the ids, so the choice here is ours:
+thirds, drawn with a seed, the remainder of 505 going to the first parts. No picture is in two
+splits, whichever data set it came through (the sets share COCO pictures): test is drawn first,
+validation from what is left, training from what is left then. The ids are written to a file, and a
+file that is there is used as it is, so that others can train and test on the same samples.
+
+Beware: Ref-Adv-s is a test set, and the paper trains on two thirds of it. A score on this mixture
+does not compare with the Ref-Adv-s leaderboard, nor does a model trained on it belong there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import operator
+import os
+import random
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ivt_env.data import cache_folder, find_source
+from ivt_env.data.checked import read_json, short
+from ivt_env.data.sample import DataError, Picture, Sample
+from ivt_env.data.table import Table, open_table
+
+PARTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "test": (("refcocog", "test"), ("refadv", "test"), ("refl4", "test")),
+    "val": (("refcocog", "val"), ("refadv", "test"), ("refl4", "val")),
+    "train": (("refcocog", "train"), ("refadv", "test"), ("refl4", "val")),
+}
+"""Split of the mixture, in the order of drawing -> (data set, its split) of each third."""
+
+SIZES = {"test": 505, "val": 510, "train": 2400}
+"""Samples in each split (arXiv 2606.13156)."""
+
+IDS_FILE = "ids.json"
+
+Ids = dict[str, list[tuple[str, str, str]]]
+"""Split of the mixture -> (data set, its split, its sample id) of each sample, in order."""
+
+_log = logging.getLogger(__name__)
+
+
+class Mixture:
+    """One split of the mixture.
+
+    A sample keeps the label of the data set it came from (``sample.dataset``), so that scores can be
+    given for each; its id is ``"<data set>/<id there>"``.
+    """
+
+    name = "mixed"
+
+    def __init__(self, split: str, parts: Mapping[tuple[str, str], Table], ids: Ids, where: str) -> None:
+        """Put the parts together.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            parts: (data set, its split) -> what was opened.
+            ids: as ``draw`` gives them.
+            where: how an error names the ids.
+
+        Raises:
+            DataError: for an id that its data set does not hold.
+        """
+        self.split = split
+        self._parts = dict(parts)
+        row_of = {key: {sample_id: row for row, sample_id in enumerate(t.sample_ids())} for key, t in parts.items()}
+        self._rows: list[tuple[tuple[str, str], int]] = []
+        for part, part_split, sample_id in ids[split]:
+            row = row_of.get((part, part_split), {}).get(sample_id)
+            if row is None:
+                raise DataError(
+                    f"{where}: {split} names sample {sample_id!r} of {part} {part_split}, which is not there; the "
+                    "ids belong to other files than these: get the same files, or delete the ids to draw anew"
+                )
+            self._rows.append(((part, part_split), row))
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index`` (0-based); IndexError outside the range."""
+        number = operator.index(index)
+        if not 0 <= number < len(self):
+            raise IndexError(f"mixed {self.split} has {len(self)} samples, there is no sample {index}")
+        key, row = self._rows[number]
+        sample = self._parts[key][row]
+        return replace(sample, sample_id=f"{key[0]}/{sample.sample_id}", split=self.split)
+
+    def picture(self, sample: Sample) -> Picture:
+        """The sample's picture, uint8 (height, width, 3); shared and read-only.
+
+        Raises:
+            DataError: for a sample of another data set, and a missing or broken picture.
+        """
+        for (part, _), table in self._parts.items():
+            if part == sample.dataset or table.name == sample.dataset:
+                return table.picture(sample)
+        raise DataError(f"mixed {self.split} holds nothing of {sample.dataset!r}; give one of its samples")
+
+
+def draw(tables: Mapping[tuple[str, str], Table], seed: int, sizes: Mapping[str, int] = SIZES) -> Ids:
+    """Choose the samples of all splits.
+
+    Args:
+        tables: every (data set, split) that ``PARTS`` names.
+        seed: decides the choice, together with the ids and their order in the files.
+        sizes: samples in each split.
+
+    Returns:
+        The ids; no two splits share a picture, and each third is full.
+
+    Raises:
+        DataError: where a data set has too few samples left for its third.
+    """
+    taken_pictures: set[str] = set()
+    ids: Ids = {}
+    for split, parts in PARTS.items():
+        chosen: list[tuple[str, str, str]] = []
+        pictures_here: set[str] = set()
+        for number, key in enumerate(parts):
+            wanted = sizes[split] // len(parts) + (number < sizes[split] % len(parts))
+            samples_of: dict[str, list[str]] = defaultdict(list)
+            table = tables[key]
+            for sample_id, picture_id in zip(table.sample_ids(), table.picture_ids(), strict=True):
+                if picture_id not in taken_pictures:
+                    samples_of[picture_id].append(sample_id)
+            found = _fill(samples_of, wanted, random.Random(f"{seed}/{split}/{key[0]}"))
+            if len(found) < wanted:
+                raise DataError(
+                    f"mixed: {split} needs {wanted} samples of {key[0]} {key[1]} on pictures of its own, and "
+                    f"{len(found)} are left; is the data set whole? `ivt data check {key[0]}` tells"
+                )
+            chosen += [(*key, sample_id) for _, sample_id in found]
+            pictures_here |= {picture for picture, _ in found}
+        taken_pictures |= pictures_here
+        ids[split] = chosen
+    return ids
+
+
+def _fill(samples_of: Mapping[str, Sequence[str]], wanted: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Whole pictures, in random order, as long as they fit: (picture, sample) of up to ``wanted`` samples.
+
+    Ref-Adv-s has four samples more than the mixture takes, so none may be lost to a picture whose
+    expressions are divided between splits.
+    """
+    pictures = sorted(samples_of)
+    rng.shuffle(pictures)
+    found: list[tuple[str, str]] = []
+    for picture in pictures:
+        if len(found) + len(samples_of[picture]) <= wanted:
+            found += [(picture, sample) for sample in samples_of[picture]]
+    return found
+
+
+def open_mixture(root: Path, split: str, seed: int = 0) -> Mixture:
+    """Open a split; draws the ids with ``seed`` where there is no file of ids yet, and writes it.
+
+    The file is ``mixed/ids.json`` under ``root`` or, where that cannot be written, in the user's cache.
+
+    Raises:
+        DataError: where a part is broken or too small, or the ids are of other files.
+    """
+    places = [root / "mixed" / IDS_FILE, cache_folder() / "mixed" / IDS_FILE]
+    for path in places:
+        if path.exists():
+            ids = read_ids(path)
+            return Mixture(split, _opened(root, PARTS[split]), ids, str(path))
+    every = _opened(root, [key for parts in PARTS.values() for key in parts])
+    ids = draw(every, seed)
+    where = "mixed"
+    for path in places:
+        try:
+            write_ids(path, ids, seed)
+        except OSError as error:
+            _log.info("%s: ids not written (%s)", path, error)
+        else:
+            where = str(path)
+            _log.info("%s: %s samples drawn with seed %d", path, "/".join(str(len(ids[s])) for s in ids), seed)
+            break
+    else:
+        _log.warning("the ids of the mixture can be written to none of %s: drawn anew at each opening", places)
+    return Mixture(split, {key: every[key] for key in PARTS[split]}, ids, where)
+
+
+def write_ids(path: Path, ids: Ids, seed: int) -> None:
+    """Write the chosen ids; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(json.dumps({"seed": seed, "splits": ids}, indent=0, ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_ids(path: Path) -> Ids:
+    """Read a file of ids.
+
+    Raises:
+        DataError: for a file that is broken or of another shape.
+    """
+    remedy = "delete it to draw the mixture anew"
+    content = read_json(path, remedy)
+    splits = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(splits, dict) or splits.keys() != PARTS.keys():
+        raise DataError(f"{path}: holds no 'splits' with {', '.join(PARTS)}; {remedy}")
+    for split, rows in splits.items():
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
+            known = isinstance(row, list) and len(row) == 3 and all(isinstance(value, str) for value in row)
+            if not known or (row[0], row[1]) not in PARTS[split]:
+                raise DataError(
+                    f"{path}: {split} row {number} is {short(row)}, not [data set, split, sample id] with one of "
+                    f"{', '.join(map(' '.join, PARTS[split]))}; {remedy}"
+                )
+    return {split: [(row[0], row[1], row[2]) for row in rows] for split, rows in splits.items()}
+
+
+def _opened(root: Path, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Table]:
+    opened = {}
+    for name, split in dict.fromkeys(keys):
+        source = find_source(name, split, root)
+        if source is None:
+            raise DataError(f"mixed: {name} {split} is not in {root}; get it with `ivt data fetch {name}`")
+        opened[name, split] = open_table(source, split)
+    return opened

@@ -1,0 +1,184 @@
+"""Ref-L4 (arXiv 2406.16866; Hub: JierunChen/Ref-L4), a benchmark: there is no train split.
+
+Under a root::
+
+    refl4/ref-l4-val.parquet  refl4/ref-l4-test.parquet
+    refl4/images/COCO_train2014_000000128974.jpg  refl4/images/objects365_v2_00922765.jpg
+    (or the pictures in a folder of images/, as an archive with a prefix unpacks them)
+
+``bbox`` is **xywh**, float64 in pixels of the picture as stored; one row is one expression.
+``bbox_area`` is checked to be width times height, which tells xywh from xyxy.
+
+About half of the pictures are those of the RefCOCO sets' val and test. Their ``picture_id`` is the
+same here and there (``coco-128974``), so that such leaks can be found before training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from functools import partial as bound
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ivt_env.data.checked import (
+    BadRowError,
+    BadRows,
+    integer,
+    picture_size,
+    plain_file_name,
+    relative_box,
+    short,
+    text,
+)
+from ivt_env.data.parquet_rows import parquet_rows, parquet_schema, require_columns
+from ivt_env.data.sample import DataError
+from ivt_env.data.table import Row, Source
+
+SPLITS = ("val", "test")
+FILES = tuple(f"ref-l4-{split}.parquet" for split in SPLITS)
+PLACES = {"refl4": tuple(f"refl4/{file}" for file in FILES)}
+"""Data set name -> what is looked for under the root."""
+
+PUBLISHED_COUNTS = {"val": 13_420, "test": 31_921}
+COLUMNS = (
+    "id", "caption", "bbox", "bbox_area", "bbox_id", "ori_category_id", "image_id", "height", "width",
+    "file_name", "is_rewrite", "split",
+)  # fmt: skip
+AREA_TOLERANCE = 0.01
+"""By what share ``bbox_area`` may differ from width times height (or by 2 square pixels)."""
+
+_REMEDY = "fetch the Parquet files of JierunChen/Ref-L4 again, at the newest revision"
+_IMAGE_ID = re.compile(r"(coco|o365)_(\d+)")
+_LAST_NUMBER = re.compile(r"(\d+)\.[^.]+$")
+
+
+def find(root: Path, name: str) -> Source | None:
+    """The data set, if its folder is under ``root`` (it may be broken); else None.
+
+    ``sample_id`` is the file's ``id``, ``picture_id`` is ``coco-<number>`` or ``o365-<number>``,
+    there are no siblings, and ``meta`` holds ``id``, ``category`` (``ori_category_id``),
+    ``bbox_id``, ``is_rewrite`` and ``source`` (``coco`` or ``o365``).
+    """
+    folder = root / "refl4"
+    if name != "refl4" or not os.path.lexists(folder):
+        return None
+    images = folder / "images"
+    paths = {split: folder / file for split, file in zip(SPLITS, FILES, strict=True)}
+    return Source(
+        name="refl4",
+        layout="ref-l4",
+        folder=folder,
+        files=tuple(paths.values()),
+        splits=SPLITS,
+        read=bound(_read, paths),
+        picture_folders=[images, *_below(images)],
+        remedy=_REMEDY,
+        picture_remedy="unpack Ref-L4's images.tar.gz there again",
+        published=PUBLISHED_COUNTS,
+        may_share_pictures=True,  # there is no train split to leak into
+    )
+
+
+def _below(folder: Path) -> list[Path]:
+    """The folders of ``folder``: where an archive with a prefix puts its files."""
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _read(paths: dict[str, Path], bad: BadRows, _folder: Path) -> Iterator[Row]:
+    for path in paths.values():  # both before the first row: a wrong revision is said at once
+        _check_columns(path)
+    place_of: dict[int, str] = {}
+    file_of: dict[str, tuple[str, tuple[int, int]]] = {}
+    for split, path in paths.items():
+        for number, values in parquet_rows(path, COLUMNS, _REMEDY):
+            place = f"{path.name} row {number}"
+            try:
+                row = _row(values, split)
+                first = place_of.setdefault(values["id"], place)
+                if first != place:
+                    raise BadRowError(f"id {values['id']} is also that of {first}")
+                picture = file_of.setdefault(row.picture_id, (row.file_name, row.size))
+                if picture != (row.file_name, row.size):
+                    raise BadRowError(
+                        f"image_id {values['image_id']} is {row.file_name} of (height, width) {row.size} here and "
+                        f"{picture[0]} of {picture[1]} in a row before"
+                    )
+            except BadRowError as error:
+                bad.add(f"{number} of {path.name}", error)
+                continue
+            yield row
+
+
+def _check_columns(path: Path) -> None:
+    schema = parquet_schema(path, _REMEDY)
+    if "id" not in schema.names and "ann_id" in schema.names:
+        raise DataError(
+            f"{path}: has the column 'ann_id' and no 'id', so it is of an old revision, with whose ids no "
+            f"published prediction agrees; {_REMEDY}"
+        )
+    require_columns(path, schema, COLUMNS, _REMEDY)
+    if not pa.types.is_integer(schema.field("id").type):
+        raise DataError(
+            f"{path}: the column 'id' is of type {schema.field('id').type}; published ids are whole numbers, and "
+            f"predictions would match none of these; {_REMEDY}"
+        )
+
+
+def _row(values: dict[str, Any], split: str) -> Row:
+    sample_id = integer(values, "id")
+    try:
+        if values["split"] != split:
+            raise BadRowError(f"split is {short(values['split'])} in the file of {split}")
+        source, number = _picture_of(values)
+        size = picture_size(values)
+        box = relative_box(values["bbox"], size, "xywh")
+        _check_area(values)
+        if type(values["is_rewrite"]) is not bool:
+            raise BadRowError(f"is_rewrite is {short(values['is_rewrite'])}, not true or false")
+        return Row(
+            split=split,
+            sample_id=str(sample_id),
+            picture_id=f"{source}-{number}",
+            file_name=plain_file_name(text(values, "file_name")),
+            size=size,
+            expression=text(values, "caption").strip(),
+            box=box,
+            meta={
+                "id": sample_id,
+                "category": text(values, "ori_category_id"),
+                "bbox_id": text(values, "bbox_id"),
+                "is_rewrite": values["is_rewrite"],
+                "source": source,
+            },
+        )
+    except BadRowError as error:
+        raise BadRowError(f"id {sample_id}: {error}") from error
+
+
+def _picture_of(values: dict[str, Any]) -> tuple[str, int]:
+    """``coco`` or ``o365``, and the picture's number there; both names of the picture must agree."""
+    image_id, file_name = text(values, "image_id"), text(values, "file_name")
+    found = _IMAGE_ID.fullmatch(image_id)
+    if found is None:
+        raise BadRowError(f"image_id is {short(image_id)}, not like 'coco_128974' or 'o365_922765'")
+    number = _LAST_NUMBER.search(file_name)
+    if number is None or int(number[1]) != int(found[2]):
+        raise BadRowError(f"image_id {image_id!r} and file_name {file_name!r} name different pictures")
+    return found[1], int(found[2])
+
+
+def _check_area(values: dict[str, Any]) -> None:
+    """Corners taken for xywh often give a valid box too, but not its area."""
+    stated, bbox = values["bbox_area"], values["bbox"]
+    area = bbox[2] * bbox[3]
+    if not isinstance(stated, int | float) or not abs(stated - area) <= max(2.0, AREA_TOLERANCE * area):
+        corners = max(bbox[2] - bbox[0], 0) * max(bbox[3] - bbox[1], 0)
+        other = isinstance(stated, int | float) and abs(stated - corners) <= max(2.0, AREA_TOLERANCE * corners)
+        raise BadRowError(
+            f"bbox_area is {short(stated)}, but bbox {bbox} (x, y, width, height) has {area:g}"
+            + ("; it would fit as x1, y1, x2, y2: is the file of another revision?" if other else "")
+        )

@@ -1,0 +1,69 @@
+"""A contact sheet: samples of a data set with their boxes drawn, because people look sooner than they read."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ivt_env.data.sample import DataError, Dataset, Picture
+from ivt_env.rendering import Overlay, draw_overlay, place_on_canvas
+
+_BACKGROUND, _INK, _FAINT = (24, 26, 30), (235, 235, 235), (150, 155, 165)
+_TARGET, _SIBLING = (0, 220, 90), (120, 170, 255)
+_MARGIN = 10
+_LINES = 3
+
+
+def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, side: int = 300) -> Picture:
+    """Draw samples side by side: target green, other objects of its class blue, expression below.
+
+    A picture that cannot be read leaves its place empty with the reason, so that one broken file
+    does not hide the rest.
+
+    Args:
+        dataset: what to show.
+        indices: which samples.
+        columns: cells in a row.
+        side: of a picture's place in pixels; pictures are scaled down to it, never enlarged.
+
+    Returns:
+        RGB uint8 (rows * cell height, columns * cell width, 3).
+
+    Raises:
+        ValueError: for no indices, or fewer than one column.
+    """
+    if not indices or columns < 1:
+        raise ValueError(f"a sheet needs samples and columns, got {len(indices)} samples and {columns} columns")
+    columns = min(columns, len(indices))
+    font = ImageFont.load_default(max(11, side // 22))
+    line_height = round(max(11, side // 22) * 1.35)
+    width, height = side + 2 * _MARGIN, side + 2 * _MARGIN + line_height * (_LINES + 1)
+    rows = -(-len(indices) // columns)
+    page = Image.new("RGB", (columns * width, rows * height), _BACKGROUND)
+    pen = ImageDraw.Draw(page)
+    letters = max(8, int(side / pen.textlength("abcdefghij", font=font) * 10))
+    for place, index in enumerate(indices):
+        left, top = place % columns * width + _MARGIN, place // columns * height + _MARGIN
+        sample = dataset[index]
+        try:
+            canvas, extent = place_on_canvas(dataset.picture(sample), side)
+        except DataError as error:
+            for number, line in enumerate(textwrap.wrap(str(error), letters)[: side // line_height]):
+                pen.text((left, top + number * line_height), line, font=font, fill=(255, 120, 110))
+        else:
+            for sibling in sample.siblings:
+                draw_overlay(canvas, extent, sibling, Overlay("outline", _SIBLING, width=1))
+            draw_overlay(canvas, extent, sample.box, Overlay("outline", _TARGET, width=max(2, side // 120)))
+            # Only the picture, not the black rest of its canvas.
+            page.paste(Image.fromarray(canvas[: extent[0], : extent[1]]), (left, top))
+        lines = textwrap.wrap(sample.expression, letters, max_lines=_LINES, placeholder=" …") or [""]
+        for number, line in enumerate(lines):
+            pen.text((left, top + side + _MARGIN // 2 + number * line_height), line, font=font, fill=_INK)
+        note = f"{index}  {sample.dataset} {sample.split} {sample.sample_id}"
+        while pen.textlength(note, font=font) > side:
+            note = note[:-2] + "…"
+        pen.text((left, top + side + _MARGIN // 2 + len(lines) * line_height), note, font=font, fill=_FAINT)
+    return np.asarray(page).copy()

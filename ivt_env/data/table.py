@@ -1,0 +1,457 @@
+"""The project's converted form: every data set, once read, becomes one memory-mapped table.
+
+A reader turns its own layout into ``Row``s, one per expression. ``open_table`` checks them, writes
+them into an index (an Arrow file with one record batch per split) beside the data or, where that
+folder cannot be written, into the user's cache folder, and opens it. Later openings map the index
+alone, until the size or time of a source file changes; worker processes that open it share its
+memory. Pictures are files, decoded when asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import operator
+import os
+import re
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ivt_env.data import cache_folder
+from ivt_env.data.checked import BadRows, Box
+from ivt_env.data.pictures import read_picture
+from ivt_env.data.sample import DataError, Picture, Sample
+
+_INDEX_VERSION = 2  # raise whenever the schema or the meaning of a column changes
+_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("picture_id", pa.string()),
+        ("file_name", pa.string()),  # below one of the picture folders
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("expression", pa.string()),
+        ("box", pa.list_(pa.float64(), 4)),  # xyxy, relative to the picture
+        ("siblings", pa.list_(pa.float64())),  # 4 numbers per box, as above
+        ("meta", pa.string()),  # JSON
+    ]
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One expression, checked, as a reader gives it."""
+
+    split: str
+    sample_id: str
+    picture_id: str
+    file_name: str
+    """Of the picture, below one of the picture folders, with ``/``."""
+    size: tuple[int, int]
+    """(height, width) of the picture in pixels."""
+    expression: str
+    box: Box
+    """xyxy, relative to the picture."""
+    siblings: Sequence[Box] = ()
+    """Other objects of the target's class in the picture, likewise."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able."""
+
+
+Read = Callable[[BadRows, Path], Iterator[Row]]
+"""Yields the rows of all splits; what it leaves out it adds to the BadRows. The folder is one that
+the reader may write pictures into (``pictures/`` below it), for layouts that embed them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set lies and how it is read."""
+
+    name: str
+    """The label of its samples."""
+    layout: str
+    """The reader: ``refs-umd``, ``mdetr``, ... The index is named after the data set and it."""
+    folder: Path
+    """The index lies in ``.ivt_index/`` below it."""
+    files: Sequence[Path]
+    """What is read. The index is built again when the size or time of one changes."""
+    splits: Sequence[str]
+    read: Read
+    picture_folders: Sequence[Path]
+    """Where the pictures may lie; the first that holds the file counts."""
+    remedy: str
+    """What to do where the annotations are missing or broken: an imperative without a full stop, as
+    it stands after a semicolon."""
+    picture_remedy: str
+    """The same, where a picture or the whole folder of them is missing; "there" is that place."""
+    published: Mapping[str, int] | None = None
+    """Split -> number of expressions, where it is known."""
+    may_share_pictures: bool = False
+    """Whether train and another split may hold the same picture."""
+    embedded: bool = False
+    """Whether the files hold the pictures too; ``pictures/`` beside the index is then looked at."""
+
+
+class Table:
+    """One split of a data set on disk; one sample per expression.
+
+    Samples are made when asked for and pictures decoded when asked for; the last few pictures are
+    kept. An opened table can be sent to a worker process, which maps the same file.
+
+    Attributes:
+        name: the data set.
+        split: the split.
+        layout: the reader that it came through.
+        skipped: rows of the annotation files (all splits) that were unusable and left out.
+    """
+
+    def __init__(
+        self, source: Source, split: str, batch: pa.RecordBatch, opened: _Opened, cached_pictures: int
+    ) -> None:
+        """Called by ``open_table``."""
+        self.name, self.split, self.layout = source.name, split, source.layout
+        self.skipped = opened.skipped
+        self._batch = batch
+        self._path, self._number, self._stamp = opened.path, opened.numbers[split], opened.stamp
+        self._picture_folders = list(source.picture_folders)
+        if source.embedded:
+            self._picture_folders.append(opened.pictures)
+        self._picture_remedy = source.picture_remedy
+        self._cached_pictures = cached_pictures
+        self._pictures: OrderedDict[str, Picture] = OrderedDict()
+        self._columns()
+
+    def _columns(self) -> None:
+        column = self._batch.column
+        self._text = {key: column(key) for key in ("sample_id", "picture_id", "file_name", "expression", "meta")}
+        self._sizes = column("height").to_numpy(), column("width").to_numpy()
+        self._boxes = column("box").flatten().to_numpy().reshape(-1, 4)
+        self._siblings = column("siblings")
+        self._row_of_picture: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        """Number of expressions."""
+        return len(self._boxes)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index`` (0-based); IndexError outside the range."""
+        row = operator.index(index)
+        if not 0 <= row < len(self):
+            raise IndexError(f"{self.name} {self.split} has {len(self)} samples, there is no sample {index}")
+        text = {key: values[row].as_py() for key, values in self._text.items()}
+        return Sample(
+            sample_id=text["sample_id"],
+            picture_id=text["picture_id"],
+            expression=text["expression"],
+            box=_as_box(self._boxes[row].tolist()),
+            size=self._size(row),
+            dataset=self.name,
+            split=self.split,
+            siblings=tuple(map(_as_box, np.reshape(self._siblings[row].as_py(), (-1, 4)).tolist())),
+            meta=json.loads(text["meta"]),
+        )
+
+    def picture(self, sample: Sample) -> Picture:
+        """The sample's picture, uint8 (height, width, 3); shared and read-only, copy it to draw on it.
+
+        Raises:
+            DataError: where the file is missing, broken, or not of the annotated size, and for a
+                sample of another data set or split.
+        """
+        cached = self._pictures.get(sample.picture_id)
+        if cached is None:
+            path, size = self._file(sample.picture_id)
+            cached = read_picture(path, str(path), size)
+            cached.setflags(write=False)
+            self._pictures[sample.picture_id] = cached
+            while len(self._pictures) > self._cached_pictures:
+                self._pictures.popitem(last=False)
+        else:
+            self._pictures.move_to_end(sample.picture_id)
+        return cached
+
+    def picture_path(self, sample: Sample) -> Path:
+        """The file of the sample's picture; DataError where it is missing."""
+        return self._file(sample.picture_id)[0]
+
+    def sample_ids(self) -> list[str]:
+        """The ids of all samples, in order; much faster than making the samples."""
+        return self._text["sample_id"].to_pylist()
+
+    def picture_ids(self) -> list[str]:
+        """The picture id of each sample, in order."""
+        return self._text["picture_id"].to_pylist()
+
+    def file_names(self) -> list[str]:
+        """The picture files of this split, each once, in order of first use."""
+        return list(dict.fromkeys(self._text["file_name"].to_pylist()))
+
+    def _size(self, row: int) -> tuple[int, int]:
+        return int(self._sizes[0][row]), int(self._sizes[1][row])
+
+    def _file(self, picture_id: str) -> tuple[Path, tuple[int, int]]:
+        if not self._row_of_picture:
+            for row, held in enumerate(self._text["picture_id"].to_pylist()):
+                self._row_of_picture.setdefault(held, row)
+        found = self._row_of_picture.get(picture_id)
+        if found is None:
+            raise DataError(f"{self.name} {self.split} has no picture {picture_id!r}; give one of its samples")
+        file_name = self._text["file_name"][found].as_py()
+        for folder in self._picture_folders:
+            if (folder / file_name).is_file():
+                return folder / file_name, self._size(found)
+        folder = next((f for f in self._picture_folders if f.is_dir()), self._picture_folders[0])
+        raise DataError(f"{folder / file_name}: this picture of {self.name} is missing; {self._picture_remedy}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a worker process reads for itself: the decoded pictures and, if on disk, the index."""
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_text", "_sizes", "_boxes", "_siblings")}
+        state |= {"_pictures": OrderedDict(), "_row_of_picture": {}}
+        return state if self._path is None else state | {"_batch": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Maps the index again; DataError where it is gone, or was since built from other files."""
+        self.__dict__.update(state)
+        if self._batch is None:
+            assert self._path is not None
+            try:
+                reader = _mapped(self._path)
+                stamp = _stamp(reader)
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(
+                    f"{self._path}: the index of {self.name}, opened before, cannot be read any more ({error}); "
+                    "open the data set again"
+                ) from error
+            if stamp != self._stamp:
+                raise DataError(
+                    f"{self._path}: the index of {self.name} was built again, from other files, since the data set "
+                    "was opened; open it again"
+                )
+            self._batch = reader.get_batch(self._number)
+        self._columns()
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    path: Path | None
+    """Of the index; None where it could be written nowhere."""
+    numbers: dict[str, int]
+    """Split -> record batch."""
+    skipped: int
+    pictures: Path
+    stamp: str = ""
+    """Of what the index was built from: equal for equal files, whoever built it."""
+
+
+def open_table(source: Source, split: str, cached_pictures: int = 32, need_pictures: bool = True) -> Table:
+    """Open a split, building the index where there is none that fits.
+
+    Args:
+        source: the data set.
+        split: one of ``source.splits``.
+        cached_pictures: how many decoded pictures to keep (about 1 MB each).
+        need_pictures: whether a missing folder of pictures is an error at once. (A single missing
+            picture is one when it is asked for.)
+
+    Raises:
+        DataError: for an unknown split, for files that are missing, broken, or hold too many bad
+            rows or duplicate ids, an empty split, and pictures shared by train and another split
+            where that may not be.
+    """
+    if split not in source.splits:
+        raise DataError(f"{source.name} ({source.layout}) has no split {split!r}; it has {', '.join(source.splits)}")
+    if need_pictures and not source.embedded and not any(folder.is_dir() for folder in source.picture_folders):
+        raise DataError(
+            f"{source.folder}: {source.name} is here but its pictures are not: there is no folder "
+            f"{' or '.join(map(str, source.picture_folders))}; {source.picture_remedy}"
+        )
+    identity = {
+        "version": _INDEX_VERSION, "name": source.name,
+        "sources": {_key(path, source.folder): _fingerprint(path, source) for path in source.files},
+    }  # fmt: skip
+    place = hashlib.sha256(str(source.folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    places = [source.folder / ".ivt_index", cache_folder() / "index" / f"{source.name}-{place}"]
+    for folder in places:
+        found = _read_index(folder / _index_name(source), identity, split)
+        if found is not None:
+            batch, opened = found
+            break
+    else:
+        batch, opened = _build(source, identity, split, places)
+    if opened.skipped:
+        _log.warning(
+            "%s: %d unusable rows of the %s files were left out (all splits together)",
+            source.name, opened.skipped, source.layout,
+        )  # fmt: skip
+    return Table(source, split, batch, opened, cached_pictures)
+
+
+def _build(
+    source: Source, identity: dict[str, Any], split: str, places: Sequence[Path]
+) -> tuple[pa.RecordBatch, _Opened]:
+    _log.info("%s: reading the annotations of %s (up to a minute)", source.folder, source.name)
+    writable = filter(_can_write, places)  # the second place is touched only where the first will not do
+    target = next(writable, None)
+    where = ", ".join(str(path) for path in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
+    if source.embedded and target is None:
+        raise DataError(
+            f"{where}: holds pictures, which must be written out, and nothing can be written to "
+            f"{' or '.join(map(str, places))}; make one of these folders writable"
+        )
+    bad = BadRows(where, source.remedy)
+    batches = _batches(source, bad, target or places[0], where)
+    counts = {s: batch.num_rows for s, batch in batches.items()}
+    if not counts[split]:
+        held = ", ".join(f"{s}: {count}" for s, count in counts.items())
+        raise DataError(f"{where}: holds no expression of split {split!r} ({held}); {source.remedy}")
+    published = {s: count for s, count in (source.published or {}).items() if s in counts}
+    if any(counts[s] != count for s, count in published.items()):
+        _log.warning("%s: expressions per split %s, published are %s", where, counts, published)
+    if not source.may_share_pictures:
+        _refuse_shared_pictures(batches, where, source)
+    facts = identity | {"splits": list(batches), "counts": counts, "skipped": len(bad.reasons)}
+    numbers = {s: number for number, s in enumerate(batches)}
+    # Embedded pictures were written out beside the first place, so the index may lie nowhere else.
+    for folder in [target] if target and source.embedded else filter(None, chain([target], writable)):
+        path = folder / _index_name(source)
+        try:
+            _write_index(path, batches, facts)
+            reader = _mapped(path)
+        except OSError as error:
+            _log.info("%s: index not written (%s)", path, error)
+        else:
+            opened = _Opened(path, numbers, len(bad.reasons), folder / "pictures", _stamp(reader))
+            return reader.get_batch(numbers[split]), opened
+    _log.warning("no index of %s can be written to %s or %s: slow at each opening", source.name, *places)
+    return batches[split], _Opened(None, numbers, len(bad.reasons), (target or places[0]) / "pictures")
+
+
+def _batches(source: Source, bad: BadRows, folder: Path, where: str) -> dict[str, pa.RecordBatch]:
+    columns: dict[str, dict[str, list[Any]]] = {s: {key: [] for key in _SCHEMA.names} for s in source.splits}
+    seen: set[tuple[str, str]] = set()
+    total = 0
+    for row in source.read(bad, folder):
+        total += 1
+        if (row.split, row.sample_id) in seen:
+            bad.add(row.sample_id, f"the id {row.sample_id} occurs twice in {row.split}")
+            continue
+        seen.add((row.split, row.sample_id))
+        into = columns[row.split]
+        for key in ("sample_id", "picture_id", "file_name", "expression", "box"):
+            into[key].append(getattr(row, key))
+        into["height"].append(row.size[0])
+        into["width"].append(row.size[1])
+        into["siblings"].append([value for box in row.siblings for value in box])
+        into["meta"].append(json.dumps(row.meta, ensure_ascii=False))
+    left_out_in_reading = len(bad.reasons) - (total - len(seen))
+    if not total and not left_out_in_reading:
+        raise DataError(f"{where}: holds no rows; {source.remedy}")
+    bad.check(total + left_out_in_reading)
+    return {s: pa.record_batch([pa.array(c[f.name], f.type) for f in _SCHEMA], _SCHEMA) for s, c in columns.items()}
+
+
+def _refuse_shared_pictures(batches: dict[str, pa.RecordBatch], where: str, source: Source) -> None:
+    pictures = {split: set(batch.column("picture_id").to_pylist()) for split, batch in batches.items()}
+    for split in pictures.keys() - {"train"}:
+        shared = pictures.get("train", set()) & pictures[split]
+        if shared:
+            raise DataError(
+                f"{where}: train and {split} share {len(shared)} pictures ({min(shared)} is one), so scores on "
+                f"{split} would be too good; every picture belongs in one split: {source.remedy}"
+            )
+
+
+def _key(path: Path, folder: Path) -> str:
+    """The file as the index names it: relative to the folder, so that a moved folder keeps its index."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # on another drive of Windows
+        return path.as_posix()
+
+
+def _index_name(source: Source) -> str:
+    """With the data set: one folder may hold several in one layout. Without what Windows forbids."""
+    return re.sub(r"[^\w.+-]", "_", f"{source.name}-{source.layout}") + ".arrow"
+
+
+def _fingerprint(path: Path, source: Source) -> list[int]:
+    """Size in bytes and time of change in nanoseconds."""
+    try:
+        stat = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{path}: missing; {source.remedy}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {source.remedy}") from error
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _can_write(folder: Path) -> bool:
+    probe = folder / f".{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        _log.info("%s: no index can be written there (%s)", folder, error)
+        return False
+    return True
+
+
+def _mapped(path: Path) -> pa.RecordBatchFileReader:
+    return pa.ipc.open_file(pa.memory_map(str(path)))
+
+
+def _stamp(reader: pa.RecordBatchFileReader) -> str:
+    return hashlib.sha256((reader.schema.metadata or {}).get(b"ivt_env", b"")).hexdigest()
+
+
+def _read_index(path: Path, identity: dict[str, Any], split: str) -> tuple[pa.RecordBatch, _Opened] | None:
+    """The split from an index made of exactly these sources, else None (build it again)."""
+    try:
+        reader = _mapped(path)
+        facts = json.loads((reader.schema.metadata or {}).get(b"ivt_env", b"{}"))
+        if any(facts.get(key) != value for key, value in identity.items()):
+            return None
+        numbers = {s: number for number, s in enumerate(facts["splits"])}
+        if split not in numbers or not facts["counts"][split]:
+            return None
+        batch = reader.get_batch(numbers[split])
+        batch.validate()
+        if not batch.schema.equals(_SCHEMA) or batch.num_rows != facts["counts"][split]:
+            raise ValueError("not an index of this version")
+        return batch, _Opened(path, numbers, int(facts["skipped"]), path.parent / "pictures", _stamp(reader))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+        _log.warning("%s: index unreadable (%s), building it again", path, error)
+        return None
+
+
+def _write_index(path: Path, batches: dict[str, pa.RecordBatch], facts: dict[str, Any]) -> None:
+    """Write one record batch per split; the file appears whole or not at all."""
+    # A name of its own for each process: several may build the same index at once.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        schema = _SCHEMA.with_metadata({b"ivt_env": json.dumps(facts).encode()})
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for batch in batches.values():
+                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _as_box(values: list[float]) -> Box:
+    x1, y1, x2, y2 = values
+    return x1, y1, x2, y2

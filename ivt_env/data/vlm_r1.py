@@ -1,0 +1,219 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg as prepared for VLM-R1: annotations only, train and val.
+
+Under a root::
+
+    vlm_r1/rec_jsons_processed/refcoco_train.json or .jsonl, refcoco_val.json
+    (also refcocop_... for RefCOCO+, refcocog_...)
+
+Boxes are **xyxy**, floats in pixels of the picture as stored:
+
+- ``.json``, a list of objects: ``solution``. Never ``bbox_list``, whose x2 and y2 are one pixel short.
+- ``.jsonl``, one conversation a line: the answer's value, four numbers as a list or as its text.
+  The expression is what stands between the fixed prompt and the full stop.
+
+Where both files of a split are there, the ``.json`` is read: it states the size of the picture and
+the object's number. For ``.jsonl`` the size is read from the picture's header, so the pictures
+must be there when the data set is first opened. A row without its picture is then a bad row: more
+than one percent of them is an error, and fewer stay left out, as the warning at each opening says,
+until the index (``.ivt_index/``) is deleted.
+
+The path in ``image`` (``train2014/COCO_train2014_000000581857.jpg``) is looked for below the root,
+``vlm_r1/``, ``images/mscoco/images/``, ``images/`` and ``coco/``. COCO's number of the picture is
+taken from its name, since ``image_id`` is a running number. Only splits whose files are there are
+served. A file knows neither the other objects of a picture nor the names of categories:
+``siblings`` are empty.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from functools import partial as bound
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ivt_env.data.checked import (
+    BadRowError,
+    BadRows,
+    integer,
+    picture_size,
+    read_json,
+    relative_box,
+    relative_path,
+    short,
+    text,
+)
+from ivt_env.data.headers import read_header
+from ivt_env.data.jxu124 import PICTURE_REMEDY, PUBLISHED, coco_image_id
+from ivt_env.data.sample import DataError
+from ivt_env.data.table import Row, Source
+
+LABELS = {"refcocog": "refcocog", "refcoco": "refcoco", "refcocoplus": "refcocop"}
+"""Data set name -> how the names of its files begin."""
+
+FOLDER = "vlm_r1/rec_jsons_processed"
+
+PLACES: dict[str, tuple[str, ...]] = {
+    name: (f"{FOLDER}/{label}_train.json[l]", f"{FOLDER}/{label}_val.json") for name, label in LABELS.items()
+}
+"""Data set name -> what is looked for under the root."""
+
+PICTURE_FOLDERS = ("", "vlm_r1", "images/mscoco/images", "images", "coco")
+"""Below which of the root's folders ``train2014/`` may lie."""
+
+PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: "
+
+_DATASET_NAMES = {"refcoco": "refcoco", "refcoco+": "refcocoplus", "refcocop": "refcocoplus", "refcocog": "refcocog"}
+"""``dataset_name`` of a row -> data set name."""
+_REMEDY = "unpack rec_jsons_processed.zip of the Hub data set omlab/VLM-R1 again (`ivt data fetch vlm_r1`)"
+
+
+def find(root: Path, name: str) -> Source | None:
+    """The data set in this layout, if a file of it is under ``root`` (it may be broken); else None.
+
+    ``picture_id`` is ``"coco-<image_id>"`` with COCO's number. From ``.json``, ``sample_id`` is
+    ``"<ann_id>-<running number>"`` as in MDETR's layout, from which these files were made, and
+    ``meta`` holds ``ann_id``, ``image_id`` (COCO's) and ``category_id``. From ``.jsonl``,
+    ``sample_id`` is the line's ``id`` and ``meta`` holds ``image_id`` alone.
+    """
+    if name not in LABELS:
+        return None
+    folder = root / FOLDER
+    files: dict[str, Path] = {}
+    for split, endings in (("train", (".json", ".jsonl")), ("val", (".json",))):
+        there = [path for ending in endings if (path := folder / f"{LABELS[name]}_{split}{ending}").is_file()]
+        if there:
+            files[split] = there[0]
+    if not files:
+        return None
+    picture_folders = [root / below for below in PICTURE_FOLDERS]
+    remedy = _REMEDY
+    if any(path.suffix == ".jsonl" for path in files.values()):
+        remedy += ", or, where pictures are missing, unpack COCO's train2014.zip"
+    return Source(
+        name=name,
+        layout="vlm_r1",
+        folder=folder,
+        files=tuple(files.values()),
+        splits=tuple(files),
+        read=bound(_read, files, name, picture_folders),
+        picture_folders=picture_folders,
+        remedy=remedy,
+        picture_remedy=PICTURE_REMEDY,
+        published=PUBLISHED[name],
+    )
+
+
+def _read(
+    files: Mapping[str, Path], name: str, picture_folders: Sequence[Path], bad: BadRows, _folder: Path
+) -> Iterator[Row]:
+    """One row per object of the list, or per line."""
+
+    @cache  # seven expressions share a picture
+    def size_of(image: str) -> tuple[int, int]:
+        for below in picture_folders:
+            if (below / image).is_file():
+                return read_header(below / image, str(below / image)).stored
+        tried = ", ".join(map(str, picture_folders))
+        raise BadRowError(f"image {image!r}, whose size is needed, is in none of {tried}")
+
+    for split, path in files.items():
+        entries = _lines(path) if path.suffix == ".jsonl" else enumerate(_list(path))
+        for number, entry in entries:
+            try:
+                if not isinstance(entry, dict):
+                    raise BadRowError(f"is {short(entry)}, not an object")
+                if path.suffix == ".jsonl":
+                    yield _conversation(entry, split, size_of)
+                else:
+                    yield _record(entry, split, name)
+            except BadRowError as error:
+                bad.add(f"{number} of {path.name}", error)
+
+
+def _list(path: Path) -> list[Any]:
+    content = read_json(path, _REMEDY)
+    if not isinstance(content, list):
+        raise DataError(f"{path}: holds {short(content)}, not a list of objects; {_REMEDY}")
+    return content
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a JSONL file, numbered from 0; blank lines are counted and skipped."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file):
+                if not line.strip():
+                    continue
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    # Not one bad row of many: a line that is cut off means that the rest is missing.
+                    raise DataError(
+                        f"{path}: row {number} is {short(line)}, not whole JSON ({error}), perhaps the file is only "
+                        f"half there; {_REMEDY}"
+                    ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
+
+
+def _record(entry: dict[str, Any], split: str, name: str) -> Row:
+    """A row of ``.json``."""
+    ann_id, running = integer(entry, "original_id"), integer(entry, "image_id")
+    stated = entry.get("dataset_name")
+    if isinstance(stated, str) and _DATASET_NAMES.get(stated, name) != name:
+        raise BadRowError(f"dataset_name is {stated!r} in a file of {name}")
+    file_name, image_id = _image(entry)
+    size = picture_size(entry)
+    return Row(
+        split=split,
+        sample_id=f"{ann_id}-{running}",
+        picture_id=f"coco-{image_id}",
+        file_name=file_name,
+        size=size,
+        expression=text(entry, "normal_caption").strip(),
+        box=relative_box(entry.get("solution"), size, "xyxy", "solution"),
+        meta={"ann_id": ann_id, "image_id": image_id, "category_id": integer(entry, "category_id")},
+    )
+
+
+def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tuple[int, int]]) -> Row:
+    """A row of ``.jsonl``."""
+    row_id = entry.get("id")
+    if not isinstance(row_id, str) or not row_id.strip():
+        row_id = str(integer(entry, "id"))
+    file_name, image_id = _image(entry)
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or [t.get("from") if isinstance(t, dict) else None for t in turns] != [
+        "human", "gpt",
+    ]:  # fmt: skip
+        raise BadRowError(f"conversations is {short(turns)}, not one turn of human and one of gpt")
+    asked = text(turns[0], "value").strip()
+    found = re.fullmatch(rf"(?:<image>)?\s*{re.escape(PROMPT)}(.*)\.", asked, re.DOTALL)
+    if found is None:
+        raise BadRowError(f"the human's value is {short(asked)}, not '<image>{PROMPT}...'")
+    answer = turns[1].get("value")
+    if isinstance(answer, str):
+        try:
+            answer = json.loads(answer)
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(f"the answer is {short(answer)}, not a list of four numbers") from error
+    size = size_of(file_name)
+    return Row(
+        split=split,
+        sample_id=row_id,
+        picture_id=f"coco-{image_id}",
+        file_name=file_name,
+        size=size,
+        expression=text({"expression": found[1]}, "expression").strip(),
+        box=relative_box(answer, size, "xyxy", "the answer"),
+        meta={"image_id": image_id},
+    )
+
+
+def _image(entry: dict[str, Any]) -> tuple[str, int]:
+    """The path of the picture below a folder of pictures, and COCO's number of it."""
+    path = relative_path(text(entry, "image"))
+    return path, coco_image_id(PurePosixPath(path).name)

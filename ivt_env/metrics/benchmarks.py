@@ -1,0 +1,493 @@
+"""One common rule for every data set, and beside it the rule by which each benchmark is published.
+
+The rules differ where it is easy to miss: whether an overlap equal to the threshold counts, IoU or
+GIoU, clamping, bins and averages over classes. A number may be compared with a published one only
+under that one's own rule, and data sets with one another only under the common rule.
+
+What all rules share:
+
+- Boxes are xyxy in pixels of the original picture, areas continuous. Coordinates are rounded to
+  1e-6 px first: samples hold boxes relative to their picture, and 104 px / 427 * 427 need not be
+  104.0 again.
+- Thresholds are k / 100 for a whole k, the float nearest to the decimal (never sums of 0.05). The
+  overlap of boxes in whole pixels is a rounded quotient of exact numbers, so one that equals the
+  threshold compares as equal.
+- A prediction that is missing or unusable (a row with a NaN) is a miss: overlap 0, kept in every
+  denominator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ivt_env import boxes
+from ivt_env.data.sample import Sample
+from ivt_env.metrics.scores import MEAN_THRESHOLDS
+from ivt_env.metrics.statistics import bootstrap_mean
+from ivt_env.metrics.table import render
+
+Array = NDArray[np.float64]
+
+RULES = ("common", "refcoco", "mdetr", "vlmr1", "refl4", "refadv")
+"""Every name that ``score`` takes."""
+
+OWN_RULES: dict[str, tuple[str, ...]] = {
+    "refcoco": ("refcoco", "mdetr", "vlmr1"),
+    "refcocoplus": ("refcoco", "mdetr", "vlmr1"),
+    "refcocog": ("refcoco", "mdetr", "vlmr1"),
+    "refl4": ("refl4",),
+    "refadv": ("refadv",),
+}
+"""Data set -> rules under which numbers on it are published; a data set not named here has none."""
+
+_PIXEL_DIGITS = 6
+_REPORTED = (0.5, 0.75, 0.9)
+_SIZES = ("small: under 128 px", "medium: 128 to 256 px", "large: over 256 px")
+
+
+class BenchmarkError(ValueError):
+    """Samples that lack what a rule needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """One number of a rule."""
+
+    metric: str
+    """Rows of the same name of different rules belong beside each other."""
+    value: float
+    """In [0, 1], never percent; NaN over no samples."""
+    n: int
+    """Samples in the denominator."""
+    rule: str
+    """What counts as a hit, for example ``IoU > 0.5``."""
+    low: float | None = None
+    """95 % percentile bootstrap interval, clustered by picture; None where none was asked for or
+    there is none (class averages, fewer than 2 pictures)."""
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RuleResult:
+    """The scores of one set of predictions under one rule."""
+
+    name: str
+    source: str
+    """Whose rule it is, and where it differs from the others."""
+    rows: tuple[ScoreRow, ...]
+    notes: tuple[str, ...] = ()
+    """What a reader must know before quoting the numbers."""
+
+
+def score(
+    name: str,
+    predicted_px: ArrayLike,
+    samples: Sequence[Sample],
+    *,
+    category_map: Mapping[str, str] | None = None,
+    resamples: int = 0,
+    seed: int = 0,
+) -> RuleResult:
+    """Score predictions under one rule.
+
+    Args:
+        name: one of ``RULES``.
+        predicted_px: xyxy in pixels of the original picture, shape (n, 4); a NaN means no box.
+        samples: the n samples they answer, in the same order.
+        category_map: as in ``ref_l4``; no other rule looks at it.
+        resamples: bootstrap resamples of each interval; 0 gives no intervals.
+        seed: of the intervals.
+
+    Raises:
+        BenchmarkError: for an unknown rule, and as the rule itself says.
+        ValueError: for shapes that do not fit, or no samples.
+    """
+    if name == "refl4":
+        return ref_l4(predicted_px, samples, category_map=category_map, resamples=resamples, seed=seed)
+    plain = {"common": common, "refcoco": refcoco, "mdetr": mdetr, "vlmr1": vlm_r1, "refadv": ref_adv}
+    if name not in plain:
+        raise BenchmarkError(f"no rule {name!r}; there are {', '.join(RULES)}")
+    return plain[name](predicted_px, samples, resamples=resamples, seed=seed)
+
+
+def common(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
+    """The rule of this project for every data set: IoU >= t.
+
+    Acc@0.5, 0.75 and 0.9; mAcc, the mean of the accuracies at 0.50, 0.55, ..., 0.95; mIoU. No
+    clamping. Source: ours; mAcc after COCO's average over thresholds.
+
+    Args:
+        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
+        samples: the n samples.
+        resamples: as in ``score``.
+        seed: as in ``score``.
+
+    Raises:
+        ValueError: as in ``score``.
+    """
+    rows = _Rows(samples, resamples, seed)
+    iou = overlap(predicted_px, targets_px(samples))
+    rows.accuracies(iou, _REPORTED, strict=False)
+    rows.add("mIoU", iou, "mean of IoU")
+    return RuleResult("common", "one rule for every data set, by which they can be compared", tuple(rows.done))
+
+
+def refcoco(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
+    """Acc@0.5 with IoU >= 0.5, as numbers on RefCOCO, RefCOCO+ and RefCOCOg are mostly given.
+
+    REFER itself publishes no rule: its evaluation code scores generated sentences, not boxes.
+    Source: lmms-eval and VLMEvalKit, both IoU >= 0.5 on continuous areas. **Unknown:** by which rule
+    (strict or not, areas with or without + 1 px) any other published number was made; the three
+    rules ``refcoco``, ``mdetr`` and ``vlmr1`` say how much could hang on it.
+
+    Args:
+        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
+        samples: the n samples.
+        resamples: as in ``score``.
+        seed: as in ``score``.
+
+    Raises:
+        ValueError: as in ``score``.
+    """
+    rows = _Rows(samples, resamples, seed)
+    rows.accuracies(overlap(predicted_px, targets_px(samples)), (0.5,), strict=False, mean=False)
+    return RuleResult(
+        "refcoco",
+        "as lmms-eval and VLMEvalKit score; REFER itself scores no boxes, and whether other published numbers are "
+        "strict is unknown",
+        tuple(rows.done),
+    )
+
+
+def mdetr(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
+    """Acc@0.5 of MDETR and its descendants on the RefCOCO family: **GIoU** >= 0.5, not IoU.
+
+    GIoU = IoU - (hull - union) / hull (Rezatofighi et al., arXiv 1902.09630) is never above IoU, so
+    this is the harder rule. Source: MDETR's evaluation code (github.com/ashkamath/mdetr), its
+    precision at 1.
+
+    Args:
+        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
+        samples: the n samples.
+        resamples: as in ``score``.
+        seed: as in ``score``.
+
+    Raises:
+        ValueError: as in ``score``.
+    """
+    rows = _Rows(samples, resamples, seed)
+    targets = targets_px(samples)
+    predicted = _checked(predicted_px, targets)
+    usable = has_area(predicted)
+    giou = np.where(usable, boxes.giou(np.where(usable[:, None], predicted, targets), targets), -1.0)
+    rows.add("Acc@0.5", hits(giou, 0.5, strict=False), "GIoU >= 0.5")
+    return RuleResult("mdetr", "MDETR's precision at 1: GIoU in the place of IoU", tuple(rows.done))
+
+
+def vlm_r1(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
+    """Acc@0.5 of VLM-R1: **strict** IoU > 0.5.
+
+    Its intersection counts pixels (-1, then +1), which is the continuous one wherever boxes overlap
+    by more than 1 px in both directions, and 0 elsewhere; so it is here. Source: VLM-R1's evaluation
+    script (github.com/om-ai-lab/VLM-R1), which scores 2,000 samples drawn with seed 42: this scores
+    all that it is given.
+
+    Args:
+        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
+        samples: the n samples.
+        resamples: as in ``score``.
+        seed: as in ``score``.
+
+    Raises:
+        ValueError: as in ``score``.
+    """
+    rows = _Rows(samples, resamples, seed)
+    targets = targets_px(samples)
+    predicted = _checked(predicted_px, targets)
+    shared = np.minimum(predicted[:, 2:], targets[:, 2:]) - np.maximum(predicted[:, :2], targets[:, :2])  # (n, 2)
+    iou = np.where((shared > 1).all(axis=1), overlap(predicted, targets), 0.0)
+    rows.accuracies(iou, (0.5,), strict=True, mean=False)
+    return RuleResult(
+        "vlmr1",
+        "VLM-R1's evaluation script, which drew 2,000 samples (seed 42); this scores all",
+        tuple(rows.done),
+    )
+
+
+def ref_l4(
+    predicted_px: ArrayLike,
+    samples: Sequence[Sample],
+    *,
+    category_map: Mapping[str, str] | None = None,
+    resamples: int = 0,
+    seed: int = 0,
+) -> RuleResult:
+    """Ref-L4: everything **strict**, IoU > t, without clamping.
+
+    Acc@0.5, 0.75, 0.9 and mAcc over 0.50, 0.55, ..., 0.95; Acc@0.5 and mAcc by the target's size
+    sqrt(w * h) in pixels (small < 128, medium <= 256, large above); and the averages over classes of
+    each class's Acc@0.5 and mAcc, after ``refcoco_k`` has been mapped to its ``o365_m``. Source:
+    ``RefL4Evaluator`` (github.com/JierunChen/Ref-L4, ``ref_l4/evaluation.py``, commit bae942c). It
+    computes in float32, this in float64: an IoU within 1e-7 of a threshold may fall differently.
+
+    Args:
+        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
+        samples: the n samples; ``meta["category"]`` is ``o365_m`` or ``refcoco_k``.
+        category_map: ``refcoco_k`` -> ``o365_m``. Without it, or for a k that it lacks, the class stays
+            one of its own and the result says so: then the class averages are not Ref-L4's.
+        resamples: as in ``score``; class averages have no interval.
+        seed: as in ``score``.
+
+    Raises:
+        BenchmarkError: for a sample without such a category.
+        ValueError: as in ``score``.
+    """
+    rows = _Rows(samples, resamples, seed)
+    targets = targets_px(samples)
+    iou = overlap(predicted_px, targets)
+    rows.accuracies(iou, _REPORTED, strict=True)
+    side = np.sqrt(np.prod(targets[:, 2:] - targets[:, :2], axis=1))
+    size_bin = (side >= 128).astype(int) + (side > 256)
+    for number, label in enumerate(_SIZES):
+        rows.accuracies(iou, (0.5,), strict=True, label=f", {label}", members=np.flatnonzero(size_bin == number))
+    categories = [_category(sample) for sample in samples]
+    mapping = category_map or {}
+    unmapped = sorted({c for c in categories if c.startswith("refcoco_") and c not in mapping})
+    classes = [mapping.get(c, c) for c in categories]
+    for metric, values, rule in (
+        ("Acc@0.5", hits(iou, 0.5, strict=True), "IoU > 0.5"),
+        ("mAcc", mean_hits(iou, strict=True), "IoU > 0.50, 0.55, ..., 0.95"),
+    ):
+        value, num_classes = class_average(values, classes)
+        rows.done.append(
+            ScoreRow(f"{metric}, class average", value, len(iou), f"{rule}, mean of {num_classes} classes")
+        )
+    notes = []
+    if unmapped:
+        notes.append(
+            f"class averages are over UNMAPPED classes: {len(unmapped)} refcoco_* classes ({unmapped[0]} is one) stay "
+            "apart from the o365_* classes that Ref-L4 joins them with, so these two rows are not Ref-L4's and must "
+            "not be compared with published ones; give a category map (mapping_dict in Ref-L4's evaluation.py as JSON)"
+        )
+    source = "Ref-L4's evaluator: strict, no clamping, size is sqrt(w * h) of the target in px"
+    return RuleResult("refl4", source, tuple(rows.done), tuple(notes))
+
+
+def ref_adv(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
+    """Ref-Adv: IoU >= t after sorting the corners and **clamping the prediction to the picture**.
+
+    Acc@0.5, 0.75, 0.9, and Acc@0.5 by the number of same-class distractors: 2-3, 4-6, >= 7. Source:
+    ``run.py`` and ``report.py`` of github.com/dddraxxx/Ref-Adv. Its second request after an
+    unreadable answer is part of producing predictions, not of scoring them.
+
+    Args:
+        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
+        samples: the n samples; ``meta["distractors"]`` is a whole number.
+        resamples: as in ``score``.
+        seed: as in ``score``.
+
+    Raises:
+        BenchmarkError: for a sample without such a number.
+        ValueError: as in ``score``.
+    """
+    rows = _Rows(samples, resamples, seed)
+    targets = targets_px(samples)
+    predicted = _checked(predicted_px, targets)
+    limits = np.array([(s.size[1], s.size[0]) for s in samples], dtype=np.float64)  # (n, 2): width, height
+    low = np.clip(np.minimum(predicted[:, :2], predicted[:, 2:]), 0, limits)
+    high = np.clip(np.maximum(predicted[:, :2], predicted[:, 2:]), 0, limits)
+    iou = overlap(np.concatenate([low, high], axis=1), targets)
+    rows.accuracies(iou, _REPORTED, strict=False, mean=False)
+    count = np.array([_distractors(sample) for sample in samples])
+    for label, members in (
+        ("2-3", (count >= 2) & (count <= 3)),
+        ("4-6", (count >= 4) & (count <= 6)),
+        (">=7", count >= 7),
+    ):
+        found = np.flatnonzero(members)
+        rows.accuracies(iou, (0.5,), strict=False, mean=False, label=f", {label} distractors", members=found)
+    few = int((count < 2).sum())
+    note = f"{few} samples have fewer than 2 distractors: in the totals, in none of the published bins"
+    source = "Ref-Adv's run.py and report.py: corners sorted, clamped to the picture"
+    return RuleResult("refadv", source, tuple(rows.done), (note,) if few else ())
+
+
+def targets_px(samples: Sequence[Sample]) -> Array:
+    """The target boxes, xyxy in pixels of the original pictures to 1e-6 px, shape (n, 4).
+
+    Raises:
+        ValueError: for no samples.
+    """
+    if not samples:
+        raise ValueError("no samples to score")
+    relative = np.array([s.box for s in samples], dtype=np.float64)
+    height_width = np.array([s.size for s in samples], dtype=np.float64)
+    return np.round(relative * height_width[:, [1, 0, 1, 0]], _PIXEL_DIGITS)
+
+
+def overlap(predicted_px: ArrayLike, target_px: ArrayLike) -> Array:
+    """IoU of each prediction with its target, both (n, 4) xyxy in pixels; 0 for an unusable one. (n,).
+
+    Raises:
+        ValueError: for shapes that differ or are not (n, 4).
+    """
+    targets = np.asarray(target_px, dtype=np.float64)
+    predicted = _checked(predicted_px, targets)
+    usable = has_area(predicted)
+    return np.where(usable, boxes.iou(np.where(usable[:, None], predicted, 0.0), targets), 0.0)
+
+
+def has_area(boxes_xyxy: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each box (n, 4) is finite with x2 > x1 and y2 > y1, shape (n,)."""
+    b = np.asarray(boxes_xyxy, dtype=np.float64)
+    return np.asarray(np.isfinite(b).all(axis=1) & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1]))
+
+
+def hits(overlaps: ArrayLike, threshold: float, *, strict: bool) -> Array:
+    """1.0 where an overlap (n,) counts at ``threshold`` and 0.0 elsewhere, shape (n,).
+
+    Args:
+        overlaps: IoU or GIoU.
+        threshold: a decimal such as 0.55 or ``55 / 100``; these are the same float.
+        strict: whether an overlap equal to the threshold is a miss.
+    """
+    values = np.asarray(overlaps, dtype=np.float64)
+    return np.asarray(values > threshold if strict else values >= threshold, dtype=np.float64)
+
+
+def mean_hits(overlaps: ArrayLike, *, strict: bool) -> Array:
+    """Share of the ten thresholds 0.50, 0.55, ..., 0.95 that each overlap passes, shape (n,)."""
+    return np.mean([hits(overlaps, t, strict=strict) for t in MEAN_THRESHOLDS], axis=0)
+
+
+def class_average(values: ArrayLike, classes: Sequence[str]) -> tuple[float, int]:
+    """The mean over classes of each class's mean of ``values`` (n,), and the number of classes."""
+    _, index = np.unique(np.asarray(classes), return_inverse=True)
+    means = np.bincount(index, weights=np.asarray(values, dtype=np.float64)) / np.bincount(index)
+    return float(means.mean()), len(means)
+
+
+def results_table(results: Sequence[RuleResult], *, markdown: bool = False) -> str:
+    """The rules beside each other, one line per metric; percent, except mIoU. Below, what each rule is.
+
+    Raises:
+        ValueError: for no results.
+    """
+    if not results:
+        raise ValueError("no results to print")
+    by_name = [{row.metric: row for row in result.rows} for result in results]
+    metrics = list(dict.fromkeys(row.metric for result in results for row in result.rows))
+    with_interval = [any(row.low is not None for row in result.rows) for result in results]
+    header = ["metric", "n"]
+    for result, interval in zip(results, with_interval, strict=True):
+        header += [result.name, "95% interval"] if interval else [result.name]
+    lines = []
+    for metric in metrics:
+        n = next(rows[metric].n for rows in by_name if metric in rows)
+        line = [metric if metric == "mIoU" else f"{metric} (%)", str(n)]
+        for rows, interval in zip(by_name, with_interval, strict=True):
+            line += _cells(rows.get(metric), interval)
+        lines.append(line)
+    text = render(header, lines, markdown=markdown, left=1)
+    legend = []
+    for result in results:
+        counts = "; ".join(_conditions(result.rows))
+        legend.append(f"{result.name}: {counts} ({result.source})")
+        legend += [f"{result.name}: NOTE: {note}" for note in result.notes]
+    return text + "\n\n" + "\n".join(f"- {line}" if markdown else line for line in legend)
+
+
+class _Rows:
+    """Collects the rows of one rule, with their intervals."""
+
+    def __init__(self, samples: Sequence[Sample], resamples: int, seed: int) -> None:
+        self.done: list[ScoreRow] = []
+        self._pictures = [sample.picture_id for sample in samples]
+        self._resamples, self._seed = resamples, seed
+
+    def accuracies(
+        self,
+        iou: Array,
+        thresholds: Iterable[float],
+        *,
+        strict: bool,
+        mean: bool = True,
+        label: str = "",
+        members: NDArray[np.int64] | None = None,
+    ) -> None:
+        """One row per threshold and, with ``mean``, mAcc; of the samples ``members`` only, if given."""
+        sign = ">" if strict else ">="
+        for t in thresholds:
+            self.add(f"Acc@{t:g}{label}", hits(iou, t, strict=strict), f"IoU {sign} {t:g}", members)
+        if mean:
+            rule = f"IoU {sign} 0.50, 0.55, ..., 0.95"
+            self.add(f"mAcc{label}", mean_hits(iou, strict=strict), rule, members)
+
+    def add(self, metric: str, values: Array, rule: str, members: NDArray[np.int64] | None = None) -> None:
+        index = np.arange(len(values)) if members is None else members
+        chosen, pictures = values[index], [self._pictures[i] for i in index]
+        low = high = None
+        if self._resamples and len(set(pictures)) >= 2:
+            interval = bootstrap_mean(chosen, pictures, n_boot=self._resamples, seed=self._seed)
+            low, high = interval.low, interval.high
+        value = float(chosen.mean()) if len(chosen) else math.nan
+        self.done.append(ScoreRow(metric, value, len(chosen), rule, low, high))
+
+
+def _checked(predicted_px: ArrayLike, targets: Array) -> Array:
+    predicted = np.asarray(predicted_px, dtype=np.float64)
+    if predicted.shape != targets.shape or targets.ndim != 2 or targets.shape[1] != 4:
+        raise ValueError(
+            f"predictions of shape {predicted.shape} for targets of shape {targets.shape}; both are (n, 4)"
+        )
+    # A number that is not finite makes its whole box none: clamping must not turn it into one.
+    finite = np.isfinite(predicted).all(axis=1, keepdims=True)
+    return np.where(finite, np.round(predicted, _PIXEL_DIGITS), np.nan)
+
+
+def _category(sample: Sample) -> str:
+    found = sample.meta.get("category")
+    if not isinstance(found, str) or not found.startswith(("o365_", "refcoco_")):
+        raise BenchmarkError(
+            f"{sample.dataset} {sample.split}, sample {sample.sample_id!r}: category {found!r} is not like o365_64 or "
+            "refcoco_1, and the rule refl4 averages over these; use it on Ref-L4, or --rule common"
+        )
+    return found
+
+
+def _distractors(sample: Sample) -> int:
+    found = sample.meta.get("distractors")
+    if type(found) is not int or found < 0:
+        raise BenchmarkError(
+            f"{sample.dataset} {sample.split}, sample {sample.sample_id!r}: distractors is {found!r}, not a whole "
+            "number from 0, and the rule refadv bins by it; use it on Ref-Adv, or --rule common"
+        )
+    return found
+
+
+def _conditions(rows: Sequence[ScoreRow]) -> list[str]:
+    """What counts, each condition once; the single thresholds of one comparison together."""
+    together: dict[str, list[str]] = {}
+    for row in rows:
+        measure, _, threshold = row.rule.rpartition(" ")
+        single = measure.endswith((">", ">="))
+        found = together.setdefault(measure if single else row.rule, [])
+        if single and threshold not in found:
+            found.append(threshold)
+    return [f"{rule} {', '.join(thresholds)}".rstrip() for rule, thresholds in together.items()]
+
+
+def _cells(row: ScoreRow | None, with_interval: bool) -> list[str]:
+    if row is None:
+        return ["-", "-"] if with_interval else ["-"]
+    digits, factor = (4, 1) if row.metric == "mIoU" else (2, 100)
+    cells = ["-" if math.isnan(row.value) else f"{factor * row.value:.{digits}f}"]
+    if with_interval:
+        known = row.low is not None and row.high is not None
+        cells.append(f"[{factor * row.low:.{digits}f}, {factor * row.high:.{digits}f}]" if known else "-")  # type: ignore[operator]
+    return cells

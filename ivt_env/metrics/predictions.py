@@ -1,0 +1,469 @@
+"""Predictions in a file: reading them, and matching them to the samples of a data set.
+
+A file is JSON lines, one object per prediction, or one JSON array of such objects::
+
+    {"format": "xyxy", "frame": "px"}                       a header, only as the first line
+    {"sample_id": "1-2", "box": [103.9, 300, 238.2, 477.4]}
+    {"sample_id": "1-3", "box": null}                       the model gave no box: a counted miss
+
+What the four numbers mean is **declared** (by the caller, the header or a published layout) and
+never guessed. A guess goes by magnitude, and pixels of a small picture look like thousandths:
+scores would be wrong by points, with nothing to see. A declaration that does not fit many of the
+boxes is refused in the same spirit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ivt_env.data.sample import Sample
+
+Array = NDArray[np.float64]
+Numbers = tuple[float, float, float, float]
+
+FORMATS = {
+    "xyxy": "left, top, right, bottom",
+    "xywh": "left, top, width, height",
+    "cxcywh": "centre x, centre y, width, height",
+}
+"""What the four numbers are."""
+
+FRAMES = {
+    "px": "pixels of the original picture",
+    "relative": "0 to 1, relative to the picture",
+    "thousandths": "0 to 1000, relative to the picture",
+    "resized": "pixels of the resized picture that the model saw; each row then has input_size: [height, width]",
+}
+"""What they are measured in."""
+
+SUSPICIOUS_SHARE = 0.05
+"""Above this share of boxes (and at least 2) that do not fit, the declaration is taken for wrong."""
+_FAR_OUTSIDE = {"xyxy": 0.1, "xywh": 0.02, "cxcywh": 0.02}
+"""How far outside the picture (in its sides) a box must reach not to fit. Wider for xyxy, where a
+wrong format already shows in reversed corners and only a wrong frame is left to find."""
+_LARGEST = 1e9
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+_short = _REPR.repr
+
+
+class PredictionError(ValueError):
+    """A file of predictions that cannot be scored. Names the file, the row, the value and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which fields a row has, and what is known of its boxes from the layout alone."""
+
+    id_field: str = "sample_id"
+    box_field: str = "box"
+    box_format: str | None = None
+    frame: str | None = None
+    format_field: str | None = None
+    """A field in which each row declares its own format."""
+
+
+LAYOUTS = {
+    "ivt": Layout(),
+    "refl4": Layout("id", "pred_bbox", frame="px", format_field="format"),
+    "refadv": Layout("row_idx", "pred_box_xyxy_first", "xyxy", "px"),
+}
+"""Published layouts by name. ``refl4``: what Ref-L4's evaluator reads, a JSON array of ``id``,
+``pred_bbox`` and ``format`` (xyxy or xywh). ``refadv``: the ``outputs/*_predictions.jsonl`` of
+Ref-Adv's repository, with the first box in pixels, already clamped, and an empty list for an
+unreadable answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One row of a file."""
+
+    row: int
+    """1-based: the line, or the element of a JSON array."""
+    sample_id: str
+    numbers: Numbers | None
+    """As in the file; None where there are no four finite numbers (a parse failure)."""
+    box_format: str
+    frame: str
+    input_size: tuple[float, float] | None = None
+    """(height, width) in pixels of what the model saw; with frame ``resized`` only."""
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionFile:
+    """What a file holds, checked row by row but not yet against a data set."""
+
+    path: Path
+    rows: tuple[Prediction, ...]
+
+    @property
+    def declared(self) -> str:
+        """The declaration that was used, for example ``xyxy px``."""
+        return ", ".join(sorted({f"{row.box_format} {row.frame}" for row in self.rows}))
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """Predictions in the order of the samples. Everything counted here but ``ignored`` is a miss."""
+
+    boxes_px: Array
+    """xyxy in pixels of the original pictures, shape (n, 4); a row of NaN where there is no box. Boxes
+    without area are kept as they are: a rule may sort corners."""
+    missing: int
+    """Samples without a row."""
+    parse_failures: int
+    """Rows without four finite numbers."""
+    without_area: int
+    """Boxes with x2 <= x1 or y2 <= y1."""
+    ignored: int
+    """Rows of no sample of the data set, left out on demand."""
+
+
+def read_predictions(
+    path: str | os.PathLike[str],
+    layout: str = "ivt",
+    *,
+    box_format: str | None = None,
+    frame: str | None = None,
+    id_field: str | None = None,
+    box_field: str | None = None,
+) -> PredictionFile:
+    """Read a file of predictions.
+
+    Args:
+        path: JSON lines or a JSON array, UTF-8.
+        layout: one of ``LAYOUTS``.
+        box_format: one of ``FORMATS``, if the caller declares it.
+        frame: one of ``FRAMES``, if the caller declares it.
+        id_field: the field of the sample's id, where it is not the layout's.
+        box_field: the field of the box, where it is not the layout's.
+
+    Returns:
+        All rows. A box that is null or not four finite numbers is a parse failure, not an error.
+
+    Raises:
+        PredictionError: for a file that is unreadable, empty or no JSON, a format or frame that is
+            declared nowhere or twice and differently, a row without id or box field, an id twice,
+            and a file in which no box at all is four numbers.
+    """
+    where = Path(path)
+    if layout not in LAYOUTS:
+        raise PredictionError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    fields = LAYOUTS[layout]
+    fields = replace(fields, id_field=id_field or fields.id_field, box_field=box_field or fields.box_field)
+    rows = list(_objects(where))
+    header = _header(rows, fields, where)
+    if header:
+        rows = rows[1:]
+    if not rows:
+        raise PredictionError(f"{where}: holds no predictions; write one JSON object per line")
+    of_layout = f"the layout {layout}"
+    declared_format = _agreed(
+        where, "format", FORMATS, (box_format, "--format"), (header.get("format"), "the header line"),
+        (fields.box_format, of_layout),
+    )  # fmt: skip
+    declared_frame = _agreed(
+        where, "frame", FRAMES, (frame, "--frame"), (header.get("frame"), "the header line"), (fields.frame, of_layout)
+    )
+    if declared_format is None and fields.format_field is None:
+        raise PredictionError(_undeclared(where, "format", FORMATS))
+    if declared_frame is None:
+        raise PredictionError(_undeclared(where, "frame", FRAMES))
+    found = tuple(_row(where, number, row, fields, declared_format, declared_frame) for number, row in rows)
+    _refuse_duplicates(where, found)
+    present = [(number, row[fields.box_field]) for number, row in rows if row[fields.box_field] not in (None, [])]
+    if present and all(prediction.numbers is None for prediction in found):
+        number, value = present[0]
+        raise PredictionError(
+            f"{where}: no row has four numbers in {fields.box_field!r} (row {number}: {_short(value)}); name the "
+            "field of the box with --box-field, or write it as [number, number, number, number]"
+        )
+    return PredictionFile(where, found)
+
+
+def match(
+    file: PredictionFile,
+    samples: Sequence[Sample],
+    *,
+    missing: str = "error",
+    extra: str = "error",
+    trust: bool = False,
+) -> Matched:
+    """Predictions in the order of the samples, in pixels of the original pictures.
+
+    Args:
+        file: what ``read_predictions`` gave.
+        samples: n samples with unique ids.
+        missing: ``error``, as Ref-L4's evaluator has it, or ``miss``: samples without a row are misses.
+        extra: ``error`` or ``ignore``: rows whose id no sample has. Files over several splits need
+            ``ignore``.
+        trust: score even where many boxes look as if the declaration were wrong (see
+            ``SUSPICIOUS_SHARE``).
+
+    Raises:
+        PredictionError: for rows without sample and samples without row, as said above, for a
+            declaration that does not fit, and for sample ids that are not unique.
+        ValueError: for another value of ``missing`` or ``extra``.
+    """
+    if missing not in ("error", "miss") or extra not in ("error", "ignore"):
+        raise ValueError(f"missing is error or miss, extra is error or ignore, not {missing!r} and {extra!r}")
+    index = {sample.sample_id: number for number, sample in enumerate(samples)}
+    if len(index) != len(samples):
+        raise PredictionError(f"{len(samples)} samples have {len(index)} ids: predictions cannot be told apart")
+    known = [row for row in file.rows if row.sample_id in index]
+    if extra == "error" or not known:  # all rows ignored would be a score of 0 over nothing
+        _refuse_unknown(file, samples, index)
+    if len(known) < len(samples) and missing == "error":
+        answered = {row.sample_id for row in known}
+        absent = [sample.sample_id for sample in samples if sample.sample_id not in answered]
+        raise PredictionError(
+            f"{file.path}: {len(absent)} of {len(samples)} samples have no prediction, the first {absent[0]!r}; add "
+            "them (a null box is a counted miss), or give --missing miss to count them as misses"
+        )
+    answered_rows = [(row, samples[index[row.sample_id]]) for row in known if row.numbers is not None]
+    if not trust:
+        _refuse_misfit(file.path, answered_rows)
+    boxes_px = np.full((len(samples), 4), np.nan)
+    without_area = 0
+    for row, sample in answered_rows:
+        box = to_xyxy_px(row, sample)
+        without_area += not _has_area(box)
+        boxes_px[index[row.sample_id]] = box
+    return Matched(
+        boxes_px,
+        missing=len(samples) - len(known),
+        parse_failures=len(known) - len(answered_rows),
+        without_area=without_area,
+        ignored=len(file.rows) - len(known),
+    )
+
+
+def to_xyxy_px(row: Prediction, sample: Sample) -> Numbers:
+    """The box of a row as xyxy in pixels of the sample's original picture, neither clamped nor rounded."""
+    assert row.numbers is not None
+    a, b, c, d = row.numbers
+    height, width = sample.size
+    if row.frame == "relative":
+        scale_x, scale_y = float(width), float(height)
+    elif row.frame == "thousandths":
+        scale_x, scale_y = width / 1000, height / 1000
+    elif row.frame == "resized":
+        assert row.input_size is not None
+        scale_x, scale_y = width / row.input_size[1], height / row.input_size[0]
+    else:
+        scale_x = scale_y = 1.0
+    if row.box_format == "xywh":
+        a, b, c, d = a, b, a + c, b + d
+    elif row.box_format == "cxcywh":
+        a, b, c, d = a - c / 2, b - d / 2, a + c / 2, b + d / 2
+    return a * scale_x, b * scale_y, c * scale_x, d * scale_y
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file with their row numbers from 1."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise PredictionError(f"{path}: cannot be read ({error.strerror}); give a file of predictions") from error
+    except UnicodeDecodeError as error:
+        raise PredictionError(f"{path}: not UTF-8 text ({error}); write the predictions as JSON lines") from error
+    rows: Iterator[tuple[int, Any]]
+    if text.lstrip().startswith("["):
+        whole = _parsed(text, f"{path}: not a whole JSON array")
+        rows = ((number, row) for number, row in enumerate(whole, 1))
+    else:
+        # Not splitlines(): JSON texts may hold U+2028 and the like unescaped.
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        rows = ((number, _parsed(line, f"{path}: row {number} is no JSON: {_short(line)}")) for number, line in lines)
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise PredictionError(f"{path}: row {number} is {_short(row)}, not a JSON object; write one per line")
+        yield number, row
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PredictionError(f"{what} ({error}); mend the file or write it again") from error
+
+
+def _header(rows: list[tuple[int, dict[str, Any]]], fields: Layout, path: Path) -> dict[str, Any]:
+    """The declaration in the first row, or nothing where that is a prediction."""
+    first = rows[0][1] if rows else {}
+    if fields.id_field in first or fields.box_field in first or not first.keys() & {"format", "frame"}:
+        return {}
+    if unknown := sorted(first.keys() - {"format", "frame"}):
+        raise PredictionError(
+            f"{path}: row {rows[0][0]}, a header, has the unknown key {unknown[0]!r}; it takes format and frame"
+        )
+    return first
+
+
+def _agreed(path: Path, what: str, choices: dict[str, str], *claims: tuple[Any, str]) -> str | None:
+    """What all claims say, None without any."""
+    made = [(value, who) for value, who in claims if value is not None]
+    for value, who in made:
+        if not isinstance(value, str) or value not in choices:
+            raise PredictionError(f"{path}: {who} says {what} {_short(value)}; choose one of {', '.join(choices)}")
+        if value != made[0][0]:
+            raise PredictionError(
+                f"{path}: {made[0][1]} says {what} {made[0][0]}, but {who} says {value}; find out which is true and "
+                "correct the other"
+            )
+    return made[0][0] if made else None
+
+
+def _undeclared(path: Path, what: str, choices: dict[str, str]) -> str:
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())
+    return (
+        f"{path}: the {what} of the boxes is declared nowhere, and it is not guessed because a wrong guess looks like "
+        f"a bad model. Give --{what} ({meanings}), or make the first line a header such as "
+        '{"format": "xyxy", "frame": "px"}'
+    )
+
+
+def _row(
+    path: Path, number: int, row: dict[str, Any], fields: Layout, declared_format: str | None, frame: str
+) -> Prediction:
+    for field, option in ((fields.id_field, "--id-field"), (fields.box_field, "--box-field")):
+        if field not in row:
+            raise PredictionError(
+                f"{path}: row {number} has no field {field!r}, only {_short(sorted(row))}; name it with {option}"
+            )
+    sample_id = row[fields.id_field]
+    if not isinstance(sample_id, str) and type(sample_id) is not int:  # bool is an int, and is no id
+        raise PredictionError(
+            f"{path}: row {number}: {fields.id_field} is {_short(sample_id)}, neither a text nor a whole number; "
+            "name the field of the id with --id-field"
+        )
+    box_format = _agreed_in_row(path, number, row, fields, declared_format)
+    stated = row.get("frame")
+    if isinstance(stated, str) and stated in FRAMES and stated != frame:
+        raise PredictionError(f"{path}: row {number} says frame {stated}, but {frame} is declared; correct one of them")
+    numbers = _four_numbers(row[fields.box_field])
+    input_size = _input_size(path, number, row) if frame == "resized" and numbers is not None else None
+    return Prediction(number, str(sample_id), numbers, box_format, frame, input_size)
+
+
+def _agreed_in_row(path: Path, number: int, row: dict[str, Any], fields: Layout, declared: str | None) -> str:
+    field = fields.format_field
+    stated = row.get(field or "format")
+    known = isinstance(stated, str) and stated in FORMATS
+    if field is not None and not known:
+        raise PredictionError(f"{path}: row {number}: {field} is {_short(stated)}; each row of this layout declares it")
+    if known and declared is not None and stated != declared:
+        raise PredictionError(
+            f"{path}: row {number} says format {stated}, but {declared} is declared; correct one of them"
+        )
+    return str(stated) if declared is None else declared
+
+
+def _four_numbers(value: Any) -> Numbers | None:
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    if not all(type(v) in (int, float) and abs(v) < _LARGEST for v in value):  # NaN is not below anything
+        return None
+    a, b, c, d = map(float, value)
+    return a, b, c, d
+
+
+def _input_size(path: Path, number: int, row: dict[str, Any]) -> tuple[float, float]:
+    value = row.get("input_size")
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not all(type(v) in (int, float) and 0 < v < 1e6 for v in value)
+    ):
+        raise PredictionError(
+            f"{path}: row {number}: input_size is {_short(value)}, and frame resized needs [height, width] in pixels "
+            "of the picture that the model saw"
+        )
+    return float(value[0]), float(value[1])
+
+
+def _refuse_duplicates(path: Path, rows: Sequence[Prediction]) -> None:
+    seen: dict[str, int] = {}
+    for row in rows:
+        first = seen.setdefault(row.sample_id, row.row)
+        if first != row.row:
+            raise PredictionError(
+                f"{path}: rows {first} and {row.row} both answer {_short(row.sample_id)}; leave one answer per sample"
+            )
+
+
+def _refuse_unknown(file: PredictionFile, samples: Sequence[Sample], index: dict[str, int]) -> None:
+    unknown = [row for row in file.rows if row.sample_id not in index]
+    if not unknown:
+        return
+    wanted = unknown[0].sample_id
+    near = difflib.get_close_matches(wanted, list(index), n=3, cutoff=0.5) or list(index)[:3]
+    served = f"{samples[0].dataset} {samples[0].split}" if samples else "the data set"
+    raise PredictionError(
+        f"{file.path}: {len(unknown)} of {len(file.rows)} rows have an id that {served} has not, the first is row "
+        f"{unknown[0].row}: {_short(wanted)}; ids there are like {', '.join(map(repr, near))}. Check data set and "
+        "split, or give --extra ignore to leave these rows out"
+    )
+
+
+def _refuse_misfit(path: Path, rows: Sequence[tuple[Prediction, Sample]]) -> None:
+    """Raise where more boxes than a bad model would give contradict the declaration."""
+    checks: tuple[tuple[str, Callable[[Prediction, Sample], bool]], ...] = (
+        ("have no area (x2 <= x1 or y2 <= y1)", lambda row, sample: not _has_area(to_xyxy_px(row, sample))),
+        ("reach far outside their picture", lambda row, sample: _reach(row, sample) > _FAR_OUTSIDE[row.box_format]),
+        ("lie within 0..1 in every number", lambda row, _: row.frame != "relative" and _within_one(row)),
+    )
+    for what, contradicts in checks:
+        bad = [(row, sample) for row, sample in rows if contradicts(row, sample)]
+        if len(bad) < 2 or len(bad) <= SUSPICIOUS_SHARE * len(rows):
+            continue
+        row, sample = bad[0]
+        assert row.numbers is not None
+        remedy = "probably another frame; declare it" if what.startswith("lie") else _better_format(rows)
+        raise PredictionError(
+            f"{path}: {len(bad)} of {len(rows)} boxes, read as {row.box_format} {row.frame}, {what}; the first is row "
+            f"{row.row}, {list(row.numbers)} in a picture {sample.size[1]} wide and {sample.size[0]} high. The "
+            f"declaration looks wrong: {remedy}. If it is right all the same, give --trust-declaration"
+        )
+
+
+def _better_format(rows: Sequence[tuple[Prediction, Sample]]) -> str:
+    """The format under which most boxes would fit, if nearly all do."""
+    fitting = {
+        name: sum(_fits(replace(row, box_format=name), sample) for row, sample in rows) / len(rows) for name in FORMATS
+    }
+    best = max(fitting, key=lambda name: fitting[name])
+    if fitting[best] > 1 - SUSPICIOUS_SHARE and any(row.box_format != best for row, _ in rows):
+        return f"probably {best} ({FORMATS[best]}), under which {fitting[best]:.0%} would fit; declare it"
+    return f"probably another frame ({', '.join(FRAMES)}) or format ({', '.join(FORMATS)}); declare it"
+
+
+def _fits(row: Prediction, sample: Sample) -> bool:
+    return _has_area(to_xyxy_px(row, sample)) and _reach(row, sample) <= 0.02
+
+
+def _has_area(box: Numbers) -> bool:
+    return box[2] > box[0] and box[3] > box[1]
+
+
+def _reach(row: Prediction, sample: Sample) -> float:
+    """How far the box leaves the picture, in sides of the picture; 0 or less inside."""
+    x1, y1, x2, y2 = to_xyxy_px(row, sample)
+    height, width = sample.size
+    return max(-x1 / width, -y1 / height, x2 / width - 1, y2 / height - 1)
+
+
+def _within_one(row: Prediction) -> bool:
+    assert row.numbers is not None
+    return all(abs(value) <= 1 for value in row.numbers)

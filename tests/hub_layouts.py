@@ -1,0 +1,485 @@
+"""Small valid sets in the layouts of jxu124, lmms, MDETR and VLM-R1, for tests to open or to break.
+
+All are written from one list of objects, or from a REFER folder, so that the layouts can be compared.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import strategies as st
+from PIL import Image
+from refer_layout import ReferFolder
+
+from ivt_env.data import DataError, Sample, jxu124, lmms, mdetr, vlm_r1
+from ivt_env.data.checked import BadRows
+from ivt_env.data.table import Table, open_table
+
+PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: "
+EXIF_ORIENTATION = 0x0112
+
+# Columns and Arrow types as the Hub's files have them.
+JXU124_SCHEMA = pa.schema(
+    [
+        ("sent_ids", pa.list_(pa.int64())),
+        ("file_name", pa.string()),
+        ("ann_id", pa.int64()),
+        ("ref_id", pa.int64()),
+        ("image_id", pa.int64()),
+        ("split", pa.string()),
+        (
+            "sentences",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("raw", pa.string()),
+                        ("sent", pa.string()),
+                        ("sent_id", pa.int64()),
+                        ("tokens", pa.list_(pa.string())),
+                    ]
+                )
+            ),
+        ),
+        ("category_id", pa.int64()),
+        ("raw_anns", pa.string()),
+        ("raw_image_info", pa.string()),
+        ("raw_sentences", pa.string()),
+        ("image_path", pa.string()),
+        ("bbox", pa.list_(pa.float64())),
+        ("captions", pa.list_(pa.string())),
+        ("global_image_id", pa.string()),
+        ("anns_id", pa.string()),
+    ]
+)
+LMMS_SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("question", pa.string()),
+        ("answer", pa.list_(pa.string())),
+        ("segmentation", pa.list_(pa.float32())),
+        ("bbox", pa.list_(pa.float32())),
+        ("iscrowd", pa.int8()),
+        ("file_name", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object with its expressions, as the annotators have it."""
+
+    split: str
+    image_id: int
+    ann_id: int
+    ref_id: int
+    xywh: tuple[float, float, float, float]
+    size: tuple[int, int]
+    """(height, width)."""
+    sentences: tuple[tuple[int, str], ...]
+    """(sent_id, expression)."""
+    picture: bytes
+    category_id: int = 1
+    category: str = "person"
+
+    @property
+    def file_name(self) -> str:
+        return f"COCO_train2014_{self.image_id:012d}.jpg"
+
+    @property
+    def xyxy(self) -> list[float]:
+        x, y, w, h = self.xywh
+        return [x, y, x + w, y + h]
+
+    @property
+    def relative(self) -> tuple[float, ...]:
+        """xyxy, relative to the picture."""
+        height, width = self.size
+        return tuple(v / s for v, s in zip(self.xyxy, (width, height, width, height), strict=True))
+
+
+def things_of(refer: ReferFolder) -> list[Thing]:
+    """The objects of a REFER folder."""
+    names = {entry["id"]: entry["name"] for entry in refer.instances["categories"]}
+    found = []
+    for ref in refer.refs:
+        image = refer.image_of(ref)
+        found.append(
+            Thing(
+                ref["split"], ref["image_id"], ref["ann_id"], ref["ref_id"],
+                tuple(refer.annotation_of(ref)["bbox"]), (image["height"], image["width"]),
+                tuple((s["sent_id"], s["sent"]) for s in ref["sentences"]), refer.picture_of(ref).read_bytes(),
+                ref["category_id"], names[ref["category_id"]],
+            )
+        )  # fmt: skip
+    return found
+
+
+@functools.cache
+def picture_bytes(
+    width: int, height: int, mode: str = "RGB", kind: str = "JPEG", orientation: int = 1, shade: int = 128
+) -> bytes:
+    """A small picture; ``orientation`` is an EXIF note."""
+    if mode == "P":
+        image = Image.new("P", (width, height), shade % 3)
+        image.putpalette([200, 30, 30, 30, 200, 30, 30, 30, 200])
+    else:
+        bands = len(Image.new(mode, (1, 1)).getbands())
+        image = Image.new(mode, (width, height), shade if bands == 1 else (shade, 90, 30, 0)[:bands])
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, kind, exif=exif)
+    return buffer.getvalue()
+
+
+RECORD_PIXELS = [103.93, 299.99, 238.15, 477.41]
+
+
+def record(split: str = "train") -> Thing:
+    """RefCOCO's first object, as published: xyxy 103.93, 299.99, 238.15, 477.41 in 427x640."""
+    return Thing(
+        split, 581857, 1719310, 0, (103.93, 299.99, 134.22, 177.42), (640, 427),
+        ((0, "the lady with the blue shirt"), (1, "lady with back to us"), (2, "blue shirt")), picture_bytes(427, 640),
+    )  # fmt: skip
+
+
+def is_the_record(sample: Sample) -> None:
+    """Assert that a sample is the published record's first sentence."""
+    assert sample.expression == "the lady with the blue shirt"
+    assert (sample.size, sample.picture_id, sample.meta["image_id"]) == ((640, 427), "coco-581857", 581857)
+    pixels = np.multiply(sample.box, [427, 640, 427, 640])
+    assert np.allclose(pixels, RECORD_PIXELS, rtol=0, atol=1e-9)
+    # What VLM-R1's files state as its box from 0 to 1000.
+    assert np.floor(np.multiply(sample.box, 1000)).tolist() == [243, 468, 557, 745]
+
+
+def odd_things(split: str) -> list[Thing]:
+    """Odd sizes, expressions beyond ASCII, and pictures of every kind; each picture has one object."""
+    pictures = [
+        ("el niño à gauche", (333, 77), picture_bytes(333, 77)),
+        ("左边的猫 🐈", (31, 501), picture_bytes(31, 501, "L")),
+        ("der größte Bär", (64, 48), picture_bytes(64, 48, "P", "PNG")),
+        ("кот", (97, 101), picture_bytes(97, 101, "CMYK")),
+        # A quarter turn: as a viewer shows it, the picture is 50 wide and 120 high.
+        ('the "red" one', (120, 50), picture_bytes(120, 50, orientation=6)),
+        # Half a turn and square: no size tells the frames apart, only that boxes are in the stored one.
+        ("a\tb \\ c", (88, 88), picture_bytes(88, 88, orientation=3)),
+        ("l'été", (640, 427), picture_bytes(640, 427, "L", "PNG")),
+    ]
+    return [
+        Thing(
+            split, 100 + number, 7000 + number, 500 + number,
+            (1.25, 2.5 + number, (width - 3.75) / 2, (height - 12.5) / 3), (height, width),
+            ((900 + number, expression),), picture,
+        )
+        for number, (expression, (width, height), picture) in enumerate(pictures)
+    ]  # fmt: skip
+
+
+def many(split: str, objects: int = 40) -> list[Thing]:
+    """Objects with one expression each, in one picture per split; enough to break some."""
+    image_id = 1000 + sum(map(ord, split))
+    return [
+        Thing(
+            split, image_id, 10 * image_id + n, image_id + n, (1.5 + n, 2.25, 30.75, 20.5), (80, 120),
+            ((10 * image_id + n, f"thing {n} of {split}"),), picture_bytes(120, 80, shade=len(split)),
+        )
+        for n in range(objects)
+    ]  # fmt: skip
+
+
+@dataclass
+class Hub:
+    """What was written; change ``rows`` and ``save()`` to break something."""
+
+    layout: str
+    module: ModuleType
+    root: Path
+    name: str
+    rows: dict[str, Any]
+    """Split -> rows (for MDETR, the whole content)."""
+    write: Callable[[Hub], None]
+    path_of: Callable[[str], Path]
+    schema: Any = None
+    """Of the Parquet files."""
+
+    def save(self) -> None:
+        """Write every file as it is now."""
+        self.write(self)
+
+    def open(self, split: str) -> Table:
+        source = self.module.find(self.root, self.name)
+        assert source is not None
+        return open_table(source, split, need_pictures=False)
+
+    def samples(self, split: str) -> list[Sample]:
+        table = self.open(split)
+        return [table[index] for index in range(len(table))]
+
+    def error(self, split: str) -> str:
+        """The message with which opening fails."""
+        try:
+            self.open(split)
+        except DataError as error:
+            return str(error)
+        raise AssertionError("opened without an error")
+
+    def left_out(self, split: str, log: Any, count: int = 1) -> str:
+        """What the log says of the only bad rows; the other rows must be served."""
+        total = sum(len(self.expressions(s)) for s in self.rows)
+        table = self.open(split)
+        assert table.skipped == count
+        assert sum(len(self.open(s)) for s in self.rows) == total - count
+        return "\n".join(log.messages)
+
+    def expressions(self, split: str) -> list[Any]:
+        """One entry per expression in the rows as they are."""
+        rows = self.rows[split]["images"] if self.layout == "mdetr" else self.rows[split]
+        key = {"jxu124": "sentences", "lmms": "answer"}.get(self.layout)
+        return [None for row in rows for _ in (row[key] or [None] if key else [None])]
+
+    def boxes(self) -> list[tuple[float, ...]]:
+        """Of all rows, in order, without an index; none may be bad."""
+        source = self.module.find(self.root, self.name)
+        bad = BadRows("test", "remedy")
+        found = [row.box for row in source.read(bad, self.root / "written")]
+        assert bad.reasons == []
+        return found
+
+
+def put_pictures(folder: Path, things: list[Thing]) -> None:
+    """Write the objects' pictures under COCO's names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for thing in things:
+        (folder / thing.file_name).write_bytes(thing.picture)
+
+
+def _by_split(things: list[Thing]) -> dict[str, list[Thing]]:
+    return {split: [t for t in things if t.split == split] for split in dict.fromkeys(t.split for t in things)}
+
+
+def _expressions(things: list[Thing]) -> list[tuple[Thing, str]]:
+    return [(thing, sentence) for thing in things for _, sentence in thing.sentences]
+
+
+def _write_parquet(hub: Hub) -> None:
+    for split, rows in hub.rows.items():
+        path = hub.path_of(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = [n for n in hub.schema.names if not rows or n in rows[0]]
+        schema = pa.schema([hub.schema.field(n) for n in names])
+        pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=10)
+
+
+def write_jxu124(root: Path, name: str, things: list[Thing]) -> Hub:
+    """``jxu124/<name>/data/<split>-00000-of-00001-<hash>.parquet``; one row per object."""
+    rows = {}
+    for split, held in _by_split(things).items():
+        rows[split] = [
+            {
+                "sent_ids": [number for number, _ in t.sentences],
+                "file_name": f"COCO_train2014_{t.image_id:012d}_{t.ref_id}.jpg",
+                "ann_id": t.ann_id,
+                "ref_id": t.ref_id,
+                "image_id": t.image_id,
+                "split": split,
+                "sentences": [
+                    {"raw": s.upper(), "sent": s, "sent_id": number, "tokens": s.split()} for number, s in t.sentences
+                ],
+                "category_id": t.category_id,
+                "raw_anns": json.dumps(
+                    {
+                        "segmentation": [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], "area": 1.0, "iscrowd": 0,
+                        "image_id": t.image_id, "bbox": list(t.xywh), "category_id": t.category_id, "id": t.ann_id,
+                    }
+                ),
+                "raw_image_info": json.dumps(
+                    {
+                        "license": 1, "file_name": t.file_name, "coco_url": "", "height": t.size[0],
+                        "width": t.size[1], "date_captured": "", "flickr_url": "", "id": t.image_id,
+                    }
+                ),
+                "raw_sentences": json.dumps([{"sent": s} for _, s in t.sentences]),
+                "image_path": f"coco/train2014/{t.file_name}",
+                "bbox": t.xyxy,
+                "captions": [s for _, s in t.sentences],
+                "global_image_id": f"coco.{t.image_id}",
+                "anns_id": str(t.ann_id),
+            }
+            for t in held
+        ]  # fmt: skip
+    folder = root / "jxu124" / name / "data"
+    prefixes = jxu124.SPLITS[name]
+    hub = Hub(
+        "jxu124", jxu124, root, name, rows, _write_parquet,
+        lambda split: folder / f"{prefixes[split]}-00000-of-00001-94431d5f4bd5b93f.parquet", JXU124_SCHEMA,
+    )  # fmt: skip
+    hub.save()
+    return hub
+
+
+def write_lmms(root: Path, name: str, things: list[Thing]) -> Hub:
+    """``lmms/<Name>/data/<split>-00000-of-00001.parquet``, pictures inside; one row per object."""
+    rows = {
+        split: [
+            {
+                "question_id": str(t.ann_id),
+                "image": {"bytes": t.picture, "path": t.file_name},
+                "question": "Please carefully observe the area circled in the image and come up with a caption.",
+                "answer": [s for _, s in t.sentences],
+                "segmentation": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+                "bbox": list(t.xywh),
+                "iscrowd": 0,
+                "file_name": f"COCO_train2014_{t.image_id:012d}_{t.ann_id}.jpg",
+            }
+            for t in held
+        ]
+        for split, held in _by_split(things).items()
+    }
+    folder = root / "lmms" / lmms.FOLDERS[name] / "data"
+    hub = Hub(
+        "lmms", lmms, root, name, rows, _write_parquet,
+        lambda split: folder / f"{split}-00000-of-00001.parquet", LMMS_SCHEMA,
+    )  # fmt: skip
+    hub.save()
+    return hub
+
+
+def _write_json(hub: Hub) -> None:
+    for split, content in hub.rows.items():
+        path = hub.path_of(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_mdetr(root: Path, name: str, things: list[Thing]) -> Hub:
+    """``mdetr/finetune_<set>_<split>.json``; one image entry and one annotation per expression."""
+    rows: dict[str, Any] = {}
+    categories = [
+        {"supercategory": "", "id": number, "name": label}
+        for number, label in {t.category_id: t.category for t in things}.items()
+    ]
+    for split, held in _by_split(things).items():
+        content: dict[str, Any] = {"info": {}, "licenses": [], "images": [], "annotations": []}
+        for running, (t, sentence) in enumerate(_expressions(held)):
+            content["images"].append(
+                {
+                    "file_name": t.file_name, "height": t.size[0], "width": t.size[1], "id": running,
+                    "original_id": t.image_id, "caption": sentence, "dataset_name": mdetr.LABELS[name],
+                    "tokens_negative": [[0, len(sentence)]],
+                }
+            )  # fmt: skip
+            content["annotations"].append(
+                {
+                    "area": 1.0, "iscrowd": 0, "image_id": running, "category_id": t.category_id, "id": running,
+                    "bbox": list(t.xywh), "original_id": t.ann_id, "tokens_positive": [[0, len(sentence)]],
+                }
+            )  # fmt: skip
+        rows[split] = content | {"categories": categories}
+    hub = Hub(
+        "mdetr", mdetr, root, name, rows, _write_json,
+        lambda split: root / "mdetr" / f"finetune_{mdetr.LABELS[name]}_{split}.json",
+    )  # fmt: skip
+    hub.save()
+    return hub
+
+
+def write_vlm_r1(root: Path, name: str, things: list[Thing]) -> Hub:
+    """``vlm_r1/rec_jsons_processed/<set>_<split>.json``; one object per expression."""
+    rows: dict[str, Any] = {}
+    for split, held in _by_split(things).items():
+        rows[split] = []
+        for running, (t, sentence) in enumerate(_expressions(held)):
+            x1, y1, x2, y2 = t.xyxy
+            rows[split].append(
+                {
+                    "height": t.size[0], "width": t.size[1], "id": running, "original_id": t.ann_id,
+                    "dataset_name": mdetr.LABELS[name], "area": 1.0, "iscrowd": 0, "image_id": running,
+                    "category_id": t.category_id, "bbox_list": [[x1, y1, x2 - 1, y2 - 1]], "text_type": "caption",
+                    "image": f"train2014/{t.file_name}", "problem": f"{PROMPT}{sentence}.",
+                    "normal_caption": sentence, "solution": [x1, y1, x2, y2],
+                    "normalized_solution": [math.floor(1000 * v) for v in t.relative],
+                }
+            )  # fmt: skip
+    folder = root / "vlm_r1" / "rec_jsons_processed"
+    hub = Hub(
+        "vlm_r1", vlm_r1, root, name, rows, _write_json,
+        lambda split: folder / f"{vlm_r1.LABELS[name]}_{split}.json",
+    )  # fmt: skip
+    hub.save()
+    return hub
+
+
+def _write_jsonl(hub: Hub) -> None:
+    for split, rows in hub.rows.items():
+        path = hub.path_of(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_vlm_r1_jsonl(root: Path, name: str, things: list[Thing], as_text: bool = False) -> Hub:
+    """``vlm_r1/rec_jsons_processed/<set>_train.jsonl`` and the pictures, below ``vlm_r1/``."""
+    things = [replace(t, split="train") for t in things]
+    put_pictures(root / "vlm_r1" / "train2014", things)
+    rows = [
+        {
+            "id": running,
+            "image": f"train2014/{t.file_name}",
+            "conversations": [
+                {"from": "human", "value": f"<image>{PROMPT}{sentence}."},
+                {"from": "gpt", "value": str(t.xyxy) if as_text else t.xyxy},
+            ],
+        }
+        for running, (t, sentence) in enumerate(_expressions(things))
+    ]
+    folder = root / "vlm_r1" / "rec_jsons_processed"
+    hub = Hub(
+        "vlm_r1", vlm_r1, root, name, {"train": rows}, _write_jsonl,
+        lambda split: folder / f"{vlm_r1.LABELS[name]}_{split}.jsonl",
+    )  # fmt: skip
+    hub.save()
+    return hub
+
+
+def same_objects(found: list[Sample], expected: list[Sample], shared_meta: tuple[str, ...]) -> None:
+    """Assert that two layouts give the same samples, but for their ids, siblings and the rest of ``meta``.
+
+    Box, size, picture, expression and label must be equal to the last bit.
+    """
+
+    def plain(samples: list[Sample]) -> list[tuple[Any, ...]]:
+        return sorted(
+            (s.picture_id, s.expression, s.box, s.size, s.dataset, s.split, *(s.meta[key] for key in shared_meta))
+            for s in samples
+        )
+
+    assert len(expected) > 0
+    assert plain(found) == plain(expected)
+    assert all(s.siblings == () for s in found)
+
+
+@st.composite
+def boxes_in_pictures(draw: Any) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
+    """(xywh in pixels, (height, width)): any size, any box in it, in hundredths of a pixel as COCO has them."""
+    width, height = draw(st.integers(2, 2000)), draw(st.integers(2, 2000))
+    x, y = draw(st.integers(0, 100 * width - 1)), draw(st.integers(0, 100 * height - 1))
+    w, h = draw(st.integers(1, 100 * width - x)), draw(st.integers(1, 100 * height - y))
+    return (x / 100, y / 100, w / 100, h / 100), (height, width)
+
+
+def thing_at(xywh: tuple[float, float, float, float], size: tuple[int, int], split: str) -> Thing:
+    """An object for ``boxes_in_pictures``; its picture has one bit per pixel, so is quickly made."""
+    picture = picture_bytes(size[1], size[0], "1", "PNG")
+    return Thing(split, 77, 88, 99, xywh, size, ((1, "it"),), picture)

@@ -1,0 +1,209 @@
+"""What ``ivt data check`` says about a damaged data set, and what ``show`` draws.
+
+A check that overlooks a leak or an unreadable picture is worse than none: it was asked, and said all was well.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from made_up_source import write_made_up
+from PIL import Image
+from refer_layout import write_refer_folder
+
+from agents.cli import main
+from ivt_env.data import DataError, checks, load_dataset, refer
+from ivt_env.data.checks import check_source
+from ivt_env.data.sheet import contact_sheet
+
+
+@pytest.fixture
+def made(tmp_path):
+    return write_made_up(tmp_path)
+
+
+def found(report, level=None):
+    return [f.text for f in report.findings if level in (None, f.level)]
+
+
+def test_whole_set_is_found_whole(made):
+    report = check_source(made.source())
+    assert report.ok and not report.findings
+    assert report.samples == {"train": 9, "val": 3, "test": 3}
+    assert report.pictures == {"train": 3, "val": 1, "test": 1}
+    assert report.pictures_read == 5
+    assert "whole and readable" in str(report)
+
+
+def test_counts_other_than_the_published_are_an_error(made):
+    report = check_source(made.source(published={"train": 10, "val": 3}))
+    assert not report.ok
+    assert found(report, "error") == ["holds 9 expressions, published are 10"]
+
+
+def test_every_unreadable_picture_is_found_and_named(made):
+    (made.pictures / "p3.png").write_bytes((made.pictures / "p3.png").read_bytes()[:200])
+    (made.pictures / "p4.png").unlink()
+    report = check_source(made.source())
+    assert not report.ok and report.pictures_read == 3
+    (finding,) = report.findings
+    assert finding.count == 2 and finding.level == "error"
+    assert any("p3.png" in example and "cut off" in example for example in finding.examples)
+    assert any("p4.png" in example and "missing" in example for example in finding.examples)
+    assert "NOT fit for use" in str(report)
+    assert check_source(made.source(), read_pictures=False).ok, "pictures were not to be looked at"
+
+
+def test_same_file_under_two_ids_in_train_and_test_is_a_leak(made):
+    shutil.copyfile(made.pictures / "p0.png", made.pictures / "p4.png")
+    report = check_source(made.source())
+    assert not report.ok
+    (finding,) = report.findings
+    assert "same in train and in another split" in finding.text and finding.examples == ("p0.png = p4.png",)
+
+
+def test_same_file_twice_in_train_is_only_noted(made):
+    shutil.copyfile(made.pictures / "p0.png", made.pictures / "p1.png")
+    report = check_source(made.source())
+    assert report.ok and [f.level for f in report.findings] == ["note"]
+
+
+def test_shared_pictures_are_a_warning_where_the_division_is_known_to_share_them(made):
+    made.rows[0]["split"] = "val"
+    made.save()
+    with pytest.raises(DataError, match="train and val share 1 pictures"):
+        check_source(made.source())
+    report = check_source(made.source(may_share_pictures=True))
+    assert [f.level for f in report.findings] == ["warning"] and report.findings[0].examples == ("p0.png",)
+
+
+def test_repeated_and_ambiguous_expressions_are_told_apart(made):
+    made.texts["p1-1"] = made.texts["p1-0"].upper()  # another box
+    made.rows.append({**made.rows[0], "id": "again"})
+    made.texts["again"] = "  " + made.texts[made.rows[0]["id"]]
+    made.save()
+    report = check_source(made.source())
+    assert report.ok
+    assert {f.level: f.count for f in report.findings} == {"note": 1, "warning": 1}
+    assert "ambiguous" in found(report, "warning")[0] and "stand twice" in found(report, "note")[0]
+
+
+def test_rows_left_out_are_listed_with_the_readers_reasons(made):
+    made.rows[1]["bad"] = "its number is odd"
+    made.rows.append({**made.rows[0]})  # an id for the second time
+    made.save()
+    (finding,) = check_source(made.source()).findings
+    assert finding.level == "warning" and finding.count == 2
+    assert finding.examples[0] == "row 1: its number is odd" and "occurs twice" in finding.examples[1]
+
+
+def test_leak_across_data_sets_is_found_by_the_picture_id(tmp_path):
+    write_refer_folder(tmp_path, "refcocog")
+    write_refer_folder(tmp_path, "refcoco")
+    tables = {(n, s): load_dataset(n, s, tmp_path) for n in ("refcocog", "refcoco") for s in ("train", "val")}
+    assert not list(checks.leaks(tables)), "the same photographs are in val of both"
+    tables["refcoco", "testB"] = load_dataset("refcoco", "testB", tmp_path)
+    (finding,) = checks.leaks(tables)
+    assert finding.level == "warning" and "refcocog train shares pictures with refcoco testB" in finding.text
+
+
+def test_check_command_prints_json_and_fails_on_wrong_counts(tmp_path, capsys):
+    write_refer_folder(tmp_path)
+    status = main(["data", "check", "refcocog", "--data-root", str(tmp_path), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert status == 1, "22 expressions are not the published 95,010"
+    (report,) = printed["data_sets"]
+    assert report["ok"] is False and report["samples"] == {"train": 15, "val": 3, "test": 4}
+    assert report["pictures_read"] == 5
+
+
+def test_check_command_on_two_sets_names_the_leak(tmp_path, capsys):
+    for name in ("refcocog", "refcoco"):
+        write_refer_folder(tmp_path, name)
+    main(["data", "check", "refcocog", "refcoco", "--data-root", str(tmp_path), "--no-pictures"])
+    printed = capsys.readouterr().out
+    assert "refcocog train shares pictures with refcoco testB" in printed
+    assert "pictures not read" in printed
+
+
+def test_check_command_says_why_a_set_cannot_be_looked_at(tmp_path, capsys):
+    assert main(["data", "check", "refl4", "--data-root", str(tmp_path)]) == 2
+    assert "ivt data fetch refl4" in capsys.readouterr().err
+    assert main(["data", "check", "scenes"]) == 2
+    assert "no data set 'scenes' that lies on a disk" in capsys.readouterr().err
+
+
+def test_sheet_draws_each_box_where_it_belongs(tmp_path):
+    dataset = load_dataset("photos")
+    sheet = contact_sheet(dataset, [0, 5], columns=2, side=256)
+    sample = dataset[0]
+    x1, y1, x2, y2 = (value * 256 for value in sample.box)  # the first photograph is square
+    green = np.all(sheet == (0, 220, 90), axis=-1)
+    rows, columns = np.nonzero(green[:276, :276])
+    assert (columns.min() - 10, rows.min() - 10) == pytest.approx((x1, y1), abs=1.5)
+    assert (columns.max() - 9, rows.max() - 9) == pytest.approx((x2, y2), abs=1.5)
+
+
+def test_sheet_shows_what_it_can_where_a_picture_is_broken(made):
+    (made.pictures / "p1.png").write_bytes(b"no picture")
+    table = checks.open_table(made.source(), "train")
+    sheet = contact_sheet(table, range(9), columns=3, side=120)
+    assert sheet.shape[1] == 3 * 140
+    assert np.any(np.all(sheet == (255, 120, 110), axis=-1)), "the reason stands in the empty place"
+    with pytest.raises(ValueError, match="needs samples"):
+        contact_sheet(table, [])
+
+
+def test_show_command_writes_a_sheet(tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    assert main(["data", "show", "photos", "--number", "5", "--out", str(out)]) == 0
+    assert Image.open(out).width == 4 * 320
+    assert "5 samples of photos train" in capsys.readouterr().out
+    assert main(["data", "show", "photos", "--index", "99", "--out", str(out)]) == 2
+    assert "samples 0 to 15" in capsys.readouterr().err
+    assert main(["data", "show", "refadv", "--data-root", str(tmp_path)]) == 2
+    assert main(["data", "show", "photos", "--out", str(tmp_path / "no" / "sheet.png")]) == 2
+
+
+def test_convert_command_reads_once_and_writes_plain_jsonl(tmp_path, capsys):
+    write_refer_folder(tmp_path / "data")
+    out = tmp_path / "mine"
+    words = ["data", "convert", "refcocog", "--data-root", str(tmp_path / "data")]
+    assert main([*words, "--out", str(out), "--name", "mine"]) == 0
+    assert (tmp_path / "data" / "refcocog" / ".ivt_index").is_dir()
+    for split in ("train", "val", "test"):
+        own, original = load_dataset("custom", split, out), load_dataset("refcocog", split, tmp_path / "data")
+        assert [own[i].expression for i in range(len(own))] == [original[i].expression for i in range(len(original))]
+        assert [own[i].box for i in range(len(own))] == [original[i].box for i in range(len(original))]
+        assert np.array_equal(own.picture(own[0]), original.picture(original[0]))
+    capsys.readouterr()
+    assert main([*words, "--out", str(out)]) == 2
+    assert "give both --out FOLDER and --name LABEL" in capsys.readouterr().err
+
+
+def test_convert_command_takes_a_coco_file(tmp_path, capsys):
+    layout = write_refer_folder(tmp_path / "data")
+    for annotation in layout.instances["annotations"]:
+        annotation["caption"] = f"thing {annotation['id']}"
+    layout.save()
+    words = ["data", "convert", str(layout.instances_path), "--pictures", str(layout.pictures), "--out"]
+    words += [str(tmp_path / "mine"), "--name", "mine"]
+    assert main(words) == 2 and "say what it is with --from" in capsys.readouterr().err
+    assert main([*words, "--from", "coco"]) == 0
+    own = load_dataset("custom", "train", tmp_path / "mine")
+    assert len(own) == len(layout.instances["annotations"])
+    assert {own[i].box for i in range(len(own))} == {
+        sample.box
+        for split in ("train", "val", "test")
+        for table in [load_dataset("refcocog", split, tmp_path / "data")]
+        for sample in (table[i] for i in range(len(table)))
+    }
+
+
+def test_source_of_refer_is_what_check_reads(tmp_path):
+    write_refer_folder(tmp_path)
+    report = check_source(refer.source(tmp_path))
+    assert len(found(report, "error")) == 3, "each split is far from its published size"

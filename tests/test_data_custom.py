@@ -1,0 +1,484 @@
+"""A data set of one's own is read in the convention it declares, from the pictures it means, under its own name.
+
+Silent when false: boxes in another convention or frame train a model that looks merely weak; a
+turned photograph has every box beside its object; a set that calls itself RefCOCOg makes a number
+that is a lie.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eval_layouts import (
+    EXPRESSIONS,
+    PHOTOS,
+    bomb_bytes,
+    failure,
+    in_frame,
+    opened,
+    photo_rows,
+    picture_bytes,
+    write_custom,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ivt_env.data as data
+from ivt_env.data import DataError, DatasetFallbackWarning, load_dataset
+from ivt_env.data import custom as module
+from ivt_env.data.checked import BadRowError
+from ivt_env.data.custom import Declared
+from ivt_env.data.pictures import read_picture
+
+BOXES = ("xyxy", "xywh")
+FRAMES = ("px", "relative", "thousandths")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "data" / "custom.md"
+
+
+@pytest.fixture(autouse=True)
+def private_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.delenv("IVT_DATA", raising=False)
+    monkeypatch.setattr(data, "_warned", set())
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    return tmp_path / "set"
+
+
+def table(root, split="train"):
+    return opened(module.find, root, "custom", split)
+
+
+def refusal(root, split="train"):
+    return failure(module.find, root, "custom", split)
+
+
+def put(root, name, content):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def line(**values):
+    return {"image": "a.jpg", "expression": "the cat", "bbox": [5, 6, 20, 25], **values}
+
+
+def one_bad(root, values, caplog, box="xyxy", frame="px"):
+    """The log of opening a set whose second line is bad."""
+    if not (root / "images" / "a.jpg").exists():
+        put(root, "images/a.jpg", picture_bytes((30, 40)))
+    good = line(bbox=in_frame([5, 6, 20, 25], (30, 40), box, frame))
+    write_custom(root, [good, good | values, good], box=box, frame=frame)
+    with caplog.at_level(logging.WARNING):
+        assert table(root).skipped == 1
+    assert "row train.jsonl line 2: " in caplog.text
+    return caplog.text
+
+
+# --- What is read ---------------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_works(root, monkeypatch, capsys):
+    page = PAGE.read_text("utf-8")
+    files = re.findall(r'```json title="([^"]+)"\n(.*?)```', page, flags=re.S)
+    assert [name for name, _ in files] == ["dataset.json", "train.jsonl"]
+    folder = root / "page"
+    for name, content in files:
+        put(folder, name, content.encode())
+    monkeypatch.chdir(folder)
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.S)[1], {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "3 my-set the eye on the left {'category': 'eye'}"
+    assert second.startswith("(300, 451, 3)")
+    known = {row["expression"]: row["bbox"] for row in photo_rows()}
+    lines = [json.loads(each) for each in files[1][1].splitlines()]
+    assert len(lines) == 3
+    assert all(known[each["expression"]] == each["bbox"] for each in lines)
+
+
+def test_the_page_lists_every_key():
+    listed = set(
+        re.findall(r"`(\w+)`", "\n".join(x for x in PAGE.read_text("utf-8").splitlines() if x.startswith("| `")))
+    )
+    assert listed >= module.KEYS
+
+
+@pytest.mark.parametrize(("box", "frame"), list(itertools.product(BOXES, FRAMES)))
+def test_photographs_are_served_in_every_convention_and_frame(root, box, frame):
+    rows = photo_rows()
+    lines = []
+    for number, row in enumerate(rows):
+        put(root, f"images/{row['image']}", (PHOTOS / row["image"]).read_bytes())
+        size = row["height"], row["width"]
+        other = in_frame([1, 2, 30, 40], size, box, frame)
+        lines.append(
+            {"image": row["image"], "expression": EXPRESSIONS[number % 3], "siblings": [other],
+             "bbox": in_frame(row["bbox"], size, box, frame)}
+        )  # fmt: skip
+    write_custom(root, lines, box=box, frame=frame)
+    served = load_dataset("custom", "train", data_root=root, strict=True)
+    assert len(served) == len(rows) and served.skipped == 0
+    for number, row in enumerate(rows):
+        sample = served[number]
+        height, width = row["height"], row["width"]
+        assert (sample.dataset, sample.sample_id, sample.picture_id) == ("my-set", str(number + 1), row["image"])
+        assert (sample.expression, sample.size) == (EXPRESSIONS[number % 3], (height, width))
+        expected = np.array(row["bbox"]) / [width, height, width, height]
+        assert np.allclose(sample.box, expected, rtol=0, atol=1e-15 if frame == "px" else 1e-12)
+        assert np.allclose(sample.siblings, [[1 / width, 2 / height, 30 / width, 40 / height]], rtol=0, atol=1e-12)
+        path = PHOTOS / row["image"]
+        assert np.array_equal(served.picture(sample), read_picture(path, str(path)))
+
+
+@st.composite
+def boxes_in_pictures(draw):
+    height, width = draw(st.integers(8, 3000)), draw(st.integers(8, 3000))
+    x1, y1 = draw(st.floats(0, width - 4)), draw(st.floats(0, height - 4))
+    x2, y2 = draw(st.floats(x1 + 2, width)), draw(st.floats(y1 + 2, height))
+    return (height, width), [x1, y1, x2, y2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(boxes_in_pictures(), st.sampled_from(BOXES), st.sampled_from(FRAMES))
+def test_any_box_round_trips_in_every_convention_and_frame(drawn, box, frame):
+    size, corners = drawn
+    written = in_frame(corners, size, box, frame)
+    if frame == "thousandths" and all(abs(value) <= 1 for value in written):
+        return  # a box of a thousandth in the corner: refused, see below
+    found = module.boxed(written, size, Declared("my-set", box, frame))
+    expected = np.array(corners) / [size[1], size[0], size[1], size[0]]
+    assert np.allclose(found, expected, rtol=0, atol=1e-12)
+    assert 0 <= found[0] < found[2] <= 1 and 0 <= found[1] < found[3] <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.floats(), st.integers(), st.none(), st.text(max_size=3)), max_size=5),
+       st.sampled_from(BOXES), st.sampled_from(FRAMES))  # fmt: skip
+def test_whatever_a_box_holds_it_is_a_box_inside_or_a_reason(values, box, frame):
+    try:
+        found = module.boxed(values, (30, 40), Declared("my-set", box, frame))
+    except BadRowError as error:
+        assert str(error).startswith("bbox ")
+    else:
+        assert 0 <= found[0] < found[2] <= 1 and 0 <= found[1] < found[3] <= 1
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1, max_size=5)
+)
+def test_any_expression_comes_back(expressions):
+    with tempfile.TemporaryDirectory() as folder:
+        put(Path(folder), "images/a.jpg", picture_bytes((30, 40)))
+        write_custom(Path(folder), [line(expression=each) for each in expressions])
+        served = table(Path(folder))
+        assert [served[i].expression for i in range(len(served))] == [each.strip() for each in expressions]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 1), (1, 47), (37, 53), (3, 997)])
+@pytest.mark.parametrize("frame", FRAMES)
+def test_odd_sizes_come_back_exactly(root, size, frame):
+    height, width = size
+    put(root, "images/a.png", picture_bytes(size, "RGBA"))
+    unit = {"px": (width, height), "relative": (1, 1), "thousandths": (1000, 1000)}[frame]
+    stated = {"width": width, "height": height} if frame == "px" else {}
+    if frame == "px" and size == (1, 1):
+        return  # the whole of one pixel looks like a relative box, and is refused as such
+    write_custom(root, [line(image="a.png", bbox=[0, 0, *unit], **stated)], frame=frame)
+    served = table(root)
+    assert (served[0].box, served[0].size) == ((0.0, 0.0, 1.0, 1.0), size)
+    assert served.picture(served[0]).shape == (height, width, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "RGB"])
+def test_picture_of_any_kind_is_read_in_its_size(root, mode):
+    path = put(root, "images/a.jpg", picture_bytes((37, 53), mode))
+    write_custom(root, [line()])
+    served = table(root)
+    assert served[0].size == (37, 53)
+    assert np.array_equal(served.picture(served[0]), read_picture(path, "a"))
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_turned_photograph_is_read_upright_and_as_stated(root, orientation):
+    path = put(root, "images/a.jpg", picture_bytes((30, 40), orientation=orientation))
+    upright, stored = read_picture(path, "a"), read_picture(path, "a", (30, 40))
+    assert upright.shape == (40, 30, 3)
+    for stated, size, picture in (
+        ({}, (40, 30), upright),
+        ({"width": 30, "height": 40}, (40, 30), upright),
+        ({"width": 40, "height": 30}, (30, 40), stored),
+    ):
+        for index in root.glob(".ivt_index/*.arrow"):
+            index.unlink()
+        write_custom(root, [line(bbox=[3, 6, 15, 24], **stated)])
+        served = table(root)
+        height, width = size
+        assert (served[0].size, served[0].box) == (size, (3 / width, 6 / height, 15 / width, 24 / height))
+        assert np.array_equal(served.picture(served[0]), picture)
+
+
+@pytest.mark.parametrize(("size", "orientation"), [((30, 40), 2), ((30, 40), 3), ((30, 40), 4), ((30, 30), 6)])
+def test_photograph_whose_frame_is_unclear_is_refused_unless_stated(root, size, orientation):
+    path = put(root, "images/a.jpg", picture_bytes(size, orientation=orientation))
+    write_custom(root, [line()])
+    message = refusal(root)
+    assert f"{path}: its EXIF note says" in message and "mogrify -auto-orient" in message
+    write_custom(root, [line(width=size[1], height=size[0])])
+    served = table(root)
+    assert np.array_equal(served.picture(served[0]), read_picture(path, "a", size))
+
+
+def test_lines_may_be_blank_and_the_file_may_start_with_a_mark(root):
+    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    path = write_custom(root, [])
+    text = f"\ufeff{json.dumps(line())}\r\n\r\n   \n{json.dumps(line(expression='the dog'))}"
+    path.write_bytes(text.encode())
+    served = table(root)
+    assert [(served[i].sample_id, served[i].expression) for i in range(2)] == [("1", "the cat"), ("4", "the dog")]
+
+
+def test_ids_category_and_meta_are_kept(root):
+    put(root, "images/deep/a.jpg", picture_bytes((30, 40)))
+    write_custom(root, [line(image="deep/a.jpg", id=7, picture_id="coco-5", category="猫", meta={"by": [1, None]})])
+    sample = table(root)[0]
+    assert (sample.sample_id, sample.picture_id) == ("7", "coco-5")
+    assert sample.meta == {"by": [1, None], "category": "猫"}
+
+
+def test_pictures_may_lie_beside_dataset_json(root):
+    put(root, "a.jpg", picture_bytes((30, 40)))
+    write_custom(root, [line()])
+    served = table(root)
+    assert served.picture_path(served[0]) == root / "a.jpg"
+
+
+def test_splits_are_those_whose_file_is_there(root):
+    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    put(root, "images/b.jpg", picture_bytes((30, 40)))
+    write_custom(root, [line()])
+    write_custom(root, [line(image="b.jpg")], "test")
+    assert module.find(root, "custom").splits == ("train", "test")
+    assert table(root, "test")[0].split == "test"
+    assert "my-set (custom) has no split 'val'; it has train, test" in refusal(root, "val")
+
+
+def test_absent_is_none_and_falls_back_loudly(tmp_path):
+    assert module.find(tmp_path, "custom") is None
+    assert module.find(tmp_path, "refcocog") is None
+    with pytest.warns(DatasetFallbackWarning, match="custom"):
+        assert load_dataset("custom", "train", data_root=tmp_path).name == "scenes"
+
+
+# --- What is declared -----------------------------------------------------------------------------
+
+
+def test_lines_without_a_declaration_are_refused(root):
+    (root / "train.jsonl").write_text(json.dumps(line()))
+    with pytest.raises(DataError, match=r'dataset\.json: cannot be read .*it must hold {"name": "my-set", "box"'):
+        load_dataset("custom", "train", data_root=root)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"name": "my-set", "box": "xyxy"', "not whole JSON"),
+        ('{"name": "my-set", "box": "xyxy"}', "it must hold"),
+        ("[]", "it must hold"),
+        ('{"name": "my-set", "box": "cxcywh", "frame": "px"}', "box is 'cxcywh', which is none of xyxy, xywh"),
+        ('{"name": "my-set", "box": "xyxy", "frame": "percent"}', "frame is 'percent', which is none of px, relative"),
+        ('{"name": "my-set", "box": ["xyxy"], "frame": "px"}', "which is none of xyxy, xywh"),
+        ('{"name": "my-set", "box": "xyxy", "frame": "px", "boxes": 1}', "unknown key 'boxes'"),
+        ('{"name": "", "box": "xyxy", "frame": "px"}', "the name '' is not 1 to 64"),
+        ('{"name": "../x", "box": "xyxy", "frame": "px"}', "the name '../x' is not"),
+        ('{"name": 5, "box": "xyxy", "frame": "px"}', "the name 5 is not"),
+    ],
+)
+def test_unclear_declaration_is_refused(root, content, said):
+    write_custom(root, [line()])
+    (root / "dataset.json").write_text(content)
+    message = refusal(root)
+    assert message.startswith(str(root / "dataset.json")) and said in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*data.NAMES, "RefCOCOg", "refcoco-plus", "RefCOCO-unc", "refcocog-umd", "refcocog-google", "Ref-L4", "ref_adv",
+     "ref-adv-s", "Scenes"],
+)  # fmt: skip
+def test_names_of_known_data_sets_are_refused(name):
+    with pytest.raises(DataError, match="is that of a known data set"):
+        module.check_name(name)
+
+
+@pytest.mark.parametrize("name", ["my-refcocog", "refcocog-kitchen", "photos2", "a", "A.b_c-9"])
+def test_other_names_are_not(name):
+    assert module.check_name(name) == name
+
+
+# --- Broken input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"bbox": [20, 10, 10, 12]}, r"corners in the wrong order or no area; it would fit as xywh"),
+        ({"bbox": [5, 6, 5, 25]}, "wrong order or no area"),
+        ({"bbox": [5, 6, 90, 25]}, "leaves the picture, which is 40 wide and 30 high"),
+        ({"bbox": [5, 6, 25, 39]}, "are width and height swapped?"),
+        ({"bbox": [0.1, 0.2, 0.5, 0.9]}, "it would fit as 'relative': is the declared frame wrong?"),
+        ({"bbox": [100, 200, 500, 900]}, "it would fit as 'thousandths'"),
+        ({"bbox": "5 6 20 25"}, "is not four numbers"),
+        ({"bbox": [5, 6, 20, True]}, "is not four finite numbers"),
+        ({"bbox": [5, 6, 20, 1e999]}, "Infinity is no JSON number"),
+        ({"bbox": [float("nan"), 6, 20, 25]}, "NaN is no JSON number"),
+        ({"siblings": [[5, 6, 20, 25], [9, 9, 2, 2]]}, r"siblings[1] [9, 9, 2, 2]"),
+        ({"siblings": 5}, "siblings is 5, not a list of boxes"),
+        ({"image": "../a.jpg"}, "is not a path inside the folder"),
+        ({"image": "/etc/passwd"}, "is not a path inside the folder"),
+        ({"image": "C:\\a.jpg"}, "is not a path inside the folder"),
+        ({"image": "b.jpg"}, "image 'b.jpg': no such picture, neither"),
+        ({"image": 5}, "image is 5, not a text"),
+        ({"expression": "  "}, "expression is '  ', not a text"),
+        ({"expression": "\ud800"}, "not valid Unicode"),
+        ({"width": 40}, "height is None"),
+        ({"width": 0, "height": 30}, "height 30 and width 0 are not a picture's"),
+        ({"box": [1, 2, 3, 4]}, "unknown key 'box' (did you mean 'bbox'?)"),
+        ({"meta": [1]}, "meta is [1], not a JSON object"),
+        ({"meta": {"a": "\ud800"}}, "not valid Unicode"),
+        ({"meta": {"category": "dog"}, "category": "cat"}, "category is 'cat', but in meta it is 'dog'"),
+        ({"id": ""}, "id is '', not a text"),
+        ({"id": 1.5}, "id is 1.5, not a text"),
+        ({"picture_id": "other"}, "'a.jpg' has the picture_id 'a.jpg' in a line before, here 'other'"),
+    ],
+)
+def test_bad_line_is_left_out_with_its_number_and_reason(root, caplog, values, said):
+    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    good = line()
+    path = write_custom(root, [])
+    path.write_text("".join(json.dumps(each) + "\n" for each in (good, good | values, good)))
+    with caplog.at_level(logging.WARNING):
+        assert table(root).skipped == 1
+    assert "row train.jsonl line 2: " in caplog.text and said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("box", "frame", "bbox", "said"),
+    [
+        ("xywh", "px", [20, 20, 30, 29], "it would fit as xyxy"),
+        ("xywh", "relative", [0.5, 0.5, 0.9, 0.9], "it would fit as xyxy"),
+        ("xyxy", "relative", [5, 6, 20, 25], "it would fit as 'px'"),
+        ("xyxy", "relative", [0.5, 0.5, 1.2, 0.9], "leaves the picture by more than a pixel"),
+        ("xyxy", "relative", [0.5, 0.5, 0.2, 0.3], "it would fit as xywh"),
+        ("xyxy", "thousandths", [0.5, 0.5, 0.9, 0.9], "it would fit as 'relative'"),
+        ("xyxy", "thousandths", [5, 6, 2000, 25], "leaves the picture, which is 1000 wide"),
+    ],
+)
+def test_box_of_another_convention_or_frame_is_recognised(root, caplog, box, frame, bbox, said):
+    assert said in one_bad(root, {"bbox": bbox}, caplog, box, frame)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"image": "a.jpg", "expr', "not a whole JSON object"),
+        (b"[1, 2]", "a line is a JSON object"),
+        (b"[" * 100_000, "not a whole JSON object"),
+        (b'{"image": "a.jpg", "expression": "caf\xe9"}', "not UTF-8"),
+        ("{}".encode("utf-16"), "not UTF-8"),
+    ],
+)
+def test_broken_line_is_left_out_with_its_number(root, caplog, content, said):
+    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    path = write_custom(root, [line()])
+    path.write_bytes(path.read_bytes() + b"\n" + content + b"\n" + json.dumps(line()).encode())
+    with caplog.at_level(logging.WARNING):
+        assert table(root).skipped >= 1
+    assert "row train.jsonl line 3: " in caplog.text and said in caplog.text
+
+
+def test_duplicate_id_is_left_out_and_named(root, caplog):
+    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    write_custom(root, [line(), line(id="1")])
+    with caplog.at_level(logging.WARNING):
+        assert table(root).skipped == 1
+    assert "the id 1 occurs twice in train" in caplog.text
+
+
+def test_all_lines_bad_is_an_error_with_file_line_value_and_remedy(root):
+    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    write_custom(root, [line(bbox=[5, 6, 4, 25])] * 3)
+    message = refusal(root)
+    for part in ("train.jsonl line 1", "[5, 6, 4, 25]", "3 of 3 rows are unusable", "docs/data/custom.md"):
+        assert part in message
+
+
+def test_empty_file_is_an_error(root):
+    write_custom(root, [])
+    assert "holds no rows" in refusal(root)
+
+
+def test_picture_in_train_and_test_is_refused_however_it_is_spelt(root):
+    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    write_custom(root, [line()])
+    write_custom(root, [line(image="./a.jpg")], "test")
+    assert "train and test share 1 pictures (a.jpg is one)" in refusal(root)
+
+
+def test_one_id_for_two_pictures_is_left_out(root, caplog):
+    put(root, "images/b.jpg", picture_bytes((30, 40)))
+    assert "picture_id 'a.jpg' is that of 'a.jpg'" in one_bad(root, {"image": "b.jpg", "picture_id": "a.jpg"}, caplog)
+
+
+def test_huge_picture_is_refused_before_it_is_decoded(root, caplog):
+    put(root, "images/b.jpg", bomb_bytes())
+    assert "picture refused because it is too large" in one_bad(root, {"image": "b.jpg"}, caplog)
+
+
+def test_no_picture_at_all_is_said(root, caplog):
+    put(root, "images/b.jpg", b"text")
+    assert "not a picture that can be read" in one_bad(root, {"image": "b.jpg"}, caplog)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_cut_off_picture_is_refused_when_it_is_read(root, caplog, mode):
+    whole = picture_bytes((300, 400), mode)
+    if mode == "P":  # a PNG is decoded for its EXIF block, so the cut is seen at once
+        put(root, "images/b.jpg", whole[: len(whole) // 2])
+        assert "cut off" in one_bad(root, {"image": "b.jpg"}, caplog)
+        return
+    put(root, "images/a.jpg", whole[: len(whole) // 2])
+    write_custom(root, [line()])
+    served = table(root)
+    with pytest.raises(DataError, match="cut off") as caught:
+        served.picture(served[0])
+    assert "a.jpg" in str(caught.value)
+
+
+def test_stated_size_that_the_picture_has_not_is_refused_when_it_is_read(root):
+    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    write_custom(root, [line(width=41, height=30)])
+    served = table(root)
+    with pytest.raises(DataError, match="the picture is 40 wide and 30 high, its annotation says 41"):
+        served.picture(served[0])
+
+
+def test_picture_that_has_gone_is_said_with_a_remedy(root):
+    path = put(root, "images/a.jpg", picture_bytes((30, 40)))
+    write_custom(root, [line()])
+    served = table(root)
+    os.unlink(path)
+    with pytest.raises(DataError, match="is missing; put it there, or correct 'image'"):
+        served.picture(served[0])

@@ -1,0 +1,271 @@
+"""Ref-Adv-s is read as published, its embedded pictures are written out byte for byte, and it stays a test set.
+
+Silent when false: a picture of another row under a box makes that row wrong for ever after; a
+count of distractors that is misread moves rows between the bins of the published table; a test set
+served as train is trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from eval_layouts import PHOTOS, REF_ADV, bomb_bytes, failure, opened, photo_rows, picture_bytes, write_ref_adv
+
+import ivt_env.data as data
+from ivt_env.data import DataError, load_dataset
+from ivt_env.data import ref_adv as module
+from ivt_env.data.checked import BadRowError, BadRows
+from ivt_env.data.pictures import read_picture
+
+
+@pytest.fixture(autouse=True)
+def private_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.delenv("IVT_DATA", raising=False)
+    monkeypatch.setattr(data, "_warned", set())
+
+
+@pytest.fixture
+def layout(tmp_path):
+    return write_ref_adv(tmp_path / "root")
+
+
+def table(layout):
+    return opened(module.find, layout.root, "refadv", "test")
+
+
+def refusal(layout):
+    return failure(module.find, layout.root, "refadv", "test")
+
+
+def only_file(layout):
+    return next(iter(layout.rows))
+
+
+@pytest.mark.parametrize("below", ["", "data"])
+def test_every_expression_is_served_with_its_box_and_picture(tmp_path, below):
+    layout = write_ref_adv(tmp_path, below)
+    served = load_dataset("refadv", "test", data_root=tmp_path, strict=True)
+    photos = photo_rows()
+    assert len(served) == len(photos)
+    for number, (photo, row) in enumerate(zip(photos, layout.all_rows, strict=True)):
+        sample = served[number]
+        height, width = sample.size
+        assert (sample.dataset, sample.split, sample.sample_id) == ("refadv", "test", str(number))
+        assert sample.expression == row["normal_caption"]
+        assert sample.box == tuple(np.array(photo["bbox"], float) / [width, height, width, height])
+        assert json.loads(json.dumps(sample.meta)) == {
+            "distractors": 2 + number % 6, "use_negation": number % 3 == 0,
+            "human_authored": row["human_authored"], "image_source": row["image_source"],
+        }  # fmt: skip
+        path = PHOTOS / photo["image"]
+        assert np.array_equal(served.picture(sample), read_picture(path, str(path)))
+
+
+def test_picture_ids_are_cocos_own_or_those_of_open_images(layout):
+    served = table(layout)
+    ids = list(dict.fromkeys(served[i].picture_id for i in range(len(served))))
+    assert ids == ["coco-547144", "coco-547145", "coco-547146", "oi-000000000008594b", "oi-000000000008594c"]
+
+
+def test_pictures_are_written_once_as_they_are(layout):
+    table(layout)
+    written = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in layout.pictures.iterdir()}
+    assert written == {r["file_name"]: hashlib.sha256(r["image"]["bytes"]).digest() for r in layout.all_rows}
+    assert len(written) == 5
+
+
+def test_pictures_that_are_there_are_left_alone_and_damaged_ones_replaced(layout):
+    table(layout)
+    kept, damaged = sorted(layout.pictures.iterdir())[:2]
+    before, content = kept.stat().st_mtime_ns, damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + b"?")
+    (layout.root / "refadv" / ".ivt_index" / "refadv-ref-adv.arrow").unlink()
+    table(layout)
+    assert kept.stat().st_mtime_ns == before
+    assert damaged.read_bytes() == content
+
+
+def test_interrupted_writing_leaves_no_part_of_a_picture(layout, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        table(layout)
+    assert list(layout.pictures.iterdir()) == []
+
+
+def test_memory_holds_a_few_rows_only(tmp_path):
+    """One row group of 24 MB in pages of 1 MB: pages are read one by one, never the whole group."""
+    rng = np.random.default_rng(0)
+    layout = write_ref_adv(tmp_path)
+    row = layout.all_rows[0]
+    content = picture_bytes((30, 40)) + rng.bytes(100_000)
+    rows = [row | {"image": {"bytes": content + rng.bytes(20), "path": None}, "solution": [1.0, 1.0, 5.0, 5.0],
+                   "width": 40, "height": 30, "file_name": f"{n:012d}.jpg"} for n in range(240)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows, REF_ADV), only_file(layout), write_batch_size=8, row_group_size=1000)
+    del rows
+    before, most, count = pa.total_allocated_bytes(), 0, 0
+    for _ in module.find(tmp_path, "refadv").read(BadRows("here", "fix"), tmp_path / "out"):
+        most, count = max(most, pa.total_allocated_bytes() - before), count + 1
+    assert count == 240
+    assert most < 12_000_000
+
+
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [("5", 5), (" 7 ", 7), (3, 3), (4.0, 4), (["a", "b"], 2), ('["a", "b", "c"]', 3), ([], 0), ("2.0", 2)],
+)
+def test_distractors_are_counted_in_every_form(value, count):
+    assert module._count(value) == count
+
+
+@pytest.mark.parametrize("value", [None, "", "many", True, -1, 2.5, {"a": 1}, '{"a": 1}', "-3", float("nan"), "NaN"])
+def test_distractors_that_say_no_number_are_refused(value):
+    with pytest.raises(BadRowError, match="neither a number nor a list"):
+        module._count(value)
+
+
+def test_distractors_as_numbers_or_lists_are_read_from_the_file(layout):
+    place = REF_ADV.get_field_index("distractors")
+    for kind, value, count in ((pa.int64(), 4, 4), (pa.list_(pa.string()), ["cup", "cup"], 2)):
+        for row in layout.all_rows:
+            row["distractors"] = value
+        layout.schema = REF_ADV.set(place, pa.field("distractors", kind))
+        layout.save()
+        assert {s.meta["distractors"] for s in list(table(layout))} == {count}
+
+
+def test_row_idx_is_the_id_where_the_file_has_it(layout):
+    for number, row in enumerate(layout.all_rows):
+        row["row_idx"] = 1000 - number
+    layout.schema = REF_ADV.append(pa.field("row_idx", pa.int64()))
+    layout.save()
+    assert table(layout)[3].sample_id == "997"
+
+
+def test_picture_as_plain_bytes_is_read_too(layout):
+    for row in layout.all_rows:
+        row["image"] = row["image"]["bytes"]
+    layout.schema = REF_ADV.set(0, pa.field("image", pa.binary()))
+    layout.save()
+    assert table(layout).skipped == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA"])
+def test_picture_of_any_kind_comes_back_in_its_size(layout, mode):
+    content = picture_bytes((37, 53), mode)
+    for row in layout.all_rows:
+        row.update(image={"bytes": content, "path": None}, width=53, height=37, solution=[1.0, 2.0, 52.5, 36.25])
+    layout.save()
+    served = table(layout)
+    assert served[0].box == (1 / 53, 2 / 37, 52.5 / 53, 36.25 / 37)
+    assert served.picture(served[0]).shape == (37, 53, 3)
+
+
+def test_it_is_a_test_set_only(layout):
+    with pytest.raises(DataError, match="refadv has no split 'train'; it has test"):
+        load_dataset("refadv", "train", data_root=layout.root)
+
+
+def test_absent_and_of_another_name_is_none(tmp_path):
+    assert module.find(tmp_path, "refadv") is None
+    write_ref_adv(tmp_path)
+    assert module.find(tmp_path, "refl4") is None
+
+
+# --- Broken input ---------------------------------------------------------------------------------
+
+
+def test_two_pictures_of_one_name_are_an_error(layout):
+    layout.all_rows[1]["image"] = layout.all_rows[-1]["image"]
+    layout.save()
+    message = refusal(layout)
+    assert "row 1: its picture '000000547144.jpg' is another than that of" in message
+    assert "both are coco-547144" in message and "fetch the Parquet file" in message
+
+
+def test_files_in_both_places_are_refused(layout):
+    write_ref_adv(layout.root, "data")
+    assert "keep one of the two" in refusal(layout)
+
+
+def test_folder_without_a_file_says_what_is_missing(tmp_path):
+    (tmp_path / "refadv").mkdir()
+    assert "*.parquet: missing" in failure(module.find, tmp_path, "refadv", "test")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_cut_off_file_is_refused(layout, keep):
+    path = only_file(layout)
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    message = refusal(layout)
+    assert f"{path.name}: not a whole Parquet file" in message and "fetch the Parquet file" in message
+
+
+@pytest.mark.parametrize("column", module.COLUMNS)
+def test_missing_column_is_named(layout, column):
+    path = only_file(layout)
+    pq.write_table(pq.read_table(path).drop_columns([column]), path)
+    assert f"has no column '{column}'" in refusal(layout)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"solution": [float("nan"), 1.0, 2.0, 3.0]}, "is not four finite numbers"),
+        ({"solution": [10.0, 10.0, 10.0, 50.0]}, "wrong order or no area"),
+        ({"solution": [200.0, 150.0, 100.0, 100.0]}, "it would fit as xywh"),
+        ({"solution": [10.0, 10.0, 9000.0, 50.0]}, "leaves the picture"),
+        ({"width": 10_000}, "wide and"),
+        ({"file_name": "../x.jpg"}, "is not the plain name of a file"),
+        ({"normal_caption": ""}, "normal_caption is '', not a text"),
+        ({"distractors": "many"}, "distractors is 'many'"),
+        ({"use_negation": None}, "use_negation is None"),
+        ({"image": {"bytes": None, "path": "a.jpg"}}, "image holds None"),
+        ({"image": {"bytes": b"no picture", "path": None}, "file_name": "x.jpg"}, "not a picture that can be read"),
+        ({"image": {"bytes": bomb_bytes(), "path": None}, "file_name": "x.png"}, "too large"),
+    ],
+)
+def test_bad_row_is_left_out_with_its_reason(layout, caplog, values, said):
+    layout.all_rows[2].update(values)
+    layout.save()
+    with caplog.at_level(logging.WARNING):
+        served = table(layout)
+    assert served.skipped == 1
+    assert f"row 2 of {only_file(layout).name}: " in caplog.text and said in caplog.text
+    assert "x.jpg" not in {path.name for path in layout.pictures.iterdir()}
+
+
+def test_all_rows_bad_is_an_error_with_file_row_value_and_remedy(layout):
+    for row in layout.all_rows:
+        row["solution"] = [1.0, 1.0, float("nan"), 3.0]
+    layout.save()
+    message = refusal(layout)
+    for part in (only_file(layout).name, "row 0 of", "nan", "fetch the Parquet file"):
+        assert part in message
+
+
+def test_picture_cut_off_after_its_header_is_refused_when_asked_for(layout):
+    content = layout.all_rows[0]["image"]["bytes"]
+    for row in layout.all_rows:
+        if row["image"]["bytes"] == content:
+            row["image"] = {"bytes": content[:9000], "path": None}
+    layout.save()
+    served = table(layout)
+    with pytest.raises(DataError, match="cut off"):
+        served.picture(served[0])
+
+
+def test_written_picture_that_was_deleted_is_said_with_a_remedy(layout):
+    served = table(layout)
+    served.picture_path(served[0]).unlink()
+    with pytest.raises(DataError, match=r"is missing; it was written out of the Parquet file: delete the folder"):
+        served.picture(served[0])

@@ -1,0 +1,226 @@
+"""Ref-L4 is read as published: xywh, ids of predictions, picture ids that show leaks; else it is refused.
+
+Silent when false: xyxy taken for xywh scores a good model near zero; ids of another revision match
+no prediction; a picture id that differs from RefCOCO's hides that a model was trained on the test.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from eval_layouts import EXPRESSIONS, REF_L4, bomb_bytes, failure, opened, photo_rows, write_ref_l4
+
+import ivt_env.data as data
+from ivt_env.data import DataError, load_dataset
+from ivt_env.data import ref_l4 as module
+
+
+@pytest.fixture(autouse=True)
+def private_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.delenv("IVT_DATA", raising=False)
+    monkeypatch.setattr(data, "_warned", set())
+
+
+@pytest.fixture
+def layout(tmp_path):
+    return write_ref_l4(tmp_path / "root")
+
+
+def table(layout, split="val"):
+    return opened(module.find, layout.root, "refl4", split)
+
+
+def refusal(layout, split="val"):
+    return failure(module.find, layout.root, "refl4", split)
+
+
+def break_all(layout, **values):
+    for row in layout.all_rows:
+        row.update(values)
+    layout.save()
+
+
+@pytest.mark.parametrize("below", ["", "ref_l4_images"])
+def test_every_expression_is_served_with_its_box_ids_and_picture(tmp_path, below):
+    layout = write_ref_l4(tmp_path, below)
+    photos = photo_rows()
+    seen = 0
+    for split in ("val", "test"):
+        served = load_dataset("refl4", split, data_root=tmp_path, strict=True)
+        for sample in (served[i] for i in range(len(served))):
+            photo = photos[int(sample.sample_id)]
+            row = layout.all_rows[int(sample.sample_id)]
+            height, width = sample.size
+            assert (sample.dataset, sample.split, sample.expression) == ("refl4", split, row["caption"])
+            assert sample.box == tuple(np.array(photo["bbox"], float) / [width, height, width, height])
+            assert sample.picture_id == row["image_id"].replace("_", "-")
+            assert json.loads(json.dumps(sample.meta)) == {
+                "id": row["id"], "category": row["ori_category_id"], "bbox_id": row["bbox_id"],
+                "is_rewrite": row["is_rewrite"], "source": row["image_id"][:4],
+            }  # fmt: skip
+            assert served.picture(sample).shape == (photo["height"], photo["width"], 3)
+            seen += 1
+    assert seen == len(photos)
+    assert EXPRESSIONS[0] in {row["caption"] for row in layout.all_rows}
+
+
+def test_coco_pictures_have_the_id_that_the_refcoco_sets_give_them(layout):
+    first = table(layout)[0]
+    assert first.picture_id == "coco-128974"
+
+
+def test_fractional_boxes_come_back_exactly(layout):
+    row = layout.all_rows[0]
+    row["bbox"], row["bbox_area"] = [10.5, 20.25, 30.125, 40.0625], 30.125 * 40.0625
+    layout.save()
+    height, width = row["height"], row["width"]
+    assert table(layout)[0].box == (10.5 / width, 20.25 / height, 40.625 / width, 60.3125 / height)
+
+
+def test_there_is_no_train_split(layout):
+    with pytest.raises(DataError, match="refl4 has no split 'train'; it has val, test"):
+        load_dataset("refl4", "train", data_root=layout.root)
+
+
+def test_absent_and_of_another_name_is_none(tmp_path):
+    assert module.find(tmp_path, "refl4") is None
+    write_ref_l4(tmp_path)
+    assert module.find(tmp_path, "refadv") is None
+
+
+def test_counts_that_are_not_the_published_ones_are_said(layout, caplog):
+    with caplog.at_level(logging.WARNING):
+        table(layout)
+    assert "published are {'val': 13420, 'test': 31921}" in caplog.text
+
+
+# --- Broken input ---------------------------------------------------------------------------------
+
+
+def test_old_revision_is_refused_and_named(layout):
+    path = next(iter(layout.rows))
+    held = pq.read_table(path)
+    pq.write_table(held.rename_columns(["ann_id", *held.column_names[1:]]), path)
+    message = refusal(layout)
+    assert "ref-l4-val.parquet: has the column 'ann_id' and no 'id', so it is of an old revision" in message
+    assert "fetch the Parquet files of JierunChen/Ref-L4 again" in message
+
+
+def test_ids_that_are_texts_are_refused(layout):
+    for row in layout.all_rows:
+        row["id"] = str(row["id"])
+    layout.schema = REF_L4.set(0, pa.field("id", pa.string()))
+    layout.save()
+    assert "the column 'id' is of type string; published ids are whole numbers" in refusal(layout)
+
+
+@pytest.mark.parametrize("column", module.COLUMNS[1:])
+def test_missing_column_is_named(layout, column):
+    path = list(layout.rows)[1]
+    pq.write_table(pq.read_table(path).drop_columns([column]), path)
+    message = refusal(layout)  # of val: a broken test file is said there, too
+    assert f"ref-l4-test.parquet: has no column '{column}' (it has id" in message
+    assert "fetch the Parquet" in message
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
+def test_cut_off_file_is_refused(layout, keep):
+    path = next(iter(layout.rows))
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    assert "ref-l4-val.parquet: not a whole Parquet file" in refusal(layout)
+
+
+def test_damage_in_the_middle_is_refused(layout):
+    path = next(iter(layout.rows))
+    content = bytearray(path.read_bytes())
+    content[4:400] = bytes(396)
+    path.write_bytes(content)
+    message = refusal(layout)
+    assert "ref-l4-val.parquet" in message and "fetch the Parquet" in message
+
+
+def test_one_of_the_two_files_missing_is_said(layout):
+    list(layout.rows)[1].unlink()
+    assert "ref-l4-test.parquet: missing" in refusal(layout)
+
+
+def test_id_in_both_files_is_left_out_and_named(layout, caplog):
+    layout.all_rows[-1]["id"] = 0
+    layout.save()
+    with caplog.at_level(logging.WARNING):
+        assert table(layout, "test").skipped == 1
+    assert "of ref-l4-test.parquet: id 0 is also that of ref-l4-val.parquet row 0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"bbox": [float("nan"), 1, 2, 3]}, "is not four finite numbers"),
+        ({"bbox": [1.0, 2.0, 3.0]}, "is not four numbers"),
+        ({"bbox": None}, "bbox None is not four numbers"),
+        ({"bbox": [10.0, 10.0, 0.0, 5.0]}, "has no area"),
+        ({"bbox": [10.0, 10.0, 9000.0, 5.0], "bbox_area": 45000.0}, "leaves the picture"),
+        ({"bbox": [10.0, 10.0, 20.0, 5.0], "bbox_area": 7.0}, "bbox_area is 7.0, but bbox"),
+        ({"bbox": [10.0, 10.0, 20.0, 5.0], "bbox_area": float("nan")}, "bbox_area is nan"),
+        ({"bbox": [10.0, 10.0, 40.0, 60.0], "bbox_area": 1500.0}, "it would fit as x1, y1, x2, y2"),
+        ({"image_id": "128974"}, "image_id is '128974', not like 'coco_128974'"),
+        ({"image_id": "coco_5"}, "name different pictures"),
+        ({"file_name": "../../000000128974.jpg"}, "is not the plain name of a file"),
+        ({"split": "train"}, "split is 'train' in the file of val"),
+        ({"caption": "  "}, "caption is '  ', not a text"),
+        ({"caption": None}, "caption is None, not a text"),
+        ({"height": 0}, "height 0 and width"),
+        ({"is_rewrite": None}, "is_rewrite is None"),
+        ({"id": None}, "id is None, not a whole number"),
+    ],
+)
+def test_bad_row_is_left_out_with_its_reason(layout, caplog, values, said):
+    layout.all_rows[1].update(values)
+    layout.save()
+    with caplog.at_level(logging.WARNING):
+        served = table(layout)
+    assert served.skipped == 1
+    assert "row 1 of ref-l4-val.parquet" in caplog.text and said in caplog.text
+
+
+def test_all_rows_bad_is_an_error_with_file_row_value_and_remedy(layout):
+    break_all(layout, bbox=[10.0, 10.0, float("nan"), 5.0])
+    message = refusal(layout)
+    for part in ("ref-l4-val.parquet", "row 0 of", "id 0", "nan", "fetch the Parquet files"):
+        assert part in message
+
+
+def test_one_image_id_with_two_sizes_is_a_bad_row(layout, caplog):
+    layout.all_rows[1]["height"] += 1
+    layout.save()
+    with caplog.at_level(logging.WARNING):
+        assert table(layout).skipped == 1
+    assert "in a row before" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "is missing"), (b"cut", "cut off"), (bomb_bytes(), "too large"), ("truncated", "cut off")],
+)
+def test_broken_picture_is_refused_when_asked_for(layout, content, said):
+    served = table(layout)
+    path = served.picture_path(served[0])
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:9000] if content == "truncated" else content)
+    with pytest.raises(DataError, match=said) as caught:
+        served.picture(served[0])
+    assert path.name in str(caught.value)
+
+
+def test_pictures_not_unpacked_is_said_with_the_archive(layout):
+    layout.pictures.rename(layout.root / "elsewhere")
+    message = refusal(layout)
+    assert "its pictures are not" in message and "unpack Ref-L4's images.tar.gz" in message

@@ -1,0 +1,366 @@
+"""The converted form serves what the files hold now, from one index that every process shares.
+
+Silent when false: yesterday's annotations are trained on after today's download, one data set is
+served from another's index, a broken file loses half its rows and the rest looks like a small data
+set, or train and test share pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from made_up_source import REMEDY, MadeUp, refuse_writing, samples_of, write_made_up
+
+from ivt_env.data import DataError, Dataset, cache_folder
+from ivt_env.data import table as module
+from ivt_env.data.table import Source, open_table
+
+
+@pytest.fixture(autouse=True)
+def private_machine(tmp_path, monkeypatch):
+    """No test may see or fill the cache folder of whoever runs it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+
+
+@pytest.fixture
+def made(tmp_path) -> MadeUp:
+    return write_made_up(tmp_path / "root")
+
+
+def set_times(made: MadeUp, nanoseconds: int = 10**18) -> None:
+    for path in (made.rows_path, made.texts_path):
+        os.utime(path, ns=(0, nanoseconds))
+
+
+# --- Samples --------------------------------------------------------------------------------------
+
+
+def test_every_row_is_served_as_the_reader_gave_it(made):
+    for split, count in (("train", 9), ("val", 3), ("test", 3)):
+        table = open_table(made.source(), split)
+        assert isinstance(table, Dataset)
+        assert (table.name, table.split, table.layout, table.skipped) == ("made-up", split, "layout", 0)
+        assert len(table) == count
+        rows = [row for row in made.rows if row["split"] == split]
+        for sample, row in zip(samples_of(table), rows, strict=True):
+            scale = np.array([30, 20, 30, 20])
+            assert (sample.sample_id, sample.picture_id) == (row["id"], row["picture"])
+            assert (sample.dataset, sample.split, sample.size) == ("made-up", split, (20, 30))
+            assert sample.expression == made.texts[row["id"]]
+            assert sample.box == tuple(row["box"] / scale)
+            assert sample.siblings == tuple(tuple(box / scale) for box in row["siblings"])
+            assert sample.meta == {"number": made.rows.index(row), "ä": [None, 0.5]}
+            assert all(type(value) is float for value in sample.box)
+        assert table.sample_ids() == [row["id"] for row in rows]
+        assert table.picture_ids() == [row["picture"] for row in rows]
+        assert table.file_names() == sorted({row["picture"] for row in rows})
+
+
+@pytest.mark.parametrize("index", [-1, 10**6])
+def test_index_outside_the_range_is_an_index_error(made, index):
+    with pytest.raises(IndexError, match=f"made-up train has 9 samples, there is no sample {index}"):
+        open_table(made.source(), "train")[index]
+
+
+def test_numpy_index_and_iteration_work(made):
+    table = open_table(made.source(), "train")
+    assert table[np.int64(2)] == table[2]
+    assert list(table) == samples_of(table)
+
+
+def test_unknown_split_lists_the_valid_ones(made):
+    with pytest.raises(DataError, match=r"made-up \(layout\) has no split 'dev'; it has train, val, test"):
+        open_table(made.source(), "dev")
+
+
+def test_picture_shared_by_train_and_another_split_is_refused_unless_the_set_is_known_for_it(made):
+    made.rows[0]["split"] = "test"
+    made.save()
+    message = rf"rows\.json.*: train and test share 1 pictures \(p0\.png is one\), so scores on test .*: {REMEDY}$"
+    with pytest.raises(DataError, match=message):
+        open_table(made.source(), "val")
+    allowed = made.source(may_share_pictures=True)
+    assert set(open_table(allowed, "train").picture_ids()) & set(open_table(allowed, "test").picture_ids())
+
+
+def test_empty_split_is_refused_with_the_counts_of_the_others(made):
+    made.rows = [row for row in made.rows if row["split"] == "train"]
+    made.save()
+    for _ in range(2):  # without an index, and with one
+        with pytest.raises(DataError, match=rf"no expression of split 'val' \(train: 9, val: 0, test: 0\); {REMEDY}$"):
+            open_table(made.source(), "val")
+        assert len(open_table(made.source(), "train")) == 9
+
+
+def test_counts_other_than_the_published_ones_are_logged_and_only_published_ones_called_so(made, caplog):
+    with caplog.at_level(logging.WARNING):
+        open_table(made.source(published={"train": 9, "val": 3, "test": 3}), "train")
+        made.index.unlink()
+        # A part of a set: a split that is not here is not missed, one that nobody published is not made up.
+        open_table(made.source(published={"train": 9, "testA": 7}), "train")
+    assert caplog.text == ""
+    made.index.unlink()
+    with caplog.at_level(logging.WARNING):
+        open_table(made.source(published={"train": 8, "testA": 7}), "train")
+    assert "expressions per split {'train': 9, 'val': 3, 'test': 3}, published are {'train': 8}" in caplog.text
+
+
+# --- Bad rows -------------------------------------------------------------------------------------
+
+
+def break_rows(made, count):
+    for row in made.rows[-count:]:
+        row["bad"] = "is broken"
+    made.save()
+
+
+@pytest.mark.parametrize(("more", "bad", "served"), [(85, 10, True), (85, 11, False)])
+def test_ten_bad_rows_are_let_pass_and_eleven_of_few_are_not(made, more, bad, served):
+    made.many(more)
+    break_rows(made, bad)
+    if served:
+        assert open_table(made.source(), "train").skipped == bad
+    else:
+        message = rf"rows\.json.*: 11 of 100 rows are unusable \(the limit is 10\), the first: row 89: .*; {REMEDY}$"
+        with pytest.raises(DataError, match=message):
+            open_table(made.source(), "train")
+
+
+@pytest.mark.parametrize(("bad", "served"), [(20, True), (21, False)])
+def test_one_percent_of_many_rows_is_let_pass_and_more_is_not(made, bad, served):
+    made.many(1985)
+    break_rows(made, bad)
+    if served:
+        assert open_table(made.source(), "train").skipped == 20
+    else:
+        with pytest.raises(DataError, match=r"21 of 2000 rows are unusable \(the limit is 20\)"):
+            open_table(made.source(), "train")
+
+
+def test_file_without_one_good_row_is_refused_however_small(made):
+    made.rows = made.rows[:2]
+    break_rows(made, 2)
+    with pytest.raises(DataError, match="2 of 2 rows are unusable"):
+        open_table(made.source(), "train")
+    made.rows = []
+    made.save()
+    with pytest.raises(DataError, match=f"holds no rows; {REMEDY}"):
+        open_table(made.source(), "train")
+
+
+def test_id_that_occurs_twice_in_a_split_is_left_out_and_named(made, caplog):
+    made.rows.append(made.rows[4] | {"picture": "p0.png"})
+    made.save()
+    with caplog.at_level(logging.WARNING):
+        table = open_table(made.source(), "train")
+    assert (table.skipped, len(table), len(set(table.sample_ids()))) == (1, 9, 9)
+    assert "left out row p1-1: the id p1-1 occurs twice in train" in caplog.text
+    assert table[4].picture_id == "p1.png", "the first one is kept"
+
+
+def test_equal_ids_in_two_splits_are_two_samples(made):
+    made.rows.append({"split": "val", "id": "p0-0", "picture": "p3.png", "box": [0, 0, 5, 5]})
+    made.save()
+    for split in ("train", "val"):
+        table = open_table(made.source(), split)
+        assert table.skipped == 0 and "p0-0" in table.sample_ids()
+
+
+def test_repeated_ids_count_against_the_limit(made):
+    made.rows += made.rows[:3] * 4
+    made.save()
+    with pytest.raises(DataError, match="12 of 27 rows are unusable"):
+        open_table(made.source(), "train")
+
+
+def test_bad_rows_are_reported_again_when_the_index_is_reused(made, caplog):
+    break_rows(made, 2)
+    open_table(made.source(), "train")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert open_table(made.source(), "val").skipped == 2
+    assert "made-up: 2 unusable rows of the layout files were left out" in caplog.text
+    assert made.reads == 1
+
+
+# --- The index: when it is built ------------------------------------------------------------------
+
+
+def everything(source: Source) -> list:
+    return [samples_of(open_table(source, split)) for split in source.splits]
+
+
+def test_later_openings_read_the_index_alone_and_give_the_same_samples(made):
+    first = everything(made.source())
+    assert everything(made.source()) == first
+    assert made.reads == 1
+    assert list(made.index.parent.iterdir()) == [made.index]
+    assert not cache_folder().exists()
+
+
+@pytest.mark.parametrize("which", ["rows_path", "texts_path"])
+@pytest.mark.parametrize("how", ["neither", "size", "time"])
+def test_index_is_rebuilt_when_the_size_or_the_time_of_a_source_changes(made, which, how):
+    set_times(made)
+    old = open_table(made.source(), "train")[0]
+    size = getattr(made, which).stat().st_size
+    if which == "texts_path":
+        made.texts["p0-0"] = "short" if how == "size" else made.texts["p0-0"].replace("thing", "THING")
+    else:
+        made.rows[0]["box"][2] = 7.5 if how == "size" else 11
+    made.save()
+    set_times(made)
+    assert (getattr(made, which).stat().st_size != size) == (how == "size")
+    if how == "time":
+        os.utime(getattr(made, which), ns=(0, 10**18 + 1_000_000))
+    # "neither" is the stated limit of the check, and shows that nothing else made it rebuild.
+    assert (open_table(made.source(), "train")[0] == old) == (how == "neither")
+
+
+def test_touched_source_rebuilds_and_untouched_does_not(made):
+    for path in (made.rows_path, made.texts_path):
+        open_table(made.source(), "train")
+        count = made.reads
+        os.utime(path, ns=(1, path.stat().st_mtime_ns + 1_000_000))
+        open_table(made.source(), "train")
+        open_table(made.source(), "train")
+        assert made.reads == count + 1
+
+
+def test_missing_or_unreadable_source_is_named_with_the_remedy(made, monkeypatch):
+    open_table(made.source(), "train")
+    made.texts_path.unlink()
+    with pytest.raises(DataError) as caught:
+        open_table(made.source(), "train")
+    assert str(caught.value) == f"{made.texts_path}: missing; {REMEDY}"
+
+    def refused(self, **_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError) as caught:
+        patched.setattr(Path, "stat", refused)
+        open_table(made.source(), "train", need_pictures=False)
+    assert str(caught.value) == f"{made.rows_path}: cannot be read (Permission denied); {REMEDY}"
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "no arrow", "other columns", "other version", "folder"])
+def test_damaged_index_is_built_again(made, damage, monkeypatch):
+    expected = samples_of(open_table(made.source(), "train"))
+    path = made.index
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif damage == "no arrow":
+        path.write_bytes(bytes(5000))
+    elif damage == "other columns":
+        with pa.ipc.open_file(path.read_bytes()) as reader:
+            batches = [reader.get_batch(n).select(["sample_id", "expression"]) for n in range(3)]
+        with pa.ipc.new_file(str(path), batches[0].schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    elif damage == "other version":
+        monkeypatch.setattr(module, "_INDEX_VERSION", module._INDEX_VERSION + 1)
+    else:
+        path.unlink()
+        path.mkdir()
+    assert samples_of(open_table(made.source(), "train")) == expected
+    assert made.reads == 2
+    assert samples_of(open_table(made.source(), "train")) == expected
+    assert made.reads == 2
+
+
+def test_index_cut_off_anywhere_gives_the_same_samples(made):
+    expected = samples_of(open_table(made.source(), "train"))
+    whole = made.index.read_bytes()
+    for cut in range(0, len(whole), max(1, len(whole) // 40)):
+        made.index.write_bytes(whole[:cut])
+        assert samples_of(open_table(made.source(), "train")) == expected, cut
+    assert made.reads > 40
+
+
+def test_interrupted_writing_leaves_no_index_behind(made, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_table(made.source(), "train")
+    assert list(made.index.parent.iterdir()) == []
+
+
+# --- The index: where it lies ---------------------------------------------------------------------
+
+
+def test_moved_folder_keeps_its_index(made, tmp_path):
+    expected = samples_of(open_table(made.source(), "train"))
+    there = MadeUp(tmp_path / "elsewhere" / "deeper")
+    there.root.parent.mkdir()
+    made.root.rename(there.root)
+    assert samples_of(open_table(there.source(), "train")) == expected
+    assert there.reads == 0
+    facts = json.loads(pa.ipc.open_file(there.index.read_bytes()).schema.metadata[b"ivt_env"])
+    assert set(facts["sources"]) == {"rows.json", "texts.json"}
+
+
+def test_source_beside_the_folder_is_named_with_forward_slashes_and_on_another_drive_in_full(made, monkeypatch):
+    key = module._key
+    assert key(made.root / "other" / "x.json", made.folder) == "../other/x.json"
+
+    def no_relative_path(*_):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(module.os.path, "relpath", no_relative_path)
+    assert key(made.rows_path, made.folder) == made.rows_path.as_posix()
+
+
+def test_data_sets_that_share_folder_and_layout_keep_an_index_each(made):
+    names = ("made-up", "made-up-google", "refcoco+")
+    for _ in range(2):
+        for name in names:
+            table = open_table(made.source(name=name), "train")
+            assert table.name == table[0].dataset == name
+    assert made.reads == len(names)
+
+
+def test_index_has_a_name_that_windows_allows_and_serves_no_data_set_but_its_own(made):
+    for name in ("of:mine?", "of*mine|"):
+        assert open_table(made.source(name=name), "train")[0].dataset == name
+    assert made.reads == 2
+    assert [path.name for path in made.index.parent.iterdir()] == ["of_mine_-layout.arrow"]
+
+
+def test_read_only_data_folder_puts_the_index_into_the_user_cache(made, monkeypatch):
+    refuse_writing(monkeypatch, made.root)
+    expected = samples_of(open_table(made.source(), "train"))
+    assert samples_of(open_table(made.source(), "train")) == expected
+    assert made.reads == 1
+    assert not made.index.exists()
+    assert [path.name for path in cache_folder().rglob("*") if path.is_file()] == [made.index.name]
+
+
+def test_two_read_only_folders_do_not_share_an_index(tmp_path, monkeypatch):
+    sets = [write_made_up(tmp_path / name) for name in "ab"]
+    sets[1].texts["p0-0"] = sets[1].texts["p0-0"].replace("thing", "THING")
+    sets[1].save()
+    for made in sets:  # so that only the folder tells them apart
+        set_times(made)
+    refuse_writing(monkeypatch, *(made.root for made in sets))
+    for _ in range(2):
+        found = [open_table(made.source(), "train")[0].expression for made in sets]
+        assert found == [made.texts["p0-0"] for made in sets]
+        assert found[0] != found[1]
+
+
+def test_nowhere_to_write_still_serves_and_says_so(made, monkeypatch, caplog, tmp_path):
+    refuse_writing(monkeypatch, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert len(open_table(made.source(), "train")) == len(open_table(made.source(), "train")) == 9
+    assert made.reads == 2
+    assert "no index of made-up can be written" in caplog.text

@@ -1,0 +1,486 @@
+"""``ivt data fetch`` puts every data set where its reader finds it, and takes nothing large unasked.
+
+Silent when false: a reader that does not find what was fetched serves embedded scenes instead; a
+licence nobody saw is broken; 13 GB come over a phone's line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import hub_layouts
+import pytest
+from refer_layout import write_refer_folder
+from test_fetch import Served, Server, jpeg
+
+from ivt_env.commands import fetch as command
+from ivt_env.data import catalogue, load_dataset, refer
+from ivt_env.data.catalogue import CATALOGUE, COCO_TRAIN2014, list_hub_folder
+from ivt_env.data.fetch import Patience
+from ivt_env.data.sample import DataError
+
+REFCOCOG_ZIP = "/licheng/referit/data/refcocog.zip"
+TRAIN_ZIP = "/zips/train2014.zip"
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def zip_of(files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def tgz_of(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """Stands for every server, through --mirror."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.delenv("IVT_DATA", raising=False)
+    running = Server()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def published(server, monkeypatch, tmp_path):
+    """RefCOCOg as a server has it, made of the five photographs; gives the folder it was made of."""
+    layout = write_refer_folder(tmp_path / "published")
+    files = {f"refcocog/{p.name}": p.read_bytes() for p in (layout.refs_path, layout.instances_path)}
+    archive = zip_of(files)
+    pictures = {p.name: p.read_bytes() for p in sorted(layout.pictures.iterdir())}
+    server.files[REFCOCOG_ZIP] = Served(archive)
+    server.files[TRAIN_ZIP] = Served(zip_of({f"train2014/{name}": content for name, content in pictures.items()}))
+    for name, content in pictures.items():
+        server.files[f"/train2014/{name}"] = Served(content)
+    known = CATALOGUE["refcocog"]
+    source = dataclasses.replace(
+        COCO_TRAIN2014,
+        archive=dataclasses.replace(COCO_TRAIN2014.archive, must_hold=(COCO_TRAIN2014.folders[0], len(pictures))),
+    )
+    file = dataclasses.replace(known.files[0], bytes=len(archive), sha256=sha256(archive))
+    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, files=(file,), pictures=source))
+    return layout
+
+
+@pytest.fixture
+def fetch(server, tmp_path, capsys):
+    """Runs the command; gives (exit status, standard output, standard error)."""
+
+    def run(*words):
+        capsys.readouterr()
+        status = command.main([*words, "--data-root", str(tmp_path / "root"), "--mirror", server.url])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def answer(monkeypatch, word):
+    asked = []
+    monkeypatch.setattr("sys.stdin", argparse.Namespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or word)
+    return asked
+
+
+def got(server):
+    return [path for method, path, _ in server.log if method == "GET"]
+
+
+# --- What arrives ---------------------------------------------------------------------------------
+
+
+def test_a_split_needs_only_its_own_pictures_and_opens(server, published, fetch, tmp_path):
+    status, out, err = fetch("refcocog", "--split", "val")
+    assert status == 0, err
+    dataset = load_dataset("refcocog", "val", tmp_path / "root", strict=True)
+    assert len(dataset) > 0
+    for index in range(len(dataset)):
+        assert dataset.picture(dataset[index]).shape == (*dataset[index].size, 3)
+    needed = {published.picture_of(ref).name for ref in published.refs_of("val")}
+    everything = {path.name for path in published.pictures.iterdir()}
+    assert 0 < len(needed) < len(everything)
+    assert {PurePosixPath(path).name for path in got(server) if path.startswith("/train2014/")} == needed
+    assert {p.name for p in (tmp_path / "root" / COCO_TRAIN2014.folders[0]).iterdir()} == needed
+    requests = len(server.log)
+    status, out, err = fetch("refcocog", "--split", "val")
+    assert status == 0 and len(server.log) == requests  # a second time costs nothing
+    assert "0 pictures downloaded" in out
+
+
+def test_without_a_split_every_picture_that_is_named_comes(server, published, fetch, tmp_path):
+    assert fetch("refcocog", "--pictures", "single", "--workers", "2")[0] == 0
+    held = {p.name for p in (tmp_path / "root" / COCO_TRAIN2014.folders[0]).iterdir()}
+    assert held == {published.picture_of(ref).name for ref in published.refs}
+    assert TRAIN_ZIP not in got(server)
+
+
+def test_the_archive_of_pictures_is_unpacked_where_the_reader_looks(server, published, fetch, tmp_path):
+    status, out, err = fetch("refcocog", "--yes")
+    assert status == 0, err
+    for split in ("train", "val", "test"):
+        dataset = load_dataset("refcocog", split, tmp_path / "root", strict=True)
+        assert dataset.picture(dataset[0]).shape == (*dataset[0].size, 3)
+    downloads = tmp_path / "root" / "downloads"
+    assert not list(downloads.glob("*.zip"))  # 13.5 GB need not be kept twice
+    assert {p.name for p in downloads.iterdir()} == {
+        "refcocog.zip.sha256", "refcocog.zip.unpacked", "train2014.zip.sha256", "train2014.zip.unpacked"
+    }  # fmt: skip
+    requests = len(server.log)
+    assert fetch("refcocog")[0] == 0 and len(server.log) == requests
+    some = next((tmp_path / "root" / COCO_TRAIN2014.folders[0]).iterdir())
+    some.unlink()
+    assert fetch("refcocog", "--yes")[0] == 0
+    assert some.is_file()  # what is missing is seen
+
+
+def test_an_archive_can_be_kept_and_is_then_not_downloaded_again(server, published, fetch, tmp_path):
+    assert fetch("refcocog", "--pictures", "none", "--keep-archives")[0] == 0
+    assert (tmp_path / "root" / "downloads" / "refcocog.zip").is_file()
+    shutil.rmtree(tmp_path / "root" / "refcocog")
+    status, out, _ = fetch("refcocog", "--pictures", "none")
+    assert status == 0 and "without pictures" in out
+    assert (tmp_path / "root" / "refcocog" / "instances.json").is_file()
+    assert got(server) == [REFCOCOG_ZIP]
+
+
+def test_pictures_that_a_user_keeps_elsewhere_are_used(server, published, fetch, tmp_path):
+    elsewhere = tmp_path / "root" / "train2014"
+    shutil.copytree(published.pictures, elsewhere)
+    assert fetch("refcocog")[0] == 0
+    assert fetch("refcocog", "--split", "val")[0] == 0
+    assert got(server) == [REFCOCOG_ZIP]
+    assert not (tmp_path / "root" / COCO_TRAIN2014.folders[0]).exists()
+
+
+def test_the_data_folder_of_the_environment_is_used(server, published, tmp_path, monkeypatch):
+    monkeypatch.setenv("IVT_DATA", str(tmp_path / "from-variable"))
+    assert command.main(["refcocog", "--pictures", "none", "--mirror", server.url]) == 0
+    assert (tmp_path / "from-variable" / "refcocog" / "instances.json").is_file()
+
+
+def test_an_interrupted_fetch_goes_on(server, published, fetch, monkeypatch, tmp_path):
+    server.files[REFCOCOG_ZIP].faults = [("cut", 700)]
+
+    def interrupt(self, failures, asked_s=None, stop=None):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Patience, "wait", interrupt)
+        status, _, err = fetch("refcocog", "--pictures", "none")
+    assert status == 130 and "run the same command again" in err
+    assert fetch("refcocog", "--pictures", "none")[0] == 0
+    assert server.sent[REFCOCOG_ZIP] == len(server.files[REFCOCOG_ZIP].content)
+
+
+# --- Consent --------------------------------------------------------------------------------------
+
+
+def test_more_than_a_gigabyte_is_not_taken_unasked(server, published, fetch, monkeypatch, tmp_path):
+    status, out, err = fetch("refcocog")
+    assert status == 2
+    assert "13.5 GB" in out and "--yes" in err and CATALOGUE["refcocog"].licence in out
+    assert server.log == [] and not (tmp_path / "root").exists()
+    for word, expected in (("", 1), ("n", 1), ("what?", 1), ("y", 0), ("Yes", 0)):
+        asked = answer(monkeypatch, word)
+        shutil.rmtree(tmp_path / "root", ignore_errors=True)
+        assert fetch("refcocog")[0] == expected
+        assert len(asked) == 1
+        assert (tmp_path / "root").exists() == (expected == 0)
+
+
+def test_many_single_pictures_are_asked_for_too(published, fetch, monkeypatch):
+    known = CATALOGUE["refcocog"]
+    pictures = dataclasses.replace(known.pictures, mean_bytes=2_000_000_000)
+    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, pictures=pictures))
+    status, _, err = fetch("refcocog", "--split", "val")
+    assert status == 2 and "about 2.0 GB" in err
+
+
+def test_a_size_that_nobody_knows_is_asked_for(server, fetch, monkeypatch):
+    known = CATALOGUE["mdetr"]
+    url = "/record/4729015/files/mdetr_annotations.tar.gz"
+    server.files[url] = Served(b"x" * 100, length=False)
+    status, _, err = fetch("mdetr", "--pictures", "none")
+    assert status == 2 and "size" in err
+    server.files[url] = Served(b"x" * 100)  # the server says that it is small
+    status, _, err = fetch("mdetr", "--pictures", "none")
+    assert status == 1 and "neither a zip nor a tar" in err
+    assert known.files[0].bytes is None
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_licence_comes_before_the_first_byte(server, fetch, name):
+    _, out, _ = fetch(name)  # whose files this server does not have
+    found = CATALOGUE[name]
+    for part in (found.title, found.homepage, found.licence, found.notice):
+        assert part in out
+    assert not any(server.sent.values())
+
+
+# --- The Hub --------------------------------------------------------------------------------------
+
+
+def serve_hub(server, dataset, files, folder="", revision="main", page=100):
+    """A Hub data set: its listing, ``page`` entries at a time, and its files."""
+    base = f"/api/datasets/{dataset}/tree/{revision}" + (f"/{folder}" if folder else "")
+    rows = [{"type": "directory", "oid": "0", "size": 0, "path": "sub"}]
+    for path, content in files.items():
+        rows.append(
+            {"type": "file", "oid": "git", "size": 130, "path": path,
+             "lfs": {"oid": sha256(content), "size": len(content), "pointerSize": 130}}
+        )  # fmt: skip
+        server.files[f"/datasets/{dataset}/resolve/{revision}/{path}"] = Served(content)
+    rows.append({"type": "file", "oid": "git", "size": 9, "path": ".gitattributes"})
+    for start in range(0, len(rows), page):
+        address = base + (f"?cursor={start}" if start else "")
+        more = {"Link": f'<https://huggingface.co{base}?cursor={start + page}>; rel="next"'}
+        server.files[address] = Served(
+            json.dumps(rows[start : start + page]).encode(), headers=more if start + page < len(rows) else {}
+        )
+
+
+def test_a_listing_is_read_to_its_last_page(server):
+    files = {f"data/val-{number}.parquet": bytes([number]) * 40 for number in range(5)}
+    serve_hub(server, "a/b", files, folder="data", page=2)
+    listed = list_hub_folder("a/b", "main", "data", server.url)
+    assert [(f.path, f.bytes, f.sha256) for f in listed] == [
+        *((path, 40, sha256(content)) for path, content in files.items()),
+        (".gitattributes", 9, None),
+    ]
+
+
+@pytest.mark.parametrize("body", [b"<html>", b'{"error": "no"}', b'[{"type": "file"}]', b"[1]", b"\xff"])
+def test_something_else_than_a_listing_is_named(server, body):
+    server.files["/api/datasets/a/b/tree/main"] = Served(body)
+    with pytest.raises(DataError, match=r"the listing of a/b: http.* answers something else .*--mirror"):
+        list_hub_folder("a/b", "main", "", server.url)
+
+
+def test_a_hub_data_set_arrives_with_checked_names_sizes_and_checksums(server, fetch, tmp_path):
+    parquet = b"PAR1 not really"
+    serve_hub(server, "dddraxxx/ref-adv-s", {"deep.parquet": parquet}, revision=CATALOGUE["refadv"].hub[0].revision)
+    status, _, err = fetch("refadv")
+    assert status == 0, err
+    assert (tmp_path / "root" / "refadv" / "deep.parquet").read_bytes() == parquet
+    url = f"/datasets/dddraxxx/ref-adv-s/resolve/{CATALOGUE['refadv'].hub[0].revision}/deep.parquet"
+    server.files[url].content = b"PAR1 not rEally"
+    (tmp_path / "root" / "refadv" / "deep.parquet").unlink()
+    status, _, err = fetch("refadv")
+    assert status == 1 and "is not the published file" in err
+
+
+def test_a_split_of_a_hub_data_set_can_come_alone(server, fetch, tmp_path):
+    for part, names in {"RefCOCO": ("val", "testA"), "RefCOCOplus": ("val", "testA"), "RefCOCOg": ("val",)}.items():
+        files = {f"data/{split}-00000-of-00001.parquet": f"{part} {split}".encode() for split in names}
+        serve_hub(server, f"lmms-lab-encoder/{part}", files, folder="data")
+    assert fetch("lmms", "--split", "testA")[0] == 0
+    held = sorted(p.relative_to(tmp_path / "root").as_posix() for p in (tmp_path / "root").rglob("*.parquet"))
+    assert held == [f"lmms/{part}/data/testA-00000-of-00001.parquet" for part in ("RefCOCO", "RefCOCOplus")]
+    assert fetch("lmms")[0] == 0
+    assert len(list((tmp_path / "root").rglob("*.parquet"))) == 5
+    status, _, err = fetch("lmms", "--split", "test")
+    assert status == 1 and "none holds files of split 'test'" in err
+    status, _, err = fetch("lmms", "--split", "train")
+    assert status == 1 and "lmms has no split 'train'; it has val, test, testA, testB" in err
+
+
+def test_a_hub_data_set_that_was_rearranged_is_named(server, fetch):
+    serve_hub(server, "jxu124/refcoco", {"data/train.json": b"{}"}, folder="data")
+    status, _, err = fetch("jxu124", "--pictures", "none")
+    assert status == 1 and r"jxu124/refcoco: its folder data at revision main holds no *.parquet" in err
+
+
+def test_ref_l4_gets_its_pictures_beside_its_annotations(server, fetch, monkeypatch, tmp_path):
+    serve_hub(server, "JierunChen/Ref-L4", {"ref-l4-val.parquet": b"v", "ref-l4-test.parquet": b"t"})
+    known = CATALOGUE["refl4"]
+    archive = tgz_of({"images/COCO_train2014_000000128974.jpg": jpeg(1), "images/objects365_v2_00922765.jpg": jpeg(2)})
+    server.files["/datasets/JierunChen/Ref-L4/resolve/main/images.tar.gz"] = Served(archive)
+    file = dataclasses.replace(known.pictures.archive, bytes=len(archive), sha256=sha256(archive))
+    monkeypatch.setitem(
+        CATALOGUE, "refl4", dataclasses.replace(known, pictures=dataclasses.replace(known.pictures, archive=file))
+    )
+    root = tmp_path / "root"
+    (root / "refl4" / "images").mkdir(parents=True)
+    (root / "refl4" / "images" / "half-unpacked.jpg").write_bytes(jpeg(3))  # proves nothing: how many is not published
+    assert fetch("refl4")[0] == 0
+    assert (root / "refl4" / "images" / "objects365_v2_00922765.jpg").read_bytes() == jpeg(2)
+    assert (root / "refl4" / "ref-l4-val.parquet").is_file() and (root / "refl4" / "ref-l4-test.parquet").is_file()
+    requests = got(server)
+    assert fetch("refl4")[0] == 0
+    assert [path for path in got(server)[len(requests) :] if "/api/" not in path] == []
+    status, _, err = fetch("refl4", "--pictures", "single")
+    assert status == 1 and "not served one by one" in err
+
+
+def test_mdetr_gives_only_the_referring_sets(server, fetch, tmp_path):
+    files = {f"OpenSource/{Path(path).name}": b"{}" for path in CATALOGUE["mdetr"].files[0].must_exist}
+    archive = tgz_of(files | {"OpenSource/final_mixed_train.json": b"{}" * 100})
+    server.files["/record/4729015/files/mdetr_annotations.tar.gz"] = Served(archive)
+    status, _, err = fetch("mdetr", "--pictures", "none")
+    assert status == 0, err
+    assert {p.name for p in (tmp_path / "root" / "mdetr").iterdir()} == {Path(name).name for name in files}
+
+
+# --- What goes wrong ------------------------------------------------------------------------------
+
+
+def test_an_archive_of_another_layout_is_named(published, server, fetch, monkeypatch):
+    archive = zip_of({"data/refcocog/instances.json": b"{}"})
+    server.files[REFCOCOG_ZIP] = Served(archive)
+    known = CATALOGUE["refcocog"]
+    file = dataclasses.replace(known.files[0], bytes=len(archive), sha256=sha256(archive))
+    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, files=(file,)))
+    status, _, err = fetch("refcocog", "--pictures", "none")
+    assert status == 1 and "refcocog.zip: was unpacked into" in err and "instances.json is not there" in err
+
+
+def test_a_missing_picture_ends_in_an_error_and_can_be_tried_again(server, published, fetch):
+    name = published.picture_of(published.refs_of("val")[0]).name
+    server.files[f"/train2014/{name}"].faults = [404]
+    status, _, err = fetch("refcocog", "--split", "val")
+    assert status == 1 and name in err and "404" in err and "run the same command again" in err
+    assert fetch("refcocog", "--split", "val")[0] == 0
+
+
+def test_a_disk_without_room_for_single_pictures_is_told_first(server, published, fetch, monkeypatch):
+    assert fetch("refcocog", "--pictures", "none")[0] == 0
+    known = CATALOGUE["refcocog"]
+    pictures = dataclasses.replace(known.pictures, mean_bytes=900_000_000)
+    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, pictures=pictures))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1 << 40, 0, 500_000_000))
+    status, _, err = fetch("refcocog", "--split", "val")
+    assert status == 1 and "only 500.0 MB are free" in err
+    assert not any(path.startswith("/train2014/") for path in got(server))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["refl5"], "did you mean 'refl4'?"),
+        (["nothing-like-it"], "there are refcocog, refcoco,"),
+        (["scenes"], "nothing to fetch"),
+        (["refcocog", "--split", "testA"], "refcocog has no split 'testA'; it has train, val, test"),
+        (["refadv", "--pictures", "single"], "not served one by one"),
+        (["refcocog", "--pictures", "none", "--mirror", "nowhere"], "--mirror 'nowhere' is not an address"),
+    ],
+)
+def test_a_wrong_word_is_an_error_that_helps(tmp_path, capsys, words, expected):
+    assert command.main([*words, "--data-root", str(tmp_path)]) == 1
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "65", "many", "1.5"])
+def test_a_number_of_workers_that_is_none_is_refused(workers, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["refcocog", "--workers", workers])
+    assert "1 to 64" in capsys.readouterr().err
+
+
+def test_pictures_that_are_not_cocos_are_not_asked_for(tmp_path):
+    layout = write_refer_folder(tmp_path)
+    assert command.picture_names("refcocog", "val", tmp_path) == sorted(
+        {layout.picture_of(ref).name for ref in layout.refs_of("val")}
+    )
+    layout.image_of(layout.refs_of("val")[0])["file_name"] = "holiday.jpg"
+    layout.save()
+    with pytest.raises(DataError, match=r"refcocog val names the picture 'holiday\.jpg'"):
+        command.picture_names("refcocog", "val", tmp_path)
+    with pytest.raises(DataError, match="holds no annotations of refcoco"):
+        command.picture_names("refcoco", "val", tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["jxu124", "mdetr", "vlm_r1"])
+def test_other_layouts_name_their_pictures_too(tmp_path, layout):
+    published = write_refer_folder(tmp_path / "published")
+    getattr(hub_layouts, f"write_{layout}")(tmp_path / "root", "refcocog", hub_layouts.things_of(published))
+    for split in ("train", "val"):
+        assert command.picture_names(layout, split, tmp_path / "root") == sorted(
+            {published.picture_of(ref).name for ref in published.refs_of(split)}
+        )
+
+
+# --- The catalogue --------------------------------------------------------------------------------
+
+
+def test_places_agree_with_the_readers():
+    assert COCO_TRAIN2014.folders == refer.PICTURE_FOLDERS
+    for name, folder in refer.FOLDERS.items():
+        found = CATALOGUE[name]
+        partition, splits = next(iter(refer.PARTITIONS[name].items()))
+        assert found.splits == splits
+        assert found.files[0].must_exist == (f"{folder}/instances.json", f"{folder}/refs({partition}).p")
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_an_entry_holds_together(name):
+    found = catalogue.entry(name)
+    assert found.name == name and found.licence and found.homepage.startswith("https://")
+    assert found.files or found.hub
+    archives = [found.pictures.archive] if found.pictures else []
+    for file in (*found.files, *archives):
+        places = [file.path, *file.must_exist, *([file.must_hold[0]] if file.must_hold else [])]
+        assert all(not Path(place).is_absolute() and ".." not in Path(place).parts for place in places)
+        assert file.url.startswith(("https://", "http://images.cocodataset.org/"))
+        assert file.sha256 is None or len(file.sha256) == 64
+        assert (file.unpack_into is None) == (not file.must_exist and file.must_hold is None)
+        assert file.path.startswith(f"{catalogue.DOWNLOADS}/") == (file.unpack_into is not None)
+    if found.pictures:
+        assert found.pictures.archive.must_hold[0] == found.pictures.folders[0]
+
+
+# --- Saying how far it is -------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    for stream, lines in ((Terminal(), 1), (io.StringIO(), 4)):
+        clock[0] = 0.0
+        line = command.ProgressLine("a.zip", stream=stream)
+        for second in range(100):
+            clock[0] += 1.0
+            line(1_000_000 * (second + 1), 100_000_000)
+        line.close()
+        text = stream.getvalue()
+        assert text.count("\n") == lines
+        assert "a.zip: 100.0 MB of 100.0 MB (100 %)" in text
+        assert ("\r" in text) == stream.isatty()
+    assert "a.zip: 30.0 MB of 100.0 MB (30 %), 966.7 kB/s, 1 min left" in text
+
+
+def test_progress_of_something_unknown_or_never_begun_is_honest():
+    stream = io.StringIO()
+    command.ProgressLine("a", stream=stream).close()
+    assert stream.getvalue() == ""
+    line = command.ProgressLine("pictures", "pictures", stream=stream)
+    line(3, None)
+    line.close()
+    assert stream.getvalue().startswith("pictures: 3 pictures, ")

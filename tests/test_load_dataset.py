@@ -1,0 +1,322 @@
+"""``load_dataset`` serves the data set that was asked for, or says loudly what it serves instead.
+
+Silent when false: numbers measured on drawn shapes are reported as numbers on RefCOCOg, broken data
+are replaced by something that works, or ``import ivt_env`` takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from made_up_source import write_made_up
+from refer_layout import PHOTOS, write_refer_folder
+
+import ivt_env.data as data
+from ivt_env.data import DataError, DataMissingError, DatasetFallbackWarning, load_dataset
+
+REAL = tuple(name for name in data.NAMES if name not in ("scenes", "photos"))
+REFER = ("refcocog", "refcoco", "refcocoplus")
+
+
+@pytest.fixture(autouse=True)
+def private_machine(tmp_path, monkeypatch):
+    """No test may see or fill the data and cache folders of whoever runs it, and each warns anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.delenv("IVT_DATA", raising=False)
+    monkeypatch.setattr(data, "_warned", set())
+
+
+@pytest.fixture
+def layout(tmp_path):
+    return write_refer_folder(tmp_path / "root")
+
+
+def write_custom(root: Path, splits: tuple[str, ...]) -> None:
+    root.mkdir()
+    declared = {"name": "my-photos", "box": "xyxy", "frame": "px"}
+    (root / "dataset.json").write_text(json.dumps(declared), encoding="utf-8")
+    row = json.loads((PHOTOS / "annotations.jsonl").read_text("utf-8").splitlines()[0])
+    for number, split in enumerate(splits):
+        shutil.copyfile(PHOTOS / row["image"], root / f"{number}.jpg")
+        line = {"image": f"{number}.jpg", "expression": f"{row['expression']} {split}", "bbox": row["bbox"]}
+        (root / f"{split}.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+
+
+# --- Where it looks -------------------------------------------------------------------------------
+
+
+def test_data_root_goes_before_the_variable_and_the_variable_before_the_cache(tmp_path, monkeypatch):
+    roots = {"argument": tmp_path / "a", "variable": tmp_path / "v", "cache": data.cache_folder() / "data"}
+    for place, root in roots.items():
+        layout = write_refer_folder(root)
+        layout.refs[0]["sentences"][0]["sent"] = place
+        layout.save()
+    assert load_dataset("refcocog")[0].expression == "cache"
+    monkeypatch.setenv("IVT_DATA", str(roots["variable"]))
+    assert load_dataset("refcocog")[0].expression == "variable"
+    assert load_dataset("refcocog", data_root=roots["argument"])[0].expression == "argument"
+    assert load_dataset("refcocog", data_root=str(roots["argument"]))[0].expression == "argument"
+
+
+def test_tilde_in_data_root_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert data.data_folder("~/sets") == tmp_path / "sets"
+    monkeypatch.setenv("IVT_DATA", "~/others")
+    assert data.data_folder() == tmp_path / "others"
+
+
+def test_cache_folder_honours_xdg_and_ignores_a_relative_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data.cache_folder() == tmp_path / "ivt_env"
+    assert data.data_folder() == tmp_path / "ivt_env" / "data"
+    for value in ("", "relative/folder"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert data.cache_folder() == Path.home() / ".cache" / "ivt_env"
+    monkeypatch.setattr(data.sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    assert data.cache_folder() == tmp_path / "local" / "ivt_env"
+
+
+# --- What it finds --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFER)
+def test_data_that_are_there_are_served_without_a_warning(tmp_path, name):
+    write_refer_folder(tmp_path, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = load_dataset(name, "val", data_root=tmp_path, strict=True)
+    assert dataset.name == dataset[0].dataset == name
+
+
+def test_data_set_of_ones_own_is_served_from_its_own_folder_under_its_own_name(tmp_path):
+    write_custom(tmp_path / "mine", ("train", "val", "test"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for split in ("train", "val", "test"):
+            dataset = load_dataset("custom", split, data_root=tmp_path / "mine", strict=True)
+            assert dataset.name == dataset[0].dataset == "my-photos"
+            assert dataset[0].expression.endswith(split)
+            assert dataset.picture(dataset[0]).shape == (*dataset[0].size, 3)
+
+
+def test_first_layout_that_is_there_and_has_the_split_is_served(tmp_path, monkeypatch):
+    made = write_made_up(tmp_path)
+    there = {
+        "refer": None,
+        "jxu124": made.source(layout="jxu124", splits=("train", "val", "test"), name="refcocog"),
+        "vlm_r1": made.source(layout="vlm_r1", name="refcocog"),
+    }
+    first = there["jxu124"]
+    looked = []
+
+    def layout(module):
+        looked.append(module)
+        return SimpleNamespace(find=lambda root, name: there.get(module), PLACES={"refcocog": (module,)})
+
+    monkeypatch.setattr(data, "_layout", layout)
+    assert data.find_source("refcocog", "val", tmp_path) is first
+    assert looked == ["refer", "jxu124"]
+    there["refer"] = made.source(layout="refer", name="refcocog")
+    assert data.find_source("refcocog", "val", tmp_path) is there["refer"]
+    there["refer"] = made.source(layout="refer", name="refcocog", splits=("train",))
+    assert data.find_source("refcocog", "val", tmp_path) is first
+    assert load_dataset("refcocog", "val", data_root=tmp_path, strict=True).layout == "jxu124"
+    there.clear()
+    assert data.find_source("refcocog", "val", tmp_path) is None
+    with pytest.raises(DataMissingError) as caught:
+        load_dataset("refcocog", "val", data_root=tmp_path, strict=True)
+    for module in ("refer", "jxu124", "vlm_r1", "mdetr", "lmms"):
+        assert str(tmp_path / module) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in REAL if name != "mixed"])
+def test_every_layout_says_where_it_looks_and_finds_nothing_in_an_empty_folder(tmp_path, name):
+    layouts = data._LAYOUTS[name]
+    assert layouts
+    for layout in layouts:
+        module = importlib.import_module(f"ivt_env.data.{layout}")
+        assert module.PLACES[name] and all(not Path(place).is_absolute() for place in module.PLACES[name])
+        assert module.find(tmp_path, name) is None
+        assert module.find(tmp_path / "absent", name) is None
+
+
+# --- What it serves instead -----------------------------------------------------------------------
+
+
+def places_of(name: str, root: Path) -> list[str]:
+    modules = [importlib.import_module(f"ivt_env.data.{layout}") for layout in data._LAYOUTS[name]]
+    return [str(root / place) for module in modules for place in module.PLACES[name]]
+
+
+def test_fallback_warns_once_with_all_the_facts(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first = load_dataset("refcocog", "val", data_root=tmp_path)
+        load_dataset("refcocog", "val", data_root=tmp_path)
+        load_dataset("refcocog", "train")
+    assert [w.category for w in caught] == [DatasetFallbackWarning]
+    text = str(caught[0].message)
+    for fact in (
+        "'refcocog' is not being used",
+        "EMBEDDED SCENES ARE SERVED INSTEAD (refcocog val -> scenes val)",
+        "says nothing about refcocog",
+        str(tmp_path / "refcocog" / "instances.json"),
+        *places_of("refcocog", tmp_path),
+        "`ivt data fetch refcocog`",
+        "data_root=",
+        "IVT_DATA",
+        "strict=True",
+    ):
+        assert fact in text
+    assert caught[0].filename == __file__
+    assert (first.name, first.split, first[0].dataset) == ("scenes", "val", "scenes")
+
+
+def test_each_data_set_has_a_warning_of_its_own():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in ("refcocog", "refcoco", "refcocog", "refcoco"):
+            load_dataset(name)
+    assert len(caught) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "served"),
+    [
+        ("refcocog", "train", "train"),
+        ("refcocog", "test", "test"),
+        ("refcoco", "testA", "test"),
+        ("refcocoplus", "testB", "test"),
+        ("refl4", "val", "val"),
+        ("refl4", "test", "test"),
+        ("refadv", "test", "test"),
+        ("mixed", "train", "train"),
+        ("mixed", "test", "test"),
+        ("custom", "val", "val"),
+    ],
+)
+def test_fallback_serves_the_corresponding_split_under_its_own_name(name, split, served):
+    with pytest.warns(DatasetFallbackWarning, match=f"{name} {split} -> scenes {served}"):
+        dataset = load_dataset(name, split)
+    assert (dataset.name, dataset.split) == ("scenes", served)
+    assert dataset[0].dataset == "scenes"
+
+
+@pytest.mark.parametrize("name", [*REFER, "refl4", "refadv"])
+def test_strict_makes_absence_an_error_with_the_same_facts(tmp_path, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataMissingError, match=f"^{name}: not on this machine; looked for ") as caught:
+            load_dataset(name, "test" if name == "refadv" else "val", data_root=tmp_path, strict=True)
+    for fact in (*places_of(name, tmp_path), f"`ivt data fetch {name}`", "IVT_DATA"):
+        assert fact in str(caught.value)
+
+
+def test_absent_mixture_names_the_parts_that_are_missing_and_how_to_get_them(tmp_path):
+    with pytest.raises(DataMissingError, match="^mixed: ") as caught:
+        load_dataset("mixed", "test", data_root=tmp_path, strict=True)
+    for fact in (str(tmp_path), *(f"`ivt data fetch {name}`" for name in ("refcocog", "refadv", "refl4"))):
+        assert fact in str(caught.value)
+    write_refer_folder(tmp_path)
+    with pytest.raises(DataMissingError) as caught:
+        load_dataset("mixed", "test", data_root=tmp_path, strict=True)
+    assert "fetch refcocog" not in str(caught.value) and "fetch refadv" in str(caught.value)
+
+
+def test_absent_data_set_of_ones_own_names_the_folder_and_what_it_needs(tmp_path):
+    with pytest.raises(DataMissingError) as caught:
+        load_dataset("custom", "val", data_root=tmp_path, strict=True)
+    assert str(tmp_path) in str(caught.value) and ".jsonl" in str(caught.value)
+    with pytest.warns(DatasetFallbackWarning) as warned:
+        load_dataset("custom", "val", data_root=tmp_path)
+    assert str(caught.value) in str(warned[0].message)
+
+
+# --- Data that are there and broken ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_broken_data_never_fall_back(layout, strict):
+    layout.refs_path.write_bytes(b"broken")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match="not a whole pickle"):
+            load_dataset("refcocog", data_root=layout.root, strict=strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("missing", ["refs_path", "instances_path"])
+def test_missing_annotation_file_is_named_and_never_replaced_by_scenes(layout, missing, strict):
+    path = getattr(layout, missing)
+    path.unlink()
+    with pytest.raises(DataError) as caught:
+        load_dataset("refcocog", data_root=layout.root, strict=strict)
+    assert str(path) in str(caught.value)
+    assert "unpack the data set again" in str(caught.value)
+    assert not isinstance(caught.value, DataMissingError)
+
+
+def test_empty_data_set_folder_is_broken_not_absent(tmp_path):
+    (tmp_path / "refcocog").mkdir()
+    (tmp_path / "train2014").mkdir()
+    with pytest.raises(DataError, match=r"refs\(umd\)\.p: missing"):
+        load_dataset("refcocog", data_root=tmp_path)
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        (
+            "refcocg",
+            "train",
+            r"no data set 'refcocg' \(did you mean 'refcoco.?'\?\); there are scenes, photos, ",
+        ),
+        ("RefCOCOg", "train", "did you mean 'refcocog'"),
+        ("imagenet", "train", "no data set 'imagenet'; there are"),
+        ("refcocog", "tets", r"no split 'tets' \(did you mean 'test'\?\); it has train, val, test"),
+        ("refcoco", "test", "it has train, val, testA, testB"),
+        ("refadv", "train", "refadv has no split 'train'; it has test"),
+        ("custom", "all", "custom has no split 'all'.*; it has train, val, test"),
+        ("scenes", "valid", "did you mean 'val'"),
+        ("photos", "testA", "it has train, val, test, all"),
+    ],
+)
+def test_unknown_name_or_split_lists_the_valid_ones(name, split, message):
+    with pytest.raises(DataError, match=message):
+        load_dataset(name, split)
+
+
+def test_every_name_opens_on_a_fresh_machine_with_each_of_its_splits():
+    opened = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DatasetFallbackWarning)
+        for name in data.NAMES:
+            for split in data.splits(name):
+                dataset = load_dataset(name, split)
+                sample = dataset[0]
+                assert sample.dataset == dataset.name == (name if name in ("scenes", "photos") else "scenes")
+                assert dataset.picture(sample).shape == (*sample.size, 3)
+                opened += 1
+    assert opened >= 25
+    assert {"train", "test"} <= set(data.splits("mixed"))
+
+
+def test_importing_the_data_package_imports_no_reader_and_no_pyarrow():
+    readers = {layout for layouts in data._LAYOUTS.values() for layout in layouts} | {"mixture", "table"}
+    unwanted = ["pyarrow", "torch", *(f"ivt_env.data.{reader}" for reader in sorted(readers))]
+    code = f"import sys, ivt_env.data; print([m for m in {unwanted} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,189 @@
+"""The paper's mixture: full thirds, no picture in two splits, the same choice for everyone.
+
+If pictures leaked between its splits, the score of a trained policy would be its memory; if the ids
+were not fixed, two people who say "the mixture" would mean different samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up_source import write_made_up
+
+from ivt_env.data import DataError, DataMissingError, load_dataset, mixture
+from ivt_env.data.mixture import PARTS, SIZES, draw, open_mixture, read_ids
+from ivt_env.data.table import Row, open_table
+
+
+class Fake:
+    """As much of a table as drawing looks at."""
+
+    def __init__(self, prefix: str, pictures: list[int], per_picture: list[int]):
+        pairs = [
+            (f"coco-{p}", f"{prefix}-{p}-{k}") for p, n in zip(pictures, per_picture, strict=True) for k in range(n)
+        ]
+        self._pictures, self._samples = [p for p, _ in pairs], [s for _, s in pairs]
+
+    def picture_ids(self):
+        return self._pictures
+
+    def sample_ids(self):
+        return self._samples
+
+
+def published_sizes(overlap: int = 300) -> dict:
+    """Tables of the published sizes; Ref-L4 shares ``overlap`` pictures with each split of RefCOCOg."""
+    rng = np.random.default_rng(0)
+
+    def some(prefix, first, samples, most):
+        counts = []
+        while sum(counts) < samples:
+            counts.append(min(int(rng.integers(1, most + 1)), samples - sum(counts)))
+        return Fake(prefix, list(range(first, first + len(counts))), counts)
+
+    adversarial = some("adv", 900_000, 1142, 3)
+    return {
+        ("refcocog", "train"): some("g", 0, 8051, 6),
+        ("refcocog", "val"): some("g", 100_000, 4896, 5),
+        ("refcocog", "test"): some("g", 200_000, 9602, 5),
+        ("refadv", "test"): adversarial,
+        ("refl4", "val"): some("l", 100_000 - overlap, 13420, 6),
+        ("refl4", "test"): some("l", 200_000 - overlap, 31921, 6),
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_split_has_the_papers_size_in_equal_thirds(seed):
+    ids = draw(published_sizes(), seed)
+    assert {split: len(rows) for split, rows in ids.items()} == SIZES
+    for split, rows in ids.items():
+        thirds = Counter(name for name, _, _ in rows)
+        assert max(thirds.values()) - min(thirds.values()) <= 1, (split, thirds)
+        assert {(name, part) for name, part, _ in rows} <= set(PARTS[split])
+        assert len(set(rows)) == len(rows)
+
+
+def test_no_picture_is_in_two_splits_whichever_data_set_it_came_through():
+    tables = published_sizes()
+    picture_of = {
+        (*key, sample): picture
+        for key, t in tables.items()
+        for sample, picture in zip(t.sample_ids(), t.picture_ids(), strict=True)
+    }
+    everywhere = [set(t.picture_ids()) for t in tables.values()]
+    assert any(a & b for a in everywhere for b in everywhere if a is not b), (
+        "the sets must overlap, or this shows nothing"
+    )
+    pictures = {split: {picture_of[row] for row in rows} for split, rows in draw(tables, 0).items()}
+    assert not pictures["train"] & pictures["test"]
+    assert not pictures["train"] & pictures["val"]
+    assert not pictures["val"] & pictures["test"]
+
+
+def test_same_seed_same_choice_and_another_seed_another():
+    assert draw(published_sizes(), 3) == draw(published_sizes(), 3)
+    assert draw(published_sizes(), 3) != draw(published_sizes(), 4)
+
+
+def test_too_few_samples_are_an_error_that_names_the_third():
+    tables = published_sizes()
+    tables["refadv", "test"] = Fake("adv", list(range(900_000, 900_900)), [1] * 900)
+    with pytest.raises(
+        DataError, match=r"train needs 800 samples of refadv test .* 562 are left.*ivt data check refadv"
+    ):
+        draw(tables, 0)
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """Three real tables on disk behind the three names, and a small mixture of them."""
+    made = {}
+    for name in ("refcocog", "refadv", "refl4"):
+        one = write_made_up(tmp_path / name)
+
+        def read(bad, folder, one=one, name=name):
+            for row in one._read(bad, folder):
+                own = f"{name}-{row.picture_id}"  # every set its own pictures
+                yield Row(**{f: getattr(row, f) for f in Row.__dataclass_fields__} | {"picture_id": own})
+                if row.split != "train":  # one split may serve three of the mixture, from pictures of its own
+                    for copy in range(4):
+                        yield replace(row, sample_id=f"{row.sample_id}-{copy}", picture_id=f"{own}-{copy}")
+
+        made[name] = one.source(name=name, read=read)
+    monkeypatch.setattr(mixture, "find_source", lambda name, split, root: made.get(name))
+    monkeypatch.setattr("ivt_env.data.find_source", lambda name, split, root: made.get(name))
+    for split in SIZES:
+        monkeypatch.setitem(SIZES, split, 9)
+    return tmp_path
+
+
+def test_samples_keep_the_label_of_their_data_set_and_show_its_picture(parts):
+    mixed = open_mixture(parts, "test")
+    assert len(mixed) == 9
+    assert Counter(mixed[i].dataset for i in range(9)) == {"refcocog": 3, "refadv": 3, "refl4": 3}
+    for i in range(9):
+        sample = mixed[i]
+        assert sample.sample_id.startswith(sample.dataset + "/") and sample.split == "test"
+        assert mixed.picture(sample).shape == (*sample.size, 3)
+    with pytest.raises(IndexError, match="9 samples"):
+        mixed[9]
+
+
+def test_ids_are_written_once_and_used_by_everyone(parts):
+    first = open_mixture(parts, "train", seed=5)
+    path = parts / "mixed" / "ids.json"
+    written = path.read_text("utf-8")
+    assert json.loads(written)["seed"] == 5
+    again = open_mixture(parts, "train", seed=6)  # the file counts, not the seed
+    assert [again[i] for i in range(len(again))] == [first[i] for i in range(len(first))]
+    assert path.read_text("utf-8") == written
+    served = load_dataset("mixed", "train", parts, strict=True)
+    assert [served[i].sample_id for i in range(len(served))] == [first[i].sample_id for i in range(len(first))]
+
+
+def test_ids_of_other_files_are_refused_by_name(parts):
+    open_mixture(parts, "test")
+    path = parts / "mixed" / "ids.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["splits"]["test"][0][2] = "nobody"
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(DataError, match=r"ids\.json: test names sample 'nobody' of refcocog test, which is not there"):
+        open_mixture(parts, "test")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "not whole JSON"),
+        ("[]", "holds no 'splits'"),
+        ('{"splits": {"train": []}}', "holds no 'splits'"),
+        (
+            '{"splits": {"train": [], "val": [], "test": [["refcocog", "test"]]}}',
+            r"test row 0 is \['refcocog', 'test'\]",
+        ),
+        ('{"splits": {"train": [], "val": [], "test": [["refcocog", "train", "1"]]}}', "test row 0"),
+        ('{"splits": {"train": 3, "val": [], "test": []}}', "train row 0 is 3"),
+    ],
+)
+def test_broken_ids_are_refused_with_the_remedy(tmp_path, content, reason):
+    path = tmp_path / "ids.json"
+    path.write_text(content, "utf-8")
+    with pytest.raises(DataError, match=reason + ".*delete it"):
+        read_ids(path)
+
+
+def test_absent_parts_are_named(tmp_path):
+    with pytest.raises(DataMissingError, match=r"ivt data fetch refadv"):
+        load_dataset("mixed", "train", tmp_path, strict=True)
+
+
+def test_ids_of_a_table_are_those_of_its_samples(parts):
+    table = open_table(mixture.find_source("refl4", "test", Path()), "test")
+    samples = [table[i] for i in range(len(table))]
+    assert table.sample_ids() == [sample.sample_id for sample in samples]
+    assert table.picture_ids() == [sample.picture_id for sample in samples]

@@ -1,0 +1,386 @@
+"""What an episode page does in a browser.
+
+If one of these is false, nothing crashes: boxes sit a little off and mislead whoever looks, a
+filter counts the wrong episodes, or a model's output runs as a program in the reader's browser.
+
+These tests use Chromium. Without one they are skipped, unless ``CI`` or ``IVT_REQUIRE_BROWSER`` is
+set: then they fail.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from shown_episodes import (
+    HOSTILE,
+    SEPARATORS,
+    made_up_episodes,
+    photo,
+    photo_of,
+    play,
+    shifted,
+)
+
+from ivt_env import boxes
+from ivt_env.data.sample import Picture
+from ivt_env.episodes import Box, Episode
+from ivt_env.viewer import write_page
+
+
+class Page:
+    """A page open in Chromium."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def text(self, selector: str) -> str:
+        return self.run("return document.querySelector(arguments[0]).textContent", selector)
+
+    def texts(self, selector: str) -> list[str]:
+        return self.run("return [...document.querySelectorAll(arguments[0])].map(n => n.textContent)", selector)
+
+    def rect(self, selector: str) -> np.ndarray:
+        """Left, top, right and bottom of the first match, in page pixels."""
+        script = "const r = document.querySelector(arguments[0]).getBoundingClientRect();"
+        return np.array(self.run(script + "return [r.left, r.top, r.right, r.bottom]", selector))
+
+    def click(self, selector: str) -> None:
+        self.run("document.querySelector(arguments[0]).click()", selector)
+
+    def press(self, *keys: str) -> None:
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def choose(self, selector: str, label: str) -> None:
+        from selenium.webdriver.support.ui import Select
+
+        Select(self.driver.find_element("css selector", selector)).select_by_visible_text(label)
+
+    def expression(self) -> str:
+        return self.text("#episode-head h2")
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline, "the page did not get there in 10 s"
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromedriver = shutil.which("chromedriver")
+    missing = [name for name, found in (("chromium", browser), ("chromedriver", chromedriver)) if not found]
+    try:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+    except ImportError:
+        missing.append("the Python package selenium")
+    if missing:
+        remedy = "apt-get install chromium chromium-driver; pip install selenium"
+        message = f"the viewer's browser tests need {', '.join(missing)}: {remedy}"
+        if os.environ.get("CI") or os.environ.get("IVT_REQUIRE_BROWSER"):
+            pytest.fail(message)
+        pytest.skip(message)
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--disable-dev-shm-usage", "--force-device-scale-factor=1", "--window-size=1400,900",
+        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=Service(chromedriver))
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def open_page(driver: Any, tmp_path: Path) -> Iterator[Callable[..., Page]]:
+    driver.get_log("browser")
+
+    def open_episodes(
+        episodes: Any, fragment: str = "", picture_of: Callable[[Episode], Picture] = photo_of, **options: Any
+    ) -> Page:
+        path = write_page(tmp_path / "page.html", episodes, picture_of, title="Episodes", **options)
+        driver.get("about:blank")  # else a new fragment alone would not load the file again
+        driver.get(path.as_uri() + fragment)
+        return Page(driver)
+
+    yield open_episodes
+    complaints = [entry["message"] for entry in driver.get_log("browser")]
+    assert not complaints  # errors of the script and refusals by the page's own policy end up here
+
+
+def test_text_from_a_model_is_never_executed(open_page: Callable[..., Page]) -> None:
+    episodes = made_up_episodes()
+    hostile = [e for e in episodes if HOSTILE in e.expression]
+    hostile[0].dataset = hostile[0].split = hostile[0].agent = HOSTILE
+    hostile[0].steps[0].invalid = HOSTILE
+    page = open_page({HOSTILE: hostile, "other" + HOSTILE: hostile})
+    for _ in hostile[0].steps:
+        assert page.expression() == HOSTILE
+        assert page.text(".words") == HOSTILE + SEPARATORS
+        assert page.texts(".row .expression") == [HOSTILE]
+        page.press("\ue014")
+    assert page.run("return window.ran === undefined && document.title === 'Episodes'")
+    assert page.run("return document.querySelectorAll('img').length") == 2  # the picture in two panels
+    assert page.run("return [...document.images].every(i => i.src.startsWith('data:image/jpeg'))")
+
+
+def test_the_policy_stops_a_script_that_got_in(open_page: Callable[..., Page], driver: Any) -> None:
+    page = open_page(made_up_episodes())
+    page.run(
+        "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s);"
+        "const i = document.createElement('div'); i.innerHTML = '<img src=x onerror=\"window.ran = 1\">';"
+        "document.body.append(i)"
+    )
+    time.sleep(0.3)
+    assert page.run("return window.ran === undefined")
+    assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
+
+
+@pytest.mark.parametrize("picture_id", ["coffee.jpg", "portrait-astronaut.jpg", "camera.jpg"])
+@pytest.mark.parametrize("width", [1400, 700])
+def test_boxes_are_drawn_where_they_belong(
+    open_page: Callable[..., Page], driver: Any, picture_id: str, width: int
+) -> None:
+    target, first, second = (0.3, 0.04, 0.7, 0.75), (0.1, 0.2, 0.45, 0.6), (0.25, 0.0, 1.0, 0.8)
+    driver.set_window_size(width, 900)
+    page = open_page([play(target, [first, second], picture_id=picture_id)], max_picture_side=200)
+    page.press("\ue014")
+    left, top, right, bottom = page.rect(".picture img")
+    height_px, width_px = photo(picture_id).shape[:2]
+    assert (right - left) / (bottom - top) == pytest.approx(width_px / height_px, rel=0.005)
+    origin, extent = np.array([left, top, left, top]), np.array([right - left, bottom - top] * 2)
+    for name, box in {"target": target, "current": second, "earlier": first}.items():
+        np.testing.assert_allclose(page.rect(f"rect.{name}"), origin + extent * np.array(box), atol=0.75, err_msg=name)
+    driver.set_window_size(1400, 900)
+
+
+@pytest.mark.parametrize("size", [(300, 120), (120, 300)], ids=["tall", "wide"])
+def test_a_drawn_box_meets_the_pixels_it_stands_for(
+    open_page: Callable[..., Page], driver: Any, size: tuple[int, int]
+) -> None:
+    """On the screen itself: a blue patch painted into the picture fills the box drawn around it."""
+    box: Box = (0.25, 0.4, 0.75, 0.9)
+    picture = np.full((*size, 3), 255, np.uint8)
+    x1, y1, x2, y2 = boxes.to_pixels(box, size).astype(int)
+    picture[y1:y2, x1:x2] = (0, 0, 255)
+    page = open_page([play(box, [None], size=size, picture_id="patch")], picture_of=lambda _: picture)
+    page.until(lambda: page.run("return document.querySelector('.picture img').complete"))
+    expected = page.rect("rect.target")
+    page.run("document.querySelector('.picture svg').style.visibility = 'hidden'")
+    left, top, right, bottom = page.rect(".picture img").round().astype(int)
+    screen = np.asarray(Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")).astype(int)
+    blue = (screen[..., 2] - screen[..., 0])[top:bottom, left:right] > 127
+    rows, columns = np.flatnonzero(blue.any(axis=1)), np.flatnonzero(blue.any(axis=0))
+    seen = [left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1]
+    np.testing.assert_allclose(seen, expected, atol=2.0)  # the picture is enlarged two to three times
+
+
+def test_keys_step_through_an_episode(open_page: Callable[..., Page]) -> None:
+    left, up, right, down, escape = "\ue012", "\ue013", "\ue014", "\ue015", "\ue00c"
+    episodes = made_up_episodes()[:4]
+    page = open_page(episodes)
+
+    def here() -> tuple[str, str]:
+        return page.expression(), page.text(".strip button[aria-current] .name")
+
+    names = [e.expression for e in episodes]
+    assert here() == (names[0], "Step 0")
+    page.press(right)
+    assert here() == (names[0], "Step 1")
+    assert page.text(".words") == episodes[0].steps[1].text
+    page.press(right, right, right)
+    assert here() == (names[0], "Stop")
+    page.press(left)
+    assert here() == (names[0], "Step 1")
+    page.press(down)
+    assert here() == (names[1], "Step 0")
+    page.press("j", "j", "j", "j")
+    assert here() == (names[3], "Step 0")
+    page.press("k", up)
+    assert here() == (names[1], "Step 0")
+    page.press("/", *"helmetj")  # in the search field, letters are letters
+    page.until(lambda: page.texts(".row") == [])
+    assert page.expression() == "No episode to show"
+    page.press("\ue003")
+    page.until(lambda: page.texts(".row .expression") == ["the helmet with the black visor"])
+    page.press(escape, right)
+    assert here() == ("the helmet with the black visor", "Step 1")
+
+
+def expected_filters(episodes: list[Episode]) -> dict[str, set[str]]:
+    """What each filter must show, worked out from the records."""
+    found: dict[str, set[str]] = {"corrected": set(), "broken": set(), "right": set(), "wrong": set()}
+    for e in episodes:
+        before, after = bool(e.steps) and e.steps[0].iou >= 0.5, e.final_iou >= 0.5
+        name = {(0, 1): "corrected", (1, 0): "broken", (1, 1): "right", (0, 0): "wrong"}[before, after]
+        found[name].add(e.sample_id)
+    found["all"] = {e.sample_id for e in episodes}
+    found["stopped"] = {e.sample_id for e in episodes if e.steps and e.steps[-1].stop}
+    found["unparsable"] = {e.sample_id for e in episodes if any(s.parse_failure or s.invalid for s in e.steps)}
+    return found
+
+
+def test_filter_shows_only_corrected_episodes(open_page: Callable[..., Page]) -> None:
+    episodes = made_up_episodes()
+    page = open_page(episodes)
+    expected = expected_filters(episodes)
+    assert all(expected.values())  # else a filter that shows nothing would pass
+    for name, samples in expected.items():
+        page.click(f"#filter-{name}")
+        assert set(page.run("return state.visible.map(e => e.sample)")) == samples, name
+        assert page.text(f"#filter-{name} .number") == str(len(samples))
+        assert set(page.texts(".row .expression")) <= {e.expression for e in episodes if e.sample_id in samples}
+        chosen = [e for e in episodes if e.sample_id in samples]
+        first, final = [e.steps[0].iou if e.steps else 0.0 for e in chosen], [e.final_iou for e in chosen]
+        accuracy = [np.mean(np.array(ious) >= 0.5) for ious in (first, final)]
+        cells = page.texts("#summary td .value")
+        assert cells[0] == str(len(chosen))
+        assert cells[1].startswith(f"{accuracy[0]:.3f} → {accuracy[1]:.3f}")
+        assert cells[2].startswith(f"{np.mean(first):.3f} → {np.mean(final):.3f}")
+        assert cells[3] == f"{np.mean([len(e.steps) for e in chosen]):.2f}"
+
+
+def test_sorting_orders_the_list(open_page: Callable[..., Page]) -> None:
+    episodes = made_up_episodes()
+    page = open_page(episodes)
+    keys: dict[str, Callable[[Episode], float]] = {
+        "final IoU, best first": lambda e: -e.final_iou,
+        "final IoU, worst first": lambda e: e.final_iou,
+        "gain, largest first": lambda e: (e.steps[0].iou if e.steps else 0.0) - e.final_iou,
+        "sample order": lambda e: 0.0,
+    }
+    for label, key in keys.items():
+        page.choose("#sort", label)
+        assert page.run("return state.visible.map(e => e.sample)") == [e.sample_id for e in sorted(episodes, key=key)]
+
+
+def test_two_runs_are_matched_by_sample(open_page: Callable[..., Page]) -> None:
+    first, second = made_up_episodes(0)[:6], made_up_episodes(1)[:6][::-1]
+    del second[2]
+    page = open_page({"before": first, "after": second, "third": made_up_episodes(2)[:6]})
+    of_sample = {e.sample_id: e for e in second}
+    for episode in first:
+        assert page.expression() == episode.expression
+        assert page.texts(".panel h3") == ["before", "after"]
+        other = of_sample.get(episode.sample_id)
+        if other is None:
+            assert "no episode of this sample" in page.text(".panel:last-child .missing")
+        else:
+            expected = [[f"{s.iou:.3f}" for s in e.steps] for e in (episode, other)]
+            assert [page.texts(f".panel:nth-child({n}) .strip .iou") for n in (1, 2)] == expected
+        page.press("j")
+    assert page.texts("#summary tbody th") == ["before", "after"]
+    assert [page.texts("#summary td:nth-child(2)")[i] for i in (0, 1)] == ["6", "5"]
+    page.choose("#run-b", "third")
+    assert page.texts(".panel h3") == ["before", "third"]
+    page.choose("#run-a", "third")
+    assert page.texts(".panel h3") == ["third", "before"]
+    page.choose("#run-b", "(none)")
+    assert page.texts(".panel h3") == ["third"]
+
+
+def test_rollouts_of_one_sample_are_matched_in_order(open_page: Callable[..., Page]) -> None:
+    box: Box = (0.1, 0.1, 0.5, 0.5)
+    shifts = {"a": (0.0, 0.1, 0.2), "b": (0.3, 0.02)}
+    runs = {name: [play(box, [shifted(box, d, 0)], seed=n) for n, d in enumerate(s)] for name, s in shifts.items()}
+    for copy in (1, 2, 3):
+        page = open_page(runs, f"#run=a&beside=b&sample=s0&copy={copy}&step=0")
+        shown = [run[copy - 1].final_iou for run in runs.values() if copy <= len(run)]
+        assert page.texts(".strip .iou") == [f"{overlap:.3f}" for overlap in shown]
+
+
+def test_a_link_leads_back_to_episode_and_step(open_page: Callable[..., Page]) -> None:
+    episodes = made_up_episodes()
+    page = open_page(episodes)
+    page.press("j", "j", "\ue014")
+    page.until(lambda: page.run("return location.hash") == "#sample=photos-2&step=1")
+    page = open_page(episodes, "#sample=photos-2&step=1")
+    assert page.expression() == episodes[2].expression
+    assert page.text(".strip button[aria-current] .name") == "Step 1"
+    for nonsense in (
+        "#sample=absent&step=9",
+        "#sample=photos-2&step=99",
+        "#%%%",
+        "#step=NaN&sample=photos-1&copy=x",
+    ):
+        page = open_page(episodes, nonsense)
+        assert page.expression() in {e.expression for e in episodes}
+
+
+def test_an_initial_box_is_shown_as_the_start(open_page: Callable[..., Page]) -> None:
+    episode = next(e for e in made_up_episodes() if e.initial_box)
+    page = open_page([episode])
+    assert page.texts(".strip .name") == ["Start", "Step 0", "Stop"]
+    assert page.text(".strip button[aria-current] .name") == "Step 0"
+    page.press("\ue012")
+    assert page.text(".strip button[aria-current] .name") == "Start"
+    origin, extent = (
+        page.rect(".picture img")[[0, 1, 0, 1]],
+        np.ptp(page.rect(".picture img").reshape(2, 2), axis=0),
+    )
+    assert episode.initial_box is not None
+    np.testing.assert_allclose(
+        page.rect("rect.current"), origin + np.tile(extent, 2) * np.array(episode.initial_box), atol=0.75
+    )
+    assert "1 began from a given box" in page.text("#started")
+
+
+def test_a_long_list_stays_fast(open_page: Callable[..., Page]) -> None:
+    """10,000 episodes; the limits are loose, for a busy machine, the list must merely not freeze."""
+    few, count = made_up_episodes(), 10_000
+    episodes = []
+    for number in range(count):
+        model = few[number % len(few)]
+        fields = {name: getattr(model, name) for name in Episode.__slots__}
+        episodes.append(Episode(**fields | {"sample_id": f"{number}"}))
+    page = open_page(episodes)
+    paint = page.run("return performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    assert paint < 5000
+    assert len(page.texts(".row")) < 60
+    measured = "const t = performance.now(); document.querySelector(arguments[0]).click(); return performance.now() - t"
+    for name in ("corrected", "stopped", "all"):
+        assert page.run(measured, f"#filter-{name}") < 1000
+    page.run("document.getElementById('list').scrollTop = 1e9")
+    page.until(lambda: page.run("return document.getElementById('row-9999') !== null"))
+    page.press("j")
+    assert "2 of 10,000" in page.text("#episode-head .place")
+
+
+@pytest.mark.parametrize("width", [1400, 480, 320])
+def test_nothing_runs_over_the_edge(open_page: Callable[..., Page], driver: Any, width: int) -> None:
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    episodes = made_up_episodes()
+    page = open_page(
+        {
+            "warm-up": episodes,
+            "a policy with quite a long name, checkpoint 1200": made_up_episodes(1)[:9] + episodes[9:],
+        }
+    )
+    try:
+        for _ in episodes:
+            assert page.run("return document.documentElement.scrollWidth") <= width
+            page.press("j")
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
