@@ -21,6 +21,7 @@ IDS: dict[str, dict[str, Any]] = {
     "IVT-RefL4-v0": {"dataset": "refl4", "split": "test"},
     "IVT-RefAdv-v0": {"dataset": "refadv", "split": "test"},
     "IVT-Mixed-v0": {"dataset": "mixed"},
+    "IVT-Custom-v0": {"dataset": "custom"},
     "IVT-Scenes-v0": {"dataset": "scenes", "canvas": 384},
     "IVT-Photos-v0": {"dataset": "photos"},
 }

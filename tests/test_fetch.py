@@ -7,152 +7,25 @@ like a data set, only worse; a checksum that is not compared lets a mirror put a
 from __future__ import annotations
 
 import errno
-import hashlib
-import http.server
-import io
 import json
 import os
 import shutil
-import threading
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from file_server import CONTENT, ONCE, QUICK, Served, leftovers, sha256
 
 from ivt_env.data import fetch
 from ivt_env.data.fetch import (
     Patience,
     bytes_to_come,
     download,
-    fetch_pictures,
-    is_whole_picture,
     mirrored,
     note_path,
     remote_size,
 )
 from ivt_env.data.sample import DataError
-
-QUICK = Patience(attempts=3, first_wait_s=0.0, timeout_s=5.0)
-ONCE = Patience(attempts=1, first_wait_s=0.0, timeout_s=5.0)
-CONTENT = bytes(range(256)) * 4096  # 1 MiB
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-@dataclass
-class Served:
-    """One address: what it gives, and how badly."""
-
-    content: bytes = b""
-    etag: str | None = '"one"'
-    last_modified: str | None = None
-    ranges: bool = True
-    """Whether Range is honoured."""
-    if_range: bool = True
-    """Whether If-Range is."""
-    length: bool = True
-    """Whether Content-Length is told."""
-    faults: list = field(default_factory=list)
-    """One per request: a status, ("cut", bytes), ("stall", bytes) or None."""
-    headers: dict = field(default_factory=dict)
-
-
-class Server:
-    """A loopback HTTP server; ``files`` may be changed while it runs, ``log`` holds (method, path, headers)."""
-
-    def __init__(self):
-        self.files: dict[str, Served] = {}
-        self.log: list[tuple[str, str, dict]] = []
-        self.sent = Counter()
-        self.ending = threading.Event()
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_HEAD(self):
-                server.answer(self, body=False)
-
-            def do_GET(self):
-                server.answer(self, body=True)
-
-        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self._thread.start()
-
-    def answer(self, handler, body):
-        self.log.append((handler.command, handler.path, dict(handler.headers)))
-        served = self.files.get(handler.path)
-        if served is None:
-            handler.send_error(404)
-            return
-        fault = served.faults.pop(0) if served.faults else None
-        start, status = 0, 200
-        asked = handler.headers.get("Range")
-        valid = handler.headers.get("If-Range")
-        if asked and served.ranges and (not served.if_range or valid in (None, served.etag, served.last_modified)):
-            start, status = int(asked.removeprefix("bytes=").split("-")[0]), 206
-            if start >= len(served.content):
-                status = 416
-        if isinstance(fault, int):
-            status = fault
-        handler.send_response(status)
-        for name, value in served.headers.items():
-            handler.send_header(name, value)
-        content = served.content[start:] if status in (200, 206) else b""
-        if status == 206:
-            handler.send_header("Content-Range", f"bytes {start}-{len(served.content) - 1}/{len(served.content)}")
-        if served.etag:
-            handler.send_header("ETag", served.etag)
-        if served.last_modified:
-            handler.send_header("Last-Modified", served.last_modified)
-        if served.length:
-            handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        if not body:
-            return
-        if isinstance(fault, tuple):
-            content = content[: fault[1]]
-        try:
-            handler.wfile.write(content)
-            handler.wfile.flush()
-        except ConnectionError:
-            return  # the client has what it wants
-        self.sent[handler.path] += len(content)
-        if isinstance(fault, tuple) and fault[0] == "stall":
-            self.ending.wait(5)
-
-    def requests(self, path):
-        return [headers for method, p, headers in self.log if p == path and method == "GET"]
-
-    def close(self):
-        self.ending.set()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    running = Server()
-    yield running
-    running.close()
-
-
-def leftovers(folder):
-    return sorted(p.name for p in Path(folder).iterdir())
-
-
-# --- One file -------------------------------------------------------------------------------------
 
 
 def test_a_download_is_whole_and_noted_and_not_repeated(server, tmp_path):
@@ -498,103 +371,6 @@ def test_the_size_is_asked_without_a_download(server):
     assert server.sent == {}
     with pytest.raises(DataError, match="404"):
         remote_size(f"{server.url}/c", "c", QUICK)
-
-
-# --- Pictures one by one --------------------------------------------------------------------------
-
-
-def jpeg(shade):
-    file = io.BytesIO()
-    Image.new("RGB", (32, 24), (shade, 80, 90)).save(file, "JPEG")
-    return file.getvalue()
-
-
-@pytest.fixture
-def pictures(server):
-    names = [f"COCO_train2014_{number:012d}.jpg" for number in range(12)]
-    for number, name in enumerate(names):
-        server.files[f"/p/{name}"] = Served(jpeg(number * 20))
-    return names
-
-
-def get(server, names, folder, **kwargs):
-    return fetch_pictures(names, folder, lambda name: f"{server.url}/p/{name}", 4, patience=QUICK, **kwargs)
-
-
-def test_pictures_come_in_parallel_and_only_once(server, pictures, tmp_path):
-    seen = []
-    folder = tmp_path / "deep" / "pictures"
-    assert get(server, pictures * 2, folder, progress=lambda *state: seen.append(state)) == (12, 0)
-    assert leftovers(folder) == pictures
-    assert all((folder / name).read_bytes() == server.files[f"/p/{name}"].content for name in pictures)
-    assert seen == [(number, 12) for number in range(1, 13)]
-    assert get(server, pictures, folder) == (0, 12)
-    assert len(server.log) == 12
-
-
-def test_a_half_picture_is_fetched_again(server, pictures, tmp_path):
-    get(server, pictures, tmp_path)
-    whole = (tmp_path / pictures[3]).read_bytes()
-    (tmp_path / pictures[3]).write_bytes(whole[: len(whole) // 2])
-    (tmp_path / pictures[4]).write_bytes(b"")
-    assert get(server, pictures, tmp_path) == (2, 10)
-    assert (tmp_path / pictures[3]).read_bytes() == whole
-
-
-def test_a_picture_is_whole_by_its_end_or_by_decoding():
-    whole = jpeg(7)
-    png = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(png, "PNG")
-    assert is_whole_picture(whole)
-    assert is_whole_picture(whole + b"\0" * 9)
-    assert is_whole_picture(whole + b"bytes of a camera")
-    assert is_whole_picture(png.getvalue())
-    assert not is_whole_picture(whole[:-40])
-    assert not is_whole_picture(whole[:2] + whole[-2:][:1])
-    assert not is_whole_picture(b"")
-    assert not is_whole_picture(b"<html>log in first</html>")
-
-
-def test_failed_pictures_are_listed_at_the_end_and_the_others_kept(server, pictures, tmp_path):
-    server.files[f"/p/{pictures[2]}"].faults = [404]
-    server.files[f"/p/{pictures[5]}"].faults = [500] * 3
-    server.files[f"/p/{pictures[7]}"] = Served(b"<html>log in first</html>")
-    server.files[f"/p/{pictures[8]}"].faults = [("cut", 100)]  # comes with the second attempt
-    with pytest.raises(DataError, match="3 of 12 pictures could not be downloaded.*run the same command") as caught:
-        get(server, pictures, tmp_path)
-    for number, reason in ((2, "404"), (5, "500"), (7, "not a whole picture")):
-        assert any(pictures[number] in line and reason in line for line in str(caught.value).splitlines())
-    assert leftovers(tmp_path) == [name for n, name in enumerate(pictures) if n not in (2, 5, 7)]
-    server.files[f"/p/{pictures[7]}"] = Served(jpeg(9))
-    assert get(server, pictures, tmp_path) == (3, 9)
-
-
-def test_a_server_that_is_gone_ends_it_early(tmp_path, server):
-    names = [f"{number}.jpg" for number in range(3000)]
-    with pytest.raises(DataError, match=r"were not tried, because so many failed in a row"):
-        get(server, names, tmp_path)
-    assert len(server.log) < 2000
-
-
-def test_a_full_disk_ends_it_at_once(server, pictures, tmp_path, monkeypatch):
-    def full(self, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DataError, match="the disk .* is full"):
-        get(server, pictures, tmp_path)
-    assert leftovers(tmp_path) == []
-
-
-@pytest.mark.parametrize("name", ["../a.jpg", "/a.jpg", "b/a.jpg", "..", "C:a.jpg", "b\\a.jpg", "a\0.jpg"])
-def test_a_picture_cannot_climb_out_of_its_folder(server, tmp_path, name):
-    with pytest.raises(DataError, match="is not the plain name of a file"):
-        get(server, [name], tmp_path / "p")
-    assert not server.log
-
-
-def test_an_empty_list_of_pictures_needs_no_network(tmp_path):
-    assert fetch_pictures([], tmp_path / "p", lambda name: "http://127.0.0.1:1/") == (0, 0)
 
 
 def test_nothing_but_the_standard_library_is_needed_to_download():

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 
 import hub_layouts
 import pytest
+from file_server import Served, Server, jpeg
 from refer_layout import write_refer_folder
-from test_fetch import Served, Server, jpeg
 
 from ivt_env.commands import fetch as command
 from ivt_env.data import catalogue, load_dataset, refer

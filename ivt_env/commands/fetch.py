@@ -39,12 +39,12 @@ from ivt_env.data.fetch import (
     check_space,
     disk_error,
     download,
-    fetch_pictures,
     held_file,
     mirrored,
     readable,
     remote_size,
 )
+from ivt_env.data.fetch_pictures import fetch_pictures
 from ivt_env.data.sample import DataError
 
 ASK_ABOVE_BYTES = 1_000_000_000

@@ -145,13 +145,14 @@ def load_dataset(
     if name == "mixed":
         from ivt_env.data.mixture import PARTS, open_mixture
 
-        if all(find_source(part, part_split, root) for part, part_split in PARTS[split]):
+        # All of them, whatever the split: the ids of all splits are drawn together.
+        if all(find_source(*part, root) for parts in PARTS.values() for part in parts):
             return open_mixture(root, split)
     elif (found := find_source(name, split, root)) is not None:
         from ivt_env.data.table import open_table
 
         return open_table(found, split)
-    if strict:
+    if strict or name == "custom":  # nothing can take the place of one's own data
         raise DataMissingError(_absence(name, root))
     served = "test" if split.startswith("test") else split
     if name not in _warned:
@@ -191,7 +192,8 @@ def _absence(name: str, root: Path) -> str:
     """Why a data set cannot be served, where it was looked for, and how to get it."""
     if name == "custom":
         return (
-            f"custom: no data set of your own in {root}: the folder needs a file SPLIT.jsonl (see docs/data/custom.md)."
+            f"custom: {root} holds no data set of your own with this split; it needs dataset.json and SPLIT.jsonl "
+            "(docs/data/custom.md shows both)"
         )
     if name == "mixed":
         from ivt_env.data.mixture import PARTS
@@ -204,9 +206,13 @@ def _absence(name: str, root: Path) -> str:
             f"{', '.join(dict.fromkeys(f'`ivt data fetch {name}`' for name, _ in absent))}."
         )
     places = [str(root / place) for layout in _LAYOUTS[name] for place in _layout(layout).PLACES[name]]
+    there = [found for layout in _LAYOUTS[name] if (found := _layout(layout).find(root, name)) is not None]
+    also = "".join(
+        f" What is in {source.folder} ({source.layout}) serves only {', '.join(source.splits)}." for source in there
+    )
     return (
-        f"{name}: not on this machine; looked for {', '.join(places)}. To get it: `ivt data fetch {name}`. If you "
-        "have it elsewhere, pass data_root=... or set the variable IVT_DATA to the folder that holds it."
+        f"{name}: not on this machine; looked for {', '.join(places)}.{also} To get it: `ivt data fetch {name}`. If "
+        "you have it elsewhere, pass data_root=... or set the variable IVT_DATA to the folder that holds it."
     )
 
 

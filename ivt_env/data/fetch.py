@@ -9,7 +9,6 @@ meanwhile is started again and never mixed from two versions.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import errno
 import hashlib
@@ -26,10 +25,10 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.message import Message
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import IO, Any
 
 from ivt_env.data.sample import DataError
@@ -41,9 +40,6 @@ _CHUNK = 1 << 18
 _TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
 _SPARE_BYTES = 64 << 20
 """Left free on the disk: a full one disturbs everything else that runs on the machine."""
-_PICTURE_LIMIT = 64 << 20
-_FAILURES_IN_A_ROW = 20
-"""So many pictures failing one after the other mean that the server or the network is gone."""
 _WAYBACK = re.compile(r"https?://web\.archive\.org/web/[^/]+/(?=https?://)")
 
 _log = logging.getLogger(__name__)
@@ -216,7 +212,7 @@ def read_note(target: Path) -> str | None:
 def bytes_to_come(target: Path, size: int) -> int:
     """How much of ``size`` bytes a download that may have been interrupted still has to receive."""
     try:
-        return max(0, size - _partial(target).stat().st_size)
+        return max(0, size - partial_path(target).stat().st_size)
     except OSError:
         return size
 
@@ -284,7 +280,7 @@ class _Wanted:
 
     @property
     def partial(self) -> Path:
-        return _partial(self.target)
+        return partial_path(self.target)
 
     @property
     def facts(self) -> Path:
@@ -462,7 +458,8 @@ def _digest(file: IO[bytes]) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def _partial(target: Path) -> Path:
+def partial_path(target: Path) -> Path:
+    """Where a download grows before it gets its name."""
     return target.with_name(f"{target.name}.partial")
 
 
@@ -613,114 +610,3 @@ def _retry_after(headers: Message) -> float | None:
 
 def _reason(error: object) -> str:
     return f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
-
-
-# --- Many small pictures --------------------------------------------------------------------------
-
-
-def fetch_pictures(
-    file_names: Iterable[str],
-    folder: Path,
-    url_of: Callable[[str], str],
-    workers: int = 8,
-    *,
-    patience: Patience = PATIENCE,
-    progress: Progress | None = None,
-) -> tuple[int, int]:
-    """Download pictures one by one, several at a time; those that are there and whole are skipped.
-
-    Args:
-        file_names: plain names, without a folder.
-        folder: where they go; it is made.
-        url_of: address of a picture by its name.
-        workers: how many downloads at a time.
-        patience: retries, waits and the timeout.
-        progress: told of pictures that are done.
-
-    Returns:
-        How many were downloaded, and how many were there already.
-
-    Raises:
-        DataError: where any failed, after all others were tried; lists them. Run again for the rest.
-            A full disk, a missing permission or a server that is gone ends it at once.
-    """
-    names = sorted(set(file_names))
-    for name in names:
-        if PurePosixPath(name).name != name or PureWindowsPath(name).name != name or "\0" in name or name == "..":
-            raise DataError(f"picture name {name!r} is not the plain name of a file; the annotations are damaged")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, folder) from error
-    stop = threading.Event()
-    failed: dict[str, str] = {}
-    downloaded = in_a_row = 0
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_fetch_picture, url_of(n), folder / n, patience, stop): n for n in names}
-        try:
-            for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-                try:
-                    downloaded += future.result()
-                    in_a_row = 0
-                except OSError as error:  # of the disk: it will not get better with the next picture
-                    raise disk_error(error, folder / futures[future]) from error
-                except DataError as error:
-                    failed[futures[future]] = str(error)
-                    in_a_row += 1
-                if progress is not None:
-                    progress(number, len(names))
-                if in_a_row >= _FAILURES_IN_A_ROW:
-                    break
-        finally:  # after the last one it does nothing; after an error or Ctrl-C it ends the rest
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-    if failed:
-        untried = len(names) - number
-        raise DataError(
-            f"{folder}: {len(failed)} of {len(names)} pictures could not be downloaded"
-            + (f", and {untried} were not tried, because so many failed in a row" if untried else "")
-            + "; those that came are kept, run the same command again for the rest:\n  "
-            + "\n  ".join(list(failed.values())[:20])
-            + (f"\n  and {len(failed) - 20} more" if len(failed) > 20 else "")
-        )
-    return downloaded, len(names) - downloaded
-
-
-def _fetch_picture(url: str, target: Path, patience: Patience, stop: threading.Event) -> bool:
-    """Whether it had to be downloaded."""
-    if stop.is_set() or _holds_whole_picture(target):
-        return False
-    body, _ = get_bytes(url, _PICTURE_LIMIT, str(target), patience, stop)
-    if not is_whole_picture(body):
-        raise DataError(f"{target}: what {url} gave ({len(body)} bytes) is not a whole picture")
-    partial = _partial(target)
-    try:
-        partial.write_bytes(body)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return True
-
-
-def _holds_whole_picture(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:  # the two ends tell nearly always: 25,000 pictures need not be read
-        ends = file.read(2)
-        file.seek(-min(1024, path.stat().st_size), io.SEEK_END)
-        ends += file.read()
-    return ends.startswith(b"\xff\xd8") and ends.endswith(b"\xff\xd9") or is_whole_picture(path.read_bytes())
-
-
-def is_whole_picture(content: bytes) -> bool:
-    """Whether a JPEG has its end; anything without one is decoded, since some whole ones have bytes after it."""
-    if content.startswith(b"\xff\xd8") and content.rstrip(b"\0").endswith(b"\xff\xd9"):
-        return True
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-    except Exception:  # a decoder given broken bytes raises nearly anything
-        return False
-    return True

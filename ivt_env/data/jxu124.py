@@ -61,7 +61,7 @@ PLACES: dict[str, tuple[str, ...]] = {name: (f"jxu124/{name}/data/*.parquet",) f
 PICTURE_FOLDERS = (*refer.PICTURE_FOLDERS, "coco/train2014")
 """Where COCO's train2014 pictures may lie under the root."""
 
-PICTURE_REMEDY = "unpack COCO's train2014.zip there again (it holds 82,783 pictures)"
+PICTURE_REMEDY = "unpack COCO's train2014.zip there (it holds 82,783 pictures)"
 
 PUBLISHED = {
     "refcocog": refer.PUBLISHED_COUNTS["refcocog", "umd"],

@@ -77,7 +77,7 @@ def find(root: Path, name: str) -> Source | None:
         read=bound(_read, paths),
         picture_folders=[images, *_below(images)],
         remedy=_REMEDY,
-        picture_remedy="unpack Ref-L4's images.tar.gz there again",
+        picture_remedy="unpack Ref-L4's images.tar.gz there",
         published=PUBLISHED_COUNTS,
         may_share_pictures=True,  # there is no train split to leak into
     )
