@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import resource
 import sys
 import tempfile
 import time
@@ -149,7 +148,9 @@ def _private(root: Path, samples: int) -> float:
 
 
 def _memory() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Resident memory of this process in MB."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1024
 
 
 _TASKS = {"open": _open, "read": _read}
