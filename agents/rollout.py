@@ -171,14 +171,14 @@ def describe(episode: Episode, in_place_of: str | None = None) -> str:
     for step_number, step in enumerate(episode.steps):
         lines += _describe_step(step, step_number)
     how = "stopped" if episode.terminated else "out of steps"
-    earned = f"final IoU {episode.final_iou:.3f}, total reward {episode.total_reward:+.3f}"
+    earned = f"final IoU {episode.final_iou:.3f}, total reward {round(episode.total_reward, 3) + 0.0:+.3f}"
     return "\n".join([*lines, f"  end       {how}, {earned}\n"])
 
 
 def _describe_step(step: Step, number: int) -> list[str]:
     name = "stop" if step.stop else f"step {number}"
     proposal = "" if step.stop else "no usable box" if step.proposal is None else _numbers(step.proposal)
-    line = f"  {name:<9} {proposal:<27}   IoU {step.iou:.3f}   reward {step.reward:+.3f}"
+    line = f"  {name:<9} {proposal:<27}   IoU {step.iou:.3f}   reward {round(step.reward, 3) + 0.0:+.3f}"
     if step.stop_probability is not None:
         line += f"   P(stop) {step.stop_probability:.2f}"
     lines = [line]

@@ -258,7 +258,7 @@ class GroundingEnv(gym.Env[Observation, Action]):
         box = "none" if game.box is None else " ".join(f"{v:.3f}" for v in game.box)
         return [
             game.sample.expression,
-            f"{step}   IoU {game.iou:.3f}   reward {game.last_reward:+.3f}",
+            f"{step}   IoU {game.iou:.3f}   reward {round(game.last_reward, 3) + 0.0:+.3f}",
             f"box {box}   {game.sample.dataset}/{game.sample.split} {game.sample.sample_id}",
         ]
 

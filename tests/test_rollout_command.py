@@ -147,7 +147,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     ("changed", "says"),
     [
         ({"env": "IVT-Scene-v0"}, "no environment 'IVT-Scene-v0' (did you mean 'IVT-Scenes-v0'?)"),
-        ({"env": "CartPole-v1"}, "no environment 'CartPole-v1'; there are IVT-"),
+        ({"env": "CartPole-v1"}, "no environment 'CartPole-v1'"),
         ({"split": "vall"}, "no split 'vall' (did you mean 'val'?)"),
         ({"index": 10_000}, "--index 10000, 1 episode(s): scenes/val holds samples 0 to 9999"),
         ({"index": 9_999, "episodes": 2}, "--index 9999, 2 episode(s)"),
