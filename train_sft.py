@@ -1,13 +1,16 @@
 """Supervised warm start: teaches a policy to correct its own boxes, and to stop.
 
     python train_sft.py                                    # the tiny model on the embedded scenes
-    python train_sft.py --demonstrations traces.jsonl      # from another teacher
+    python train_sft.py --demonstrations traces.jsonl      # demonstrations made elsewhere
+    python train_sft.py --teacher openai:http://127.0.0.1:8000/v1   # a model writes the traces
+    python train_sft.py --config configs/paper_qwen3vl_4b.yaml --dry-run   # what it would need
     python train_sft.py --single-shot --steps 500          # the control: single shots only
     accelerate launch --num_processes 2 train_sft.py       # the same on several processes
 
 1. Harvest: the student plays one step on samples of the training split.
 2. Teach: the template teacher walks from each of its boxes to the target, in words and numbers, and
-   answers *stop* where the box is already good.
+   answers *stop* where the box is already good. A model teacher (``hf:`` or ``openai:``) keeps the
+   boxes and writes the words.
 3. Fine-tune: cross-entropy on the answers only.
 
 It ends with a table of before and after, label-free, on the validation split.
@@ -15,6 +18,7 @@ It ends with a table of before and after, label-free, on the validation split.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,15 +26,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agents.command import run_command
 from agents.evaluation import play, summary
 from agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations, teach
 from agents.sft.trainer import to_turns, train
-from agents.training import MetricsLog, seed_everything, write_json
-from agents.vlm.policy import VLMPolicy, load_policy
+from agents.teacher.harvest import TraceCache, write_traces
+from agents.teacher.load import Teacher, load_teacher
+from agents.teacher.openai import Budget
+from agents.training import MetricsLog, RunError, make_accelerator, seed_everything, write_json
+from agents.vlm.dry_run import Plan, dry_run
+from agents.vlm.footprint import LORA_MODULES
+from agents.vlm.policy import TINY_NAME, VLMPolicy, load_policy
 from agents.vlm.turns import Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.metrics.table import render
@@ -41,6 +49,8 @@ from ivt_env.rollouts import make_vector_env
 class Args:
     """Supervised warm start on corrective traces."""
 
+    config: Path | None = None
+    """YAML file whose part `sft` gives defaults; flags override it."""
     model: str = "tiny"
     """The student: `tiny`, a folder, or a hub name."""
     env: str = "IVT-Scenes-v0"
@@ -55,8 +65,14 @@ class Args:
     """Samples to harvest (all of the split if it has fewer)."""
     demonstrations: Path | None = None
     """JSON lines from any teacher; nothing is harvested then."""
-    teacher: Literal["template"] = "template"
-    """Who writes the traces."""
+    teacher: str = "template"
+    """Who writes the traces: `template`, `hf:MODEL`, or `openai:BASE_URL[#MODEL]` (key in OPENAI_API_KEY)."""
+    teacher_max_requests: int = 10_000
+    """Cost cap of an `openai:` teacher: requests of this run, retries included."""
+    teacher_max_tokens: int = 10_000_000
+    """Cost cap of an `openai:` teacher: tokens of this run, as the server counts them."""
+    teacher_cache: Path = Path("runs/teacher-cache")
+    """Texts of model teachers, by a hash of model, prompt and picture; asking again costs nothing."""
     single_shot: bool = False
     """Teach first answers only. The control that every claim about the loop must beat."""
     steps: int = 300
@@ -79,11 +95,26 @@ class Args:
     """Number format of the forward and backward pass."""
     tensorboard: bool = True
     """Write TensorBoard event files beside the JSON lines."""
+    dry_run: bool = False
+    """Build the true architecture without weights, print what it needs and what fits, and end."""
+    gpu_memory_gb: float = 80.0
+    """Memory of the GPU that a dry run reckons with."""
+    picture: tuple[int, int] = (480, 640)
+    """Height and width of the pictures that a dry run reckons with."""
 
 
 def main(args: Args) -> Path:
     """Run the three stages; returns the folder of the trained policy."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if args.dry_run:
+        print(dry_run(_plan(args)))
+        return args.out
+    teacher = _teacher(args)
+    accelerator = make_accelerator(args.mixed_precision)
+    if teacher is not None and accelerator.num_processes > 1:
+        raise RunError(
+            f"{accelerator.num_processes} processes would each ask {args.teacher}: run one process with --steps 0, "
+            f"then this with --teacher template --demonstrations {args.out / 'demonstrations.jsonl'}"
+        )
     seed_everything(args.seed)
     policy = load_policy(args.model, device=str(accelerator.device))
     env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True}
@@ -96,7 +127,8 @@ def main(args: Args) -> Path:
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), disable=not chief) as progress:
         before = _measure(policy, args, progress, "before") if chief else {}
-        demonstrations = _demonstrations(args, policy, dataset, env_kwargs, progress)
+        demonstrations = _demonstrations(args, policy, dataset, env_kwargs, teacher, progress)
+        teacher = None  # a local model's memory is needed for the training
         if chief:
             save_demonstrations(args.out / "demonstrations.jsonl", demonstrations)
         _prepare_parameters(policy, args)
@@ -148,16 +180,50 @@ def add_lora(model: Any, rank: int) -> Any:
     """A fresh LoRA adapter on every matrix of the language model; dropout 0, so that ratios start at 1."""
     from peft import LoraConfig, get_peft_model
 
-    modules = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=modules)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_MODULES)
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 by a name that is being retired; nothing a user can do.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return get_peft_model(model, config)
 
 
+def _plan(args: Args) -> Plan:
+    """What a dry run reckons with."""
+    return Plan(
+        model=args.model,
+        gpu_memory_gb=args.gpu_memory_gb,
+        picture=args.picture,
+        # The token limits of load_policy: no demonstration is longer than what may be sampled.
+        new_tokens=48 if args.model == TINY_NAME else 160,
+        turns=1,
+        rollout_rows=100,
+        micro_batch=args.micro_batch,
+        lora_rank=args.lora_rank,
+        autocast=args.mixed_precision == "bf16",
+    )
+
+
+def _teacher(args: Args) -> Teacher | None:
+    """The model that writes the traces; None: the template does, or nobody has to."""
+    if args.teacher == "template":
+        return None
+    if args.demonstrations is not None or args.single_shot:
+        given = "--single-shot" if args.single_shot else "--demonstrations"
+        raise RunError(
+            f"--teacher {args.teacher.partition(':')[0]} with {given}: no traces would be written; "
+            "add --teacher template"
+        )
+    # Before anything is written: an address that holds a password must not reach the run's configuration.
+    return load_teacher(args.teacher, Budget(args.teacher_max_requests, args.teacher_max_tokens))
+
+
 def _demonstrations(
-    args: Args, policy: VLMPolicy, dataset: Dataset, env_kwargs: dict[str, Any], progress: Progress
+    args: Args,
+    policy: VLMPolicy,
+    dataset: Dataset,
+    env_kwargs: dict[str, Any],
+    teacher: Teacher | None,
+    progress: Progress,
 ) -> list[Demonstration]:
     if args.demonstrations is not None:
         return load_demonstrations(args.demonstrations, dataset)
@@ -167,17 +233,43 @@ def _demonstrations(
     if args.single_shot:
         samples = [(i, dataset[i]) for i in indices]
         return [Demonstration(s.dataset, s.split, i, s.sample_id, None, s.box) for i, s in samples]
-    task = progress.add_task("harvesting", total=size, note="")
-    episodes = play(
-        policy,
-        args.env,
-        indices=indices,
-        ignore_stop=True,
-        max_steps=1,
+    boxes_file = args.out / "first_boxes.json"
+    made_for = {"model": args.model, "dataset": dataset.name, "split": dataset.split, "indices": indices}
+    boxes = _saved_boxes(boxes_file, made_for) if teacher is not None else None
+    if boxes is None:
+        task = progress.add_task("harvesting", total=size, note="")
+        episodes = play(
+            policy,
+            args.env,
+            indices=indices,
+            ignore_stop=True,
+            max_steps=1,
+            on_progress=lambda n: progress.advance(task, n),
+            **env_kwargs,
+        )
+        boxes = [e.steps[0].box for e in episodes]
+    drafts = teach(dataset, indices, boxes, np.random.default_rng((args.seed, 2)))
+    if teacher is None:
+        return drafts
+    # A harvest that was cut off must go on with the very same boxes; not every GPU repeats itself to the bit.
+    write_json(boxes_file, made_for | {"boxes": boxes})
+    task = progress.add_task("teaching", total=len(drafts), note="")
+    return write_traces(
+        drafts,
+        dataset,
+        teacher,
+        args.out / "harvest.jsonl",
+        TraceCache(args.teacher_cache),
         on_progress=lambda n: progress.advance(task, n),
-        **env_kwargs,
     )
-    return teach(dataset, indices, [e.steps[0].box for e in episodes], np.random.default_rng((args.seed, 2)))
+
+
+def _saved_boxes(path: Path, made_for: dict[str, Any]) -> list[Sequence[float] | None] | None:
+    """The student's first boxes of an earlier run with the same student and samples."""
+    if not path.exists():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return saved["boxes"] if all(saved.get(k) == v for k, v in made_for.items()) else None
 
 
 def _measure(policy: VLMPolicy, args: Args, progress: Progress, name: str) -> dict[str, float]:
@@ -204,4 +296,4 @@ def before_and_after(before: dict[str, float], after: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, Args)
+    run_command(main, Args, section="sft")

@@ -13,10 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 
 class RunError(ValueError):
     """A run folder or checkpoint that cannot be used. Says which, and what to do."""
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """For one process or several, with or without GPUs.
+
+    Unless it is told "cpu", accelerate makes each of several processes without a GPU a run of its own,
+    and all of them would write into one folder.
+
+    Args:
+        mixed_precision: ``no`` or ``bf16``.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return Accelerator(mixed_precision=mixed_precision, cpu=not alone and not torch.cuda.is_available())
 
 
 class MetricsLog:

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 from agents.grpo.advantages import (
+    ADVANTAGES,
+    advantages,
+    episode_and_step_advantages,
     leave_one_out,
     per_step_advantages,
     return_to_go,
+    same_state_advantages,
+    spread,
     trajectory_advantages,
     zero_variance,
 )
@@ -120,3 +125,96 @@ def test_all_orders_of_a_group_give_the_same_credit():
     for order in itertools.islice(itertools.permutations(range(4)), 6):
         shuffled = per_step_advantages(rewards[list(order)], taken)
         assert np.allclose(shuffled, per_step_advantages(rewards, taken)[list(order)])
+
+
+def by_turn(rewards):
+    """In the four-turn problem every member that still plays is in the same state."""
+    return np.broadcast_to(np.arange(rewards.shape[-1]), rewards.shape)
+
+
+def test_episode_and_step_weighs_a_step_by_how_often_others_share_its_state(played):
+    """Its bias in closed form: step t counts 1 + omega * P(another member still plays), not 1 + omega."""
+    omega = 2.0
+    mean, error = estimate(lambda r, t: episode_and_step_advantages(r, t, by_turn(r), omega), *played)
+    alive = np.cumprod(np.concatenate([[1.0], 1 / (1 + np.exp(-THETA[:3]))]))
+    shared = 1 - (1 - alive) ** (GROUP - 1)
+    assert (np.abs(mean - exact_gradient() * (1 + omega * shared)) < 4 * error).all()
+    assert shared[0] == 1 and shared[3] < 0.75
+    # No single factor makes it the exact gradient: the first step's factor is not the last step's.
+    assert abs(mean[3] - (1 + omega) * exact_gradient()[3]) > 8 * error[3]
+
+
+def test_episode_and_step_where_states_never_recur_counts_the_first_step_twice(played):
+    """As in this environment, where boxes are continuous and the state is shared at step 0 only."""
+    rewards, taken, scores = played
+    never = np.where(np.arange(4) == 0, 0, 1 + np.arange(GROUP * 4).reshape(GROUP, 4))
+    mean, error = estimate(lambda r, t: episode_and_step_advantages(r, t, never), rewards, taken, scores)
+    assert (np.abs(mean - exact_gradient() * np.array([2, 1, 1, 1])) < 4 * error).all()
+    assert abs(mean[0] - exact_gradient()[0]) > 8 * error[0]
+
+
+def test_states_are_compared_at_the_same_step_only_and_alone_means_zero():
+    rewards = np.array([[0.5, 0.1], [0.1, 0.4], [0.3, 0.2], [0.2, 0.0]])
+    taken = np.array([[True, True], [True, True], [True, True], [True, False]])
+    states = np.array([[0, 7], [0, 7], [0, 0], [0, -1]])
+    found = same_state_advantages(rewards, taken, states)
+    to_go = return_to_go(rewards)
+    assert np.allclose(found[:, 0], to_go[:, 0] - leave_one_out(to_go)[:, 0])
+    assert np.allclose(found[:2, 1], [0.1 - 0.4, 0.4 - 0.1])
+    assert found[2, 1] == 0 and found[3, 1] == 0, "alone in its state, and no action at all"
+
+
+def test_a_long_episode_counts_once_in_the_baseline():
+    """Counting rows instead of episodes would pull the baseline towards those that went on."""
+    rewards = np.array([[0.6, 0.0, 0.0], [0.1, 0.1, 0.1], [0.2, 0.0, 0.0]])
+    taken = np.array([[True, False, False], [True, True, True], [True, False, False]])
+    found = trajectory_advantages(rewards, taken)
+    assert found[0, 0] == pytest.approx(0.6 - (0.3 + 0.2) / 2)
+    assert per_step_advantages(rewards, taken)[0, 0] == pytest.approx(0.6 - (0.3 + 0.2) / 2)
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_credit_by_name_is_zero_behind_the_end_and_sums_to_zero_over_the_group_at_step_0(kind):
+    rewards, taken, _ = play(3)
+    found = advantages(kind, rewards[0], taken[0], by_turn(rewards[0]), 0.5)
+    assert (found[~taken[0]] == 0).all() and found[taken[0]].any()
+    assert found[:, 0].sum() == pytest.approx(0, abs=1e-12)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="per_token"):
+        advantages("per_token", np.zeros((2, 1)), np.ones((2, 1), bool), np.zeros((2, 1), np.int64))
+
+
+@pytest.mark.parametrize("difference", [1e-12, 1e-9, 3e-6, 1e-4])
+def test_nearly_equal_rewards_are_not_blown_up(difference):
+    """Dividing by the standard deviation plus 1e-8 makes any of these differences an advantage near 1."""
+    rewards = np.full((6, 1), 0.7)
+    rewards[0] += difference
+    taken = np.ones_like(rewards, dtype=bool)
+    scaled = trajectory_advantages(rewards, taken) / spread(rewards.sum(-1), 1e-3)
+    assert np.abs(scaled).max() <= 1.01 * difference / 1e-3
+    naive = trajectory_advantages(rewards, taken) / (rewards.std() + 1e-8)
+    if difference >= 3e-6:
+        assert np.abs(naive).max() > 2, "the test must show what the floor prevents"
+
+
+def test_the_spread_is_the_standard_deviation_and_keeps_its_digits():
+    values = np.random.default_rng(4).normal(size=50)
+    assert spread(values, 1e-3) == pytest.approx(values.std(ddof=1))
+    # One pass (mean of squares minus square of mean) has no digits left here.
+    assert spread(values + 1e8, 1e-3) == pytest.approx(values.std(ddof=1), rel=1e-6)
+    assert spread(values[:1], 0.25) == spread(np.full(4, 0.3), 0.25) == 0.25
+
+
+def test_scaling_by_the_group_makes_easy_and_hard_groups_alike_and_by_the_batch_does_not():
+    rng = np.random.default_rng(5)
+    easy, hard = 0.9 + 0.01 * rng.normal(size=(8, 1)), 0.4 + 0.2 * rng.normal(size=(8, 1))
+    taken = np.ones((8, 1), dtype=bool)
+    both = spread(np.concatenate([easy, hard]), 1e-3)
+    size = {
+        name: [np.abs(trajectory_advantages(r, taken)).mean() / d for r, d in zip((easy, hard), divisors, strict=True)]
+        for name, divisors in {"group": (spread(easy, 1e-3), spread(hard, 1e-3)), "batch": (both, both)}.items()
+    }
+    assert size["group"][0] == pytest.approx(size["group"][1], rel=0.5)
+    assert size["batch"][1] > 5 * size["batch"][0]

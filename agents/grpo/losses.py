@@ -1,12 +1,42 @@
 """Policy losses on sampled tokens. Pure functions over tensors, no model.
 
-All arguments are flat over the sampled tokens of a batch, shape (N,); all losses are sums, and the
-caller divides by one global token count, so that micro-batches and processes add up exactly.
+All arguments are flat over the N sampled tokens of a batch; ``sequence`` (N,) gives for each token
+the number of the sequence (the answer of one step) that it belongs to, 0 .. S - 1. A sequence is never
+cut by a micro-batch.
+
+Every loss is a *sum*. The caller divides it by ``denominator``, one global number that is known before
+the update, so that micro-batches and processes add up exactly. Below, r is the ratio of the new to the
+old probability of a token, A its advantage, |o| the number of tokens of its sequence, and
+clip(r) = min(max(r, 1 - clip_low), 1 + clip_high).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+CLIPS: dict[str, tuple[float, float]] = {
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    # The ratio of a whole answer is a geometric mean, which moves far less than a token's (section 5.1).
+    "gspo": (3e-4, 4e-4),
+    # No lower bound, as in the paper; the paper gives no number for the upper one, this is DAPO's.
+    "cispo": (1.0, 0.28),
+}
+"""Default (clip_low, clip_high) of each loss."""
+
+
+def lengths(sequence: torch.Tensor) -> torch.Tensor:
+    """For each token the number of tokens of its sequence, (N,)."""
+    return torch.bincount(sequence)[sequence]
+
+
+def surrogate(ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float) -> torch.Tensor:
+    """min(r A, clip(r) A) per token (PPO, arXiv 1707.06347, eq. 7), with DAPO's separate upper bound."""
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.minimum(ratio * advantages, clipped * advantages)
 
 
 def clipped_loss(
@@ -16,7 +46,7 @@ def clipped_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> torch.Tensor:
-    """Sum of the clipped surrogate (PPO, arXiv 1707.06347, eq. 7), with DAPO's separate upper bound.
+    """Sum of the clipped surrogate over tokens.
 
     Args:
         log_probs: of the sampled tokens under the policy being trained.
@@ -25,9 +55,119 @@ def clipped_loss(
         clip_low: the ratio's lower bound is 1 - clip_low.
         clip_high: the ratio's upper bound is 1 + clip_high.
     """
-    ratio = (log_probs - old_log_probs).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages).sum()
+    return -surrogate((log_probs - old_log_probs).exp(), advantages, clip_low, clip_high).sum()
+
+
+def grpo(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    sequence: torch.Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> torch.Tensor:
+    """- 1/S sum_i 1/|o_i| sum_t min(r A, clip(r) A): the mean over each answer, then over answers.
+
+    GRPO (arXiv 2402.03300, eq. 3). A token of a long answer weighs less: long wrong answers are
+    punished too little (arXiv 2503.20783). Divided by the number of sequences S.
+    """
+    values = surrogate((log_probs - old_log_probs).exp(), advantages, clip_low, clip_high)
+    return -(values / lengths(sequence)).sum()
+
+
+def dr_grpo(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    sequence: torch.Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> torch.Tensor:
+    """- 1/C sum_i sum_t min(r A, clip(r) A), with a constant C that no answer can change.
+
+    Dr. GRPO (arXiv 2503.20783): neither an answer's length nor the standard deviation of a group
+    divides. C is the most tokens that the rollout could have had: episodes x actions x token limit.
+    """
+    return clipped_loss(log_probs, old_log_probs, advantages, clip_low, clip_high)
+
+
+def dapo(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    sequence: torch.Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> torch.Tensor:
+    """- 1/N sum_i sum_t min(r A, clip(r) A), N the tokens of the whole batch, clip_high > clip_low.
+
+    DAPO (arXiv 2503.14476): every token weighs the same, and the higher upper bound leaves
+    room for improbable tokens to grow ("clip-higher"). Divided by the global number of tokens.
+    """
+    return clipped_loss(log_probs, old_log_probs, advantages, clip_low, clip_high)
+
+
+def gspo(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    sequence: torch.Tensor,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> torch.Tensor:
+    """- 1/S sum_i min(s_i A_i, clip(s_i) A_i), s_i = exp(1/|o_i| sum_t log r_t).
+
+    GSPO (arXiv 2507.18071): one ratio for a whole answer, the geometric mean of its tokens', so an
+    answer is clipped as a whole. All tokens of a step have the same advantage here. Divided by the
+    number of sequences S.
+    """
+    values = surrogate(sequence_ratio(log_probs, old_log_probs, sequence), advantages, clip_low, clip_high)
+    return -(values / lengths(sequence)).sum()
+
+
+def cispo(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    sequence: torch.Tensor,
+    clip_low: float = 1.0,
+    clip_high: float = 0.28,
+) -> torch.Tensor:
+    """- 1/N sum_i sum_t detach(clip(r)) A log pi: REINFORCE with a capped importance weight.
+
+    CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): the clip bounds a token's weight and never
+    removes its gradient. Divided by the global number of tokens N.
+    """
+    weight = (log_probs.detach() - old_log_probs).exp().clamp(1 - clip_low, 1 + clip_high)
+    return -(weight * advantages * log_probs).sum()
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, float], torch.Tensor]
+LOSSES: dict[str, Loss] = {"grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "cispo": cispo}
+PER_SEQUENCE = ("grpo", "gspo")
+"""Losses that average over each sequence first."""
+
+
+def denominator(loss: str, tokens: float, sequences: float, capacity: float) -> float:
+    """What the sum is divided by; at least 1, so that a step in which nothing is learned is no 0 / 0.
+
+    Args:
+        loss: one of ``LOSSES``.
+        tokens: that carry a gradient, in all processes.
+        sequences: the same for answers.
+        capacity: the most tokens that the rollout could have had.
+    """
+    if loss == "dr_grpo":
+        return max(capacity, 1.0)
+    return max(sequences if loss in PER_SEQUENCE else tokens, 1.0)
+
+
+def sequence_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    """Geometric mean of the ratios of each token's sequence, (N,)."""
+    count = torch.bincount(sequence)  # (S,)
+    sums = torch.zeros(len(count), dtype=log_probs.dtype, device=log_probs.device)
+    means = sums.index_add(0, sequence, log_probs - old_log_probs) / count  # (S,)
+    return means.exp()[sequence]
 
 
 def clip_fraction(
@@ -38,7 +178,28 @@ def clip_fraction(
     clip_high: float = 0.28,
 ) -> torch.Tensor:
     """How many tokens have no gradient because the clip binds."""
-    ratio = (log_probs - old_log_probs).exp()
+    return _bound((log_probs - old_log_probs).exp(), advantages, clip_low, clip_high)
+
+
+def clipped_tokens(
+    loss: str,
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    sequence: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> torch.Tensor:
+    """How many tokens the clip acts on: without gradient, or with a capped weight (cispo)."""
+    if loss == "cispo":
+        ratio = (log_probs - old_log_probs).exp()
+        return ((ratio > 1 + clip_high) | (ratio < 1 - clip_low)).float().sum()
+    if loss == "gspo":
+        return _bound(sequence_ratio(log_probs, old_log_probs, sequence), advantages, clip_low, clip_high)
+    return clip_fraction(log_probs, old_log_probs, advantages, clip_low, clip_high)
+
+
+def _bound(ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float) -> torch.Tensor:
     high = (ratio > 1 + clip_high) & (advantages > 0)
     low = (ratio < 1 - clip_low) & (advantages < 0)
     return (high | low).float().sum()
@@ -50,11 +211,32 @@ def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tens
     return delta.exp() - delta - 1
 
 
-def kl_loss(log_probs: torch.Tensor, old_log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+def kl_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    reference_log_probs: torch.Tensor,
+    sequence: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Sum of ratio * k3. Its gradient is that of the reverse KL under the current policy.
 
     k3 alone as a loss follows the forward KL instead (arXiv 2512.21852); the differentiable ratio
     puts the missing score-function term back.
+
+    Args:
+        log_probs: of the sampled tokens under the policy being trained.
+        old_log_probs: under the policy that sampled them.
+        reference_log_probs: under the policy to stay close to.
+        sequence: divides each token's term by the length of its sequence, as losses ``PER_SEQUENCE`` do.
     """
     ratio = (log_probs - old_log_probs).exp()
-    return (ratio * k3(log_probs, reference_log_probs)).sum()
+    values = ratio * k3(log_probs, reference_log_probs)
+    return (values if sequence is None else values / lengths(sequence)).sum()
+
+
+def kl_penalty(old_log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+    """k1 = log(policy / reference) per token, detached: what KL in the reward subtracts.
+
+    As a reward k1 gives the exact gradient of the reverse KL; as a loss its gradient would be 0 in
+    expectation (arXiv 2512.21852).
+    """
+    return (old_log_probs - reference_log_probs).detach()

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
-from agents.grpo.advantages import ADVANTAGES, zero_variance
+from agents.grpo.advantages import advantages as advantages_of
+from agents.grpo.advantages import spread, zero_variance
 from agents.grpo.collect import Groups, collect
-from agents.grpo.losses import clip_fraction, clipped_loss, k3, kl_loss
+from agents.grpo.losses import LOSSES, PER_SEQUENCE, clipped_tokens, denominator, k3, kl_loss, kl_penalty
 from agents.training import MetricsLog, Stopwatch, derived_seed, load_checkpoint, save_checkpoint
 from agents.vlm.generation import TokenScorer
 from agents.vlm.policy import VLMPolicy
@@ -42,15 +44,34 @@ class GRPOConfig:
     mask_truncated: bool
     seed: int
     save_every: int
+    loss: str = "dapo"
+    omega: float = 1.0
+    scale: str = "none"
+    scale_floor: float = 1e-3
+    kl_in: str = "loss"
+
+
+@dataclass
+class Credit:
+    """What one process learns from in a step."""
+
+    rows: list[Turn]
+    """Turns that carry a gradient."""
+    advantages: list[float]
+    """One for each of them."""
+    skipped: int
+    """Groups left out because all members earned alike."""
+    masked_tokens: int
+    """Tokens left out of the other groups because their turn was cut off by the token limit."""
 
 
 class GRPOTrainer:
     """Trains a policy in place.
 
-    What it leaves out of the GRPO of arXiv 2402.03300, and why: division by the group's standard
-    deviation (it blows up groups that hardly differ, as continuous IoU makes them) and by each
-    sequence's length (it favours long wrong answers); one global token count divides instead. The
-    baseline is the mean of the *other* members, per step, of the return-to-go.
+    What it leaves out of the GRPO of arXiv 2402.03300 unless asked for, and why: division by the
+    group's standard deviation (it blows up groups that hardly differ, as continuous IoU makes them)
+    and by each sequence's length (it favours long wrong answers); one global token count divides
+    instead. The baseline is the mean of the *other* members, per step, of the return-to-go.
     """
 
     def __init__(
@@ -78,6 +99,7 @@ class GRPOTrainer:
             )
         if config.group < 2:
             raise ValueError("a group of one has no other members to compare with: every advantage would be 0")
+        _refuse_dropout(policy.model)
         self.policy, self.env, self.config = policy, env, config
         self.accelerator, self.log, self.folder = accelerator, log, folder
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
@@ -93,8 +115,8 @@ class GRPOTrainer:
     def _reference(self, scorer: TokenScorer) -> Callable[[Sequence[Turn]], torch.Tensor]:
         """Log-probabilities under the policy that training started from, without gradient."""
         model = self.policy.model
-        if hasattr(model, "disable_adapter"):
-            # The adapter is fresh and its base is the warm-started policy, so "without adapter" is it.
+        if _has_fresh_adapter(model):
+            # The base is the warm-started policy and does not change, so "without adapter" is it.
             def without_adapter(turns: Sequence[Turn]) -> torch.Tensor:
                 with torch.no_grad(), model.disable_adapter():
                     return scorer(turns)[0]
@@ -149,65 +171,120 @@ class GRPOTrainer:
         self.policy.generator.manual_seed(derived_seed(config.seed, 22, self.step, rank))
         groups = collect(self.env, self.policy, indices.tolist(), config.group)
         watch.lap("rollout")
-        rows, advantages, skipped = self._credit(groups)
+        rewards, metrics = self._rewards(groups)
+        credit = self._credit(groups, rewards)
         lr = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        totals = self._totals(groups, rows)
-        metrics: dict[str, float] = {}
+        totals = self._totals(groups, credit)
+        spare = groups.turns[0][0]
         for iteration in range(config.iterations):
-            metrics |= self._update(rows, advantages, groups.turns[0][0], totals["tokens"], iteration == 0)
+            metrics |= self._update(credit.rows, credit.advantages, spare, totals["denominator"], iteration == 0)
         watch.lap("update")
         metrics |= {"time/" + k: v for k, v in watch.seconds.items()}
-        metrics |= self._describe(groups, totals, skipped)
+        metrics |= self._describe(groups, totals, credit)
         seconds = sum(watch.seconds.values())
         metrics |= {"train/lr": lr, "speed/episodes_per_second": totals["episodes"] / seconds}
         metrics["speed/tokens_per_second"] = totals["sampled"] / seconds
         return metrics
 
-    def _credit(self, groups: Groups) -> tuple[list[Turn], list[float], int]:
-        """Turns that carry a gradient, with their advantages, and how many groups taught nothing."""
-        rows: list[Turn] = []
-        advantages: list[float] = []
-        skipped = 0
-        size = groups.rewards.shape[1]
-        for g in range(groups.rewards.shape[0]):
-            if zero_variance(groups.rewards[g]):
-                skipped += 1
-                continue
-            values = ADVANTAGES[self.config.advantage](groups.rewards[g], groups.taken[g])
-            for m in range(size):
-                for t, turn in enumerate(groups.turns[g * size + m]):
-                    if self.config.mask_truncated and not turn.finished:
-                        continue  # a turn cut off by the limit was not an answer
-                    rows.append(turn)
-                    advantages.append(float(values[m, t]))
-        return rows, advantages, skipped
+    def _rewards(self, groups: Groups) -> tuple[NDArray[np.float64], dict[str, float]]:
+        """The rewards that are credited, (P, G, T), and metrics of the KL penalty where it is one of them.
 
-    def _totals(self, groups: Groups, rows: list[Turn]) -> dict[str, float]:
+        With ``kl_in="reward"`` a step pays beta times the sum of k1 over its tokens, as a number: it
+        reaches earlier steps through their returns, as any other reward does.
+        """
+        config, accelerator = self.config, self.accelerator
+        if self.reference is None or config.kl_in != "reward":
+            return groups.rewards, {}
+        horizon = groups.rewards.shape[-1]
+        flat = groups.rewards.reshape(-1, horizon).copy()  # (P * G, T)
+        places = [(i, t) for i, episode in enumerate(groups.turns) for t in range(len(episode))]
+        sums = torch.zeros(3, dtype=torch.float64)
+        for start in range(0, len(places), config.micro_batch):
+            part = places[start : start + config.micro_batch]
+            turns = [groups.turns[i][t] for i, t in part]
+            with accelerator.autocast():
+                reference = self.reference(turns)
+            old = torch.tensor([v for turn in turns for v in turn.log_probs], device=reference.device)
+            penalty = config.beta * kl_penalty(old, reference)
+            for place, tokens in zip(part, penalty.split([len(t.completion) for t in turns]), strict=True):
+                flat[place] -= float(tokens.double().sum())
+            values = [k3(old, reference).sum(), penalty.sum(), torch.tensor(float(len(old)))]
+            sums += torch.stack([v.double().cpu() for v in values])
+        kl, paid, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
+        episodes = len(groups.turns) * accelerator.num_processes
+        return flat.reshape(groups.rewards.shape), {"train/kl": kl / count, "rollout/kl_penalty": paid / episodes}
+
+    def _credit(self, groups: Groups, rewards: NDArray[np.float64]) -> Credit:
+        """Turns that carry a gradient, with their advantages."""
+        config, out = self.config, Credit([], [], 0, 0)
+        count, size, horizon = rewards.shape
+        batch_spread = self._batch_spread(rewards) if config.scale == "batch" else 1.0
+        for g in range(count):
+            if zero_variance(rewards[g]):
+                out.skipped += 1
+                continue
+            episodes = groups.turns[g * size : (g + 1) * size]
+            values = advantages_of(
+                config.advantage, rewards[g], groups.taken[g], _states(episodes, horizon), config.omega
+            )
+            if config.scale != "none":
+                group = config.scale == "group"
+                values = values / (spread(rewards[g].sum(-1), config.scale_floor) if group else batch_spread)
+            for m, episode in enumerate(episodes):
+                for t, turn in enumerate(episode):
+                    if config.mask_truncated and not turn.finished:
+                        out.masked_tokens += len(turn.completion)
+                        continue  # a turn cut off by the limit was not an answer
+                    out.rows.append(turn)
+                    out.advantages.append(float(values[m, t]))
+        return out
+
+    def _batch_spread(self, rewards: NDArray[np.float64]) -> float:
+        """Spread of the returns of all episodes of all processes."""
+        returns = torch.tensor(rewards.sum(-1).ravel(), dtype=torch.float32, device=self.accelerator.device)
+        return spread(self.accelerator.gather(returns).double().cpu().numpy(), self.config.scale_floor)
+
+    def _totals(self, groups: Groups, credit: Credit) -> dict[str, float]:
         """Counts over all processes: the loss's denominator must not depend on how work is shared."""
+        turns = [t for episode in groups.turns for t in episode]
         counts = torch.tensor(
             [
-                float(sum(len(t.completion) for t in rows)),
-                float(sum(len(t.completion) for episode in groups.turns for t in episode)),
+                float(sum(len(t.completion) for t in credit.rows)),
+                float(len(credit.rows)),
+                float(sum(len(t.completion) for t in turns)),
                 float(groups.taken.sum()),
                 float(len(groups.turns)),
+                float(sum(not t.finished for t in turns)),
+                float(credit.masked_tokens),
             ],
             device=self.accelerator.device,
         )
-        tokens, sampled, actions, episodes = self.accelerator.reduce(counts, "sum").tolist()
-        return {"tokens": max(tokens, 1.0), "sampled": sampled, "actions": actions, "episodes": episodes}
+        names = ("tokens", "sequences", "sampled", "actions", "episodes", "truncated", "masked_tokens")
+        totals = dict(zip(names, self.accelerator.reduce(counts, "sum").tolist(), strict=True))
+        capacity = totals["episodes"] * groups.taken.shape[-1] * self.policy.sampling.max_new_tokens
+        totals["denominator"] = denominator(self.config.loss, totals["tokens"], totals["sequences"], capacity)
+        return totals
 
     def _update(
-        self, rows: list[Turn], advantages: list[float], spare: Turn, tokens: float, first: bool
+        self, rows: list[Turn], advantages: list[float], spare: Turn, divisor: float, first: bool
     ) -> dict[str, float]:
-        """One optimizer step over all rows, cut into micro-batches of similar length."""
+        """One optimizer step over all rows, cut into micro-batches of similar length.
+
+        Args:
+            rows: this process's turns.
+            advantages: one for each.
+            spare: any turn, for a process that has run out of rows.
+            divisor: of the summed loss; the same in all processes.
+            first: whether the policy is still the one that sampled.
+        """
         config, accelerator = self.config, self.accelerator
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt.ids) + len(rows[i].completion))
         parts = [order[k : k + config.micro_batch] for k in range(0, len(order), config.micro_batch)]
         # Every process must take part in the same number of backward passes, rows or no rows.
         most = int(accelerator.gather(torch.tensor([len(parts)], device=accelerator.device)).max())
-        sums = torch.zeros(6, dtype=torch.float64)
+        sums, worst = torch.zeros(6, dtype=torch.float64), 0.0
         self.policy.model.train()
         for number in range(most):
             idle = number >= len(parts)
@@ -216,10 +293,11 @@ class GRPOTrainer:
             weights = [0.0] if idle else [advantages[i] for i in parts[number]]
             last = number == most - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.scorer), accelerator.autocast():
-                loss, stats = self._loss(turns, weights)
-                loss = loss / tokens * accelerator.num_processes * (0.0 if idle else 1.0)
+                loss, stats, drift = self._loss(turns, weights)
+                loss = loss / divisor * accelerator.num_processes * (0.0 if idle else 1.0)
             accelerator.backward(loss)
             sums += 0.0 if idle else stats
+            worst = worst if idle else max(worst, drift)
         norm = torch.tensor(0.0)
         if most:
             norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
@@ -227,40 +305,46 @@ class GRPOTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.eval()
         sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
-        loss_sum, entropy, clipped, kl, drift, count = sums.tolist()
+        loss_sum, entropy, clipped, kl, drifts, count = sums.tolist()
         count = max(count, 1.0)
         found = {
-            "train/loss": loss_sum / tokens,
+            "train/loss": loss_sum / divisor,
             "train/grad_norm": float(norm),
             "train/entropy": entropy / count,
             "train/clip_fraction": clipped / count,
         }
-        if self.reference is not None:
+        if self.reference is not None and config.kl_in == "loss":
             found["train/kl"] = kl / count
         if first:
-            found["train/sampler_scorer_difference"] = drift / count
+            found["train/sampler_scorer_difference"] = drifts / count
+            all_worst = accelerator.gather(torch.tensor([worst], device=accelerator.device))
+            found["train/sampler_scorer_difference_max"] = float(all_worst.max())
         return found
 
-    def _loss(self, turns: list[Turn], advantages: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss of one micro-batch and, per token, sums for the metrics."""
+    def _loss(self, turns: list[Turn], advantages: list[float]) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Summed loss of one micro-batch, sums over tokens for the metrics, and the largest drift."""
         config, device = self.config, self.accelerator.device
         lengths = [len(t.completion) for t in turns]
         old = torch.tensor([v for t in turns for v in t.log_probs], device=device)
-        weights = torch.tensor(advantages, device=device).repeat_interleave(torch.tensor(lengths, device=device))
+        counts = torch.tensor(lengths, device=device)
+        weights = torch.tensor(advantages, device=device).repeat_interleave(counts)  # (N,)
+        sequence = torch.arange(len(turns), device=device).repeat_interleave(counts)  # (N,)
         log_probs, entropy = self.scorer(turns)
-        loss = clipped_loss(log_probs, old, weights, config.clip_low, config.clip_high)
+        bounds = config.clip_low, config.clip_high
+        loss = LOSSES[config.loss](log_probs, old, weights, sequence, *bounds)
         kl = torch.zeros((), device=device)
-        if self.reference is not None:
+        if self.reference is not None and config.kl_in == "loss":
             reference = self.reference(turns)
-            loss = loss + config.beta * kl_loss(log_probs, old, reference)
+            by_sequence = sequence if config.loss in PER_SEQUENCE else None
+            loss = loss + config.beta * kl_loss(log_probs, old, reference, by_sequence)
             kl = k3(log_probs.detach(), reference).sum()
         with torch.no_grad():
-            clipped = clip_fraction(log_probs, old, weights, config.clip_low, config.clip_high)
-            drift = (log_probs - old).abs().sum()
-        stats = [loss.detach(), entropy.detach().sum(), clipped, kl, drift, torch.tensor(float(len(old)))]
-        return loss, torch.stack([s.double().cpu() for s in stats])
+            clipped = clipped_tokens(config.loss, log_probs, old, weights, sequence, *bounds)
+            drift = (log_probs - old).abs()
+        stats = [loss.detach(), entropy.detach().sum(), clipped, kl, drift.sum(), torch.tensor(float(len(old)))]
+        return loss, torch.stack([s.double().cpu() for s in stats]), float(drift.max())
 
-    def _describe(self, groups: Groups, totals: dict[str, float], skipped: int) -> dict[str, float]:
+    def _describe(self, groups: Groups, totals: dict[str, float], credit: Credit) -> dict[str, float]:
         """What the rollouts looked like, over all processes: sums and counts are reduced, never means."""
         ious, first, last = groups.ious, groups.ious[:, :, 0], groups.ious[:, :, -1]
         refined = groups.taken[:, :, 1:] & ~(groups.stopped[:, :, None] & _last_action(groups.taken)[:, :, 1:])
@@ -274,7 +358,7 @@ class GRPOTrainer:
             groups.stopped.sum(),
             good.sum(),
             float(groups.parse_failures),
-            float(skipped),
+            float(credit.skipped),
             groups.rewards.sum(),
         ]
         sums = torch.tensor([float(v) for v in values], device=self.accelerator.device)
@@ -293,6 +377,8 @@ class GRPOTrainer:
             "rollout/reward": reward / episodes,
             "rollout/actions_per_episode": totals["actions"] / episodes,
             "rollout/tokens_per_action": totals["sampled"] / totals["actions"],
+            "rollout/truncated_turns": totals["truncated"] / totals["actions"],
+            "train/masked_tokens": totals["masked_tokens"],
         }
 
 
@@ -301,3 +387,40 @@ def _last_action(taken: np.ndarray) -> np.ndarray:
     after = np.concatenate([taken[:, :, 1:], np.zeros_like(taken[:, :, :1])], axis=-1)
     last: np.ndarray = taken & ~after
     return last
+
+
+def _states(episodes: list[list[Turn]], horizon: int) -> NDArray[np.int64]:
+    """A number for what each step of a group's episodes observed, (G, T); -1 where no action was made.
+
+    The policy makes one prompt object of equal observations of one call, so the object *is* the state.
+    """
+    numbers: dict[int, int] = {}
+    out = np.full((len(episodes), horizon), -1, dtype=np.int64)
+    for m, episode in enumerate(episodes):
+        for t, turn in enumerate(episode):
+            out[m, t] = numbers.setdefault(id(turn.prompt), len(numbers))
+    return out
+
+
+def _has_fresh_adapter(model: Any) -> bool:
+    """Whether switching the adapter off gives the policy that training starts from.
+
+    Not so where the adapter already holds something (then "off" is the model *before* the warm start),
+    nor where weights outside the adapter are trained.
+    """
+    if not hasattr(model, "disable_adapter"):
+        return False
+    named = list(model.named_parameters())
+    outside = any(p.requires_grad for n, p in named if "lora_" not in n)
+    return not outside and not any(bool(p.detach().any()) for n, p in named if "lora_B" in n)
+
+
+def _refuse_dropout(model: torch.nn.Module) -> None:
+    """Rollouts are sampled without dropout; an update with it would score another policy."""
+    for name, module in model.named_modules():
+        rate = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if rate:
+            raise ValueError(
+                f"dropout {rate} in {name}: the update would score another policy than the one that sampled, and the"
+                " first ratio would not be 1; set it to 0 in the model's configuration"
+            )

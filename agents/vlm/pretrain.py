@@ -75,8 +75,6 @@ class Args:
     """Steps of the second stage between saves, so that an interruption does not lose everything."""
     workers: int = 2
     """Processes that draw the scenes."""
-    compile: bool = False
-    """Compile the layers first (needs a C++ compiler): some minutes, then steps take a quarter less."""
 
 
 @dataclass
@@ -400,9 +398,6 @@ def main(args: Args) -> None:
         model = Qwen3VLForConditionalGeneration.from_pretrained(args.init, dtype=torch.float32)
     # Plain matrix products: at these sizes the fused CPU kernel's backward pass is twice as slow.
     model.set_attn_implementation("eager")
-    if args.compile:
-        for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
-            layer.compile(dynamic=True)  # the length of a batch's questions varies
     columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     note = TextColumn("{task.fields[note]}")
     with Progress(*columns, TimeRemainingColumn(), note) as progress:

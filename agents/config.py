@@ -1,0 +1,96 @@
+"""Configuration files: YAML whose keys are the fields of a script's ``Args``.
+
+    sft:                 # train_sft.py reads this part
+      model: Qwen/Qwen3-VL-4B-Instruct
+    grpo:                # and train_grpo.py this one
+      steps: 200
+
+A file gives defaults; flags on the command line override them. Every key must be a field: a
+misspelt one would otherwise leave its default in force without a word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml  # type: ignore[import-untyped]
+
+T = TypeVar("T")
+
+SECTIONS = ("sft", "grpo")
+
+
+class ConfigError(ValueError):
+    """A configuration file that cannot be used. Names file and key."""
+
+
+def load_config(path: Path, args: type[T], section: str) -> T:
+    """``args`` with the values that ``section`` of the file gives.
+
+    Args:
+        path: of the file.
+        args: the script's dataclass.
+        section: ``sft`` or ``grpo``; a file without it gives the defaults of the dataclass.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no configuration at {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    _known(content, SECTIONS, f"{path}")
+    values = content.get(section)
+    if values is None:
+        raise ConfigError(f"{path} has no part {section!r}, which this script reads; it has: {', '.join(content)}")
+    names = {f.name for f in fields(args)} - {"config"}  # type: ignore[arg-type]
+    _known(values, names, f"{path}: {section}")
+    hints = get_type_hints(args)
+    return args(**{k: _fitting(v, hints[k], f"{path}: {section}.{k}") for k, v in values.items()})
+
+
+def _known(found: Any, known: Iterable[str], where: str) -> None:
+    if not isinstance(found, dict) or not found:
+        raise ConfigError(f"{where}: expected a mapping of {', '.join(sorted(known))}; found {found!r}")
+    for key in found:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.0)
+            raise ConfigError(f"{where}: unknown key {key!r}; the closest is {close[0]!r}")
+
+
+def _fitting(value: Any, hint: Any, where: str) -> Any:
+    """The value as the field's type, or an error; nothing is guessed."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        (hint,) = [t for t in inner if t is not type(None)]
+        return _fitting(value, hint, where)
+    if origin is Literal:
+        # YAML 1.1 reads a bare no as False.
+        if value is False and "no" in inner:
+            return "no"
+        if value in inner:
+            return value
+        raise ConfigError(f"{where}: {value!r}; choose from {', '.join(map(repr, inner))}")
+    if origin is tuple:
+        if isinstance(value, list) and len(value) == len(inner):
+            return tuple(_fitting(v, t, where) for v, t in zip(value, inner, strict=True))
+        raise ConfigError(f"{where}: {value!r}; expected a list of {len(inner)}")
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 takes 1e-5 for text: it wants 1.0e-5.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise ConfigError(f"{where}: {value!r}; expected {getattr(hint, '__name__', hint)}")

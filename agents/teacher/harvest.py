@@ -1,0 +1,182 @@
+"""Has a model teacher write the traces of drafted demonstrations: cached, resumable, counted.
+
+Each finished demonstration is appended to a file at once, so a run that is killed, that reaches its
+cost cap or whose server goes away loses at most the request in flight, and the next run goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from agents.sft.demonstrations import Demonstration, load_demonstrations
+from agents.teacher.load import Teacher
+from agents.teacher.openai import TeacherError
+from agents.teacher.prompts import QUESTION, SYSTEM, TraceRequest, tidy, trace_request, unusable_reason
+from ivt_env.data.sample import Dataset
+
+UNUSABLE_LIMIT = 0.2
+"""More unusable texts than this share and the teacher is not fit for the work: an error."""
+_UNUSABLE_AFTER = 20
+"""The share is first looked at after this many texts."""
+
+log = logging.getLogger(__name__)
+
+
+class TraceCache:
+    """Answers on disk, one small file each, by a hash of teacher, prompt and picture."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, key: str) -> str | None:
+        """The stored text, or None. A file that cannot be read is an answer to be asked for again."""
+        try:
+            text = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))["text"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s is damaged and will be asked for again", self.folder / f"{key}.json")
+            return None
+        return text if isinstance(text, str) else None
+
+    def put(self, key: str, teacher: str, text: str) -> None:
+        """Store a text whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{key}.{os.getpid()}.partial"
+        partial.write_text(json.dumps({"teacher": teacher, "text": text}) + "\n", encoding="utf-8")
+        partial.replace(self.folder / f"{key}.json")
+
+
+def write_traces(
+    drafts: Sequence[Demonstration],
+    dataset: Dataset,
+    teacher: Teacher,
+    path: Path,
+    cache: TraceCache,
+    *,
+    unusable_limit: float = UNUSABLE_LIMIT,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Demonstration]:
+    """The drafts with the teacher's words; those it had no usable words for are left out.
+
+    Args:
+        drafts: as the template teacher makes them. Those without a trace (first answers, stops) need
+            no words and stay as they are.
+        dataset: that they are about.
+        teacher: writes the words.
+        path: JSON lines, appended to one by one; what is there from an earlier run is kept.
+        cache: of the teacher's texts.
+        unusable_limit: share of unusable texts from which on it is an error.
+        on_progress: called with the number of drafts finished since the last call.
+
+    Raises:
+        TeacherError: when the teacher gives up, is unfit, or the cost cap is reached; says what is
+            kept. Also for a file of another harvest.
+    """
+    done = _begin(path, drafts, dataset, teacher)
+    todo = [d for d in drafts if _key(d) not in done]
+    if on_progress and done:
+        on_progress(len(drafts) - len(todo))
+    asked = unusable = 0
+    with path.open("a", encoding="utf-8") as file:
+        for start in range(0, len(todo), teacher.batch):
+            some = todo[start : start + teacher.batch]
+            try:
+                texts = _texts(some, dataset, teacher, cache)
+            except TeacherError as error:
+                raise type(error)(
+                    f"{error}. {len(done)} of {len(drafts)} demonstrations are written and kept in {path}: run again "
+                    f"to go on where it stopped, or train on them with --teacher template --demonstrations {path}"
+                ) from error
+            for draft, text in zip(some, texts, strict=True):
+                if text is not None:
+                    asked += 1
+                    if why := unusable_reason(text):
+                        unusable += 1
+                        log.warning("%s on %s: text not used, it %s", teacher.name, draft.sample_id, why)
+                        _check_share(unusable, asked, unusable_limit, teacher, path)
+                        continue
+                    draft = replace(draft, trace=text)
+                file.write(json.dumps(asdict(draft), allow_nan=False) + "\n")
+                file.flush()
+                done[_key(draft)] = draft
+            if on_progress:
+                on_progress(len(some))
+    if unusable:
+        log.warning("%s: %d of %d texts could not be used; their demonstrations are left out", path, unusable, asked)
+    # In the drafts' order, however many runs it took.
+    return [done[_key(d)] for d in drafts if _key(d) in done]
+
+
+def _texts(drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher, cache: TraceCache) -> list[str | None]:
+    """Tidied texts; None for a draft that needs no words."""
+    requests: dict[int, tuple[TraceRequest, str]] = {}
+    texts: dict[int, str] = {}
+    for k, draft in enumerate(drafts):
+        if not draft.trace or draft.shown is None:
+            continue
+        request = trace_request(dataset, draft.index, draft.shown)
+        key = request.key(teacher.name)
+        stored = cache.get(key)
+        if stored is None:
+            requests[k] = (request, key)
+        else:
+            texts[k] = stored
+    if requests:
+        for k, text in zip(requests, teacher.write([r for r, _ in requests.values()]), strict=True):
+            cache.put(requests[k][1], teacher.name, text)
+            texts[k] = text
+    return [tidy(texts[k]) if k in texts else None for k in range(len(drafts))]
+
+
+def _check_share(unusable: int, asked: int, limit: float, teacher: Teacher, path: Path) -> None:
+    if asked >= _UNUSABLE_AFTER and unusable > limit * asked:
+        raise TeacherError(
+            f"{unusable} of {asked} texts of {teacher.name} could not be used (limit {limit:.0%}; reasons are logged): "
+            f"it is not fit for this; what could be used is in {path}"
+        )
+
+
+def _begin(
+    path: Path, drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher
+) -> dict[tuple[object, ...], Demonstration]:
+    """What an earlier run has finished; refuses the file of another harvest."""
+    head = path.with_suffix(".json")
+    prompt = hashlib.sha256((SYSTEM + QUESTION).encode("utf-8")).hexdigest()[:16]
+    mine = {"teacher": teacher.name, "prompt": prompt}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        head.write_text(json.dumps(mine) + "\n", encoding="utf-8")
+        return {}
+    theirs = json.loads(head.read_text(encoding="utf-8")) if head.exists() else None
+    if theirs != mine:
+        raise TeacherError(f"{path} was begun by {theirs}, not by {mine}: remove it, or choose another --out")
+    _drop_half_line(path)
+    if not path.stat().st_size:
+        return {}
+    done = {_key(d): d for d in load_demonstrations(path, dataset)}
+    if strange := set(done) - {_key(d) for d in drafts}:
+        raise TeacherError(
+            f"{path} holds {len(strange)} demonstrations that this run does not ask for (another seed, student or "
+            "number of samples?): remove it, or choose another --out"
+        )
+    return done
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cut off what a killed run had half written."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def _key(demonstration: Demonstration) -> tuple[object, ...]:
+    return demonstration.index, demonstration.shown, demonstration.answer

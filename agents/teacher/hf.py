@@ -1,0 +1,43 @@
+"""The ``hf:`` teacher: a vision-language model on this machine, loaded like any policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from agents.teacher.openai import MAX_REPLY_TOKENS
+from agents.teacher.prompts import SYSTEM, TraceRequest
+from agents.vlm.generation import generate
+from agents.vlm.policy import load_policy
+from agents.vlm.prompts import Prompts
+
+
+class HFTeacher:
+    """Writes remarks greedily with a local model: ``tiny``, a folder, or a hub name."""
+
+    def __init__(self, model: str, batch: int = 16, max_new_tokens: int = MAX_REPLY_TOKENS) -> None:
+        """Load the model.
+
+        Args:
+            model: as ``load_policy`` takes it.
+            batch: remarks in one forward pass.
+            max_new_tokens: a text that runs into it is not used.
+        """
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        self.name, self.batch = f"hf:{model}", batch
+        self._policy = load_policy(model, dtype=dtype, max_new_tokens=max_new_tokens)
+        self._policy.model.eval()
+        # The whole user's turn is ours: the policy's own question would ask for a box.
+        self._policy.prompts = Prompts("{expression}")
+
+    def write(self, requests: Sequence[TraceRequest]) -> list[str]:
+        """One text per request; empty where the model did not come to an end."""
+        policy = self._policy
+        pictures = policy.process([r.picture for r in requests])
+        prompts = [
+            policy.prompt(f"{SYSTEM}\n\n{r.question}", None, picture)
+            for r, picture in zip(requests, pictures, strict=True)
+        ]
+        turns = generate(policy.core, prompts, policy.sampling, policy.generator, keep=False)
+        return [policy.text(turn) if turn.finished else "" for turn in turns]

@@ -1,0 +1,41 @@
+"""Teachers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from agents.teacher.openai import Budget, OpenAITeacher, TeacherError
+from agents.teacher.prompts import TraceRequest
+
+
+class Teacher(Protocol):
+    """Writes remarks on students' boxes."""
+
+    name: str
+    """Says who wrote a trace; part of the cache's key."""
+    batch: int
+    """How many requests it likes to be given at once."""
+
+    def write(self, requests: Sequence[TraceRequest]) -> list[str]:
+        """One text per request, unchecked."""
+        ...
+
+
+def load_teacher(name: str, budget: Budget | None = None) -> Teacher:
+    """The teacher called ``name``: ``hf:<model>`` or ``openai:<base url>[#<model>]``.
+
+    The template teacher is no ``Teacher``: it looks at numbers, not at pictures, and fails never.
+
+    Args:
+        name: see above.
+        budget: what an ``openai:`` teacher may cost.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "openai" and rest:
+        return OpenAITeacher(rest, budget)
+    if kind == "hf" and rest:
+        from agents.teacher.hf import HFTeacher
+
+        return HFTeacher(rest)
+    raise TeacherError(f"teacher {name!r}: choose template, hf:MODEL or openai:BASE_URL[#MODEL]")

@@ -1,0 +1,153 @@
+"""``--dry-run``: the true architecture without weights, what it needs, and what fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agents.vlm.architectures import build_without_weights, find_config, pixel_limits
+from agents.vlm.footprint import (
+    CONTEXT_BYTES,
+    USABLE,
+    Parts,
+    Shape,
+    Workload,
+    activation_bytes,
+    cache_bytes,
+    count_parts,
+    largest_batch,
+    lora_parameters,
+    resized,
+    rollout_bytes,
+    room,
+    training_bytes,
+    visual_tokens,
+    weight_bytes,
+)
+from ivt_env.metrics.table import render
+
+TEXT_TOKENS = 160
+"""Assumed for a prompt beside its picture: the question (about 100), the expression, the box, the chat
+template. Counting them needs the model's tokenizer, which a dry run does without."""
+
+GENERATION_ROWS = 128
+"""Most prompts that ``load_policy`` generates for at once."""
+
+_GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a training command would do, as far as memory cares."""
+
+    model: str
+    gpu_memory_gb: float
+    """Gigabytes of 10^9 bytes."""
+    picture: tuple[int, int]
+    """Height and width as the environment shows it."""
+    new_tokens: int
+    turns: int
+    """Actions of an episode; 1 where single answers are taught."""
+    rollout_rows: int
+    """Episodes played side by side."""
+    micro_batch: int
+    """Turns in one forward and backward pass."""
+    lora_rank: int
+    """0: every weight is trained."""
+    autocast: bool
+    """The update runs in bf16."""
+    reference_copy: bool = False
+    """A frozen copy of all weights is kept for the KL divergence."""
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.gpu_memory_gb <= 0:
+            raise ValueError(f"gpu_memory_gb {self.gpu_memory_gb}: give the GPU's gigabytes")
+        if min(self.picture) < 1:
+            raise ValueError(f"picture {self.picture}: give height and width in pixels")
+
+
+def dry_run(plan: Plan) -> str:
+    """The report of a dry run, as text."""
+    config, source = find_config(plan.model)
+    model = build_without_weights(config)
+    parts, lora = count_parts(model), lora_parameters(model, plan.lora_rank)
+    shape, limits = Shape.of(config), pixel_limits(config, plan.model)
+    size = resized(*plan.picture, shape.patch, shape.merge, limits)
+    tokens = visual_tokens(*plan.picture, shape.patch, shape.merge, limits)
+    work = Workload(tokens, TEXT_TOKENS, plan.new_tokens, plan.turns)
+    kind = "episode" if plan.turns > 1 else "demonstration"
+    lines = [
+        f"{plan.model}: {type(model).__name__} on the meta device, no weights loaded",
+        f"shape from {source}",
+        "",
+        _parameters(parts, lora, plan),
+        "",
+        f"picture of {plan.picture[0]} x {plan.picture[1]} -> {size[0]} x {size[1]} pixels -> {tokens} visual tokens "
+        f"(patch {shape.patch}, {shape.merge} x {shape.merge} patches a token); exact",
+        f"a turn: {tokens} visual + {TEXT_TOKENS} text (assumed) + {plan.new_tokens} new = {work.turn_tokens} tokens"
+        + (f"; an episode has {plan.turns}" if plan.turns > 1 else ""),
+        _cache(shape, work, kind),
+        "",
+        _memory(parts, lora, shape, work, plan, kind),
+        "",
+        "training: adapters, gradients, AdamW's moments. peak: weights + training + the larger of rollout and update.",
+        f"The peak must stay below {room(plan.gpu_memory_gb * _GB) / _GB:.1f} GB: {plan.gpu_memory_gb:g} GB less "
+        f"{CONTEXT_BYTES / _GB:g} GB for CUDA, of which {USABLE:.0%} can be filled.",
+        "Parameters, weights, visual tokens and cache are exact; rollout and update are estimates (formulas in "
+        "agents/vlm/footprint.py).",
+        "float32 without checkpointing is what this command runs today; the other rows say what would fit.",
+    ]
+    return "\n".join(lines)
+
+
+def _cache(shape: Shape, work: Workload, kind: str) -> str:
+    fresh, prefix = (cache_bytes(shape, work, 1, layout) / _GB for layout in ("fresh", "prefix"))
+    said = f"key-value cache of one {kind}, bf16: {fresh:.3f} GB"
+    return said if work.turns == 1 else f"{said} as played (a fresh prompt a turn), {prefix:.3f} GB as one sequence"
+
+
+def _parameters(parts: Parts, lora: int, plan: Plan) -> str:
+    rows = [
+        ["vision tower", f"{parts.vision:,}"],
+        ["text layers", f"{parts.text:,}"],
+        ["embeddings", f"{parts.embeddings:,}"],
+        ["total", f"{parts.total:,}"],
+    ]
+    if plan.lora_rank:
+        rows.append([f"LoRA, r = {plan.lora_rank} (trained)", f"{lora:,}"])
+    return render(["parameters", "number"], rows)
+
+
+def _memory(parts: Parts, lora: int, shape: Shape, work: Workload, plan: Plan, kind: str) -> str:
+    gpu = plan.gpu_memory_gb * _GB
+    everything = plan.lora_rank == 0
+    rows = []
+    # Weights that are trained themselves cannot be quantised, and bf16 is too coarse for AdamW's steps.
+    for weight_format in ("float32",) if everything else ("float32", "bfloat16", "nf4"):
+        weights = weight_bytes(parts, weight_format) * (2 if plan.reference_copy else 1)
+        trained = training_bytes(parts, lora)
+        element = 4 if weight_format == "float32" else 2
+        numbers = "autocast" if plan.autocast else "float32" if element == 4 else "bfloat16"
+        # Autocast turns float32 matrices and adapters into bf16 ones, which the backward pass needs again.
+        copies = 2 * (lora + (parts.text if element == 4 else 0)) if plan.autocast else 0
+        rollout = rollout_bytes(shape, work, plan.rollout_rows, element)
+        for checkpointing in (False, True):
+            one = activation_bytes(shape, work, 1, checkpointing, everything, numbers)
+            update = copies + one * plan.micro_batch
+            peak = weights + trained + max(rollout, update)
+            turns = largest_batch(one, weights + trained + copies, gpu)
+            rows.append(
+                [
+                    weight_format,
+                    "yes" if checkpointing else "no",
+                    *(f"{v / _GB:.1f}" for v in (weights, trained, rollout, update, peak)),
+                    "yes" if peak <= room(gpu) else "NO",
+                    *([str(turns)] if work.turns == 1 else [str(turns), str(turns // work.turns)]),
+                    str(largest_batch(rollout_bytes(shape, work, 1, element), weights + trained, gpu)),
+                ]
+            )
+    header = ["weights in", "checkpointing", "weights", "training", f"rollout of {plan.rollout_rows}"]
+    header += [f"update of {plan.micro_batch}", "peak", "fits"]
+    header += ["largest micro-batch"] if work.turns == 1 else ["largest micro-batch", f"= {kind}s"]
+    header.append("largest rollout")
+    return "memory in GB (10^9 bytes)\n" + render(header, rows)

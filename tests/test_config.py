@@ -1,0 +1,109 @@
+"""A configuration file must mean what it says: a misspelt key that is ignored trains something else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+import train_grpo
+import train_sft
+from agents.command import parse
+from agents.config import SECTIONS, ConfigError, load_config
+
+SHIPPED = Path(__file__).parent.parent / "configs" / "paper_qwen3vl_4b.yaml"
+SCRIPTS = {"sft": train_sft.Args, "grpo": train_grpo.Args}
+
+
+@dataclass
+class Args:
+    config: Path | None = None
+    steps: int = 3
+    lr: float = 0.1
+    out: Path = Path("runs")
+    name: str | None = None
+    precision: Literal["no", "bf16"] = "no"
+    picture: tuple[int, int] = (1, 2)
+    board: bool = True
+
+
+def written(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_shipped_file_loads_and_every_key_is_a_field(section):
+    values = yaml.safe_load(SHIPPED.read_text())[section]
+    args = parse(SCRIPTS[section], ["--config", str(SHIPPED)], section)
+    assert set(values) <= {f.name for f in fields(SCRIPTS[section])} and len(values) > 15
+    for key, value in values.items():
+        assert str(getattr(args, key)) == str(value), key
+    assert args.config == SHIPPED
+
+
+def test_the_shipped_options_do_not_contradict_each_other():
+    train_grpo.check_options(load_config(SHIPPED, train_grpo.Args, "grpo"))
+
+
+def test_the_shipped_file_says_of_every_value_whose_it_is():
+    lines = SHIPPED.read_text().splitlines()
+    values = [x for x in lines if x.startswith("  ") and not x.strip().startswith("#")]
+    unmarked = [x for x in values if "# paper" not in x and "# our choice" not in x and "  out:" not in x]
+    assert [x.split(":")[0].strip() for x in unmarked] == ["teacher"], "explained in the lines above it"
+
+
+def test_a_flag_overrides_the_file_and_the_file_the_default(tmp_path):
+    path = written(tmp_path, "sft: {steps: 7, lr: 1e-5}")
+    args = parse(Args, ["--config", str(path), "--steps", "9"], "sft")
+    assert (args.steps, args.lr, args.out) == (9, 1e-5, Path("runs"))
+    assert parse(Args, [f"--config={path}"], "sft").steps == 7
+    assert parse(Args, [], "sft").steps == 3
+
+
+def test_values_become_what_the_fields_are(tmp_path):
+    text = "grpo: {lr: 2, out: a/b, name: null, precision: no, picture: [3, 4], board: false}"
+    args = load_config(written(tmp_path, text), Args, "grpo")
+    assert args == Args(None, 3, 2.0, Path("a/b"), None, "no", (3, 4), False)
+    assert isinstance(args.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sft: {step: 1}", "unknown key 'step'; the closest is 'steps'"),
+        ("stf: {steps: 1}", "unknown key 'stf'; the closest is 'sft'"),
+        ("sft: {config: x}", "unknown key 'config'"),
+        ("grpo: {steps: 1}", "no part 'sft'"),
+        ("sft: {steps: 1.5}", "steps: 1.5; expected int"),
+        ("sft: {steps: true}", "steps: True; expected int"),
+        ("sft: {lr: fast}", "lr: 'fast'; expected float"),
+        ("sft: {board: 1}", "board: 1; expected bool"),
+        ("sft: {steps: null}", "steps: None"),
+        ("sft: {precision: fp8}", "'fp8'; choose from 'no', 'bf16'"),
+        ("sft: {picture: [1]}", "expected a list of 2"),
+        ("sft: [1]", "expected a mapping"),
+        ("", "expected a mapping"),
+        ("sft: {", "is no YAML"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_place(tmp_path, text, message):
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path, Args, "sft")
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no configuration at"):
+        parse(Args, ["--config", str(tmp_path / "none.yaml")], "sft")
+
+
+def test_python_objects_in_a_file_are_not_made(tmp_path):
+    path = written(tmp_path, "sft: {name: !!python/object/apply:os.getcwd []}")
+    with pytest.raises(ConfigError, match="is no YAML"):
+        load_config(path, Args, "sft")

@@ -1,0 +1,113 @@
+"""An option that contradicts another does not crash: the run goes through and is called what it is not. Each
+contradiction is refused before anything is loaded, with its value and with what would have gone wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from agents.grpo.advantages import ADVANTAGES, SCALES
+from agents.grpo.losses import CLIPS, LOSSES
+from agents.training import RunError
+from train_grpo import Args, check_options
+
+ROOT = Path(__file__).parent.parent
+
+NAN = float("nan")
+
+REFUSED = [
+    ({"temperature": 0.0}, "temperature 0", "every advantage 0"),
+    ({"temperature": NAN}, "temperature nan", "every advantage 0"),
+    ({"group": 1}, "group 1", "every advantage is 0"),
+    ({"prompts": 15}, "prompts 15 on 2 processes", "one more than the others"),
+    ({"prompts": 0}, "prompts 0", "never be updated"),
+    ({"iterations": 0}, "iterations 0", "never be updated"),
+    ({"micro_batch": 0}, "micro_batch 0", "never be updated"),
+    ({"max_new_tokens": 0}, "max_new_tokens 0", "never be updated"),
+    ({"max_steps": 1, "reward": "final"}, "max_steps 1", "nothing to refine"),
+    ({"advantage": "episode_and_step", "omega": 0.0}, "omega 0", "nothing of the step comparison"),
+    ({"advantage": "episode_and_step", "omega": -1.0}, "omega -1", "turned round"),
+    ({"advantage": "trajectory", "omega": 0.5}, "omega 0.5", "ignored"),
+    ({"scale_floor": 0.1}, "scale_floor 0.1", "ignored"),
+    ({"scale": "group", "scale_floor": 0.0}, "scale_floor 0", "as large as"),
+    ({"scale": "batch", "scale_floor": NAN}, "scale_floor nan", "as large as"),
+    ({"scale": "group", "loss": "dr_grpo"}, "dr_grpo", "GRPO without that division"),
+    ({"scale": "group", "kl_in": "reward", "beta": 0.04}, "kl_in reward", "from 0.04 to 40"),
+    ({"loss": "gspo", "clip_low": 0.2}, "clip_low 0.2", "1,470 times as probable"),
+    ({"loss": "gspo", "clip_high": 0.28}, "clip_high 0.28", "times as probable"),
+    ({"loss": "gspo", "mixed_precision": "bf16"}, "mixed_precision bf16", "97 % of the answers"),
+    ({"clip_high": 0.0}, "clip_high 0", "have not moved yet"),
+    ({"clip_low": -0.1}, "clip_low -0.1", "have not moved yet"),
+    ({"clip_low": 1.5}, "clip_low 1.5", "never bind"),
+    ({"beta": -0.1}, "beta -0.1", "paid for leaving"),
+    ({"kl_in": "reward"}, "beta 0", "nothing would be subtracted"),
+]
+
+
+@pytest.mark.parametrize(("options", "value", "consequence"), REFUSED, ids=[v for _, v, _ in REFUSED])
+def test_a_contradiction_is_refused_with_its_value_and_its_consequence(options, value, consequence):
+    with pytest.raises(RunError) as caught:
+        check_options(Args(**options), processes=2)
+    assert value in str(caught.value) and consequence in str(caught.value)
+
+
+def test_every_other_combination_is_accepted_and_nothing_is_changed():
+    accepted = 0
+    for loss, credit, scale, kl_in in itertools.product(LOSSES, ADVANTAGES, SCALES, ("loss", "reward")):
+        args = Args(loss=loss, advantage=credit, scale=scale, kl_in=kl_in, beta=0.04)
+        before = copy.deepcopy(args)
+        refused = scale == "group" and (loss == "dr_grpo" or kl_in == "reward")
+        if refused:
+            with pytest.raises(RunError):
+                check_options(args)
+        else:
+            check_options(args, processes=4)
+            accepted += 1
+        assert args == before
+    assert accepted == 5 * 3 * 3 * 2 - 5 * 3 - 3
+    check_options(Args(), processes=16)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_default_bounds_of_a_loss_are_accepted_when_given(loss):
+    low, high = CLIPS[loss]
+    check_options(Args(loss=loss, clip_low=low, clip_high=high))
+
+
+def test_the_choices_of_the_command_are_those_of_the_code():
+    for name, names in (("loss", LOSSES), ("advantage", ADVANTAGES), ("scale", SCALES)):
+        for value in names:
+            assert getattr(tyro.cli(Args, args=[f"--{name}", value]), name) == value
+
+
+def test_old_and_new_names_of_an_option_are_one():
+    for old, new, value in (("advantage", "credit", "trajectory"), ("beta", "kl-coef", "0.04")):
+        assert tyro.cli(Args, args=[f"--{old}", value]) == tyro.cli(Args, args=[f"--{new}", value])
+        assert tyro.cli(Args, args=[f"--{old}", value]) != Args()
+    assert tyro.cli(Args, args=[]) == Args()
+
+
+def test_the_command_ends_before_it_loads_anything(tmp_path):
+    options = ["--model", "./no/such/model", "--loss", "dr_grpo", "--scale", "group", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "train_grpo.py", *options], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "without that division" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_table_of_pitfalls_holds_all_and_names_tests_that_exist():
+    table = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
+    assert sorted(int(n) for n in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)) == list(range(1, 39))
+    there = {n for f in (ROOT / "tests").glob("test_*.py") for n in re.findall(r"^def (test_\w+)", f.read_text(), re.M)}
+    named = {n.split("::")[-1] for n in re.findall(r"`((?:test_\w+::)?test_\w+)`", table)}
+    assert len(named) > 40 and named <= there, named - there
