@@ -136,6 +136,7 @@ def main(args: Args) -> Path:
         print(dry_run(_plan(args)))
         return args.out
     accelerator = make_accelerator(args.mixed_precision)
+    chief = accelerator.is_main_process
     check_options(args, accelerator.num_processes)
     low, high = CLIPS[args.loss]
     args.clip_low = low if args.clip_low is None else args.clip_low
