@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,7 +155,7 @@ def frame(
         draw_overlay(picture, extent, box, Overlay(style="both", width=2))
     _frame(picture, pixel_rectangle(target, extent), (0, 220, 90), 2)
     size = max(11, side // 32)
-    font = ImageFont.load_default(size)
+    font = caption_font(size)
     line_height = round(size * 1.45)
     page = Image.new("RGB", (side, side + line_height * len(lines) + size // 2), (24, 26, 30))
     page.paste(Image.fromarray(picture), (0, 0))
@@ -160,6 +164,23 @@ def frame(
         shown = _cut(" ".join(line.split()), side - size, lambda text: pen.textlength(text, font=font))
         pen.text((size // 2, side + size // 4 + number * line_height), shown, font=font, fill=(235, 235, 235))
     return np.asarray(page).copy()
+
+
+@lru_cache(maxsize=16)
+def caption_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans where the system or matplotlib has it, else Pillow's own font, which knows ASCII only.
+
+    Args:
+        size: in pixels.
+    """
+    places = ["DejaVuSans.ttf"]
+    matplotlib = find_spec("matplotlib")  # looked for, not imported: it is large
+    if matplotlib is not None and matplotlib.origin is not None:
+        places.append(str(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"))
+    for place in places:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(place, size)
+    return ImageFont.load_default(size)
 
 
 def _cut(text: str, room: float, length: Callable[[str], float]) -> str:

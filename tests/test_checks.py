@@ -18,6 +18,7 @@ from agents.cli import main
 from ivt_env.data import DataError, checks, load_dataset, refer
 from ivt_env.data.checks import check_source
 from ivt_env.data.sheet import contact_sheet
+from ivt_env.rendering import caption_font
 
 
 @pytest.fixture
@@ -155,6 +156,13 @@ def test_sheet_shows_what_it_can_where_a_picture_is_broken(made):
     assert np.any(np.all(sheet == (255, 120, 110), axis=-1)), "the reason stands in the empty place"
     with pytest.raises(ValueError, match="needs samples"):
         contact_sheet(table, [])
+
+
+def test_accents_are_drawn_and_not_boxes_in_their_place():
+    font = caption_font(20)
+    missing = bytes(font.getmask("\ue123"))  # of the private area: no font has it
+    shown = [bytes(font.getmask(letter)) for letter in "ößéЖλ—→"]
+    assert all(mask != missing for mask in shown) and len(set(shown)) == len(shown)
 
 
 def test_show_command_writes_a_sheet(tmp_path, capsys):

@@ -21,7 +21,7 @@ from PIL import Image
 from refer_layout import PHOTOS, python2_pickle, write_refer_folder
 
 from ivt_env import boxes
-from ivt_env.data import DataError, Dataset
+from ivt_env.data import DataError, Dataset, load_dataset
 from ivt_env.data import refer as module
 from ivt_env.data.table import Table, open_table
 
@@ -446,3 +446,26 @@ def test_jpeg_helper_pictures_are_whole(layout):
     for path in sorted(layout.pictures.iterdir()):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             image.load()
+
+
+@pytest.mark.parametrize("kind", ["grayscale", "palette", "CMYK", "grayscale with alpha"])
+def test_pictures_of_other_kinds_come_back_as_rgb_with_their_boxes(layout, kind):
+    mode = {"grayscale": "L", "palette": "P", "CMYK": "CMYK", "grayscale with alpha": "LA"}[kind]
+    before = {s.sample_id: s for split in ("train", "val", "test") for s in load(layout, split)}
+    for path in layout.pictures.iterdir():
+        with Image.open(path) as image:
+            converted = image.convert(mode)
+        converted.save(path, format="JPEG" if mode in ("L", "CMYK") else "PNG")
+    for split in ("train", "val", "test"):
+        dataset = load_dataset("refcocog", split, layout.root)
+        for index in range(len(dataset)):
+            sample = dataset[index]
+            assert sample == before[sample.sample_id]
+            picture = dataset.picture(sample)
+            assert picture.shape == (*sample.size, 3) and picture.std() > 10
+    assert len(before) == len(layout.known)
+
+
+def load(layout, split):
+    dataset = load_dataset("refcocog", split, layout.root)
+    return [dataset[index] for index in range(len(dataset))]

@@ -22,12 +22,17 @@ from ivt_env.data.table import Source, Table, open_table
 
 _ON_DISK = tuple(name for name in NAMES if name not in ("scenes", "photos", "mixed"))
 
+_FETCH = (
+    "Downloads a data set to where its reader looks for it. Shows the licence and the size first and asks before more "
+    "than 1 GB. Run it again after an interruption: it goes on where it stopped."
+)
+
 
 def add_subcommands(parser: argparse.ArgumentParser) -> None:
     """Add ``fetch``, ``check``, ``convert``, ``show`` and ``mix`` below ``ivt data``."""
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    one = commands.add_parser("fetch", help="download a data set", description=fetch.__doc__)
+    one = commands.add_parser("fetch", help="download a data set", description=_FETCH)
     fetch.add_arguments(one)
     one.set_defaults(run=fetch.run)
 

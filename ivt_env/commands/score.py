@@ -43,9 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ivt score`` to ``parser``."""
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="JSON lines, or one JSON array")
     data = parser.add_argument_group("data set")
-    data.add_argument("--dataset", required=True, choices=NAMES, help="what the predictions answer")
+    data.add_argument("--dataset", required=True, choices=NAMES, metavar="NAME", help=f"one of {', '.join(NAMES)}")
     data.add_argument("--split", required=True, help="its split; never assumed")
-    data.add_argument("--data-root", type=Path, help="folder of the real data sets (default: the variable IVT_DATA)")
+    data.add_argument(
+        "--data-root", type=Path, metavar="FOLDER", help="folder of the real data sets (default: the variable IVT_DATA)"
+    )
     data.add_argument("--samples", type=int, metavar="N", help="the first N samples only (default: the whole split)")
     file = parser.add_argument_group("what the file holds (declared, never guessed)")
     file.add_argument("--format", choices=FORMATS, dest="box_format", help="what the four numbers are")

@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ivt_env.data.sample import DataError, Dataset, Picture
-from ivt_env.rendering import Overlay, draw_overlay, place_on_canvas
+from ivt_env.rendering import Overlay, caption_font, draw_overlay, place_on_canvas
 
 _BACKGROUND, _INK, _FAINT = (24, 26, 30), (235, 235, 235), (150, 155, 165)
 _TARGET, _SIBLING = (0, 220, 90), (120, 170, 255)
@@ -38,7 +38,7 @@ def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, si
     if not indices or columns < 1:
         raise ValueError(f"a sheet needs samples and columns, got {len(indices)} samples and {columns} columns")
     columns = min(columns, len(indices))
-    font = ImageFont.load_default(max(11, side // 22))
+    font = caption_font(max(11, side // 22))
     line_height = round(max(11, side // 22) * 1.35)
     width, height = side + 2 * _MARGIN, side + 2 * _MARGIN + line_height * (_LINES + 1)
     rows = -(-len(indices) // columns)
