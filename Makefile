@@ -40,7 +40,7 @@ seeds: $(VENV)/.installed
 		base=tiny sft=$(OUT)/sft/policy seed0=$(OUT)/grpo/policy seed1=$(OUT)/grpo-seed1/policy \
 		seed2=$(OUT)/grpo-seed2/policy
 
-# The shipped weights, made again (about 50 minutes on two cores).
+# A tiny model from scratch (73 minutes on two cores that other work shared; docs/experiments.md has its figures).
 tiny: $(VENV)/.installed
 	$(RUN) -m agents.vlm.pretrain --out runs/tiny_qwen3vl
 
