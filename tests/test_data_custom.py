@@ -32,7 +32,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ivt_env.data as data
-from ivt_env.data import DataError, DatasetFallbackWarning, load_dataset
+from ivt_env.data import DataError, DataMissingError, load_dataset
 from ivt_env.data import custom as module
 from ivt_env.data.checked import BadRowError
 from ivt_env.data.custom import Declared
@@ -275,11 +275,11 @@ def test_splits_are_those_whose_file_is_there(root):
     assert "my-set (custom) has no split 'val'; it has train, test" in refusal(root, "val")
 
 
-def test_absent_is_none_and_falls_back_loudly(tmp_path):
+def test_absent_is_none_and_nothing_takes_its_place(tmp_path):
     assert module.find(tmp_path, "custom") is None
     assert module.find(tmp_path, "refcocog") is None
-    with pytest.warns(DatasetFallbackWarning, match="custom"):
-        assert load_dataset("custom", "train", data_root=tmp_path).name == "scenes"
+    with pytest.raises(DataMissingError, match="custom"):
+        load_dataset("custom", "train", data_root=tmp_path)
 
 
 # --- What is declared -----------------------------------------------------------------------------
