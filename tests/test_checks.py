@@ -10,6 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
+from eval_layouts import write_ref_l4
 from made_up_source import write_made_up
 from PIL import Image
 from refer_layout import write_refer_folder
@@ -215,3 +216,62 @@ def test_source_of_refer_is_what_check_reads(tmp_path):
     write_refer_folder(tmp_path)
     report = check_source(refer.source(tmp_path))
     assert len(found(report, "error")) == 3, "each split is far from its published size"
+
+
+def test_a_leak_across_data_sets_is_named_in_full_as_json(tmp_path, capsys):
+    for name in ("refcocog", "refcoco"):
+        write_refer_folder(tmp_path, name)
+    main(["data", "check", "refcocog", "refcoco", "--data-root", str(tmp_path), "--no-pictures", "--json"])
+    across = json.loads(capsys.readouterr().out)["across"]
+    assert across and all(len(finding["examples"]) == finding["count"] for finding in across)
+
+
+def test_a_set_with_rows_left_out_is_not_called_whole(made):
+    made.rows[1]["bad"] = "its number is odd"
+    made.save()
+    report = check_source(made.source())
+    assert report.ok and "whole" not in str(report) and "see the warnings above" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["check", "custom", "--workers", "0"], "--workers 0: give 1 to 256"),
+        (["show", "photos", "--out", "sheet.xyz"], "sheet.xyz: is no name of a picture"),
+        (["show", "photos", "--out", "sheet"], "sheet: is no name of a picture"),
+        (["show", "photos", "--out", "sheet.mpg"], "sheet.mpg: cannot be written"),
+        (["show", "photos", "--side", "100000"], "pixels is too large; give a smaller --side"),
+        (["convert", "refcocog", "--shares", "0.8", "0.1", "0.1"], "--shares belongs to --from"),
+        (["convert", "refcocog", "--pictures", "here"], "--pictures belongs to --from"),
+        (["convert", "refcocog", "--expression-key", "caption"], "--expression-key belongs to --from"),
+        (
+            ["convert", "a.json", "--from", "coco", "--pictures", ".", "--out", "o", "--name", "n",
+             "--shares", "0", "0", "0"],
+            "--shares 0 0 0: the three shares add up to 1",
+        ),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_or_do_nothing_are_one_line(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", *words, "--data-root", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_what_the_sheets_font_cannot_draw_is_printed(tmp_path, capsys):
+    write_ref_l4(tmp_path)  # the first expression is "the ‘näive’ café 猫 🐈"
+    words = ["data", "show", "refl4", "--data-root", str(tmp_path), "--out", str(tmp_path / "sheet.png")]
+    assert main([*words, "--index", "0", "1"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and "0: the ‘näive’ café 猫 🐈" in printed[1]
+
+
+def test_two_tests_are_converted_one_at_a_time(tmp_path, capsys):
+    write_refer_folder(tmp_path, "refcoco")
+    out = tmp_path / "mine"
+    words = ["data", "convert", "refcoco", "--data-root", str(tmp_path), "--out", str(out), "--name", "mine"]
+    assert main(words) == 2 and not out.exists()
+    assert "testA and testB, a data set of your own one test" in capsys.readouterr().err
+    assert main([*words, "--split", "testA"]) == 0 and main([*words, "--split", "train"]) == 0
+    own, original = load_dataset("custom", "test", out), load_dataset("refcoco", "testA", tmp_path)
+    assert [own[i].expression for i in range(len(own))] == [original[i].expression for i in range(len(original))]

@@ -482,3 +482,17 @@ def test_picture_that_has_gone_is_said_with_a_remedy(root):
     os.unlink(path)
     with pytest.raises(DataError, match="is missing; put it there, or correct 'image'"):
         served.picture(served[0])
+
+
+def test_a_picture_name_no_disk_takes_costs_its_line_only(root, caplog):
+    assert "cannot be looked for (File name too long)" in one_bad(root, {"image": "x" * 300}, caplog)
+
+
+def test_meta_that_json_cannot_say_costs_its_line_only(root, caplog):
+    assert "Infinity is no JSON number" in one_bad(root, {"meta": {"a": float("inf")}}, caplog)
+    path = root / "train.jsonl"
+    path.write_text(path.read_text("utf-8").replace("Infinity", "1e999"), "utf-8")  # JSON, and infinite
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert table(root).skipped == 1
+    assert "holds a number that is too large" in caplog.text

@@ -377,3 +377,16 @@ def test_nothing_but_the_standard_library_is_needed_to_download():
     source = Path(fetch.__file__).read_text("utf-8")
     tops = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
     assert tops - set(__import__("sys").stdlib_module_names) == {"ivt_env"}
+
+
+def test_waiting_for_a_server_is_said(server, tmp_path, caplog):
+    for faults, ask in (
+        ([503], lambda url: download(url, tmp_path / "a", patience=QUICK)),
+        ([503], lambda url: remote_size(url, "a", QUICK)),
+        ([503], lambda url: fetch.get_bytes(url, 1 << 21, "a", QUICK)),
+    ):
+        server.files["/a"] = Served(CONTENT, faults=faults)
+        caplog.clear()
+        ask(f"{server.url}/a")
+        (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert said.startswith(f"{server.url}/a: ") and said.endswith("; trying again")

@@ -484,3 +484,27 @@ def test_progress_of_something_unknown_or_never_begun_is_honest():
     line(3, None)
     line.close()
     assert stream.getvalue().startswith("pictures: 3 pictures, ")
+
+
+def test_no_answer_is_a_no(server, published, fetch, monkeypatch, tmp_path):
+    def ended(prompt):
+        raise EOFError
+
+    monkeypatch.setattr("sys.stdin", argparse.Namespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", ended)
+    status, _, err = fetch("refcocog")
+    assert status == 1 and err == "error: nothing was downloaded\n" and not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("mirror", ["http://[::1", "http://[bad"])
+def test_half_an_address_of_a_mirror_is_refused(tmp_path, capsys, mirror):
+    words = ["refcocog", "--pictures", "none", "--data-root", str(tmp_path), "--mirror", mirror]
+    assert command.main(words) == 1
+    assert f"error: --mirror {mirror!r} is not an address" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path, capsys):
+    for root, said in (("x" * 300, "File name too long"), ("~no-such-user/x", "there is no such home folder")):
+        assert command.main(["refcocog", "--pictures", "none", "--data-root", root]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and said in err and err.count("\n") == 1

@@ -87,6 +87,29 @@ def test_cache_folder_honours_xdg_and_ignores_a_relative_one(monkeypatch, tmp_pa
     assert data.cache_folder() == tmp_path / "local" / "ivt_env"
 
 
+@pytest.mark.parametrize("root", [None, "~no-such-user/data"])
+def test_a_home_folder_that_is_not_there_is_named_with_the_remedy(monkeypatch, tmp_path, root):
+    def homeless(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("XDG_CACHE_HOME", "IVT_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(data.DataError, match=r"write the whole path" if root else r"set the variable IVT_DATA"):
+        data.load_dataset("refcocog", "train", root, strict=True)
+
+
+def test_who_names_the_data_folder_needs_no_home(monkeypatch, tmp_path):
+    def homeless(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    layout = write_refer_folder(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert len(data.load_dataset("refcocog", "val", tmp_path, strict=True)) == 3
+    assert (layout.folder / ".ivt_index").is_dir()
+
+
 # --- What it finds --------------------------------------------------------------------------------
 
 

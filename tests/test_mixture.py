@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from made_up_source import write_made_up
 
+from agents.cli import main
 from ivt_env.data import DataError, DataMissingError, load_dataset, mixture
 from ivt_env.data.mixture import PARTS, SIZES, draw, open_mixture, read_ids
 from ivt_env.data.table import Row, open_table
@@ -187,3 +188,26 @@ def test_ids_of_a_table_are_those_of_its_samples(parts):
     samples = [table[i] for i in range(len(table))]
     assert table.sample_ids() == [sample.sample_id for sample in samples]
     assert table.picture_ids() == [sample.picture_id for sample in samples]
+
+
+def test_ids_are_kept_where_they_cannot_be_drawn_anew(tmp_path, capsys):
+    path = tmp_path / "mixed" / "ids.json"
+    path.parent.mkdir()
+    path.write_text("mine", "utf-8")
+    assert main(["data", "mix", "--again", "--data-root", str(tmp_path)]) == 2
+    assert "refcocog test is not in" in capsys.readouterr().err and path.read_text("utf-8") == "mine"
+
+
+def test_drawing_anew_replaces_the_ids_that_count_wherever_they_lie(parts, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(parts / "user-cache"))
+    own, cached = parts / "mixed" / "ids.json", parts / "user-cache" / "ivt_env" / "mixed" / "ids.json"
+    words = ["data", "mix", "--data-root", str(parts)]
+    for path in (cached, own):  # as if the data folder could not be written at first
+        open_mixture(parts, "test", seed=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own.rename(path)
+        assert main(words) == 2 and str(path) in capsys.readouterr().err
+        assert main([*words, "--again", "--seed", "7"]) == 0
+        assert f"ids in {path}" in capsys.readouterr().out
+        assert json.loads(path.read_text("utf-8"))["seed"] == 7
+        path.unlink()

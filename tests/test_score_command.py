@@ -124,6 +124,10 @@ def test_wrong_input_is_one_line_and_status_2(
     assert "--samples 0" in refused(capsys, perfect, *on_photos, *PX, "--samples", 0)
     assert "--samples 17: photos test has 16" in refused(capsys, perfect, *on_photos, *PX, "--samples", 17)
     assert "--resamples -1" in refused(capsys, perfect, *on_photos, *PX, "--resamples", -1)
+    assert "--resamples 100001: give 100000" in refused(capsys, perfect, *on_photos, *PX, "--resamples", 100_001)
+    assert "--seed -1: give 0 or more" in refused(capsys, perfect, *on_photos, *PX, "--seed", -1)
+    nobody = ("--dataset", "refl4", "--split", "test", "--data-root", "~no-such-user/x")
+    assert "no such home folder" in refused(capsys, perfect, *nobody, *PX)
     endless = ("--dataset", "scenes", "--split", "train")
     assert "say how many with --samples" in refused(capsys, perfect, *endless, *PX)
     for content, word in (("[", "not JSON"), ("[]", "not a JSON object"), ('{"refcoco_1": 1}', "'refcoco_1': 1")):

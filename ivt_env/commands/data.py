@@ -15,12 +15,16 @@ from ivt_env.commands import fetch
 from ivt_env.data import NAMES, data_folder, find_source, load_dataset, splits
 from ivt_env.data.checks import Finding, Report, check_source, leaks
 from ivt_env.data.converters import Converted, export, from_coco, from_label_studio
-from ivt_env.data.mixture import IDS_FILE, open_mixture
+from ivt_env.data.custom import SPLITS as OWN_SPLITS
+from ivt_env.data.mixture import held_ids, open_mixture, redraw
 from ivt_env.data.sample import DataError, DataMissingError
-from ivt_env.data.sheet import contact_sheet
+from ivt_env.data.sheet import can_draw, cell_size, contact_sheet
 from ivt_env.data.table import Source, Table, open_table
 
 _ON_DISK = tuple(name for name in NAMES if name not in ("scenes", "photos", "mixed"))
+
+_MOST_PIXELS = 250_000_000
+"""Of a contact sheet: more would fill the memory."""
 
 _FETCH = (
     "Downloads a data set to where its reader looks for it. Shows the licence and the size first and asks before more "
@@ -111,6 +115,8 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
     def guarded(args: argparse.Namespace) -> int:
         try:
             return run(args)
+        except BrokenPipeError:
+            raise
         except (DataError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -135,6 +141,8 @@ def _sources(name: str, root: Path, wanted: Sequence[str] | None) -> list[tuple[
 
 
 def _check(args: argparse.Namespace) -> int:
+    if not 1 <= args.workers <= 256:
+        raise DataError(f"--workers {args.workers}: give 1 to 256")
     root = data_folder(args.data_root)
     reports: list[Report] = []
     tables: dict[tuple[str, str], Table] = {}
@@ -145,19 +153,22 @@ def _check(args: argparse.Namespace) -> int:
             tables |= {(source.name, s): open_table(source, s, need_pictures=False) for s in of_source}
             if not args.json:
                 print(report)
-    across = _across(tables) if len(args.names) > 1 else []
+    across = _across(tables, every=args.json) if len(args.names) > 1 else []
     if args.json:
         found = {"data_sets": [r.as_json() for r in reports], "across": [vars_of(f) for f in across]}
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(found, indent=1))
     else:
         for finding in across:
-            print(f"  {finding.level.upper():<8} {finding.text} ({finding.count:,}), {', '.join(finding.examples)}")
+            more = ", ... (--json names all)" if finding.count > len(finding.examples) else ""
+            print(
+                f"  {finding.level.upper():<8} {finding.text} ({finding.count:,}): {', '.join(finding.examples)}{more}"
+            )
     return 0 if all(report.ok for report in reports) else 1
 
 
-def _across(tables: dict[tuple[str, str], Table]) -> list[Finding]:
+def _across(tables: dict[tuple[str, str], Table], every: bool) -> list[Finding]:
     pairs = {(a, b) for a in tables for b in tables if a[0] != b[0] and a[1] == "train"}
-    return [finding for a, b in sorted(pairs) for finding in leaks({a: tables[a], b: tables[b]})]
+    return [finding for a, b in sorted(pairs) for finding in leaks({a: tables[a], b: tables[b]}, every=every)]
 
 
 def vars_of(finding: Finding) -> dict[str, object]:
@@ -178,6 +189,8 @@ def _convert(args: argparse.Namespace) -> int:
             raise DataError("--split puts everything into one split and --shares divides it: give one of them")
         divided: str | dict[str, float] = args.split or "train"
         if args.shares:
+            if not any(args.shares):
+                raise DataError("--shares 0 0 0: the three shares add up to 1")
             divided = {s: share for s, share in zip(("train", "val", "test"), args.shares, strict=True) if share}
         keys = {} if args.expression_key is None else {"expression_key": args.expression_key}
         convert = from_coco if args.kind == "coco" else from_label_studio
@@ -189,16 +202,28 @@ def _convert(args: argparse.Namespace) -> int:
         return 0
     if Path(args.source).suffix and args.source not in NAMES:
         raise DataError(f"{args.source} is a file: say what it is with --from coco or --from label-studio")
+    for option, value in (
+        ("--pictures", args.pictures), ("--shares", args.shares), ("--expression-key", args.expression_key),
+    ):  # fmt: skip
+        if value is not None:
+            raise DataError(f"{option} belongs to --from; say what {args.source} is with --from, or leave {option} out")
     if (args.out is None) != (args.name is None):
         raise DataError("to write plain JSONL give both --out FOLDER and --name LABEL")
     root = data_folder(args.data_root)
-    for source, of_source in _sources(args.source, root, [args.split] if args.split else None):
+    sources = _sources(args.source, root, [args.split] if args.split else None)
+    several = [split for _, of_source in sources for split in of_source if split not in OWN_SPLITS]
+    if args.out is not None and len(several) > 1:
+        raise DataError(
+            f"{args.source} has {' and '.join(several)}, a data set of your own one test: convert one split at a time "
+            f"with --split ({several[0]} is written as test)"
+        )
+    for source, of_source in sources:
         for split in of_source:
             table = open_table(source, split, need_pictures=args.out is not None)
             print(f"{source.name} {split}: {len(table):,} expressions, from {source.layout} in {source.folder}")
             if args.out is not None:
-                # Their own names where ours has no such split: testA and testB stay two files.
-                _say(export(table, args.out, args.name, split, copy=args.copy))
+                own = split if split in OWN_SPLITS else "test"  # testA or testB, one of them
+                _say(export(table, args.out, args.name, own, copy=args.copy))
     return 0
 
 
@@ -216,6 +241,8 @@ def _say(done: Converted) -> None:
 def _show(args: argparse.Namespace) -> int:
     if args.number < 1 or args.columns < 1 or args.side < 32:
         raise DataError("--number and --columns are at least 1, --side is at least 32")
+    if args.out.suffix.lower() not in Image.registered_extensions():
+        raise DataError(f"--out {args.out}: is no name of a picture; give one that ends in .png or .jpg")
     # The splits that this machine can serve, where the user names none.
     for split in [args.split] if args.split else splits(args.name):
         try:
@@ -231,17 +258,30 @@ def _show(args: argparse.Namespace) -> int:
     outside = [index for index in chosen if not 0 <= index < len(dataset)]
     if outside:
         raise DataError(f"--index {outside[0]}: {args.name} {dataset.split} has samples 0 to {len(dataset) - 1}")
-    Image.fromarray(contact_sheet(dataset, chosen, args.columns, args.side)).save(args.out)
+    columns = min(args.columns, len(chosen))
+    height, width = (
+        n * size for n, size in zip((-(-len(chosen) // columns), columns), cell_size(args.side), strict=True)
+    )
+    if height * width > _MOST_PIXELS:
+        raise DataError(f"a sheet of {width} x {height} pixels is too large; give a smaller --side or fewer samples")
+    sheet = Image.fromarray(contact_sheet(dataset, chosen, args.columns, args.side))
+    try:
+        sheet.save(args.out)
+    except (ValueError, KeyError) as error:  # a format that Pillow reads and cannot write, or not this size
+        raise DataError(f"--out {args.out}: cannot be written ({error}); give a name that ends in .png") from error
     print(f"{args.out}: {len(chosen)} samples of {dataset.name} {dataset.split}")
+    for index in chosen:
+        if not can_draw(dataset[index].expression):
+            print(f"  {index}: {' '.join(dataset[index].expression.split())} (the sheet's font lacks letters of it)")
     return 0
 
 
 def _mix(args: argparse.Namespace) -> int:
     root = data_folder(args.data_root)
-    path = root / "mixed" / IDS_FILE
-    if path.exists() and not args.again:
-        raise DataError(f"{path}: there are ids, which stay as they are; --again draws anew and overwrites them")
-    path.unlink(missing_ok=True)
+    held = held_ids(root)
+    if held is not None and not args.again:
+        raise DataError(f"{held}: there are ids, which stay as they are; --again draws anew and overwrites them")
+    path = redraw(root, args.seed)
     for split in splits("mixed"):
         mixture = open_mixture(root, split, args.seed)
         print(f"mixed {split}: {len(mixture):,} samples")

@@ -98,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
     except (DataError, _DeclinedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {disk_error(error, Path(error.filename or args.data_root or '.'))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on from here", file=sys.stderr)
         return 130
@@ -246,7 +249,12 @@ def _ask(sizes: Sequence[int | None], agreed: bool) -> None:
         raise ConsentError(
             f"this would download {text}, more than 1 GB or unknown, and nobody can be asked here; give --yes to agree"
         )
-    if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        answer = input("Go on? [y/N] ")
+    except EOFError:  # Ctrl-D
+        print()
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise _DeclinedError("nothing was downloaded")
 
 

@@ -37,6 +37,7 @@ from ivt_env.metrics.table import as_json
 
 _MOST_SAMPLES = 500_000
 """More samples than this are not meant to be scored whole (the embedded scenes have no end)."""
+_MOST_RESAMPLES = 100_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         print(_scored(args))
-    except (DataError, PredictionError, BenchmarkError) as error:
+    except BrokenPipeError:
+        raise
+    except (DataError, PredictionError, BenchmarkError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
@@ -106,9 +109,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _scored(args: argparse.Namespace) -> str:
-    for option, value, least in (("--samples", args.samples, 1), ("--resamples", args.resamples, 0)):
+    for option, value, least in (
+        ("--samples", args.samples, 1),
+        ("--resamples", args.resamples, 0),
+        ("--seed", args.seed, 0),
+    ):
         if value is not None and value < least:
             raise PredictionError(f"{option} {value}: give {least} or more")
+    if args.resamples > _MOST_RESAMPLES:
+        raise PredictionError(f"--resamples {args.resamples}: give {_MOST_RESAMPLES} or fewer; 1000 are plenty")
     # Before the data set, which may take a minute to open.
     file = read_predictions(
         args.predictions,

@@ -72,12 +72,22 @@ def cache_folder() -> Path:
 
     ``$XDG_CACHE_HOME/ivt_env`` where that variable holds an absolute path, else
     ``%LOCALAPPDATA%\ivt_env`` on Windows and ``~/.cache/ivt_env`` elsewhere.
+
+    Raises:
+        DataError: where the user has no home folder, and no variable names another.
     """
     chosen = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(chosen) and sys.platform == "win32":
         chosen = os.environ.get("LOCALAPPDATA", "")
-    base = Path(chosen) if os.path.isabs(chosen) else Path.home() / ".cache"
-    return base / "ivt_env"
+    if os.path.isabs(chosen):
+        return Path(chosen) / "ivt_env"
+    try:
+        return Path.home() / ".cache" / "ivt_env"
+    except RuntimeError as error:
+        raise DataError(
+            "this user has no home folder; set the variable IVT_DATA to the folder that holds the data sets, or "
+            "XDG_CACHE_HOME to one that can be written"
+        ) from error
 
 
 def data_folder(data_root: str | os.PathLike[str] | None = None) -> Path:
@@ -85,9 +95,17 @@ def data_folder(data_root: str | os.PathLike[str] | None = None) -> Path:
 
     Args:
         data_root: the folder itself. None: the variable ``IVT_DATA``, else ``data`` in ``cache_folder()``.
+
+    Raises:
+        DataError: for the home folder of a user who has none.
     """
     chosen = data_root or os.environ.get("IVT_DATA")
-    return Path(chosen).expanduser() if chosen else cache_folder() / "data"
+    if not chosen:
+        return cache_folder() / "data"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{chosen}: there is no such home folder; write the whole path of the data folder") from error
 
 
 def splits(name: str) -> tuple[str, ...]:

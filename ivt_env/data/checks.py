@@ -73,7 +73,9 @@ class Report:
                 lines += [f"             {example}" for example in finding.examples]
                 if finding.count > len(finding.examples) > 0:
                     lines.append(f"             ... and {finding.count - len(finding.examples):,} more")
-        lines.append("  whole and readable" if self.ok else "  NOT fit for use: see the errors above")
+        warned = any(finding.level == "warning" for finding in self.findings)
+        good = "  readable, but see the warnings above" if warned else "  whole and readable"
+        lines.append(good if self.ok else "  NOT fit for use: see the errors above")
         return "\n".join(lines)
 
 
@@ -127,12 +129,13 @@ def left_out(source: Source, tables: Mapping[str, Table]) -> Iterator[Finding]:
     yield Finding("warning", "all", text, len(bad.reasons), tuple(bad.reasons[:_EXAMPLES]))
 
 
-def leaks(tables: Mapping[tuple[str, str], Table], allowed: bool = False) -> Iterator[Finding]:
+def leaks(tables: Mapping[tuple[str, str], Table], allowed: bool = False, every: bool = False) -> Iterator[Finding]:
     """Pictures that are in a training split and in another one, in one data set or across several.
 
     Args:
         tables: (data set, split) -> opened split.
         allowed: whether the data set is known to be divided like this (the google partitions).
+        every: whether to name every picture instead of the first few.
     """
     pictures = {key: set(table.picture_ids()) for key, table in tables.items()}
     for train, of_train in pictures.items():
@@ -143,7 +146,8 @@ def leaks(tables: Mapping[tuple[str, str], Table], allowed: bool = False) -> Ite
             if other != train and other[1] != "train" and shared:
                 text = f"{' '.join(train)} shares pictures with {' '.join(other)}: leave them out of training"
                 level: Level = "warning" if allowed or train[0] != other[0] else "error"
-                yield Finding(level, f"{train[1]}/{other[1]}", text, len(shared), _first(sorted(shared)))
+                named = tuple(sorted(shared)) if every else _first(sorted(shared))
+                yield Finding(level, f"{train[1]}/{other[1]}", text, len(shared), named)
 
 
 def _repeats(table: Table) -> Iterator[Finding]:

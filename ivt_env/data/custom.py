@@ -297,9 +297,11 @@ def _meta(values: dict[str, Any]) -> dict[str, Any]:
             raise BadRowError(f"category is {short(category)}, but in meta it is {short(meta['category'])}")
         meta = meta | {"category": category}
     try:
-        json.dumps(meta, ensure_ascii=False).encode()
+        json.dumps(meta, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
         raise BadRowError(f"meta {short(meta)} holds a text that is not valid Unicode") from error
+    except ValueError as error:  # 1e999 is JSON, and infinite in Python
+        raise BadRowError(f"meta {short(meta)} holds a number that is too large") from error
     return meta
 
 
@@ -327,7 +329,10 @@ class _Pictures:
         return found
 
     def _upright_size(self, image: str) -> tuple[int, int]:
-        path = next((f / image for f in self._folders if (f / image).is_file()), None)
+        try:
+            path = next((f / image for f in self._folders if (f / image).is_file()), None)
+        except OSError as error:  # a name that is too long, a folder that must not be read
+            raise BadRowError(f"image {short(image)}: cannot be looked for ({error.strerror}); correct it") from error
         if path is None:
             places = " or ".join(str(folder / image) for folder in self._folders)
             raise BadRowError(f"image {image!r}: no such picture, neither {places}; put it there or correct the path")

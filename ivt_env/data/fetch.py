@@ -87,7 +87,12 @@ def mirrored(url: str, mirror: str | None) -> str:
     """
     if mirror is None:
         return url
-    parts = urllib.parse.urlsplit(mirror)
+    try:
+        parts = urllib.parse.urlsplit(mirror)
+    except ValueError as error:  # half an IPv6 address
+        raise DataError(
+            f"--mirror {mirror!r} is not an address ({error}): give one such as https://example.org"
+        ) from error
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise DataError(f"--mirror {mirror!r} is not an address: give one such as https://example.org/datasets")
     original = urllib.parse.urlsplit(_WAYBACK.sub("", url))
@@ -304,7 +309,7 @@ def _receive_patiently(wanted: _Wanted, file: IO[bytes], patience: Patience, pro
                     f"{wanted.target}: could not be downloaded from {wanted.url}: {error} (tried {failures} times in "
                     f"a row); {kept}run the same command again later, or give another server with --mirror"
                 ) from error
-            _log.info("%s: %s; trying again", wanted.url, error)
+            _log.warning("%s: %s; trying again", wanted.url, error)
             patience.wait(failures, error.wait_s)
 
 
@@ -563,6 +568,8 @@ def get_bytes(
             failures += 1
             if failures >= patience.attempts or (stop is not None and stop.is_set()):
                 raise DataError(f"{what}: {error} ({url}, tried {failures} times); run it again later") from error
+            # One of thousands of pictures is told of only where it cannot be had.
+            _log.log(logging.WARNING if stop is None else logging.INFO, "%s: %s; trying again", url, error)
             patience.wait(failures, error.wait_s, stop)
 
 
@@ -581,6 +588,7 @@ def remote_size(url: str, what: str, patience: Patience = PATIENCE) -> int | Non
             failures += 1
             if failures >= patience.attempts:
                 raise DataError(f"{what}: {error} ({url}, tried {failures} times); run it again later") from error
+            _log.warning("%s: %s; trying again", url, error)
             patience.wait(failures, error.wait_s)
 
 

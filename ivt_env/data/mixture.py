@@ -12,6 +12,7 @@ does not compare with the Ref-Adv-s leaderboard, nor does a model trained on it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import operator
@@ -167,11 +168,10 @@ def open_mixture(root: Path, split: str, seed: int = 0) -> Mixture:
     Raises:
         DataError: where a part is broken or too small, or the ids are of other files.
     """
-    places = [root / "mixed" / IDS_FILE, cache_folder() / "mixed" / IDS_FILE]
-    for path in places:
-        if path.exists():
-            ids = read_ids(path)
-            return Mixture(split, _opened(root, PARTS[split]), ids, str(path))
+    places = _places(root)
+    held = held_ids(root)
+    if held is not None:
+        return Mixture(split, _opened(root, PARTS[split]), read_ids(held), str(held))
     every = _opened(root, [key for parts in PARTS.values() for key in parts])
     ids = draw(every, seed)
     where = "mixed"
@@ -187,6 +187,38 @@ def open_mixture(root: Path, split: str, seed: int = 0) -> Mixture:
     else:
         _log.warning("the ids of the mixture can be written to none of %s: drawn anew at each opening", places)
     return Mixture(split, {key: every[key] for key in PARTS[split]}, ids, where)
+
+
+def held_ids(root: Path) -> Path | None:
+    """The file of ids that counts for ``root``; None where there is none yet."""
+    return next((path for path in _places(root) if path.exists()), None)
+
+
+def redraw(root: Path, seed: int) -> Path:
+    """Draw the ids, in the place of those that there are; gives the file.
+
+    Raises:
+        DataError: where a part is absent, broken or too small, or no file can be written. What there was is kept.
+    """
+    ids = draw(_opened(root, [key for parts in PARTS.values() for key in parts]), seed)
+    held = held_ids(root)  # another one would not count
+    places = _places(root) if held is None else [held]
+    for path in places:
+        try:
+            write_ids(path, ids, seed)
+        except OSError as error:
+            _log.info("%s: ids not written (%s)", path, error)
+        else:
+            return path
+    raise DataError(f"the ids of the mixture cannot be written to {' or '.join(map(str, places))}; make that writable")
+
+
+def _places(root: Path) -> list[Path]:
+    """Where the ids may lie; the first that is there counts."""
+    places = [root / "mixed" / IDS_FILE]
+    with contextlib.suppress(DataError):  # a user without a home folder
+        places.append(cache_folder() / "mixed" / IDS_FILE)
+    return places
 
 
 def write_ids(path: Path, ids: Ids, seed: int) -> None:

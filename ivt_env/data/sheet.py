@@ -17,6 +17,22 @@ _MARGIN = 10
 _LINES = 3
 
 
+def cell_size(side: int) -> tuple[int, int]:
+    """(height, width) in pixels of one sample's place on a sheet: the picture and the lines below it."""
+    return side + 2 * _MARGIN + _line_height(side) * (_LINES + 1), side + 2 * _MARGIN
+
+
+def can_draw(text: str) -> bool:
+    """Whether the captions' font has every letter of a text."""
+    font = caption_font(12)
+    missing = bytes(font.getmask("\ue123"))  # of the private area: no font has it
+    return all(bytes(font.getmask(letter)) != missing for letter in set(text) if not letter.isspace())
+
+
+def _line_height(side: int) -> int:
+    return round(max(11, side // 22) * 1.35)
+
+
 def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, side: int = 300) -> Picture:
     """Draw samples side by side: target green, other objects of its class blue, expression below.
 
@@ -39,8 +55,8 @@ def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, si
         raise ValueError(f"a sheet needs samples and columns, got {len(indices)} samples and {columns} columns")
     columns = min(columns, len(indices))
     font = caption_font(max(11, side // 22))
-    line_height = round(max(11, side // 22) * 1.35)
-    width, height = side + 2 * _MARGIN, side + 2 * _MARGIN + line_height * (_LINES + 1)
+    line_height = _line_height(side)
+    height, width = cell_size(side)
     rows = -(-len(indices) // columns)
     page = Image.new("RGB", (columns * width, rows * height), _BACKGROUND)
     pen = ImageDraw.Draw(page)

@@ -9,6 +9,7 @@ memory. Pictures are files, decoded when asked for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -281,7 +282,9 @@ def open_table(source: Source, split: str, cached_pictures: int = 32, need_pictu
         "sources": {_key(path, source.folder): _fingerprint(path, source) for path in source.files},
     }  # fmt: skip
     place = hashlib.sha256(str(source.folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    places = [source.folder / ".ivt_index", cache_folder() / "index" / f"{source.name}-{place}"]
+    places = [source.folder / ".ivt_index"]
+    with contextlib.suppress(DataError):  # a user without a home folder, who need not have one
+        places.append(cache_folder() / "index" / f"{source.name}-{place}")
     for folder in places:
         found = _read_index(folder / _index_name(source), identity, split)
         if found is not None:
@@ -333,7 +336,8 @@ def _build(
         else:
             opened = _Opened(path, numbers, len(bad.reasons), folder / "pictures", _stamp(reader))
             return reader.get_batch(numbers[split]), opened
-    _log.warning("no index of %s can be written to %s or %s: slow at each opening", source.name, *places)
+    where_not = " or ".join(map(str, places))
+    _log.warning("no index of %s can be written to %s: slow at each opening", source.name, where_not)
     return batches[split], _Opened(None, numbers, len(bad.reasons), (target or places[0]) / "pictures")
 
 
