@@ -22,12 +22,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,sb3,human,dev]"
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,sb3,human,quantize,dev]"
 	touch $@
 
 train: $(VENV)/.installed
 	$(RUN) train_sft.py --out $(OUT)/sft --steps $(SFT_STEPS)
-	$(RUN) train_grpo.py --model $(OUT)/sft/policy --out $(OUT)/grpo --steps $(GRPO_STEPS)
+	$(RUN) train_grpo.py --model $(OUT)/sft/policy --out $(OUT)/grpo --steps $(GRPO_STEPS) --overwrite
 	$(RUN) train_sft.py --single-shot --out $(OUT)/control --steps $(CONTROL_STEPS) --samples 20000
 	$(RUN) evaluate.py --out $(OUT)/evaluation --runs $(OUT)/grpo --policies \
 		base=tiny sft=$(OUT)/sft/policy sft+grpo=$(OUT)/grpo/policy control=$(OUT)/control/policy
@@ -35,7 +35,7 @@ train: $(VENV)/.installed
 # Two more seeds of GRPO from the warm start of `make train`, and all three curves in one plot.
 seeds: $(VENV)/.installed
 	for seed in 1 2; do $(RUN) train_grpo.py --model $(OUT)/sft/policy --out $(OUT)/grpo-seed$$seed \
-		--steps $(GRPO_STEPS) --seed $$seed || exit 1; done
+		--steps $(GRPO_STEPS) --seed $$seed --overwrite || exit 1; done
 	$(RUN) evaluate.py --out $(OUT)/seeds --runs $(OUT)/grpo $(OUT)/grpo-seed1 $(OUT)/grpo-seed2 --policies \
 		base=tiny sft=$(OUT)/sft/policy seed0=$(OUT)/grpo/policy seed1=$(OUT)/grpo-seed1/policy \
 		seed2=$(OUT)/grpo-seed2/policy

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,12 +24,13 @@ from agents.command import run_command
 from agents.evaluation import METRICS
 from agents.plots import plot_accuracy_by_step, plot_training
 from agents.training import write_json
-from agents.vlm.policy import TINY_NAME
+from agents.vlm.load import TINY_NAME
 from ivt_env.episodes import Episode, save_episodes
 from ivt_env.metrics.columns import Column, columns, outcomes
 from ivt_env.metrics.scores import break_rate, correction_rate, rollout_summary, step_changes
 from ivt_env.metrics.table import Comparison, Row, as_json, compare, difference_table, policy_table, score_rows
 from ivt_env.rollouts import make_vector_env, rollout
+from ivt_env.vector_env import GroundingVectorEnv
 from ivt_env.viewer import write_page
 
 COLUMNS = ("step_0", "last_step", "learned_stop", "random_step", "oracle_best")
@@ -51,8 +52,8 @@ class Args:
     """Samples, from the beginning of the split; all of it if it has fewer."""
     max_steps: int = 3
     """Actions in an episode."""
-    view: str = "overlay"
-    """What is drawn into the observation: overlay, closeup or both."""
+    view: Literal["overlay", "closeup", "both"] | None = None
+    """What a box is shown on, for every policy. None: what each was trained for (`overlay` where it does not say)."""
     out: Path = Path("runs/evaluation")
     """Folder for the tables, episodes, plots and the page."""
     runs: list[Path] = field(default_factory=list)
@@ -80,11 +81,17 @@ def main(args: Args) -> dict[str, Played]:
     if len(names) != len(args.policies):
         raise ValueError(f"policies: every name must be given once, not {args.policies}")
     # Named real data must be there: an evaluation never falls back.
-    env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True, "view": args.view}
+    env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
     env_kwargs |= {"split": args.split, "max_steps": args.max_steps}
     dataset = make_vector_env(args.env, 1, **env_kwargs).dataset
     count = min(args.samples, len(dataset))
-    env = make_vector_env(args.env, min(args.num_envs, count), **env_kwargs)
+    envs: dict[str, GroundingVectorEnv] = {}
+
+    def env_of(view: str) -> GroundingVectorEnv:
+        if view not in envs:
+            envs[view] = make_vector_env(args.env, min(args.num_envs, count), view=view, **env_kwargs)
+        return envs[view]
+
     played: dict[str, Played] = {}
     bars = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, TimeRemainingColumn()) as progress:
@@ -92,8 +99,10 @@ def main(args: Args) -> dict[str, Played]:
             found = []
             for forced in (False, True):
                 task = progress.add_task(f"{name}{', forced' if forced else ''}", total=count)
-                # A fresh agent for each rollout: one that draws then draws the same.
-                agent = load_agent(spec, env=env, seed=args.seed)
+                # A fresh agent for each rollout: one that draws then draws the same. Its view is known once
+                # it is there, and the oracle is given the environment before: only it, and it looks at no picture.
+                agent = load_agent(spec, env=env_of(args.view or "overlay"), seed=args.seed)
+                env = env_of(args.view or str(getattr(agent, "view", "overlay")))
                 found.append(
                     rollout(
                         env,

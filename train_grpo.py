@@ -3,7 +3,7 @@
     python train_grpo.py                                     # tiny model, its own warm start, 2 cores
     python train_grpo.py --model runs/sft/policy             # from a warm start made before
     python train_grpo.py --out runs/grpo --resume            # go on where a run was cut off
-    accelerate launch --num_processes 2 train_grpo.py        # the same on several GPUs
+    accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 train_grpo.py   # several GPUs
     torchrun --standalone --nproc_per_node 2 train_grpo.py   # the same on several processes without a GPU
 
 Each step plays groups of episodes of the same sample with the policy itself, credits every action
@@ -28,16 +28,31 @@ import train_sft
 from agents.command import run_command
 from agents.evaluation import play, summary
 from agents.grpo.losses import CLIPS
+from agents.grpo.options import PROCESSES, check_options, check_resume, recorded_options
 from agents.grpo.trainer import GRPOConfig, GRPOTrainer
-from agents.training import MetricsLog, RunError, make_accelerator, seed_everything, write_json
+from agents.sharding import check_shareable, fill_parameters, gathered_parameters
+from agents.tracking import TrackerName
+from agents.training import (
+    MetricsLog,
+    RunError,
+    checkpoints,
+    forget_run,
+    make_accelerator,
+    read_metrics,
+    seed_everything,
+    write_json,
+)
+from agents.vlm.adapters import drop_reference, make_trainable, merged
 from agents.vlm.dry_run import GENERATION_ROWS, Plan, dry_run
-from agents.vlm.policy import TINY_NAME, VLMPolicy, load_policy
+from agents.vlm.load import TINY_NAME, load_policy
+from agents.vlm.options import ModelOptions
+from agents.vlm.policy import VLMPolicy
 from ivt_env.episodes import save_episodes
 from ivt_env.rollouts import make_vector_env
 
 
 @dataclass
-class Args:
+class Args(ModelOptions):
     """Multi-turn GRPO on IoU gains."""
 
     config: Path | None = None
@@ -53,7 +68,9 @@ class Args:
     out: Path = Path("runs/grpo")
     """Run folder: configuration, metrics, checkpoints, the policy, sampled episodes."""
     resume: bool = False
-    """Go on from the newest checkpoint in `out`."""
+    """Go on from the newest checkpoint in `out`; what decides the result must be as it was."""
+    overwrite: bool = False
+    """Begin anew where `out` already holds the checkpoints of a run, which are lost."""
     steps: int = 60
     """Training steps: a rollout and an update each."""
     prompts: int = 16
@@ -62,6 +79,10 @@ class Args:
     """Episodes of each sample (the paper: 6)."""
     max_steps: int = 3
     """Actions in an episode (the paper: one proposal and two refinements)."""
+    view: Literal["overlay", "closeup", "both"] | None = None
+    """What a box is shown on: the whole picture, the region around it enlarged, or both. None: as the policy says."""
+    layout: Literal["fresh", "prefix"] | None = None
+    """A prompt of its own each step, or one growing conversation (the paper). None: as the policy says."""
     reward: Literal["gain", "final"] = "gain"
     """`gain`: IoU gain at each step. `final`: IoU of the last box, paid at the end (the paper)."""
     step_cost: float = 0.0
@@ -118,9 +139,9 @@ class Args:
     eval_split: str = "val"
     """Split of those evaluations."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Number format of the update's passes."""
-    tensorboard: bool = True
-    """Write TensorBoard event files beside the JSON lines."""
+    """Number format that rollouts and the update compute in."""
+    tracker: TrackerName = "tensorboard"
+    """Where metrics go besides `metrics.jsonl`; wandb and trackio need the extra `trackers`."""
     dry_run: bool = False
     """Build the true architecture without weights, print what it needs and what fits, and end."""
     gpu_memory_gb: float = 80.0
@@ -135,30 +156,18 @@ def main(args: Args) -> Path:
         check_options(args)
         print(dry_run(_plan(args)))
         return args.out
+    args.check_model(args.lora_rank)
     accelerator = make_accelerator(args.mixed_precision)
     chief = accelerator.is_main_process
     check_options(args, accelerator.num_processes)
     low, high = CLIPS[args.loss]
     args.clip_low = low if args.clip_low is None else args.clip_low
     args.clip_high = high if args.clip_high is None else args.clip_high
-    if args.resume and args.model is None:
-        args.model = _recorded_model(args.out)
+    options = _begin(args, accelerator.num_processes)
     args.model = args.model or _warm_start(args)
     seed_everything(args.seed)
-    policy = load_policy(
-        args.model,
-        temperature=args.temperature,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        device=str(accelerator.device),
-    )
-    if hasattr(policy.model, "merge_and_unload"):
-        # A second adapter would take the place of the first, and "without adapter" would be the model
-        # before its warm start: the reference of the KL divergence must be the policy as given.
-        policy.model = policy.model.merge_and_unload()
-    policy.model.requires_grad_(args.lora_rank == 0)
-    if args.lora_rank:
-        policy.model = train_sft.add_lora(policy.model, args.lora_rank)
+    policy = _load(args, str(accelerator.device))
+    check_shareable(policy.model, args.compile, accelerator)
     reward = {"kind": args.reward, "step_cost": args.step_cost, "invalid_penalty": args.invalid_penalty}
     env = make_vector_env(
         args.env,
@@ -167,6 +176,7 @@ def main(args: Args) -> Path:
         data_root=args.data_root,
         strict=True,
         max_steps=args.max_steps,
+        view=policy.view,
         reward=reward,
     )
     config = GRPOConfig(**{k: getattr(args, k) for k in GRPOConfig.__dataclass_fields__})
@@ -175,30 +185,45 @@ def main(args: Args) -> Path:
     trainer = GRPOTrainer(policy, env, config, accelerator, log, args.out)
     if args.resume:
         trainer.resume()
-    trainer.log = log = MetricsLog(
-        args.out, enabled=chief, tensorboard=args.tensorboard, keep_until=trainer.step if args.resume else None
-    )
+    options["model"] = args.model
     if chief:
-        write_json(args.out / "config.json", asdict(args))
+        if not args.resume:
+            # Else the checkpoints of the run before would be newer than those of this one.
+            forget_run(args.out)
+        write_json(args.out / "config.json", options)
+    keep_until = trainer.step if args.resume else None
+    trainer.log = log = MetricsLog(args.out, chief, args.tracker, keep_until, config=options)
+
+    def evaluate(step: int) -> None:
+        due = step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0)
+        # A run that was killed after a checkpoint may have one evaluation still to make.
+        if due and args.eval_samples and not trainer.agreed(log.holds(step, "eval/")):
+            with trainer.whole_weights():
+                if chief:
+                    log.write(step, _evaluate(policy, args, step))
+
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), disable=not chief) as progress:
         task = progress.add_task("GRPO", total=args.steps, completed=trainer.step, note="")
-        if chief and trainer.step == 0:
-            log.write(0, _evaluate(policy, args, 0))
+        evaluate(trainer.step)
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             note = f"final IoU {metrics['rollout/final_iou']:.3f}  stop {metrics['rollout/stop_rate']:.2f}"
             progress.update(task, completed=step, note=note)
-            due = step == args.steps or (args.eval_every and step % args.eval_every == 0)
-            if chief and due:
-                log.write(step, _evaluate(policy, args, step))
+            evaluate(step)
 
         trainer.train(on_step)
     folder = args.out / "policy"
+    trained = gathered_parameters(policy.model) if trainer.sharded else None
     if chief:
+        if trained is not None:
+            # The sharded model is of no use to one process alone: the same policy again, whole.
+            policy = _load(args, "cpu")
+            fill_parameters(policy.model, trained)
         if args.lora_rank:
+            drop_reference(policy.model)
             policy.model.save_pretrained(args.out / "adapter")
-            policy.model = policy.model.merge_and_unload()
+            policy.model = merged(policy.model)
         policy.save(folder)
     log.close()
     accelerator.wait_for_everyone()
@@ -207,6 +232,42 @@ def main(args: Args) -> Path:
     # With several processes: without it the one that ends first can abort the others.
     accelerator.end_training()
     return folder
+
+
+def _begin(args: Args, processes: int) -> dict[str, Any]:
+    """The options as they are recorded. The model of a resumed run need not be given again.
+
+    Raises:
+        RunError: for a resumed run that would be another, and for a new one on top of one that is there.
+    """
+    given: dict[str, Any] = {**asdict(args), PROCESSES: processes}
+    if args.resume:
+        recorded = recorded_options(args.out)
+        args.model = given["model"] = args.model or recorded.get("model")
+        check_resume(recorded, given, args.out)
+    elif checkpoints(args.out) and not args.overwrite:
+        raise RunError(
+            f"{args.out} holds a run of {int(checkpoints(args.out)[-1].name[5:])} steps: add --resume to go on with"
+            " it, --overwrite to lose it, or give another --out"
+        )
+    return given
+
+
+def _load(args: Args, device: str) -> VLMPolicy:
+    """The policy as training starts from it: what is trained requires gradients."""
+    policy = load_policy(
+        str(args.model),
+        temperature=args.temperature,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        device=device,
+        layout=args.layout,
+        view=args.view,
+        **args.loading(),
+    )
+    policy.model = make_trainable(policy.model, args.lora_rank, reference=args.beta > 0)
+    args.prepare_update(policy.model)
+    return policy
 
 
 def _plan(args: Args) -> Plan:
@@ -225,110 +286,6 @@ def _plan(args: Args) -> Plan:
     )
 
 
-def check_options(args: Args, processes: int = 1) -> None:
-    """Refuse options that contradict each other, before anything is loaded. Changes nothing.
-
-    Args:
-        args: as given.
-        processes: that the training would run on.
-
-    Raises:
-        RunError: names the value and says what would have gone wrong.
-    """
-    _check_rollout(args, processes)
-    _check_credit(args)
-    _check_loss(args)
-
-
-def _check_rollout(args: Args, processes: int) -> None:
-    if not args.temperature > 0:  # so written, NaN is refused, too
-        raise RunError(f"temperature {args.temperature:g}: all members of a group would be equal and every advantage 0")
-    if args.group < 2:
-        raise RunError(f"group {args.group}: with no other members to compare with every advantage is 0")
-    if args.prompts % processes:
-        raise RunError(
-            f"prompts {args.prompts} on {processes} processes: {args.prompts % processes} processes would play one more"
-            f" than the others, and the environments are made for equal shares; give a multiple of {processes}"
-        )
-    for name in ("prompts", "iterations", "micro_batch", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise RunError(f"{name} {getattr(args, name)}: the policy would never be updated; give at least 1")
-    if args.advantage == "return_to_go" and args.reward == "final" and args.max_steps == 1:
-        raise RunError("max_steps 1 leaves nothing to refine: use evaluate.py's single-shot control instead")
-
-
-def _check_credit(args: Args) -> None:
-    if args.advantage == "episode_and_step" and not args.omega > 0:
-        raise RunError(
-            f"omega {args.omega:g} with credit episode_and_step: nothing of the step comparison would be left, or it"
-            " would be turned round; use --credit trajectory, or a positive omega"
-        )
-    if args.advantage != "episode_and_step" and args.omega != 1.0:
-        raise RunError(
-            f"omega {args.omega:g} with credit {args.advantage}: it would be ignored, and the run would be recorded as"
-            " one with a step comparison; add --credit episode_and_step"
-        )
-    if args.scale == "none" and args.scale_floor != Args.scale_floor:
-        raise RunError(
-            f"scale_floor {args.scale_floor:g} with scale none: nothing is divided, so it would be ignored; add"
-            " --scale group or --scale batch"
-        )
-    if args.scale != "none" and not args.scale_floor > 0:
-        raise RunError(
-            f"scale_floor {args.scale_floor:g} with scale {args.scale}: members whose rewards differ by 0.00001 would"
-            " get advantages as large as members that differ by 1; give at least 0.001"
-        )
-    if args.scale == "group" and args.loss == "dr_grpo":
-        raise RunError(
-            "scale group with loss dr_grpo: Dr. GRPO is GRPO without that division; the run would carry its name and"
-            " weigh groups that hardly differ up to 1 / scale_floor times as much; use --scale none or --loss grpo"
-        )
-    if args.scale == "group" and args.kl_in == "reward":
-        raise RunError(
-            "scale group with kl_in reward: the KL penalty would be divided by each group's standard deviation, so its"
-            f" weight would be anything from {args.beta:g} to {args.beta / args.scale_floor:g}; use --kl-in loss"
-        )
-
-
-def _check_loss(args: Args) -> None:
-    for name, value in (("clip_low", args.clip_low), ("clip_high", args.clip_high)):
-        if value is None:
-            continue
-        if not value > 0:
-            raise RunError(f"{name} {value:g}: the clip would stop the gradient of tokens that have not moved yet")
-        if args.loss == "gspo" and value >= 0.05:
-            grown = (1 + value) ** args.max_new_tokens
-            raise RunError(
-                f"{name} {value:g} with loss gspo: it bounds the mean ratio of a whole answer, so an answer of"
-                f" {args.max_new_tokens} tokens could become {grown:,.0f} times as probable before it is clipped, which"
-                " is no clip at all; leave it out (0.0003 and 0.0004)"
-            )
-    if args.loss == "gspo" and args.mixed_precision == "bf16":
-        raise RunError(
-            "mixed_precision bf16 with loss gspo: rollouts are sampled in float32, and bf16 rounding alone moves an"
-            " answer's mean ratio by 0.005 (tiny model): 97 % of the answers would lie outside the clip range of 0.0003"
-            " before the first update; use --mixed-precision no, or a loss with token ratios"
-        )
-    if args.clip_low is not None and args.clip_low > 1:
-        raise RunError(f"clip_low {args.clip_low:g}: a ratio is never below 0, so the lower bound would never bind")
-    if not args.beta >= 0:
-        raise RunError(f"beta {args.beta:g}: the policy would be paid for leaving its reference; give 0 or more")
-    if args.kl_in == "reward" and args.beta == 0:
-        raise RunError(
-            "kl_in reward with beta 0: nothing would be subtracted, and the run would be recorded as one with a KL"
-            " penalty; add --beta (the paper: 0.04)"
-        )
-
-
-def _recorded_model(out: Path) -> str:
-    import json
-
-    path = out / "config.json"
-    if not path.exists():
-        raise RunError(f"nothing to resume in {out}: no config.json; start without --resume")
-    return str(json.loads(path.read_text(encoding="utf-8"))["model"])
-
-
 def _warm_start(args: Args) -> str:
     """The SFT policy beside this run, made now unless a finished one is there."""
     out = args.out.with_name(args.out.name + "-sft")
@@ -344,8 +301,6 @@ def _warm_start(args: Args) -> str:
 
 def _evaluate(policy: VLMPolicy, args: Args, step: int) -> dict[str, float]:
     """Greedy episodes on the validation split; the last ones are kept to be looked at."""
-    if not args.eval_samples:
-        return {}
     sampling, generator = policy.sampling, policy.generator
     env = make_vector_env(args.env, 1, split=args.eval_split, data_root=args.data_root, strict=True)
     count = min(args.eval_samples, len(env.dataset))
@@ -359,6 +314,7 @@ def _evaluate(policy: VLMPolicy, args: Args, step: int) -> dict[str, float]:
         max_steps=args.max_steps,
         data_root=args.data_root,
         strict=True,
+        view=policy.view,
         agent_name=f"step {step}",
     )
     policy.sampling, policy.generator = sampling, generator
@@ -368,9 +324,7 @@ def _evaluate(policy: VLMPolicy, args: Args, step: int) -> dict[str, float]:
 
 def _report(args: Args, folder: Path) -> None:
     """The table of before and after, read back from the run's own metrics."""
-    import json
-
-    rows: list[dict[str, Any]] = [json.loads(x) for x in (args.out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(args.out / "metrics.jsonl")
     measured = [r for r in rows if "eval/final_iou" in r]
     if len(measured) > 1:
         first, last = ({k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in (measured[0], measured[-1]))

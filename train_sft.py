@@ -19,26 +19,30 @@ It ends with a table of before and after, label-free, on the validation split.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from accelerate.utils import DistributedType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agents.command import run_command
 from agents.evaluation import play, summary
 from agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations, teach
+from agents.sft.lessons import teach_to_verify
 from agents.sft.trainer import to_turns, train
 from agents.teacher.harvest import TraceCache, write_traces
 from agents.teacher.load import Teacher, load_teacher
 from agents.teacher.openai import Budget
+from agents.tracking import TrackerName, check_tracker
 from agents.training import MetricsLog, RunError, make_accelerator, seed_everything, write_json
+from agents.vlm.adapters import make_trainable, merged
 from agents.vlm.dry_run import Plan, dry_run
-from agents.vlm.footprint import LORA_MODULES
-from agents.vlm.policy import TINY_NAME, VLMPolicy, load_policy
+from agents.vlm.load import TINY_NAME, load_policy
+from agents.vlm.options import ModelOptions
+from agents.vlm.policy import VLMPolicy
 from agents.vlm.turns import Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.metrics.table import render
@@ -46,7 +50,7 @@ from ivt_env.rollouts import make_vector_env
 
 
 @dataclass
-class Args:
+class Args(ModelOptions):
     """Supervised warm start on corrective traces."""
 
     config: Path | None = None
@@ -73,6 +77,13 @@ class Args:
     """Cost cap of an `openai:` teacher: tokens of this run, as the server counts them."""
     teacher_cache: Path = Path("runs/teacher-cache")
     """Texts of model teachers, by a hash of model, prompt and picture; asking again costs nothing."""
+    lessons: Literal["walks", "verification"] = "walks"
+    """`walks`: from the student's box to the target, in words (the paper). `verification`: good, shifted,
+    random boxes and those of other objects, each with what is right about it; without words."""
+    view: Literal["overlay", "closeup", "both"] = "overlay"
+    """What a box is shown on: the whole picture, the region around it enlarged, or both."""
+    layout: Literal["fresh", "prefix"] = "fresh"
+    """A prompt of its own each step, or one growing conversation (the paper)."""
     single_shot: bool = False
     """Teach first answers only. The control that every claim about the loop must beat."""
     steps: int = 300
@@ -83,6 +94,10 @@ class Args:
     """Demonstrations in one forward pass."""
     lr: float = 2e-4
     """Peak learning rate of AdamW."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon at ten times that rate on the language model's matrices, AdamW on the rest."""
+    smoothing: float = 0.0
+    """Smooth the targets of coordinates over this many thousandths of a picture's side; 0: hard targets."""
     lora_rank: int = 0
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     seed: int = 0
@@ -92,9 +107,9 @@ class Args:
     eval_split: str = "val"
     """Split of that table."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Number format of the forward and backward pass."""
-    tensorboard: bool = True
-    """Write TensorBoard event files beside the JSON lines."""
+    """Number format that the harvest and the training compute in."""
+    tracker: TrackerName = "tensorboard"
+    """Where metrics go besides `metrics.jsonl`; wandb and trackio need the extra `trackers`."""
     dry_run: bool = False
     """Build the true architecture without weights, print what it needs and what fits, and end."""
     gpu_memory_gb: float = 80.0
@@ -108,20 +123,30 @@ def main(args: Args) -> Path:
     if args.dry_run:
         print(dry_run(_plan(args)))
         return args.out
+    args.check_model(args.lora_rank)
+    check_tracker(args.tracker)
     teacher = _teacher(args)
     accelerator = make_accelerator(args.mixed_precision)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise RunError(
+            f"{accelerator.distributed_type.value}: train_sft.py holds the whole model in each process, and would save"
+            " a part of it; launch it with configs/accelerate/ddp.yaml (train_grpo.py can share weights)"
+        )
     if teacher is not None and accelerator.num_processes > 1:
         raise RunError(
             f"{accelerator.num_processes} processes would each ask {args.teacher}: run one process with --steps 0, "
             f"then this with --teacher template --demonstrations {args.out / 'demonstrations.jsonl'}"
         )
     seed_everything(args.seed)
-    policy = load_policy(args.model, device=str(accelerator.device))
-    env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True}
+    policy = load_policy(
+        args.model, device=str(accelerator.device), layout=args.layout, view=args.view, **args.loading()
+    )
+    policy.autocast = accelerator.autocast
+    env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, "view": args.view}
     env = make_vector_env(args.env, 1, **env_kwargs)
     dataset = env.dataset
     chief = accelerator.is_main_process
-    log = MetricsLog(args.out, enabled=chief, tensorboard=args.tensorboard)
+    log = MetricsLog(args.out, chief, args.tracker, config=asdict(args))
     if chief:
         write_json(args.out / "config.json", asdict(args))
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -143,7 +168,7 @@ def main(args: Args) -> Path:
         train(
             policy,
             make_turns,
-            len(demonstrations),
+            [d.index for d in demonstrations],
             accelerator,
             log,
             steps=args.steps,
@@ -152,11 +177,13 @@ def main(args: Args) -> Path:
             peak_lr=args.lr,
             seed=args.seed,
             on_step=on_step,
+            smoothing=args.smoothing,
+            optimizer=args.optimizer,
         )
         folder = args.out / "policy"
         if chief:
             if args.lora_rank:
-                policy.model = policy.model.merge_and_unload()
+                policy.model = merged(policy.model)
             policy.save(folder)
             after = _measure(policy, args, progress, "after")
     log.close()
@@ -170,21 +197,9 @@ def main(args: Args) -> Path:
 
 def _prepare_parameters(policy: VLMPolicy, args: Args) -> None:
     """Decide what is trained: everything, or adapters."""
-    policy.model.requires_grad_(args.lora_rank == 0)
+    policy.model = make_trainable(policy.model, args.lora_rank)
     policy.frozen_vision = args.lora_rank > 0
-    if args.lora_rank:
-        policy.model = add_lora(policy.model, args.lora_rank)
-
-
-def add_lora(model: Any, rank: int) -> Any:
-    """A fresh LoRA adapter on every matrix of the language model; dropout 0, so that ratios start at 1."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_MODULES)
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.23 by a name that is being retired; nothing a user can do.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return get_peft_model(model, config)
+    args.prepare_update(policy.model)
 
 
 def _plan(args: Args) -> Plan:
@@ -248,7 +263,11 @@ def _demonstrations(
             **env_kwargs,
         )
         boxes = [e.steps[0].box for e in episodes]
-    drafts = teach(dataset, indices, boxes, np.random.default_rng((args.seed, 2)))
+    lesson_rng = np.random.default_rng((args.seed, 2))
+    if args.lessons == "verification":
+        drafts = teach_to_verify(dataset, indices, boxes, lesson_rng, closeups=args.view == "both")
+    else:
+        drafts = teach(dataset, indices, boxes, lesson_rng)
     if teacher is None:
         return drafts
     # A harvest that was cut off must go on with the very same boxes; not every GPU repeats itself to the bit.
@@ -284,6 +303,7 @@ def _measure(policy: VLMPolicy, args: Args, progress: Progress, name: str) -> di
         ignore_stop=False,
         data_root=args.data_root,
         strict=True,
+        view=args.view,
         on_progress=lambda n: progress.advance(task, n),
     )
     return dict(summary(episodes))

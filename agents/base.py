@@ -75,7 +75,7 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
 
 def _load_vlm(path: str, options: dict[str, Any]) -> Agent:
     try:
-        load_policy: Callable[..., Agent] = importlib.import_module("agents.vlm.policy").load_policy
+        load_policy: Callable[..., Agent] = importlib.import_module("agents.vlm.load").load_policy
     except ImportError as error:
         raise ValueError(f"agent 'vlm:{path}' needs the training install, ivt-env[train]: {error}") from error
     return load_policy(path, **options)

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from agents.tracking import open_tracker
 
 
 class RunError(ValueError):
@@ -28,55 +31,112 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
 
     Args:
         mixed_precision: ``no`` or ``bf16``.
+
+    Raises:
+        RunError: where the launcher was told to shard the model, and accelerate would not.
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    return Accelerator(mixed_precision=mixed_precision, cpu=not alone and not torch.cuda.is_available())
+    cpu = not alone and not torch.cuda.is_available()
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() == "true" and (alone or cpu):
+            why = "one process has no one to share with" if alone else "there is no GPU"
+            raise RunError(
+                f"{name} was asked for, but {why}: accelerate would hold the whole model in every process without a"
+                " word; launch without it (configs/accelerate/ddp.yaml)"
+            )
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise RunError("FSDP version 1: rollouts need to gather its weights in a way it has not; set fsdp_version: 2")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # It reckons with batches of a data loader, and there is none.
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    return accelerator
 
 
 class MetricsLog:
-    """Metrics as JSON lines and, on request, TensorBoard; silent on all but the main process."""
+    """Metrics as JSON lines and, on request, in a tracker; silent on all but the main process."""
 
-    def __init__(self, folder: Path, enabled: bool = True, tensorboard: bool = True, keep_until: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        enabled: bool = True,
+        tracker: str = "none",
+        keep_until: int | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
         """Open the log.
 
         Args:
             folder: of the run.
             enabled: false on all processes but the main one.
-            tensorboard: also write event files.
+            tracker: one of ``agents.tracking.TRACKERS``.
             keep_until: when a run is resumed, lines of later steps are dropped first.
+            config: options of the run, for the tracker.
+
+        Raises:
+            RunError: for a log that cannot be read.
+            TrackerError: for a tracker that cannot be used.
         """
-        self._file = self._board = None
+        self._file = self._tracker = None
+        self._kept: list[dict[str, float]] = []
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if keep_until is not None and path.exists():
-            lines = [x for x in path.read_text().splitlines() if json.loads(x)["step"] <= keep_until]
-            path.write_text("".join(x + "\n" for x in lines))
-        elif path.exists():
-            path.unlink()
+        if keep_until is not None:
+            self._kept = [row for row in read_metrics(path) if row["step"] <= keep_until]
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in self._kept).encode())
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self._tracker = open_tracker(tracker, folder, config or {}, keep_until or 0)
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until)
+    def holds(self, step: int, prefix: str) -> bool:
+        """Whether a line that was kept from before holds a value of that step, such as ``eval/...``."""
+        return any(row["step"] == step and any(k.startswith(prefix) for k in row) for row in self._kept)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; NaN means *not measured* and is left out."""
         values = {k: float(v) for k, v in metrics.items() if np.isfinite(v)}
+        if not values:
+            return
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(key, value, step)
+        if self._tracker is not None:
+            self._tracker.log(values, step=step)
+
+    def sync(self) -> None:
+        """Make sure that a power cut does not lose lines; before a checkpoint, whose steps they describe."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close."""
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; none where it is missing.
+
+    A process that is killed may leave its last line unfinished: that one is dropped.
+
+    Raises:
+        RunError: names a line that is broken though others follow it.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines[:-1], 1):  # behind the last newline stands what was cut off, or nothing
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}, line {number}: {line[:80]!r} is no line of metrics; remove it to go on") from error
+        rows.append(row)
+    return rows
 
 
 class Stopwatch:
@@ -108,10 +168,51 @@ def derived_seed(*parts: int) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=1, default=str) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, a power cut included."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a power cut; not every system can (Windows), then it may not."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [p for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def forget_run(folder: Path) -> None:
+    """Remove the checkpoints of a run, newest last, so that being killed in between leaves one to resume from."""
+    for old in checkpoints(folder):
+        _discard(old)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint so that what is called one is always whole, at whatever moment the process is killed."""
+    partial = checkpoint.with_name(f"partial-{checkpoint.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint.replace(partial)
+    shutil.rmtree(partial)
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
@@ -124,14 +225,21 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         keep: how many checkpoints to keep.
     """
     parent = folder / "checkpoints"
+    for left in parent.glob("partial-*"):  # by a process that was killed while it wrote
+        shutil.rmtree(left)
     final, partial = parent / f"step-{step:06d}", parent / f"partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    torch.save({"step": step, **state}, partial / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
+    with (partial / "state.pt").open("wb") as file:
+        torch.save({"step": step, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(partial)
+    if final.exists():
+        _discard(final)
     partial.replace(final)
-    for old in sorted(parent.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    _sync_folder(parent)
+    for old in checkpoints(folder)[:-keep]:
+        _discard(old)
     return final
 
 
@@ -141,7 +249,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         RunError: where there is none, or it cannot be read.
     """
-    found = sorted((folder / "checkpoints").glob("step-*"))
+    found = checkpoints(folder)
     if not found:
         raise RunError(f"nothing to resume in {folder}: no checkpoints/step-*; start without --resume")
     path = found[-1] / "state.pt"

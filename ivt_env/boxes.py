@@ -115,6 +115,14 @@ def into_window(boxes: ArrayLike, window: ArrayLike) -> Array:
     return (b - origin) / extent
 
 
+def out_of_window(boxes: ArrayLike, window: ArrayLike) -> Array:
+    """Relative to ``window`` -> relative to the whole picture; undoes ``into_window``."""
+    b, w = np.asarray(boxes, dtype=np.float64), np.asarray(window, dtype=np.float64)
+    origin = np.concatenate([w[..., :2], w[..., :2]], axis=-1)
+    extent = np.concatenate([w[..., 2:] - w[..., :2]] * 2, axis=-1)
+    return origin + b * extent
+
+
 def closeup_window(box: ArrayLike, margin: float = 0.5, smallest: float = 0.25) -> Array:
     """The region that a close-up around ``box`` (4,) shows, relative to the picture.
 

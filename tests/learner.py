@@ -9,9 +9,10 @@ from accelerate import Accelerator
 
 from agents.grpo.trainer import GRPOConfig, GRPOTrainer
 from agents.training import MetricsLog
-from agents.vlm.policy import VLMPolicy, load_policy
+from agents.vlm.adapters import add_lora
+from agents.vlm.load import load_policy
+from agents.vlm.policy import VLMPolicy
 from ivt_env.rollouts import make_vector_env
-from train_sft import add_lora
 
 
 def small_config(**changes: object) -> GRPOConfig:
@@ -44,9 +45,11 @@ def small_policy(lora: bool = True) -> VLMPolicy:
     return policy
 
 
-def small_trainer(folder: Path, policy: VLMPolicy | None = None, **changes: object) -> GRPOTrainer:
+def small_trainer(
+    folder: Path, policy: VLMPolicy | None = None, keep_until: int | None = None, **changes: object
+) -> GRPOTrainer:
     config = small_config(**changes)
     accelerator = Accelerator(cpu=True)
     env = make_vector_env("IVT-Scenes-v0", config.prompts // accelerator.num_processes * config.group, split="train")
-    log = MetricsLog(folder, enabled=True, tensorboard=False)
+    log = MetricsLog(folder, accelerator.is_main_process, keep_until=keep_until)
     return GRPOTrainer(policy or small_policy(), env, config, accelerator, log, folder)

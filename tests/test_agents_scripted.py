@@ -311,15 +311,15 @@ def test_vlm_specs_hand_folder_seed_and_options_to_load_policy(monkeypatch: pyte
         calls.append((path, options))
         return Talker()
 
-    fake = types.ModuleType("agents.vlm.policy")
+    fake = types.ModuleType("agents.vlm.load")
     fake.load_policy = load_policy  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "agents.vlm.policy", fake)
+    monkeypatch.setitem(sys.modules, "agents.vlm.load", fake)
     load_agent("stop-after-1:vlm:C:/runs/a:b", seed=7, temperature=0.5)
     assert calls == [("C:/runs/a:b", {"seed": 7, "temperature": 0.5})]
 
 
 def test_a_vlm_without_the_training_install_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "agents.vlm.policy", None)
+    monkeypatch.setitem(sys.modules, "agents.vlm.load", None)
     with pytest.raises(ValueError, match="vlm:x.*needs the training install"):
         load_agent("vlm:x")
 

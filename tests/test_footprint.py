@@ -14,6 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import train_grpo
 import train_sft
+from agents.vlm.adapters import add_lora
 from agents.vlm.architectures import (
     KNOWN,
     QWEN3_PIXELS,
@@ -41,9 +42,8 @@ from agents.vlm.footprint import (
     weight_bytes,
 )
 from agents.vlm.generation import TokenScorer, generate
-from agents.vlm.policy import PolicyError, load_policy
-from agents.vlm.turns import Turn
-from train_sft import add_lora
+from agents.vlm.load import PolicyError, load_policy
+from agents.vlm.turns import WHOLE, Turn
 
 TOTALS = {
     "Qwen/Qwen3-VL-2B-Instruct": 2_127_532_032,
@@ -130,7 +130,8 @@ def test_weights_take_as_many_bytes_as_the_real_tensors(weight_format, dtype):
 
 def test_nf4_counts_four_bits_and_scales_for_matrices_and_bf16_for_the_rest(policy):
     parts = count_parts(policy.model)
-    matrices = [m.weight for n, m in policy.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    linear = [(n, m) for n, m in policy.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    matrices = [m.weight for n, m in linear if "language_model.layers" in n]
     assert parts.quantisable == sum(w.numel() for w in matrices)
     rest = sum(p.numel() for p in policy.model.parameters()) - parts.quantisable
     assert weight_bytes(parts, "nf4") == parts.quantisable * NF4_BYTES + 2 * rest
@@ -157,10 +158,10 @@ def test_the_cache_takes_as_many_bytes_as_the_real_one(policy, tiny_shape, monke
     made = []
     import agents.vlm.generation as generation
 
-    real = generation.DynamicCache
-    monkeypatch.setattr(generation, "DynamicCache", lambda **kw: made.append(real(**kw)) or made[-1])
-    (picture,) = policy.process([np.zeros((96, 96, 3), np.uint8)])
-    prompt = policy.prompt("the small red ring", None, picture)
+    real = generation.make_cache
+    monkeypatch.setattr(generation, "make_cache", lambda *given: made.append(real(*given)) or made[-1])
+    (picture,) = policy.dialogue.process([np.zeros((96, 96, 3), np.uint8)])
+    prompt = policy.dialogue.prompt("the small red ring", None, [(picture, WHOLE)])
     sampling = replace(policy.sampling, max_new_tokens=5, end_ids=())
     generate(policy.model, [prompt, prompt, prompt], sampling, None, keep=False)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in made[0].layers)
@@ -201,10 +202,11 @@ def kept_bytes(rows, checkpointing=False, completion=20):
         model.enable_input_require_grads()
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    (picture,) = policy.process([np.zeros((96, 96, 3), np.uint8)])
-    prompt = policy.prompt("the small red ring", None, picture)
+    (picture,) = policy.dialogue.process([np.zeros((96, 96, 3), np.uint8)])
+    prompt = policy.dialogue.prompt("the small red ring", None, [(picture, WHOLE)])
     turns = [Turn(prompt, [30 + i for i in range(completion)]) for _ in range(rows)]
-    scorer = TokenScorer(model, policy.sampling, frozen_vision=True)
+    # The estimate is of turns that share nothing; sharing only saves.
+    scorer = TokenScorer(model, policy.sampling, frozen_vision=True, packing=False)
     found = Kept(model).bytes(lambda: scorer(turns))
     work = Workload(36, len(prompt.ids) - 36, completion, 1)
     return found, work, Shape.of(policy.model.config)
@@ -213,7 +215,7 @@ def kept_bytes(rows, checkpointing=False, completion=20):
 def test_the_estimate_of_activations_is_what_autograd_keeps_in_the_tiny_model():
     found, work, shape = kept_bytes(rows=4)
     # Logits are estimated at their peak, of which half is kept: that half is the exact part.
-    logits = 12 * 4 * work.new_tokens * shape.vocabulary
+    logits = 4 * 4 * work.new_tokens * shape.vocabulary  # log-probabilities; entropies keep nothing
     text = 4 * work.turn_tokens * layer_bytes(shape, "float32") * shape.layers
     assert found - logits == pytest.approx(text, rel=0.05)
 
@@ -259,7 +261,7 @@ def test_the_estimate_of_activations_is_never_short_of_what_autograd_keeps(dtype
 
 def test_checkpointing_keeps_what_the_estimate_says_beside_the_layer_computed_again():
     found, work, shape = kept_bytes(rows=4, checkpointing=True)
-    logits = 12 * 4 * work.new_tokens * shape.vocabulary
+    logits = 4 * 4 * work.new_tokens * shape.vocabulary  # log-probabilities; entropies keep nothing
     inputs = 4 * work.turn_tokens * 4 * shape.hidden * shape.layers
     assert found - logits == pytest.approx(inputs, rel=0.5)
     assert found < kept_bytes(rows=4)[0]

@@ -20,7 +20,7 @@ from agents.grpo.losses import CLIPS, LOSSES, denominator
 from agents.grpo.trainer import _states
 from agents.training import RunError, load_checkpoint
 from agents.vlm.generation import TokenScorer
-from agents.vlm.policy import load_policy
+from agents.vlm.load import load_policy
 from ivt_env.rollouts import make_vector_env
 
 ROOT = Path(__file__).parent.parent
@@ -377,7 +377,7 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-SMALL = ["--model", "tiny", "--steps", "2", "--prompts", "2", "--group", "4", "--eval-samples", "8", "--no-tensorboard"]
+SMALL = "--model tiny --steps 2 --prompts 2 --group 4 --eval-samples 8 --tracker none".split()
 
 
 @pytest.mark.parametrize("place", ["photos", "refer"])

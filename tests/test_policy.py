@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agents.vlm.policy import PolicyError, load_policy
+from agents.vlm.adapters import add_lora
+from agents.vlm.load import PolicyError, load_policy
 from agents.vlm.prompts import QWEN, TINY
 from agents.vlm.tiny import weights_folder
 from ivt_env.rollouts import make_vector_env
-from train_sft import add_lora
 
 
 @pytest.fixture
@@ -81,11 +81,11 @@ def test_an_adapter_folder_is_put_on_the_base_that_it_names(folder, tmp_path):
 
 
 def test_the_prompt_of_a_policy_travels_with_it(folder):
-    assert load_policy(folder).prompts == TINY
+    assert load_policy(folder).dialogue.prompts == TINY
     (folder / "policy.json").write_text(json.dumps({"prompt": "Where is {expression}?", "frame": "relative_1000"}))
-    assert load_policy(folder).prompts.text == "Where is {expression}?"
+    assert load_policy(folder).dialogue.prompts.text == "Where is {expression}?"
     (folder / "policy.json").unlink()
-    assert load_policy(folder).prompts == QWEN
+    assert load_policy(folder).dialogue.prompts == QWEN
 
 
 def test_prompts_keep_braces_and_boxes_apart():

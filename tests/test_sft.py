@@ -17,7 +17,7 @@ from agents.sft.trainer import batches, to_turns, train
 from agents.teacher.template import FITS, MISSES, WRONG_OBJECT, critique, teacher_words
 from agents.training import MetricsLog
 from agents.vlm.codec import parse_action
-from agents.vlm.policy import load_policy
+from agents.vlm.load import load_policy
 from agents.vlm.tiny import build_tokenizer
 from ivt_env import boxes
 from ivt_env.data.sample import DataError
@@ -157,8 +157,14 @@ def test_the_answer_ends_with_the_end_of_turn_and_parses(dataset):
 
 
 def test_batches_show_every_demonstration_once_an_epoch():
-    seen = np.concatenate(list(batches(10, 4, 5, np.random.default_rng(0))))
+    samples = [7, 7, 3, 3, 3, 5, 1, 1, 1, 1]
+    seen = np.concatenate(list(batches(samples, 4, 5, np.random.default_rng(0))))
     assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
+    # Those of one sample stand together: its picture is decoded once.
+    for epoch in (seen[:10], seen[10:]):
+        changes = sum(samples[a] != samples[b] for a, b in zip(epoch, epoch[1:], strict=False))
+        assert changes == len(set(samples)) - 1
+    assert list(seen[:10]) != list(seen[10:])
 
 
 def test_training_lowers_the_loss_on_its_demonstrations(tmp_path, dataset):
@@ -171,9 +177,9 @@ def test_training_lowers_the_loss_on_its_demonstrations(tmp_path, dataset):
     train(
         policy,
         lambda chosen: [turns[i] for i in chosen],
-        len(turns),
+        [d.index for d in made],
         Accelerator(cpu=True),
-        MetricsLog(Path(tmp_path), tensorboard=False),
+        MetricsLog(Path(tmp_path)),
         steps=12,
         batch=len(turns),
         micro_batch=8,

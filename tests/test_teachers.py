@@ -34,7 +34,7 @@ from agents.teacher.prompts import trace_request, unusable_reason
 from agents.teacher.template import critique
 from agents.training import RunError
 from agents.vlm.codec import parse_action
-from agents.vlm.policy import load_policy
+from agents.vlm.load import load_policy
 from ivt_env.data.fetch import Patience
 from ivt_env.data.scenes import Scenes
 
@@ -437,7 +437,7 @@ def test_the_local_teacher_runs_and_its_useless_words_are_caught(dataset, drafts
 
 
 def small(out, **changes):
-    values = dict(out=out, samples=12, steps=2, batch=4, micro_batch=4, eval_samples=0, tensorboard=False)
+    values = dict(out=out, samples=12, steps=2, batch=4, micro_batch=4, eval_samples=0, tracker="none")
     return train_sft.main(train_sft.Args(**(values | changes)))
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from agents.evaluation import play
-from agents.vlm.policy import load_policy
+from agents.vlm.load import load_policy
 from agents.vlm.pretrain import PackedQuestions, cell_labels, grid_of, patchify
 from agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, weights_folder
+from agents.vlm.turns import WHOLE
 from ivt_env.data.scenes import make_scene
 
 QUESTIONS = [("the red ring", (0.1, 0.2, 0.3, 0.4)), ("the leftmost star", (0.0, 0.5, 0.2, 1.0)), ("a", (0, 0, 1, 1))]
@@ -74,11 +75,11 @@ def test_packed_questions_equal_questions_asked_alone(model):
 def test_packed_questions_read_like_the_policys_prompts(model):
     """What pretraining shows must be what the policy is asked, id for id."""
     policy, packer = load_policy("tiny"), PackedQuestions(build_tokenizer())
-    picture = policy.process([np.zeros((96, 96, 3), np.uint8)])[0]
-    prompt = policy.prompt("the red ring", None, picture)
+    picture = policy.dialogue.process([np.zeros((96, 96, 3), np.uint8)])[0]
+    prompt = policy.dialogue.prompt("the red ring", None, [(picture, WHOLE)])
     assert packer.prefix + packer.question("the red ring") == prompt.ids
     box = np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32)
-    assert packer.answer(box) == policy.completion(policy.codec.action_text(box, (96, 96)))
+    assert packer.answer(box) == policy.dialogue.completion(policy.codec.action_text(box, (96, 96)))
 
 
 def test_cell_labels_put_every_object_somewhere_it_is():

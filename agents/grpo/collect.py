@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.training import Stopwatch
 from agents.vlm.policy import VLMPolicy
 from agents.vlm.turns import Turn
 from ivt_env.vector_env import GroundingVectorEnv
@@ -30,7 +31,13 @@ class Groups:
     parse_failures: int
 
 
-def collect(env: GroundingVectorEnv, policy: VLMPolicy, indices: Sequence[int], group_size: int) -> Groups:
+def collect(
+    env: GroundingVectorEnv,
+    policy: VLMPolicy,
+    indices: Sequence[int],
+    group_size: int,
+    watch: Stopwatch | None = None,
+) -> Groups:
     """Play ``group_size`` episodes of each sample to their end.
 
     All members of a group start alike: same picture, expression and initial box; they differ by the
@@ -41,18 +48,23 @@ def collect(env: GroundingVectorEnv, policy: VLMPolicy, indices: Sequence[int], 
         policy: samples at its own temperature.
         indices: P samples of the environment's split.
         group_size: G.
+        watch: gets the seconds of ``rollout_model`` and ``rollout_environment``.
     """
+    watch = watch or Stopwatch()
     count = len(indices) * group_size
     if env.num_envs != count:
         raise ValueError(f"{env.num_envs} environments for {len(indices)} groups of {group_size}")
     observations, _ = env.reset(seed=0, options={"index": [int(i) for i in indices for _ in range(group_size)]})
+    policy.reset(np.ones(count, dtype=bool))
     horizon = env.max_steps
     rewards, taken = np.zeros((count, horizon)), np.zeros((count, horizon), dtype=bool)
     ious = np.zeros((count, horizon))
     turns: list[list[Turn]] = [[] for _ in range(count)]
     active, failures = np.ones(count, dtype=bool), 0
     for step in range(horizon):
+        watch.lap("rollout_environment")
         actions = policy.act({**observations, "active": active})
+        watch.lap("rollout_model")
         observations, reward, terminated, truncated, _ = env.step({"box": actions["box"], "stop": actions["stop"]})
         rewards[active, step], taken[:, step] = reward[active], active
         failures += int(actions["parse_failure"][active].sum())
@@ -65,6 +77,7 @@ def collect(env: GroundingVectorEnv, policy: VLMPolicy, indices: Sequence[int], 
         if not active.any():
             ious[:, step + 1 :] = ious[:, step : step + 1]
             break
+    watch.lap("rollout_environment")
     shape = (len(indices), group_size, horizon)
     stopped = np.array([game.terminated for game in env.games]).reshape(shape[:2])
     return Groups(turns, rewards.reshape(shape), taken.reshape(shape), ious.reshape(shape), stopped, failures)

@@ -178,7 +178,7 @@ def clip_fraction(
     clip_high: float = 0.28,
 ) -> torch.Tensor:
     """How many tokens have no gradient because the clip binds."""
-    return _bound((log_probs - old_log_probs).exp(), advantages, clip_low, clip_high)
+    return torch.stack(_bound((log_probs - old_log_probs).exp(), advantages, clip_low, clip_high)).sum()
 
 
 def clipped_tokens(
@@ -191,18 +191,39 @@ def clipped_tokens(
     clip_high: float,
 ) -> torch.Tensor:
     """How many tokens the clip acts on: without gradient, or with a capped weight (cispo)."""
-    if loss == "cispo":
+    bounds = clip_low, clip_high
+    return torch.stack(clipped_sides(loss, log_probs, old_log_probs, advantages, sequence, *bounds)).sum()
+
+
+def clipped_sides(
+    loss: str,
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    sequence: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by side: tokens at the lower bound, and at the upper one.
+
+    The lower bound stops tokens that were bad and have become rarer, the upper one tokens that were good
+    and have become more frequent; which of them binds says which way the policy has moved too far.
+    """
+    if loss == "cispo":  # a cap on the weight, whatever the advantage
         ratio = (log_probs - old_log_probs).exp()
-        return ((ratio > 1 + clip_high) | (ratio < 1 - clip_low)).float().sum()
+        return (ratio < 1 - clip_low).float().sum(), (ratio > 1 + clip_high).float().sum()
     if loss == "gspo":
         return _bound(sequence_ratio(log_probs, old_log_probs, sequence), advantages, clip_low, clip_high)
-    return clip_fraction(log_probs, old_log_probs, advantages, clip_low, clip_high)
+    return _bound((log_probs - old_log_probs).exp(), advantages, clip_low, clip_high)
 
 
-def _bound(ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float) -> torch.Tensor:
-    high = (ratio > 1 + clip_high) & (advantages > 0)
+def _bound(
+    ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens without gradient: below the lower bound, and above the upper one."""
     low = (ratio < 1 - clip_low) & (advantages < 0)
-    return (high | low).float().sum()
+    high = (ratio > 1 + clip_high) & (advantages > 0)
+    return low.float().sum(), high.float().sum()
 
 
 def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:

@@ -12,17 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from numpy.typing import NDArray
 
 from agents.grpo.advantages import advantages as advantages_of
 from agents.grpo.advantages import spread, zero_variance
 from agents.grpo.collect import Groups, collect
-from agents.grpo.losses import LOSSES, PER_SEQUENCE, clipped_tokens, denominator, k3, kl_loss, kl_penalty
-from agents.training import MetricsLog, Stopwatch, derived_seed, load_checkpoint, save_checkpoint
+from agents.grpo.losses import LOSSES, PER_SEQUENCE, clipped_sides, denominator, k3, kl_loss, kl_penalty
+from agents.sharding import fill_optimizer, fill_parameters, gathered_optimizer, gathered_parameters, whole_weights
+from agents.training import MetricsLog, RunError, Stopwatch, derived_seed, load_checkpoint, save_checkpoint
+from agents.vlm.adapters import has_reference, reference_adapter
 from agents.vlm.generation import TokenScorer
+from agents.vlm.packing import micro_batches
 from agents.vlm.policy import VLMPolicy
+from agents.vlm.speed import can_pack
 from agents.vlm.turns import Turn
 from ivt_env.vector_env import GroundingVectorEnv
+
+GOOD = 0.5
+"""IoU from which on stopping is right, in the metrics of the stop; nothing is trained on it."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +113,17 @@ class GRPOTrainer:
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         frozen = not any(p.requires_grad for n, p in policy.model.named_parameters() if "visual" in n)
         policy.frozen_vision = frozen
-        scorer = TokenScorer(policy.model, policy.sampling, frozen)
+        scorer = TokenScorer(policy.model, policy.sampling, frozen, packing=can_pack(policy.model))
+        self.worth = scorer.worth
+        # Rollouts must compute as the update does, or the first ratio is not 1.
+        policy.autocast = accelerator.autocast
         self.reference = self._reference(scorer) if config.beta > 0 else None
         optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.scorer: Any
         self.scorer, self.optimizer = accelerator.prepare(scorer, optimizer)
+        # Sharding puts other parameters in the place of those that were there.
+        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.step = 0
 
     def _reference(self, scorer: TokenScorer) -> Callable[[Sequence[Turn]], torch.Tensor]:
@@ -122,7 +136,15 @@ class GRPOTrainer:
                     return scorer(turns)[0]
 
             return without_adapter
-        frozen = TokenScorer(copy.deepcopy(model).requires_grad_(False).eval(), scorer.sampling, scorer.frozen_vision)
+        if has_reference(model):
+
+            def with_frozen_adapter(turns: Sequence[Turn]) -> torch.Tensor:
+                with torch.no_grad(), reference_adapter(model):
+                    return scorer(turns)[0]
+
+            return with_frozen_adapter
+        still = copy.deepcopy(model).requires_grad_(False).eval()
+        frozen = TokenScorer(still, scorer.sampling, scorer.frozen_vision, scorer.worth is not None)
 
         def of_copy(turns: Sequence[Turn]) -> torch.Tensor:
             with torch.no_grad():
@@ -130,25 +152,48 @@ class GRPOTrainer:
 
         return of_copy
 
+    def whole_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, one process may use the policy as it likes; all must enter and leave together."""
+        return whole_weights(self.scorer, self.accelerator)
+
+    def agreed(self, value: bool) -> bool:
+        """The main process's answer, in all processes."""
+        answer = torch.tensor([float(value and self.accelerator.is_main_process)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(answer, "sum").item())
+
     def resume(self) -> None:
-        """Go on from the newest checkpoint of the run's folder; exact to the bit on one machine."""
+        """Go on from the newest checkpoint of the run's folder; exact to the bit on one machine.
+
+        Raises:
+            RunError: where it does not fit, or where processes see different checkpoints.
+        """
         state = load_checkpoint(self.folder)
-        named = {n: p for n, p in self.policy.model.named_parameters() if p.requires_grad}
+        steps = torch.tensor([int(state["step"])], device=self.accelerator.device)
+        found = sorted(set(self.accelerator.gather(steps).tolist()))
+        if len(found) > 1:
+            raise RunError(
+                f"processes found checkpoints of steps {found} in {self.folder}: several machines need one folder that"
+                " all of them see"
+            )
+        named = [n for n, p in self.policy.model.named_parameters() if p.requires_grad]
         if set(named) != set(state["parameters"]):
-            raise ValueError(f"the checkpoint in {self.folder} was written with another --model or other LoRA options")
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(state["parameters"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+            raise RunError(f"the checkpoint in {self.folder} was written with another --model or other LoRA options")
+        if state["optimizer"] is None:
+            raise RunError(f"the checkpoint in {self.folder} holds no optimizer state: DeepSpeed runs cannot go on")
+        fill_parameters(self.policy.model, state["parameters"])
+        fill_optimizer(self.optimizer, state["optimizer"])
         self.step = int(state["step"])
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         # Randomness needs no saving: each step is seeded by (seed, step, process).
+        parameters = gathered_parameters(self.policy.model)
+        # DeepSpeed spreads the optimizer in a way of its own; a part of it would be a wrong whole.
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        optimizer = None if deepspeed else gathered_optimizer(self.optimizer)
         if self.accelerator.is_main_process:
-            named = {n: p.detach().cpu() for n, p in self.policy.model.named_parameters() if p.requires_grad}
-            state = {"parameters": named, "optimizer": self.optimizer.state_dict()}
-            save_checkpoint(self.folder, self.step, state)
+            self.log.sync()
+            save_checkpoint(self.folder, self.step, {"parameters": parameters, "optimizer": optimizer})
         self.accelerator.wait_for_everyone()
 
     def train(self, on_step: Callable[[int, dict[str, float]], None]) -> None:
@@ -169,10 +214,11 @@ class GRPOTrainer:
         draw = np.random.default_rng((config.seed, 21, self.step))
         indices = draw.integers(len(self.env.dataset), size=config.prompts)[rank::world]
         self.policy.generator.manual_seed(derived_seed(config.seed, 22, self.step, rank))
-        groups = collect(self.env, self.policy, indices.tolist(), config.group)
-        watch.lap("rollout")
-        rewards, metrics = self._rewards(groups)
+        with self.whole_weights():
+            groups = collect(self.env, self.policy, indices.tolist(), config.group, watch)
+            rewards, metrics = self._rewards(groups)
         credit = self._credit(groups, rewards)
+        watch.lap("reward")
         lr = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -186,6 +232,7 @@ class GRPOTrainer:
         seconds = sum(watch.seconds.values())
         metrics |= {"train/lr": lr, "speed/episodes_per_second": totals["episodes"] / seconds}
         metrics["speed/tokens_per_second"] = totals["sampled"] / seconds
+        metrics["speed/pictures_per_second"] = totals["pictures"] / seconds
         return metrics
 
     def _rewards(self, groups: Groups) -> tuple[NDArray[np.float64], dict[str, float]]:
@@ -258,10 +305,11 @@ class GRPOTrainer:
                 float(len(groups.turns)),
                 float(sum(not t.finished for t in turns)),
                 float(credit.masked_tokens),
+                float(sum(len(t.prompt.windows) for t in turns)),
             ],
             device=self.accelerator.device,
         )
-        names = ("tokens", "sequences", "sampled", "actions", "episodes", "truncated", "masked_tokens")
+        names = ("tokens", "sequences", "sampled", "actions", "episodes", "truncated", "masked_tokens", "pictures")
         totals = dict(zip(names, self.accelerator.reduce(counts, "sum").tolist(), strict=True))
         capacity = totals["episodes"] * groups.taken.shape[-1] * self.policy.sampling.max_new_tokens
         totals["denominator"] = denominator(self.config.loss, totals["tokens"], totals["sequences"], capacity)
@@ -280,11 +328,10 @@ class GRPOTrainer:
             first: whether the policy is still the one that sampled.
         """
         config, accelerator = self.config, self.accelerator
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt.ids) + len(rows[i].completion))
-        parts = [order[k : k + config.micro_batch] for k in range(0, len(order), config.micro_batch)]
+        parts = micro_batches(rows, config.micro_batch, self.policy.image_token, self.worth)
         # Every process must take part in the same number of backward passes, rows or no rows.
         most = int(accelerator.gather(torch.tensor([len(parts)], device=accelerator.device)).max())
-        sums, worst = torch.zeros(6, dtype=torch.float64), 0.0
+        sums, worst = torch.zeros(7, dtype=torch.float64), 0.0
         self.policy.model.train()
         for number in range(most):
             idle = number >= len(parts)
@@ -295,6 +342,7 @@ class GRPOTrainer:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.scorer), accelerator.autocast():
                 loss, stats, drift = self._loss(turns, weights)
                 loss = loss / divisor * accelerator.num_processes * (0.0 if idle else 1.0)
+            accelerator.sync_gradients = last  # DeepSpeed would step at every pass
             accelerator.backward(loss)
             sums += 0.0 if idle else stats
             worst = worst if idle else max(worst, drift)
@@ -305,13 +353,15 @@ class GRPOTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.eval()
         sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
-        loss_sum, entropy, clipped, kl, drifts, count = sums.tolist()
+        loss_sum, entropy, low, high, kl, drifts, count = sums.tolist()
         count = max(count, 1.0)
         found = {
             "train/loss": loss_sum / divisor,
             "train/grad_norm": float(norm),
             "train/entropy": entropy / count,
-            "train/clip_fraction": clipped / count,
+            "train/clip_fraction": (low + high) / count,
+            "train/clip_fraction_low": low / count,
+            "train/clip_fraction_high": high / count,
         }
         if self.reference is not None and config.kl_in == "loss":
             found["train/kl"] = kl / count
@@ -339,9 +389,9 @@ class GRPOTrainer:
             loss = loss + config.beta * kl_loss(log_probs, old, reference, by_sequence)
             kl = k3(log_probs.detach(), reference).sum()
         with torch.no_grad():
-            clipped = clipped_tokens(config.loss, log_probs, old, weights, sequence, *bounds)
+            low, high = clipped_sides(config.loss, log_probs, old, weights, sequence, *bounds)
             drift = (log_probs - old).abs()
-        stats = [loss.detach(), entropy.detach().sum(), clipped, kl, drift.sum(), torch.tensor(float(len(old)))]
+        stats = [loss.detach(), entropy.detach().sum(), low, high, kl, drift.sum(), torch.tensor(float(len(old)))]
         return loss, torch.stack([s.double().cpu() for s in stats]), float(drift.max())
 
     def _describe(self, groups: Groups, totals: dict[str, float], credit: Credit) -> dict[str, float]:
@@ -349,7 +399,10 @@ class GRPOTrainer:
         ious, first, last = groups.ious, groups.ious[:, :, 0], groups.ious[:, :, -1]
         refined = groups.taken[:, :, 1:] & ~(groups.stopped[:, :, None] & _last_action(groups.taken)[:, :, 1:])
         gains = np.diff(ious, axis=-1)[refined]
-        good = last[groups.stopped] >= 0.5
+        good = last[groups.stopped] >= GOOD
+        # Episodes that had a good box before them and an action left to say so.
+        could = (groups.taken[:, :, 1:] & (ious[:, :, :-1] >= GOOD)).any(-1)
+        by_step = [np.diff(ious, axis=-1)[:, :, t][refined[:, :, t]] for t in range(refined.shape[-1])]
         values = [
             last.sum(),
             first.sum(),
@@ -360,11 +413,18 @@ class GRPOTrainer:
             float(groups.parse_failures),
             float(credit.skipped),
             groups.rewards.sum(),
+            could.sum(),
+            *(g.sum() for g in by_step),
+            *(float(len(g)) for g in by_step),
         ]
         sums = torch.tensor([float(v) for v in values], device=self.accelerator.device)
-        final, start, gain, refinements, stops, right, failures, flat, reward = self.accelerator.reduce(
+        final, start, gain, refinements, stops, right, failures, flat, reward, chances, *rest = self.accelerator.reduce(
             sums, "sum"
         ).tolist()
+        steps = {
+            f"rollout/gain_step_{t}": total / count if count else float("nan")
+            for t, (total, count) in enumerate(zip(rest[: len(by_step)], rest[len(by_step) :], strict=True), 1)
+        }
         episodes = totals["episodes"]
         return {
             "rollout/final_iou": final / episodes,
@@ -372,6 +432,8 @@ class GRPOTrainer:
             "rollout/gain_per_refinement": gain / refinements if refinements else float("nan"),
             "rollout/stop_rate": stops / episodes,
             "rollout/stop_precision": right / stops if stops else float("nan"),
+            "rollout/stop_recall": right / chances if chances else float("nan"),
+            **steps,
             "rollout/parse_failure_rate": failures / totals["actions"],
             "rollout/zero_variance_groups": flat / self.config.prompts,
             "rollout/reward": reward / episodes,

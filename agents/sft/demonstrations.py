@@ -37,6 +37,11 @@ class Demonstration:
     """The box to answer with; None: stop."""
     trace: str = ""
     """Reasoning that precedes the answer."""
+    picture: int = 1
+    """In the frame of which picture the answer is written: 1 the first (the whole picture, or the only one
+    shown), 2 the close-up beside it, where there is one. The box itself is always relative to the whole."""
+    before: tuple[Box, ...] = ()
+    """Boxes proposed before the one shown; a growing conversation holds them."""
 
 
 def save_demonstrations(path: str | Path, demonstrations: Sequence[Demonstration]) -> None:
@@ -75,6 +80,7 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
         row = json.loads(line)
         for key in ("shown", "answer"):
             row[key] = None if row[key] is None else tuple(float(v) for v in row[key])
+        row["before"] = tuple(tuple(float(v) for v in box) for box in row.get("before", ()))
         demonstration = Demonstration(**row)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{where}: not a demonstration ({error})") from error
@@ -83,10 +89,12 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
             f"{where}: made for {demonstration.dataset}/{demonstration.split}, "
             f"but {dataset.name}/{dataset.split} is being served"
         )
-    for name in ("shown", "answer"):
-        box = getattr(demonstration, name)
+    named = [("shown", demonstration.shown), ("answer", demonstration.answer)]
+    for name, box in [*named, *(("before", b) for b in demonstration.before)]:
         if box is not None and (why := boxes.invalid_reason(box)):
             raise DataError(f"{where}: {name}: {why}")
+    if demonstration.picture not in (1, 2):
+        raise DataError(f"{where}: picture {demonstration.picture!r}: give 1 (the whole picture) or 2 (its close-up)")
     if not 0 <= demonstration.index < len(dataset):
         raise DataError(f"{where}: index {demonstration.index} is outside the {len(dataset)} samples of the split")
     if dataset[demonstration.index].sample_id != demonstration.sample_id:
@@ -126,37 +134,44 @@ def teach(
     made: list[Demonstration] = []
     for index, first in zip(indices, student_boxes, strict=True):
         sample = dataset[int(index)]
-        made.append(_demonstration(sample, dataset, int(index), None, sample.box))
+        made.append(demonstration(sample, dataset, int(index), None, sample.box))
         if first is None or boxes.invalid_reason(first) is not None:
             continue
         target, shown = np.asarray(sample.box), np.asarray(first, dtype=np.float64)
         if float(boxes.iou(shown, target)) >= good_iou:
-            made.append(_demonstration(sample, dataset, int(index), shown, None))
+            made.append(demonstration(sample, dataset, int(index), shown, None))
             continue
         # Far from the target a straight walk crosses places that mean nothing: jump at once.
         hops = steps if float(boxes.iou(shown, target)) >= 0.1 else 1
         for hop in range(hops):
             following = shown + (target - shown) / (hops - hop)
             trace = critique(shown, target, sample.siblings)
-            made.append(_demonstration(sample, dataset, int(index), shown, following, trace))
+            before = () if hop == 0 else (first,)
+            made.append(demonstration(sample, dataset, int(index), shown, following, trace, before=before))
             shown = following
         if rng.random() < keep_share:
             error = rng.normal(0, 0.02, 4) * np.tile(target[2:] - target[:2], 2)
             near = boxes.clip(target + error)
             if boxes.invalid_reason(near) is None and float(boxes.iou(near, target)) >= good_iou:
-                made.append(_demonstration(sample, dataset, int(index), near, None))
+                made.append(demonstration(sample, dataset, int(index), near, None))
     return made
 
 
-def _demonstration(
+def demonstration(
     sample: Sample,
     dataset: Dataset,
     index: int,
     shown: Sequence[float] | np.ndarray | None,
     answer: Sequence[float] | np.ndarray | None,
     trace: str = "",
+    picture: int = 1,
+    before: Sequence[Sequence[float] | np.ndarray] = (),
 ) -> Demonstration:
-    return Demonstration(dataset.name, dataset.split, index, sample.sample_id, _box(shown), _box(answer), trace)
+    """A demonstration for ``sample``, its boxes rounded for the file."""
+    history = tuple(box for box in map(_box, before) if box is not None)
+    return Demonstration(
+        dataset.name, dataset.split, index, sample.sample_id, _box(shown), _box(answer), trace, picture, history
+    )
 
 
 def _box(box: Sequence[float] | np.ndarray | None) -> Box | None:

@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import nn
 
 from agents.sft.demonstrations import Demonstration
 from agents.training import MetricsLog
 from agents.vlm.codec import STOP_TEXT
+from agents.vlm.dialogue import images_of
 from agents.vlm.generation import Sampling, TokenScorer
+from agents.vlm.packing import micro_batches
 from agents.vlm.policy import VLMPolicy
-from agents.vlm.turns import Turn
+from agents.vlm.speed import can_pack
+from agents.vlm.turns import Box, Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.env import Screen
 from ivt_env.game import Game
@@ -29,31 +33,63 @@ from ivt_env.rewards import RewardConfig
 def to_turns(
     policy: VLMPolicy, screen: Screen, dataset: Dataset, demonstrations: Sequence[Demonstration]
 ) -> list[Turn]:
-    """Demonstrations as turns: the observation the environment would give, and the answer's ids."""
-    turns, images = [], []
+    """Demonstrations as turns: what the policy would have seen in its layout, and the answer's ids."""
+    dialogue = policy.dialogue
+    states: list[list[Box | None]] = []
+    shown: list[list[tuple[NDArray[np.uint8], Box]]] = []
+    opened: dict[int, Any] = {}
     for demonstration in demonstrations:
         sample = dataset[demonstration.index]
-        game = Game(sample, RewardConfig(), 1, demonstration.shown)
-        observation = screen.observe(screen.load(sample), game)
-        height, width = observation["extent"]
-        images.append(observation["image"][:height, :width])
-    for demonstration, picture in zip(demonstrations, policy.process(images), strict=True):
+        if demonstration.index not in opened:
+            opened[demonstration.index] = screen.load(sample)
+        loaded = opened[demonstration.index]
+        boxes_shown: list[Box | None] = [demonstration.shown]
+        if policy.layout == "prefix" and demonstration.shown is not None:
+            boxes_shown = [None, *demonstration.before, demonstration.shown]
+        states.append(boxes_shown)
+        for box in boxes_shown:
+            observation = screen.observe(loaded, Game(sample, RewardConfig(), 1, box))
+            shown.append(images_of({key: [value] for key, value in observation.items()}, 0))
+    pictures = iter(dialogue.process([image for images in shown for image, _ in images]))
+    views = iter([[(next(pictures), window) for _, window in images] for images in shown])
+    turns = []
+    for demonstration, boxes_shown in zip(demonstrations, states, strict=True):
         expression = dataset[demonstration.index].expression
-        prompt = policy.prompt(expression, demonstration.shown, picture)
-        resized = picture.resized(policy.image_processor.patch_size)
-        stop = demonstration.answer is None
-        action = STOP_TEXT if demonstration.answer is None else policy.codec.action_text(demonstration.answer, resized)
-        text = action if stop or not demonstration.trace else f"{demonstration.trace}\n{action}"
-        turns.append(Turn(prompt, policy.completion(text), finished=True))
+        current = next(views)
+        prompt = dialogue.prompt(expression, boxes_shown[0], current)
+        for box in boxes_shown[1:]:
+            assert box is not None
+            said = Turn(prompt, dialogue.completion(dialogue.action_text(box, current)), finished=True)
+            current = next(views)
+            prompt = dialogue.following(said, expression, box, current)
+        if demonstration.answer is None:
+            text = STOP_TEXT
+        else:
+            number = demonstration.picture if demonstration.picture <= len(current) else 1
+            action = dialogue.action_text(demonstration.answer, current, number)
+            text = f"{demonstration.trace}\n{action}" if demonstration.trace else action
+        turns.append(Turn(prompt, dialogue.completion(text), finished=True))
     return turns
 
 
-def batches(count: int, batch: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Indices of ``steps`` batches, epoch after epoch, each epoch in a new order."""
+def batches(samples: Sequence[int], batch: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Indices of ``steps`` batches, epoch after epoch, each epoch in a new order.
+
+    Args:
+        samples: for each demonstration its sample. Those of one sample come one after the other, so that
+            its picture is decoded once.
+        batch: indices in a batch.
+        steps: how many batches.
+        rng: decides the order.
+    """
+    members: dict[int, list[int]] = {}
+    for k, sample in enumerate(samples):
+        members.setdefault(sample, []).append(k)
+    groups = [np.array(m, dtype=np.int64) for m in members.values()]
     order = np.empty(0, dtype=np.int64)
     for _ in range(steps):
         while len(order) < batch:
-            order = np.concatenate([order, rng.permutation(count)])
+            order = np.concatenate([order, *(groups[g] for g in rng.permutation(len(groups)))])
         yield order[:batch]
         order = order[batch:]
 
@@ -66,10 +102,79 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
+class AnswerLoss(TokenScorer):
+    """Cross-entropy of each answer token, with coordinates smoothed on request.
+
+    A box that is off by two thousandths is nearly right, and a hard target says it is as wrong as any
+    other. With ``smoothing`` a number's target is a Gaussian over the numbers near it. Where the
+    tokenizer writes a number in several tokens there is nothing to smooth over.
+    """
+
+    def __init__(self, policy: VLMPolicy, frozen_vision: bool, smoothing: float) -> None:
+        """Wrap a policy's model.
+
+        Args:
+            policy: whose model is trained.
+            frozen_vision: see ``TokenScorer``.
+            smoothing: standard deviation of the targets, in thousandths of a picture's side; 0: hard targets.
+
+        Raises:
+            ValueError: for ``smoothing`` with a tokenizer whose numbers are no single tokens.
+        """
+        plain = Sampling(pad_id=policy.sampling.pad_id)
+        super().__init__(policy.model, plain, frozen_vision, packing=can_pack(policy.model))
+        self.smoothing = smoothing
+        self.targets: torch.Tensor
+        self.numbers: torch.Tensor
+        if smoothing > 0:
+            encoded = [policy.tokenizer(str(n), add_special_tokens=False)["input_ids"] for n in range(1001)]
+            if any(len(ids) != 1 for ids in encoded):
+                raise ValueError(
+                    f"smoothing {smoothing:g}: this model writes a number in several tokens, so that near numbers are"
+                    " no near tokens; use smoothing 0"
+                )
+            numbers = torch.tensor([ids[0] for ids in encoded], device=policy.core.device)
+            values = torch.arange(1001.0, device=numbers.device)
+            near = torch.exp(-0.5 * ((values[:, None] - values) / smoothing) ** 2)
+            self.register_buffer("targets", near / near.sum(1, keepdim=True), persistent=False)  # (1001, 1001)
+            self.register_buffer("numbers", numbers, persistent=False)
+
+    def forward(self, turns: Sequence[Turn]) -> torch.Tensor:  # type: ignore[override]
+        """Losses of the answers' tokens, (N,), turn after turn."""
+        log_probs = self.distributions(turns)
+        ids = torch.tensor([i for t in turns for i in t.completion], device=log_probs.device)
+        losses = -log_probs.gather(1, ids[:, None])[:, 0]
+        if self.smoothing == 0:
+            return losses
+        value = ids[:, None] == self.numbers  # (N, 1001)
+        smooth = -(self.targets[value.int().argmax(1)] * log_probs[:, self.numbers]).sum(-1)
+        return torch.where(value.any(1), smooth, losses)
+
+
+def make_optimizers(policy: VLMPolicy, kind: str) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimizers of the trained parameters, and each one's learning rate relative to the peak.
+
+    Args:
+        policy: parameters that require gradients are trained.
+        kind: ``adamw``, or ``muon``: Muon (Jordan 2024) for the language model's matrices, at ten times
+            the rate of AdamW, which keeps the rest, as in the tiny model's own training.
+    """
+    named = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad]
+    chosen = {
+        n for n, p in named if kind == "muon" and p.ndim == 2 and "language_model.layers" in n and "lora_" not in n
+    }
+    made: list[tuple[torch.optim.Optimizer, float]] = []
+    if chosen:
+        made.append((torch.optim.Muon([p for n, p in named if n in chosen], lr=0.0, weight_decay=0.0), 10.0))
+    rest = [p for n, p in named if n not in chosen]
+    made.append((torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0), 1.0))
+    return made
+
+
 def train(
     policy: VLMPolicy,
     make_turns: Callable[[Sequence[int]], list[Turn]],
-    count: int,
+    samples: Sequence[int],
     accelerator: Accelerator,
     log: MetricsLog,
     *,
@@ -79,13 +184,15 @@ def train(
     peak_lr: float,
     seed: int,
     on_step: Callable[[int, float], None],
+    smoothing: float = 0.0,
+    optimizer: str = "adamw",
 ) -> None:
     """Cross-entropy on the answers' tokens, end of turn included; nothing else carries loss.
 
     Args:
         policy: trained in place; all its parameters that require gradients.
-        make_turns: turns for indices 0..count-1.
-        count: number of demonstrations.
+        make_turns: turns for indices of demonstrations.
+        samples: for each demonstration, its sample.
         accelerator: from accelerate; each process takes its share of every batch.
         log: receives the loss.
         steps: optimizer steps.
@@ -94,34 +201,37 @@ def train(
         peak_lr: of AdamW.
         seed: of the order.
         on_step: called with (step, loss) after each step.
+        smoothing: see ``AnswerLoss``.
+        optimizer: see ``make_optimizers``.
     """
-    plain = Sampling(pad_id=policy.sampling.pad_id)
-    scorer: Any = TokenScorer(policy.model, plain, frozen_vision=not _trains_vision(policy))
+    answer_loss: Any = AnswerLoss(policy, not _trains_vision(policy), smoothing)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    scorer, optimizer = accelerator.prepare(scorer, optimizer)
+    optimizers = [(accelerator.prepare(o), share) for o, share in make_optimizers(policy, optimizer)]
+    worth = answer_loss.worth
+    answer_loss = accelerator.prepare(answer_loss)
     policy.model.train()
     rng = np.random.default_rng((seed, 11))
-    for step, turns in enumerate(_prepared(batches(count, batch, steps, rng), make_turns, accelerator)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak_lr, warmup=min(20, max(1, steps // 10)))
+    for step, turns in enumerate(_prepared(batches(samples, batch, steps, rng), make_turns, accelerator)):
+        rate = learning_rate(step, steps, peak_lr, warmup=min(20, max(1, steps // 10)))
+        for one, share in optimizers:
+            for group in one.param_groups:
+                group["lr"] = rate * share
         tokens = torch.tensor(float(sum(len(t.completion) for t in turns)), device=accelerator.device)
         total = accelerator.reduce(tokens, "sum")
         loss_sum = 0.0
-        # Turns of similar length together: less padding.
-        turns.sort(key=lambda t: len(t.prompt.ids) + len(t.completion))
-        parts = [turns[k : k + micro_batch] for k in range(0, len(turns), micro_batch)]
+        parts = [[turns[k] for k in part] for part in micro_batches(turns, micro_batch, policy.image_token, worth)]
         for number, part in enumerate(parts):
-            with _sync(accelerator, scorer, number == len(parts) - 1), accelerator.autocast():
-                log_probs, _ = scorer(part)
+            with _sync(accelerator, answer_loss, number == len(parts) - 1), accelerator.autocast():
+                losses = answer_loss(part)
                 # One global token count, times the number of processes because DDP averages: the
                 # gradient does not depend on how the batch is cut up.
-                loss = -log_probs.sum() / total * accelerator.num_processes
+                loss = losses.sum() / total * accelerator.num_processes
             accelerator.backward(loss)
             loss_sum += float(loss.detach()) / accelerator.num_processes
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for one, _ in optimizers:
+            one.step()
+            one.zero_grad(set_to_none=True)
         value = float(accelerator.reduce(torch.tensor(loss_sum, device=accelerator.device), "sum"))
         log.write(step + 1, {"sft/loss": value, "sft/grad_norm": float(norm), "sft/tokens": float(total)})
         on_step(step + 1, value)

@@ -9,8 +9,9 @@ import torch
 from agents.teacher.openai import MAX_REPLY_TOKENS
 from agents.teacher.prompts import SYSTEM, TraceRequest
 from agents.vlm.generation import generate
-from agents.vlm.policy import load_policy
+from agents.vlm.load import load_policy
 from agents.vlm.prompts import Prompts
+from agents.vlm.turns import WHOLE
 
 
 class HFTeacher:
@@ -29,14 +30,14 @@ class HFTeacher:
         self._policy = load_policy(model, dtype=dtype, max_new_tokens=max_new_tokens)
         self._policy.model.eval()
         # The whole user's turn is ours: the policy's own question would ask for a box.
-        self._policy.prompts = Prompts("{expression}")
+        self._policy.dialogue.prompts = Prompts("{expression}")
 
     def write(self, requests: Sequence[TraceRequest]) -> list[str]:
         """One text per request; empty where the model did not come to an end."""
         policy = self._policy
-        pictures = policy.process([r.picture for r in requests])
+        pictures = policy.dialogue.process([r.picture for r in requests])
         prompts = [
-            policy.prompt(f"{SYSTEM}\n\n{r.question}", None, picture)
+            policy.dialogue.prompt(f"{SYSTEM}\n\n{r.question}", None, [(picture, WHOLE)])
             for r, picture in zip(requests, pictures, strict=True)
         ]
         turns = generate(policy.core, prompts, policy.sampling, policy.generator, keep=False)

@@ -31,7 +31,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from agents.vlm.policy import TINY_NAME, PolicyError
+from agents.vlm.load import TINY_NAME, PolicyError
 from agents.vlm.tiny import weights_folder
 
 

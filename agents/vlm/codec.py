@@ -53,9 +53,10 @@ class BoxCodec:
         """``[x1, y1, x2, y2]`` in the model's frame."""
         return "[" + ", ".join(map(str, self.encode(box, resized))) + "]"
 
-    def action_text(self, box: Sequence[float], resized: Sequence[int]) -> str:
-        """``{"bbox_2d": [x1, y1, x2, y2]}`` in the model's frame."""
-        return '{"bbox_2d": ' + self.box_text(box, resized) + "}"
+    def action_text(self, box: Sequence[float], resized: Sequence[int], picture: int = 1) -> str:
+        """``{"bbox_2d": [x1, y1, x2, y2]}`` in the model's frame; from the second picture on with its number."""
+        where = "" if picture == 1 else f'"picture": {picture}, '
+        return f'{{{where}"bbox_2d": {self.box_text(box, resized)}}}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class ParsedAction:
 
     numbers: tuple[float, ...] | None = None
     stop: bool = False
+    picture: int = 1
+    """Which of the pictures shown the numbers are relative to, from 1."""
 
     @property
     def failed(self) -> bool:
@@ -77,8 +80,9 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 def parse_action(text: str) -> ParsedAction:
     """The action in a model's text: its last JSON object, which must hold a box or a stop.
 
-    Reasoning before it, a Markdown fence and a surrounding list are fine. Two different actions in
-    one object, four things that are not numbers, or no object at all count as a failure.
+    Reasoning before it, a Markdown fence and a surrounding list are fine. A box may say which picture it
+    is relative to (``"picture": 2``). Two different actions in one object, four things that are not
+    numbers, or no object at all count as a failure.
     """
     found = _OBJECT.findall(text)
     if not found:
@@ -87,11 +91,13 @@ def parse_action(text: str) -> ParsedAction:
         action = json.loads(found[-1])
     except ValueError:
         return ParsedAction()
-    stop, numbers = action.get("stop"), action.get("bbox_2d")
+    stop, numbers, picture = action.get("stop"), action.get("bbox_2d"), action.get("picture", 1)
+    if not isinstance(picture, int) or isinstance(picture, bool) or picture < 1:
+        return ParsedAction()
     if stop is True and numbers is None:
         return ParsedAction(stop=True)
     if stop in (None, False) and isinstance(numbers, list) and len(numbers) == 4 and all(map(_is_number, numbers)):
-        return ParsedAction(numbers=tuple(float(v) for v in numbers))
+        return ParsedAction(numbers=tuple(float(v) for v in numbers), picture=picture)
     return ParsedAction()
 
 

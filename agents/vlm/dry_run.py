@@ -95,7 +95,7 @@ def dry_run(plan: Plan) -> str:
         f"{CONTEXT_BYTES / _GB:g} GB for CUDA, of which {USABLE:.0%} can be filled.",
         "Parameters, weights, visual tokens and cache are exact; rollout and update are estimates (formulas in "
         "agents/vlm/footprint.py).",
-        "float32 without checkpointing is what this command runs today; the other rows say what would fit.",
+        "Every row can be run: --dtype bfloat16, --quantize nf4, --gradient-checkpointing. None has been on a GPU yet.",
     ]
     return "\n".join(lines)
 

@@ -46,7 +46,7 @@ class Parts:
     embeddings: int
     """Input embeddings, and the output head where it is a matrix of its own."""
     quantisable: int
-    """Of all, those in linear layers that bitsandbytes would quantise: all but the output head's; no biases."""
+    """Of all, those that ``--quantize nf4`` quantises: the matrices of the decoder layers; no biases."""
 
     @property
     def total(self) -> int:
@@ -62,7 +62,7 @@ def count_parts(model: nn.Module) -> Parts:
         if "embed_tokens" in name or "lm_head" in name:
             part = "embeddings"
         sums[part] += parameter.numel()
-    linear = (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name)
+    linear = (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "language_model.layers" in name)
     return Parts(**sums, quantisable=sum(m.weight.numel() for m in linear))
 
 

@@ -2,7 +2,7 @@
 
 The sampler and the scorer see the same distribution: temperature ``T``, no top-k or top-p, the same
 suppressed tokens, log-softmax in float32. Positions are always passed explicitly, so the model's
-mutable ``rope_deltas`` is never relied on.
+mutable ``rope_deltas`` is never relied on, and a cache may be continued with another picture.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache
 
-from agents.vlm.turns import Batch, Prompt, Turn, collate, encode_pictures
+from agents.vlm.cache import Memory, make_cache, recall, refuse_inexact_cache, remember
+from agents.vlm.packing import break_even, pack
+from agents.vlm.turns import Picture, Prompt, Turn, encode_pictures, mrope_positions, pictures_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,12 @@ def log_softmax(logits: torch.Tensor, temperature: float, suppressed: Sequence[i
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: Sequence[Prompt], sampling: Sampling, generator: torch.Generator | None, keep: bool
+    model: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    generator: torch.Generator | None,
+    keep: bool,
+    memories: list[Memory | None] | None = None,
 ) -> list[Turn]:
     """One completion for each prompt.
 
@@ -55,29 +63,25 @@ def generate(
         sampling: how to draw.
         generator: source of randomness (None: torch's own).
         keep: keep picture encodings on the prompts (frozen vision tower only).
+        memories: for each prompt what is already computed of it, or None. Only the rest is run through
+            the model, and the list is filled with memories of prompt and completion. None: nothing is
+            continued and nothing kept.
     """
-    distinct = list({id(p): p for p in prompts}.values())
-    row_of = {id(p): k for k, p in enumerate(distinct)}
+    if memories is not None:
+        refuse_inexact_cache(model)
+    past = memories or [None] * len(prompts)
+    distinct = list({id(p): k for k, p in enumerate(prompts)}.values())
+    row_of = {id(prompts[k]): r for r, k in enumerate(distinct)}
     turns = [Turn(p) for p in prompts]
-    config = model.config
-    batch = collate(
-        [Turn(p) for p in distinct],
-        sampling.pad_id,
-        config.image_token_id,
-        config.vision_config.spatial_merge_size,
-        left=True,
-    )
     device = model.device
     rows = torch.tensor([row_of[id(p)] for p in prompts], device=device)
-    mask = batch.attention_mask.to(device)
-    cache = DynamicCache(config=config)
-    hidden = _forward(model, batch, encode_pictures(model, batch.pictures, keep), cache)
+    cache, hidden, mask, last = _prefill(
+        model, [prompts[k] for k in distinct], [past[k] for k in distinct], keep, sampling.max_new_tokens
+    )
     if len(distinct) < len(prompts):
         cache.batch_select_indices(rows)
     logits = model.lm_head(hidden[:, -1])[rows]  # (B, vocabulary)
-    mask = mask[rows]
-    next_position = batch.position_ids[1:, :, -1].max(0).values.to(device)[rows] + 1  # (B,)
-    text_position = batch.position_ids[0, :, -1].to(device)[rows] + 1
+    mask, last = mask[rows], last[:, rows]
     alive = list(range(len(prompts)))  # turns that still grow; row k of the tensors is turn alive[k]
     ends = set(sampling.end_ids)
     for step in range(sampling.max_new_tokens):
@@ -86,97 +90,174 @@ def generate(
             for k, p in enumerate(log_probs[:, sampling.stop_id].exp().tolist()):
                 turns[k].stop_probability = p
         if sampling.temperature > 0:
-            chosen = torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
+            chosen = sample(log_probs.exp(), generator)
         else:
             chosen = log_probs.argmax(-1)
         values = log_probs.gather(1, chosen[:, None])[:, 0].tolist()
-        going = []
+        going: list[int] = []
+        ended: list[int] = []
         for k, (token, value) in enumerate(zip(chosen.tolist(), values, strict=True)):
             turn = turns[alive[k]]
             turn.completion.append(token)
             turn.log_probs.append(value)
-            if token in ends:
-                turn.finished = True
-            else:
-                going.append(k)
-        if not going or step + 1 == sampling.max_new_tokens:
+            turn.finished = token in ends
+            (ended if turn.finished else going).append(k)
+        final = not going or step + 1 == sampling.max_new_tokens
+        if memories is not None:
+            # The last sampled token has not been run through the model: the next turn begins with it.
+            for k in range(len(alive)) if final else ended:
+                memories[alive[k]] = remember(cache, k, mask[k])
+        if final:
             break
-        if len(going) < len(alive):  # finished turns free their rows at once
+        if ended:  # finished turns free their rows at once
             select = torch.tensor(going, device=device)
             cache.batch_select_indices(select)
-            mask, chosen = mask[select], chosen[select]
-            next_position, text_position = next_position[select], text_position[select]
+            mask, chosen, last = mask[select], chosen[select], last[:, select]
             alive = [alive[k] for k in going]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        positions = torch.stack([text_position, next_position, next_position, next_position])[:, :, None]
+        last = last + 1
         hidden = model.model(
             input_ids=chosen[:, None],
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=last[:, :, None],
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
         logits = model.lm_head(hidden[:, -1])
-        next_position, text_position = next_position + 1, text_position + 1
     return turns
 
 
-def _forward(model: Any, batch: Batch, features: Any, cache: DynamicCache | None) -> torch.Tensor:
-    """Hidden states (B, L, width) of a batch whose pictures are already encoded."""
-    device = model.device
-    return model.model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        position_ids=batch.position_ids.to(device),
-        mm_encoder_outputs={"image": features},
+def sample(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """One draw from each row of ``probabilities`` (B, vocabulary), (B,).
+
+    By inverting the cumulative sum: one random number a row, where ``torch.multinomial`` draws one for
+    every entry. In float64, as a float32 sum over a large vocabulary loses the small probabilities.
+    """
+    cumulative = probabilities.double().cumsum(-1)
+    at = torch.rand(len(cumulative), 1, dtype=torch.float64, device=cumulative.device, generator=generator)
+    # To the right of equal sums: an entry of probability 0 is never hit.
+    chosen = torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True)[:, 0]
+    return chosen.clamp(max=probabilities.shape[1] - 1)
+
+
+def _prefill(
+    model: Any, prompts: Sequence[Prompt], past: Sequence[Memory | None], keep: bool, room: int
+) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run what is not yet remembered of each prompt through the model.
+
+    Returns:
+        The cache, hidden states (B, tail, width), the mask of its columns (B, past + tail), and the
+        positions (4, B) of the last token.
+    """
+    config, device = model.config, model.device
+    image_token, merge = config.image_token_id, config.vision_config.spatial_merge_size
+    known = [0 if m is None else m.length for m in past]
+    tails = [np.array(p.ids[n:], dtype=np.int64) for p, n in zip(prompts, known, strict=True)]
+    before, width = max(known), max(map(len, tails))
+    shape = (len(prompts), width)
+    input_ids, mask = np.zeros(shape, dtype=np.int64), np.zeros((len(prompts), before + width), dtype=np.int64)
+    positions = np.zeros((4, *shape), dtype=np.int64)
+    pictures: list[Picture] = []
+    for i, (prompt, n, tail) in enumerate(zip(prompts, known, tails, strict=True)):
+        start = width - len(tail)  # padded on the left, between what is remembered and the tail
+        input_ids[i, start:] = tail
+        mask[i, before - n : before] = 1
+        mask[i, before + start :] = 1
+        positions[0, i, start:] = np.arange(n, len(prompt.ids))
+        positions[1:, i, start:] = mrope_positions(prompt.ids, prompt.pictures, image_token, merge)[:, n:]
+        pictures += prompt.pictures[pictures_in(prompt, n, image_token, merge) :]
+    cache = make_cache(model, room)
+    if before:
+        recall(cache, past, before)
+    where = torch.from_numpy(positions).to(device)
+    columns = torch.from_numpy(mask).to(device)
+    features = encode_pictures(model, pictures, keep) if pictures else None
+    hidden = forward(model, torch.from_numpy(input_ids).to(device), columns, where, features, cache)
+    return cache, hidden, columns, where[:, :, -1]
+
+
+def forward(
+    model: Any, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, features: Any, cache: Any
+) -> torch.Tensor:
+    """Hidden states (B, L, width) of a batch whose pictures are already encoded.
+
+    Args:
+        model: the Qwen-VL model for conditional generation.
+        input_ids: (B, L).
+        mask: (B, past + L) of 1 and 0, or (B, 1, L, L) added to the attention scores.
+        positions: (4, B, L).
+        features: of all pictures in ``input_ids``, or None where there are none.
+        cache: to be continued, or None.
+    """
+    return model.model(  # type: ignore[no-any-return]
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=positions,
+        mm_encoder_outputs=None if features is None else {"image": features},
         past_key_values=cache,
         use_cache=cache is not None,
-    ).last_hidden_state  # type: ignore[no-any-return]
+    ).last_hidden_state
 
 
 class TokenScorer(nn.Module):
     """A model as a function from turns to log-probabilities of their sampled tokens.
 
-    Logits are computed at sampled positions only. This is the module that is wrapped for several
-    processes, so that every gradient passes through it.
+    What turns share is computed once (``agents.vlm.packing``), and logits at sampled positions only.
+    This is the module that is wrapped for several processes, so that every gradient passes through it.
     """
 
-    def __init__(self, model: nn.Module, sampling: Sampling, frozen_vision: bool) -> None:
+    def __init__(self, model: nn.Module, sampling: Sampling, frozen_vision: bool, packing: bool = True) -> None:
+        """Wrap a model.
+
+        Args:
+            model: Qwen-VL for conditional generation, or a peft model around one.
+            sampling: temperature and suppressed tokens of the distribution.
+            frozen_vision: picture encodings may be kept on the pictures and used again.
+            packing: false gives each turn a row of its own, as flash attention needs it.
+        """
         super().__init__()
         self.model = model
         self.sampling = sampling
         self.frozen_vision = frozen_vision
+        self.worth = break_even(core_of(model).config) if packing else None
+        """What sharing is worth, see ``agents.vlm.packing.plan_rows``."""
 
     def forward(self, turns: Sequence[Turn]) -> tuple[torch.Tensor, torch.Tensor]:
         """Score sampled tokens.
 
         Returns:
-            Log-probabilities and entropies, both (number of sampled tokens,), turn after turn.
+            Log-probabilities, and entropies without gradient, both (number of sampled tokens,), turn after turn.
         """
         log_probs = self.distributions(turns)
         ids = torch.tensor([i for t in turns for i in t.completion], device=log_probs.device)
         chosen = log_probs.gather(1, ids[:, None])[:, 0]
-        # Suppressed tokens have probability 0 and log-probability -inf; their product is 0.
-        entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
+        with torch.no_grad():  # reported, never trained on
+            # Suppressed tokens have probability 0 and log-probability -inf; their product is 0.
+            entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
         return chosen, entropy
 
     def distributions(self, turns: Sequence[Turn]) -> torch.Tensor:
         """Log-probabilities (number of sampled tokens, vocabulary), turn after turn."""
-        core = _core(self.model)
-        config = core.config
-        batch = collate(turns, self.sampling.pad_id, config.image_token_id, config.vision_config.spatial_merge_size)
-        if self.frozen_vision:
-            with torch.no_grad():
-                features = encode_pictures(core, batch.pictures, keep=True)
-        else:
-            features = encode_pictures(core, batch.pictures, keep=False)
-        hidden = _forward(core, batch, features, None)
-        # The logits at position p speak about the token at p + 1.
-        before = batch.loss_mask.roll(-1, dims=1).to(hidden.device)
-        logits = core.lm_head(hidden[before])
+        core = core_of(self.model)
+        config, device = core.config, core.device
+        packed = pack(
+            turns,
+            self.sampling.pad_id,
+            config.image_token_id,
+            config.vision_config.spatial_merge_size,
+            self.worth,
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_vision):
+            features = encode_pictures(core, packed.pictures, keep=self.frozen_vision)
+        mask = packed.attention_mask.to(device)
+        if mask.ndim == 4:
+            mask = mask.to(core.dtype)
+        hidden = forward(core, packed.input_ids.to(device), mask, packed.position_ids.to(device), features, None)
+        # The logits at a position speak about the token behind it.
+        logits = core.lm_head(hidden[packed.rows.to(device), packed.columns.to(device)])
         return log_softmax(logits, self.sampling.temperature, self.sampling.suppressed)
 
 
-def _core(model: Any) -> Any:
+def core_of(model: Any) -> Any:
     """The Qwen-VL model itself, adapters still in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

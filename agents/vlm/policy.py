@@ -1,38 +1,35 @@
-"""A vision-language model as an agent, and how it is loaded and saved."""
+"""A vision-language model as an agent."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from agents.vlm.codec import FRAMES, STOP_TEXT, BoxCodec, parse_action
-from agents.vlm.generation import Sampling, generate
-from agents.vlm.prompts import QWEN, Prompts
-from agents.vlm.tiny import weights_folder
-from agents.vlm.turns import Picture, Prompt, Turn
-
-TINY_NAME = "tiny"
-"""The name of the shipped model, wherever a model folder or hub name is taken."""
+from agents.vlm.adapters import folded
+from agents.vlm.cache import Memory
+from agents.vlm.codec import STOP_TEXT, BoxCodec, parse_action
+from agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
+from agents.vlm.generation import Sampling, core_of, generate
+from agents.vlm.precision import stored_as
+from agents.vlm.prompts import Prompts
+from agents.vlm.turns import Prompt, Turn
 
 POLICY_FILE = "policy.json"
 
 
-class PolicyError(ValueError):
-    """A model folder that cannot be used. Says which file, and what to do."""
-
-
 class VLMPolicy:
-    """Plays the environment with a Qwen-VL model, one fresh prompt a step."""
+    """Plays the environment with a Qwen-VL model."""
 
     def __init__(
         self,
@@ -45,8 +42,11 @@ class VLMPolicy:
         max_new_tokens: int = 48,
         temperature: float = 0.0,
         seed: int = 0,
-        batch_size: int = 128,
+        batch_size: int = 64,
         frozen_vision: bool = True,
+        layout: str = "fresh",
+        view: str = "overlay",
+        reuse: bool = True,
     ) -> None:
         """Wrap a loaded model; ``load_policy`` is the usual way here.
 
@@ -61,11 +61,22 @@ class VLMPolicy:
             seed: of the sampling.
             batch_size: rows in one forward pass of generation.
             frozen_vision: picture encodings may be kept and used again.
+            layout: ``fresh``, a prompt of its own each step, or ``prefix``, one growing conversation.
+            view: the environment's view that the policy was trained for; for those who make one for it.
+            reuse: compute equal prompts once, keep picture encodings, and continue conversations on
+                their key-value caches. False computes everything anew each time: slower, the same.
+
+        Raises:
+            ValueError: for an unknown layout.
         """
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout {layout!r}: choose fresh or prefix")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        self.prompts, self.codec, self.batch_size = prompts, codec, batch_size
-        self.frozen_vision = frozen_vision
+        self.codec, self.batch_size = codec, batch_size
+        self.frozen_vision, self.layout, self.view, self.reuse = frozen_vision, layout, view, reuse
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Around every forward pass of sampling: a learner sets its own, so that both compute alike."""
         self.turns: list[Turn | None] = []
         """What the last ``act`` did, one entry per environment; None where it was not active."""
         ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in _VISION_TOKENS}
@@ -80,34 +91,29 @@ class VLMPolicy:
             pad_id=tokenizer.pad_token_id,
             stop_id=stop_ids[0] if len(stop_ids) == 1 else None,
         )
-        self._template: tuple[str, str] | None = None
-        self._token_cache: dict[str, list[int]] = {}
+        self.dialogue = Dialogue(tokenizer, image_processor, prompts, codec, self.sampling.end_ids[0])
+        self._said: dict[int, tuple[Turn, Memory | None]] = {}
+        """In the prefix layout: each environment's conversation so far."""
 
     @property
     def core(self) -> Any:
         """The model without its adapter's shell (the adapters themselves stay in place)."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return core_of(self.model)
 
     def set_temperature(self, temperature: float) -> None:
         """Sample at another temperature from now on; 0 is greedy."""
         self.sampling = replace(self.sampling, temperature=temperature)
 
     def reset(self, mask: NDArray[np.bool_]) -> None:
-        """Nothing to forget: every step is a fresh prompt."""
+        """Forget the conversations of the environments where ``mask`` (N,) is true."""
+        self._said = {row: said for row, said in self._said.items() if row < len(mask) and not mask[row]}
 
     def act(self, observations: Mapping[str, Any]) -> dict[str, Any]:
         """One action per environment; see ``ivt_env.rollouts.Agent``."""
         n = len(observations["box"])
         active = np.asarray(observations.get("active", np.ones(n, dtype=bool)))
         rows = [int(i) for i in np.flatnonzero(active)]
-        prompts = self.prompts_for(observations, rows)
-        training = self.core.training
-        self.core.eval()
-        turns: list[Turn] = []
-        for start in range(0, len(prompts), self.batch_size):
-            chunk = prompts[start : start + self.batch_size]
-            turns += generate(self.core, chunk, self.sampling, self.generator, self.frozen_vision)
-        self.core.train(training)
+        turns = self._turns(observations, rows)
         self.turns = [None] * n
         actions: dict[str, Any] = {
             "box": np.full((n, 4), np.nan, dtype=np.float32),
@@ -122,16 +128,45 @@ class VLMPolicy:
             self.turns[row] = turn
             text = self.text(turn)
             action = parse_action(text) if turn.finished else parse_action("")
+            box = self.dialogue.box_of(action, turn.prompt)
             actions["text"][row] = text
             actions["stop"][row] = int(action.stop)
-            actions["parse_failure"][row] = action.failed
+            actions["parse_failure"][row] = box is None and not action.stop
             actions["confidence"][row] = float(np.exp(np.mean(turn.log_probs)))
             if turn.stop_probability is not None:
                 actions["stop_probability"][row] = turn.stop_probability
-            if action.numbers is not None:
-                resized = turn.prompt.pictures[-1].resized(self.image_processor.patch_size)
-                actions["box"][row] = self.codec.decode(action.numbers, resized)
+            if box is not None:
+                actions["box"][row] = box
         return actions
+
+    def _turns(self, observations: Mapping[str, Any], rows: Sequence[int]) -> list[Turn]:
+        """A turn for each row; the pictures of the next rows are prepared while the model is at work on these."""
+        chunks = [rows[k : k + self.batch_size] for k in range(0, len(rows), self.batch_size)]
+        waiting = [_next().submit(self.prompts_for, observations, chunk) for chunk in chunks[:1]]
+        turns: list[Turn] = []
+        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+            prompts = waiting.pop().result()
+            if following is not None:
+                waiting.append(_next().submit(self.prompts_for, observations, following))
+            turns += self._generate(prompts, chunk)
+        return turns
+
+    def _generate(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> list[Turn]:
+        """A turn for each prompt; conversations that may go on are kept."""
+        growing = self.layout == "prefix"
+        training = self.core.training
+        self.core.eval()
+        memories: list[Memory | None] | None = None
+        if growing and self.reuse:
+            memories = [self._said[row][1] if row in self._said else None for row in rows]
+        keep = self.frozen_vision and self.reuse
+        with self.autocast(), folded(self.model):
+            turns = generate(self.core, prompts, self.sampling, self.generator, keep, memories)
+        if growing:
+            kept = memories or [None] * len(turns)
+            self._said |= {row: (turn, memory) for row, turn, memory in zip(rows, turns, kept, strict=True)}
+        self.core.train(training)
+        return turns
 
     def text(self, turn: Turn) -> str:
         """A turn's words, without the token that ends it. For people and for parsing, never re-tokenised."""
@@ -139,68 +174,36 @@ class VLMPolicy:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def prompts_for(self, observations: Mapping[str, Any], rows: Sequence[int]) -> list[Prompt]:
-        """Prompts of the given environments. Equal observations share one object, and so one prefill."""
-        made: dict[tuple[str, bytes, bytes], Prompt] = {}
-        keys, fresh = [], []
-        for row in rows:
-            height, width = observations["extent"][row]
-            image = observations["image"][row][:height, :width]
-            key = (observations["expression"][row], observations["box"][row].tobytes(), image.tobytes())
-            keys.append(key)
-            if key not in made:
-                made[key] = Prompt([], [])
-                fresh.append((key, image, observations["box"][row]))
-        if fresh:
-            pictures = self.process([image for _, image, _ in fresh])
-            for (key, _, box), picture in zip(fresh, pictures, strict=True):
-                prompt = self.prompt(key[0], box if box.any() else None, picture)
-                made[key].ids, made[key].pictures = prompt.ids, prompt.pictures
-        return [made[key] for key in keys]
+        """Prompts of the given environments.
 
-    def process(self, images: Sequence[NDArray[np.uint8]]) -> list[Picture]:
-        """Pictures (height, width, 3) as the image processor hands them to the model."""
-        out = self.image_processor(images=list(images), return_tensors="pt")
-        grids = [tuple(int(v) for v in g) for g in out["image_grid_thw"]]
-        # pixel_values is ragged: patches of all pictures one after the other.
-        parts = torch.split(out["pixel_values"], [int(np.prod(g)) for g in grids])
-        return [Picture(patches, grid) for patches, grid in zip(parts, grids, strict=True)]  # type: ignore[arg-type]
-
-    def prompt(self, expression: str, box: Sequence[float] | None, picture: Picture) -> Prompt:
-        """One step's prompt: the picture, the question, and the current box in the model's frame."""
-        resized = picture.resized(self.image_processor.patch_size)
-        text = self.prompts.fill(expression, None if box is None else self.codec.box_text(box, resized))
-        before, after = self._frame()
-        merged = int(np.prod(picture.grid)) // self.image_processor.merge_size**2
-        # The template is rendered once with a mark in place of the text, so special tokens that an
-        # expression may spell out stay plain text: only the frame is parsed for them.
-        ids = self._tokens(before, special=True)
-        place = ids.index(self.image_token)
-        ids = [*ids[:place], *[self.image_token] * merged, *ids[place + 1 :]]
-        return Prompt([*ids, *self._tokens(text, special=False), *self._tokens(after, special=True)], [picture])
-
-    def completion(self, text: str) -> list[int]:
-        """Token ids of a demonstration's answer, end of turn included."""
-        return [*self._tokens(text, special=False), self.sampling.end_ids[0]]
-
-    def _frame(self) -> tuple[str, str]:
-        """The chat template around the user's text."""
-        if self._template is None:
-            content = [{"type": "image"}, {"type": "text", "text": "\x00"}]
-            rendered = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
-            before, _, after = rendered.partition("\x00")
-            self._template = (before, after)
-        return self._template
-
-    def _tokens(self, text: str, special: bool) -> list[int]:
-        key = f"{special}{text}"
-        if key not in self._token_cache:
-            if len(self._token_cache) > 100_000:
-                self._token_cache.clear()
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
-            self._token_cache[key] = list(encoded["input_ids"])
-        return self._token_cache[key]
+        Equal observations of episodes that begin, or of the fresh layout, share one object, and so one prefill.
+        """
+        asked = [(row, images_of(observations, row)) for row in rows]
+        keys = [(observations["expression"][row], observations["box"][row].tobytes()) for row, _ in asked]
+        # Only what is asked alike about a like box can be equal: the pictures of all others need no comparing.
+        alike = Counter(keys)
+        named: list[tuple[Hashable, list[Hashable]]] = []
+        images: dict[Hashable, NDArray[np.uint8]] = {}
+        for (row, shown), key in zip(asked, keys, strict=True):
+            shared = self.reuse and alike[key] > 1 and row not in self._said
+            names: list[Hashable] = [
+                (image.tobytes(), image.shape) if shared else (row, k) for k, (image, _) in enumerate(shown)
+            ]
+            images |= {name: image for name, (image, _) in zip(names, shown, strict=True)}
+            named.append(((key, *names), names))
+        pictures = dict(zip(images, self.dialogue.process(list(images.values())), strict=True))
+        made: dict[Hashable, Prompt] = {}
+        for (row, shown), (whole, names) in zip(asked, named, strict=True):
+            if whole in made:
+                continue
+            box = observations["box"][row]
+            views = [(pictures[name], window) for name, (_, window) in zip(names, shown, strict=True)]
+            question = (observations["expression"][row], box if box.any() else None, views)
+            if row in self._said:
+                made[whole] = self.dialogue.following(self._said[row][0], *question)
+            else:
+                made[whole] = self.dialogue.prompt(*question)
+        return [made[whole] for whole, _ in named]
 
     def save(self, folder: str | Path) -> None:
         """Write everything that ``load_policy`` needs: the model (or its adapter) and its helpers."""
@@ -209,92 +212,15 @@ class VLMPolicy:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        settings = {"prompt": self.prompts.text, "frame": self.codec.frame}
+        asked = self.dialogue.prompts
+        texts = {"prompt": asked.text, "closeup": asked.closeup, "with_closeup": asked.with_closeup}
+        settings = texts | {"frame": self.codec.frame, "layout": self.layout, "view": self.view} | stored_as(self.model)
         (folder / POLICY_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 _VISION_TOKENS = ("image_pad", "video_pad", "vision_start", "vision_end")
 
 
-def load_policy(
-    name: str | Path,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-    max_new_tokens: int | None = None,
-    dtype: torch.dtype | str = torch.float32,
-    device: str | None = None,
-    batch_size: int = 128,
-) -> VLMPolicy:
-    """Load a policy: the shipped ``tiny`` model, a folder, or a model of the hub by name.
-
-    A folder may hold a whole model or a peft adapter, which is put on the base that it names. The
-    tokenizer and the image processor are loaded apart: the combined processor needs torchvision.
-
-    Raises:
-        PolicyError: for a folder that is not there, is no model, or does not fit its own weights.
-    """
-    folder = weights_folder() if str(name) == TINY_NAME else Path(name)
-    source: str = str(folder) if folder.exists() else str(name)
-    looks_like_path = folder.is_absolute() or str(name).startswith((".", "runs")) or str(name).count("/") != 1
-    if not folder.exists() and looks_like_path:
-        raise PolicyError(
-            f"no model at {name}: give a folder that holds one, 'tiny', or a hub name like Qwen/Qwen3-VL-4B-Instruct"
-        )
-    if folder.exists() and not any((folder / f).exists() for f in ("config.json", "adapter_config.json")):
-        raise PolicyError(f"{folder} holds neither config.json nor adapter_config.json: it is no model folder")
-    adapter = folder / "adapter_config.json"
-    base = source
-    if folder.exists() and adapter.exists():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        base = str(weights_folder()) if base == TINY_NAME else base
-    model = _load_model(base, dtype)
-    if base != source:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, source)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    if device == "cpu":
-        # The fused attention kernel's backward pass takes twice as long as plain matrix products
-        # at the sizes that a CPU can train.
-        (model.get_base_model() if base != source else model).set_attn_implementation("eager")
-    settings: dict[str, Any] = {"prompt": QWEN.text, "frame": FRAMES.get(model.config.model_type)}
-    if (folder / POLICY_FILE).exists():
-        settings |= json.loads((folder / POLICY_FILE).read_text(encoding="utf-8"))
-    if settings["frame"] is None:
-        raise PolicyError(f"{name}: model type {model.config.model_type!r} has no box codec; known: {sorted(FRAMES)}")
-    tiny = (folder / POLICY_FILE).exists()
-    return VLMPolicy(
-        model,
-        AutoTokenizer.from_pretrained(source, padding_side="left"),
-        AutoImageProcessor.from_pretrained(source),
-        Prompts(settings["prompt"]),
-        BoxCodec(settings["frame"]),
-        max_new_tokens=max_new_tokens or (48 if tiny else 160),
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-    )
-
-
-def _load_model(source: str, dtype: torch.dtype | str) -> Any:
-    """The model, refusing weights that do not fit their own configuration."""
-    if Path(source).exists():
-        transformers_logging.disable_progress_bar()  # a local file is read in a blink
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise PolicyError(
-            f"{source} could not be loaded ({first}). Is it complete, and do weights and config.json belong together?"
-        ) from error
-    wrong = {
-        k: sorted(map(str, report[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]
-    }
-    if wrong:
-        kind, keys = next(iter(wrong.items()))
-        raise PolicyError(
-            f"{source}: weights and config.json do not belong together: {kind.replace('_', ' ')} {keys[:3]}"
-        )
-    return model
+@lru_cache(maxsize=1)
+def _next() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="prompts")

@@ -1,15 +1,17 @@
 """What a policy is asked at each step.
 
-One wording serves SFT, rollouts and evaluation. In the ``fresh`` layout each step is a new prompt
-that holds the current picture (overlay drawn) and, in the model's own coordinates, the current box:
-in a growing conversation the box would stand in the model's earlier answer.
+One wording serves SFT, rollouts and evaluation. The current box stands in it in the model's own
+coordinates (those of the first picture shown), and the pictures say by themselves what is drawn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 NO_BOX_TEXT = "none"
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +19,27 @@ class Prompts:
     """The user's turn, with ``{expression}`` and ``{box}`` to be filled in."""
 
     text: str
+    closeup: str = ""
+    """Added where the only picture shown is a close-up."""
+    with_closeup: str = ""
+    """Added where a close-up is shown beside the whole picture."""
 
-    def fill(self, expression: str, box_text: str | None) -> str:
-        """The user's text; ``box_text`` is the current box in the model's coordinates, or None."""
+    def fill(
+        self, expression: str, box_text: str | None, windows: Sequence[tuple[float, float, float, float]] = (WHOLE,)
+    ) -> str:
+        """The user's text.
+
+        Args:
+            expression: what to find.
+            box_text: the current box in the model's coordinates, or None.
+            windows: what each picture shows, relative to the whole picture.
+        """
         # str.replace, not str.format: an expression may hold braces.
         filled = self.text.replace("{box}", box_text or NO_BOX_TEXT)
+        if len(windows) > 1:
+            filled += self.with_closeup
+        elif tuple(windows[0]) != WHOLE:
+            filled += self.closeup
         return filled.replace("{expression}", expression)
 
 
@@ -32,6 +50,9 @@ QWEN = Prompts(
     'Locate the object that this expression describes: "{expression}". Current box: {box}.\n'
     "The current box, if there is one, is drawn on the picture as a translucent red rectangle. If it "
     'fits the object, answer {"stop": true}. Otherwise say briefly what is wrong with it, if anything, '
-    'and answer with one JSON object: {"bbox_2d": [x1, y1, x2, y2]}.'
+    'and answer with one JSON object: {"bbox_2d": [x1, y1, x2, y2]}.',
+    closeup=" The picture shows only the region around the current box, enlarged; all coordinates refer to it.",
+    with_closeup=" The second picture shows the region around the current box, enlarged. To answer in its coordinates,"
+    ' write {"picture": 2, "bbox_2d": [x1, y1, x2, y2]}.',
 )
 """For pretrained models. Our choice: the paper does not give its prompts."""

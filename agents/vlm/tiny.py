@@ -33,7 +33,10 @@ SPECIALS = (
     "<|video_pad|>",
 )
 _LITERALS = ('{"bbox_2d": [', "]}", '{"stop": true}', ", ", "\n", ".", ";", ":", ",", " [", "].", "]", " ")
-_SPLIT = r'\{"bbox_2d": \[|\{"stop": true\}|\]\}|\p{N}+|, | ?\p{L}+|\n| ?[^\s\p{L}\p{N}]+|\s+'
+_CLOSEUP_BOX = '{"picture": 2, "bbox_2d": ['
+_SPLIT = (
+    r'\{"picture": 2, "bbox_2d": \[|\{"bbox_2d": \[|\{"stop": true\}|\]\}|\p{N}+|, | ?\p{L}+|\n| ?[^\s\p{L}\p{N}]+|\s+'
+)
 # The turn layout of the Qwen family; written for this tokenizer, images in content order.
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -54,6 +57,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     byte_level += [f"{space}{w}" for w in sorted(words) for space in ("", "Ġ")]
     byte_level += [str(n) for n in range(1001)]
     pieces += [w for w in dict.fromkeys(byte_level) if w not in set(pieces)]
+    # Last, because it came when the shipped weights had been trained: no other id has moved.
+    pieces.append(_CLOSEUP_BOX.replace(" ", "Ġ"))
     # ignore_merges: a pre-token in the vocabulary is one token; anything else falls into bytes.
     tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

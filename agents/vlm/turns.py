@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
 
 @dataclass(slots=True, eq=False)
 class Picture:
@@ -38,6 +41,14 @@ class Prompt:
 
     ids: list[int]
     pictures: list[Picture]
+    windows: list[Box] = field(default_factory=lambda: [WHOLE])
+    """What each picture of the *current* step shows, relative to the whole picture; they come last in ``pictures``."""
+
+    def shown(self, number: int) -> tuple[Picture, Box] | None:
+        """The current step's picture ``number`` (from 1) and its window; None where there is no such picture."""
+        if not 1 <= number <= len(self.windows):
+            return None
+        return self.pictures[len(self.pictures) - len(self.windows) + number - 1], self.windows[number - 1]
 
 
 @dataclass(slots=True, eq=False)
@@ -54,74 +65,41 @@ class Turn:
     stop_probability: float | None = None
 
 
-@dataclass(slots=True)
-class Batch:
-    """Turns side by side, right-padded, ready for one forward pass."""
-
-    input_ids: torch.Tensor
-    """(B, L)"""
-    attention_mask: torch.Tensor
-    """(B, L), 1 on real tokens. Never the same as the loss mask."""
-    loss_mask: torch.Tensor
-    """(B, L), true exactly on sampled tokens."""
-    position_ids: torch.Tensor
-    """(4, B, L): text position, then the three M-RoPE axes."""
-    pictures: list[Picture]
-
-
 def mrope_positions(ids: Sequence[int], pictures: Sequence[Picture], image_token: int, merge: int) -> np.ndarray:
     """M-RoPE positions of one sequence, (3, L); equals the model's own ``get_rope_index``.
 
     Text counts up on all three axes; a picture keeps its frame index on the first axis and spreads
     over rows and columns on the others, and the text after it goes on behind the longer side.
     """
-    out = np.zeros((3, len(ids)), dtype=np.int64)
-    at = position = 0
-    queue = iter(pictures)
-    while at < len(ids):
-        if ids[at] != image_token:
-            out[:, at] = position
-            at, position = at + 1, position + 1
-            continue
-        _, rows, columns = next(queue).grid
+    array = np.asarray(ids)
+    out = np.empty((3, len(array)), dtype=np.int64)
+    placeholders = np.flatnonzero(array == image_token)
+    at = position = used = 0
+    for picture in pictures:
+        start = int(placeholders[used])
+        out[:, at:start] = position + np.arange(start - at)
+        position += start - at
+        _, rows, columns = picture.grid
         rows, columns = rows // merge, columns // merge
         cells = np.arange(rows * columns)
-        out[:, at : at + len(cells)] = position + np.stack([cells * 0, cells // columns, cells % columns])
-        at, position = at + len(cells), position + max(rows, columns)
+        at = start + len(cells)
+        out[:, start:at] = position + np.stack([cells * 0, cells // columns, cells % columns])
+        position, used = position + max(rows, columns), used + len(cells)
+    if used != len(placeholders):
+        raise ValueError(f"{len(placeholders)} picture placeholders for {len(pictures)} pictures of {used} tokens")
+    out[:, at:] = position + np.arange(len(array) - at)
     return out
 
 
-def collate(turns: Sequence[Turn], pad_id: int, image_token: int, merge: int, left: bool = False) -> Batch:
-    """Lay turns side by side.
-
-    Args:
-        turns: at least one.
-        pad_id: fills up; masks come from lengths, never from ids.
-        image_token: the id of a picture placeholder.
-        merge: the vision tower's spatial merge size.
-        left: pad on the left, as generation needs it.
-    """
-    rows = [t.prompt.ids + t.completion for t in turns]
-    length = max(map(len, rows))
-    shape = (len(rows), length)
-    input_ids = np.full(shape, pad_id, dtype=np.int64)
-    attention, loss = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
-    positions = np.zeros((4, *shape), dtype=np.int64)
-    for i, (turn, ids) in enumerate(zip(turns, rows, strict=True)):
-        start = length - len(ids) if left else 0
-        here = slice(start, start + len(ids))
-        input_ids[i, here] = ids
-        attention[i, here] = 1
-        loss[i, start + len(turn.prompt.ids) : start + len(ids)] = True
-        positions[0, i, here] = np.arange(len(ids))
-        positions[1:, i, here] = mrope_positions(ids, turn.prompt.pictures, image_token, merge)
-    return Batch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(attention),
-        torch.from_numpy(loss),
-        torch.from_numpy(positions),
-        [p for t in turns for p in t.prompt.pictures],
-    )
+def pictures_in(prompt: Prompt, length: int, image_token: int, merge: int) -> int:
+    """How many of a prompt's pictures stand, whole, in its first ``length`` ids."""
+    left, count = int((np.asarray(prompt.ids[:length]) == image_token).sum()), 0
+    for picture in prompt.pictures:
+        left -= int(np.prod(picture.grid)) // merge**2
+        if left < 0:
+            break
+        count += 1
+    return count
 
 
 def encode_pictures(model: Any, pictures: Sequence[Picture], keep: bool) -> BaseModelOutputWithDeepstackFeatures:

@@ -1,0 +1,194 @@
+"""Which options of ``train_grpo.py`` contradict each other, and which a resumed run may change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agents.grpo.trainer import GRPOConfig
+from agents.tracking import check_tracker
+from agents.training import RunError
+
+if TYPE_CHECKING:  # the script imports this module; only its type is needed here
+    from train_grpo import Args
+
+MAY_CHANGE = frozenset(
+    {
+        # how long, how often
+        "steps",
+        "save_every",
+        "eval_every",
+        "eval_samples",
+        "eval_split",
+        # where to, and what is shown
+        "out",
+        "tracker",
+        "config",
+        "resume",
+        "overwrite",
+        # reckoned with by a dry run only
+        "dry_run",
+        "gpu_memory_gb",
+        "picture",
+    }
+)
+"""Options that a resumed run may change: no step's gradient depends on them. All others are refused."""
+
+PROCESSES = "processes"
+"""Key of the recorded configuration that is no option: each process samples with a seed of its own."""
+
+
+def recorded_options(out: Path) -> dict[str, Any]:
+    """What ``config.json`` of a run holds.
+
+    Raises:
+        RunError: where it is missing or cannot be read.
+    """
+    path = out / "config.json"
+    if not path.exists():
+        raise RunError(f"nothing to resume in {out}: no config.json; start without --resume")
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} cannot be read ({error}): what the run was is not known; start another one") from error
+    if not isinstance(recorded, dict):
+        raise RunError(f"{path} holds {type(recorded).__name__}, no options; start another run")
+    return recorded
+
+
+def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:
+    """Refuse to go on with a run under other options than it was begun with.
+
+    The result would be a run that no command describes: its first half is one experiment and its second
+    another, under one name.
+
+    Args:
+        recorded: of the run, from its ``config.json``.
+        given: of this command, with ``processes``; what None stood for is filled in.
+        out: folder of the run.
+
+    Raises:
+        RunError: names each option with both values, and what to give.
+    """
+    now = json.loads(json.dumps(dict(given), default=str))  # as it would be read back
+    different = {k: v for k, v in now.items() if k not in MAY_CHANGE and (k not in recorded or recorded[k] != v)}
+    if not different:
+        return
+    told = [f"{k}: the run has {recorded.get(k)!r}, this command {v!r}" for k, v in different.items()]
+    flags = [_flag(k, recorded.get(k)) for k in different if k != PROCESSES and recorded.get(k) is not None]
+    advice = []
+    if flags:
+        advice.append(f"give {' '.join(flags)} to go on")
+    if PROCESSES in different:
+        advice.append(f"start {recorded.get(PROCESSES)} processes to go on")
+    advice.append("or begin another run with a new --out")
+    raise RunError(f"{out} is a run with other options. {'; '.join(told)}. {', '.join(advice)}".replace("\n", " "))
+
+
+def _flag(name: str, value: Any) -> str:
+    """The option as it is written on the command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def check_options(args: Args, processes: int = 1) -> None:
+    """Refuse options that contradict each other, before anything is loaded. Changes nothing.
+
+    Args:
+        args: as given.
+        processes: that the training would run on.
+
+    Raises:
+        RunError: names the value and says what would have gone wrong.
+    """
+    check_tracker(args.tracker)
+    _check_rollout(args, processes)
+    _check_credit(args)
+    _check_loss(args)
+
+
+def _check_rollout(args: Args, processes: int) -> None:
+    if not args.temperature > 0:  # so written, NaN is refused, too
+        raise RunError(f"temperature {args.temperature:g}: all members of a group would be equal and every advantage 0")
+    if args.group < 2:
+        raise RunError(f"group {args.group}: with no other members to compare with every advantage is 0")
+    if args.prompts % processes:
+        raise RunError(
+            f"prompts {args.prompts} on {processes} processes: {args.prompts % processes} processes would play one more"
+            f" than the others, and the environments are made for equal shares; give a multiple of {processes}"
+        )
+    for name in ("prompts", "iterations", "micro_batch", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise RunError(f"{name} {getattr(args, name)}: the policy would never be updated; give at least 1")
+    if args.advantage == "return_to_go" and args.reward == "final" and args.max_steps == 1:
+        raise RunError("max_steps 1 leaves nothing to refine: use evaluate.py's single-shot control instead")
+
+
+def _check_credit(args: Args) -> None:
+    if args.advantage == "episode_and_step" and not args.omega > 0:
+        raise RunError(
+            f"omega {args.omega:g} with credit episode_and_step: nothing of the step comparison would be left, or it"
+            " would be turned round; use --credit trajectory, or a positive omega"
+        )
+    if args.advantage != "episode_and_step" and args.omega != 1.0:
+        raise RunError(
+            f"omega {args.omega:g} with credit {args.advantage}: it would be ignored, and the run would be recorded as"
+            " one with a step comparison; add --credit episode_and_step"
+        )
+    if args.scale == "none" and args.scale_floor != GRPOConfig.scale_floor:
+        raise RunError(
+            f"scale_floor {args.scale_floor:g} with scale none: nothing is divided, so it would be ignored; add"
+            " --scale group or --scale batch"
+        )
+    if args.scale != "none" and not args.scale_floor > 0:
+        raise RunError(
+            f"scale_floor {args.scale_floor:g} with scale {args.scale}: members whose rewards differ by 0.00001 would"
+            " get advantages as large as members that differ by 1; give at least 0.001"
+        )
+    if args.scale == "group" and args.loss == "dr_grpo":
+        raise RunError(
+            "scale group with loss dr_grpo: Dr. GRPO is GRPO without that division; the run would carry its name and"
+            " weigh groups that hardly differ up to 1 / scale_floor times as much; use --scale none or --loss grpo"
+        )
+    if args.scale == "group" and args.kl_in == "reward":
+        raise RunError(
+            "scale group with kl_in reward: the KL penalty would be divided by each group's standard deviation, so its"
+            f" weight would be anything from {args.beta:g} to {args.beta / args.scale_floor:g}; use --kl-in loss"
+        )
+
+
+def _check_loss(args: Args) -> None:
+    for name, value in (("clip_low", args.clip_low), ("clip_high", args.clip_high)):
+        if value is None:
+            continue
+        if not value > 0:
+            raise RunError(f"{name} {value:g}: the clip would stop the gradient of tokens that have not moved yet")
+        if args.loss == "gspo" and value >= 0.05:
+            grown = (1 + value) ** args.max_new_tokens
+            raise RunError(
+                f"{name} {value:g} with loss gspo: it bounds the mean ratio of a whole answer, so an answer of"
+                f" {args.max_new_tokens} tokens could become {grown:,.0f} times as probable before it is clipped, which"
+                " is no clip at all; leave it out (0.0003 and 0.0004)"
+            )
+    low = {"mixed_precision bf16": args.mixed_precision == "bf16", "dtype bfloat16": args.dtype == "bfloat16"}
+    low["quantize nf4"] = args.quantize == "nf4"
+    if args.loss == "gspo" and any(low.values()):
+        raise RunError(
+            f"{next(name for name, chosen in low.items() if chosen)} with loss gspo: a cached and a whole pass round"
+            " differently, which alone moves an answer's mean ratio by 0.001 (tiny model, sdpa): 74 % of the answers"
+            " would lie outside the clip range of 0.0003 before the first update; use float32, or a loss with token"
+            " ratios"
+        )
+    if args.clip_low is not None and args.clip_low > 1:
+        raise RunError(f"clip_low {args.clip_low:g}: a ratio is never below 0, so the lower bound would never bind")
+    if not args.beta >= 0:
+        raise RunError(f"beta {args.beta:g}: the policy would be paid for leaving its reference; give 0 or more")
+    if args.kl_in == "reward" and args.beta == 0:
+        raise RunError(
+            "kl_in reward with beta 0: nothing would be subtracted, and the run would be recorded as one with a KL"
+            " penalty; add --beta (the paper: 0.04)"
+        )

@@ -1,0 +1,186 @@
+"""The environment as TRL's ``GRPOTrainer`` takes one: ``environment_factory``, ``reset`` and a tool.
+
+    policy = load_policy("tiny")
+    trainer = trl.GRPOTrainer(
+        model=policy.model,
+        reward_funcs=episode_reward,
+        processing_class=processor_for(policy),
+        environment_factory=lambda: TRLGrounding(policy, "IVT-Scenes-v0"),
+        train_dataset=datasets.Dataset.from_list(rows(range(1000))),
+        args=trl.GRPOConfig(max_tool_calling_iterations=2, ...),  # actions of an episode, less one
+    )
+
+Written for TRL 1.16, and it imports nothing of it. The Gymnasium environment is used as it is: ``reset``
+returns its first picture and the question, the tool ``answer`` plays one action and returns the picture
+with the box drawn. The model answers in this project's text format, not in a tool-call format: every
+answer but a stop is handed to the tool, so an unreadable one costs a step here as it does elsewhere. The
+token ids of a conversation are those of the ``prefix`` layout.
+
+What TRL's interface cannot express:
+
+- *Credit for a step.* A rollout is one row with one scalar; all of its answers share one advantage.
+- *The end of an episode.* A tool cannot end a rollout: TRL asks again until an answer calls no tool, or
+  ``max_tool_calling_iterations`` is used up. A limit of T actions is a limit of T - 1 tool calls; the last
+  answer is then sampled and never handed to the tool. ``episode_reward`` plays it, so it has to be the
+  reward function; a ``get_reward`` method, which takes no argument, could not see it.
+- *A fresh prompt for each step.* A rollout is one growing sequence, so there is no ``fresh`` layout.
+- *Groups.* Each rollout has an environment of its own, and each draws and encodes the same picture again.
+- *A limit of tokens for one answer* is no option of its own: ``generation_kwargs={"max_new_tokens": n}``.
+  An answer that was cut off is followed by the next question without an end-of-turn token.
+- *Text that is only text.* A chat template is rendered whole, so special tokens that an expression spells
+  out are read as special tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from PIL import Image
+from transformers import Qwen3VLProcessor
+
+import ivt_env  # noqa: F401  registers the ids
+from agents.vlm.codec import parse_action
+from agents.vlm.policy import VLMPolicy
+
+TOOL = "answer"
+
+# A tool's response is the user's next turn, as in the prefix layout. Tool calls are rendered because TRL
+# refuses a template that drops them; what the model sampled is never rendered again.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class TRLGrounding:
+    """One episode at a time. Every public method but ``reset`` is a tool, so there is just one."""
+
+    def __init__(self, policy: VLMPolicy, env_id: str, **kwargs: Any) -> None:
+        """Make the environment.
+
+        Args:
+            policy: gives the wording and the box codec; it plays nothing here.
+            env_id: a registered id.
+            **kwargs: of ``gym.make``.
+
+        Raises:
+            ValueError: where boxes are not relative to the whole picture.
+        """
+        self._prompts, self._codec = policy.dialogue.prompts, policy.codec
+        if self._codec.frame != "relative_1000":
+            raise ValueError(
+                f"frame {self._codec.frame}: boxes in pixels of the resized picture cannot be read here, because a tool"
+                " never sees how the processor resized it; use a model that writes 0..1000"
+            )
+        if kwargs.get("view", "overlay") != "overlay":
+            raise ValueError(f"view {kwargs['view']!r}: only the whole picture is offered here; leave view='overlay'")
+        self._env = gym.make(env_id, **kwargs)
+        self._over = True
+        self._played = 0
+        self._total = 0.0
+
+    def reset(self, index: int, **_: Any) -> list[dict[str, Any]]:
+        """Begin with sample ``index``; the other columns of the row are not needed.
+
+        Returns:
+            Content blocks for the user's turn: the picture and the question. (TRL's signature says text;
+            its trainer takes blocks, too.)
+        """
+        observation, _ = self._env.reset(seed=0, options={"index": int(index)})
+        self._over, self._played, self._total = False, 0, 0.0
+        return self._shown(observation)
+
+    def answer(self, text: str) -> list[dict[str, Any]]:
+        """Play one action and look at the picture with the current box drawn.
+
+        Args:
+            text: The answer, which holds one JSON object with a box or a stop.
+
+        Returns:
+            The next picture and question.
+        """
+        if self._over:
+            raise RuntimeError("the episode is over: set max_tool_calling_iterations to the limit of actions less one")
+        action = parse_action(text)
+        # A box that is none is refused by the environment, with the reason in its info; the step counts.
+        box = [np.nan] * 4 if action.numbers is None or action.picture != 1 else self._codec.decode(action.numbers, ())
+        step = {"box": np.array(box, dtype=np.float32), "stop": int(action.stop)}
+        observation, reward, terminated, truncated, _ = self._env.step(step)
+        self._played += 1
+        self._total += float(reward)
+        self._over = terminated or truncated
+        return self._shown(observation)
+
+    def _shown(self, observation: dict[str, Any]) -> list[dict[str, Any]]:
+        height, width = observation["extent"]
+        box = observation["box"]
+        text = self._prompts.fill(
+            observation["expression"], self._codec.box_text(box.tolist(), ()) if box.any() else None
+        )
+        picture = Image.fromarray(observation["image"][:height, :width])
+        return [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+
+
+def episode_reward(
+    completions: Sequence[Sequence[dict[str, Any]]], environments: Sequence[TRLGrounding], **_: Any
+) -> list[float]:
+    """Total reward of each episode, after playing the answer that TRL sampled and did not hand over."""
+    totals = []
+    for messages, environment in zip(completions, environments, strict=True):
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        if len(answers) > environment._played and not environment._over:
+            environment.answer(answers[-1])
+        totals.append(environment._total)
+    return totals
+
+
+def rows(indices: Iterable[int]) -> list[dict[str, Any]]:
+    """Rows of a data set for TRL: an empty user's turn, which ``reset`` fills, and the sample's index."""
+    return [{"prompt": [{"role": "user", "content": ""}], "index": int(i)} for i in indices]
+
+
+class PictureProcessor(Qwen3VLProcessor):
+    """Qwen3-VL's processor for pictures alone: transformers builds the video part only with torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """Accept each part as it is, the missing video part among them."""
+        return type(argument)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
+        """Save the parts beside each other, as ``load_policy`` reads them."""
+        return [
+            *self.image_processor.save_pretrained(save_directory),
+            *self.tokenizer.save_pretrained(save_directory),
+        ]
+
+
+def processor_for(policy: VLMPolicy) -> PictureProcessor:
+    """A processor for TRL that speaks the policy's action format."""
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    # TRL asks the tokenizer for tool calls if it has a template to find them with; it is not used.
+    tokenizer.response_template = {}
+
+    def parse_response(response: Sequence[int], **_: Any) -> dict[str, Any]:
+        """The message that sampled ids make: a tool call, or a stop, which calls nothing and so ends the rollout."""
+        ids = list(response)
+        finished = bool(ids) and ids[-1] in policy.sampling.end_ids
+        text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+        message = {"role": "assistant", "content": text}
+        if not (finished and parse_action(text).stop):
+            # A cut-off answer is no answer, even where an action could be read from it.
+            arguments = {"text": text if finished else ""}
+            message["tool_calls"] = [{"type": "function", "function": {"name": TOOL, "arguments": arguments}}]
+        return message
+
+    tokenizer.parse_response = parse_response
+    return PictureProcessor(image_processor=policy.image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)

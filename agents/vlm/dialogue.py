@@ -1,0 +1,178 @@
+"""From observations to prompts, and from answers to boxes.
+
+Two layouts. In ``fresh`` each step is a prompt of its own: the environment's observation holds all that
+matters. In ``prefix``, the paper's, an episode is one growing conversation: what was asked, what was
+sampled, and then the next picture. Ids are only ever appended; nothing sampled is tokenised again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.vlm.codec import BoxCodec, ParsedAction
+from agents.vlm.prompts import Prompts
+from agents.vlm.turns import WHOLE, Box, Picture, Prompt, Turn
+from ivt_env import boxes
+
+LAYOUTS = ("fresh", "prefix")
+
+View = tuple[Picture, Box]
+"""A picture and the region that it shows, relative to the whole picture."""
+
+
+class Dialogue:
+    """Speaks a model's chat template, token by token."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, prompts: Prompts, codec: BoxCodec, end_id: int) -> None:
+        """Wrap a tokenizer and an image processor.
+
+        Args:
+            tokenizer: with a chat template.
+            image_processor: of the Qwen-VL family.
+            prompts: what is asked.
+            codec: how boxes are written.
+            end_id: the id that ends a turn.
+        """
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.prompts, self.codec, self.end_id = prompts, codec, end_id
+        self.image_token: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self._frames: dict[tuple[int, bool], tuple[str, str]] = {}
+        self._token_cache: dict[str, list[int]] = {}
+
+    def process(self, images: Sequence[NDArray[np.uint8]]) -> list[Picture]:
+        """Pictures (height, width, 3) as the image processor hands them to the model."""
+        if len(images) < 2 * _CHUNK:
+            return self._process(images)
+        # Resizing is most of it and does not hold Python's lock.
+        chunks = [images[k : k + _CHUNK] for k in range(0, len(images), _CHUNK)]
+        return [picture for part in _threads().map(self._process, chunks) for picture in part]
+
+    def _process(self, images: Sequence[NDArray[np.uint8]]) -> list[Picture]:
+        out = self.image_processor(images=list(images), return_tensors="pt")
+        grids = [tuple(int(v) for v in g) for g in out["image_grid_thw"]]
+        # pixel_values is ragged: patches of all pictures one after the other.
+        sizes = np.cumsum([int(np.prod(g)) for g in grids])[:-1].tolist()
+        parts = out["pixel_values"].tensor_split(sizes)
+        return [Picture(patches, grid) for patches, grid in zip(parts, grids, strict=True)]  # type: ignore[arg-type]
+
+    def prompt(self, expression: str, box: Sequence[float] | None, views: Sequence[View]) -> Prompt:
+        """One step's prompt of its own: the pictures, the question, and the current box in numbers."""
+        return Prompt(self._asked(expression, box, views, False), [p for p, _ in views], [w for _, w in views])
+
+    def following(self, turn: Turn, expression: str, box: Sequence[float] | None, views: Sequence[View]) -> Prompt:
+        """The next prompt of a growing conversation, behind ``turn``."""
+        asked = self._asked(expression, box, views, True)
+        # The template ends the answer; a turn that ended itself has done so already.
+        asked = asked[1:] if turn.finished else asked
+        pictures = [*turn.prompt.pictures, *(p for p, _ in views)]
+        return Prompt([*turn.prompt.ids, *turn.completion, *asked], pictures, [w for _, w in views])
+
+    def completion(self, text: str) -> list[int]:
+        """Token ids of an answer written out, end of turn included."""
+        return [*self._tokens(text, special=False), self.end_id]
+
+    def action_text(self, box: Sequence[float], views: Sequence[View], number: int = 1) -> str:
+        """The answer with a box (relative to the whole picture) in the frame of picture ``number``, from 1."""
+        picture, window = views[number - 1]
+        inside = boxes.clip(boxes.into_window(box, window))
+        return self.codec.action_text(inside.tolist(), picture.resized(self.image_processor.patch_size), number)
+
+    def box_of(self, action: ParsedAction, prompt: Prompt) -> list[float] | None:
+        """The box of an answer, relative to the whole picture; None if it speaks of a picture that is not there."""
+        shown = prompt.shown(action.picture)
+        if action.numbers is None or shown is None:
+            return None
+        picture, window = shown
+        box = self.codec.decode(action.numbers, picture.resized(self.image_processor.patch_size))
+        return box if window == WHOLE else [float(v) for v in boxes.out_of_window(box, window)]
+
+    def _asked(self, expression: str, box: Sequence[float] | None, views: Sequence[View], later: bool) -> list[int]:
+        picture, window = views[0]
+        inside = None if box is None else boxes.clip(boxes.into_window(box, window)).tolist()
+        resized = picture.resized(self.image_processor.patch_size)
+        text = self.prompts.fill(
+            expression, None if inside is None else self.codec.box_text(inside, resized), [w for _, w in views]
+        )
+        before, after = self._frame(len(views), later)
+        # The template is rendered once with a mark in place of the text, so special tokens that an
+        # expression may spell out stay plain text: only the frame is parsed for them.
+        ids: list[int] = []
+        queue = iter(views)
+        for token in self._tokens(before, special=True):
+            merged = 1
+            if token == self.image_token:
+                merged = int(np.prod(next(queue)[0].grid)) // self.image_processor.merge_size**2
+            ids += [token] * merged
+        return [*ids, *self._tokens(text, special=False), *self._tokens(after, special=True)]
+
+    def _frame(self, pictures: int, later: bool) -> tuple[str, str]:
+        """The chat template around a user's text; ``later`` with the end of the answer before it."""
+        key = (pictures, later)
+        if key in self._frames:
+            return self._frames[key]
+
+        def user(mark: str) -> dict[str, Any]:
+            return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": mark}]}
+
+        def rendered(messages: list[dict[str, Any]]) -> str:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+        opening = rendered([user("\x00")])
+        if later:
+            whole = rendered([user("\x00"), {"role": "assistant", "content": "\x01"}, user("\x02")])
+            head, _, rest = whole.partition("\x01")
+            end = self.tokenizer.convert_ids_to_tokens(self.end_id)
+            if head != opening or not rest.startswith(end):
+                raise ValueError(
+                    "the chat template rewrites earlier turns, or ends an answer otherwise than with"
+                    f" {end}: a conversation cannot grow by appending; use layout='fresh'"
+                )
+            before, _, after = rest.partition("\x02")
+        else:
+            before, _, after = opening.partition("\x00")
+        self._frames[key] = (before, after)
+        return before, after
+
+    def _tokens(self, text: str, special: bool) -> list[int]:
+        key = f"{special}{text}"
+        if key not in self._token_cache:
+            if len(self._token_cache) > 100_000:
+                self._token_cache.clear()
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
+            self._token_cache[key] = list(encoded["input_ids"])
+        return self._token_cache[key]
+
+
+_CHUNK = 8
+"""Pictures that one thread prepares at a time."""
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pictures")
+
+
+def images_of(observations: Mapping[str, Any], row: int) -> list[tuple[NDArray[np.uint8], Box]]:
+    """What one environment shows: pictures (height, width, 3) and their windows.
+
+    The close-up of ``view="both"`` counts once there is a box; before that it is the picture again.
+    """
+    height, width = observations["extent"][row]
+    window: Box = WHOLE
+    if "window" in observations:
+        x1, y1, x2, y2 = (float(v) for v in observations["window"][row])
+        window = (x1, y1, x2, y2)
+    image = observations["image"][row][:height, :width]
+    if "closeup" not in observations:
+        return [(image, window)]
+    if not observations["box"][row].any():
+        return [(image, WHOLE)]
+    height, width = observations["closeup_extent"][row]
+    return [(image, WHOLE), (observations["closeup"][row][:height, :width], window)]

@@ -1,0 +1,68 @@
+"""Options of both training commands that say how a large model is held and computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from agents.training import RunError
+from agents.vlm.load import check_weights
+from agents.vlm.speed import can_pack, checkpoint_layers, compile_layers
+
+
+@dataclass
+class ModelOptions:
+    """How a model is held and computed; the same in ``train_sft.py`` and ``train_grpo.py``."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Number format of the weights; adapters are always float32. None: bfloat16 under nf4; else as a policy
+    folder records it, or float32. A large model wants bfloat16."""
+    quantize: Literal["none", "nf4"] | None = None
+    """Hold the language model's matrices in four bits (NF4, double quantisation; needs `bitsandbytes` and LoRA).
+    An adapter that was trained on such a base is trained further, never merged. None: as a policy folder
+    records it, or none."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention code. None: sdpa on a GPU, eager on a CPU. With flash_attention_2, turns no longer share a row in
+    the update, because it takes no mask that could tell them apart."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone for the backward pass and compute the layer again there: less memory, about
+    a third more time in the update. The result is the same."""
+    compile: bool = False
+    """Compile the decoder layers' part of the update. The first steps take minutes. Not timed on a GPU yet, so it
+    may gain nothing; rollouts are never compiled."""
+
+    def check_model(self, lora_rank: int) -> None:
+        """Refuse what contradicts itself or cannot be had here, before anything is loaded.
+
+        Raises:
+            RunError: for a base that cannot be trained in this way.
+            PolicyError: for a format that cannot be had.
+        """
+        low = self.quantize if self.quantize == "nf4" else self.dtype
+        if lora_rank == 0 and low in ("nf4", "bfloat16"):
+            raise RunError(
+                f"lora_rank 0 with weights in {low}: every weight would be trained, and steps of AdamW smaller than"
+                " 1/256 of a weight are lost in the rounding; give a --lora-rank, or leave out --dtype and --quantize"
+            )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        usual = "bfloat16" if self.quantize == "nf4" else "float32"
+        check_weights(self.dtype or usual, self.quantize or "none", self.attention, device)
+
+    def loading(self) -> dict[str, Any]:
+        """What ``load_policy`` takes of them."""
+        return {"dtype": self.dtype, "quantize": self.quantize, "attention": self.attention}
+
+    def prepare_update(self, model: Any) -> None:
+        """Switch on what changes the update alone; adapters must be in place.
+
+        Args:
+            model: the model, with its adapter if it gets one.
+        """
+        if self.gradient_checkpointing:
+            checkpoint_layers(model)
+        if self.compile:
+            compile_layers(model)
+        if not can_pack(model):
+            print("attention flash_attention_2: packing is off, each turn is computed in a row of its own")

@@ -1,0 +1,58 @@
+"""Options of the update that change its memory or speed and not its result.
+
+All of them work on the decoder layers in training mode alone; rollouts run in eval mode and are left
+as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from agents.vlm.generation import core_of
+
+_COMPILED: dict[type, type] = {}
+
+
+def can_pack(model: Any) -> bool:
+    """Whether turns may share a row in the update: flash attention takes no mask that could tell them apart."""
+    return bool(core_of(model).config._attn_implementation != "flash_attention_2")
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Keep each layer's input alone for the backward pass and compute the layer again there.
+
+    Non-reentrant: gradients reach adapters inside a layer although nothing that goes into the first
+    layer requires one, so the library's ``enable_input_require_grads`` is not needed.
+    """
+    core_of(model).activation_checkpointing_enable({"use_reentrant": False})
+
+
+def compile_layers(model: Any) -> None:
+    """Let each decoder layer's training pass be compiled, at its first use.
+
+    One graph with symbolic lengths serves all layers. Adapters must be in place already.
+    """
+    for layer in core_of(model).model.language_model.layers:
+        kind = type(layer)
+        if kind not in _COMPILED:
+            _COMPILED[kind] = _compiled(kind)
+        layer.__class__ = _COMPILED[kind]
+
+
+def _compiled(kind: type) -> type:
+    """A decoder layer class whose training pass is compiled.
+
+    A class and not a function on the instance: a deep copy of the model must run its own layers. The
+    library wraps the new ``forward`` in its checkpointing again, so that comes before the compiled part.
+    """
+    plain = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    fast = torch.compile(plain, dynamic=True)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = fast if self.training and torch.is_grad_enabled() else plain
+        return chosen(self, *args, **kwargs)
+
+    return type(f"Compiled{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})

@@ -1,0 +1,245 @@
+"""Rollouts for GRPO: what sharing gains, in both conversation layouts, and where a training step's time goes.
+
+    python benchmarks/rollouts.py
+
+The same episodes three ways, in turn, in this process: with everything shared (equal prompts computed
+once, picture encodings kept, conversations continued on their caches), without any of it (the policy's
+own ``reuse=False``: every member of a group runs its own prompt, every turn runs the whole conversation and
+all its pictures again), and with the library's ``generate`` on the whole conversation, its pictures prepared
+anew each turn, which is what one writes first. Answers are cut off
+at a fixed length and boxes are drawn at random, so that all ways play three turns of equally many tokens.
+The ratios are what counts: absolute times depend on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from transformers import DynamicCache
+
+from agents.grpo.trainer import GRPOConfig, GRPOTrainer
+from agents.training import MetricsLog, make_accelerator
+from agents.vlm import generation
+from agents.vlm.adapters import make_trainable
+from agents.vlm.load import load_policy
+from agents.vlm.policy import VLMPolicy
+from agents.vlm.turns import Prompt
+from ivt_env.metrics.table import render
+from ivt_env.rollouts import make_vector_env
+from ivt_env.vector_env import GroundingVectorEnv
+
+
+@dataclass
+class Args:
+    """Measure rollouts and the parts of a training step."""
+
+    model: str = "tiny"
+    """A model folder, or `tiny`."""
+    prompts: int = 8
+    """Groups."""
+    group: int = 8
+    """Episodes of each."""
+    turns: int = 3
+    """Actions of every episode."""
+    tokens: int = 12
+    """Tokens of every answer."""
+    rounds: int = 5
+    """Times that each way is measured, in turn; medians are printed."""
+    view: Literal["overlay", "both"] = "overlay"
+    """What a box is shown on."""
+    out: Path | None = None
+    """Write the figures as JSON."""
+
+
+def play(env: GroundingVectorEnv, policy: VLMPolicy, args: Args, generated: bool = False) -> float:
+    """Seconds of one rollout of all groups; every episode takes ``args.turns`` turns."""
+    count = args.prompts * args.group
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.random((args.turns, count, 2, 2)), axis=2).reshape(args.turns, count, 4)
+    boxes = np.clip(corners + [0, 0, 0.01, 0.01], 0, 1).astype(np.float32)
+    indices = [k for k in range(args.prompts) for _ in range(args.group)]
+    start = time.perf_counter()
+    observations, _ = env.reset(seed=0, options={"index": indices})
+    policy.reset(np.ones(count, dtype=bool))
+    policy.seen = []  # type: ignore[attr-defined]
+    for turn in range(args.turns):
+        if generated:
+            _library_turn(policy, observations, count)
+        else:
+            policy.act(observations)
+        observations, *_ = env.step({"box": boxes[turn], "stop": np.zeros(count, dtype=np.int64)})
+    return time.perf_counter() - start
+
+
+def _library_turn(policy: VLMPolicy, observations: Any, count: int) -> None:
+    """One turn by the model's own ``generate``: whole conversations, all pictures."""
+    prompts = policy.prompts_for(observations, range(count))
+    for before in policy.seen:  # type: ignore[attr-defined]
+        policy.dialogue.process(before)
+    if policy.layout == "prefix":
+        policy.seen.append([np.ascontiguousarray(image) for image in observations["image"]])  # type: ignore[attr-defined]
+    width = max(len(p.ids) for p in prompts)
+    pad = policy.sampling.pad_id
+    ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts])
+    pictures = [picture for p in prompts for picture in p.pictures]
+    out = policy.core.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        mm_token_type_ids=(ids == policy.image_token).int(),
+        pixel_values=torch.cat([p.patches for p in pictures]),
+        image_grid_thw=torch.tensor([p.grid for p in pictures]),
+        do_sample=True,
+        top_k=0,
+        temperature=1.0,
+        max_new_tokens=policy.sampling.max_new_tokens,
+        min_new_tokens=policy.sampling.max_new_tokens,
+        suppress_tokens=list(policy.sampling.suppressed),
+    )
+    policy._said = {r: (_turn(p, out[r, width:].tolist()), None) for r, p in enumerate(prompts)}
+    if policy.layout == "fresh":
+        policy._said = {}
+
+
+def _turn(prompt: Prompt, completion: list[int]) -> Any:
+    from agents.vlm.turns import Turn
+
+    return Turn(prompt, completion)
+
+
+def fixed_length(policy: VLMPolicy, tokens: int) -> None:
+    """No answer ends by itself, so that every way samples equally many tokens."""
+    suppressed = (*policy.sampling.suppressed, *policy.sampling.end_ids)
+    policy.sampling = replace(policy.sampling, max_new_tokens=tokens, end_ids=(), suppressed=suppressed)
+
+
+def compare_ways(args: Args) -> list[dict[str, Any]]:
+    """Median seconds of each way in each layout."""
+    rows = []
+    for layout in ("fresh", "prefix"):
+        env = make_vector_env(
+            "IVT-Scenes-v0", args.prompts * args.group, split="train", view=args.view, max_steps=args.turns
+        )
+        ways = {}
+        for name, reuse in (("shared", True), ("nothing shared", False), ("library's generate", False)):
+            policy = load_policy(args.model, temperature=1.0, layout=layout, reuse=reuse)
+            fixed_length(policy, args.tokens)
+            ways[name] = policy
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(args.rounds + 1):  # the first round warms up
+            for name, policy in ways.items():
+                seconds[name].append(play(env, policy, args, generated=name.startswith("library")))
+        best = median(seconds["shared"][1:])
+        for name, values in seconds.items():
+            took = median(values[1:])
+            rows.append({"layout": layout, "way": name, "seconds": took, "ratio": took / best})
+    return rows
+
+
+@contextlib.contextmanager
+def timed(owner: Any, name: str, seconds: list[float]) -> Iterator[None]:
+    """Add the time of every outermost call of a method to ``seconds``."""
+    original = getattr(owner, name)
+    depth = 0
+
+    def wrapper(*values: Any, **named: Any) -> Any:
+        nonlocal depth
+        depth += 1
+        start = time.perf_counter()
+        try:
+            return original(*values, **named)
+        finally:
+            depth -= 1
+            if depth == 0:
+                seconds.append(time.perf_counter() - start)
+
+    setattr(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def share_of_arithmetic(args: Args) -> dict[str, float]:
+    """Seconds of a training step (the trainer's defaults) inside the model, its gradients and the optimizer."""
+    policy = load_policy(args.model, temperature=1.0, max_new_tokens=40)
+    policy.model = make_trainable(policy.model, 16)
+    config = GRPOConfig(
+        steps=1,
+        prompts=16,
+        group=8,
+        lr=1e-3,
+        warmup=1,
+        advantage="return_to_go",
+        iterations=1,
+        clip_low=0.2,
+        clip_high=0.28,
+        beta=0.0,
+        micro_batch=64,
+        max_grad_norm=1.0,
+        mask_truncated=True,
+        seed=0,
+        save_every=100,
+    )
+    env = make_vector_env("IVT-Scenes-v0", config.prompts * config.group, split="train", max_steps=args.turns)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        log = MetricsLog(Path(folder), enabled=False)
+        trainer = GRPOTrainer(policy, env, config, make_accelerator("no"), log, Path(folder))
+        trainer.train_step()
+        for _ in range(args.rounds):
+            inside: list[float] = []
+            core = policy.core
+            with contextlib.ExitStack() as stack:
+                for owner, name in (
+                    (core.model, "forward"),
+                    (core, "get_image_features"),
+                    (core.lm_head, "forward"),
+                    (generation, "log_softmax"),
+                    (generation, "sample"),
+                    (DynamicCache, "batch_select_indices"),
+                    (trainer.accelerator, "backward"),
+                    (trainer.optimizer, "step"),
+                ):
+                    stack.enter_context(timed(owner, name, inside))
+                start = time.perf_counter()
+                trainer.train_step()
+                found.append((time.perf_counter() - start, sum(inside)))
+            trainer.step += 1
+    whole, inside_median = (median(column) for column in zip(*found, strict=True))
+    return {"seconds": whole, "model": inside_median, "rest": median(1 - b / a for a, b in found)}
+
+
+def main(args: Args) -> None:
+    """Measure and print."""
+    rows = compare_ways(args)
+    episodes = args.prompts * args.group
+    print(f"{args.prompts} groups of {args.group}, {args.turns} turns of {args.tokens} tokens, view {args.view}\n")
+    lines = [
+        [r["layout"], r["way"], f"{r['seconds']:.2f}", f"{episodes / r['seconds']:.0f}", f"{r['ratio']:.1f}"]
+        for r in rows
+    ]
+    print(render(["layout", "way", "s a rollout", "episodes/s", "times shared"], lines))
+    step = share_of_arithmetic(args)
+    print(
+        f"\na training step of 16 x 8 episodes: {step['seconds']:.2f} s, of which model, gradients and optimizer"
+        f" {step['model']:.2f} s; the rest is {100 * step['rest']:.1f} %"
+    )
+    if args.out is not None:
+        figures = {"args": asdict(args), "rollouts": rows, "step": step}
+        args.out.write_text(json.dumps(figures, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

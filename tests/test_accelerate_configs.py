@@ -1,0 +1,82 @@
+"""A launch configuration with a key that the launcher does not know, or a layer that the model does not
+have, is found when eight GPUs have been waited for. accelerate's own classes read each of them here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+from agents.vlm.load import load_policy
+from train_grpo import Args
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "configs" / "accelerate"
+TYPES = {
+    "ddp": DistributedType.MULTI_GPU,
+    "fsdp": DistributedType.FSDP,
+    "deepspeed_zero2": DistributedType.DEEPSPEED,
+}
+
+
+def launched_with(name: str, monkeypatch) -> dict[str, str]:
+    """What the launcher would put into the environment of each process."""
+    command = ["--config_file", str(FOLDER / f"{name}.yaml"), "--num_processes", "4", "train_grpo.py"]
+    args = launch_command_parser().parse_args(command)
+    args, config, _ = _validate_launch_command(args)
+    if name == "deepspeed_zero2":
+        args.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)  # as the launcher does
+        _, env = prepare_deepspeed_cmd_env(args)
+    else:
+        env = prepare_multi_gpu_env(args)
+    for key in list(os.environ):
+        if key.startswith(("FSDP_", "ACCELERATE_")):
+            monkeypatch.delenv(key)
+    for key, value in env.items():
+        if key.startswith(("FSDP_", "ACCELERATE_")):
+            monkeypatch.setenv(key, value)
+    return env
+
+
+def test_all_that_are_shipped_are_tested():
+    assert {p.stem for p in FOLDER.glob("*.yaml")} == set(TYPES)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_launcher_reads_it_and_knows_every_key(name):
+    config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
+    assert config.distributed_type == TYPES[name] and config.num_processes == 2
+    assert Args().prompts % config.num_processes == 0, "the default command would be refused"
+
+
+def test_fsdp_shards_the_layers_of_the_language_model_and_nothing_else(monkeypatch):
+    env = launched_with("fsdp", monkeypatch)
+    assert env["ACCELERATE_USE_FSDP"] == "true"
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.cpu_ram_efficient_loading is False and plugin.activation_checkpointing is False
+    (layer,) = plugin.transformer_cls_names_to_wrap
+    model = load_policy("tiny").model
+    sharded = [n for n, m in model.named_modules() if type(m).__name__ == layer]
+    assert len(sharded) == model.config.text_config.num_hidden_layers
+    assert all("visual" not in n for n in sharded)
+
+
+def test_ddp_asks_for_neither(monkeypatch):
+    env = launched_with("ddp", monkeypatch)
+    assert env.get("ACCELERATE_USE_FSDP", "false") == "false" and "ACCELERATE_USE_DEEPSPEED" not in env
+
+
+def test_deepspeed_steps_once_and_clips_where_the_script_would(monkeypatch):
+    env = launched_with("deepspeed_zero2", monkeypatch)
+    assert env["ACCELERATE_USE_DEEPSPEED"] == "true"
+    config = DeepSpeedPlugin().deepspeed_config
+    assert config["zero_optimization"]["stage"] == 2 and config["gradient_accumulation_steps"] == 1
+    assert float(config["gradient_clipping"]) == Args().max_grad_norm
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "none"
