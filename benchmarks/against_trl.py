@@ -56,6 +56,8 @@ class Args:
     """Processes of each side."""
     threads: int = 2
     """Cores that torch may use."""
+    checkpointing: bool = False
+    """This side computes activations twice and keeps few of them: the same gradients in less memory."""
     trl_checkpointing: bool = False
     """TRL's default trades time for memory by computing activations twice; off is its faster way."""
     trl_attention: Literal["eager", "sdpa"] = "eager"
@@ -145,9 +147,12 @@ def measure_ours(args: Args, layout: str) -> dict[str, Any]:
 
     from agents.grpo.trainer import GRPOConfig, GRPOTrainer
     from agents.training import MetricsLog
+    from agents.vlm.speed import checkpoint_layers
     from ivt_env.rollouts import make_vector_env
 
     policy = model_of(args, layout)
+    if args.checkpointing:
+        checkpoint_layers(policy.model)
     env = make_vector_env(ENV, args.prompts * args.group, split="train", max_steps=args.turns)
     config = GRPOConfig(
         steps=args.steps + 1,

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
+from peft.tuners.lora import Linear
 from transformers import DynamicCache
 
 from agents.grpo.trainer import GRPOConfig, GRPOTrainer
@@ -209,6 +210,7 @@ def share_of_arithmetic(args: Args) -> dict[str, float]:
                     (generation, "log_softmax"),
                     (generation, "sample"),
                     (DynamicCache, "batch_select_indices"),
+                    (Linear, "get_delta_weight"),
                     (trainer.accelerator, "backward"),
                     (trainer.optimizer, "step"),
                 ):

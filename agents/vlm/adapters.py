@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 from agents.training import RunError
 from agents.vlm.footprint import LORA_MODULES
 from agents.vlm.precision import can_merge, stored_as
+
+# peft imports bitsandbytes where it is installed, and that warns of a kernel for CPUs that nobody asked for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 TRAINED, REFERENCE = "default", "reference"
 """Names of the adapter that learns (peft's own default) and of the frozen copy of where it started."""

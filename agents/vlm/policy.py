@@ -113,7 +113,8 @@ class VLMPolicy:
         n = len(observations["box"])
         active = np.asarray(observations.get("active", np.ones(n, dtype=bool)))
         rows = [int(i) for i in np.flatnonzero(active)]
-        turns = self._turns(observations, rows)
+        with self.autocast(), folded(self.model):
+            turns = self._turns(observations, rows)
         self.turns = [None] * n
         actions: dict[str, Any] = {
             "box": np.full((n, 4), np.nan, dtype=np.float32),
@@ -160,8 +161,7 @@ class VLMPolicy:
         if growing and self.reuse:
             memories = [self._said[row][1] if row in self._said else None for row in rows]
         keep = self.frozen_vision and self.reuse
-        with self.autocast(), folded(self.model):
-            turns = generate(self.core, prompts, self.sampling, self.generator, keep, memories)
+        turns = generate(self.core, prompts, self.sampling, self.generator, keep, memories)
         if growing:
             kept = memories or [None] * len(turns)
             self._said |= {row: (turn, memory) for row, turn, memory in zip(rows, turns, kept, strict=True)}
