@@ -52,8 +52,8 @@ from ivt_env.rollouts import make_vector_env
 
 
 @dataclass
-class Args(ModelOptions):
-    """Multi-turn GRPO on IoU gains."""
+class Recipe:
+    """What is trained, on what, and how."""
 
     config: Path | None = None
     """YAML file whose part `grpo` gives defaults; flags override it."""
@@ -148,6 +148,11 @@ class Args(ModelOptions):
     """Memory of the GPU that a dry run reckons with."""
     picture: tuple[int, int] = (480, 640)
     """Height and width of the pictures that a dry run reckons with."""
+
+
+@dataclass
+class Args(ModelOptions, Recipe):  # fields of the last base come first in --help
+    """Multi-turn GRPO on IoU gains."""
 
 
 def main(args: Args) -> Path:

@@ -50,8 +50,8 @@ from ivt_env.rollouts import make_vector_env
 
 
 @dataclass
-class Args(ModelOptions):
-    """Supervised warm start on corrective traces."""
+class Recipe:
+    """What is trained, on what, and how."""
 
     config: Path | None = None
     """YAML file whose part `sft` gives defaults; flags override it."""
@@ -116,6 +116,11 @@ class Args(ModelOptions):
     """Memory of the GPU that a dry run reckons with."""
     picture: tuple[int, int] = (480, 640)
     """Height and width of the pictures that a dry run reckons with."""
+
+
+@dataclass
+class Args(ModelOptions, Recipe):  # fields of the last base come first in --help
+    """Supervised warm start on corrective traces."""
 
 
 def main(args: Args) -> Path:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from agents.vlm.load import load_policy
+from agents.vlm.policy import VLMPolicy
+from evaluate import Args, main
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -75,3 +79,21 @@ def test_page_plots_and_episodes_are_written(evaluated):
 def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
     done = evaluate(*arguments, "--samples", "4", "--out", str(tmp_path))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_each_policy_is_shown_what_it_was_trained_for(tmp_path):
+    policy = load_policy("tiny", view="both")
+    policy.save(tmp_path / "policy")
+    assert load_policy(tmp_path / "policy").view == "both"
+    seen: dict[str, set[bool]] = {}
+    act = VLMPolicy.act
+
+    def watching(self, observations):
+        seen.setdefault(self.view, set()).add("closeup" in observations)
+        return act(self, observations)
+
+    arguments = {"samples": 3, "split": "val", "out": tmp_path / "out", "page_episodes": 1, "num_envs": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VLMPolicy, "act", watching)
+        main(Args(policies=["base=tiny", f"close={tmp_path / 'policy'}"], **arguments))
+    assert seen == {"overlay": {False}, "both": {True}}

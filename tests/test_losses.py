@@ -11,9 +11,8 @@ from agents.grpo.losses import (
     CLIPS,
     LOSSES,
     PER_SEQUENCE,
-    clip_fraction,
     clipped_loss,
-    clipped_tokens,
+    clipped_sides,
     denominator,
     k3,
     kl_loss,
@@ -23,6 +22,11 @@ from agents.grpo.losses import (
 )
 
 LENGTHS = (3, 1, 5, 2)
+
+
+def clipped(*values) -> float:
+    """Tokens that the clip acts on, at either bound."""
+    return float(sum(clipped_sides(*values)))
 
 
 def batch(seed: int = 0, spread: float = 0.3):
@@ -93,7 +97,7 @@ def test_at_ratio_one_every_loss_has_the_gradient_of_reinforce(loss):
     (wanted,) = torch.autograd.grad(-(weights * new).sum(), new)
     (found,) = torch.autograd.grad(LOSSES[loss](new, new.detach(), advantages, sequence, *CLIPS[loss]), new)
     assert torch.allclose(found, wanted, rtol=1e-12)
-    assert clipped_tokens(loss, new.detach(), new.detach(), advantages, sequence, *CLIPS[loss]) == 0
+    assert clipped(loss, new.detach(), new.detach(), advantages, sequence, *CLIPS[loss]) == 0
 
 
 def test_gspo_equals_grpo_where_every_answer_is_one_token():
@@ -113,7 +117,7 @@ def test_gspo_clips_an_answer_as_a_whole():
     advantages = torch.ones(5, dtype=torch.float64)
     LOSSES["gspo"](new, old, advantages, sequence, 0.05, 0.05).backward()
     assert (new.grad == 0).tolist() == [True, True, True, False, False]
-    assert clipped_tokens("gspo", new.detach(), old, advantages, sequence, 0.05, 0.05) == 3
+    assert clipped("gspo", new.detach(), old, advantages, sequence, 0.05, 0.05) == 3
     assert torch.allclose(sequence_ratio(new.detach(), old, sequence)[3:], torch.ones(2, dtype=torch.float64))
 
 
@@ -125,7 +129,7 @@ def test_the_cispo_gradient_never_vanishes_and_its_weight_is_capped():
         (found,) = torch.autograd.grad(LOSSES["cispo"](new, old, advantages, torch.arange(4), 0.5, 0.28), new)
         weight = torch.tensor([1.28, 0.5, *new.detach()[2:].exp()], dtype=torch.float64)
         assert torch.allclose(found, -weight * advantages) and (found != 0).all()
-    assert clipped_tokens("cispo", new.detach(), old, torch.ones(4), torch.arange(4), 0.5, 0.28) == 2
+    assert clipped("cispo", new.detach(), old, torch.ones(4), torch.arange(4), 0.5, 0.28) == 2
     (dapo,) = torch.autograd.grad(LOSSES["dapo"](new, old, torch.ones(4).double(), torch.arange(4), 0.5, 0.28), new)
     assert dapo[0] == 0, "the same token has no gradient under dapo"
 
@@ -187,14 +191,14 @@ def test_the_clip_stops_gradients_on_one_side_only():
     clipped_loss(log_probs, old, advantages, 0.2, 0.28).backward()
     # Gone too far up with a good token, or too far down with a bad one: no gradient.
     assert (log_probs.grad == 0).tolist() == [True, False, False, True]
-    assert clip_fraction(log_probs, old, advantages, 0.2, 0.28) == 2
+    assert clipped("grpo", log_probs, old, advantages, torch.arange(len(old)), 0.2, 0.28) == 2
 
 
 def test_upper_and_lower_bounds_are_separate():
     old, advantages = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     inside = torch.log(torch.tensor([1.25], dtype=torch.float64))
-    assert clip_fraction(inside, old, advantages, 0.2, 0.28) == 0
-    assert clip_fraction(inside, old, advantages, 0.2, 0.2) == 1
+    assert clipped("grpo", inside, old, advantages, torch.arange(len(old)), 0.2, 0.28) == 0
+    assert clipped("grpo", inside, old, advantages, torch.arange(len(old)), 0.2, 0.2) == 1
 
 
 def test_k3_is_zero_for_equal_policies_and_positive_otherwise():

@@ -170,31 +170,6 @@ def sequence_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor, sequenc
     return means.exp()[sequence]
 
 
-def clip_fraction(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-) -> torch.Tensor:
-    """How many tokens have no gradient because the clip binds."""
-    return torch.stack(_bound((log_probs - old_log_probs).exp(), advantages, clip_low, clip_high)).sum()
-
-
-def clipped_tokens(
-    loss: str,
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    sequence: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> torch.Tensor:
-    """How many tokens the clip acts on: without gradient, or with a capped weight (cispo)."""
-    bounds = clip_low, clip_high
-    return torch.stack(clipped_sides(loss, log_probs, old_log_probs, advantages, sequence, *bounds)).sum()
-
-
 def clipped_sides(
     loss: str,
     log_probs: torch.Tensor,
@@ -204,7 +179,7 @@ def clipped_sides(
     clip_low: float,
     clip_high: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by side: tokens at the lower bound, and at the upper one.
+    """How many tokens the clip acts on (no gradient; cispo: a capped weight): at the lower bound, at the upper one.
 
     The lower bound stops tokens that were bad and have become rarer, the upper one tokens that were good
     and have become more frequent; which of them binds says which way the policy has moved too far.
