@@ -190,7 +190,7 @@ def main(args: Args) -> Path:
     trainer = GRPOTrainer(policy, env, config, accelerator, log, args.out)
     if args.resume:
         trainer.resume()
-    options["model"] = args.model
+    options |= {"model": args.model, "view": policy.view, "layout": policy.layout}
     if chief:
         if not args.resume:
             # Else the checkpoints of the run before would be newer than those of this one.
@@ -227,7 +227,8 @@ def main(args: Args) -> Path:
             fill_parameters(policy.model, trained)
         if args.lora_rank:
             drop_reference(policy.model)
-            policy.model.save_pretrained(args.out / "adapter")
+            if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
+                policy.model.save_pretrained(args.out / "adapter")
             policy.model = merged(policy.model)
         policy.save(folder)
     log.close()
@@ -249,6 +250,9 @@ def _begin(args: Args, processes: int) -> dict[str, Any]:
     if args.resume:
         recorded = recorded_options(args.out)
         args.model = given["model"] = args.model or recorded.get("model")
+        # The run recorded what its policy said; that folder may say something else by now.
+        args.view = given["view"] = args.view or recorded.get("view")
+        args.layout = given["layout"] = args.layout or recorded.get("layout")
         check_resume(recorded, given, args.out)
     elif checkpoints(args.out) and not args.overwrite:
         raise RunError(
@@ -294,14 +298,27 @@ def _plan(args: Args) -> Plan:
 def _warm_start(args: Args) -> str:
     """The SFT policy beside this run, made now unless a finished one is there."""
     out = args.out.with_name(args.out.name + "-sft")
-    if (out / "policy" / "policy.json").exists():
-        print(f"warm start: using {out / 'policy'}")
-        return str(out / "policy")
-    print("warm start: none given, training one (pass --model to use your own)")
-    folder = train_sft.main(
-        train_sft.Args(env=args.env, split=args.split, data_root=args.data_root, out=out, seed=args.seed)
+    wanted = train_sft.Args(
+        env=args.env,
+        split=args.split,
+        data_root=args.data_root,
+        out=out,
+        seed=args.seed,
+        view=args.view,
+        layout=args.layout,
     )
-    return str(folder)
+    if not (out / "policy" / "policy.json").exists():
+        print("warm start: none given, training one (pass --model to use your own)")
+        return str(train_sft.main(wanted))
+    recorded = recorded_options(out)
+    for name in ("env", "split", "data_root", "seed", "view", "layout"):
+        if recorded.get(name) != getattr(wanted, name):
+            raise RunError(
+                f"{out} holds a warm start with {name} {recorded.get(name)!r}, this run has {getattr(wanted, name)!r}:"
+                f" remove it, give another --out, or say --model {out / 'policy'} to use it all the same"
+            )
+    print(f"warm start: using {out / 'policy'}")
+    return str(out / "policy")
 
 
 def _evaluate(policy: VLMPolicy, args: Args, step: int) -> dict[str, float]:

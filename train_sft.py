@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agents.command import run_command
 from agents.evaluation import play, summary
-from agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations, teach
+from agents.sft.demonstrations import Demonstration, can_be_said, load_demonstrations, save_demonstrations, teach
 from agents.sft.lessons import teach_to_verify
 from agents.sft.trainer import to_turns, train
 from agents.teacher.harvest import TraceCache, write_traces
@@ -80,10 +80,12 @@ class Recipe:
     lessons: Literal["walks", "verification"] = "walks"
     """`walks`: from the student's box to the target, in words (the paper). `verification`: good, shifted,
     random boxes and those of other objects, each with what is right about it; without words."""
-    view: Literal["overlay", "closeup", "both"] = "overlay"
-    """What a box is shown on: the whole picture, the region around it enlarged, or both."""
-    layout: Literal["fresh", "prefix"] = "fresh"
-    """A prompt of its own each step, or one growing conversation (the paper)."""
+    view: Literal["overlay", "closeup", "both"] | None = None
+    """What a box is shown on: the whole picture, the region around it enlarged, or both. None: as the student
+    says, else `overlay`."""
+    layout: Literal["fresh", "prefix"] | None = None
+    """A prompt of its own each step, or one growing conversation (the paper). None: as the student says, else
+    `fresh`."""
     single_shot: bool = False
     """Teach first answers only. The control that every claim about the loop must beat."""
     steps: int = 300
@@ -147,7 +149,7 @@ def main(args: Args) -> Path:
         args.model, device=str(accelerator.device), layout=args.layout, view=args.view, **args.loading()
     )
     policy.autocast = accelerator.autocast
-    env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, "view": args.view}
+    env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, "view": policy.view}
     env = make_vector_env(args.env, 1, **env_kwargs)
     dataset = env.dataset
     chief = accelerator.is_main_process
@@ -159,6 +161,13 @@ def main(args: Args) -> Path:
         before = _measure(policy, args, progress, "before") if chief else {}
         demonstrations = _demonstrations(args, policy, dataset, env_kwargs, teacher, progress)
         teacher = None  # a local model's memory is needed for the training
+        usable = [d for d in demonstrations if can_be_said(d, policy.view)]
+        if len(usable) < len(demonstrations) and chief:
+            progress.console.print(
+                f"{len(demonstrations) - len(usable)} of {len(demonstrations)} demonstrations left out: a box lies"
+                f" outside the picture that view {policy.view} shows"
+            )
+        demonstrations = usable
         if chief:
             save_demonstrations(args.out / "demonstrations.jsonl", demonstrations)
         _prepare_parameters(policy, args)
@@ -270,7 +279,7 @@ def _demonstrations(
         boxes = [e.steps[0].box for e in episodes]
     lesson_rng = np.random.default_rng((args.seed, 2))
     if args.lessons == "verification":
-        drafts = teach_to_verify(dataset, indices, boxes, lesson_rng, closeups=args.view == "both")
+        drafts = teach_to_verify(dataset, indices, boxes, lesson_rng, closeups=policy.view == "both")
     else:
         drafts = teach(dataset, indices, boxes, lesson_rng)
     if teacher is None:
@@ -308,7 +317,7 @@ def _measure(policy: VLMPolicy, args: Args, progress: Progress, name: str) -> di
         ignore_stop=False,
         data_root=args.data_root,
         strict=True,
-        view=args.view,
+        view=policy.view,
         on_progress=lambda n: progress.advance(task, n),
     )
     return dict(summary(episodes))

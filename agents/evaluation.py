@@ -40,6 +40,7 @@ def play(
             on_progress=on_progress,
         )
     finally:
+        agent.reset(np.ones(env.num_envs, dtype=bool))
         env.close()
 
 

@@ -48,8 +48,8 @@ class Args:
     """Play this sample (from 0), and with more episodes the ones after it, instead of drawing."""
     max_steps: int = 3
     """Actions in an episode."""
-    view: Literal["overlay", "closeup", "both"] = "overlay"
-    """What the agent sees once there is a box."""
+    view: Literal["overlay", "closeup", "both"] | None = None
+    """What the agent sees once there is a box. None: what it was trained for (`overlay` where it does not say)."""
     data_root: str | None = None
     """Folder of the real data sets; not given: the variable IVT_DATA, then the user's cache."""
     strict: bool = False
@@ -102,15 +102,8 @@ def _set_up(args: Args) -> tuple[GroundingVectorEnv, Agent]:
             near = difflib.get_close_matches(args.env, ivt_env.IDS, n=1, cutoff=0.4)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"no environment {args.env!r}{hint}; there are {', '.join(ivt_env.IDS)}")
-        env = make_vector_env(
-            args.env,
-            num_envs=1,
-            split=args.split,
-            data_root=args.data_root,
-            strict=args.strict,
-            max_steps=args.max_steps,
-            view=args.view,
-        )
+        options = {"split": args.split, "data_root": args.data_root, "strict": args.strict, "max_steps": args.max_steps}
+        env = make_vector_env(args.env, num_envs=1, view=args.view or "overlay", **options)
         last = len(env.dataset) - 1
         if args.index is not None and not 0 <= args.index <= last - (args.episodes - 1):
             raise ValueError(
@@ -118,6 +111,9 @@ def _set_up(args: Args) -> tuple[GroundingVectorEnv, Agent]:
                 f"holds samples 0 to {last}"
             )
         agent = load_agent(args.agent, env=env, seed=args.seed)
+        view = args.view or str(getattr(agent, "view", "overlay"))
+        if view != env.screen.view:
+            env = make_vector_env(args.env, num_envs=1, view=view, **options)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise _OptionError(str(error)) from error

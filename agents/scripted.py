@@ -190,6 +190,7 @@ class StopAfter:
         if count < 0:
             raise ValueError(f"count {count}: give an integer of at least 0")
         self.agent, self.count = agent, count
+        self.view = getattr(agent, "view", "overlay")
 
     def act(self, observations: Mapping[str, Any]) -> Mapping[str, Any]:
         """The wrapped agent's actions (N), stopped where it has had its proposals.

@@ -269,8 +269,7 @@ def test_states_are_equal_where_members_saw_the_same():
     shown = {(t, i): tuple(e[t].prompt.ids) for i, e in enumerate(groups.turns) for t in range(len(e))}
     compared = 0
     for (t, i), (u, j) in ((a, b) for a in shown for b in shown if a[0] == b[0] > 0 and a[1] < b[1]):
-        if states[i, t] == states[j, u]:
-            assert shown[t, i] == shown[u, j]
+        assert (states[i, t] == states[j, u]) == (shown[t, i] == shown[u, j])
         compared += 1
     assert compared > 20 and len(np.unique(states[:, 1])) > 1
     short = _states([e[:1] for e in groups.turns], 3)

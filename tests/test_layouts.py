@@ -230,3 +230,31 @@ def test_folding_an_adapter_for_a_rollout_changes_neither_what_is_sampled_nor_th
         with torch.no_grad():
             alone, _ = scorer(turns)
     assert (alone - log_probs).abs().max() < 5e-5
+
+
+def test_no_conversation_is_kept_behind_the_end_of_its_episode():
+    policy, groups = play("prefix")
+    assert policy._said == {}
+    env = make_vector_env("IVT-Scenes-v0", 2, split="train")
+    observations, _ = env.reset(seed=0)
+    policy.act(observations)
+    assert set(policy._said) == {0, 1}
+    policy.act({**observations, "active": np.array([True, False])})
+    assert set(policy._said) == {0}
+    actions = policy.act({**observations, "active": np.zeros(2, dtype=bool)})
+    assert policy._said == {} and np.isnan(actions["box"]).all()
+
+
+def test_adapters_that_are_more_than_a_product_are_not_folded():
+    policy = small_policy()
+    layer = next(m for m in policy.model.modules() if hasattr(m, "get_delta_weight"))
+    before = layer.base_layer.weight.data_ptr()
+    layer.lora_bias["default"] = True
+    with folded(policy.model):
+        assert not any(getattr(m, "merged", False) for m in policy.model.modules())
+        assert layer.base_layer.weight.data_ptr() == before
+    layer.lora_bias["default"] = False
+    with pytest.raises(RuntimeError, match="in the middle"), folded(policy.model):
+        assert layer.merged
+        raise RuntimeError("in the middle")
+    assert not layer.merged and layer.base_layer.weight.data_ptr() == before

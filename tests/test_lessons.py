@@ -9,7 +9,8 @@ import pytest
 import torch
 from learner import small_policy
 
-from agents.sft.lessons import LessonPlan, in_closeup, teach_to_verify
+from agents.sft.demonstrations import can_be_said, demonstration, in_closeup
+from agents.sft.lessons import LessonPlan, teach_to_verify
 from agents.sft.trainer import AnswerLoss, make_optimizers, to_turns
 from agents.vlm.codec import parse_action
 from agents.vlm.load import load_policy
@@ -124,3 +125,19 @@ def test_every_trained_weight_has_one_optimizer_and_adapters_never_muon(lora, ki
     assert sorted(held) == sorted(trained)
     names = [type(optimizer).__name__ for optimizer, _ in made]
     assert names == (["Muon", "AdamW"] if kind == "muon" and not lora else ["AdamW"])
+
+
+def test_an_answer_outside_the_picture_that_is_shown_is_refused_and_left_out(dataset):
+    """Clipped to the close-up it would be a line, or another box, and SFT would teach it."""
+    policy = load_policy("tiny", view="closeup")
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train", view="closeup").screen
+    index = next(i for i in INDICES if dataset[i].box[0] > 0.5 and dataset[i].box[1] > 0.5)
+    far = demonstration(dataset[index], dataset, index, (0.0, 0.0, 0.2, 0.2), dataset[index].box)
+    near = demonstration(dataset[index], dataset, index, dataset[index].box, dataset[index].box)
+    assert not can_be_said(far, "closeup") and can_be_said(near, "closeup")
+    assert can_be_said(far, "overlay") and can_be_said(far, "both")
+    with pytest.raises(ValueError, match="does not lie in"):
+        to_turns(policy, screen, dataset, [far])
+    assert to_turns(policy, screen, dataset, [near])
+    second = demonstration(dataset[index], dataset, index, (0.0, 0.0, 0.2, 0.2), dataset[index].box, picture=2)
+    assert not can_be_said(second, "both") and not can_be_said(second, "overlay")

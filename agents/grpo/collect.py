@@ -77,6 +77,7 @@ def collect(
         if not active.any():
             ious[:, step + 1 :] = ious[:, step : step + 1]
             break
+    policy.reset(np.ones(count, dtype=bool))  # conversations are over; their caches would stay for the update
     watch.lap("rollout_environment")
     shape = (len(indices), group_size, horizon)
     stopped = np.array([game.terminated for game in env.games]).reshape(shape[:2])

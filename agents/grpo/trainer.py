@@ -454,13 +454,14 @@ def _last_action(taken: np.ndarray) -> np.ndarray:
 def _states(episodes: list[list[Turn]], horizon: int) -> NDArray[np.int64]:
     """A number for what each step of a group's episodes observed, (G, T); -1 where no action was made.
 
-    The policy makes one prompt object of equal observations of one call, so the object *is* the state.
+    Members of a group play one picture, so what they were asked, and when, is the state: it names the current
+    box, and in the prefix layout everything before.
     """
-    numbers: dict[int, int] = {}
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
     out = np.full((len(episodes), horizon), -1, dtype=np.int64)
     for m, episode in enumerate(episodes):
         for t, turn in enumerate(episode):
-            out[m, t] = numbers.setdefault(id(turn.prompt), len(numbers))
+            out[m, t] = numbers.setdefault((t, tuple(turn.prompt.ids)), len(numbers))
     return out
 
 

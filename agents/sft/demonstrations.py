@@ -179,3 +179,23 @@ def _box(box: Sequence[float] | np.ndarray | None) -> Box | None:
         return None
     x1, y1, x2, y2 = (round(float(v), 6) for v in box)
     return (x1, y1, x2, y2)
+
+
+def in_closeup(shown: Sequence[float] | np.ndarray, target: Sequence[float]) -> bool:
+    """Whether the close-up around ``shown`` holds all of the target, so that it can be measured there."""
+    inside = boxes.into_window(target, boxes.closeup_window(shown))
+    return bool((inside[:2] >= 0).all() and (inside[2:] <= 1).all())
+
+
+def can_be_said(demonstration: Demonstration, view: str) -> bool:
+    """Whether every box of a demonstration lies in the picture in whose frame it is to be written.
+
+    Where the only picture shown is a close-up, each box must lie in the close-up around the one before.
+    """
+    said = [*demonstration.before, demonstration.shown, demonstration.answer]
+    chain = [box for box in said if box is not None]
+    if view == "closeup":
+        return all(in_closeup(a, b) for a, b in zip(chain, chain[1:], strict=False))
+    if demonstration.picture == 1 or demonstration.answer is None:
+        return True
+    return view == "both" and demonstration.shown is not None and in_closeup(demonstration.shown, demonstration.answer)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.sft.demonstrations import Demonstration, demonstration
+from agents.sft.demonstrations import Demonstration, demonstration, in_closeup
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, Sample
 
@@ -92,12 +92,6 @@ def _lesson(
     return demonstration(
         sample, dataset, index, shown, sample.box, picture=2 if closeups and in_closeup(shown, sample.box) else 1
     )
-
-
-def in_closeup(shown: Sequence[float] | NDArray[np.float64], target: Sequence[float]) -> bool:
-    """Whether the close-up around ``shown`` holds all of the target, so that it can be measured there."""
-    inside = boxes.into_window(target, boxes.closeup_window(shown))
-    return bool((inside[:2] >= 0).all() and (inside[2:] <= 1).all())
 
 
 def _jitter(box: NDArray[np.float64], share: float, rng: np.random.Generator) -> NDArray[np.float64]:

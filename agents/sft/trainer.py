@@ -65,8 +65,7 @@ def to_turns(
         if demonstration.answer is None:
             text = STOP_TEXT
         else:
-            number = demonstration.picture if demonstration.picture <= len(current) else 1
-            action = dialogue.action_text(demonstration.answer, current, number)
+            action = dialogue.action_text(demonstration.answer, current, demonstration.picture)
             text = f"{demonstration.trace}\n{action}" if demonstration.trace else action
         turns.append(Turn(prompt, dialogue.completion(text), finished=True))
     return turns

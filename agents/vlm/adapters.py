@@ -106,7 +106,7 @@ def folded(model: Any) -> Iterator[None]:
 
     layers = [m for m in model.modules() if isinstance(m, Linear)]
     autocast = torch.is_autocast_enabled(model.device.type) if layers else False
-    exact = not autocast and all(m.base_layer.weight.dtype == torch.float32 for m in layers)
+    exact = not autocast and all(m.base_layer.weight.dtype == torch.float32 and _is_plain(m) for m in layers)
     if not exact or any(isinstance(m, FSDPModule) for m in model.modules()):
         yield
         return
@@ -124,6 +124,19 @@ def folded(model: Any) -> Iterator[None]:
         for layer, weight in kept:
             layer.base_layer.weight.data = weight
             layer.merged_adapters.clear()
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer computes W + BA and nothing else: no DoRA or other variant, no bias, one adapter, switched on."""
+    active = list(layer.active_adapters)
+    return (
+        len(active) == 1
+        and active[0] in layer.lora_A
+        and active[0] not in layer.lora_variant
+        and not layer.lora_bias[active[0]]
+        and not layer.disable_adapters
+        and not layer.merged
+    )
 
 
 @contextlib.contextmanager

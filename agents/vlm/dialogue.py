@@ -79,10 +79,21 @@ class Dialogue:
         return [*self._tokens(text, special=False), self.end_id]
 
     def action_text(self, box: Sequence[float], views: Sequence[View], number: int = 1) -> str:
-        """The answer with a box (relative to the whole picture) in the frame of picture ``number``, from 1."""
+        """The answer with a box (relative to the whole picture) in the frame of picture ``number``, from 1.
+
+        Raises:
+            ValueError: for a picture that is not shown, or a box that does not lie inside it.
+        """
+        if not 1 <= number <= len(views):
+            raise ValueError(f"an answer in the frame of picture {number}, but {len(views)} shown")
         picture, window = views[number - 1]
-        inside = boxes.clip(boxes.into_window(box, window))
-        return self.codec.action_text(inside.tolist(), picture.resized(self.image_processor.patch_size), number)
+        inside = boxes.into_window(box, window)
+        if (inside < -1e-3).any() or (inside > 1 + 1e-3).any():
+            raise ValueError(
+                f"box {[round(float(v), 4) for v in box]} does not lie in {window}, which the picture shows"
+            )
+        resized = picture.resized(self.image_processor.patch_size)
+        return self.codec.action_text(boxes.clip(inside).tolist(), resized, number)
 
     def box_of(self, action: ParsedAction, prompt: Prompt) -> list[float] | None:
         """The box of an answer, relative to the whole picture; None if it speaks of a picture that is not there."""

@@ -29,7 +29,7 @@ TEXT_TOKENS = 160
 """Assumed for a prompt beside its picture: the question (about 100), the expression, the box, the chat
 template. Counting them needs the model's tokenizer, which a dry run does without."""
 
-GENERATION_ROWS = 128
+GENERATION_ROWS = 64
 """Most prompts that ``load_policy`` generates for at once."""
 
 _GB = 1e9
@@ -103,7 +103,7 @@ def dry_run(plan: Plan) -> str:
 def _cache(shape: Shape, work: Workload, kind: str) -> str:
     fresh, prefix = (cache_bytes(shape, work, 1, layout) / _GB for layout in ("fresh", "prefix"))
     said = f"key-value cache of one {kind}, bf16: {fresh:.3f} GB"
-    return said if work.turns == 1 else f"{said} as played (a fresh prompt a turn), {prefix:.3f} GB as one sequence"
+    return said if work.turns == 1 else f"{said} with a fresh prompt a turn, {prefix:.3f} GB as one conversation; the table reckons with fresh prompts"
 
 
 def _parameters(parts: Parts, lora: int, plan: Plan) -> str:

@@ -113,6 +113,7 @@ class VLMPolicy:
         n = len(observations["box"])
         active = np.asarray(observations.get("active", np.ones(n, dtype=bool)))
         rows = [int(i) for i in np.flatnonzero(active)]
+        self._said = {row: said for row, said in self._said.items() if row < n and active[row]}
         with self.autocast(), folded(self.model):
             turns = self._turns(observations, rows)
         self.turns = [None] * n
@@ -145,7 +146,7 @@ class VLMPolicy:
         chunks = [rows[k : k + self.batch_size] for k in range(0, len(rows), self.batch_size)]
         waiting = [_next().submit(self.prompts_for, observations, chunk) for chunk in chunks[:1]]
         turns: list[Turn] = []
-        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+        for chunk, following in zip(chunks, [*chunks[1:], None][: len(chunks)], strict=True):
             prompts = waiting.pop().result()
             if following is not None:
                 waiting.append(_next().submit(self.prompts_for, observations, following))
