@@ -103,7 +103,11 @@ def dry_run(plan: Plan) -> str:
 def _cache(shape: Shape, work: Workload, kind: str) -> str:
     fresh, prefix = (cache_bytes(shape, work, 1, layout) / _GB for layout in ("fresh", "prefix"))
     said = f"key-value cache of one {kind}, bf16: {fresh:.3f} GB"
-    return said if work.turns == 1 else f"{said} with a fresh prompt a turn, {prefix:.3f} GB as one conversation; the table reckons with fresh prompts"
+    if work.turns == 1:
+        return said
+    return (
+        f"{said} with a fresh prompt a turn, {prefix:.3f} GB as one conversation; the table reckons with fresh prompts"
+    )
 
 
 def _parameters(parts: Parts, lora: int, plan: Plan) -> str:
