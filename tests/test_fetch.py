@@ -17,11 +17,11 @@ import pytest
 from file_server import CONTENT, ONCE, QUICK, Served, leftovers, sha256
 
 from ivt_env.data import fetch
+from ivt_env.data.catalogue import mirrored
 from ivt_env.data.fetch import (
     Patience,
     bytes_to_come,
     download,
-    mirrored,
     note_path,
     remote_size,
 )

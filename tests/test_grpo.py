@@ -391,8 +391,9 @@ def test_it_trains_on_real_photographs(tmp_path, place):
     trained = [r for r in rows if "train/loss" in r]
     assert len(trained) == 2
     for row in trained:
-        assert 0 <= row["rollout/final_iou"] <= 1 and row["train/entropy"] > 0 and row["train/grad_norm"] >= 0
+        assert 0 <= row["rollout/final_iou"] <= 1 and row["train/entropy"] > 0
         assert row["train/sampler_scorer_difference"] < 1e-4
+    assert any(row["train/grad_norm"] > 0 for row in trained)
     assert (tmp_path / "run" / "policy" / "policy.json").exists()
     assert "final_iou" in done.stdout
 

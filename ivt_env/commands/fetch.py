@@ -31,6 +31,7 @@ from ivt_env.data.catalogue import (
     entry,
     hub_url,
     list_hub_folder,
+    mirrored,
 )
 from ivt_env.data.fetch import (
     PATIENCE,
@@ -40,7 +41,6 @@ from ivt_env.data.fetch import (
     disk_error,
     download,
     held_file,
-    mirrored,
     readable,
     remote_size,
 )

@@ -9,13 +9,38 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import urllib.parse
 from dataclasses import dataclass
 
-from ivt_env.data.fetch import PATIENCE, Patience, get_bytes, mirrored
+from ivt_env.data.fetch import PATIENCE, Patience, get_bytes
 from ivt_env.data.sample import DataError
+
+_ARCHIVED = re.compile(r"https?://web\.archive\.org/web/[^/]+/(?=https?://)")
 
 DOWNLOADS = "downloads"
 """Archives wait here, under the data root, until they are unpacked."""
+
+
+def mirrored(url: str, mirror: str | None) -> str:
+    """``url`` on another server: scheme and host are replaced by ``mirror``, which may have a path.
+
+    An address in the Internet Archive counts as the address that it archives.
+
+    Raises:
+        DataError: for a mirror that is no http or https address.
+    """
+    if mirror is None:
+        return url
+    try:
+        parts = urllib.parse.urlsplit(mirror)
+    except ValueError as error:  # half an IPv6 address
+        raise DataError(
+            f"--mirror {mirror!r} is not an address ({error}): give one such as https://example.org"
+        ) from error
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise DataError(f"--mirror {mirror!r} is not an address: give one such as https://example.org/datasets")
+    original = urllib.parse.urlsplit(_ARCHIVED.sub("", url))
+    return mirror.rstrip("/") + urllib.parse.urlunsplit(("", "", original.path, original.query, ""))
 
 
 @dataclass(frozen=True, slots=True)

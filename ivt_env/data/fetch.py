@@ -40,7 +40,6 @@ _CHUNK = 1 << 18
 _TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
 _SPARE_BYTES = 64 << 20
 """Left free on the disk: a full one disturbs everything else that runs on the machine."""
-_WAYBACK = re.compile(r"https?://web\.archive\.org/web/[^/]+/(?=https?://)")
 
 _log = logging.getLogger(__name__)
 
@@ -75,28 +74,6 @@ class Received:
     sha256: str
     downloaded: bool
     """False where it was there already."""
-
-
-def mirrored(url: str, mirror: str | None) -> str:
-    """``url`` on another server: scheme and host are replaced by ``mirror``, which may have a path.
-
-    An address in the Internet Archive counts as the address that it archives.
-
-    Raises:
-        DataError: for a mirror that is no http or https address.
-    """
-    if mirror is None:
-        return url
-    try:
-        parts = urllib.parse.urlsplit(mirror)
-    except ValueError as error:  # half an IPv6 address
-        raise DataError(
-            f"--mirror {mirror!r} is not an address ({error}): give one such as https://example.org"
-        ) from error
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise DataError(f"--mirror {mirror!r} is not an address: give one such as https://example.org/datasets")
-    original = urllib.parse.urlsplit(_WAYBACK.sub("", url))
-    return mirror.rstrip("/") + urllib.parse.urlunsplit(("", "", original.path, original.query, ""))
 
 
 def readable(size_bytes: float) -> str:
