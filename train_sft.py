@@ -67,6 +67,9 @@ class Recipe:
     """Run folder: configuration, metrics, demonstrations, the policy, samples."""
     samples: int = 3000
     """Samples to harvest (all of the split if it has fewer)."""
+    neighbours: int = 1
+    """Samples taken one after the other from each random place of the split. Where neighbours are about one
+    picture (six in `train_asked` of the scenes) it is encoded once for all that is taught about it."""
     demonstrations: Path | None = None
     """JSON lines from any teacher; nothing is harvested then."""
     teacher: str = "template"
@@ -182,7 +185,7 @@ def main(args: Args) -> Path:
         train(
             policy,
             make_turns,
-            [d.index for d in demonstrations],
+            [dataset[d.index].picture_id for d in demonstrations],
             accelerator,
             log,
             steps=args.steps,
@@ -258,7 +261,8 @@ def _demonstrations(
         return load_demonstrations(args.demonstrations, dataset)
     rng = np.random.default_rng((args.seed, 1))
     size = min(args.samples, len(dataset))
-    indices = [int(i) for i in rng.choice(len(dataset), size=size, replace=False)]
+    places = rng.choice(len(dataset) // args.neighbours, size=-(-size // args.neighbours), replace=False)
+    indices = [int(p) * args.neighbours + k for p in places for k in range(args.neighbours)][:size]
     if args.single_shot:
         samples = [(i, dataset[i]) for i in indices]
         return [Demonstration(s.dataset, s.split, i, s.sample_id, None, s.box) for i, s in samples]

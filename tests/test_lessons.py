@@ -33,6 +33,18 @@ def taught(dataset, closeups: bool, plan: LessonPlan | None = None, seed: int = 
     return teach_to_verify(dataset, list(INDICES), own, rng, closeups=closeups, plan=plan)
 
 
+@pytest.fixture(scope="module")
+def asked():
+    return load_dataset("scenes", "train_asked", None, True)
+
+
+def taught_together(asked, plan: LessonPlan | None = None):
+    """Lessons about 20 pictures with six questions each; the student answers near the target."""
+    rng = np.random.default_rng(0)
+    own = [boxes.clip(np.asarray(asked[i].box) + rng.normal(0, 0.01, 4)) for i in range(120)]
+    return teach_to_verify(asked, range(120), own, rng, closeups=True, plan=plan)
+
+
 @pytest.mark.parametrize("closeups", [False, True])
 def test_the_answer_depends_on_how_good_the_box_is(dataset, closeups):
     made = taught(dataset, closeups)
@@ -60,6 +72,45 @@ def test_boxes_of_other_objects_are_shown_where_there_are_any(dataset):
     assert [d.index for d in made] == with_siblings and with_siblings
     for d in made:
         assert max(float(boxes.iou(d.shown, s)) for s in dataset[d.index].siblings) > 0.6
+
+
+def test_one_box_is_shown_with_what_it_is_about_and_with_what_it_is_not(asked):
+    """Otherwise the box alone, or the picture, could tell what to do."""
+    plan = LessonPlan(first=0, own=1, sibling=0, random=0, shifted=1, good=1)
+    made = taught_together(asked, plan)
+    shown: dict[tuple[str, tuple[float, ...]], list[bool]] = {}
+    for d in made:
+        near = float(boxes.iou(d.shown, asked[d.index].box)) >= 0.3
+        shown.setdefault((asked[d.index].picture_id, d.shown), []).append(near)
+    mixed = sum(len(set(near)) == 2 for near in shown.values())
+    assert mixed > 0.8 * len(shown), f"{mixed} of {len(shown)} boxes are shown with both"
+    # The wrong ones are no more than the right ones, but for boxes that are about nothing.
+    assert sum(map(sum, shown.values())) > 0.4 * len(made)
+
+
+def test_a_wrong_box_of_the_students_is_shown_more_often_than_a_right_one(asked):
+    plan = LessonPlan(first=0, own=1, sibling=0, random=0, shifted=0, good=0, contrast=0)
+    wrong = {k: tuple(asked[k].siblings[0]) for k in range(120) if asked[k].siblings}
+    own = [wrong.get(k, asked[k].box) for k in range(120)]
+    made = teach_to_verify(asked, range(120), own, np.random.default_rng(0), closeups=True, plan=plan)
+    authors = [d for d in made if d.index in wrong and d.shown == pytest.approx(wrong[d.index], abs=1e-5)]
+    assert len(authors) / 20 > len(wrong) / 120, "one box is shown on each of the 20 pictures"
+
+
+def test_what_is_taught_about_one_picture_and_box_shares_its_pictures(asked):
+    """The encoding of pictures is most of the work; and one that is shared is the very same input."""
+    policy = load_policy("tiny", view="both")
+    env = make_vector_env("IVT-Scenes-v0", 1, split="train_asked", view="both")
+    made = taught_together(asked)[:40]
+    together = to_turns(policy, env.screen, asked, made)
+    alone = [to_turns(policy, env.screen, asked, [d])[0] for d in made]
+    distinct = {id(p) for turn in together for p in turn.prompt.pictures}
+    shows = {(asked[d.index].picture_id, d.shown) for d in made}
+    assert len(distinct) == sum(1 if shown is None else 2 for _, shown in shows) < len(made)
+    for a, b in zip(together, alone, strict=True):
+        assert (a.prompt.ids, a.completion, a.prompt.windows) == (b.prompt.ids, b.completion, b.prompt.windows)
+        for x, y in zip(a.prompt.pictures, b.prompt.pictures, strict=True):
+            assert torch.equal(x.patches, y.patches)
 
 
 def test_lessons_are_the_same_for_the_same_seed(dataset):

@@ -26,7 +26,7 @@ import pytest
 
 import ivt_env
 from ivt_env.data import DataError, Dataset, load_dataset, splits
-from ivt_env.data.scenes import LENGTHS, Scene, Scenes, make_scene
+from ivt_env.data.scenes import LENGTHS, QUESTIONS, SPLITS, Scene, Scenes, make_scene
 from ivt_env.data.scenes.drawing import draw, shape_mask
 from ivt_env.data.scenes.world import Thing
 
@@ -229,6 +229,21 @@ def test_the_samples_of_a_split_are_its_scenes():
         assert np.array_equal(dataset.picture(sample), scene.picture())
 
 
+def test_the_samples_of_a_picture_asked_several_times_are_questions_about_one_scene_of_the_training_split():
+    dataset, plain = Scenes("train_asked"), Scenes("train")
+    for number in (0, 3, 9_999_999):
+        scene = make_scene("train", number)
+        samples = [dataset[QUESTIONS * number + k] for k in range(QUESTIONS)]
+        assert samples[0].expression == plain[number].expression
+        assert {s.picture_id for s in samples} == {plain[number].picture_id}, "the same picture as in train"
+        assert len({s.sample_id for s in samples}) == QUESTIONS
+        assert len({s.expression for s in samples}) == len(scene.questions(QUESTIONS))
+        for sample in samples:
+            (target,) = fitting(sample.expression, scene.things)
+            assert sample.box == scene.things[target].box
+            assert np.array_equal(dataset.picture(sample), scene.picture())
+
+
 def test_targets_among_distractors_have_3_siblings_of_their_shape_and_the_shape_is_said(scenes):
     for scene in scenes["test_distractors"]:
         target = scene.things[scene.expression.target]
@@ -294,8 +309,8 @@ def test_pictures_of_different_splits_have_different_backgrounds():
 
 
 def test_the_splits_are_the_ones_that_the_package_lists():
-    assert splits("scenes") == tuple(LENGTHS)
-    for split, length in LENGTHS.items():
+    assert splits("scenes") == tuple(SPLITS)
+    for split, length in SPLITS.items():
         dataset = load_dataset("scenes", split, strict=True)
         assert isinstance(dataset, Dataset)
         assert (len(dataset), dataset.name, dataset.split) == (length, "scenes", split)

@@ -20,20 +20,25 @@ from ivt_env.data.sample import Dataset, Sample
 
 @dataclass(frozen=True, slots=True)
 class LessonPlan:
-    """How often each lesson is given, per sample."""
+    """How often each box is shown, per picture, and about how many of its samples it is asked."""
 
     first: float = 1.0
-    """The first answer: no box shown."""
+    """The first answer, per *sample*: no box shown."""
     own: float = 1.0
-    """The student's own first box."""
-    sibling: float = 0.5
-    """The box of another object of the target's class, where there is one."""
-    random: float = 0.25
-    """A box that has nothing to do with the target."""
-    shifted: float = 0.75
-    """The target's box, moved and scaled."""
-    good: float = 0.5
-    """The target's box with an error that does not matter."""
+    """A first box of the student's own."""
+    wrong: float = 3.0
+    """How much likelier one of its wrong boxes is taken than a right one. They are the hard cases: other
+    objects that the student takes for the target."""
+    sibling: float = 0.3
+    """The box of another object of a target's class, where there is one."""
+    random: float = 0.15
+    """A box that has nothing to do with a target."""
+    shifted: float = 0.6
+    """A target's box, moved and scaled."""
+    good: float = 0.4
+    """A target's box with an error that does not matter."""
+    contrast: float = 1.0
+    """Samples that a box is *not* about and is asked of all the same, for each that it is about; one at least."""
 
 
 def teach_to_verify(
@@ -48,6 +53,9 @@ def teach_to_verify(
 ) -> list[Demonstration]:
     """Demonstrations of keeping, refining and looking elsewhere. No words, so that an answer is short.
 
+    The same box is shown with the expressions that it fits and with others about the same picture, so that
+    nothing but the expression tells what to do.
+
     Args:
         dataset: the split being taught.
         indices: which samples.
@@ -59,28 +67,57 @@ def teach_to_verify(
         good_iou: from here on the answer is to stop.
     """
     plan, made = plan or LessonPlan(), []
+    pictures: dict[str, list[tuple[int, Sample, Sequence[float] | None]]] = {}
     for index, own in zip(indices, student_boxes, strict=True):
         sample = dataset[int(index)]
-        target = np.asarray(sample.box)
-        shown: list[NDArray[np.float64]] = []
-        if own is not None and rng.random() < plan.own:
-            shown.append(np.asarray(own, dtype=np.float64))
-        if sample.siblings and rng.random() < plan.sibling:
-            shown.append(_jitter(np.asarray(sample.siblings[int(rng.integers(len(sample.siblings)))]), 0.03, rng))
-        if rng.random() < plan.random:
-            shown.append(_anywhere(rng))
-        if rng.random() < plan.shifted:
-            shown.append(_jitter(target, float(rng.uniform(0.03, 0.3)), rng))
-        if rng.random() < plan.good:
-            shown.append(_jitter(target, 0.01, rng))
-        if rng.random() < plan.first:
-            made.append(demonstration(sample, dataset, int(index), None, sample.box))
+        pictures.setdefault(sample.picture_id, []).append((int(index), sample, own))
+    for asked in pictures.values():
         made += [
-            _lesson(sample, dataset, int(index), box, closeups, good_iou)
-            for box in shown
-            if boxes.invalid_reason(box) is None
+            demonstration(sample, dataset, index, None, sample.box)
+            for index, sample, _ in asked
+            if rng.random() < plan.first
         ]
+        for box, author in _shown(asked, plan, rng):
+            if boxes.invalid_reason(box) is not None:
+                continue
+            about = [k for k, (_, s, _) in enumerate(asked) if k == author or float(boxes.iou(box, s.box)) >= _NEAR]
+            others = [k for k in range(len(asked)) if k not in about]
+            count = min(len(others), max(1, round(plan.contrast * len(about))))
+            for k in [*about, *rng.permutation(others)[:count].tolist()]:
+                index, sample, _ = asked[int(k)]
+                made.append(_lesson(sample, dataset, index, box, closeups, good_iou))
     return made
+
+
+_NEAR = 0.3
+"""IoU with a target from which on a box counts as being about it."""
+
+
+def _shown(
+    asked: Sequence[tuple[int, Sample, Sequence[float] | None]], plan: LessonPlan, rng: np.random.Generator
+) -> list[tuple[NDArray[np.float64], int]]:
+    """The boxes to show on one picture, each with the number of the sample that it was proposed for (-1: none)."""
+    shown: list[tuple[NDArray[np.float64], int]] = []
+
+    def anyone() -> Sample:
+        return asked[int(rng.integers(len(asked)))][1]
+
+    own = [(k, np.asarray(b, dtype=np.float64)) for k, (_, _, b) in enumerate(asked) if b is not None]
+    if own and rng.random() < plan.own:
+        weights = np.array([1.0 if float(boxes.iou(b, asked[k][1].box)) >= 0.5 else plan.wrong for k, b in own])
+        k, box = own[int(rng.choice(len(own), p=weights / weights.sum()))]
+        shown.append((box, k))
+    target = anyone()
+    if target.siblings and rng.random() < plan.sibling:
+        sibling = np.asarray(target.siblings[int(rng.integers(len(target.siblings)))])
+        shown.append((_jitter(sibling, 0.03, rng), -1))
+    if rng.random() < plan.random:
+        shown.append((_anywhere(rng), -1))
+    if rng.random() < plan.shifted:
+        shown.append((_jitter(np.asarray(anyone().box), float(rng.uniform(0.03, 0.3)), rng), -1))
+    if rng.random() < plan.good:
+        shown.append((_jitter(np.asarray(anyone().box), 0.01, rng), -1))
+    return shown
 
 
 def _lesson(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -36,22 +36,26 @@ def to_turns(
     """Demonstrations as turns: what the policy would have seen in its layout, and the answer's ids."""
     dialogue = policy.dialogue
     states: list[list[Box | None]] = []
-    shown: list[list[tuple[NDArray[np.uint8], Box]]] = []
-    opened: dict[int, Any] = {}
+    shown: list[list[tuple[Hashable, Box]]] = []
+    opened: dict[str, Any] = {}
+    images: dict[Hashable, NDArray[np.uint8]] = {}
     for demonstration in demonstrations:
         sample = dataset[demonstration.index]
-        if demonstration.index not in opened:
-            opened[demonstration.index] = screen.load(sample)
-        loaded = opened[demonstration.index]
+        if sample.picture_id not in opened:
+            opened[sample.picture_id] = screen.load(sample)
         boxes_shown: list[Box | None] = [demonstration.shown]
         if policy.layout == "prefix" and demonstration.shown is not None:
             boxes_shown = [None, *demonstration.before, demonstration.shown]
         states.append(boxes_shown)
         for box in boxes_shown:
-            observation = screen.observe(loaded, Game(sample, RewardConfig(), 1, box))
-            shown.append(images_of({key: [value] for key, value in observation.items()}, 0))
-    pictures = iter(dialogue.process([image for images in shown for image, _ in images]))
-    views = iter([[(next(pictures), window) for _, window in images] for images in shown])
+            observation = screen.observe(opened[sample.picture_id], Game(sample, RewardConfig(), 1, box))
+            seen = images_of({key: [value] for key, value in observation.items()}, 0)
+            # Demonstrations about one picture with one box drawn share it, and so its encoding.
+            names = [(sample.picture_id, box, k) for k in range(len(seen))]
+            images |= {name: image for name, (image, _) in zip(names, seen, strict=True)}
+            shown.append([(name, window) for name, (_, window) in zip(names, seen, strict=True)])
+    pictures = dict(zip(images, dialogue.process(list(images.values())), strict=True))
+    views = iter([[(pictures[name], window) for name, window in one] for one in shown])
     turns = []
     for demonstration, boxes_shown in zip(demonstrations, states, strict=True):
         expression = dataset[demonstration.index].expression
@@ -71,17 +75,17 @@ def to_turns(
     return turns
 
 
-def batches(samples: Sequence[int], batch: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def batches(samples: Sequence[Hashable], batch: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Indices of ``steps`` batches, epoch after epoch, each epoch in a new order.
 
     Args:
-        samples: for each demonstration its sample. Those of one sample come one after the other, so that
-            its picture is decoded once.
+        samples: for each demonstration its sample or picture. Those of one come one after the other, so
+            that it is decoded, and where they show the same box encoded, once.
         batch: indices in a batch.
         steps: how many batches.
         rng: decides the order.
     """
-    members: dict[int, list[int]] = {}
+    members: dict[Hashable, list[int]] = {}
     for k, sample in enumerate(samples):
         members.setdefault(sample, []).append(k)
     groups = [np.array(m, dtype=np.int64) for m in members.values()]
@@ -173,7 +177,7 @@ def make_optimizers(policy: VLMPolicy, kind: str) -> list[tuple[torch.optim.Opti
 def train(
     policy: VLMPolicy,
     make_turns: Callable[[Sequence[int]], list[Turn]],
-    samples: Sequence[int],
+    samples: Sequence[Hashable],
     accelerator: Accelerator,
     log: MetricsLog,
     *,
@@ -191,7 +195,7 @@ def train(
     Args:
         policy: trained in place; all its parameters that require gradients.
         make_turns: turns for indices of demonstrations.
-        samples: for each demonstration, its sample.
+        samples: see ``batches``.
         accelerator: from accelerate; each process takes its share of every batch.
         log: receives the loss.
         steps: optimizer steps.

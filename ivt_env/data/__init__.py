@@ -118,9 +118,9 @@ def splits(name: str) -> tuple[str, ...]:
         return _SPLITS[name]
     # Each imported only when asked for: this package must import fast.
     if name == "scenes":
-        from ivt_env.data.scenes import LENGTHS
+        from ivt_env.data.scenes import SPLITS
 
-        return tuple(LENGTHS)
+        return tuple(SPLITS)
     if name == "photos":
         from ivt_env.data import photos
 

@@ -23,6 +23,12 @@ LENGTHS = {
     "test_distractors": 10_000,
     "test_small": 10_000,
 }
+"""Scenes, and samples, of each split."""
+QUESTIONS = 6
+"""Samples about each picture of ``train_asked``: the pictures of ``train``, each asked about several times, as
+in RefCOCOg. A learner encodes a picture once for all of them."""
+SPLITS = LENGTHS | {"train_asked": QUESTIONS * LENGTHS["train"]}
+"""Samples of each split."""
 _SPLIT_CODE = {name: code for code, name in enumerate(LENGTHS)}
 _SALT = 20260
 # The training split holds some of every difficulty; val and test hold the standard one only.
@@ -75,6 +81,11 @@ def make_scene(split: str, index: int) -> Scene:
     raise AssertionError(f"no scene for {split} {index} in 1000 attempts")
 
 
+@lru_cache(maxsize=1024)  # the samples of a picture are asked for one after the other
+def _questions(index: int) -> list[Expression]:
+    return make_scene("train", index).questions(QUESTIONS)
+
+
 def _recipe(split: str, rng: np.random.Generator) -> Recipe:
     if split == "train":
         return _TRAIN_MIXTURE[int(rng.choice(len(_TRAIN_MIXTURE), p=[p for _, p in _TRAIN_MIXTURE]))][0]
@@ -96,32 +107,36 @@ class Scenes:
         """Open a split.
 
         Args:
-            split: one of ``LENGTHS``.
+            split: one of ``SPLITS``.
 
         Raises:
             DataError: for an unknown split, listing the known ones.
         """
-        if split not in LENGTHS:
-            raise DataError(f"scenes have no split {split!r}; choose one of {', '.join(LENGTHS)}")
+        if split not in SPLITS:
+            raise DataError(f"scenes have no split {split!r}; choose one of {', '.join(SPLITS)}")
         self.split = split
 
     def __len__(self) -> int:
-        """Number of samples (each with its own picture)."""
-        return LENGTHS[self.split]
+        """Number of samples (each with its own picture; in ``train_asked`` six to a picture)."""
+        return SPLITS[self.split]
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``; IndexError outside the range."""
         if not 0 <= index < len(self):
             raise IndexError(f"scenes/{self.split} has {len(self)} samples, index {index} is outside")
-        scene = make_scene(self.split, int(index))
+        drawn, number, question = self._place(int(index))
+        scene = make_scene(drawn, number)
         expression = scene.expression
+        if question is not None:
+            asked = _questions(number)
+            expression = asked[question % len(asked)]
         target = scene.things[expression.target]
         siblings = tuple(
             t.box for i, t in enumerate(scene.things) if i != expression.target and t.shape == target.shape
         )
         return Sample(
             sample_id=f"{self.split}-{index}",
-            picture_id=f"scenes-{self.split}-{index}",
+            picture_id=f"scenes-{drawn}-{number}",
             expression=expression.text,
             box=target.box,
             size=(SIDE, SIDE),
@@ -133,4 +148,11 @@ class Scenes:
 
     def picture(self, sample: Sample) -> Picture:
         """The sample's picture, drawn anew, RGB uint8 (384, 384, 3)."""
-        return make_scene(self.split, sample.meta["index"]).picture()
+        drawn, number, _ = self._place(sample.meta["index"])
+        return make_scene(drawn, number).picture()
+
+    def _place(self, index: int) -> tuple[str, int, int | None]:
+        """The split and index that a sample's scene is drawn from, and which of its questions is meant."""
+        if self.split == "train_asked":
+            return "train", index // QUESTIONS, index % QUESTIONS
+        return self.split, index, None
