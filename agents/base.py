@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from agents.controls import CONTROL_FORMS, control_of
 from agents.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
 from ivt_env.rollouts import Agent
 from ivt_env.vector_env import GroundingVectorEnv
@@ -20,20 +21,27 @@ __all__ = ["BUILT_IN", "Agent", "load_agent"]
 BUILT_IN = ("random", "centre", "oracle")
 """The agents that go by a bare name."""
 
-_FORMS = (*BUILT_IN, "stop-after-K:AGENT", "vlm:FOLDER", "module:Class")
+_FORMS = (*BUILT_IN, "stop-after-K:AGENT", "vlm:FOLDER", "pixels-K:vlm:FOLDER", *CONTROL_FORMS, "module:Class")
 
 
 def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 0, **options: Any) -> Agent:
     """The agent that ``spec`` names.
 
-    ===================== ==========================================================================
-    ``random``            uniformly drawn boxes; stops by chance
-    ``centre``            one box around the centre, then stops
-    ``oracle``            reads the target box; needs ``env``
-    ``stop-after-K:SPEC`` the agent ``SPEC``, stopped after K proposals: ``stop-after-1:random``
-    ``vlm:FOLDER``        a vision-language model: a checkpoint folder or a model id
-    ``module:Class``      your own: made as ``Class()``; the current directory is searched too
-    ===================== ==========================================================================
+    ======================= ========================================================================
+    ``random``              uniformly drawn boxes; stops by chance
+    ``centre``              one box around the centre, then stops
+    ``oracle``              reads the target box; needs ``env``
+    ``stop-after-K:SPEC``   the agent ``SPEC``, stopped after K proposals: ``stop-after-1:random``
+    ``vlm:FOLDER``          a vision-language model: a checkpoint folder or a model id
+    ``pixels-K:vlm:FOLDER`` the same with K times the pixels that a picture may have
+    ``medoid-N:VLM``        N sampled first answers, proposes the box that agrees most with the others
+    ``best-of-N:VLM``       N sampled first answers, proposes that of the most confident one
+    ``second-shot:VLM``     a greedy first answer, then a sampled one that does not know of it
+    ``module:Class``        your own: made as ``Class()``; the current directory is searched too
+    ======================= ========================================================================
+
+    ``VLM`` is ``vlm:FOLDER`` or ``pixels-K:vlm:FOLDER``. The three in front of it are controls of equal
+    compute (``docs/controls.md``); they sample at temperature 1, or at T as ``medoid-N@T:VLM``.
 
     Args:
         spec: see above.
@@ -64,6 +72,17 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
             )
         proposer = load_agent(rest, env=env, seed=seed, **options)
         return StopAfter(proposer, int(head.removeprefix("stop-after-")))
+    if head.startswith("pixels-"):
+        if not re.fullmatch(r"pixels-[0-9]+(\.[0-9]+)?:vlm:.+", spec):
+            raise ValueError(f"agent {spec!r}: say how many times the pixels, and of which model: 'pixels-2:vlm:tiny'")
+        return load_agent(rest, seed=seed, pixels=float(head.removeprefix("pixels-")), **options)
+    control = control_of(head)
+    if control is not None:
+        if not re.match(r"(pixels-[^:]+:)?vlm:.", rest):
+            raise ValueError(f"agent {spec!r}: {head} samples answers of a model: write '{head}:vlm:FOLDER'")
+        if "temperature" in options:
+            raise ValueError(f"agent {spec!r}: its temperature is part of its name, like 'medoid-8@0.7:vlm:tiny'")
+        return control(cast(Any, load_agent(rest, seed=seed, **options)))
     if head == "vlm" and rest:
         return _load_vlm(rest, {"seed": seed, **options})
     if colon and rest and head != "vlm":

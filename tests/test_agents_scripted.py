@@ -26,6 +26,7 @@ from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
 
 BLIND = [*(name for name in BUILT_IN if name != "oracle"), "stop-after-1:random", "stop-after-2:centre", "vlm:tiny"]
+BLIND += ["medoid-2:vlm:tiny", "best-of-2:vlm:tiny", "second-shot:vlm:tiny"]
 
 
 class TargetsElsewhere:

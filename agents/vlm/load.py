@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def load_policy(
     layout: str | None = None,
     view: str | None = None,
     reuse: bool = True,
+    pixels: float | None = None,
 ) -> VLMPolicy:
     """Load a policy: the shipped ``tiny`` model, a folder, or a model of the hub by name.
 
@@ -64,9 +66,12 @@ def load_policy(
         layout: see ``VLMPolicy``. None: as the folder says, else fresh.
         reuse: see ``VLMPolicy``.
         view: see ``VLMPolicy``. None: as the folder says, else overlay.
+        pixels: multiplies the most pixels that the image processor hands on of a picture, and is saved with
+            the policy. A picture that is smaller than that as it is is not enlarged. None: as the folder says.
 
     Raises:
-        PolicyError: for a folder that is not there, is no model, or does not fit its own weights.
+        PolicyError: for a folder that is not there, is no model, or does not fit its own weights; for
+            ``pixels`` that leave fewer than the processor's least.
     """
     folder = weights_folder() if str(name) == TINY_NAME else Path(name)
     source: str = str(folder) if folder.exists() else str(name)
@@ -114,7 +119,7 @@ def load_policy(
     return VLMPolicy(
         model,
         AutoTokenizer.from_pretrained(source, padding_side="left"),
-        AutoImageProcessor.from_pretrained(source),
+        _image_processor(source, pixels),
         Prompts(settings["prompt"], settings["closeup"], settings["with_closeup"]),
         BoxCodec(settings["frame"]),
         max_new_tokens=max_new_tokens or (48 if whole_words else 160),
@@ -125,6 +130,22 @@ def load_policy(
         view=view or settings["view"],
         reuse=reuse,
     )
+
+
+def _image_processor(source: str, pixels: float | None) -> Any:
+    """The image processor of a model, with ``pixels`` times its budget."""
+    processor = AutoImageProcessor.from_pretrained(source)
+    if pixels is None:
+        return processor
+    # "Edges" by name, areas by meaning: the least and the most pixels of a picture after resizing.
+    least, most = int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
+    wanted = round(most * pixels) if math.isfinite(pixels) else 0
+    if wanted < least:
+        raise PolicyError(
+            f"pixels {pixels:g}: {source} takes at most {most} pixels of a picture and never fewer than {least};"
+            f" give at least {least / most:g}"
+        )
+    return AutoImageProcessor.from_pretrained(source, size={"shortest_edge": least, "longest_edge": wanted})
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

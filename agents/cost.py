@@ -1,0 +1,139 @@
+"""What an agent's answers cost: counted from what it was asked and what it said, never estimated.
+
+Controls of equal compute are only as good as the count. Here is counted what a model has to work on:
+a prompt that several answers share is read once, and of a conversation that goes on only what is new.
+Padding is not counted, and neither is the time between model calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ivt_env.rollouts import Agent
+
+if TYPE_CHECKING:
+    from agents.vlm.turns import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Sums over any number of answers."""
+
+    answers: int = 0
+    """Completions sampled."""
+    pictures: int = 0
+    """Pictures that went through the vision tower."""
+    patches: int = 0
+    """Their patches: what a larger picture has more of."""
+    prefilled: int = 0
+    """Prompt tokens run through the language model, those that stand for pictures included."""
+    sampled: int = 0
+    """Tokens sampled, those that end an answer included."""
+
+    def __add__(self, other: Cost) -> Cost:
+        """Both together."""
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def per_episode(self, episodes: int) -> dict[str, float]:
+        """Means over ``episodes`` episodes, by field.
+
+        Raises:
+            ValueError: for fewer than one episode.
+        """
+        if episodes < 1:
+            raise ValueError(f"{episodes} episodes: a mean needs at least one")
+        return {name: total / episodes for name, total in asdict(self).items()}
+
+
+def cost_of(turns: Sequence[Turn | None], before: Mapping[int, Turn] | None = None, reuse: bool = True) -> Cost:
+    """What one ``act`` cost.
+
+    Args:
+        turns: what was asked and said; None where nothing was. Turns that share a prompt object shared
+            its prefill.
+        before: for each place in ``turns`` what was said there last, for conversations that go on.
+        reuse: as the policy has it: conversations go on where their cache ends. False: they are read anew.
+
+    Raises:
+        ValueError: for a turn that goes on with a conversation that is not in ``before``.
+    """
+    said = [(place, turn) for place, turn in enumerate(turns) if turn is not None]
+    pictures: dict[int, Any] = {}
+    prefilled = 0
+    for place, prompt in {id(turn.prompt): (place, turn.prompt) for place, turn in said}.values():
+        # The pictures of the current step come last; any before them were shown earlier.
+        shown, known = prompt.pictures, 0
+        if reuse and len(shown) > len(prompt.windows):
+            if before is None or place not in before:
+                raise ValueError(
+                    f"turn {place} goes on with a conversation whose last turn is not known: count every act from"
+                    " the beginning of the episodes"
+                )
+            shown, last = shown[-len(prompt.windows) :], before[place]
+            # The token that was sampled last has not been run through the model: this prefill begins with it.
+            known = len(last.prompt.ids) + len(last.completion) - 1
+        pictures |= {id(picture): picture for picture in shown}
+        prefilled += len(prompt.ids) - known
+    return Cost(
+        answers=len(said),
+        pictures=len(pictures),
+        patches=sum(int(np.prod(picture.grid)) for picture in pictures.values()),
+        prefilled=prefilled,
+        sampled=sum(len(turn.completion) for _, turn in said),
+    )
+
+
+class _Speaker(Protocol):
+    """An agent that shows what its last ``act`` asked and sampled."""
+
+    turns: list[Turn | None]
+
+    @property
+    def reuse(self) -> bool: ...
+
+
+class Metered:
+    """An agent, unchanged in what it does, whose costs are added up while it plays."""
+
+    def __init__(self, agent: Agent) -> None:
+        """Set up.
+
+        Args:
+            agent: any; where it wraps another (its ``agent``), that one's answers are counted.
+        """
+        self.agent = agent
+        self.view = getattr(agent, "view", "overlay")
+        self._speaker = _speaker(agent)
+        self._counted = None if self._speaker is None else self._speaker.turns
+        self._before: dict[int, Turn] = {}
+        self.cost: Cost | None = None if self._speaker is None else Cost()
+        """So far; None for an agent that does not show what it asks: a scripted one, or a class of your own
+        without ``turns`` (see ``VLMPolicy.turns``)."""
+
+    def act(self, observations: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The agent's own actions (N)."""
+        actions = self.agent.act(observations)
+        # An agent makes a new list each time; a wrapped one that was not asked still shows its last.
+        if self._speaker is not None and self.cost is not None and self._speaker.turns is not self._counted:
+            self._counted = turns = self._speaker.turns
+            self.cost += cost_of(turns, self._before, self._speaker.reuse)
+            self._before = {place: turn for place, turn in enumerate(turns) if turn is not None}
+        return actions
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        """New episodes where ``mask`` (N,) is true; what was counted stays."""
+        self.agent.reset(mask)
+
+
+def _speaker(agent: Any) -> _Speaker | None:
+    """The outermost of an agent and those inside it that shows its turns."""
+    while not hasattr(agent, "turns"):
+        if not hasattr(agent, "agent"):
+            return None
+        agent = agent.agent
+    return cast(_Speaker, agent)
