@@ -10,18 +10,24 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from ivt_env import boxes, rendering
+from ivt_env import boxes, rendering, states
 from ivt_env.data import load_dataset
 from ivt_env.data.sample import Dataset, Picture, Sample
 from ivt_env.expression_space import Expression
 from ivt_env.game import Game
-from ivt_env.rendering import Overlay
+from ivt_env.rendering import Overlay, Sheet
 from ivt_env.rewards import RewardConfig
 
 Observation = dict[str, Any]
 Action = Mapping[str, Any]
 
+Loaded = tuple[Picture, Sheet]
+"""A sample's picture at full resolution, and on the canvas."""
+Closeup = tuple[Picture, tuple[int, int], NDArray[np.float32]]
+
 VIEWS = ("overlay", "closeup", "both")
+WHOLE = np.array([0, 0, 1, 1], dtype=np.float32)
+"""The window of a close-up that shows the whole picture."""
 
 
 def observation_space(view: str, canvas: int, max_steps: int) -> spaces.Dict:
@@ -58,40 +64,48 @@ class Screen:
             raise ValueError(f"canvas {canvas!r}: give the side in pixels, an integer of at least 16")
         self.dataset, self.view, self.side, self.overlay = dataset, view, canvas, overlay
 
-    def load(self, sample: Sample) -> tuple[Picture, Picture, tuple[int, int]]:
-        """Decode: full-resolution picture, canvas (S, S, 3), extent (height, width) on it."""
+    def load(self, sample: Sample) -> Loaded:
+        """Decode a sample's picture and place it on the canvas."""
         picture = self.dataset.picture(sample)
-        return picture, *rendering.place_on_canvas(picture, self.side)
+        return picture, Sheet(*rendering.place_on_canvas(picture, self.side), self.overlay)
 
-    def observe(self, loaded: tuple[Picture, Picture, tuple[int, int]], game: Game) -> Observation:
+    def closeup(self, loaded: Loaded, box: NDArray[np.float32] | None) -> Closeup:
+        """The close-up of a box, or the whole canvas where there is none.
+
+        Returns:
+            picture (S, S, 3), which is the cached canvas itself where there is no box; extent (height,
+            width) on it; window (4,), xyxy relative to the whole picture.
+        """
+        picture, sheet = loaded
+        if box is None:
+            return sheet.canvas, sheet.extent, WHOLE.copy()
+        return rendering.closeup(picture, box, self.side, self.overlay)
+
+    def observe(self, loaded: Loaded, game: Game) -> Observation:
         """A fresh observation; nothing in it shares memory with the cached picture."""
-        picture, canvas, extent = loaded
-        box = game.box
+        sheet, box = loaded[1], game.box
         observation: Observation = {
-            "image": canvas.copy(),
-            "extent": np.array(extent, dtype=np.int32),
             "expression": game.sample.expression,
             "box": boxes.NO_BOX.copy() if box is None else box.copy(),
             "step": np.int64(game.step_count),
         }
+        if self.view != "closeup":
+            observation["image"] = sheet.canvas.copy()
+            observation["extent"] = np.array(sheet.extent, dtype=np.int32)
+            if box is not None:
+                sheet.draw(observation["image"], box)
         if self.view != "overlay":
-            observation["window"] = np.array([0, 0, 1, 1], dtype=np.float32)
-        if self.view == "both":
-            observation["closeup"] = canvas.copy()
-            observation["closeup_extent"] = np.array(extent, dtype=np.int32)
-        if box is None:
-            return observation
-        if self.view in ("overlay", "both"):
-            rendering.draw_overlay(observation["image"], extent, box, self.overlay)
-        if self.view != "overlay":
-            close, close_extent, window = rendering.closeup(picture, box, self.side, self.overlay)
-            key = "image" if self.view == "closeup" else "closeup"
-            observation[key] = close
-            observation["extent" if self.view == "closeup" else "closeup_extent"] = np.array(
-                close_extent, dtype=np.int32
-            )
+            close, close_extent, window = self.closeup(loaded, box)
+            image_key, extent_key = closeup_keys(self.view)
+            observation[image_key] = close.copy() if close is sheet.canvas else close
+            observation[extent_key] = np.array(close_extent, dtype=np.int32)
             observation["window"] = window
         return observation
+
+
+def closeup_keys(view: str) -> tuple[str, str]:
+    """Under which keys a view that has a close-up shows its picture and its extent."""
+    return ("image", "extent") if view == "closeup" else ("closeup", "closeup_extent")
 
 
 class GroundingEnv(gym.Env[Observation, Action]):
@@ -189,7 +203,8 @@ class GroundingEnv(gym.Env[Observation, Action]):
         self.observation_space = observation_space(view, canvas, max_steps)
         self.action_space = action_space()
         self.game: Game | None = None
-        self._loaded: tuple[Picture, Picture, tuple[int, int]] | None = None
+        self._index = -1
+        self._loaded: Loaded | None = None
         self._window: Any = None
 
     @property
@@ -214,7 +229,7 @@ class GroundingEnv(gym.Env[Observation, Action]):
             self.max_steps,
             self.initial_box if initial_box is None else initial_box,
         )
-        self._loaded = self.screen.load(sample)
+        self._index, self._loaded = index, self.screen.load(sample)
         self._show()
         return self.screen.observe(self._loaded, self.game), self.game.info()
 
@@ -226,6 +241,62 @@ class GroundingEnv(gym.Env[Observation, Action]):
         observation = self.screen.observe(self._loaded, self.game)
         self._show()
         return observation, reward, self.game.terminated, self.game.truncated, self.game.info(why)
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that decides how this environment goes on: plain data, JSON-able.
+
+        ``set_state`` of any environment made with the same options then plays on exactly as this one,
+        later episodes included. (The environment can also be pickled or deep-copied whole.)
+
+        Raises:
+            RuntimeError: before the first ``reset``.
+        """
+        if self.game is None:
+            raise RuntimeError("no episode yet; call reset()")
+        return {
+            "made_with": self._made_with(),
+            "seed": self._np_random_seed,
+            "rng": None if self._np_random is None else states.rng_state(self._np_random),
+            "index": self._index,
+            "sample_id": self.game.sample.sample_id,
+            "episode": self.game.get_state(),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> tuple[Observation, dict[str, Any]]:
+        """Go on from where ``get_state`` was called, in this or another process.
+
+        Behind ``gym.make`` this is a method of ``env.unwrapped``; the wrapper ``OrderEnforcing`` still wants
+        one ``reset`` before the first ``step``.
+
+        Returns:
+            The observation and the info at that point, as ``reset`` returns them.
+
+        Raises:
+            ValueError: for what is no state, or the state of an environment made with other options or
+                over other data. Nothing is changed then.
+        """
+        states.check_state(state, ("seed", "rng", "index", "sample_id", "episode"), self._made_with())
+        sample = states.stated_sample(self.dataset, state["index"], state["sample_id"])
+        game = Game(sample, self.reward_config, self.max_steps)
+        game.set_state(state["episode"])
+        rng = None if state["rng"] is None else states.rng_at(state["rng"])
+        loaded = self.screen.load(sample)
+        self._np_random, self._np_random_seed = rng, state["seed"]
+        self.game, self._index, self._loaded = game, state["index"], loaded
+        self._show()
+        return self.screen.observe(loaded, game), game.info()
+
+    def _made_with(self) -> dict[str, Any]:
+        screen = self.screen
+        return states.made_with(
+            self.dataset,
+            self.max_steps,
+            self.initial_box,
+            self.reward_config,
+            screen.view,
+            screen.side,
+            screen.overlay,
+        )
 
     def render(self) -> Any:
         """``rgb_array``: a captioned frame; ``ansi``: the same in words; ``human``: a window."""
@@ -264,8 +335,8 @@ class GroundingEnv(gym.Env[Observation, Action]):
 
     def _frame(self) -> Picture:
         assert self.game is not None and self._loaded is not None
-        _, canvas, extent = self._loaded
-        return rendering.frame(canvas, extent, self.game.box, self.game.sample.box, self._caption())
+        sheet = self._loaded[1]
+        return rendering.frame(sheet.canvas, sheet.extent, self.game.box, self.game.sample.box, self._caption())
 
     def _show(self) -> None:
         """Bring the window up to date; without ``render_mode="human"`` nothing happens."""

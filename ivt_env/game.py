@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class Game:
         self.step_count = 0
         self.terminated = self.truncated = False
         self.last_reward = 0.0
-        self.iou = self._iou()
+        self.iou, self.phi = self._worth()
         self.best_iou = self.iou
 
     @property
@@ -52,7 +53,7 @@ class Game:
         """
         if self.over:
             raise RuntimeError("the episode is over; call reset()")
-        config, before, why = self.reward_config, self.box, None
+        config, before, why = self.reward_config, self.phi, None
         reward = 0.0
         if stop:
             self.terminated = True
@@ -60,23 +61,56 @@ class Game:
             self.step_count += 1
             reward -= config.step_cost
             proposal = _float32(box)
-            why = boxes.invalid_reason(proposal)
+            why = None if _is_usable(proposal) else boxes.invalid_reason(proposal)
             if why is None:
                 self.box = proposal
-                self.iou = self._iou()
+                self.iou, self.phi = self._worth()
                 self.best_iou = max(self.best_iou, self.iou)
             else:
                 reward -= config.invalid_penalty
             self.truncated = self.step_count >= self.max_steps
         if config.kind == "gain":
-            reward += config.phi(self.box, self.sample.box) - config.phi(before, self.sample.box)
+            reward += self.phi - before
         elif self.over:
-            reward += config.phi(self.box, self.sample.box)
+            reward += self.phi
         self.last_reward = reward
         return reward, why
 
-    def _iou(self) -> float:
-        return 0.0 if self.box is None else float(boxes.iou(self.box, self.sample.box))
+    def _worth(self) -> tuple[float, float]:
+        """IoU and potential of the current box; both 0 without one."""
+        if self.box is None:
+            return 0.0, 0.0
+        iou = iou_of_two(self.box.tolist(), self.sample.box)
+        config = self.reward_config
+        return iou, iou if config.potential == "iou" else config.phi(self.box, self.sample.box)
+
+    def get_state(self) -> dict[str, Any]:
+        """What distinguishes this episode from a new one of its sample, JSON-able."""
+        return {
+            "box": None if self.box is None else self.box.tolist(),
+            "step_count": self.step_count,
+            "terminated": self.terminated,
+            "truncated": self.truncated,
+            "last_reward": self.last_reward,
+            "best_iou": self.best_iou,
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Put an episode of the same sample where ``get_state`` found it.
+
+        Raises:
+            ValueError: for a state that lacks something, or whose box is none. Nothing is changed then.
+        """
+        missing = sorted(self.get_state().keys() - state.keys())
+        if missing:
+            raise ValueError(f"the state of an episode lacks {', '.join(missing)}: give what get_state() returned")
+        box = None if state["box"] is None else _float32(state["box"])
+        if box is not None and (why := boxes.invalid_reason(box)):
+            raise ValueError(f"box {state['box']} in the state of an episode: {why}")
+        self.box, self.step_count = box, int(state["step_count"])
+        self.terminated, self.truncated = bool(state["terminated"]), bool(state["truncated"])
+        self.iou, self.phi = self._worth()
+        self.last_reward, self.best_iou = float(state["last_reward"]), float(state["best_iou"])
 
     def info(self, invalid: str | None = None) -> dict[str, Any]:
         """For scoring and logging, never for acting: the target box stands in it."""
@@ -92,7 +126,33 @@ class Game:
         return info
 
 
+def iou_of_two(a: Sequence[float], b: Sequence[float]) -> float:
+    """``boxes.iou`` of two single boxes, bit for bit, in a twentieth of the time.
+
+    The same operations in the same order on plain floats; one step of an episode needs one number,
+    and NumPy's cost per call would exceed that of drawing the picture.
+    """
+    ax1, ay1, ax2, ay2 = a
+    bx1, by1, bx2, by2 = b
+    width, height = min(ax2, bx2) - max(ax1, bx1), min(ay2, by2) - max(ay1, by1)
+    intersection = max(width, 0.0) * max(height, 0.0)
+    area_a = max(ax2 - ax1, 0.0) * max(ay2 - ay1, 0.0)
+    area_b = max(bx2 - bx1, 0.0) * max(by2 - by1, 0.0)
+    union = area_a + area_b - intersection
+    return float(intersection / union) if union > 0 else 0.0
+
+
+def _is_usable(box: NDArray[np.float32]) -> bool:
+    """Whether ``boxes.invalid_reason`` has nothing to say; NaN compares false."""
+    if box.shape != (4,):
+        return False
+    x1, y1, x2, y2 = box.tolist()
+    return 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+
+
 def _float32(box: ArrayLike) -> NDArray[np.float32]:
     """A copy in the action space's precision: the box that is checked is the one kept and scored."""
+    if isinstance(box, np.ndarray) and box.dtype == np.float32:
+        return box.copy()
     with np.errstate(over="ignore"):  # inf is refused with a reason
         return np.array(box, dtype=np.float32)

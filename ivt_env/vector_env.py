@@ -14,15 +14,23 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ivt_env import boxes
+from ivt_env import boxes, states
+from ivt_env.batches import Batch
 from ivt_env.data import load_dataset
 from ivt_env.data.sample import Dataset, Picture, Sample
-from ivt_env.env import Observation, Screen, action_space, observation_space, read_options
+from ivt_env.env import (
+    Closeup,
+    Loaded,
+    Observation,
+    Screen,
+    action_space,
+    closeup_keys,
+    observation_space,
+    read_options,
+)
 from ivt_env.game import Game
 from ivt_env.rendering import Overlay
 from ivt_env.rewards import RewardConfig
-
-Loaded = tuple[Picture, Picture, tuple[int, int]]
 
 
 class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], NDArray[Any]]):
@@ -36,6 +44,10 @@ class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], ND
 
     With ``autoreset_mode="Disabled"`` an episode that has ended stays as it is: its actions are
     ignored, its reward is 0 and its flags stay up, so that groups finish in mid-flight undisturbed.
+
+    With ``copy=False`` the pictures of all steps stand in the same arrays, of which only what has changed
+    is painted: fastest, and an observation holds only until the next ``reset`` or ``step``. These arrays
+    are read-only.
     """
 
     def __init__(
@@ -53,8 +65,9 @@ class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], ND
         initial_box: list[float] | None = None,
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        copy: bool = True,
     ) -> None:
-        """Arguments as in ``GroundingEnv``, and how finished episodes restart."""
+        """Arguments as in ``GroundingEnv``, how finished episodes restart, and whether pictures are copies."""
         if not isinstance(num_envs, int) or num_envs < 1:
             raise ValueError(f"num_envs {num_envs!r}: give an integer of at least 1")
         if not isinstance(max_steps, int) or max_steps < 1:
@@ -78,8 +91,15 @@ class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], ND
         self.single_action_space = action_space()
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.games: list[Game] = []
+        self._indices: list[int] = []
         self._loaded: list[Loaded] = []
-        self._observations: list[Observation] = []
+        # With the box that it was made for: an episode that has ended or was refused keeps its close-up.
+        self._closeups: list[tuple[Any, Closeup] | None] = [None] * num_envs
+        self._batches: dict[str, Batch] = {
+            key: Batch(num_envs, canvas, copy)
+            for key in ("image", "closeup")
+            if key in self.single_observation_space.spaces
+        }
         self._rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
         self._pictures: OrderedDict[str, Loaded] = OrderedDict()
 
@@ -117,7 +137,7 @@ class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], ND
                 self._rngs[i] = gym.utils.seeding.np_random(seeds[i])[0]
             info = self._begin(int(i), {"index": indices[i], "initial_box": initial[i]})
             infos = self._add_info(infos, info, int(i))
-        return self._stack(), infos
+        return self._observe(), infos
 
     def step(
         self, actions: Mapping[str, Any]
@@ -132,23 +152,24 @@ class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], ND
         rewards = np.zeros(n)
         terminated, truncated = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
         infos: dict[str, Any] = {}
+        mode = self.autoreset_mode
         for i, game in enumerate(self.games):
-            if game.over and self.autoreset_mode == AutoresetMode.NEXT_STEP:
-                infos = self._add_info(infos, self._begin(i, {}), i)
+            if game.over and mode == AutoresetMode.NEXT_STEP:
+                self._begin(i, {})
                 continue
-            if game.over and self.autoreset_mode == AutoresetMode.DISABLED:
+            if game.over and mode == AutoresetMode.DISABLED:
                 terminated[i], truncated[i] = game.terminated, game.truncated
-                infos = self._add_info(infos, game.info(), i)
                 continue
             rewards[i], why = game.act(proposals[i], bool(stops[i]))
             terminated[i], truncated[i] = game.terminated, game.truncated
-            self._observations[i] = self.screen.observe(self._loaded[i], game)
-            info = game.info(why)
-            if game.over and self.autoreset_mode == AutoresetMode.SAME_STEP:
-                final = {"final_obs": self._observations[i], "final_info": info}
-                info = final | self._begin(i, {})
-            infos = self._add_info(infos, info, i)
-        return self._stack(), rewards, terminated, truncated, infos
+            invalid = {} if why is None else {"invalid": why}
+            if game.over and mode == AutoresetMode.SAME_STEP:
+                final = {"final_obs": self.screen.observe(self._loaded[i], game), "final_info": game.info(why)}
+                self._begin(i, {})
+                infos = self._add_info(infos, final, i)
+            elif invalid:
+                infos = self._add_info(infos, invalid, i)
+        return self._observe(), rewards, terminated, truncated, infos | self._scores()
 
     def render(self) -> tuple[Picture, ...] | None:  # type: ignore[override]
         """A captioned frame for each environment."""
@@ -157,11 +178,68 @@ class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], ND
         from ivt_env.rendering import frame
 
         frames = []
-        for game, (_, canvas, extent) in zip(self.games, self._loaded, strict=True):
+        for game, (_, sheet) in zip(self.games, self._loaded, strict=True):
             step = f"step {game.step_count}/{self.max_steps}"
             caption = [game.sample.expression, f"{step}   IoU {game.iou:.3f}"]
-            frames.append(frame(canvas, extent, game.box, game.sample.box, caption))
+            frames.append(frame(sheet.canvas, sheet.extent, game.box, game.sample.box, caption))
         return tuple(frames)
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that decides how these environments go on: plain data, JSON-able.
+
+        ``set_state`` of any vector environment made with the same options then plays on exactly as this
+        one, later episodes included.
+
+        Raises:
+            RuntimeError: before the first ``reset``.
+        """
+        if len(self.games) < self.num_envs:
+            raise RuntimeError("no episodes yet; call reset()")
+        return {
+            "made_with": self._made_with(),
+            "rngs": [states.rng_state(rng) for rng in self._rngs],
+            "indices": list(self._indices),
+            "sample_ids": [game.sample.sample_id for game in self.games],
+            "episodes": [game.get_state() for game in self.games],
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> tuple[Observation, dict[str, Any]]:
+        """Go on from where ``get_state`` was called, in this or another process.
+
+        Returns:
+            The observations and the infos at that point, as ``reset`` returns them.
+
+        Raises:
+            ValueError: for what is no state, or the state of an environment made with other options or
+                over other data. Nothing is changed then.
+        """
+        keys = ("rngs", "indices", "sample_ids", "episodes")
+        states.check_state(state, keys, self._made_with())
+        if short := [key for key in keys if len(state[key]) != self.num_envs]:
+            raise ValueError(f"{short[0]} of the state has {len(state[short[0]])} entries, not {self.num_envs}")
+        rngs = [states.rng_at(rng) for rng in state["rngs"]]
+        games = []
+        for index, sample_id, episode in zip(state["indices"], state["sample_ids"], state["episodes"], strict=True):
+            sample = states.stated_sample(self.dataset, index, sample_id)
+            games.append(Game(sample, self.reward_config, self.max_steps))
+            games[-1].set_state(episode)
+        loaded = [self._load(game.sample) for game in games]
+        self._rngs, self.games, self._indices, self._loaded = rngs, games, list(state["indices"]), loaded
+        self._closeups = [None] * self.num_envs
+        return self._observe(), self._scores()
+
+    def _made_with(self) -> dict[str, Any]:
+        screen = self.screen
+        options = states.made_with(
+            self.dataset,
+            self.max_steps,
+            self.initial_box,
+            self.reward_config,
+            screen.view,
+            screen.side,
+            screen.overlay,
+        )
+        return options | {"num_envs": self.num_envs, "autoreset_mode": self.autoreset_mode.value}
 
     def _per_env(self, values: Any, name: str) -> list[Any]:
         if values is None:
@@ -189,13 +267,13 @@ class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], ND
             self.initial_box if initial_box is None else initial_box,
         )
         loaded = self._load(sample)
-        observation = self.screen.observe(loaded, game)
+        self._closeups[i] = None
         if i < len(self.games):
-            self.games[i], self._loaded[i], self._observations[i] = game, loaded, observation
+            self.games[i], self._indices[i], self._loaded[i] = game, index, loaded
         else:
             self.games.append(game)
+            self._indices.append(index)
             self._loaded.append(loaded)
-            self._observations.append(observation)
         return game.info()
 
     def _load(self, sample: Sample) -> Loaded:
@@ -207,10 +285,44 @@ class GroundingVectorEnv(gym.vector.VectorEnv[Observation, Mapping[str, Any], ND
         self._pictures.move_to_end(sample.picture_id)
         return self._pictures[sample.picture_id]
 
-    def _stack(self) -> Observation:
-        """Fresh arrays with a leading axis of environments; expressions as a tuple of str."""
-        stacked: Observation = {}
-        for key, space in self.single_observation_space.spaces.items():  # type: ignore[attr-defined]
-            values = [o[key] for o in self._observations]
-            stacked[key] = tuple(values) if key == "expression" else np.stack(values).astype(space.dtype, copy=False)
-        return stacked
+    def _observe(self) -> Observation:
+        """All environments as they stand, with a leading axis; expressions as a tuple of str."""
+        view = self.screen.view
+        given = [boxes.NO_BOX if game.box is None else game.box for game in self.games]
+        observation: Observation = {
+            "expression": tuple(game.sample.expression for game in self.games),
+            "box": np.array(given, dtype=np.float32),  # (N, 4)
+            "step": np.array([game.step_count for game in self.games], dtype=np.int64),  # (N,)
+        }
+        if view != "closeup":
+            sheets = [sheet for _, sheet in self._loaded]
+            layers = [(sheet.canvas, sheet, game.box) for sheet, game in zip(sheets, self.games, strict=True)]
+            observation["image"] = self._batches["image"].paint(layers)
+            observation["extent"] = np.array([sheet.extent for sheet in sheets], dtype=np.int32)  # (N, 2)
+        if view != "overlay":
+            closeups = [self._closeup(i) for i in range(self.num_envs)]
+            image_key, extent_key = closeup_keys(view)
+            observation[image_key] = self._batches[image_key].paint([(close, None, None) for close, _, _ in closeups])
+            observation[extent_key] = np.array([extent for _, extent, _ in closeups], dtype=np.int32)
+            observation["window"] = np.array([window for _, _, window in closeups], dtype=np.float32)
+        return observation
+
+    def _closeup(self, i: int) -> Closeup:
+        """Environment i's close-up, made once for each box."""
+        box = self.games[i].box
+        made = self._closeups[i]
+        if made is None or made[0] is not box:
+            made = self._closeups[i] = (box, self.screen.closeup(self._loaded[i], box))
+        return made[1]
+
+    def _scores(self) -> dict[str, Any]:
+        """``Game.info`` of all environments, each key with its mask, as ``_add_info`` would put it together."""
+        games = self.games
+        infos: dict[str, Any] = {
+            "iou": np.array([game.iou for game in games]),
+            "best_iou": np.array([game.best_iou for game in games]),
+            "sample_id": np.array([game.sample.sample_id for game in games], dtype=object),
+            "dataset": np.array([game.sample.dataset for game in games], dtype=object),
+            "target": np.array([game.sample.box for game in games], dtype=np.float32),  # (N, 4)
+        }
+        return infos | {f"_{key}": np.ones(self.num_envs, dtype=bool) for key in infos}

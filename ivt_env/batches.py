@@ -1,0 +1,105 @@
+"""Where the pictures of a batch of observations stand: memory that is used again, and paint that is spared."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ivt_env.data.sample import Picture
+from ivt_env.rendering import Sheet, pixel_rectangle
+
+Layer = tuple[Picture, Sheet | None, NDArray[np.float32] | None]
+"""What a row shows: a picture (S, S, 3) and, if a box (4,) is to be drawn, the sheet whose canvas that is. What was
+once given is never changed: the same object looks the same."""
+
+_SPARE = 2
+"""Blocks kept for the next steps; a loop that holds one observation while it waits for the next needs two."""
+
+
+class RecycledMemory:
+    """Arrays whose memory is given out again once nobody holds them, or a view of them, any more.
+
+    A batch of pictures is so large that the allocator returns it to the system each time, and to fetch
+    its pages again takes several times as long as to write into them.
+    """
+
+    def __init__(self) -> None:
+        """With nothing to spare."""
+        self._spare: list[bytearray] = []
+
+    def array(self, shape: Sequence[int]) -> NDArray[np.uint8]:
+        """An array (C-contiguous, not initialised) that shares memory with none that is still held."""
+        size = prod(shape)
+        block = self._spare.pop() if self._spare else bytearray(size)
+        if len(block) != size:
+            block = bytearray(size)
+        # Not on another ndarray: every view's ``base`` would be that one, whereas on a bytearray it is the array
+        # given out here, which therefore lives as long as the last view of it.
+        array: NDArray[np.uint8] = np.ndarray(tuple(shape), dtype=np.uint8, buffer=block)
+        weakref.finalize(array, self._take_back, block).atexit = False
+        return array
+
+    def _take_back(self, block: bytearray) -> None:
+        if len(self._spare) < _SPARE:
+            self._spare.append(block)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle or a copy starts with nothing to spare."""
+        return RecycledMemory, ()
+
+
+class Batch:
+    """Paints one picture of each of N environments into an array (N, S, S, 3)."""
+
+    def __init__(self, num_envs: int, side: int, copy: bool) -> None:
+        """Set up.
+
+        Args:
+            num_envs: N.
+            side: S, the canvas's side in pixels.
+            copy: an array of its own for each step; else always the same one, read-only to the caller,
+                in which only what has changed is painted.
+        """
+        self._shape, self.copy = (num_envs, side, side, 3), copy
+        self._memory = RecycledMemory()
+        self._kept: NDArray[np.uint8] | None = None
+        self._painted: list[Layer | None] = [None] * num_envs
+
+    def paint(self, layers: Sequence[Layer]) -> NDArray[np.uint8]:
+        """The pictures (N, S, S, 3) of N canvases with a box drawn on each."""
+        if self.copy:
+            array = self._memory.array(self._shape)
+            for row, layer in zip(array, layers, strict=True):
+                self._repaint(row, None, layer)
+            return array
+        if self._kept is None:
+            self._kept = np.empty(self._shape, dtype=np.uint8)
+        for i, (row, layer) in enumerate(zip(self._kept, layers, strict=True)):
+            self._repaint(row, self._painted[i], layer)
+            self._painted[i] = layer
+        given = self._kept.view()
+        given.flags.writeable = False  # a caller's paint would show in all later steps
+        return given
+
+    def _repaint(self, row: Picture, before: Layer | None, layer: Layer) -> None:
+        """Turn a row that shows ``before`` into one that shows ``layer``."""
+        canvas, sheet, box = layer
+        if before is None or before[0] is not canvas:
+            row[...] = canvas
+        elif before[2] is box:
+            return
+        elif before[2] is not None:
+            assert before[1] is not None
+            x1, y1, x2, y2 = pixel_rectangle(before[2], before[1].extent)
+            row[y1:y2, x1:x2] = canvas[y1:y2, x1:x2]
+        if sheet is not None and box is not None:
+            sheet.draw(row, box)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was painted: a pickle or a copy paints it anew."""
+        return self.__dict__ | {"_kept": None, "_painted": [None] * self._shape[0]}

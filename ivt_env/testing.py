@@ -1,0 +1,368 @@
+"""Checks that authors of new data sets and agents can run on theirs.
+
+>>> from ivt_env.data import load_dataset
+>>> from ivt_env.testing import check_dataset
+>>> check_dataset(load_dataset("scenes", "val"), samples=5)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ivt_env import boxes
+from ivt_env.data.sample import DataError, Dataset, Picture, Sample
+from ivt_env.env import GroundingEnv
+from ivt_env.expression_space import Expression
+from ivt_env.rollouts import Agent, make_vector_env
+from ivt_env.vector_env import GroundingVectorEnv
+
+Randomness = Literal["none", "seeded", "free"]
+Played = list[list[tuple[NDArray[np.float64], bool]]]
+"""For each episode its actions: box (4,), which is zeros at a stop, and stop."""
+
+
+def check_dataset(dataset: Dataset, samples: int = 100) -> None:
+    """Whether a data set keeps what ``Dataset`` and ``Sample`` promise, on some of its samples.
+
+    Checked: the fields of each sample, boxes and siblings, unique ids, errors outside the range, the same
+    sample and picture at every reading, pictures (RGB uint8 of the stated size; one picture for one
+    ``picture_id``; none that a caller could draw on for all), pickling, and that a perfect box earns 1.
+
+    Args:
+        dataset: to check.
+        samples: how many, evenly over the whole; the first and the last are among them.
+
+    Raises:
+        DataError: for the first thing that is wrong; names the index, the field and the value.
+    """
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples {samples!r}: give an integer of at least 1")
+    where = _check_whole(dataset)
+    size = len(dataset)
+    indices = sorted({round(i) for i in np.linspace(0, size - 1, min(samples, size)).tolist()})
+    seen: dict[str, int] = {}
+    pictures: dict[str, tuple[int, str]] = {}
+    first: dict[int, Sample] = {}
+    for index in indices:
+        sample = first[index] = dataset[index]
+        at = f"{where}[{index}]"
+        _check_sample(sample, at, dataset.split)
+        if sample.sample_id in seen:
+            _fail(f"{at} has the sample_id {sample.sample_id!r} of index {seen[sample.sample_id]}; ids must be unique")
+        seen[sample.sample_id] = index
+        digest = _check_picture(dataset, sample, at)
+        other, known = pictures.setdefault(sample.picture_id, (index, digest))
+        if known != digest:
+            _fail(f"{at} and index {other} share the picture_id {sample.picture_id!r}, and their pictures differ")
+    # In another order than before: what a data set remembers of the last reading must not show.
+    copied = pickle.loads(_pickled(dataset, where))
+    for index in reversed(indices):
+        for name, again in (("read again", dataset[index]), ("read from a pickled copy", copied[index])):
+            if again != first[index]:
+                _fail(f"{where}[{index}], {name}, is another sample: {again} instead of {first[index]}")
+        if _digest(copied.picture(first[index])) != pictures[first[index].picture_id][1]:
+            _fail(f"{where}[{index}]: the picture that a pickled copy gives is another one")
+    env = GroundingEnv(dataset, canvas=64)
+    for index in indices[:: max(1, len(indices) // 5)]:
+        observation, info = env.reset(options={"index": index})
+        if not env.observation_space.contains(observation):
+            _fail(f"{where}[{index}]: its observation is not of the environment's space")
+        reward = env.step({"box": info["target"], "stop": 0})[1]
+        if not reward > 0.99:
+            _fail(f"{where}[{index}]: its own box {first[index].box} earns {reward:.3f} instead of 1; is it too thin?")
+
+
+def _fail(message: str) -> None:
+    raise DataError(message)
+
+
+def _check_whole(dataset: Dataset) -> str:
+    """Names, length and errors outside the range; gives how a message names the data set."""
+    kind = type(dataset).__name__
+    for name in ("name", "split"):
+        value = getattr(dataset, name, None)
+        if not isinstance(value, str) or not value:
+            _fail(f"{kind}.{name} is {value!r}: give a text")
+    for name in ("__len__", "__getitem__", "picture"):
+        if not callable(getattr(dataset, name, None)):
+            _fail(f"{kind} has no method {name}; a data set has __len__, __getitem__ and picture")
+    where = f"{dataset.name} {dataset.split}"
+    size = len(dataset)
+    if size < 1:
+        _fail(f"{where} is empty")
+    for index in (size, -1, size + 1000):
+        try:
+            dataset[index]
+        except IndexError:
+            continue
+        except Exception as error:
+            raise DataError(f"{where}[{index}] raises {error!r}; it must be an IndexError") from error
+        _fail(f"{where}[{index}] gives a sample although there are {size}; it must raise IndexError")
+    return where
+
+
+def _check_sample(sample: Sample, at: str, split: str) -> None:
+    if not isinstance(sample, Sample):
+        _fail(f"{at} is a {type(sample).__name__}, not an ivt_env.data.sample.Sample")
+    for name in ("sample_id", "picture_id", "expression", "dataset", "split"):
+        value = getattr(sample, name)
+        if not isinstance(value, str) or not value.strip():
+            _fail(f"{at}: {name} is {value!r}, not a text")
+    if sample.split != split:
+        _fail(f"{at}: split is {sample.split!r} in a data set of the split {split!r}")
+    if sample.expression not in Expression():
+        _fail(f"{at}: expression of {len(sample.expression)} characters; at most {Expression().max_length} fit")
+    try:
+        sample.expression.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{at}: expression {sample.expression!r} is not valid Unicode ({error})") from error
+    size = sample.size
+    if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(v, int) and v > 0 for v in size):
+        _fail(f"{at}: size is {size!r}; give (height, width) in pixels, two integers above 0")
+    if not isinstance(sample.siblings, tuple):
+        _fail(f"{at}: siblings is a {type(sample.siblings).__name__}; give a tuple of boxes")
+    for name, box in [("box", sample.box), *(("a sibling", sibling) for sibling in sample.siblings)]:
+        if not isinstance(box, tuple) or not all(isinstance(v, int | float) for v in box):
+            _fail(f"{at}: {name} is {box!r}; give a tuple of 4 floats (float() of NumPy's)")
+        # In float32 as well: so it stands in info["target"].
+        why = boxes.invalid_reason(box) or boxes.invalid_reason(np.array(box, dtype=np.float32))
+        if why is not None:
+            _fail(f"{at}: {name} {box}: {why}; boxes are x1, y1, x2, y2 relative to the picture")
+    if sample.box in sample.siblings:
+        _fail(f"{at}: the target {sample.box} is among its own siblings")
+    if not isinstance(sample.meta, Mapping):
+        _fail(f"{at}: meta is a {type(sample.meta).__name__}, not a mapping")
+    try:
+        json.dumps(dict(sample.meta))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{at}: meta {dict(sample.meta)} cannot be written as JSON ({error})") from error
+
+
+def _check_picture(dataset: Dataset, sample: Sample, at: str) -> str:
+    """One picture, read twice; gives its digest."""
+    picture = dataset.picture(sample)
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8:
+        _fail(f"{at}: its picture is {getattr(picture, 'dtype', type(picture).__name__)}; give an array of uint8")
+    if picture.shape != (*sample.size, 3):
+        _fail(f"{at}: its picture has shape {picture.shape}, its size says {(*sample.size, 3)} (height, width, RGB)")
+    digest = _digest(picture)
+    again = dataset.picture(sample)
+    if _digest(again) != digest:
+        _fail(f"{at}: its picture differs from one reading to the next")
+    if np.shares_memory(picture, again) and again.flags.writeable:
+        _fail(
+            f"{at}: its picture is kept and can be drawn on, which would show in every later reading; "
+            "give a copy, or picture.setflags(write=False)"
+        )
+    return digest
+
+
+def _digest(picture: Picture) -> str:
+    return hashlib.sha256(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()
+
+
+def _pickled(dataset: Dataset, where: str) -> bytes:
+    try:
+        return pickle.dumps(dataset)
+    except Exception as error:
+        raise DataError(f"{where} cannot be pickled, as worker processes need it: {error!r}") from error
+
+
+class _OtherTargets:
+    """A data set that looks the same and has other target boxes."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.name, self.split = dataset, dataset.name, dataset.split
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        x1, y1, x2, y2 = sample.box
+        # Mirrored, and where that changes little, one corner of the picture.
+        other = (1 - x2, 1 - y2, 1 - x1, 1 - y1)
+        if boxes.iou(other, sample.box) > 0.3:
+            other = (0.0, 0.0, 0.125, 0.125)
+        return replace(sample, box=other, siblings=())
+
+    def picture(self, sample: Sample) -> Picture:
+        return self.dataset.picture(sample)
+
+
+def check_agent(
+    agent: Agent | Callable[..., Agent],
+    env_id: str = "IVT-Scenes-v0",
+    *,
+    episodes: int = 6,
+    num_envs: int = 3,
+    seed: int = 0,
+    randomness: Randomness = "none",
+    pass_env: bool = False,
+    tolerance: float = 1e-4,
+    **options: Any,
+) -> None:
+    """Whether an agent keeps what ``Agent`` promises, in episodes that it plays.
+
+    Checked on an agent: its methods; ``box`` (N, 4) float and ``stop`` (N,) of 0 and 1; the optional
+    ``text``, ``parse_failure``, ``stop_probability``, ``confidence``; that observations are left as they
+    were; that it copes with environments whose episode is over and with resets of some environments.
+
+    A factory is asked for new agents, of which more can be checked: they play alike, whether environments
+    are played one at a time or together, whatever the inactive ones show, and whatever the target box is
+    (an agent that reads it is found out); and after ``reset`` nothing of earlier episodes remains.
+
+    Args:
+        agent: an agent, or a class or function that makes one without arguments.
+        env_id: what it plays.
+        episodes: how many.
+        num_envs: how many at once, at least 2.
+        seed: decides the samples.
+        randomness: ``none``: equal observations since ``reset`` give equal actions. ``seeded``: new agents
+            draw alike in their k-th episode, whatever came before it. ``free``: new agents differ, and
+            nothing is compared.
+        pass_env: the factory takes the vector environment.
+        tolerance: on box coordinates; a model's numbers depend a little on the size of a batch.
+        **options: of the environment (``canvas``, ``view``, ``max_steps``, ...).
+
+    Raises:
+        AssertionError: for the first thing that is wrong, with the value.
+        ValueError: for arguments that check nothing.
+    """
+    if num_envs < 2 or episodes < 2:
+        raise ValueError(f"num_envs {num_envs}, episodes {episodes}: give at least 2 of each, to compare them")
+    if randomness not in ("none", "seeded", "free"):
+        raise ValueError(f"randomness {randomness!r}: choose none, seeded or free")
+    made = not inspect.isclass(agent) and hasattr(agent, "act")
+
+    def new(env: GroundingVectorEnv) -> Agent:
+        if made:
+            found: Any = agent
+        else:
+            found = agent(env) if pass_env else agent()  # type: ignore[operator]
+        for name in ("act", "reset"):
+            _require(callable(getattr(found, name, None)), f"{type(found).__name__} has no method {name}")
+        return found
+
+    seeds = [seed + i for i in range(episodes)]
+    env = make_vector_env(env_id, num_envs, **options)
+    played = _play(env, new(env), seeds)
+    _check_partial_reset(env, new(env), seed)
+    if made or randomness == "free":
+        return
+    _compare(played, _play(env, new(env), seeds), tolerance, "a second new agent acts otherwise: is a seed missing?")
+    if randomness == "none":
+        experienced = new(env)
+        _play(env, experienced, seeds[::-1])
+        again = _play(env, experienced, seeds)
+        _compare(played, again, tolerance, "after reset() it remembers earlier episodes")
+    one = make_vector_env(env_id, 1, **options)
+    _compare(played, _play(one, new(one), seeds), tolerance, f"played alone it acts otherwise than {num_envs} at once")
+    spoilt = _play(env, new(env), seeds, spoil=True)
+    _compare(played, spoilt, tolerance, "what an environment with active=False shows changes what others do")
+    chosen = {k: v for k, v in options.items() if k not in ("split", "data_root", "strict", "canvas")}
+    targets = _OtherTargets(env.dataset)
+    other = GroundingVectorEnv(num_envs, targets, canvas=env.screen.side, autoreset_mode="Disabled", **chosen)
+    _compare(played, _play(other, new(other), seeds), tolerance, "it decides by the target box, which it must not read")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _compare(expected: Played, found: Played, tolerance: float, message: str) -> None:
+    for number, (a, b) in enumerate(zip(expected, found, strict=True)):
+        for step, ((box, stop), (other, other_stop)) in enumerate(zip(a, b, strict=False)):
+            same = stop == other_stop and np.allclose(box, other, rtol=0, atol=tolerance, equal_nan=True)
+            _require(
+                same,
+                f"{message} (episode {number}, step {step}: box {other.round(4).tolist()}, stop {int(other_stop)} "
+                f"instead of box {box.round(4).tolist()}, stop {int(stop)})",
+            )
+
+
+def _play(env: GroundingVectorEnv, agent: Agent, seeds: Sequence[int], spoil: bool = False) -> Played:
+    """Play an episode for each seed, in waves, and check every answer.
+
+    With ``spoil`` the pictures of environments whose episode is over are blackened.
+    """
+    n = env.num_envs
+    played: Played = []
+    for start in range(0, len(seeds), n):
+        wave = list(seeds[start : start + n])
+        observations, _ = env.reset(seed=[*wave, *[wave[0]] * (n - len(wave))])
+        agent.reset(np.ones(n, dtype=bool))
+        active = np.arange(n) < len(wave)
+        live: Played = [[] for _ in wave]
+        while active.any():
+            if spoil:
+                observations["image"][~active] = 0
+            proposals, stops = _answer(agent, observations, active)
+            for i in np.flatnonzero(active).tolist():
+                live[i].append((np.zeros(4) if stops[i] else proposals[i].astype(float), bool(stops[i])))
+            observations, _, terminated, truncated, _ = env.step({"box": proposals, "stop": stops})
+            active &= ~(terminated | truncated)
+        played += live
+    return played
+
+
+def _check_partial_reset(env: GroundingVectorEnv, agent: Agent, seed: int) -> None:
+    """Some environments begin anew while others are in mid-episode."""
+    n = env.num_envs
+    observations, _ = env.reset(seed=seed)
+    everyone = np.ones(n, dtype=bool)
+    agent.reset(everyone.copy())
+    proposals, stops = _answer(agent, observations, everyone)
+    env.step({"box": proposals, "stop": stops})
+    mask = np.arange(n) == n - 1
+    observations, _ = env.reset(seed=seed + 1, options={"reset_mask": mask})
+    agent.reset(mask.copy())
+    active = np.array([not game.over for game in env.games])
+    _answer(agent, observations, active)
+
+
+def _answer(
+    agent: Agent, observations: Mapping[str, Any], active: NDArray[np.bool_]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The agent's boxes (N, 4) and stops (N,), all that it says checked; observations must stay as they were."""
+    n = len(active)
+    shown = {**observations, "active": active.copy()}
+    kept = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in shown.items()}
+    actions = agent.act(shown)
+    for key, value in kept.items():
+        _require(key in shown and np.array_equal(shown[key], value), f"act() changed the observation {key!r}")
+    _require(isinstance(actions, Mapping), f"act() returned a {type(actions).__name__}, not a mapping")
+    for key in ("box", "stop"):
+        _require(key in actions, f"act() returned no {key!r}; there are {', '.join(map(repr, actions))}")
+    proposals, stops = np.asarray(actions["box"]), np.asarray(actions["stop"])
+    _require(proposals.shape == (n, 4), f"box has shape {proposals.shape}, not ({n}, 4), for {n} environments")
+    _require(np.issubdtype(proposals.dtype, np.floating), f"box is {proposals.dtype}, not floating point")
+    _require(stops.shape == (n,), f"stop has shape {stops.shape}, not ({n},), for {n} environments")
+    whole = np.issubdtype(stops.dtype, np.integer) or stops.dtype == bool
+    _require(whole and bool(np.isin(stops, (0, 1)).all()), f"stop is {stops.tolist()} ({stops.dtype}), not 0 or 1")
+    for key in ("text", "parse_failure", "stop_probability", "confidence"):
+        if actions.get(key) is None:
+            continue
+        _require(len(actions[key]) == n, f"{key} has {len(actions[key])} entries for {n} environments")
+        chosen = [actions[key][i] for i in np.flatnonzero(active).tolist()]
+        if key == "text":
+            _require(all(isinstance(text, str) for text in chosen), f"text is {chosen!r}, not texts")
+        elif key == "parse_failure":
+            _require(all(isinstance(v, bool | np.bool_) for v in chosen), f"parse_failure is {chosen!r}, not booleans")
+        else:
+            within = all(0 <= float(v) <= 1 for v in chosen)
+            _require(within, f"{key} is {[float(v) for v in chosen]}, not from 0 to 1")
+    return proposals.astype(np.float32), stops.astype(np.int64)
+
+
+__all__ = ["check_agent", "check_dataset"]

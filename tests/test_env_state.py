@@ -1,0 +1,191 @@
+"""A state that was taken and restored plays on as if nothing had happened.
+
+Silent when false: a search that returns to a node and plays another sample there, or a resumed run
+that draws other episodes than the one it resumes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from playing import assert_equal, random_action, scenes
+
+from ivt_env.env import GroundingEnv
+from ivt_env.vector_env import GroundingVectorEnv
+
+N = 3
+
+
+def vector(**kwargs: Any) -> GroundingVectorEnv:
+    return GroundingVectorEnv(N, **({"dataset": "photos", "split": "val", "canvas": 40} | kwargs))
+
+
+def single(**kwargs: Any) -> GroundingEnv:
+    return GroundingEnv(**({"dataset": "photos", "split": "val", "canvas": 40} | kwargs))
+
+
+def actions(rng: np.random.Generator) -> dict[str, Any]:
+    several = [random_action(rng) for _ in range(N)]
+    return {"box": np.array([a["box"] for a in several]), "stop": np.array([a["stop"] for a in several])}
+
+
+def through_json(state: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(state, allow_nan=False))
+
+
+def play_on(env: GroundingEnv, rng: np.random.Generator, episodes: int = 4) -> list[Any]:
+    """Random actions to the end of this and of further episodes: all that came back."""
+    seen: list[Any] = []
+    for _ in range(episodes):
+        while env.game is not None and not env.game.over:
+            seen.append(env.step(random_action(rng)))
+        seen.append(env.reset())
+    return seen
+
+
+@pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
+@pytest.mark.parametrize("reward", [None, {"kind": "final", "potential": "giou", "step_cost": 0.01}])
+def test_a_restored_environment_plays_on_identically_in_itself_and_in_another(view, reward):
+    options = {"view": view, "reward": reward, "initial_box": [0.2, 0.2, 0.6, 0.7], "max_steps": 4}
+    env = single(**options)
+    for seed in range(12):
+        env.reset(seed=seed)
+        rng = np.random.default_rng(seed)
+        for _ in range(seed % 5):
+            if not env.game.over:
+                env.step(random_action(rng))
+        state = through_json(env.get_state())
+        expected = play_on(env, np.random.default_rng(seed))
+        other = single(**options)
+        for restored in (env, other):
+            observation, info = restored.set_state(copy.deepcopy(state))
+            assert restored.observation_space.contains(observation)
+            assert info["sample_id"] == restored.sample.sample_id == state["sample_id"]
+            assert restored.get_state() == state
+            assert_all_equal(play_on(restored, np.random.default_rng(seed)), expected)
+
+
+def test_a_restored_observation_is_the_one_that_was_left():
+    env, other = single(view="both"), single(view="both")
+    env.reset(seed=3)
+    observation, *_, info = env.step({"box": np.float32([0.1, 0.2, 0.6, 0.9]), "stop": 0})
+    assert_equal(other.set_state(env.get_state()), (observation, info))
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
+@pytest.mark.parametrize("view", ["overlay", "both"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_restored_vector_environments_play_on_identically(mode, view, keep):
+    options = {"autoreset_mode": mode, "view": view, "copy": keep}
+    env, other = vector(**options), vector(**options)
+    env.reset(seed=1)
+    rng = np.random.default_rng(0)
+    for round_number in range(4):
+        for _ in range(round_number):
+            env.step(actions(rng))
+        state = through_json(env.get_state())
+
+        def on(environment: GroundingVectorEnv, seed: int = round_number) -> list[Any]:
+            own = np.random.default_rng(seed)
+            seen = []
+            for number in range(8):
+                if mode == "Disabled" and number == 5:
+                    seen.append(copy.deepcopy(environment.reset()))
+                seen.append(copy.deepcopy(environment.step(actions(own))))
+            return seen
+
+        expected = on(env)
+        for restored in (env, other):
+            observations, infos = restored.set_state(state)
+            assert restored.observation_space.contains(observations)
+            assert infos["sample_id"].tolist() == state["sample_ids"]
+            assert restored.get_state() == state
+            assert_all_equal(on(restored), expected)
+
+
+def assert_all_equal(a: Any, b: Any) -> None:
+    """``assert_equal`` with arrays of objects."""
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_all_equal(x, y)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_all_equal(a[key], b[key])
+    elif isinstance(a, np.ndarray) and a.dtype == object:
+        assert_all_equal(a.tolist(), b.tolist())
+    else:
+        assert_equal(a, b)
+
+
+def test_a_state_does_not_change_when_the_environment_moves_on():
+    for env, act in ((single(), random_action), (vector(), actions)):
+        env.reset(seed=0)
+        state = env.get_state()
+        kept = copy.deepcopy(state)
+        env.step(act(np.random.default_rng(0)))
+        env.reset()
+        assert state == kept != env.get_state()
+
+
+def test_an_environment_that_was_never_seeded_can_be_cloned_too():
+    env, clone = scenes(), scenes()
+    env.reset()
+    clone.set_state(env.get_state())
+    for _ in range(3):
+        assert_equal(env.reset(), clone.reset())
+
+
+def test_before_the_first_reset_there_is_no_state():
+    for env in (single(), vector()):
+        with pytest.raises(RuntimeError, match="reset"):
+            env.get_state()
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "no dict": (lambda s: [s], "not a list"),
+    "empty": (lambda s: {}, "lacks .*made_with"),
+    "a part missing": (lambda s: {k: v for k, v in s.items() if not k.startswith("sample_id")}, "lacks sample_id"),
+    "other options": (lambda s: s | {"made_with": s["made_with"] | {"max_steps": 9}}, "max_steps 9, this one has 3"),
+    "another data set": (lambda s: s | {"made_with": s["made_with"] | {"dataset": "scenes"}}, "dataset 'scenes'"),
+    "another view": (lambda s: s | {"made_with": s["made_with"] | {"view": "both"}}, "view 'both'"),
+}
+WRONG_SINGLE = {
+    "another sample": (lambda s: s | {"sample_id": "another"}, "taken at sample 'another'"),
+    "an index outside": (lambda s: s | {"index": 99}, "index 99"),
+    "a random state that is none": (lambda s: s | {"rng": {"bit_generator": "MT19937"}}, "random generator"),
+    "a random state of text": (lambda s: s | {"rng": "PCG64"}, "random generator"),
+    "an episode without a box": (lambda s: s | {"episode": {"step_count": 1}}, "lacks best_iou, box"),
+    "a box that is none": (lambda s: s | {"episode": s["episode"] | {"box": [0.5, 0, 0.1, 1]}}, "x2 <= x1"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG | WRONG_SINGLE)
+def test_a_wrong_state_is_a_value_error_and_changes_nothing(name):
+    spoil, message = (WRONG | WRONG_SINGLE)[name]
+    for env in [single()] + [vector()] * (name in WRONG):
+        env.reset(seed=0)
+        before = env.get_state()
+        with pytest.raises(ValueError, match=message):
+            env.set_state(spoil(copy.deepcopy(before)))
+        assert env.get_state() == before
+
+
+def test_a_state_of_other_numbers_of_environments_or_modes_is_refused():
+    state = None
+    for other, message in (
+        (vector(autoreset_mode="Disabled"), "autoreset_mode"),
+        (GroundingVectorEnv(2, "photos", "val", canvas=40), "num_envs"),
+    ):
+        env = vector()
+        env.reset(seed=0)
+        state = env.get_state()
+        with pytest.raises(ValueError, match=message):
+            other.set_state(state)
+    with pytest.raises(ValueError, match="rngs of the state has 1 entries, not 3"):
+        vector().set_state(state | {"rngs": state["rngs"][:1]})

@@ -1,0 +1,358 @@
+"""The checks for authors of data sets and agents pass what is right and name what is wrong.
+
+Silent when false: a data set whose pictures are of another size than its boxes, or an agent that reads
+the target or mixes up its environments, passes as checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agents.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
+from ivt_env.data import DataError, load_dataset
+from ivt_env.data.sample import Sample
+from ivt_env.testing import check_agent, check_dataset
+
+# ---- data sets -------------------------------------------------------------------------------
+
+
+class Notes:
+    """Six samples on three pictures, right in everything."""
+
+    name, split = "notes", "train"
+
+    def __init__(self) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+        noise.setflags(write=False)
+        self.pictures = noise
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < 6:
+            raise IndexError(index)
+        box = (0.1, 0.2, 0.5 + index / 20, 0.9)
+        return Sample(f"s{index}", f"p{index // 2}", "the thing", box, (20, 30), self.name, self.split)
+
+    def picture(self, sample: Sample) -> Any:
+        return self.pictures[int(sample.picture_id[1:])]
+
+
+def changed(index: int, **values: Any) -> type[Notes]:
+    """Notes with one sample's fields replaced."""
+
+    class Changed(Notes):
+        def __getitem__(self, number: int) -> Sample:
+            sample = super().__getitem__(number)
+            return replace(sample, **values) if number == index else sample
+
+    return Changed
+
+
+def shown(make: Any) -> type[Notes]:
+    """Notes whose pictures are ``make(picture, sample)``."""
+
+    class Shown(Notes):
+        def picture(self, sample: Sample) -> Any:
+            return make(super().picture(sample), sample)
+
+    return Shown
+
+
+class Endless(Notes):
+    def __getitem__(self, index: int) -> Sample:
+        return super().__getitem__(index % 6)
+
+
+class KeyErrors(Notes):
+    def __getitem__(self, index: int) -> Sample:
+        if index == 6:
+            raise KeyError(index)
+        return super().__getitem__(index)
+
+
+class Forgetful(Notes):
+    """Every reading gives the next expression."""
+
+    count = 0
+
+    def __getitem__(self, index: int) -> Sample:
+        self.count += 1
+        return replace(super().__getitem__(index), expression=f"thing {self.count}")
+
+
+class Flickering(Notes):
+    count = 0
+
+    def picture(self, sample: Sample) -> Any:
+        self.count += 1
+        return np.full((20, 30, 3), self.count % 256, dtype=np.uint8)
+
+
+class Writable(Notes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures = self.pictures.copy()
+
+
+class Unpicklable(Notes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened = (line for line in ())
+
+
+class Nameless(Notes):
+    name = ""
+
+
+class Empty(Notes):
+    def __len__(self) -> int:
+        return 0
+
+
+class Raw(Notes):
+    def __getitem__(self, index: int) -> Any:
+        return dict(vars_of(super().__getitem__(index)))
+
+
+def vars_of(sample: Sample) -> dict[str, Any]:
+    return {name: getattr(sample, name) for name in sample.__dataclass_fields__}
+
+
+class NoPictures:
+    name, split = "notes", "train"
+    __len__, __getitem__ = Notes.__len__, Notes.__getitem__
+
+
+BROKEN: dict[str, tuple[type[Any], str]] = {
+    "no name": (Nameless, r"Nameless.name is ''"),
+    "no picture method": (NoPictures, "no method picture"),
+    "empty": (Empty, "notes train is empty"),
+    "endless": (Endless, r"\[6\] gives a sample although there are 6"),
+    "another error": (KeyErrors, r"\[6\] raises KeyError"),
+    "a dict": (Raw, r"\[0\] is a dict, not"),
+    "no expression": (changed(3, expression=" "), r"\[3\]: expression is ' '"),
+    "a long expression": (changed(3, expression="x" * 5000), "expression of 5000 characters"),
+    "half a character": (changed(3, expression="a \ud83d"), "not valid Unicode"),
+    "an id that is a number": (changed(5, sample_id=5), r"\[5\]: sample_id is 5"),
+    "an id twice": (changed(4, sample_id="s1"), r"\[4\] has the sample_id 's1' of index 1"),
+    "another split": (changed(0, split="val"), "split is 'val' in a data set of the split 'train'"),
+    "a box in pixels": (changed(2, box=(3.0, 4.0, 20.0, 18.0)), r"\[2\]: box .* outside \[0, 1\]"),
+    "a box as xywh": (changed(2, box=(0.6, 0.2, 0.3, 0.5)), "x2 <= x1"),
+    "NaN in a box": (changed(2, box=(0.1, 0.2, float("nan"), 0.5)), "not finite"),
+    "a box of NumPy": (changed(2, box=np.array([0.1, 0.2, 0.3, 0.4])), r"give a tuple of 4 floats"),
+    "a box flat in float32": (changed(2, box=(0.5, 0.1, 0.5 + 1e-12, 0.5)), "x2 <= x1"),
+    "a size turned": (changed(1, size=(30, 20)), r"shape \(20, 30, 3\), its size says \(30, 20, 3\)"),
+    "a size of floats": (changed(1, size=(20.0, 30.0)), "two integers"),
+    "a broken sibling": (changed(1, siblings=((0.5, 0.5, 0.4, 0.6),)), "a sibling .* x2 <= x1"),
+    "its own sibling": (changed(0, siblings=((0.1, 0.2, 0.5, 0.9),)), "among its own siblings"),
+    "a list of siblings": (changed(0, siblings=[]), "siblings is a list"),
+    "meta that is no JSON": (changed(0, meta={"file": {1}}), "cannot be written as JSON"),
+    "another sample each time": (Forgetful, "is another sample"),
+    "a picture of floats": (shown(lambda p, s: p / 255), "float64; give an array of uint8"),
+    "a grey picture": (shown(lambda p, s: p[..., 0]), r"shape \(20, 30\)"),
+    "a shared id, two pictures": (
+        shown(lambda p, s: 255 - p if s.sample_id == "s1" else p),
+        r"\[1\] and index 0 share the picture_id 'p0'",
+    ),
+    "a flickering picture": (Flickering, "differs from one reading to the next"),
+    "a picture to draw on": (Writable, "can be drawn on"),
+    "an open file": (Unpicklable, "cannot be pickled"),
+}
+# Pickled by name: the classes above must be found in this module.
+for _name, (_class, _) in BROKEN.items():
+    if _class.__qualname__.split(".")[0] in ("changed", "shown"):
+        _class.__qualname__ = _class.__name__ = f"_{_name.replace(' ', '_').replace(',', '')}"
+        globals()[_class.__name__] = _class
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_data_set_is_named_for_what_is_broken(name):
+    broken, message = BROKEN[name]
+    with pytest.raises(DataError, match=message):
+        check_dataset(broken())
+
+
+@pytest.mark.parametrize("name", ["photos", "scenes"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_the_embedded_data_sets_and_a_right_one_pass(name, split):
+    check_dataset(load_dataset(name, split), samples=12)
+    check_dataset(Notes())
+
+
+def test_the_first_and_the_last_sample_are_always_looked_at():
+    for index in (0, 5):
+        with pytest.raises(DataError, match=rf"\[{index}\]: picture_id"):
+            check_dataset(changed(index, picture_id="")(), samples=2)
+    with pytest.raises(ValueError, match="samples 0"):
+        check_dataset(Notes(), samples=0)
+
+
+# ---- agents ----------------------------------------------------------------------------------
+
+
+class Right(CentreAgent):
+    """Decides from the observation: a box that depends on the picture, moved at every step."""
+
+    def act(self, observations: Any) -> dict[str, Any]:
+        n = len(observations["active"])
+        low = observations["image"].reshape(n, -1).mean(1) / 255 / 2 + 0.01 * np.asarray(observations["step"])
+        box = np.stack([low, low, low + 0.4, low + 0.3], axis=1).astype(np.float32)
+        return {"box": box, "stop": np.asarray(observations["step"]) > 1, "text": ["so"] * n}
+
+
+def saying(**values: Any) -> type[Right]:
+    """Right, but with other things in its answer; a value may be a function of N."""
+
+    class Saying(Right):
+        def act(self, observations: Any) -> Any:
+            answer = super().act(observations)
+            n = len(answer["box"])
+            made = {k: v(n) if callable(v) else v for k, v in values.items()}
+            return {k: v for k, v in (answer | made).items() if v is not None}
+
+    return Saying
+
+
+class ChangesThePicture(Right):
+    def act(self, observations: Any) -> dict[str, Any]:
+        observations["image"][...] = 0
+        return super().act(observations)
+
+
+class SaysNothing(Right):
+    def act(self, observations: Any) -> Any:
+        return None
+
+
+class NoReset:
+    act = Right.act
+
+
+class Unseeded(Right):
+    def act(self, observations: Any) -> dict[str, Any]:
+        answer = super().act(observations)
+        return answer | {"box": answer["box"] + np.random.default_rng().uniform(0, 0.05, (len(answer["box"]), 1))}
+
+
+class LooksAtTheWholeBatch(Right):
+    """As a network in training mode does, whose normalisation spans the batch."""
+
+    def act(self, observations: Any) -> dict[str, Any]:
+        answer = super().act(observations)
+        return answer | {"box": np.clip(answer["box"] * answer["box"].mean() * 2, 0, 1)}
+
+
+class LooksAtTheInactive(Right):
+    """Differs only where an environment is over: the batch's mean is taken over active rows otherwise."""
+
+    def act(self, observations: Any) -> dict[str, Any]:
+        answer = super().act(observations)
+        over = ~observations["active"]
+        if over.any() and len(over) > 1:
+            dark = observations["image"][over].max() == 0
+            answer["box"] = answer["box"] * (0.5 if dark else 1.0)
+        return answer
+
+
+class Remembers(Right):
+    """Counts its steps and never forgets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = np.zeros(0)
+
+    def reset(self, mask: Any) -> None:
+        if len(self.steps) != len(mask):
+            self.steps = np.zeros(len(mask))
+
+    def act(self, observations: Any) -> dict[str, Any]:
+        answer = super().act(observations)
+        answer["box"] = answer["box"] * (0.9 ** self.steps[:, None]).astype(np.float32)
+        self.steps += 1
+        return answer
+
+
+class FullResetsOnly(Right):
+    def reset(self, mask: Any) -> None:
+        assert mask.all(), "cannot reset some"
+
+
+AGENTS: dict[str, tuple[type[Any], str]] = {
+    "no reset": (NoReset, "NoReset has no method reset"),
+    "no mapping": (SaysNothing, "returned a NoneType"),
+    "no stop": (saying(stop=None), "returned no 'stop'"),
+    "one box for all": (saying(box=np.zeros(4, np.float32)), r"box has shape \(4,\), not \(3, 4\)"),
+    "boxes of integers": (saying(box=lambda n: np.zeros((n, 4), int)), "box is int64"),
+    "one stop for all": (saying(stop=0), r"stop has shape \(\)"),
+    "stop as a probability": (saying(stop=lambda n: np.full(n, 0.3)), r"stop is \[0.3, 0.3, 0.3\]"),
+    "stop as a class": (saying(stop=lambda n: np.full(n, 2)), r"stop is \[2, 2, 2\]"),
+    "one text for all": (saying(text="so"), "text has 2 entries for 3"),
+    "texts that are numbers": (saying(text=lambda n: [1] * n), "text is"),
+    "parse failures as texts": (saying(parse_failure=lambda n: ["no"] * n), "parse_failure is"),
+    "a logit for a probability": (saying(stop_probability=lambda n: np.full(n, 3.5)), "stop_probability is .*3.5"),
+    "confidence in percent": (saying(confidence=lambda n: np.full(n, 80.0)), "confidence is"),
+    "paints on the picture": (ChangesThePicture, "changed the observation 'image'"),
+    "unseeded": (Unseeded, "is a seed missing"),
+    "looks at the batch": (LooksAtTheWholeBatch, "played alone it acts otherwise than 3 at once"),
+    "looks at the inactive": (LooksAtTheInactive, "active=False"),
+    "remembers": (Remembers, "remembers earlier episodes"),
+    "resets all or none": (FullResetsOnly, "cannot reset some"),
+}
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_broken_agent_is_named_for_what_is_broken(name):
+    broken, message = AGENTS[name]
+    # Something is inactive only where episodes end at different times.
+    agent = StopsByPicture(broken) if name == "looks at the inactive" else broken
+    with pytest.raises(AssertionError, match=message):
+        check_agent(agent, canvas=48)
+
+
+class StopsByPicture:
+    """Makes agents that stop at once in some pictures, so that some environments are over early."""
+
+    def __init__(self, inner: type[Any]) -> None:
+        self.inner = inner
+
+    def __call__(self) -> Any:
+        inner = self.inner()
+        act = inner.act
+
+        def stopping(observations: Any) -> dict[str, Any]:
+            answer = act(observations)
+            some = observations["image"].reshape(len(answer["box"]), -1).sum(1) % 3 == 0
+            return answer | {"stop": np.where(some, 1, np.asarray(answer["stop"]).astype(int))}
+
+        inner.act = stopping
+        return inner
+
+
+@pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
+def test_right_agents_pass(view):
+    check_agent(Right, canvas=48, view=view)
+    check_agent(CentreAgent(), canvas=48, view=view)
+    check_agent(RandomAgent, canvas=48, view=view, randomness="seeded")
+    check_agent(lambda: StopAfter(RandomAgent(), 1), canvas=48, view=view, randomness="seeded")
+    check_agent(Unseeded, canvas=48, view=view, randomness="free")
+
+
+def test_an_agent_that_reads_the_target_is_found_out():
+    with pytest.raises(AssertionError, match="decides by the target box"):
+        check_agent(OracleAgent, canvas=48, pass_env=True, randomness="seeded")
+
+
+def test_arguments_that_would_check_nothing_are_refused():
+    for options, named in (
+        ({"num_envs": 1}, "num_envs 1"),
+        ({"episodes": 1}, "episodes 1"),
+        ({"randomness": "some"}, "'some'"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            check_agent(Right, **options)
