@@ -37,8 +37,8 @@ seeds: $(VENV)/.installed
 	for seed in 1 2; do $(RUN) train_grpo.py --model $(OUT)/sft/policy --out $(OUT)/grpo-seed$$seed \
 		--steps $(GRPO_STEPS) --seed $$seed --overwrite || exit 1; done
 	$(RUN) evaluate.py --out $(OUT)/seeds --runs $(OUT)/grpo $(OUT)/grpo-seed1 $(OUT)/grpo-seed2 --policies \
-		base=tiny sft=$(OUT)/sft/policy seed0=$(OUT)/grpo/policy seed1=$(OUT)/grpo-seed1/policy \
-		seed2=$(OUT)/grpo-seed2/policy
+		base=tiny sft=$(OUT)/sft/policy grpo=$(OUT)/grpo/policy grpo=$(OUT)/grpo-seed1/policy \
+		grpo=$(OUT)/grpo-seed2/policy
 
 # A tiny model from scratch (73 minutes on two cores that other work shared; docs/experiments.md has its figures).
 tiny: $(VENV)/.installed

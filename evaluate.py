@@ -1,47 +1,70 @@
-"""Plays policies on one split and puts their columns side by side.
+"""Plays policies on one split, or reads saved episodes, and puts the columns side by side.
 
     python evaluate.py --policies base=tiny sft=runs/sft/policy grpo=runs/grpo/policy
     python evaluate.py --policies floor=random ceiling=my_module:MyAgent --samples 200
+    python evaluate.py --policies base=tiny loop=runs/s0/policy loop=runs/s1/policy loop=runs/s2/policy
+    python evaluate.py --episodes base=runs/evaluation/episodes/base loop=runs/other/episodes/loop
 
 Each policy is played twice on the same samples: with its stop honoured, and forced to make every
-refinement. From these come step 0, the last step, the learned stop, a random step and the oracle's
-best step. Only the last of them looks at the target; it is there to be distrusted. Differences are
-paired over pictures; one whose 95 % interval holds zero is printed as *not shown*.
+refinement (``--no-forced`` leaves this out and halves the time). From these come step 0, the last
+step, the learned stop, the other label-free rules, a random step and the oracle's best step. Only
+the last of them looks at the target; it is there to be distrusted. Differences are paired over
+pictures; one whose 95 % interval holds zero is printed as *not shown*.
+
+A name that is given several times is one policy of several seeds: its scores are means over them.
+
+Every figure is explained in ``docs/methods.md``. The same audit is there as a library over saved
+episodes: ``ivt_env.metrics.audit``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agents.base import load_agent
 from agents.command import run_command
-from agents.evaluation import METRICS
-from agents.plots import plot_accuracy_by_step, plot_training
+from agents.plots import plot_accuracy_by_step, plot_before_after, plot_groups, plot_reliability, plot_training
 from agents.training import write_json
 from agents.vlm.load import TINY_NAME
-from ivt_env.episodes import Episode, save_episodes
-from ivt_env.metrics.columns import Column, columns, outcomes
-from ivt_env.metrics.scores import break_rate, correction_rate, rollout_summary, step_changes
-from ivt_env.metrics.table import Comparison, Row, as_json, compare, difference_table, policy_table, score_rows
+from ivt_env.episodes import Episode, load_episodes, save_episodes
+from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_table
+from ivt_env.metrics.breakdown import group_table
+from ivt_env.metrics.columns import check_same_samples, outcomes
+from ivt_env.metrics.scores import METRICS
+from ivt_env.metrics.stopping import confidence_calibration, stop_calibration
+from ivt_env.metrics.table import (
+    Comparison,
+    Row,
+    as_json,
+    compare,
+    difference_table,
+    policy_table,
+    score_table,
+    seed_table,
+)
 from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
 from ivt_env.viewer import write_page
 
-COLUMNS = ("step_0", "last_step", "learned_stop", "random_step", "oracle_best")
+DEFAULT_POLICY = "base=tiny"
+RESAMPLES = 1000
 
 
 @dataclass
 class Args:
     """Columns of several policies on the same samples."""
 
-    policies: list[str] = field(default_factory=lambda: ["base=tiny"])
-    """`name=policy`: a model folder, `tiny`, a built-in agent, or `module:Class`. The first is the base."""
+    policies: list[str] = field(default_factory=list)
+    """`name=policy`: a model folder, `tiny`, a built-in agent, or `module:Class`. The first is the base; a name
+    given again is another seed of that policy. None given: `base=tiny`."""
+    episodes: list[str] = field(default_factory=list)
+    """`name=folder`: score the saved episodes of that folder, and of `folder-forced` where it is there, instead
+    of playing. A name given again is another seed."""
     env: str = "IVT-Scenes-v0"
     """Registered id."""
     split: str = "test"
@@ -54,6 +77,12 @@ class Args:
     """Actions in an episode."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on, for every policy. None: what each was trained for (`overlay` where it does not say)."""
+    forced: bool = True
+    """Play every policy a second time, made to take every refinement: the columns that need every step."""
+    margin: float = 0.0
+    """By how much the stop probability of a later box must exceed that of the kept one (`verifier_gated`)."""
+    guard: float | None = None
+    """Smallest IoU of a later box with the kept one (`verifier_gated`); None: no such guard."""
     out: Path = Path("runs/evaluation")
     """Folder for the tables, episodes, plots and the page."""
     runs: list[Path] = field(default_factory=list)
@@ -68,18 +97,94 @@ class Args:
 
 @dataclass
 class Played:
-    """One policy's two rollouts and what came of them."""
+    """One policy's episodes, seed by seed, and what came of them."""
 
-    stopping: list[Episode]
-    forced: list[Episode]
-    columns: dict[str, Column]
+    runs: list[Run]
+    audit: Audit
+
+    @property
+    def stopping(self) -> list[Episode]:
+        """The stopping episodes of all seeds, one seed after the other; the forced ones where there are no others."""
+        return [e for run in self.runs for e in run.episodes]
+
+    @property
+    def forced(self) -> list[Episode]:
+        """The forced episodes of all seeds; empty where none were played."""
+        return [e for run in self.runs for e in run.forced or ()]
 
 
 def main(args: Args) -> dict[str, Played]:
-    """Play, score, write and print."""
-    names = dict(_named(p) for p in args.policies)
-    if len(names) != len(args.policies):
-        raise ValueError(f"policies: every name must be given once, not {args.policies}")
+    """Play or load, score, write and print."""
+    if args.policies and args.episodes:
+        raise ValueError("policies and episodes: give one of them; play first, then score all that is saved")
+    dataset = None
+    if args.episodes:
+        runs = {
+            name: [_load(folder) for folder in folders] for name, folders in _named("episodes", args.episodes).items()
+        }
+        sources = _named("episodes", args.episodes)
+    else:
+        sources = _named("policies", args.policies or [DEFAULT_POLICY])
+        runs, dataset = _play(args, sources)
+    base_name, base = next(iter(runs.items()))
+    played: dict[str, Played] = {}
+    for name, of_policy in runs.items():
+        check_same_samples(base[0].episodes, of_policy[0].episodes, base_name, name)
+        found = audit_runs(
+            of_policy,
+            name=name,
+            n_boot=RESAMPLES,
+            seed=args.seed,
+            verifier_margin=args.margin,
+            verifier_guard=args.guard,
+        )
+        played[name] = Played(of_policy, found)
+    _write(args, played, sources, dataset)
+    return played
+
+
+def _named(option: str, texts: Sequence[str]) -> dict[str, list[str]]:
+    """What stands for each name, in order: several entries are seeds."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            example = "policies: write name=policy, for example base=tiny"
+            if option == "episodes":
+                example = "episodes: write name=folder, for example base=runs/evaluation/episodes/base"
+            raise ValueError(f"{example}, not {text!r}")
+        if value in found.setdefault(name, []):
+            raise ValueError(f"{option}: {text!r} must be given once; a name that is given again is another seed")
+        found[name].append(value)
+    return found
+
+
+def _load(folder: str) -> Run:
+    forced = Path(f"{folder.rstrip('/')}-forced")
+    return Run(load_episodes(folder), load_episodes(forced) if forced.exists() else None)
+
+
+def _folders(names: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], str]:
+    """Folder of the episodes of each name and seed.
+
+    Raises:
+        ValueError: For two that would share one.
+    """
+    found = {
+        (name, number): name if len(seeds) == 1 else f"{name}-seed{number}"
+        for name, seeds in names.items()
+        for number in range(len(seeds))
+    }
+    taken = [*found.values(), *(f"{folder}-forced" for folder in found.values())]
+    for folder in taken:
+        if taken.count(folder) > 1:
+            raise ValueError(f"policies: two of {', '.join(names)} would be saved as {folder!r}: rename one")
+    return found
+
+
+def _play(args: Args, names: Mapping[str, Sequence[str]]) -> tuple[dict[str, list[Run]], Any]:
+    """The runs of each policy, saved as they come, and the data set that was served."""
+    folders = _folders(names)
     # Named real data must be there: an evaluation never falls back.
     env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
     env_kwargs |= {"split": args.split, "max_steps": args.max_steps}
@@ -92,15 +197,16 @@ def main(args: Args) -> dict[str, Played]:
             envs[view] = make_vector_env(args.env, min(args.num_envs, count), view=view, **env_kwargs)
         return envs[view]
 
-    played: dict[str, Played] = {}
+    runs: dict[str, list[Run]] = {}
     bars = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, TimeRemainingColumn()) as progress:
-        for name, spec in names.items():
-            found = []
-            for forced in (False, True):
-                task = progress.add_task(f"{name}{', forced' if forced else ''}", total=count)
+        for (name, number), folder in folders.items():
+            found: list[list[Episode]] = []
+            for forced in (False, True) if args.forced else (False,):
+                task = progress.add_task(f"{folder}{', forced' if forced else ''}", total=count)
                 # A fresh agent for each rollout: one that draws then draws the same. Its view is known once
                 # it is there, and the oracle is given the environment before: only it, and it looks at no picture.
+                spec = _spec(names[name][number])
                 agent = load_agent(spec, env=env_of(args.view or "overlay"), seed=args.seed)
                 env = env_of(args.view or str(getattr(agent, "view", "overlay")))
                 found.append(
@@ -115,97 +221,115 @@ def main(args: Args) -> dict[str, Played]:
                         on_progress=lambda n, task=task: progress.advance(task, n),  # type: ignore[misc]
                     )
                 )
-            stopping, forced_episodes = found
-            all_columns = columns(episodes_forced=forced_episodes, episodes_stopping=stopping)
-            played[name] = Played(stopping, forced_episodes, all_columns)
-            save_episodes(args.out / "episodes" / name, stopping)
-            save_episodes(args.out / "episodes" / f"{name}-forced", forced_episodes)
-    _write(args, played, names, dataset)
-    return played
+                save_episodes(args.out / "episodes" / f"{folder}{'-forced' if forced else ''}", found[-1])
+            runs.setdefault(name, []).append(Run(found[0], found[1] if args.forced else None))
+    return runs, dataset
 
 
-def _named(text: str) -> tuple[str, str]:
-    name, equals, spec = text.partition("=")
-    if not equals or not name or not spec:
-        raise ValueError(f"policies: write name=policy, for example base=tiny, not {text!r}")
-    is_model = spec == TINY_NAME or Path(spec).is_dir()
-    return name, f"vlm:{spec}" if is_model else spec
+def _spec(text: str) -> str:
+    is_model = text == TINY_NAME or Path(text).is_dir()
+    return f"vlm:{text}" if is_model else text
 
 
-def _write(args: Args, played: Mapping[str, Played], names: Mapping[str, str], dataset: Any) -> None:
-    first = next(iter(played.values()))
-    clusters = outcomes(first.stopping).picture_ids
-    rows: list[Row] = []
-    for name, one in played.items():
-        kept = {k: one.columns[k] for k in COLUMNS}
-        rows += score_rows(name, kept, clusters, METRICS, n_boot=1000, seed=args.seed)
-    comparisons = _comparisons(played, clusters, args.seed)
-    served = f"{first.stopping[0].dataset}/{first.stopping[0].split}"
-    text = [f"{args.env}, served: {served}, n = {len(first.stopping)}, at most {args.max_steps} actions"]
-    text += ["", *(policy_table(rows, metric) + "\n" for metric in METRICS)]
-    text += ["paired differences over pictures, 95 % bootstrap intervals:", difference_table(comparisons)]
-    text += ["", _behaviour(played)]
-    report = "\n".join(text)
+def _write(args: Args, played: Mapping[str, Played], sources: Mapping[str, Sequence[str]], dataset: Any) -> None:
+    first = next(iter(played.values())).audit
+    rows = [row for one in played.values() for row in one.audit.rows]
+    comparisons = _comparisons(played, args.seed)
+    served = ", ".join(first.served)
+    report = "\n".join(_report(args, played, comparisons))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.txt").write_text(report + "\n", encoding="utf-8")
     write_json(
         args.out / "results.json",
         {
             "args": asdict(args),
-            "policies": dict(names),
+            "policies": dict(sources),
             "served": served,
             "rows": as_json(rows),
             "comparisons": as_json(comparisons),
+            "audits": {name: one.audit.as_json() for name, one in played.items()},
         },
     )
-    plot_accuracy_by_step({k: v.forced for k, v in played.items()}, args.out / "accuracy_by_step.png")
-    if args.runs:
-        plot_training(args.runs, args.out / "training.png")
-    by_id = {dataset[i].sample_id: i for i in range(len(first.stopping))}
-    write_page(
-        args.out / "episodes.html",
-        {name: one.stopping[: args.page_episodes] for name, one in played.items()},
-        lambda episode: dataset.picture(dataset[by_id[episode.sample_id]]),
-        title=f"Episodes: {', '.join(played)} on {served}",
-    )
+    _plot(args, played)
     print(report)
-    print(f"\nwritten to {args.out}: table.txt, results.json, episodes.html, *.png")
+    if dataset is not None:
+        by_id = {dataset[i].sample_id: i for i in range(first.episodes)}
+        write_page(
+            args.out / "episodes.html",
+            {name: list(one.runs[0].episodes[: args.page_episodes]) for name, one in played.items()},
+            lambda episode: dataset.picture(dataset[by_id[episode.sample_id]]),
+            title=f"Episodes: {', '.join(played)} on {served}",
+        )
+    page = "" if dataset is None else "episodes.html, "
+    print(f"\nwritten to {args.out}: table.txt, results.json, {page}*.png")
 
 
-def _comparisons(played: Mapping[str, Played], clusters: tuple[str, ...], seed: int) -> list[Comparison]:
-    """What each policy's loop gains on its own first box, and on the first policy's single shot."""
-    base_name, base = next(iter(played.items()))
-    pairs: list[tuple[str, Column, str, Column]] = []
-    for name, one in played.items():
-        shot, last, stop = (one.columns[c] for c in ("step_0", "last_step", "learned_stop"))
-        pairs.append((f"{name} last step", last, f"{name} step 0", shot))
-        pairs.append((f"{name} learned stop", stop, f"{name} step 0", shot))
-        if name != base_name:
-            pairs.append((f"{name} learned stop", stop, f"{base_name} step 0", base.columns["step_0"]))
-            pairs.append((f"{name} step 0", shot, f"{base_name} step 0", base.columns["step_0"]))
+def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comparison]) -> list[str]:
+    audits = {name: one.audit for name, one in played.items()}
+    first = next(iter(audits.values()))
+    rows = [row for one in audits.values() for row in one.rows]
+    several = {name: len(one.runs) for name, one in audits.items() if len(one.runs) > 1}
+    longest = max(len(e.steps) for one in played.values() for e in one.stopping + one.forced)
+    source = "saved episodes" if args.episodes else args.env
+    text = [f"{source}, served: {', '.join(first.served)}, n = {first.episodes}, at most {longest} actions"]
+    if several:
+        text += ["means over seeds: " + ", ".join(f"{name} {count}" for name, count in several.items())]
+    text += ["", *(policy_table(rows, metric) + "\n" for metric in METRICS)]
+    text += ["with their 95 % intervals over pictures:", score_table(_short(rows)), ""]
+    if several:
+        text += [seed_table(rows, metric) + "\n" for metric in GAIN_METRICS]
+    text += ["paired differences over pictures, 95 % bootstrap intervals:", ""]
+    text += [difference_table([c for c in comparisons if c.metric == m]) + "\n" for m in GAIN_METRICS]
+    text += ["how the steps were used, and what the policy knows of its boxes:", behaviour_table(audits), ""]
+    groups = {name: [g for g in one.groups if g.column in ("step_0", "learned_stop")] for name, one in audits.items()}
+    text += ["by data set, size of the target's box and number of siblings:", group_table(groups)]
+    return text
+
+
+def _short(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the three headline metrics, so that their intervals fit on a line."""
+    return [replace(row, scores={m: row.scores[m] for m in GAIN_METRICS}) for row in rows]
+
+
+def _comparisons(played: Mapping[str, Played], seed: int) -> list[Comparison]:
+    """What each policy's loop gains on its own first box, and on the single shots of the others."""
+    audits = {name: one.audit for name, one in played.items()}
+    base_name, base = next(iter(audits.items()))
     found = []
-    for a_name, a, b_name, b in pairs:
-        for metric in ("Acc@0.5", "Acc@0.9", "mIoU"):
-            found.append(compare(a_name, a, b_name, b, clusters, metric, n_boot=1000, seed=seed))
+    for metric in GAIN_METRICS:
+        for name, one in audits.items():
+            pairs = [(f"{name} {key}", column, name, one) for key, column in one.columns.items() if key != "step_0"]
+            answer = "learned_stop" if "learned_stop" in one.columns else "last_step"
+            for other_name, other in audits.items():
+                if other_name != name:
+                    pairs.append((f"{name} {answer}", one.columns[answer], other_name, other))
+            if name != base_name:
+                pairs.append((f"{name} step_0", one.columns["step_0"], base_name, base))
+            for a_name, a, b_name, b in pairs:
+                b_label, pictures = f"{b_name} step_0", base.picture_ids
+                found.append(
+                    compare(a_name, a, b_label, b.columns["step_0"], pictures, metric, n_boot=RESAMPLES, seed=seed)
+                )
     return found
 
 
-def _behaviour(played: Mapping[str, Played]) -> str:
-    """How each policy uses its steps, in words."""
-    lines = []
-    for name, one in played.items():
-        stopped, forced = outcomes(one.stopping), outcomes(one.forced)
-        before, after = one.columns["step_0"], one.columns["learned_stop"]
-        did, change = rollout_summary(stopped), step_changes(forced)
-        lines.append(
-            f"{name}: {did.mean_actions:.2f} actions, stopped {100 * did.stopped.value:.0f} %, "
-            f"unparsable actions {did.parse_failures.count}; corrected "
-            f"{100 * np.nan_to_num(correction_rate(before, after).value):.1f} % of wrong first boxes, broke "
-            f"{100 * np.nan_to_num(break_rate(before, after).value):.1f} % of right ones; forced: "
-            f"IoU {change.mean_change:+.3f} a refinement, "
-            f"{100 * change.samples_degrading.value:.0f} % of samples end worse"
-        )
-    return "\n".join(lines)
+def _plot(args: Args, played: Mapping[str, Played]) -> None:
+    forced = {name: one.forced for name, one in played.items() if one.forced}
+    if forced:
+        plot_accuracy_by_step(forced, args.out / "accuracy_by_step.png")
+    stopping = {name: one.stopping for name, one in played.items()}
+    plot_before_after(stopping, args.out / "before_after.png")
+    plot_groups({name: one.audit.groups for name, one in played.items()}, args.out / "groups.png")
+    found = {name: outcomes(episodes, verify=False) for name, episodes in stopping.items()}
+    plot_reliability(
+        {
+            "stop probability, of the box that is shown": {k: stop_calibration(v) for k, v in found.items()},
+            "confidence, in the box that is given": {k: confidence_calibration(v) for k, v in found.items()},
+        },
+        args.out / "reliability.png",
+    )
+    if args.runs:
+        plot_training(args.runs, args.out / "training.png")
 
 
 if __name__ == "__main__":

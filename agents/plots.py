@@ -11,6 +11,8 @@ import matplotlib
 import numpy as np
 
 from ivt_env.episodes import Episode
+from ivt_env.metrics.breakdown import GroupRow
+from ivt_env.metrics.stopping import Calibration
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -97,3 +99,159 @@ def plot_accuracy_by_step(forced: Mapping[str, Sequence[Episode]], path: Path) -
         axes[0].legend(fontsize=8)
         figure.savefig(path)
         plt.close(figure)
+
+
+def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None:
+    """IoU of the first box against IoU of the last, one panel a policy: what its loop did to each.
+
+    Above the diagonal an episode gained. Colour counts episodes on a logarithmic scale, because most
+    change nothing and lie on the diagonal.
+
+    Args:
+        episodes: stopping episodes by policy, of all its seeds.
+        path: the PNG file.
+    """
+    wide = min(len(episodes), 4)
+    high = -(-len(episodes) // wide)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            high, wide, figsize=(3.5 * wide + 1, 3.7 * high), constrained_layout=True, squeeze=False
+        )
+        drawn = []
+        for axis, (name, played) in zip(axes.flat, episodes.items(), strict=False):
+            first, last = np.array([e.steps[0].iou for e in played]), np.array([e.final_iou for e in played])
+            drawn.append(
+                axis.hexbin(first, last, gridsize=24, extent=(0, 1, 0, 1), bins="log", mincnt=1, cmap="viridis")
+            )
+            axis.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
+            for line in (axis.axvline, axis.axhline):  # right from here on
+                line(0.5, color="C3", linewidth=0.8, linestyle=":")
+            better, worse = 100 * (last > first + 1e-6).mean(), 100 * (last < first - 1e-6).mean()
+            axis.set_title(f"{name}\nbetter {better:.0f} %, worse {worse:.0f} %, n = {len(played)}")
+            axis.set_xlabel("IoU of the first box")
+            axis.set_ylabel("IoU of the answer (learned stop)")
+            axis.set_aspect("equal")
+        for axis in axes.flat[len(episodes) :]:
+            axis.set_visible(False)
+        top = max(float(shown.get_array().max()) for shown in drawn)
+        for shown in drawn:
+            shown.set_clim(1, max(top, 2))
+        figure.colorbar(drawn[0], ax=axes, label="episodes", shrink=0.85)
+        figure.set_layout_engine("constrained", h_pad=0.12)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: Path) -> None:
+    """Reliability diagrams: how often a box was right, against how sure the policy said it was.
+
+    On the diagonal a policy means what it says. Below each diagram stands how its statements are
+    spread: a point over few statements tells little.
+
+    Args:
+        statements: by what is stated (a panel each) and by policy (a line each).
+        path: the PNG file.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            2, len(statements), figsize=(4.6 * len(statements), 5.4), sharex=True, squeeze=False,
+            constrained_layout=True, height_ratios=(3, 1),
+        )  # fmt: skip
+        for column, (title, by_policy) in enumerate(statements.items()):
+            upper, lower = axes[0, column], axes[1, column]
+            upper.plot([0, 1], [0, 100], color="0.5", linewidth=0.8)
+            for number, (name, found) in enumerate(by_policy.items()):
+                used = [b for b in found.bins if b.num]
+                if not used:
+                    continue
+                label = f"{name}: ECE {found.ece:.2f}, r {found.pearson:.2f}"
+                upper.plot([b.stated for b in used], [100 * b.right for b in used], "o-", color=f"C{number}",
+                           markersize=4, label=label)  # fmt: skip
+                share = [100 * b.num / found.num for b in found.bins]
+                edges = [b.low for b in found.bins] + [1.0]
+                lower.stairs(share, edges, color=f"C{number}", linewidth=1.4)
+            upper.set_title(title)
+            upper.set_ylabel("right (IoU >= 0.5), %")
+            upper.set_ylim(-3, 103)
+            lower.set_ylabel("statements, %")
+            lower.set_ylim(0, 105)
+            lower.set_xlabel("stated")
+            lower.set_xlim(0, 1)
+            if len(upper.lines) > 1:  # beside the diagonal
+                # Under the axes' title nothing is free in every case, so the lines are named outside.
+                upper.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.1), frameon=False)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path, metric: str = "Acc@0.5") -> None:
+    """Bars of the first box and of the answer by data set, size and siblings, with their intervals.
+
+    Args:
+        rows: by policy (a row of panels each), what ``breakdown`` gave. Drawn are ``step_0`` and
+            ``learned_stop``, or ``last_step`` where there is no stopping rollout.
+        path: the PNG file.
+        metric: one of theirs, an accuracy.
+    """
+    kinds = {
+        "dataset": "data set",
+        "size": "box, pixels (COCO)",
+        "side": "box, share of the side",
+        "siblings": "siblings",
+    }
+    with plt.rc_context(_STYLE):
+        found = {name: _by_group(of_policy) for name, of_policy in rows.items()}
+        groups = list(dict.fromkeys(group for by_group in found.values() for group in by_group))
+        of_kind = {kind: [g for g in groups if g.startswith(f"{kind}:")] for kind in kinds}
+        width = sum(1.6 + 0.75 * len(members) for members in of_kind.values())
+        figure, axes = plt.subplots(
+            len(found),
+            len(kinds),
+            figsize=(width, 0.8 + 2.4 * len(found)),
+            sharey=True,
+            squeeze=False,
+            constrained_layout=True,
+            width_ratios=[1.2 + len(members) for members in of_kind.values()],
+        )
+        for axis, title in zip(axes[0], kinds.values(), strict=True):
+            axis.set_title(title)
+        for line, (name, by_group) in zip(axes, found.items(), strict=True):
+            for axis, members in zip(line, of_kind.values(), strict=True):
+                for place, group in enumerate(members):
+                    for side, row in enumerate(by_group.get(group, ())):
+                        score = row.scores[metric]
+                        # No interval on a single picture; rounding may put one a hair inside the mean.
+                        below, above = np.nan_to_num([score.value - score.low, score.high - score.value])
+                        axis.bar(
+                            place + 0.4 * side - 0.2,
+                            100 * score.value,
+                            0.38,
+                            color=f"C{side}",
+                            yerr=[[100 * max(below, 0)], [100 * max(above, 0)]],
+                            ecolor="0.35",
+                            error_kw={"linewidth": 0.9},
+                            label=row.column if place == 0 else None,
+                        )
+                counts = [by_group[g][0].episodes if by_group.get(g) else 0 for g in members]
+                names = [g.partition(":")[2] for g in members]
+                axis.set_xticks(
+                    range(len(members)), [f"{n}\nn={c}" for n, c in zip(names, counts, strict=True)], fontsize=8
+                )
+                axis.set_xlim(-0.6, max(len(members), 1) - 0.4)
+                axis.grid(axis="x", visible=False)
+            line[0].set_ylabel(f"{name}\n{metric} (%)")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _by_group(rows: Sequence[GroupRow]) -> dict[str, list[GroupRow]]:
+    """The rows of the first box and of the answer, by stratum."""
+    answer = "learned_stop" if any(r.column == "learned_stop" for r in rows) else "last_step"
+    found: dict[str, list[GroupRow]] = {}
+    for wanted in ("step_0", answer):
+        for row in rows:
+            if row.column == wanted:
+                found.setdefault(row.group, []).append(row)
+    return found

@@ -64,6 +64,40 @@ def test_page_plots_and_episodes_are_written(evaluated):
     assert "http://" not in page.replace("http://www.w3.org", "") and len(page) > 10_000
     assert (out / "accuracy_by_step.png").stat().st_size > 10_000
     assert (out / "episodes" / "base" / "episodes.jsonl").exists()
+    for name in ("before_after", "reliability", "groups"):
+        assert (out / f"{name}.png").stat().st_size > 10_000, name
+
+
+def test_saved_episodes_give_the_same_scores_without_a_model(evaluated, tmp_path):
+    out, printed = evaluated
+    arguments = [f"{name}={out / 'episodes' / name}" for name in ("base", "floor", "ceiling")]
+    main(Args(episodes=arguments, out=tmp_path))
+    fresh, again = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path))
+    for key in ("rows", "comparisons", "audits", "served"):
+        assert again[key] == fresh[key], key
+    assert not (tmp_path / "episodes.html").exists()
+    assert (tmp_path / "table.txt").read_text().splitlines()[1:] == (out / "table.txt").read_text().splitlines()[1:]
+
+
+def test_a_name_given_again_is_another_seed(evaluated, tmp_path):
+    saved = evaluated[0] / "episodes"
+    seeds = [f"both={saved / 'base'}", f"both={saved / 'floor'}"]
+    played = main(Args(episodes=[f"base={saved / 'base'}", *seeds], out=tmp_path))
+    assert len(played["both"].runs) == 2 and len(played["both"].stopping) == 80
+    rows = {(r["policy"], r["column"]): r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    both, base = rows["both", "last_step"], rows["base", "last_step"]
+    assert both["by_seed"]["mIoU"][0] == base["scores"]["mIoU"]["value"]
+    assert both["scores"]["mIoU"]["value"] == pytest.approx(sum(both["by_seed"]["mIoU"]) / 2)
+    assert "each seed" in (tmp_path / "table.txt").read_text()
+
+
+def test_policies_of_several_seeds_are_played_and_saved_apart_and_need_not_be_forced(tmp_path):
+    arguments = {"samples": 12, "split": "val", "out": tmp_path, "page_episodes": 2, "num_envs": 6}
+    played = main(Args(policies=["a=centre", "b=centre", "b=random"], forced=False, **arguments))
+    names = sorted(f.name for f in (tmp_path / "episodes").iterdir())
+    assert names == ["a", "b-seed0", "b-seed1"]
+    assert set(played["b"].audit.columns) == {"step_0", "learned_stop"} and len(played["b"].audit.runs) == 2
+    assert (tmp_path / "episodes.html").exists() and not (tmp_path / "accuracy_by_step.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -71,6 +105,10 @@ def test_page_plots_and_episodes_are_written(evaluated):
     [
         (["--policies", "tiny"], "name=policy"),
         (["--policies", "a=tiny", "a=tiny"], "given once"),
+        (["--policies", "a=centre", "a=random", "a-seed0=centre"], "would be saved as 'a-seed0'"),
+        (["--policies", "a=tiny", "--episodes", "a=runs"], "give one of them"),
+        (["--episodes", "runs"], "name=folder"),
+        (["--episodes", "a=runs/nowhere"], "no episodes at runs/nowhere"),
         (["--policies", "a=./nowhere"], "nowhere"),
         (["--split", "tset"], "tset"),
         (["--env", "IVT-RefCOCOg-v0", "--data-root", "nowhere"], "nowhere"),

@@ -46,6 +46,7 @@ def test_each_column_answers_with_its_own_box() -> None:
             "learned_stop": 0.8,
             "box_stability": 0.78,  # 0.78 / 0.8 is the first overlap of 0.9 or more
             "confidence_gated": 0.8,  # no box yet at the first 0.9; 0.6 is said before the third box
+            "verifier_gated": 0.78,  # said of the boxes when shown: 0.1, 0.6, 0.9; the last is never shown
             "random_step": (0.3 + 0.8 + 0.78 + 0.2) / 4,
             "oracle_best": 0.8,
         }
@@ -72,18 +73,19 @@ def test_label_free_columns_do_not_change_with_the_target() -> None:
 
     numbered = with_ious(np.tile(np.arange(1.0, 5.0), (200, 1)))  # the "IoU" tells which box was picked
     noise = rng.random((200, 4))
-    for rule in (module.step_0, module.last_step, module.box_stability, module.confidence_gated):
+    for rule in (module.step_0, module.last_step, module.box_stability, module.confidence_gated, module.verifier_gated):
         picked = rule(numbered).astype(int) - 1
         assert (picked >= 0).all()
         np.testing.assert_array_equal(rule(with_ious(noise)), noise[np.arange(200), picked])
     assert len(set(module.box_stability(numbered).tolist())) > 1, "vacuous: the rule always picks one step"
     assert len(set(module.confidence_gated(numbered).tolist())) > 1, "vacuous: as above"
+    assert len(set(module.verifier_gated(numbered).tolist())) > 1, "vacuous: as above"
 
 
 def test_oracle_best_is_at_least_every_column_elementwise() -> None:
     forced, stopping = random_pair(300, 3)
     found = columns(episodes_forced=forced, episodes_stopping=stopping)
-    assert len(found) == 7
+    assert len(found) == 8
     for column in found.values():
         assert (found["oracle_best"].iou >= column.iou - 1e-12).all(), column.name
     assert (found["oracle_best"].iou > found["last_step"].iou).any()
@@ -200,6 +202,8 @@ def test_strata_split_by_data_set_and_by_box_size_in_pixels() -> None:
         "dataset:scenes": [True, False],
         "size:small": [False, True],
         "size:medium": [True, False],
+        "side:large": [True, True],
+        "siblings:0": [True, True],
     }
     column = columns(episodes_forced=episodes)["step_0"]
     assert len(select(column, np.array([True, False]))) == 1

@@ -64,7 +64,7 @@ def test_the_policy_table_has_a_dash_where_a_rollout_is_missing() -> None:
     rows = score_rows("a", FOUND, PICTURES, n_boot=10)
     rows += score_rows("b", columns(episodes_stopping=STOPPING), PICTURES, n_boot=10)
     lines = policy_table(rows, "mIoU").splitlines()
-    assert lines[3].split().count("-") == 5
+    assert lines[3].split().count("-") == 6
     assert lines[2].split().count("-") == 0
     with pytest.raises(ValueError, match="no scores of 'Acc@0.6'"):
         policy_table(rows, "Acc@0.6")

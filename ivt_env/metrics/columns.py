@@ -11,7 +11,7 @@ force where it was, and no box has IoU 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -105,6 +105,8 @@ class Column:
     """The rule looks at the target: a ceiling, never a result."""
     rollout: RolloutKind
     """``forced``: the stop was not available. ``stopping``: it was."""
+    seeds: int = 1
+    """Runs of one policy that are averaged here (``pool_seeds``): K is this many blocks of equal width."""
 
     @property
     def iou(self) -> Array:
@@ -114,6 +116,14 @@ class Column:
     def __len__(self) -> int:
         """Number of episodes."""
         return len(self.ious)
+
+    def by_seed(self) -> list[Column]:
+        """The column of each run that is averaged here, in the order given to ``pool_seeds``."""
+        ious, weights = np.split(self.ious, self.seeds, axis=1), np.split(self.weights, self.seeds, axis=1)
+        return [
+            Column(self.name, iou, weight * self.seeds, self.oracle, self.rollout)
+            for iou, weight in zip(ious, weights, strict=True)
+        ]
 
 
 def outcomes(episodes: Sequence[Episode], *, verify: bool = True) -> Outcomes:
@@ -176,6 +186,9 @@ def columns(
     episodes_stopping: Sequence[Episode] | None = None,
     stable_iou: float = 0.9,
     stop_gate: float = 0.5,
+    verifier_scores: Array | None = None,
+    verifier_margin: float = 0.0,
+    verifier_guard: float | None = None,
     verify: bool = True,
 ) -> dict[str, Column]:
     """Every column that the rollouts allow, in reading order.
@@ -188,12 +201,16 @@ def columns(
         episodes_stopping: The same samples in the same order, with the stop available.
         stable_iou: Two successive boxes at least this alike end the episode in ``box_stability``.
         stop_gate: Stated stop probability that ends the episode in ``confidence_gated``.
+        verifier_scores: Scores of the boxes of the forced rollout for ``verifier_gated``, shape
+            (n, T); None: what the policy itself says, ``stop_verification``.
+        verifier_margin: ``margin`` of ``verifier_gated``.
+        verifier_guard: ``guard_iou`` of ``verifier_gated``.
         verify: As in ``outcomes``.
 
     Returns:
         Columns of n episodes by name: ``step_0``, ``last_step``, ``learned_stop``,
         ``box_stability``, ``confidence_gated`` (only where a stop probability is stated),
-        ``random_step``, ``oracle_best``.
+        ``verifier_gated`` (only where some box has a score), ``random_step``, ``oracle_best``.
 
     Raises:
         ValueError: For no rollout, a stop in the forced one, or rollouts of different samples.
@@ -223,6 +240,10 @@ def columns(
         made += [_decided("box_stability", box_stability(forced, stable_iou), "forced")]
         if not np.isnan(forced.stop_probability).all():
             made += [_decided("confidence_gated", confidence_gated(forced, stop_gate), "forced")]
+        scores = stop_verification(forced) if verifier_scores is None else verifier_scores
+        if verifier_scores is not None or not np.isnan(scores).all():
+            kept = verifier_gated(forced, scores, margin=verifier_margin, guard_iou=verifier_guard)
+            made += [_decided("verifier_gated", kept, "forced")]
         made += [random_step(forced), _decided("oracle_best", oracle_best(forced), "forced", oracle=True)]
     return {column.name: column for column in made}
 
@@ -262,6 +283,61 @@ def confidence_gated(played: Outcomes, stop_gate: float = 0.5) -> Array:
     """
     passes = played.acted & played.has_box_before & (played.stop_probability >= stop_gate)  # NaN: False
     return _at_first(passes, played.iou_before, played.iou[:, -1])
+
+
+def stop_verification(played: Outcomes) -> Array:
+    """What the policy says about each box when it is shown it: a score for ``verifier_gated``.
+
+    The box after action t is shown to the policy before action t + 1, and the stop probability that
+    it states there speaks of that box. NaN where no action followed (the last box of an episode is
+    never shown again) or none was stated. Shape (n, T).
+    """
+    following = played.stop_probability[:, 1:]  # NaN already where no action was taken
+    return np.concatenate([following, np.full((len(following), 1), np.nan)], axis=1)
+
+
+def verifier_gated(
+    played: Outcomes, scores: Array | None = None, *, margin: float = 0.0, guard_iou: float | None = None
+) -> Array:
+    """IoU of the box that a verifier keeps: the first, unless it finds a later one better. Shape (n,).
+
+    The box after the first action is kept. Box after box, a later one takes its place where its own
+    score exceeds that of the kept box by more than ``margin``. A box without a score (the last one
+    of an episode, with the policy's own scores) is not taken, and one kept without a score is not
+    given up. Only where no box is kept at all is the next one taken whatever its score: an episode
+    without an answer has nothing to protect.
+
+    Args:
+        played: n episodes of at most T actions, best without the stop.
+        scores: A higher one for a better box; ``scores[i, t]`` speaks of the box after action t, NaN
+            for none. Shape (n, T), of any unit. It must not come from the target. None:
+            ``stop_verification``.
+        margin: In units of the scores. ``inf`` keeps the first box; ``-inf`` takes every box that
+            has a score.
+        guard_iou: Take only a box whose IoU with the kept one is at least this (a geometric guard
+            against jumps to another object). None: no guard.
+
+    Raises:
+        ValueError: For scores of another shape, a margin that is NaN or a guard outside [0, 1].
+    """
+    score = stop_verification(played) if scores is None else np.asarray(scores, dtype=np.float64)
+    if score.shape != played.iou.shape:
+        raise ValueError(f"verifier scores of shape {score.shape} for boxes of shape {played.iou.shape}: one a box")
+    if np.isnan(margin):
+        raise ValueError("the margin of the verifier is NaN, so nothing would ever exceed it: give a number")
+    if guard_iou is not None and not 0 <= guard_iou <= 1:
+        raise ValueError(f"the guard is an IoU in [0, 1], not {guard_iou}")
+    kept_iou, kept_box, kept_score = played.iou[:, 0], played.box[:, 0], score[:, 0]
+    for t in range(1, played.iou.shape[1]):
+        # Added on the left: a score minus an infinite margin is finite or infinite, never NaN.
+        better = score[:, t] > kept_score + margin  # NaN on either side: False
+        if guard_iou is not None:
+            better &= boxes.iou(played.box[:, t], kept_box) >= guard_iou
+        take = played.accepted[:, t] & (better | boxes.is_no_box(kept_box))
+        kept_iou = np.where(take, played.iou[:, t], kept_iou)
+        kept_box = np.where(take[:, None], played.box[:, t], kept_box)
+        kept_score = np.where(take, score[:, t], kept_score)
+    return kept_iou
 
 
 def random_step(played: Outcomes) -> Column:
@@ -336,22 +412,78 @@ def select(column: Column, keep: Mask) -> Column:
         raise ValueError(f"the mask has shape {keep.shape}, the column {column.name!r} {len(column)} episodes")
     if not keep.any():
         raise ValueError(f"no episode of {column.name!r} is selected")
-    return Column(column.name, column.ious[keep], column.weights[keep], column.oracle, column.rollout)
+    return replace(column, ious=column.ious[keep], weights=column.weights[keep])
+
+
+def pool_seeds(columns: Sequence[Column]) -> Column:
+    """The mean over several runs of one policy (seeds) on the same n samples, as one column.
+
+    A seed is treated as a draw: the answer of an episode is that of each run with probability
+    1 / S. Every score of the result is then the mean of the runs' scores, and its value for an
+    episode the mean of the runs' values, so that intervals resample pictures with all their runs.
+
+    Raises:
+        ValueError: For no columns, or columns of different rules, rollouts or lengths.
+    """
+    if not columns:
+        raise ValueError("no columns to pool: give one for every seed")
+    first = columns[0]
+    for column in columns:
+        if (column.name, column.rollout, len(column)) != (first.name, first.rollout, len(first)):
+            raise ValueError(
+                f"cannot pool {column.name!r} ({column.rollout}) of {len(column)} episodes with "
+                f"{first.name!r} ({first.rollout}) of {len(first)}"
+            )
+        if column.seeds != 1:
+            raise ValueError(f"{column.name!r} is a mean over {column.seeds} seeds already")
+    width = max(column.ious.shape[1] for column in columns)
+
+    def blocks(values: Sequence[Array]) -> Array:  # an answer that is not there has probability 0
+        return np.concatenate([np.pad(v, ((0, 0), (0, width - v.shape[1]))) for v in values], axis=1)
+
+    return Column(
+        first.name,
+        blocks([c.ious for c in columns]),
+        blocks([c.weights for c in columns]) / len(columns),
+        first.oracle,
+        first.rollout,
+        seeds=len(columns),
+    )
+
+
+SIZE_LIMITS_PX = {"small": 32.0, "medium": 96.0, "large": np.inf}
+"""Square root of the box's area in pixels of the original picture, upper limits (the COCO convention)."""
+SIDE_LIMITS = {"tiny": 0.1, "small": 0.16, "medium": 0.32, "large": np.inf}
+"""Square root of the box's share of the picture's area, upper limits: where the scenes draw theirs."""
 
 
 def strata(episodes: Sequence[Episode]) -> dict[str, Mask]:
-    """Masks (n,) for the rows per data set and per box size; empty strata are left out.
+    """Masks (n,) for the rows per data set, box size and siblings; empty strata are left out.
 
-    Keys are ``dataset:<name>`` and ``size:small|medium|large``: the target's area in pixels of the
-    original picture, below 32 squared, below 96 squared, or more (the COCO convention).
+    ====================================== =========================================================
+    ``dataset:<name>``                     what was served
+    ``size:small|medium|large``            ``SIZE_LIMITS_PX``: for photographs, comparable with COCO
+    ``side:tiny|small|medium|large``       ``SIDE_LIMITS``: for pictures that are all of one size,
+                                           such as the scenes
+    ``siblings:0|1|2|3+``                  other objects of the target's class that are annotated;
+                                           0 also where a data set does not annotate them
+    ====================================== =========================================================
+
+    Every kind of stratum splits the episodes: each is in exactly one of the kind. A box at a limit
+    belongs to the larger band, except that ``tiny`` holds its own limit, as in ``test_small``.
     """
     datasets = np.array([e.dataset for e in episodes])
-    target = np.array([e.target for e in episodes], dtype=np.float64)
-    height_width = np.array([e.size for e in episodes], dtype=np.float64)
-    area_px = boxes.area(target) * height_width.prod(axis=1)
-    size = np.digitize(area_px, [32.0**2, 96.0**2])
+    area = boxes.area(np.array([e.target for e in episodes], dtype=np.float64))
+    pixels = np.array([e.size for e in episodes], dtype=np.float64).prod(axis=1)
+    # Areas are compared, not roots: the square root of 32 * 32 pixels may fall on either side of 32.
+    size = np.digitize(area * pixels, [limit**2 for limit in SIZE_LIMITS_PX.values()][:-1])
+    tiny, *others = (limit**2 for limit in SIDE_LIMITS.values())
+    side = np.where(area <= tiny * (1 + 1e-9), 0, 1 + np.digitize(area, others[:-1]))
+    siblings = np.minimum([len(e.siblings) for e in episodes], 3)
     found = {f"dataset:{name}": datasets == name for name in sorted(set(datasets.tolist()))}
-    found |= {f"size:{name}": size == k for k, name in enumerate(("small", "medium", "large"))}
+    found |= {f"size:{name}": size == k for k, name in enumerate(SIZE_LIMITS_PX)}
+    found |= {f"side:{name}": side == k for k, name in enumerate(SIDE_LIMITS)}
+    found |= {f"siblings:{name}": siblings == k for k, name in enumerate(("0", "1", "2", "3+"))}
     return {name: mask for name, mask in found.items() if mask.any()}
 
 

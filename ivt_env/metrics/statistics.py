@@ -7,8 +7,9 @@ not independent. Pictures are: everything here is clustered by picture.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -232,15 +233,26 @@ def _percentiles(v: Array, index: NDArray[np.int64], n_boot: int, seed: int, lev
         raise ValueError(f"at least 1 resample is needed, not {n_boot}")
     sums, counts = np.bincount(index, weights=v), np.bincount(index)  # (C,)
     num_clusters = len(sums)
-    rng = np.random.default_rng(seed)
-    uniform = np.full(num_clusters, 1 / num_clusters)
     rows = max(1, _WEIGHTS_AT_ONCE // num_clusters)
-    means = []
-    for start in range(0, n_boot, rows):
-        weights = rng.multinomial(num_clusters, uniform, size=min(rows, n_boot - start))  # (rows, C)
-        means.append((weights @ sums) / (weights @ counts))
+    blocks: Iterable[Array] = _weights(num_clusters, n_boot, seed, rows)
+    if n_boot <= rows:
+        blocks = [_held_weights(num_clusters, n_boot, seed)]
+    means = [(weights @ sums) / (weights @ counts) for weights in blocks]
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _weights(num_clusters: int, n_boot: int, seed: int, rows: int) -> Iterator[Array]:
+    """The resamples as multinomial weights, (at most ``rows``, C) at a time."""
+    rng = np.random.default_rng(seed)
+    uniform = np.full(num_clusters, 1 / num_clusters)
+    for start in range(0, n_boot, rows):
+        yield rng.multinomial(num_clusters, uniform, size=min(rows, n_boot - start)).astype(np.float64)
+
+
+@lru_cache(maxsize=2)  # drawing takes far longer than using, and a table uses the same ones in every cell
+def _held_weights(num_clusters: int, n_boot: int, seed: int) -> Array:
+    return next(_weights(num_clusters, n_boot, seed, n_boot))
 
 
 def _clustered_se(v: Array, index: NDArray[np.int64]) -> float:

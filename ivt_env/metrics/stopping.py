@@ -10,10 +10,24 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ivt_env.metrics.columns import Array, Outcomes
 from ivt_env.metrics.scores import Share
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Statements between two probabilities, for a reliability diagram."""
+
+    low: float
+    high: float
+    """Not in the bin itself, but 1 is in the last."""
+    num: int
+    stated: float
+    """Mean statement, NaN in an empty bin."""
+    right: float
+    """Share that was right, NaN in an empty bin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +37,16 @@ class Calibration:
     ece: float
     """Expected calibration error in [0, 1], NaN over no pairs."""
     pearson: float
-    """Correlation in [-1, 1], NaN where either side is constant."""
+    """Correlation in [-1, 1] with right (1) or wrong (0), the point-biserial r; NaN where either side
+    is constant."""
+    auroc: float
+    """How often a right one is stated higher than a wrong one, a tie counting half; NaN where all are
+    right or all are wrong."""
     num: int
     """Statements compared."""
+    right: float
+    """Share of them that was right, NaN over none."""
+    bins: tuple[Bin, ...]
 
 
 def stop_precision(played: Outcomes, threshold: float = 0.5) -> Share:
@@ -60,9 +81,10 @@ def confidence_calibration(played: Outcomes, threshold: float = 0.5, bins: int =
 
 
 def calibration(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> Calibration:
-    """Both scores of m probabilities and m outcomes; see ``ece`` and ``pearson``."""
+    """Every score of m probabilities and m outcomes; see ``ece``, ``pearson``, ``auroc``, ``reliability``."""
     p, c = _pairs(probability, correct)
-    return Calibration(ece(p, c, bins), pearson(p, c), len(p))
+    right = float(c.mean()) if len(c) else math.nan
+    return Calibration(ece(p, c, bins), pearson(p, c), auroc(p, c), len(p), right, reliability(p, c, bins))
 
 
 def ece(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
@@ -78,16 +100,60 @@ def ece(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
     Raises:
         ValueError: For different lengths, a probability outside [0, 1], or fewer than 1 bin.
     """
+    # The gap of a bin's means times its count is |sum of (outcome - probability)|: an empty one adds 0.
     p, c = _pairs(probability, correct)
-    if bins < 1:
-        raise ValueError(f"at least 1 bin is needed, not {bins}")
+    index = _bin_of(p, bins)
     if not len(p):
         return math.nan
-    if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"probabilities lie in [0, 1]; these reach from {p.min()} to {p.max()}")
-    index = np.minimum((p * bins).astype(int), bins - 1)
-    # |sum of (outcome - probability)| of a bin is its count times the gap of its means.
     return float(np.abs(np.bincount(index, weights=c - p, minlength=bins)).sum() / len(p))
+
+
+def reliability(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> tuple[Bin, ...]:
+    """The bins of ``ece`` from 0 to 1, the empty ones among them: what a reliability diagram draws.
+
+    Args:
+        probability: Statements in [0, 1], shape (m,).
+        correct: Outcomes, 0 or 1, shape (m,).
+        bins: How many, of equal width.
+
+    Raises:
+        ValueError: As in ``ece``.
+    """
+    p, c = _pairs(probability, correct)
+    index = _bin_of(p, bins)
+    found = []
+    for k in range(bins):
+        inside = index == k
+        stated, right = (float(v[inside].mean()) if inside.any() else math.nan for v in (p, c))
+        found.append(Bin(k / bins, (k + 1) / bins, int(inside.sum()), stated, right))
+    return tuple(found)
+
+
+def auroc(score: ArrayLike, correct: ArrayLike) -> float:
+    """Area under the receiver operating characteristic: P(a right one scores above a wrong one).
+
+    The Mann-Whitney form (Hanley and McNeil, Radiology 1982), a tie counting half. 0.5 tells
+    nothing; below it the score is the wrong way round.
+
+    Args:
+        score: Any numbers, shape (m,): only their order matters.
+        correct: Outcomes, 0 or 1, shape (m,).
+
+    Returns:
+        A value in [0, 1]; NaN where all are right or all are wrong.
+
+    Raises:
+        ValueError: For different lengths.
+    """
+    s, c = _pairs(score, correct)
+    num_right, num_wrong = int((c > 0).sum()), int((c <= 0).sum())
+    if not num_right or not num_wrong:
+        return math.nan
+    _, place, counts = np.unique(s, return_inverse=True, return_counts=True)
+    # Mean rank of each distinct score, from 1: the ranks of equal scores are shared.
+    rank = np.cumsum(counts) - (counts - 1) / 2
+    over = rank[place][c > 0].sum() - num_right * (num_right + 1) / 2
+    return float(over / (num_right * num_wrong))
 
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float:
@@ -101,6 +167,15 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
         return math.nan
     a, b = a - a.mean(), b - b.mean()
     return float(np.clip((a @ b) / math.sqrt((a @ a) * (b @ b)), -1, 1))
+
+
+def _bin_of(p: Array, bins: int) -> NDArray[np.int64]:
+    """Index 0..bins-1 of the bin of each statement, (m,)."""
+    if bins < 1:
+        raise ValueError(f"at least 1 bin is needed, not {bins}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"probabilities lie in [0, 1]; these reach from {p.min()} to {p.max()}")
+    return np.minimum((p * bins).astype(np.int64), bins - 1)
 
 
 def _pairs(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ivt_env.metrics.columns import Column
 from ivt_env.metrics.scores import METRICS, Share, per_episode
-from ivt_env.metrics.statistics import Difference, Interval, bootstrap_mean, paired_bootstrap
+from ivt_env.metrics.statistics import Difference, Interval, bootstrap_mean, mcnemar, paired_bootstrap
 
 ORACLE_NOTE = "* chosen with the target box: a ceiling that nothing deployed can reach, never a result"
 
@@ -30,7 +30,9 @@ class Row:
     rollout: str
     """``forced`` or ``stopping``."""
     scores: dict[str, Interval]
-    """By metric name."""
+    """By metric name; the mean over seeds where there are several."""
+    by_seed: dict[str, tuple[float, ...]]
+    """By metric name, the score of each seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,11 @@ class Comparison:
     oracle: bool
     """One of the two looks at the target."""
     difference: Difference
+    """Of the means over seeds where there are several; the interval then holds for these seeds."""
+    by_seed: tuple[float, ...]
+    """The difference of each seed; see ``compare`` for what is taken from what."""
+    mcnemar: float | None
+    """p-value of the exact test; None where an answer is not simply right or wrong."""
 
 
 def score_rows(
@@ -79,6 +86,7 @@ def score_rows(
                 m: bootstrap_mean(per_episode(column, m, strict=strict), picture_ids, n_boot=n_boot, seed=seed)
                 for m in metrics
             },
+            {m: tuple(_by_seed(column, m, strict)) for m in metrics},
         )
         for name, column in columns.items()
     ]
@@ -99,14 +107,28 @@ def compare(
     """Paired difference a minus b of one metric over the same n episodes.
 
     The columns may be of two rules or of two policies; call ``check_same_samples`` first when
-    they come from different rollouts.
+    they come from different rollouts. Columns of several seeds (``pool_seeds``) are averaged over
+    them, episode by episode, before pictures are drawn. ``by_seed`` pairs equal numbers of seeds in
+    the order given; otherwise each seed of the side that has more is set against the other's mean.
+
+    McNemar's test is given for accuracies of answers that are right or wrong; it takes the episodes
+    as independent, so with several to a picture the interval is the one to go by.
 
     Raises:
         ValueError: As in ``per_episode`` and ``paired_bootstrap``.
     """
     x, y = per_episode(a, metric, strict=strict), per_episode(b, metric, strict=strict)
     difference = paired_bootstrap(x, y, picture_ids, n_boot=n_boot, seed=seed)
-    return Comparison(a_name, b_name, metric, a.oracle or b.oracle, difference)
+    decided = a.ious.shape[1] == b.ious.shape[1] == 1  # one answer each: no seeds to average, nothing drawn
+    return Comparison(
+        a_name,
+        b_name,
+        metric,
+        a.oracle or b.oracle,
+        difference,
+        tuple(v - w for v, w in _paired_seeds(_by_seed(a, metric, strict), _by_seed(b, metric, strict))),
+        mcnemar(x, y)[0] if decided and metric.startswith("Acc@") else None,
+    )
 
 
 def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
@@ -127,7 +149,7 @@ def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
             score = row.scores[metric]
             line += [_number(score.value, metric), _interval(score.low, score.high, metric)]
         lines.append(line)
-    return _with_note(render(header, lines, markdown=markdown, left=2), any(r.oracle for r in rows), markdown)
+    return with_note(render(header, lines, markdown=markdown, left=2), any(r.oracle for r in rows), markdown)
 
 
 def policy_table(rows: Sequence[Row], metric: str, *, markdown: bool = False) -> str:
@@ -146,14 +168,14 @@ def policy_table(rows: Sequence[Row], metric: str, *, markdown: bool = False) ->
         cells.setdefault(r.policy, {})[_marked(r.column, r.oracle)] = _number(r.scores[metric].value, metric)
     lines = [[policy, *(found.get(rule, "-") for rule in rules)] for policy, found in cells.items()]
     text = render([f"policy, {_title(metric)}", *rules], lines, markdown=markdown, left=1)
-    return _with_note(text, any(r.oracle for r in rows), markdown)
+    return with_note(text, any(r.oracle for r in rows), markdown)
 
 
 def difference_table(comparisons: Sequence[Comparison], *, markdown: bool = False) -> str:
     """One line per comparison: the difference, or ``not shown`` where the interval holds 0.
 
-    The last column is the smallest true difference that these data would have shown with 80 %
-    power: what "not shown" leaves open.
+    ``detectable`` is the smallest true difference that these data would have shown with 80 %
+    power: what "not shown" leaves open. ``each seed`` appears where a comparison has several.
 
     Raises:
         ValueError: For no comparisons.
@@ -161,22 +183,55 @@ def difference_table(comparisons: Sequence[Comparison], *, markdown: bool = Fals
     if not comparisons:
         raise ValueError("no comparisons to print")
     level = comparisons[0].difference.level
-    header = ["a", "b", "metric", "a - b", f"{level:.0%} interval", "pictures", "detectable"]
+    seeds = any(len(c.by_seed) > 1 for c in comparisons)
+    header = ["a", "b", "metric", "a - b", f"{level:.0%} interval", "pictures", "detectable", "McNemar p"]
+    header += ["each seed"] if seeds else []
     lines = []
     for c in comparisons:
         d = c.difference
-        lines.append(
-            [
-                c.a,
-                c.b,
-                _marked(_title(c.metric), c.oracle),
-                _number(d.diff, c.metric, sign=True) if d.shown else "not shown",
-                _interval(d.low, d.high, c.metric, sign=True),
-                str(d.num_clusters),
-                _number(d.detectable, c.metric),
-            ]
+        line = [
+            c.a,
+            c.b,
+            _marked(_title(c.metric), c.oracle),
+            _number(d.diff, c.metric, sign=True) if d.shown else "not shown",
+            _interval(d.low, d.high, c.metric, sign=True),
+            str(d.num_clusters),
+            _number(d.detectable, c.metric),
+            "-" if c.mcnemar is None else "<0.0001" if c.mcnemar < 1e-4 else f"{c.mcnemar:.4f}",
+        ]
+        each = " ".join(_number(v, c.metric, sign=True) for v in c.by_seed) if len(c.by_seed) > 1 else "-"
+        lines.append([*line, each] if seeds else line)
+    text = with_note(render(header, lines, markdown=markdown, left=3), any(c.oracle for c in comparisons), markdown)
+    clustered = [c for c in comparisons if c.mcnemar is not None and c.difference.num > c.difference.num_clusters]
+    if clustered:
+        d = clustered[0].difference
+        text += (
+            f"\n\nMcNemar's test takes the {d.num} episodes as independent; they show {d.num_clusters} pictures: "
+            "go by the interval"
         )
-    return _with_note(render(header, lines, markdown=markdown, left=3), any(c.oracle for c in comparisons), markdown)
+    return text
+
+
+def seed_table(rows: Sequence[Row], metric: str, *, markdown: bool = False) -> str:
+    """One line per policy of several seeds and rule: their number, mean and each seed's score.
+
+    Raises:
+        ValueError: For no row of several seeds, or a metric that a row lacks.
+    """
+    if metric not in _shared_metrics(rows):
+        raise ValueError(f"no scores of {metric!r}: the rows hold {', '.join(rows[0].scores)}")
+    several = [r for r in rows if len(r.by_seed[metric]) > 1]
+    if not several:
+        raise ValueError("no policy has several seeds")
+    lines = []
+    for r in several:
+        values = r.by_seed[metric]
+        each = " ".join(_number(v, metric) for v in values)
+        lines.append(
+            [r.policy, _marked(r.column, r.oracle), str(len(values)), _number(r.scores[metric].value, metric), each]
+        )
+    header = ["policy", "column", "seeds", f"mean, {_title(metric)}", "each seed"]
+    return with_note(render(header, lines, markdown=markdown, left=2), any(r.oracle for r in several), markdown)
 
 
 def render(header: Sequence[str], lines: Sequence[Sequence[str]], *, markdown: bool = False, left: int = 1) -> str:
@@ -231,6 +286,18 @@ def as_json(value: Any) -> Any:
     raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
+def _by_seed(column: Column, metric: str, strict: bool) -> list[float]:
+    return [float(per_episode(one, metric, strict=strict).mean()) for one in column.by_seed()]
+
+
+def _paired_seeds(left: list[float], right: list[float]) -> list[tuple[float, float]]:
+    if len(left) == len(right):
+        return list(zip(left, right, strict=True))
+    if len(left) > len(right):
+        return [(v, sum(right) / len(right)) for v in left]
+    return [(sum(left) / len(left), w) for w in right]
+
+
 def _shared_metrics(rows: Sequence[Row]) -> list[str]:
     if not rows:
         raise ValueError("no rows to print")
@@ -262,7 +329,8 @@ def _marked(name: str, oracle: bool) -> str:
     return f"{name} *" if oracle else name
 
 
-def _with_note(text: str, oracle: bool, markdown: bool) -> str:
+def with_note(text: str, oracle: bool, markdown: bool) -> str:
+    """``text`` with ``ORACLE_NOTE`` under it where one of its rows is the oracle's."""
     if not oracle:
         return text
     return f"{text}\n\n" + (ORACLE_NOTE.replace("*", "\\*") if markdown else ORACLE_NOTE)

@@ -1,0 +1,453 @@
+"""Overlay swaps: shows policies other boxes than their own, and tells whether they can tell.
+
+    python -m agents.swaps --policies base=tiny mine=runs/grpo/policy --split val --samples 300
+
+At steps 1 and 2 of an episode (after the policy's own actions so far) the drawn box is replaced by the
+target, another object of its class, a random or a moved box, none, or the picture by a grey one. One
+answer is taken for each. The definitions stand in ``ivt_env/metrics/swaps.py`` and ``docs/swaps.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from numpy.typing import ArrayLike, NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from agents.base import load_agent
+from agents.command import run_command
+from agents.training import write_json
+from ivt_env import boxes
+from ivt_env.data.sample import Dataset, Picture, Sample
+from ivt_env.metrics.swaps import (
+    BAD_BELOW,
+    VARIANTS,
+    Swap,
+    dependence,
+    dependence_table,
+    save_swaps,
+    summarise,
+    swap_table,
+)
+from ivt_env.metrics.table import as_json
+from ivt_env.rollouts import Agent, make_vector_env
+from ivt_env.vector_env import GroundingVectorEnv
+
+Box = tuple[float, float, float, float]
+
+MOVED_IOU = (0.3, 0.8)
+"""IoU of a moved box (``shifted``, ``near``) with the box that it was."""
+
+_GREY = 128
+_NAN = np.full(4, np.nan, dtype=np.float32)
+
+
+class BlankPictures:
+    """A data set with every picture uniformly grey; all else as it is."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        """Wrap ``dataset``."""
+        self._dataset = dataset
+        self.name, self.split = dataset.name, dataset.split
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index``, as the wrapped data set has it."""
+        return self._dataset[index]
+
+    def picture(self, sample: Sample) -> Picture:
+        """Grey, RGB uint8 (height, width, 3), of the size of the sample's picture."""
+        return np.full((*sample.size, 3), _GREY, dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnPlay:
+    """What a policy's own actions led to, action by action."""
+
+    boxes: tuple[Box | None, ...]
+    """In force after each action."""
+    stopped: tuple[bool, ...]
+    """Whether it wanted to stop, at each action."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One answer to be taken."""
+
+    index: int
+    own: _OwnPlay
+    step: int
+    variant: str
+    box: Box | None
+
+
+def play_swaps(
+    env: GroundingVectorEnv,
+    agent: Agent,
+    indices: Sequence[int],
+    seed: int = 0,
+    *,
+    variants: Sequence[str] = tuple(VARIANTS),
+    steps: Sequence[int] = (1, 2),
+    replay: bool = True,
+    agent_name: str = "",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Swap]:
+    """Take an agent's answer to each drawn box.
+
+    First the agent plays its own actions, up to the last step asked for. A wish to stop is noted and the
+    box kept, as in a forced rollout. Then, for each step, variant and sample, one answer is taken to an
+    observation of that step with the other box drawn.
+
+    A sample gives no ``own``, ``shifted`` and ``blank`` where the agent has no box by then, and no
+    ``sibling`` where it has none apart from the target (IoU below ``BAD_BELOW``). The boxes of ``target``,
+    ``sibling``, ``random`` and ``near`` depend on seed, sample and step only: they are the same for every agent.
+
+    Args:
+        env: made with ``autoreset_mode="Disabled"`` and the view that the agent needs.
+        agent: who answers.
+        indices: samples of the environment's data set, each once.
+        seed: decides the boxes that are drawn by chance.
+        variants: of ``VARIANTS``.
+        steps: numbers of own actions before the swap, each from 1 to ``env.max_steps - 1``.
+        replay: play the own actions again before each answer, so that an agent that remembers has them
+            in mind. False saves this for agents that answer from the observation alone.
+        agent_name: written into the records.
+        on_progress: called with how many answers have been taken, and of how many.
+
+    Returns:
+        The answers by step, sample (as in ``indices``) and variant.
+
+    Raises:
+        ValueError: for an environment that restarts itself, no or repeated indices, an unknown variant,
+            and a step that no episode of this environment has.
+    """
+    _check(env, indices, variants, steps)
+    env.reset(options={"index": [int(indices[0])] * env.num_envs})
+    plays = _own_plays(env, agent, indices, max(steps))
+    order = [v for v in VARIANTS if v in variants]
+    jobs = [
+        _Job(int(index), play, step, variant, box)
+        for step in sorted(set(steps))
+        for index, play in zip(indices, plays, strict=True)
+        for variant in order
+        for there, box in [_box_of(variant, env.dataset[int(index)], play.boxes[step - 1], _rng(seed, index, step))]
+        if there
+    ]
+    answers: dict[tuple[int, int, str], Swap] = {}
+    for blank in (False, True):
+        dataset = BlankPictures(env.dataset) if blank else env.dataset
+        stage = GroundingVectorEnv(
+            env.num_envs,
+            dataset=dataset,
+            max_steps=env.max_steps,
+            canvas=env.screen.side,
+            view=env.screen.view,
+            overlay=env.screen.overlay,
+            autoreset_mode=AutoresetMode.DISABLED,
+        )
+        for step in sorted(set(steps)):
+            # Answers about one sample side by side: its picture is decoded, and a model's prompt computed, once.
+            for wave in _waves([j for j in jobs if j.step == step and (j.variant == "blank") == blank], env.num_envs):
+                found = _answers(env, stage, agent, wave, replay, agent_name)
+                answers |= {(j.step, j.index, j.variant): swap for j, swap in zip(wave, found, strict=True)}
+                if on_progress is not None:
+                    on_progress(len(answers), len(jobs))
+        stage.close()
+    return [answers[job.step, job.index, job.variant] for job in jobs]
+
+
+def moved(box: ArrayLike, rng: np.random.Generator) -> NDArray[np.float64]:
+    """A box (4,) moved and scaled by shares of its sides, with an IoU in ``MOVED_IOU`` with what it was.
+
+    Each side's centre moves by up to 0.4 of its length and its length changes by up to a factor of 1.35; what
+    would reach out of the picture is cut off.
+    """
+    b = np.asarray(box, dtype=np.float64)
+    centre, size = (b[:2] + b[2:]) / 2, b[2:] - b[:2]
+    for _ in range(100):
+        middle = centre + rng.uniform(-0.4, 0.4, 2) * size
+        half = size * np.exp(rng.uniform(-0.3, 0.3, 2)) / 2
+        found = boxes.clip(np.concatenate([middle - half, middle + half]))
+        if MOVED_IOU[0] <= float(boxes.iou(found, b)) <= MOVED_IOU[1]:
+            return found
+    half = size * np.sqrt(0.5) / 2  # half the area, inside the old box: an IoU of 0.5 wherever the box lies
+    return np.concatenate([centre - half, centre + half])
+
+
+def elsewhere(target: ArrayLike, rng: np.random.Generator) -> NDArray[np.float64]:
+    """A box (4,) anywhere, with sides of 0.05 to 0.5 of the picture, that is not about the target (4,)."""
+    while True:
+        size = rng.uniform(0.05, 0.5, 2)
+        low = rng.uniform(0, 1 - size)
+        found = np.concatenate([low, low + size])
+        if float(boxes.iou(found, target)) < BAD_BELOW:
+            return found
+
+
+def _check(env: GroundingVectorEnv, indices: Sequence[int], variants: Sequence[str], steps: Sequence[int]) -> None:
+    if env.autoreset_mode != AutoresetMode.DISABLED:
+        raise ValueError('play_swaps() needs a vector environment made with autoreset_mode="Disabled"')
+    if not len(indices) or len(set(indices)) != len(indices):
+        raise ValueError(f"indices: give each sample once, and at least one; these are {len(indices)}")
+    unknown = [v for v in variants if v not in VARIANTS]
+    if unknown or not variants:
+        raise ValueError(f"variants {list(variants)}: choose from {', '.join(VARIANTS)}")
+    if not steps or not all(1 <= s < env.max_steps for s in steps):
+        raise ValueError(
+            f"steps {list(steps)}: an episode of at most {env.max_steps} actions has a drawn box to answer at steps "
+            f"1 to {env.max_steps - 1}; give max_steps={max([*steps, 1]) + 1} or other steps"
+        )
+
+
+def _rng(seed: int, index: int, step: int) -> Callable[[str], np.random.Generator]:
+    """A stream of its own for each variant, so that leaving one out changes no other."""
+    return lambda variant: np.random.default_rng([seed, int(index), step, list(VARIANTS).index(variant)])
+
+
+def _box_of(
+    variant: str, sample: Sample, own: Box | None, rng_of: Callable[[str], np.random.Generator]
+) -> tuple[bool, Box | None]:
+    """Whether the sample has this variant, and the box to draw."""
+    if variant == "none":
+        return True, None
+    if variant in ("own", "blank"):
+        return own is not None, own
+    rng = rng_of(variant)
+    if variant == "target":
+        return True, sample.box
+    if variant == "random":
+        return True, _tuple(elsewhere(sample.box, rng))
+    if variant == "near":
+        return True, _tuple(moved(sample.box, rng))
+    if variant == "shifted":
+        return own is not None, None if own is None else _tuple(moved(own, rng))
+    apart = [b for b in sample.siblings if float(boxes.iou(b, sample.box)) < BAD_BELOW]
+    return bool(apart), apart[int(rng.integers(len(apart)))] if apart else None
+
+
+def _own_plays(env: GroundingVectorEnv, agent: Agent, indices: Sequence[int], actions: int) -> list[_OwnPlay]:
+    """The agent's own first actions on each sample, a stop replaced by keeping the box."""
+    plays = []
+    for wave in _waves(list(indices), env.num_envs):
+        rows = _filled([int(i) for i in wave], env.num_envs)
+        active = np.arange(env.num_envs) < len(wave)
+        observations, _ = env.reset(options={"index": rows})
+        agent.reset(np.ones(env.num_envs, dtype=bool))
+        held: list[list[Box | None]] = [[] for _ in wave]
+        stops: list[list[bool]] = [[] for _ in wave]
+        for _ in range(actions):
+            said = agent.act({**observations, "active": active.copy()})
+            stop = np.asarray(said["stop"]).astype(bool)
+            proposals = np.where(stop[:, None], observations["box"], np.asarray(said["box"], dtype=np.float32))
+            observations, *_ = env.step({"box": proposals, "stop": np.zeros(env.num_envs, dtype=np.int64)})
+            for i in range(len(wave)):
+                box = env.games[i].box
+                held[i].append(None if box is None else _tuple(box))
+                stops[i].append(bool(stop[i]))
+        plays += [_OwnPlay(tuple(h), tuple(s)) for h, s in zip(held, stops, strict=True)]
+    return plays
+
+
+def _answers(
+    env: GroundingVectorEnv,
+    stage: GroundingVectorEnv,
+    agent: Agent,
+    wave: Sequence[_Job],
+    replay: bool,
+    agent_name: str,
+) -> list[Swap]:
+    """One answer for each job of a wave; all have the same step."""
+    n, step = env.num_envs, wave[0].step
+    jobs = _filled(list(wave), n)
+    active = np.arange(n) < len(wave)
+    going_on = np.zeros(n, dtype=np.int64)
+    # The agent's environment shows the same samples all along: an oracle looks there.
+    observations, _ = env.reset(options={"index": [j.index for j in jobs]})
+    agent.reset(np.ones(n, dtype=bool))
+    for t in range(step if replay else 0):
+        agent.act({**observations, "active": active.copy()})
+        observations, *_ = env.step({"box": _stack([j.own.boxes[t] for j in jobs]), "stop": going_on})
+    shown, _ = stage.reset(options={"index": [j.index for j in jobs]})
+    # Refused proposals use up steps and draw nothing, so that the box appears at its step, or none does.
+    for t in range(step):
+        drawn = [j.box if t == step - 1 else None for j in jobs]
+        shown, *_ = stage.step({"box": _stack(drawn), "stop": going_on})
+    before = [(_held(stage, i), stage.games[i].iou) for i in range(n)]
+    said = agent.act({**shown, "active": active.copy()})
+    stops = np.asarray(said["stop"]).astype(np.int64)
+    _, _, _, _, infos = stage.step({"box": np.asarray(said["box"], dtype=np.float32), "stop": stops})
+    refused = infos.get("_invalid", np.zeros(n, dtype=bool))
+    unparsable = np.asarray(said.get("parse_failure", np.zeros(n, dtype=bool)))
+    probability = said.get("stop_probability")
+    swaps = []
+    for i, job in enumerate(wave):
+        sample, (box, iou) = stage.samples[i], before[i]
+        if stops[i]:
+            action = "stop"
+        elif unparsable[i]:
+            action = "unparsable"
+        else:
+            action = "refused" if refused[i] else "propose"
+        swaps.append(
+            Swap(
+                sample_id=sample.sample_id,
+                picture_id=sample.picture_id,
+                variant=job.variant,
+                step=step,
+                shown=box,
+                shown_iou=iou,
+                target=_tuple(sample.box),
+                action=action,
+                new_box=_held(stage, i),
+                new_iou=stage.games[i].iou,
+                stop_probability=None if probability is None else float(probability[i]),
+                reached=not any(job.own.stopped[:step]),
+                agent=agent_name,
+                dataset=sample.dataset,
+                split=sample.split,
+            )
+        )
+    return swaps
+
+
+def _waves(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _filled(items: list[Any], size: int) -> list[Any]:
+    """Spare places repeat the first item; their answers are not asked for."""
+    return items + [items[0]] * (size - len(items))
+
+
+def _stack(wanted: Sequence[Box | None]) -> NDArray[np.float32]:
+    """Boxes (n, 4) to propose; NaN, which is refused, for none."""
+    return np.stack([_NAN if b is None else np.asarray(b, dtype=np.float32) for b in wanted])
+
+
+def _held(env: GroundingVectorEnv, i: int) -> Box | None:
+    box = env.games[i].box
+    return None if box is None else _tuple(box)
+
+
+def _tuple(box: Any) -> Box:
+    x1, y1, x2, y2 = (float(v) for v in box)
+    return x1, y1, x2, y2
+
+
+@dataclass
+class Args:
+    """Show policies other boxes than their own."""
+
+    policies: list[str] = field(default_factory=lambda: ["base=tiny"])
+    """`name=policy`: a model folder, `tiny`, a built-in agent, or `module:Class`."""
+    env: str = "IVT-Scenes-v0"
+    """Registered id."""
+    split: str = "val"
+    """Split to play."""
+    data_root: str | None = None
+    """Folder of real data sets."""
+    samples: int = 300
+    """Samples, from the beginning of the split; all of it if it has fewer."""
+    steps: tuple[int, ...] = (1, 2)
+    """Numbers of own actions after which the box is swapped."""
+    max_steps: int = 3
+    """Actions in an episode; more than the largest step."""
+    view: Literal["overlay", "closeup", "both"] | None = None
+    """What a box is shown on, for every policy. None: what each was trained for (`overlay` where it does not say)."""
+    out: Path = Path("runs/swaps")
+    """Folder for the records, tables and plot."""
+    num_envs: int = 100
+    """Answers taken side by side."""
+    seed: int = 0
+    """Of boxes drawn by chance, agents that draw, and the intervals."""
+
+
+def main(args: Args) -> dict[str, list[Swap]]:
+    """Play, score, write and print."""
+    names = dict(_named(p) for p in args.policies)
+    if len(names) != len(args.policies):
+        raise ValueError(f"policies: every name must be given once, not {args.policies}")
+    if args.samples < 1 or args.num_envs < 1:
+        raise ValueError(f"samples {args.samples}, num_envs {args.num_envs}: give at least 1 of each")
+    # Named real data must be there: what is measured never falls back.
+    env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
+    env_kwargs |= {"split": args.split, "max_steps": args.max_steps}
+    count = min(args.samples, len(make_vector_env(args.env, 1, **env_kwargs).dataset))
+    envs: dict[str, GroundingVectorEnv] = {}
+
+    def env_of(view: str) -> GroundingVectorEnv:
+        if view not in envs:
+            envs[view] = make_vector_env(args.env, min(args.num_envs, count), view=view, **env_kwargs)
+        return envs[view]
+
+    played: dict[str, list[Swap]] = {}
+    bars = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bars, TimeRemainingColumn()) as progress:
+        for name, spec in names.items():
+            agent = load_agent(spec, env=env_of(args.view or "overlay"), seed=args.seed)
+            env = env_of(args.view or str(getattr(agent, "view", "overlay")))
+            task = progress.add_task(name, total=None)
+            played[name] = play_swaps(
+                env,
+                agent,
+                range(count),
+                args.seed,
+                steps=args.steps,
+                # Only a model that says that it answers from the observation alone is spared its own actions.
+                replay=getattr(agent, "layout", "prefix") != "fresh",
+                agent_name=name,
+                on_progress=lambda done, total, task=task: progress.update(  # type: ignore[misc]
+                    task, completed=done, total=total
+                ),
+            )
+            save_swaps(args.out / "swaps" / f"{name}.jsonl", played[name])
+    _write(args, played, names, count)
+    return played
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, spec = text.partition("=")
+    if not equals or not name or not spec or Path(name).name != name:
+        raise ValueError(f"policies: write name=policy, for example base=tiny, not {text!r}")
+    return name, f"vlm:{spec}" if spec == "tiny" or Path(spec).is_dir() else spec
+
+
+def _write(args: Args, played: dict[str, list[Swap]], names: dict[str, str], count: int) -> None:
+    from agents.swap_plots import plot_swaps  # here, so that playing alone needs no matplotlib
+
+    scores = [row for name, swaps in played.items() for row in summarise(name, swaps, n_boot=1000, seed=args.seed)]
+    depends = [row for name, swaps in played.items() for row in dependence(name, swaps, n_boot=1000, seed=args.seed)]
+    one = next(iter(played.values()))[0]
+    served = f"{one.dataset}/{one.split}"
+    report = "\n".join(
+        [
+            f"{args.env}, served: {served}, {count} samples, one answer each; 95 % intervals over pictures",
+            "",
+            swap_table(scores),
+            "",
+            "does the answer depend on how good the drawn box is?",
+            "",
+            dependence_table(depends),
+        ]
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "table.txt").write_text(report + "\n", encoding="utf-8")
+    results = {"args": asdict(args), "policies": names, "served": served}
+    write_json(args.out / "results.json", results | {"variants": as_json(scores), "dependence": as_json(depends)})
+    plot_swaps(scores, played, args.out / "swaps.png")
+    print(report)
+    print(f"\nwritten to {args.out}: table.txt, results.json, swaps.png, swaps/*.jsonl")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

@@ -1,0 +1,124 @@
+"""Any column and metric by data set, size of the target's box and number of siblings.
+
+The strata are those of ``columns.strata``. A row tells how many episodes and pictures it stands on:
+many rows are looked at together, so a single odd one among them is no finding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ivt_env.episodes import Episode
+from ivt_env.metrics.columns import Array, Column, select, strata
+from ivt_env.metrics.scores import Share, per_episode
+from ivt_env.metrics.statistics import Interval, bootstrap_mean
+from ivt_env.metrics.table import render, with_note
+
+ALL = "all"
+"""The stratum of every episode."""
+GROUP_METRICS = ("Acc@0.5", "Acc@0.9", "mIoU")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRow:
+    """The scores of one rule on one stratum."""
+
+    group: str
+    """``all`` or a key of ``strata``, for example ``side:tiny``."""
+    column: str
+    oracle: bool
+    episodes: int
+    """Samples in the stratum; with several seeds each was played once a seed."""
+    pictures: int
+    parse_failures: Share
+    """Actions without a usable text, of all actions that were taken on the stratum, over all seeds.
+    They stay in every score."""
+    scores: dict[str, Interval]
+    """By metric name; ``low`` and ``high`` are NaN where the stratum shows fewer than 2 pictures."""
+
+
+def breakdown(
+    columns: Mapping[str, Column],
+    runs: Sequence[Sequence[Episode]],
+    metrics: Sequence[str] = GROUP_METRICS,
+    *,
+    strict: bool = False,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> list[GroupRow]:
+    """One row per stratum and column, ``all`` first.
+
+    Args:
+        columns: Columns of n episodes, by name, that all come from ``runs``.
+        runs: The rollouts behind them: one, or one a seed where the columns are means over seeds.
+        metrics: Names as in ``per_episode``.
+        strict: As in ``per_episode``.
+        n_boot: Resamples of the intervals.
+        seed: Of the intervals.
+
+    Raises:
+        ValueError: For no run, runs or columns of different lengths, or an unknown metric.
+    """
+    if not runs or any(len(run) != len(runs[0]) for run in runs):
+        raise ValueError(f"runs of one length are needed, not of {[len(run) for run in runs]} episodes")
+    episodes = runs[0]
+    for name, column in columns.items():
+        if len(column) != len(episodes):
+            raise ValueError(f"the column {name!r} has {len(column)} episodes, its run {len(episodes)}")
+    unparsed = np.array([[sum(s.parse_failure for s in e.steps) for e in run] for run in runs]).sum(axis=0)  # (n,)
+    actions = np.array([[len(e.steps) for e in run] for run in runs]).sum(axis=0)
+    pictures = np.array([e.picture_id for e in episodes])
+    rows = []
+    for group, mask in {ALL: np.ones(len(episodes), dtype=bool), **strata(episodes)}.items():
+        inside = pictures[mask].tolist()
+        failures = Share(int(unparsed[mask].sum()), int(actions[mask].sum()))
+        for name, column in columns.items():
+            part = select(column, mask)
+            scores = {
+                m: _interval(per_episode(part, m, strict=strict), inside, n_boot=n_boot, seed=seed) for m in metrics
+            }
+            shown = len(set(inside))
+            rows.append(GroupRow(group, name, column.oracle, int(mask.sum()), shown, failures, scores))
+    return rows
+
+
+def group_table(rows: Mapping[str, Sequence[GroupRow]], *, markdown: bool = False) -> str:
+    """One line per policy, stratum and column; each metric has a column and an interval column.
+
+    Args:
+        rows: By policy, what ``breakdown`` gave. Accuracies are printed in percent.
+        markdown: As Markdown.
+
+    Raises:
+        ValueError: For no rows, or rows with different metrics.
+    """
+    flat = [(policy, row) for policy, of_policy in rows.items() for row in of_policy]
+    if not flat:
+        raise ValueError("no rows to print")
+    metrics = list(flat[0][1].scores)
+    header = ["policy", "group", "column", "episodes", "pictures", "unparsable"]
+    for metric in metrics:
+        header += [metric if metric == "mIoU" else f"{metric} (%)", "95% interval"]
+    lines = []
+    for policy, row in flat:
+        if list(row.scores) != metrics:
+            raise ValueError(f"{policy!r} {row.group!r} has the metrics {list(row.scores)}, not {metrics}")
+        column = f"{row.column} *" if row.oracle else row.column
+        line = [policy, row.group, column, str(row.episodes), str(row.pictures), f"{row.parse_failures.count:g}"]
+        for metric, score in row.scores.items():
+            scale, digits = (1.0, 3) if metric == "mIoU" else (100.0, 1)
+            interval = f"[{scale * score.low:.{digits}f}, {scale * score.high:.{digits}f}]"
+            line += [f"{scale * score.value:.{digits}f}", "-" if math.isnan(score.low) else interval]
+        lines.append(line)
+    text = render(header, lines, markdown=markdown, left=3)
+    return with_note(text, any(row.oracle for _, row in flat), markdown)
+
+
+def _interval(values: Array, pictures: Sequence[str], *, n_boot: int, seed: int) -> Interval:
+    if len(set(pictures)) < 2:
+        return Interval(float(values.mean()), math.nan, math.nan, len(values), len(set(pictures)))
+    return bootstrap_mean(values, pictures, n_boot=n_boot, seed=seed)

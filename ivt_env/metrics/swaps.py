@@ -1,0 +1,552 @@
+"""Overlay swaps: what a policy does when another box is drawn than the one it proposed.
+
+A *swap* shows a policy one box at one step of an episode and records its answer. From many swaps of
+the same samples follows whether the answer depends on how *good* the drawn box is, or merely on
+there being one. This module holds the records and the statistics; ``agents.swaps`` plays them.
+``docs/swaps.md`` gives every definition in words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ivt_env import boxes
+from ivt_env.data.sample import DataError
+from ivt_env.metrics.statistics import MIN_CLUSTERS, Interval, bootstrap_mean, clustered_se, wilson
+from ivt_env.metrics.table import render
+
+Array = NDArray[np.float64]
+Box = tuple[float, float, float, float]
+
+VARIANTS = {
+    "own": "the box that the policy's own actions led to",
+    "target": "the ground truth",
+    "sibling": "the box of another object of the target's class",
+    "random": "a box anywhere",
+    "shifted": "the own box, moved and scaled",
+    "near": "the ground truth, moved and scaled",
+    "none": "no box",
+    "blank": "the own box on a uniformly grey picture",
+}
+"""What can be drawn in place of the own box."""
+ACTIONS = ("stop", "propose", "refused", "unparsable")
+"""What a policy can do: stop, propose a usable box, propose an unusable one, or say nothing usable."""
+
+LEFT_BELOW = 0.3
+"""A proposal has left the shown box if its IoU with it is below this."""
+KEPT_FROM = 0.7
+"""A proposal keeps the shown box if its IoU with it is at least this."""
+TOWARDS_MARGIN = 0.01
+"""A move towards the target must gain more IoU than this; less comes from rounding to the answer's grid."""
+GOOD_FROM = 0.9
+"""A shown box is good from this IoU with the target on: there is nothing to do but stop."""
+BAD_BELOW = 0.3
+"""A shown box is bad below this IoU with the target: it is about something else."""
+RIGHT_FROM = 0.5
+"""A box is right from this IoU with the target on."""
+
+_ON_PICTURE = ("own", "target", "sibling", "random", "shifted", "near")
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One drawn box and the answer to it. Boxes are xyxy, relative to the picture."""
+
+    sample_id: str
+    picture_id: str
+    variant: str
+    """One of ``VARIANTS``."""
+    step: int
+    """Actions made before this answer: 1 shows the box in place of the policy's first one."""
+    shown: Box | None
+    """The box drawn; None for ``none``."""
+    shown_iou: float
+    """IoU of the shown box with the target, 0 without a box."""
+    target: Box
+    action: str
+    """One of ``ACTIONS``."""
+    new_box: Box | None
+    """The box in force after the answer: the proposal, or else still the shown box."""
+    new_iou: float
+    """IoU of that box with the target, 0 without a box."""
+    stop_probability: float | None = None
+    """As the policy stated it, where it does."""
+    reached: bool = True
+    """The policy had not stopped before this step of its own accord."""
+    agent: str = ""
+    dataset: str = ""
+    split: str = ""
+
+    @property
+    def stopped(self) -> bool:
+        """The policy took the shown box for its answer."""
+        return self.action == "stop"
+
+    @property
+    def overlap(self) -> float:
+        """IoU of the box after the answer with the shown one; NaN where no box was shown."""
+        if self.shown is None:
+            return math.nan
+        return 1.0 if self.new_box is None else float(boxes.iou(self.new_box, self.shown))
+
+    @property
+    def kept(self) -> bool:
+        """Stopped, or proposed nearly the shown box again. Refused and unparsable answers keep nothing."""
+        return self.stopped or (self.action == "propose" and self.overlap >= KEPT_FROM)
+
+    @property
+    def left(self) -> bool:
+        """Proposed a box somewhere else; see ``LEFT_BELOW``. Never without a shown box."""
+        return self.action == "propose" and self.overlap < LEFT_BELOW
+
+    @property
+    def towards(self) -> bool:
+        """Proposed a box nearer to the target than the shown one; see ``TOWARDS_MARGIN``. A stop is no move."""
+        return self.action == "propose" and self.new_iou > self.shown_iou + TOWARDS_MARGIN
+
+    @property
+    def right(self) -> bool:
+        """The box in force after the answer is right."""
+        return self.new_iou >= RIGHT_FROM
+
+
+@dataclass(frozen=True, slots=True)
+class VariantScores:
+    """What one policy did with one variant at one step. Shares are of all ``num`` answers."""
+
+    policy: str
+    step: int
+    variant: str
+    num: int
+    num_clusters: int
+    """Pictures."""
+    reached: float
+    """Share of the samples in which the policy itself would have come to this step."""
+    shown_iou: float
+    """Mean IoU of the shown box with the target."""
+    stopped: Interval
+    kept: Interval
+    left: Interval
+    towards: Interval
+    right: Interval
+    change: Interval
+    """IoU with the target after the answer minus before, mean."""
+    failed: int
+    """Answers that were refused or unparsable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dependence:
+    """One statistic of what the answer depends on."""
+
+    policy: str
+    step: int
+    name: str
+    measure: str
+    """What is compared: ``stop_probability``, ``stop`` or ``keep``."""
+    null: float
+    """Its value for a policy to which the difference means nothing: 0.5 for an AUROC, else 0."""
+    value: Interval
+    shown: bool
+    """The interval excludes ``null``, over at least ``MIN_CLUSTERS`` pictures."""
+
+
+def summarise(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: int = 0) -> list[VariantScores]:
+    """A row for each step and variant that was played, in the order of ``VARIANTS``.
+
+    Shares have Wilson intervals over the effective number of answers (see ``share``), the IoU
+    change a bootstrap interval over pictures.
+
+    Args:
+        policy: name for the rows.
+        swaps: of one policy.
+        n_boot: resamples.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: for no swaps, or one sample twice in a row.
+    """
+    rows = []
+    for step, of_step in _by_step(swaps).items():
+        for variant in VARIANTS:
+            chosen = list(_of(of_step, variant).values())
+            if not chosen:
+                continue
+            pictures = [s.picture_id for s in chosen]
+            change = [s.new_iou - s.shown_iou for s in chosen]
+            rows.append(
+                VariantScores(
+                    policy=policy,
+                    step=step,
+                    variant=variant,
+                    num=len(chosen),
+                    num_clusters=len(set(pictures)),
+                    reached=float(np.mean([s.reached for s in chosen])),
+                    shown_iou=float(np.mean([s.shown_iou for s in chosen])),
+                    stopped=share([s.stopped for s in chosen], pictures),
+                    kept=share([s.kept for s in chosen], pictures),
+                    left=share([s.left for s in chosen], pictures),
+                    towards=share([s.towards for s in chosen], pictures),
+                    right=share([s.right for s in chosen], pictures),
+                    change=_bounded(change, pictures, (-1, 1), n_boot, seed),
+                    failed=sum(s.action in ("refused", "unparsable") for s in chosen),
+                )
+            )
+    return rows
+
+
+def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: int = 0) -> list[Dependence]:
+    """What the decision to stop depends on, for each step.
+
+    - ``AUROC good / bad``: the chance that a good shown box gets a higher stop probability than a bad
+      one *of the same sample* (ties count half), mean over samples. 0.5: the answer does not depend on
+      how good the box is. 1: it tells them apart always. Good and bad go by ``GOOD_FROM`` and
+      ``BAD_BELOW``, whatever the variant.
+    - ``AUROC target / near``, ``/ sibling``, ``/ random``: the same for one kind of other box.
+    - ``AUROC own right / wrong``: *across* samples, since each has one own box.
+    - ``index``: share stopped on the target minus share stopped on sibling and random boxes. 0 for a
+      policy that reacts to the presence of a box only, or never stops; 1 for a perfect verifier.
+    - ``index of keeping``: the same with ``Swap.kept``. *No evidence of verifying*: a policy that ignores
+      the drawn box and gives its own right answer again scores 1, too.
+    - ``presence``: share stopped on the own box minus on none.
+    - ``picture``: share stopped on the own box minus on the same box on a grey picture.
+
+    The AUROCs use stated stop probabilities where every answer compared has one, else whether it stopped;
+    ``measure`` says which. All intervals are bootstrapped over pictures.
+
+    Args:
+        policy: name for the rows.
+        swaps: of one policy.
+        n_boot: resamples.
+        seed: of the resamples.
+
+    Returns:
+        A row for each statistic; NaN where nothing was played that it compares.
+
+    Raises:
+        ValueError: as in ``summarise``.
+    """
+    rows = []
+    for step, of_step in _by_step(swaps).items():
+        by = {variant: _of(of_step, variant) for variant in VARIANTS}
+        on_picture = [s for variant in _ON_PICTURE for s in by[variant].values()]
+        good = _grouped(s for s in on_picture if s.shown_iou >= GOOD_FROM)
+        bad = _grouped(s for s in on_picture if s.shown_iou < BAD_BELOW)
+        target = _grouped(by["target"].values())
+        found: list[tuple[str, str, float, Interval]] = []
+        for name, high, low in (
+            ("AUROC good / bad", good, bad),
+            ("AUROC target / near", target, _grouped(by["near"].values())),
+            ("AUROC target / sibling", target, _grouped(by["sibling"].values())),
+            ("AUROC target / random", target, _grouped(by["random"].values())),
+        ):
+            measure = _measure([s for id_ in high.keys() & low.keys() for s in (*high[id_], *low[id_])])
+            values, pictures = _paired(high, low, lambda a, b, m=measure: auroc(_scores(a, m), _scores(b, m)))  # type: ignore[misc]
+            found.append((name, measure, 0.5, _bounded(values, pictures, (0, 1), n_boot, seed)))
+        own = list(by["own"].values())
+        measure = _measure(own)
+        found.append(("AUROC own right / wrong", measure, 0.5, _auroc_across(own, measure, n_boot, seed)))
+        wrong = _grouped((*by["sibling"].values(), *by["random"].values()))
+        shown, none, blank = (_grouped(by[v].values()) for v in ("own", "none", "blank"))
+        for name, measure, high, low in (
+            ("index: target - sibling, random", "stop", target, wrong),
+            ("index of keeping (no evidence)", "keep", target, wrong),
+            ("presence: own - none", "stop", shown, none),
+            ("picture: own - blank", "stop", shown, blank),
+        ):
+            values, pictures = _paired(
+                high,
+                low,
+                lambda a, b, m=measure: float(_scores(a, m).mean() - _scores(b, m).mean()),  # type: ignore[misc]
+            )
+            found.append((name, measure, 0.0, _bounded(values, pictures, (-1, 1), n_boot, seed)))
+        for name, measure, null, value in found:
+            clear = value.num_clusters >= MIN_CLUSTERS and (value.low > null or value.high < null)
+            rows.append(Dependence(policy, step, name, measure, null, value, clear))
+    return rows
+
+
+def auroc(good: ArrayLike, bad: ArrayLike) -> float:
+    """Chance that a value of ``good`` (m,) is above one of ``bad`` (k,), ties counting half (Mann-Whitney).
+
+    Raises:
+        ValueError: where either is empty.
+    """
+    high, low = np.asarray(good, dtype=np.float64), np.asarray(bad, dtype=np.float64)
+    if not high.size or not low.size:
+        raise ValueError(f"an AUROC needs values on both sides, not {high.size} and {low.size}")
+    scores = np.concatenate([high, low])
+    return _weighted_auroc(scores, np.arange(len(scores)) < len(high), np.ones(len(scores)))
+
+
+def share(values: ArrayLike, clusters: Sequence[object]) -> Interval:
+    """A proportion of n answers with its Wilson interval, widened where answers share pictures.
+
+    Wilson's interval is taken over the number of *independent* answers that would have the clustered
+    standard error, p (1 - p) / se^2, at most n; where all answers are alike, over the number of pictures.
+
+    Args:
+        values: 0 or 1, shape (n,).
+        clusters: the picture of each, length n.
+
+    Raises:
+        ValueError: for no values, or lengths that differ.
+    """
+    v = np.asarray(values, dtype=np.float64)
+    num_clusters = len(set(clusters))
+    if v.ndim != 1 or not len(v) or len(clusters) != len(v):
+        raise ValueError(f"one value per picture id is needed, not shape {v.shape} for {len(clusters)} ids")
+    p = float(v.mean())
+    trials = num_clusters
+    if 0 < p < 1 and num_clusters > 1 and (se := clustered_se(v, clusters)) > 0:
+        trials = max(1, min(len(v), round(p * (1 - p) / se**2)))
+    return Interval(p, *wilson(p * trials, trials), len(v), num_clusters)
+
+
+def swap_table(rows: Sequence[VariantScores], *, markdown: bool = False) -> str:
+    """One line per policy, step and variant: shares in percent with 95 % intervals.
+
+    Raises:
+        ValueError: for no rows.
+    """
+    if not rows:
+        raise ValueError("no rows to print")
+    header = ["policy", "step", "shown", "n", "IoU shown", "stopped %", "left %", "towards %", "right after %"]
+    lines = []
+    for r in rows:
+        left = "-" if r.variant == "none" else _percent(r.left)
+        cells = [_percent(r.stopped), left, _percent(r.towards), _percent(r.right), _plain(r.change, sign=True)]
+        lines.append([r.policy, str(r.step), r.variant, str(r.num), f"{r.shown_iou:.3f}", *cells, str(r.failed)])
+    return render([*header, "IoU change", "failed"], lines, markdown=markdown, left=3)
+
+
+def dependence_table(rows: Sequence[Dependence], *, markdown: bool = False) -> str:
+    """One line per statistic; the last column says whether it differs from what indifference gives.
+
+    Raises:
+        ValueError: for no rows.
+    """
+    if not rows:
+        raise ValueError("no rows to print")
+    header = ["policy", "step", "statistic", "of", "value", "95% interval", "pictures", "indifferent", "differs"]
+    lines = []
+    for r in rows:
+        v = r.value
+        interval = "-" if math.isnan(v.low) else f"[{v.low:.3f}, {v.high:.3f}]"
+        value = "-" if math.isnan(v.value) else f"{v.value:.3f}"
+        verdict = "yes" if r.shown else "not shown"
+        of = r.measure.replace("_", " ")
+        lines.append(
+            [r.policy, str(r.step), r.name, of, value, interval, str(v.num_clusters), f"{r.null:.1f}", verdict]
+        )
+    return render(header, lines, markdown=markdown, left=4)
+
+
+def save_swaps(path: str | Path, swaps: Iterable[Swap]) -> Path:
+    """Write JSON lines, one swap a line; the file appears whole or not at all. Returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for swap in swaps:
+            file.write(json.dumps(asdict(swap), allow_nan=False) + "\n")
+    partial.replace(path)
+    return path
+
+
+def load_swaps(path: str | Path) -> list[Swap]:
+    """Read what ``save_swaps`` wrote.
+
+    Raises:
+        DataError: for a file that is not there, and a line that is no swap, contradicts itself (an IoU
+            that its boxes do not have) or repeats another; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no swaps at {path}: give a .jsonl file that `python -m agents.swaps` wrote")
+    swaps: list[Swap] = []
+    seen: dict[tuple[str, ...], int] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                swap = _parsed(json.loads(line.decode("utf-8")))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise DataError(f"{path}:{number}: not a swap ({error}); was the file cut off or edited?") from error
+            key = (swap.agent, swap.dataset, swap.split, swap.sample_id, swap.variant, str(swap.step))
+            if seen.setdefault(key, number) != number:
+                raise DataError(
+                    f"{path}:{number}: {swap.variant} at step {swap.step} of {swap.sample_id!r} stands in line "
+                    f"{seen[key]} already; keep one of them"
+                )
+            swaps.append(swap)
+    return swaps
+
+
+def _parsed(row: Mapping[str, Any]) -> Swap:
+    known = {f.name for f in fields(Swap)}
+    if not isinstance(row, dict) or set(row) - known:
+        raise ValueError(f"unknown field {sorted(set(row) - known)[0]!r}" if isinstance(row, dict) else "no object")
+    named = {name: _box(name, row[name]) for name in ("shown", "target", "new_box")}
+    swap = Swap(**{**row, **named})
+    for name in ("sample_id", "picture_id", "agent", "dataset", "split"):
+        if not isinstance(getattr(swap, name), str):
+            raise ValueError(f"{name} is {getattr(swap, name)!r}, not a text")
+    if swap.variant not in VARIANTS:
+        raise ValueError(f"variant {swap.variant!r} is none of {', '.join(VARIANTS)}")
+    if swap.action not in ACTIONS:
+        raise ValueError(f"action {swap.action!r} is none of {', '.join(ACTIONS)}")
+    if type(swap.step) is not int or swap.step < 1:
+        raise ValueError(f"step is {swap.step!r}, not an integer of at least 1")
+    if type(swap.reached) is not bool:
+        raise ValueError(f"reached is {swap.reached!r}, not true or false")
+    if swap.target is None:
+        raise ValueError("target is null")
+    if (swap.shown is None) != (swap.variant == "none"):
+        raise ValueError(f"variant {swap.variant!r} with shown {swap.shown}")
+    if swap.action == "propose" and swap.new_box is None:
+        raise ValueError("action 'propose' without a new_box")
+    if swap.action != "propose" and swap.new_box != swap.shown:
+        raise ValueError(f"action {swap.action!r}, but new_box is not the shown box")
+    for name, box in (("shown_iou", swap.shown), ("new_iou", swap.new_box)):
+        stated, real = getattr(swap, name), 0.0 if box is None else float(boxes.iou(box, swap.target))
+        if type(stated) not in (int, float) or not abs(stated - real) < 1e-4:
+            raise ValueError(f"{name} is {stated!r}, but its boxes have {real:.6f}")
+    p = swap.stop_probability
+    if p is not None and (type(p) not in (int, float) or not 0 <= p <= 1):
+        raise ValueError(f"stop_probability is {p!r}, not a number from 0 to 1")
+    return swap
+
+
+def _box(name: str, values: Any) -> Box | None:
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
+        raise ValueError(f"{name} is {values!r}, not four numbers")
+    if (why := boxes.invalid_reason(values)) is not None:
+        raise ValueError(f"{name}: {why}")
+    x1, y1, x2, y2 = map(float, values)
+    return x1, y1, x2, y2
+
+
+def _by_step(swaps: Sequence[Swap]) -> dict[int, list[Swap]]:
+    if not swaps:
+        raise ValueError("no swaps: play some first")
+    agents = {s.agent for s in swaps}
+    if len(agents) > 1:
+        raise ValueError(f"swaps of several policies ({', '.join(sorted(agents))}): score one at a time")
+    return {step: [s for s in swaps if s.step == step] for step in sorted({s.step for s in swaps})}
+
+
+def _of(swaps: Sequence[Swap], variant: str) -> dict[str, Swap]:
+    """The swaps of one variant by sample."""
+    found: dict[str, Swap] = {}
+    for s in swaps:
+        if s.variant == variant and found.setdefault(s.sample_id, s) is not s:
+            raise ValueError(f"{variant} at step {s.step} of sample {s.sample_id!r} is there twice; give one data set")
+    return found
+
+
+def _grouped(swaps: Iterable[Swap]) -> dict[str, list[Swap]]:
+    """Swaps by sample."""
+    found: dict[str, list[Swap]] = {}
+    for s in swaps:
+        found.setdefault(s.sample_id, []).append(s)
+    return found
+
+
+def _paired(
+    high: Mapping[str, list[Swap]],
+    low: Mapping[str, list[Swap]],
+    statistic: Callable[[list[Swap], list[Swap]], float],
+) -> tuple[list[float], list[str]]:
+    """The statistic of each sample that has both sides, and its picture."""
+    both = [id_ for id_ in high if id_ in low]
+    return [statistic(high[id_], low[id_]) for id_ in both], [high[id_][0].picture_id for id_ in both]
+
+
+def _measure(swaps: Sequence[Swap]) -> str:
+    return "stop_probability" if swaps and all(s.stop_probability is not None for s in swaps) else "stop"
+
+
+def _scores(swaps: Sequence[Swap], measure: str) -> Array:
+    if measure == "stop_probability":
+        return np.array([s.stop_probability for s in swaps], dtype=np.float64)
+    return np.array([s.kept if measure == "keep" else s.stopped for s in swaps], dtype=np.float64)
+
+
+def _bounded(
+    values: Sequence[float], clusters: Sequence[str], bounds: tuple[float, float], n_boot: int, seed: int
+) -> Interval:
+    """Mean with a bootstrap interval over pictures; NaN for no values, no interval for a single picture.
+
+    Where every value lies at a bound, resampling can show no spread; Wilson's interval over the pictures
+    then says how far from the bound the truth may be.
+    """
+    num_clusters = len(set(clusters))
+    if not values:
+        return Interval(math.nan, math.nan, math.nan, 0, 0)
+    if num_clusters < 2:
+        return Interval(float(np.mean(values)), math.nan, math.nan, len(values), num_clusters)
+    low, high = bounds
+    if len(set(values)) == 1 and values[0] in bounds:
+        p = (values[0] - low) / (high - low)
+        start, end = (low + (high - low) * q for q in wilson(p * num_clusters, num_clusters))
+        return Interval(float(values[0]), start, end, len(values), num_clusters)
+    return bootstrap_mean(values, clusters, n_boot=n_boot, seed=seed)
+
+
+def _auroc_across(swaps: Sequence[Swap], measure: str, n_boot: int, seed: int) -> Interval:
+    """AUROC of right against wrong shown boxes across samples, drawing whole pictures with replacement.
+
+    A resample without a right or without a wrong box has no AUROC and is drawn again.
+    """
+    right = np.array([s.shown_iou >= RIGHT_FROM for s in swaps], dtype=bool)
+    pictures = list(dict.fromkeys(s.picture_id for s in swaps))
+    if not right.any() or right.all():
+        return Interval(math.nan, math.nan, math.nan, len(swaps), len(pictures))
+    scores = _scores(swaps, measure)
+    value = _weighted_auroc(scores, right, np.ones(len(swaps)))
+    sides = [len({s.picture_id for s, r in zip(swaps, right, strict=True) if r == side}) for side in (True, False)]
+    if min(sides) < 2:  # the interval would not know the side that a single picture stands for
+        return Interval(value, math.nan, math.nan, len(swaps), len(pictures))
+    number = {p: k for k, p in enumerate(pictures)}
+    index = np.array([number[s.picture_id] for s in swaps])
+    rng = np.random.default_rng(seed)
+    drawn: list[float] = []
+    while len(drawn) < n_boot:
+        weights = np.bincount(rng.integers(len(pictures), size=len(pictures)), minlength=len(pictures))[index]
+        if weights[right].any() and weights[~right].any():
+            drawn.append(_weighted_auroc(scores, right, weights))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(value, float(low), float(high), len(swaps), len(pictures))
+
+
+def _weighted_auroc(scores: Array, good: NDArray[np.bool_], weights: ArrayLike) -> float:
+    """AUROC of weighted values (n,): a value of weight w counts as w equal ones."""
+    levels, place = np.unique(scores, return_inverse=True)
+    w = np.asarray(weights, dtype=np.float64)
+    high = np.bincount(place, weights=w * good, minlength=len(levels))
+    low = np.bincount(place, weights=w * ~good, minlength=len(levels))
+    below = np.cumsum(low) - low
+    return float((high * (below + low / 2)).sum() / (high.sum() * low.sum()))
+
+
+def _percent(value: Interval) -> str:
+    return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def _plain(value: Interval, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    if math.isnan(value.low):
+        return format(value.value, f"{plus}.3f")
+    return f"{value.value:{plus}.3f} [{value.low:{plus}.3f}, {value.high:{plus}.3f}]"

@@ -1,0 +1,268 @@
+"""What the overlay swaps are summed up to.
+
+If one of these is false, a policy that stops because there *is* a box passes for one that verifies, and
+a policy that repeats its own answer passes, too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ivt_env import boxes
+from ivt_env.data.sample import DataError
+from ivt_env.metrics.statistics import wilson
+from ivt_env.metrics.swaps import (
+    Dependence,
+    Swap,
+    auroc,
+    dependence,
+    dependence_table,
+    load_swaps,
+    save_swaps,
+    share,
+    summarise,
+    swap_table,
+)
+from ivt_env.metrics.table import as_json
+
+TARGET = (0.2, 0.2, 0.6, 0.6)
+FAR = (0.7, 0.7, 0.9, 0.9)
+NEAR = (0.25, 0.2, 0.65, 0.6)  # IoU 0.78 with the target
+SHOWN: dict[str, Any] = {
+    "own": (0.2, 0.2, 0.6, 0.61),
+    "target": TARGET,
+    "sibling": FAR,
+    "random": (0.0, 0.65, 0.1, 0.9),
+    "shifted": (0.3, 0.2, 0.7, 0.6),
+    "near": NEAR,
+    "none": None,
+    "blank": (0.2, 0.2, 0.6, 0.61),
+}
+
+
+def iou(box: Any) -> float:
+    return 0.0 if box is None else float(boxes.iou(box, TARGET))
+
+
+def swap(variant: str = "target", sample: int = 0, answer: Any = "stop", p: float | None = None, **more: Any) -> Swap:
+    """A swap; ``answer`` is an action, or the box proposed."""
+    shown = more.pop("shown", SHOWN[variant])
+    action, new = (answer, shown) if isinstance(answer, str) else ("propose", answer)
+    return Swap(
+        sample_id=f"s{sample}",
+        picture_id=more.pop("picture", f"p{sample}"),
+        variant=variant,
+        step=1,
+        shown=shown,
+        shown_iou=iou(shown),
+        target=TARGET,
+        action=action,
+        new_box=new,
+        new_iou=iou(new),
+        stop_probability=p,
+        **more,
+    )
+
+
+def played(policy: Any, samples: int = 30) -> list[Swap]:
+    """Every variant of each sample; ``policy(variant, shown IoU)`` gives the answer."""
+    return [swap(v, k, policy(v, iou(SHOWN[v]))) for k in range(samples) for v in SHOWN]
+
+
+def named(rows: list[Dependence]) -> dict[str, Dependence]:
+    return {row.name.partition(":")[0].partition(" (")[0]: row for row in rows}
+
+
+def test_a_perfect_verifier_scores_one() -> None:
+    found = named(dependence("it", played(lambda v, q: "stop" if q >= 0.9 and v != "blank" else TARGET)))
+    for name in ("AUROC good / bad", "AUROC target / near", "AUROC target / sibling", "AUROC target / random"):
+        assert found[name].value.value == 1 and found[name].shown
+    for name in ("index", "presence", "picture"):
+        assert found[name].value.value == 1 and found[name].shown
+
+
+@pytest.mark.parametrize("answer", ["stop", TARGET, FAR, "unparsable"])
+def test_a_policy_that_answers_every_box_alike_scores_nothing(answer: Any) -> None:
+    found = named(dependence("it", played(lambda v, q: answer)))
+    for name in ("AUROC good / bad", "AUROC target / near", "AUROC target / sibling", "AUROC target / random"):
+        assert found[name].value.value == 0.5 and not found[name].shown
+    for name in ("index", "presence", "picture"):
+        assert found[name].value.value == 0 and not found[name].shown
+
+
+def test_stopping_at_the_mere_presence_of_a_box_is_presence_and_nothing_else() -> None:
+    found = named(dependence("it", played(lambda v, q: TARGET if v == "none" else "stop")))
+    assert found["presence"].value.value == 1
+    assert found["index"].value.value == 0 and found["AUROC good / bad"].value.value == 0.5
+    assert found["picture"].value.value == 0
+
+
+def test_repeating_ones_own_right_answer_is_no_verifying_though_it_looks_like_keeping_good_boxes() -> None:
+    found = named(dependence("it", played(lambda v, q: TARGET)))
+    assert found["index of keeping"].value.value == 1 and found["index"].value.value == 0
+
+
+def test_good_and_bad_are_compared_within_a_sample_only() -> None:
+    # Between samples the bad boxes have far higher probabilities; within each the good one is ahead.
+    swaps = []
+    for k in range(20):
+        level = k / 20
+        swaps += [swap("target", k, p=min(1.0, level + 0.02)), swap("sibling", k, p=level)]
+    row = named(dependence("it", swaps))["AUROC target / sibling"]
+    assert row.value.value == 1 and row.measure == "stop_probability"
+
+
+def test_a_single_missing_probability_makes_the_statistic_one_of_stops() -> None:
+    swaps = [swap(v, k, "stop", p=0.9 if v == "target" else 0.1) for k in range(12) for v in ("target", "sibling")]
+    assert named(dependence("it", swaps))["AUROC target / sibling"].value.value == 1
+    swaps[5] = replace(swaps[5], stop_probability=None)
+    row = named(dependence("it", swaps))["AUROC target / sibling"]
+    assert (row.measure, row.value.value) == ("stop", 0.5)
+
+
+def test_boxes_between_good_and_bad_are_not_judged() -> None:
+    swaps = [swap("near", 0, p=0.1), swap("near", 1, p=0.9)]
+    assert math.isnan(named(dependence("it", swaps))["AUROC good / bad"].value.value)
+
+
+def test_auroc_is_the_share_of_pairs_in_order() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        good, bad = rng.integers(0, 5, rng.integers(1, 9)), rng.integers(0, 5, rng.integers(1, 9))
+        pairs = [(g > b) + 0.5 * (g == b) for g in good for b in bad]
+        assert auroc(good, bad) == pytest.approx(np.mean(pairs))
+    with pytest.raises(ValueError, match="both sides"):
+        auroc([], [1.0])
+
+
+def test_own_right_against_wrong_goes_across_samples() -> None:
+    right = [swap("own", k, p=0.6 + k / 100) for k in range(12)]
+    wrong = [swap("own", 20 + k, p=0.1 + k / 100, shown=FAR) for k in range(12)]
+    row = named(dependence("it", right + wrong))["AUROC own right / wrong"]
+    assert row.value.value == 1 and row.value.num_clusters == 24
+    assert math.isnan(named(dependence("it", right))["AUROC own right / wrong"].value.value)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    # Stops are drawn with chance 0.7 on good boxes and 0.4 on bad ones: index 0.3, AUROC 0.65. Two samples
+    # share each picture and its luck, so that intervals over samples would be too narrow.
+    truth = {"index": 0.3, "AUROC target / sibling": 0.65, "AUROC own right / wrong": 0.65}
+    covered = dict.fromkeys(truth, 0)
+    trials = 120
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        swaps = []
+        for picture in range(50):
+            luck = rng.random(3)
+            for k in (2 * picture, 2 * picture + 1):
+                for v, u in zip(("target", "sibling", "own"), luck, strict=True):
+                    shown = FAR if v == "own" and picture % 2 == 1 else SHOWN[v]
+                    stop = u < (0.7 if iou(shown) >= 0.5 else 0.4)
+                    swaps.append(swap(v, k, "stop" if stop else TARGET, picture=f"p{picture}", shown=shown))
+        found = named(dependence("it", swaps, n_boot=150, seed=trial))
+        for name, value in truth.items():
+            covered[name] += found[name].value.low <= value <= found[name].value.high
+    assert all(0.87 <= count / trials <= 0.995 for count in covered.values()), covered
+
+
+def test_shares_are_wilsons_and_widen_with_shared_pictures() -> None:
+    values = [1, 0, 1, 1, 0, 1, 1, 1, 0, 1] * 4
+    alone = share(values, range(40))
+    assert (alone.low, alone.high) == pytest.approx(wilson(28, 40), abs=0.01)
+    together = share(np.repeat(values, 4), np.repeat(range(40), 4).tolist())
+    assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.05)
+    certain = share([1] * 80, np.repeat(range(20), 4).tolist())
+    assert (certain.low, certain.high) == wilson(20, 20)
+
+
+def test_each_answer_is_what_its_definition_says() -> None:
+    stop, refused, silent = (swap("near", 0, a) for a in ("stop", "refused", "unparsable"))
+    to_target, away, again = swap("near", 0, TARGET), swap("near", 0, FAR), swap("near", 0, NEAR)
+    assert [s.stopped for s in (stop, refused, silent, to_target, away, again)] == [True] + [False] * 5
+    assert [s.kept for s in (stop, refused, silent, to_target, away, again)] == [True, False, False, True, False, True]
+    assert [s.left for s in (stop, refused, silent, to_target, away, again)] == [False] * 4 + [True, False]
+    assert [s.towards for s in (stop, refused, silent, to_target, away, again)] == [False] * 3 + [True, False, False]
+    assert [s.right for s in (stop, to_target, away)] == [True, True, False]
+    nothing = swap("none", 0, TARGET)
+    assert nothing.towards and not nothing.left and not nothing.kept
+
+
+def test_a_row_counts_its_answers() -> None:
+    answers = ["stop", TARGET, FAR, "refused", "unparsable"]
+    (row,) = summarise("it", [swap("near", k, a, reached=k > 0) for k, a in enumerate(answers)])
+    shares = [row.stopped.value, row.left.value, row.towards.value, row.kept.value, row.right.value]
+    assert shares == pytest.approx([0.2, 0.2, 0.2, 0.4, 0.8])
+    assert (row.num, row.failed, row.reached) == (5, 2, 0.8)
+    assert row.change.value == pytest.approx((1 - 2 * iou(NEAR)) / 5)
+
+
+def test_one_sample_or_one_picture_is_printed_without_an_interval() -> None:
+    swaps = [swap(v, 0) for v in SHOWN]
+    text = dependence_table(dependence("it", swaps)) + swap_table(summarise("it", swaps), markdown=True)
+    assert "nan" not in text.lower()
+    assert json.loads(json.dumps(as_json(dependence("it", swaps)), allow_nan=False))
+
+
+@pytest.mark.parametrize(
+    "swaps, why",
+    [
+        ([], "no swaps"),
+        ([swap(agent="a"), swap("near", agent="b")], "several policies"),
+        ([swap(), swap()], "there twice"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(swaps: list[Swap], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        summarise("it", swaps)
+
+
+def test_records_come_back_from_their_file(tmp_path: Path) -> None:
+    swaps = [swap(v, k, a, p=0.25, agent="it") for v in SHOWN for k, a in enumerate(["stop", TARGET, "unparsable"])]
+    assert load_swaps(save_swaps(tmp_path / "deep" / "it.jsonl", swaps)) == swaps
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["it.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"variant": "siblings"}, "variant 'siblings'"),
+        ({"action": "stay"}, "action 'stay'"),
+        ({"shown_iou": 0.5}, "shown_iou is 0.5"),
+        ({"new_iou": None}, "new_iou is None"),
+        ({"shown": [0.5, 0.5, 0.4, 0.9]}, "x2 <= x1"),
+        ({"target": None}, "target"),
+        ({"step": 0}, "step is 0"),
+        ({"stop_probability": 1.5}, "stop_probability is 1.5"),
+        ({"new_box": list(FAR)}, "not the shown box"),
+        ({"variant": "none"}, "variant 'none'"),
+        ({"sample_id": 7}, "sample_id is 7"),
+        ({"colour": "red"}, "unknown field 'colour'"),
+        ({"reached": 1}, "reached is 1"),
+    ],
+)
+def test_a_line_that_is_no_swap_is_named(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    path = save_swaps(tmp_path / "it.jsonl", [swap("near", 0), swap("near", 1)])
+    first, second = path.read_text().splitlines()
+    path.write_text(first + "\n" + json.dumps(json.loads(second) | change) + "\n")
+    with pytest.raises(DataError, match=rf"it.jsonl:2: .*{why}"):
+        load_swaps(path)
+
+
+def test_cut_off_and_repeated_lines_and_missing_files_are_named(tmp_path: Path) -> None:
+    path = save_swaps(tmp_path / "it.jsonl", [swap("near", 0)])
+    text = path.read_text()
+    path.write_text(text + text)
+    with pytest.raises(DataError, match=r"it.jsonl:2: near at step 1 of 's0' stands in line 1 already"):
+        load_swaps(path)
+    path.write_text(text[:60])
+    with pytest.raises(DataError, match=r"it.jsonl:1: not a swap"):
+        load_swaps(path)
+    with pytest.raises(DataError, match="no swaps at"):
+        load_swaps(tmp_path / "other.jsonl")
