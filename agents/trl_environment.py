@@ -10,6 +10,8 @@
         args=trl.GRPOConfig(max_tool_calling_iterations=2, ...),  # actions of an episode, less one
     )
 
+``examples/trl_environment.py`` trains with it; ``docs/trl.md`` compares it with ``agents.trl_rollout``.
+
 Written for TRL 1.16, and it imports nothing of it. The Gymnasium environment is used as it is: ``reset``
 returns its first picture and the question, the tool ``answer`` plays one action and returns the picture
 with the box drawn. The model answers in this project's text format, not in a tool-call format: every

@@ -1,0 +1,254 @@
+"""Episodes for TRL's ``GRPOTrainer`` played by this project's own loop: its ``rollout_func``.
+
+    policy = load_policy("tiny", temperature=1.0, layout="prefix")
+    trainer = trl.GRPOTrainer(
+        model=policy.model,
+        reward_funcs=episode_return,
+        processing_class=rollout_processor(policy),
+        rollout_func=TRLRollout(policy, "IVT-Scenes-v0", split="train"),
+        train_dataset=rollout_rows(range(1000)),
+        args=trl.GRPOConfig(temperature=1.0, ...),
+    )
+
+``examples/trl_rollout.py`` trains with it; ``docs/trl.md`` compares it with ``agents.trl_environment``.
+
+Written for TRL 1.16, and it imports nothing of it. Where ``environment_factory`` (``agents.trl_environment``)
+has TRL play and calls the environment as a tool, here TRL asks for whole rollouts: groups share their decoded
+pictures, a stop ends an episode at once, an answer has a limit of its own, an expression stays plain text, and
+every view and every box frame that a policy knows can be used.
+
+How the pictures come along. What a ``rollout_func`` returns has room for token ids, log-probabilities, a mask
+of the tokens that the model sampled (``env_mask``) and columns for the reward functions, and for nothing else.
+TRL takes a rollout's pictures from the ``images`` column of its row, which it reads *after* the rollout. So the
+column of ``rollout_rows`` holds a ``RolloutPictures``, empty at first; the row's prompt refers to the same object,
+and the rollout puts in every picture that the model saw. ``rollout_processor`` hands them to TRL as they are,
+nothing is processed twice, and TRL carries them through its shuffling and its batches. One thing is left: TRL
+expects pictures in a prompt only, and would leave those of later turns without their two-dimensional positions;
+a hook in front of the model's forward pass marks them, wherever they stand.
+
+What TRL's interface cannot express:
+
+- *Credit for a step.* A row has one scalar; all answers of an episode share one advantage.
+- *A fresh prompt for each step.* A row is one growing sequence, so the layout has to be ``prefix``.
+- *Pictures as a result.* The way above rests on the order in which TRL 1.16 reads its rows, and works for
+  processors of the Qwen-VL family, whose pictures are one list of patches.
+- *The distribution that was sampled from.* A policy never samples a picture placeholder, and TRL scores with the
+  whole vocabulary; the two differ by what the model gives to those few tokens.
+- *vLLM and ZeRO-3.* The loop samples with the trainer's model itself, so it needs whole weights in this process.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+
+from agents.grpo.collect import Groups, collect
+from agents.trl_environment import CHAT_TEMPLATE, PictureProcessor
+from agents.vlm.policy import VLMPolicy
+from agents.vlm.turns import Picture, Turn
+from ivt_env.rollouts import make_vector_env
+from ivt_env.vector_env import GroundingVectorEnv
+
+
+class RolloutPictures(Sequence[Picture]):
+    """The pictures of one rollout, in the order in which the model saw them; empty until it was played.
+
+    It is neither a list nor a tuple, because those are rebuilt on the way from the data loader to the trainer,
+    and a copy of it is the object itself: what the rollout fills is what the trainer reads.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[Picture, ...] = ()
+
+    def fill(self, pictures: Iterable[Picture]) -> None:
+        """Put in what the model saw, without the encodings that sampling kept.
+
+        Raises:
+            RuntimeError: if it was filled before: a row was handed out twice.
+        """
+        if self._held:
+            raise RuntimeError("these pictures belong to a rollout that was played already: take rows of rollout_rows")
+        self._held = tuple(Picture(p.patches, p.grid) for p in pictures)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @overload
+    def __getitem__(self, at: int) -> Picture: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Picture]: ...
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._held[at]
+
+    def __copy__(self) -> RolloutPictures:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> RolloutPictures:
+        return self
+
+
+def rollout_rows(indices: Iterable[int]) -> Any:
+    """A data set for TRL: one row for each sample index of the environment's split.
+
+    Args:
+        indices: of samples; TRL repeats each row for the members of its group.
+
+    Returns:
+        A ``datasets.Dataset``. Every look at a row gives it room for pictures of its own.
+    """
+    from datasets import Dataset  # type: ignore[import-untyped]
+
+    def row(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        rooms = [RolloutPictures() for _ in batch["index"]]
+        messages = [
+            {"role": "user", "content": "", "index": i, "pictures": room}
+            for i, room in zip(batch["index"], rooms, strict=True)
+        ]
+        return {"prompt": [[m] for m in messages], "images": list(rooms), "index": batch["index"]}
+
+    return Dataset.from_dict({"index": [int(i) for i in indices]}).with_transform(row)
+
+
+class TRLRollout:
+    """A ``rollout_func``: plays an episode for each prompt with the trainer's model."""
+
+    def __init__(self, policy: VLMPolicy, env_id: str, **kwargs: Any) -> None:
+        """Prepare to play.
+
+        Args:
+            policy: plays; its model is replaced by the trainer's. Its layout has to be ``prefix``.
+            env_id: a registered id.
+            **kwargs: of the environment: ``split``, ``max_steps``, ``view`` and so on.
+
+        Raises:
+            ValueError: for another layout.
+        """
+        if policy.layout != "prefix":
+            raise ValueError(
+                f"layout {policy.layout!r}: a rollout of TRL is one growing sequence; load_policy(..., layout='prefix')"
+            )
+        self._policy, self._env_id, self._kwargs = policy, env_id, kwargs
+        self._envs: dict[int, GroundingVectorEnv] = {}
+        self._model: Any = None
+
+    def __call__(self, prompts: Sequence[Sequence[dict[str, Any]]], trainer: Any) -> dict[str, list[Any]]:
+        """Play one episode for each prompt.
+
+        Args:
+            prompts: of rows of ``rollout_rows``; a group's are repeated by TRL.
+            trainer: the ``GRPOTrainer``.
+
+        Returns:
+            For each episode ``prompt_ids`` (the first question), ``completion_ids`` (all that follows: answers,
+            and the questions between them), ``logprobs`` of the ids that were sampled (0 elsewhere) and
+            ``env_mask`` (1 where an id was sampled); for the reward functions ``total_reward``, ``final_iou``
+            and ``actions``.
+
+        Raises:
+            ValueError: for rows that are not of ``rollout_rows``, or another temperature than the trainer's.
+        """
+        self._take(trainer)
+        found = [prompt[-1].get("pictures") for prompt in prompts]
+        rooms = [room for room in found if isinstance(room, RolloutPictures)]
+        if len(rooms) != len(prompts):
+            raise ValueError("the trainer's data set has to be made by rollout_rows(): a rollout puts pictures there")
+        groups = collect(self._env(len(prompts)), self._policy, [prompt[-1]["index"] for prompt in prompts], 1)
+        for room, turns in zip(rooms, groups.turns, strict=True):
+            room.fill(turns[-1].prompt.pictures)
+        return _fields(groups)
+
+    def _env(self, count: int) -> GroundingVectorEnv:
+        if count not in self._envs:
+            self._envs[count] = make_vector_env(self._env_id, count, **self._kwargs)
+        return self._envs[count]
+
+    def _take(self, trainer: Any) -> None:
+        """Play with the trainer's model from now on."""
+        policy = self._policy
+        if policy.sampling.temperature != trainer.args.temperature:
+            raise ValueError(
+                f"the policy samples at temperature {policy.sampling.temperature} and the trainer scores at"
+                f" {trainer.args.temperature}: the update would be off-policy; give both the same"
+            )
+        if self._model is trainer.model:
+            return
+        self._model = policy.model = trainer.model
+        policy.autocast = trainer.accelerator.autocast
+        # Processes play the same samples; they must not sample the same answers.
+        policy.generator = torch.Generator(device=trainer.model.device).manual_seed(
+            trainer.args.seed + trainer.accelerator.process_index
+        )
+        trainer.model.register_forward_pre_hook(self._mark_pictures, with_kwargs=True)
+
+    def _mark_pictures(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Say which ids are pictures: the model spreads those over rows and columns."""
+        if kwargs.get("image_grid_thw") is not None and kwargs.get("mm_token_type_ids") is None:
+            kwargs = kwargs | {"mm_token_type_ids": (kwargs["input_ids"] == self._policy.image_token).int()}
+        return args, kwargs
+
+
+def _fields(groups: Groups) -> dict[str, list[Any]]:
+    """Conversations as a ``rollout_func`` hands them back."""
+    rows = [_row(turns) for turns in groups.turns]
+    columns = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
+    return {name: list(values) for name, values in zip(columns, zip(*rows, strict=True), strict=True)} | {
+        "total_reward": groups.rewards.sum(-1).reshape(-1).tolist(),
+        "final_iou": groups.ious[..., -1].reshape(-1).tolist(),
+        "actions": np.asarray(groups.taken).sum(-1).reshape(-1).tolist(),
+    }
+
+
+def _row(turns: Sequence[Turn]) -> tuple[list[int], list[int], list[float], list[int]]:
+    """One conversation: the first prompt; then ids, their log-probabilities, and which of them were sampled."""
+    first = turns[0].prompt.ids
+    ids, log_probs, sampled = list(first), [0.0] * len(first), [0] * len(first)
+    for turn in turns:
+        assert turn.prompt.ids[: len(ids)] == ids, "a conversation grows by appending"
+        asked = len(turn.prompt.ids) - len(ids)
+        ids = [*turn.prompt.ids, *turn.completion]
+        log_probs += [0.0] * asked + list(turn.log_probs)
+        sampled += [0] * asked + [1] * len(turn.completion)
+    at = len(first)
+    return ids[:at], ids[at:], log_probs[at:], sampled[at:]
+
+
+def episode_return(total_reward: Sequence[float], **_: Any) -> list[float]:
+    """A reward function for TRL: the total reward of each episode, as the rollout handed it over."""
+    return list(total_reward)
+
+
+class RolloutProcessor(PictureProcessor):
+    """Hands TRL the pictures that the rollout prepared for the model."""
+
+    def __call__(self, images: Sequence[RolloutPictures], text: Any = None, **_: Any) -> BatchFeature:
+        """Patches and grids of all rollouts, one after the other; the text has been token ids all along.
+
+        Returns:
+            ``pixel_values`` (patches, channels * temporal * p * p) and ``image_grid_thw`` (pictures, 3).
+
+        Raises:
+            ValueError: for a rollout without pictures: it was not played by ``TRLRollout``.
+        """
+        if not images or not all(isinstance(room, RolloutPictures) and len(room) for room in images):
+            raise ValueError("rollouts without pictures: give the trainer rollout_func=TRLRollout(...)")
+        pictures = [picture for room in images for picture in room]
+        return BatchFeature(
+            {
+                "pixel_values": torch.cat([p.patches for p in pictures]),
+                "image_grid_thw": torch.tensor([p.grid for p in pictures]),
+            }
+        )
+
+
+def rollout_processor(policy: VLMPolicy) -> RolloutProcessor:
+    """The ``processing_class`` that goes with ``TRLRollout``."""
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return RolloutProcessor(image_processor=policy.image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)

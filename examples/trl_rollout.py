@@ -1,0 +1,89 @@
+"""Train the tiny model for two steps with TRL, on episodes that this project's own loop plays.
+
+    python examples/trl_rollout.py
+
+TRL's ``GRPOTrainer`` asks a ``rollout_func`` for whole episodes; ``agents.trl_rollout`` plays them in the
+environment with the trainer's model and hands back token ids, log-probabilities, a mask of the sampled tokens,
+the pictures and the rewards. docs/trl.md compares this way with the other one. Needs the train extra and TRL.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+from transformers import PrinterCallback  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+
+from agents.command import run_command  # noqa: E402
+from agents.trl_rollout import TRLRollout, episode_return, rollout_processor, rollout_rows  # noqa: E402
+from agents.vlm.load import load_policy  # noqa: E402
+
+
+@dataclass
+class Args:
+    """Options of the example."""
+
+    model: str = "tiny"
+    """A policy's folder or a model id."""
+    steps: int = 2
+    """Optimizer steps."""
+    prompts: int = 2
+    """Samples in a step."""
+    group: int = 4
+    """Episodes of each sample."""
+    turns: int = 3
+    """Actions in an episode."""
+    seed: int = 0
+    """Decides the samples' order and what is sampled."""
+
+
+def main(args: Args) -> None:
+    """Train, and print one line a step."""
+    policy = load_policy(args.model, temperature=1.0, max_new_tokens=40, layout="prefix")
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=args.prompts * args.group,
+            num_generations=args.group,
+            max_steps=args.steps,
+            learning_rate=1e-4,
+            temperature=1.0,
+            scale_rewards="none",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=args.seed,
+        )
+        trainer = GRPOTrainer(
+            model=policy.model,
+            reward_funcs=episode_return,
+            args=config,
+            processing_class=rollout_processor(policy),
+            rollout_func=TRLRollout(policy, "IVT-Scenes-v0", split="train", max_steps=args.turns),
+            train_dataset=rollout_rows(range(args.steps * args.prompts)),
+        )
+        trainer.remove_callback(PrinterCallback)
+        before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+        trainer.train()
+    changed = sum(not weight.equal(before[name]) for name, weight in trainer.model.named_parameters())
+    for logged in trainer.state.log_history:
+        if "reward" in logged:
+            tokens = logged["completions/mean_length"]
+            print(
+                f"step {logged['step']}: loss {logged['loss']:+.4f}, reward {logged['reward']:.4f}, {tokens:.1f} tokens"
+            )
+    print(f"{changed} of {len(before)} weights changed")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)
