@@ -1,44 +1,113 @@
-"""``ivt``: one command for everything. ``ivt COMMAND --help`` says what each does."""
+"""``ivt``: one command for everything. ``ivt COMMAND --help`` says what each does.
+
+Exit status of every command: 0 done; 2 an error that the user can mend, in one line on standard error;
+130 interrupted. ``ivt data check`` also has 1: the data are not fit for use. Anything else is a bug and
+shows its traceback.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from ivt_env import __version__
-from ivt_env.commands import data, score
+_STATUS = "exit status: 0 done, 2 an error that you can mend, 130 interrupted"
+_EXAMPLES = """examples:
+  ivt envs                                  what is there, and from where
+  ivt rollout --agent random --episodes 20  play, print and save episodes
+  ivt view runs/rollout                     look at them in a browser
+  ivt play                                  draw the boxes yourself
+  ivt train-sft && ivt train-grpo           both learners, on what is embedded
+  ivt evaluate --policies base=tiny grpo=runs/grpo/policy
+"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
-    parser = argparse.ArgumentParser("ivt", description="Iterative visual grounding: data and scores.")
-    parser.add_argument("--version", action="version", version=f"ivt-env {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show what is read, written and left out")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    one = commands.add_parser("data", help="fetch, check, convert and look at data sets")
-    data.add_subcommands(one)
-    one = commands.add_parser(
-        "score",
-        help="score a file of predictions, by the benchmark's own rule and by one common rule",
-        description="Score a file of predictions without a model.",
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A command whose options are those of a script's dataclass, passed on as they are."""
+
+    module: str
+    help: str
+    section: str | None = None
+    """Part of a ``--config`` file that it reads."""
+
+
+SCRIPTS = {
+    "rollout": Script("agents.rollout", "play episodes with any agent, print and save them"),
+    "evaluate": Script("evaluate", "columns, intervals and plots of several policies on the same samples"),
+    "train-sft": Script("train_sft", "teach a policy corrective traces", "sft"),
+    "train-grpo": Script("train_grpo", "train a policy by multi-turn GRPO on IoU gains", "grpo"),
+}
+
+PARSED = {
+    "view": ("ivt_env.commands.view", "look at recorded episodes: one HTML file, or a local server"),
+    "play": ("ivt_env.commands.play", "draw the boxes yourself, scored by the environment and saved"),
+    "data": ("ivt_env.commands.data", "fetch, check, convert and look at data sets"),
+    "score": ("ivt_env.commands.score", "score a file of predictions, by the benchmark's own rule and a common one"),
+    "agents": ("agents.listings", "list the built-in agents and the trained policies found here"),
+    "envs": ("agents.listings", "list the environments, what data each would serve now and from where"),
+}
+"""Commands with a parser of their own: module, and one line of help."""
+
+
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command.
+
+    Args:
+        chosen: the command whose arguments are wanted. Only its module is imported, so that help and
+            light commands start at once.
+    """
+    parser = argparse.ArgumentParser(
+        "ivt",
+        description="Iterative visual grounding: environments, agents, training and evaluation.",
+        epilog=f"{_EXAMPLES}\n{_STATUS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    score.add_arguments(one)
-    one.set_defaults(run=score.run)
+    parser.add_argument("--version", action="store_true", help="say which version this is, and end")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what is read, written and left out")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name in ("rollout", "view", "play", "evaluate", "train-sft", "train-grpo", "data", "score", "agents", "envs"):
+        if name in SCRIPTS:
+            commands.add_parser(name, help=SCRIPTS[name].help, add_help=False)
+            continue
+        module, line = PARSED[name]
+        if name != chosen:
+            commands.add_parser(name, help=line)
+            continue
+        found = importlib.import_module(module)
+        if name == "data":
+            found.add_subcommands(commands.add_parser(name, help=line))
+        elif name in ("agents", "envs"):
+            found.add_listing(commands, name, line)
+        else:
+            one = commands.add_parser(name, help=line, description=getattr(found, "DESCRIPTION", line))
+            found.add_arguments(one)
+            one.set_defaults(run=found.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status: 0 done, 2 an error that the user can mend, 130 interrupted."""
+    """Run a command; its exit status (see the module's docstring)."""
+    words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the letters of a path or expression
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    # No option that stands before the command takes a value.
+    place = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
+    chosen = words[place] if place < len(words) else None
     try:
-        status = int(args.run(args))
+        script = SCRIPTS.get(chosen or "")
+        if script is not None:
+            before = build_parser().parse_args(words[: place + 1])
+            _log(before.verbose)
+            status = _run_script(str(chosen), script, words[place + 1 :])
+        else:
+            status = _run_parsed(build_parser(chosen), words)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -47,6 +116,74 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
         return 1
     return status
+
+
+def _run_parsed(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    args = parser.parse_args(words)
+    if args.version:
+        from ivt_env import __version__
+
+        print(f"ivt-env {__version__}")
+        return 0
+    if args.command is None:
+        parser.error("the following arguments are required: COMMAND (ivt --help lists them)")
+    _log(args.verbose)
+    run: Callable[[argparse.Namespace], int] = args.run
+    return int(run(args))
+
+
+def _run_script(name: str, script: Script, words: list[str]) -> int:
+    """Run a script as ``python script.py WORDS`` would."""
+    try:
+        command = importlib.import_module("agents.command")
+        rich = importlib.import_module("rich")
+        module = importlib.import_module(script.module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("agents", "ivt_env", script.module):
+            raise
+        print(f'error: ivt {name} needs {missing}: pip install "ivt-env[train]"', file=sys.stderr)
+        return 2
+    # Standard output is for results, which a program may read; progress bars are for whoever waits.
+    rich.reconfigure(stderr=True)
+    as_json = name == "evaluate" and "--json" in words
+    given, sys.argv = sys.argv, [f"ivt {name}", *words]  # the name that help and errors show
+    try:
+        if as_json:
+            return _evaluate_as_json(command, module, [word for word in words if word != "--json"])
+        status: Any = None
+
+        def run(args: Any) -> None:
+            nonlocal status
+            status = module.main(args)
+
+        command.run_command(run, module.Args, words, script.section)
+        return status if type(status) is int else 0  # a training script returns where it wrote
+    except SystemExit as ended:  # of the parser, or after an error
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 2
+    finally:
+        sys.argv = given
+
+
+def _evaluate_as_json(command: Any, module: Any, words: list[str]) -> int:
+    """``evaluate`` with its tables on standard error and ``results.json`` on standard output."""
+    from contextlib import redirect_stdout
+    from pathlib import Path
+
+    written: list[Path] = []
+
+    def run(args: Any) -> None:
+        module.main(args)
+        written.append(args.out / "results.json")
+
+    with redirect_stdout(sys.stderr):
+        command.run_command(run, module.Args, words)
+    print(written[0].read_text(encoding="utf-8").rstrip("\n"))
+    return 0
+
+
+def _log(verbose: bool) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
 
 
 if __name__ == "__main__":

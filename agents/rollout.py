@@ -3,9 +3,12 @@
 Prints each episode for a person, and writes ``episodes.jsonl``, the pictures and a page for a
 browser. It measures nothing.
 
-    python -m agents.rollout
-    python -m agents.rollout --env IVT-Photos-v0 --agent my_module:MyAgent --episodes 16 --index 0
-    python -m agents.rollout --agent random --episodes 100 --json > episodes.jsonl
+    ivt rollout
+    ivt rollout --env IVT-Photos-v0 --agent my_module:MyAgent --episodes 16 --index 0
+    ivt rollout --agent random --episodes 100 --json > episodes.jsonl
+
+``python -m agents.rollout`` is the same command. Where the episodes themselves are not seen (``--json``, or
+output into a file), a bar on standard error shows how far it is.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
 
 import ivt_env
 from agents.base import Agent, load_agent
@@ -32,7 +38,7 @@ from ivt_env.viewer import write_page
 
 @dataclass
 class Args:
-    """Options of ``python -m agents.rollout``."""
+    """Play a few episodes, show every step, and save them with a page to look at."""
 
     env: str = "IVT-Scenes-v0"
     """Environment id."""
@@ -73,7 +79,7 @@ def main(args: Args) -> int:
         env, agent = _set_up(args)
         played, samples = [], {}
         asked = ivt_env.IDS[args.env]["dataset"]
-        for episode in _play(args, env, agent):
+        for episode in _with_progress(args, _play(args, env, agent)):
             played.append(episode)
             samples[episode.sample_id] = env.samples[0]
             if args.json:
@@ -132,6 +138,15 @@ def _play(args: Args, env: GroundingVectorEnv, agent: Agent) -> Iterator[Episode
             ignore_stop=args.forced,
             agent_name=args.agent,
         )
+
+
+def _with_progress(args: Args, episodes: Iterator[Episode]) -> Iterator[Episode]:
+    if not sys.stderr.isatty() or (sys.stdout.isatty() and not args.json):
+        yield from episodes
+        return
+    # The output is not redirected: rich would send it where the bar is.
+    with Progress(console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False) as progress:
+        yield from progress.track(episodes, args.episodes, description=escape(args.agent))
 
 
 def _save(args: Args, env: GroundingVectorEnv, played: list[Episode], samples: dict[str, Sample]) -> None:

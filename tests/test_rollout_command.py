@@ -93,6 +93,37 @@ def test_json_output_is_the_saved_episodes_and_nothing_else(tmp_path: Path) -> N
     assert {row["dataset"] for row in rows} == {"photos"}
 
 
+def test_a_bar_on_the_terminal_leaves_the_json_alone(tmp_path: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    words = ["--json", "--env", "IVT-Photos-v0", "--agent", "random", "--episodes", "3", "--out", str(tmp_path / "x")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "agents.cli", "rollout", *words],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not part:
+                break
+            shown += part
+        output = process.communicate(timeout=300)[0]
+    os.close(ours)
+    assert process.returncode == 0, shown
+    assert len([json.loads(line) for line in output.splitlines()]) == 3
+    assert b"random" in shown and b"100%" in shown
+
+
 def test_an_agent_of_a_few_lines_in_the_current_directory_plays(tmp_path: Path) -> None:
     assert len(CORNER.splitlines()) < 20
     (tmp_path / "corner.py").write_text(CORNER)

@@ -33,7 +33,18 @@ from ivt_env.viewer import write_page
 def content_of(page: Path) -> dict[str, Any]:
     match = re.search(r'<script type="application/json" id="content">(.*?)</script>', page.read_text("utf-8"), re.S)
     assert match
-    return json.loads(match[1])
+    content = json.loads(match[1])
+    for number, run in enumerate(content["runs"]):
+        for chunk in range(0, len(run["episodes"]), content["chunk"]):
+            name = f"details-{number}-{chunk // content['chunk']}"
+            block = re.search(
+                rf'<script type="application/json" id="{name}">(.*?)</script>', page.read_text("utf-8"), re.S
+            )
+            assert block
+            for row, more in zip(run["episodes"][chunk:], json.loads(block[1]), strict=False):
+                assert not row.keys() & more.keys()
+                row |= more
+    return content
 
 
 def pictures_of(page: Path) -> list[str]:
@@ -46,7 +57,7 @@ def test_hostile_text_cannot_leave_its_script_block(tmp_path: Path) -> None:
     hostile[0].dataset, hostile[0].agent = HOSTILE, HOSTILE
     page = write_page(tmp_path / "p.html", {HOSTILE: hostile}, photo_of, title=HOSTILE)
     text = page.read_text("utf-8")
-    assert text.count("<script") == text.count("</script>") == 3  # content, program, one picture
+    assert text.count("<script") == text.count("</script>") == 4  # content, details, program, one picture
     assert "<img" not in text and "\u2028" not in text and "\u2029" not in text
     read = content_of(page)["runs"][0]
     assert read["name"] == HOSTILE

@@ -1,20 +1,29 @@
-"use strict";
-// Everything shown comes from the JSON blocks of this page and is set as text, never as markup.
+// What the page shows and how it answers; loading.js comes before this file in the same script.
 
 const SVG = "http://www.w3.org/2000/svg";
 const GOOD = 0.5; // a box counts as right from this IoU on
-const runs = JSON.parse(document.getElementById("content").textContent).runs;
-const byId = (id) => document.getElementById(id);
 
 const FILTERS = [
   ["all", "All", () => true],
   ["corrected", "Corrected", (e) => e.outcome === "corrected"],
   ["broken", "Broken", (e) => e.outcome === "broken"],
-  ["right", "Stayed right", (e) => e.outcome === "right"],
+  ["right", "Kept right", (e) => e.outcome === "right"],
   ["wrong", "Stayed wrong", (e) => e.outcome === "wrong"],
+  ["never", "Never right", (e) => e.best < GOOD],
   ["stopped", "Stopped", (e) => e.stopped],
+  ["early", "Stopped too early", (e) => e.stopped && e.final < GOOD],
   ["unparsable", "Unparsable", (e) => e.unparsable],
 ];
+const MEANING = {
+  corrected: "step 0 wrong, final box right (IoU 0.5 or more)",
+  broken: "step 0 right, final box wrong",
+  right: "step 0 and final box right",
+  wrong: "step 0 and final box wrong",
+  never: "no step was right",
+  stopped: "the agent ended the episode",
+  early: "the agent stopped while its box was still wrong",
+  unparsable: "a step whose text held no action, or whose box was refused",
+};
 const OUTCOMES = Object.fromEntries(FILTERS.map(([key, label]) => [key, label]));
 const SORTS = [
   ["order", "sample order", (a, b) => a.index - b.index],
@@ -30,6 +39,7 @@ const state = {
   a: 0, // index of the run that the list shows
   b: null, // index of the run beside it, or null
   query: "",
+  found: null, // episodes of run a that the search found, or null: no search
   filter: "all",
   sort: "order",
   visible: [], // episodes of run a that pass search and filter, in order
@@ -39,30 +49,28 @@ const state = {
 
 // ---- what an episode amounts to ------------------------------------------------------------
 
-for (const run of runs) {
-  const copiesOfKey = new Map();
-  const copiesOfSample = new Map();
+function prepare(run, number) {
   run.byKey = new Map();
-  run.episodes.forEach((episode, index) => {
-    const key = JSON.stringify([episode.dataset, episode.split, episode.sample]);
-    const copy = (copiesOfKey.get(key) || 0) + 1;
-    copiesOfKey.set(key, copy);
-    episode.key = key + copy; // nth rollout of a sample is matched with the nth of another run
-    episode.copy = (copiesOfSample.get(episode.sample) || 0) + 1;
-    copiesOfSample.set(episode.sample, episode.copy);
-    run.byKey.set(episode.key, episode);
-    const { steps } = episode;
-    const last = steps[steps.length - 1];
-    episode.index = index;
-    episode.first = steps.length ? steps[0].iou : 0;
-    episode.final = last ? last.iou : 0;
-    episode.gain = episode.final - episode.first;
-    episode.stopped = Boolean(last && last.stop);
-    episode.unparsable = steps.some((s) => s.parseFailure || s.invalid !== undefined);
-    const [before, after] = [episode.first >= GOOD, episode.final >= GOOD];
-    episode.outcome = before ? (after ? "right" : "broken") : after ? "corrected" : "wrong";
-  });
+  run.copies = new Map();
+  run.episodes.forEach((episode, index) => prepareEpisode(run, number, episode, index));
 }
+
+function prepareEpisode(run, number, episode, index) {
+  // The nth rollout of a sample is matched with the nth of another run.
+  const key = episode.dataset + "\n" + episode.split + "\n" + episode.sample + "\n";
+  episode.copy = (run.copies.get(key) || 0) + 1;
+  run.copies.set(key, episode.copy);
+  episode.key = key + episode.copy;
+  run.byKey.set(episode.key, episode);
+  [episode.run, episode.index] = [number, index];
+  episode.gain = episode.final - episode.first;
+  episode.stopped = episode.stopped === true;
+  episode.unparsable = episode.unparsable === true;
+  const [before, after] = [episode.first >= GOOD, episode.final >= GOOD];
+  episode.outcome = before ? (after ? "right" : "broken") : after ? "corrected" : "wrong";
+}
+
+runs.forEach(prepare);
 
 function beside(episode) {
   return state.b === null ? undefined : runs[state.b].byKey.get(episode.key);
@@ -71,14 +79,6 @@ function beside(episode) {
 function lead(episode) {
   const other = beside(episode);
   return other ? episode.final - other.final : 0;
-}
-
-function matches(episode, query) {
-  if (episode.haystack === undefined) {
-    const parts = [episode.expression, episode.sample, ...episode.steps.map((s) => s.text || "")];
-    episode.haystack = parts.join("\n").toLowerCase();
-  }
-  return episode.haystack.includes(query);
 }
 
 // ---- building blocks -----------------------------------------------------------------------
@@ -123,7 +123,7 @@ function showSummary() {
       [episodes.length.toLocaleString("en")],
       change((iou) => (iou >= GOOD ? 1 : 0)),
       change((iou) => iou),
-      [episodes.length ? mean(episodes.map((e) => e.steps.length)).toFixed(2) : "–"],
+      [episodes.length ? mean(episodes.map((e) => e.count)).toFixed(2) : "–"],
       [episodes.length ? (100 * mean(episodes.map((e) => (e.stopped ? 1 : 0)))).toFixed(1) + " %" : "–"],
     ];
     const row = element("tr", {}, element("th", { scope: "row", dir: "auto", title: run.name }, run.name));
@@ -133,15 +133,14 @@ function showSummary() {
     return row;
   });
   document.querySelector("#summary tbody").replaceChildren(...rows);
-  const started = runs[state.a].episodes.filter((e) => e.initial).length;
+  const started = runs[state.a].episodes.filter((e) => e.started).length;
   byId("started").textContent = started
     ? ` · ${started.toLocaleString("en")} began from a given box; step 0 is the first action after it`
     : "";
 }
 
 function refresh() {
-  const query = state.query.trim().toLowerCase();
-  const found = query ? runs[state.a].episodes.filter((e) => matches(e, query)) : runs[state.a].episodes;
+  const found = state.found || runs[state.a].episodes;
   for (const [key, , test] of FILTERS) {
     byId("filter-" + key).setAttribute("aria-pressed", String(key === state.filter));
     byId("filter-" + key).lastChild.textContent = found.filter(test).length.toLocaleString("en");
@@ -205,8 +204,8 @@ function revealRow() {
 
 // ---- one episode ---------------------------------------------------------------------------
 
-const lastStep = (episode) => episode.steps.length - 1;
-const firstStep = (episode) => (episode.initial ? -1 : 0);
+const lastStep = (episode) => episode.count - 1;
+const firstStep = (episode) => (episode.started ? -1 : 0);
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 const stepName = (episode, index) => (index < 0 ? "Start" : episode.steps[index].stop ? "Stop" : "Step " + index);
 const boxAt = (episode, index) => (index < 0 ? episode.initial : episode.steps[index].box);
@@ -245,6 +244,14 @@ function showEpisode() {
     byId("said").textContent = "No episode matches.";
     return;
   }
+  const waiting = shownEpisodes().map(load).filter(Boolean);
+  panels.setAttribute("aria-busy", String(waiting.length > 0));
+  if (waiting.length) {
+    Promise.all(waiting).then(() => {
+      if (state.episode === episode) showEpisode();
+    }, showProblem);
+    return;
+  }
   const position = state.visible.indexOf(episode) + 1;
   const place = [
     `${position.toLocaleString("en")} of ${state.visible.length.toLocaleString("en")}`,
@@ -261,9 +268,15 @@ function showEpisode() {
   const focusable = focused && byId(focused);
   if (focusable) focusable.focus({ preventScroll: true });
   const step = clamp(state.step, firstStep(episode), lastStep(episode));
-  byId("said").textContent = `Episode ${position} of ${state.visible.length}, ` + (episode.steps.length || episode.initial
+  byId("said").textContent = `Episode ${position} of ${state.visible.length}, ` + (episode.steps.length || episode.started
     ? `${stepName(episode, step)}, IoU ${iouAt(episode, step).toFixed(3)}` : "no steps");
   rememberPlace();
+  if (!content.chunk) {
+    // The next episode is asked for before it is wanted; a failure shows when it is wanted.
+    for (const next of [state.visible[position], state.visible[position - 2]]) {
+      if (next) Promise.resolve(load(next)).then(() => { new Image().src = pictureAddress(next.picture); }, () => {});
+    }
+  }
 }
 
 function makePanel(run, episode, side) {
@@ -278,23 +291,23 @@ function makePanel(run, episode, side) {
   ].filter(Boolean).join(" · ");
   const head = element("div", { class: "head" }, name, ...badges(episode), about ? element("span", { class: "place" }, about) : null);
   const step = clamp(state.step, firstStep(episode), Math.max(lastStep(episode), firstStep(episode)));
-  const some = episode.steps.length > 0 || Boolean(episode.initial);
+  const some = episode.steps.length > 0 || Boolean(episode.started);
   const details = element("div", { class: "details" });
   if (some) details.append(makeStrip(episode, step, side), ...makeWords(episode, step), makeCurve(episode, step));
   else details.append(element("p", { class: "missing" }, "This episode has no steps."));
-  return element("section", { class: "panel", "aria-label": "Run " + run.name }, head, makeStage(episode, some ? step : null), details);
+  return element("section", { class: "panel", "aria-label": "Run " + run.name }, head, makeStage(episode, some ? step : null, side), details);
 }
 
-function makeStage(episode, step) {
+function makeStage(episode, step, side) {
   const [height, width] = episode.size;
   const picture = element("div", { class: "picture" });
   picture.style.setProperty("--aspect", String(width / height));
-  const source = byId("picture-" + episode.picture);
-  const image = element("img", { alt: "Picture " + episode.pictureId });
-  // While the page still loads, the block may be there in part; the end of loading draws again.
-  if (document.readyState !== "loading") image.src = JSON.parse(source.textContent);
-  picture.append(image, makeBoxes(episode, step));
-  return element("div", { class: "stage" }, picture);
+  const known = images[side];
+  if (!known || known.number !== episode.picture || known.missing) images[side] = makePicture(episode);
+  picture.append(images[side].node, makeBoxes(episode, step));
+  const stage = element("div", { class: "stage" }, picture);
+  if (images[side].missing) stage.append(element("p", { class: "absent" }, images[side].missing));
+  return stage;
 }
 
 function makeBoxes(episode, step) {
@@ -376,7 +389,7 @@ function makeWords(episode, step) {
 }
 
 function makeCurve(episode, step) {
-  const [width, height, left, right, top, bottom] = [320, 96, 30, 14, 8, 20];
+  const [width, height, left, right, top, bottom] = [320, 150, 44, 14, 8, 74];
   const from = firstStep(episode);
   const count = lastStep(episode) - from + 1;
   const x = (index) => (count < 2 ? (left + width - right) / 2 : left + ((index - from) * (width - left - right)) / (count - 1));
@@ -384,12 +397,24 @@ function makeCurve(episode, step) {
   const all = Array.from({ length: count }, (_, i) => from + i);
   const curve = drawing("svg", {
     class: "curve", viewBox: `0 0 ${width} ${height}`, role: "img",
-    "aria-label": "IoU by step: " + all.map((i) => `${stepName(episode, i)} ${iouAt(episode, i).toFixed(2)}`).join(", "),
+    "aria-label": "IoU and reward by step: " + all.map((i) => `${stepName(episode, i)} ${iouAt(episode, i).toFixed(2)}`
+      + (i < 0 ? "" : `, reward ${signed(episode.steps[i].reward, 2)}`)).join("; "),
   });
   for (const value of [0, 0.5, 1]) {
     curve.append(
       drawing("line", { class: value === GOOD ? "threshold" : "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }),
       drawing("text", { x: left - 6, y: y(value) + 3.5, "text-anchor": "end" }, value.toFixed(1)));
+  }
+  curve.append(drawing("title", {}, "IoU (line) and reward (bars) of each step"));
+  const [zero, tall] = [y(0) + 30, 20]; // the rewards have a strip of their own, from -1 to 1
+  curve.append(drawing("line", { class: "grid", x1: left, x2: width - right, y1: zero, y2: zero }));
+  curve.append(drawing("text", { x: left - 8, y: zero + 3.5, "text-anchor": "end" }, "reward"));
+  for (const index of all) {
+    if (index < 0) continue;
+    const reach = clamp(episode.steps[index].reward, -1, 1) * tall;
+    curve.append(drawing("rect", {
+      class: reach < 0 ? "loss" : "gain", x: x(index) - 4, width: 8, y: reach < 0 ? zero : zero - reach, height: Math.abs(reach),
+    }));
   }
   curve.append(drawing("polyline", { class: "line", points: all.map((i) => `${x(i)},${y(iouAt(episode, i))}`).join(" ") }));
   const every = Math.ceil(count / 8); // labels would touch each other beyond that
@@ -414,12 +439,22 @@ function rememberPlace() {
     if (!state.episode) return;
     const place = new URLSearchParams({ sample: state.episode.sample, step: String(state.step) });
     if (state.episode.copy > 1) place.set("copy", String(state.episode.copy));
+    if (findPlace(place) !== state.episode) { // another data set of this run has a sample of that name
+      place.set("dataset", state.episode.dataset);
+      place.set("split", state.episode.split);
+    }
     if (runs.length > 1) {
       place.set("run", runs[state.a].name);
       place.set("beside", state.b === null ? "" : runs[state.b].name);
     }
     history.replaceState(null, "", "#" + place);
   }, 350);
+}
+
+function findPlace(place) {
+  const copy = Number(place.get("copy") || 1);
+  const fits = (e, what) => !place.has(what) || place.get(what) === e[what];
+  return runs[state.a].episodes.find((e) => e.sample === place.get("sample") && e.copy === copy && fits(e, "dataset") && fits(e, "split"));
 }
 
 function readPlace() {
@@ -430,13 +465,13 @@ function readPlace() {
     const other = runs.findIndex((r) => r.name === place.get("beside"));
     state.b = other >= 0 && other !== run ? other : null;
   }
-  const copy = Number(place.get("copy") || 1);
-  const episode = runs[state.a].episodes.find((e) => e.sample === place.get("sample") && e.copy === copy);
+  const episode = findPlace(place);
   showControls();
   refresh();
   if (!episode) return;
   if (!state.visible.includes(episode)) {
     state.query = byId("search").value = "";
+    state.found = null;
     state.filter = "all";
     refresh();
   }
@@ -460,7 +495,7 @@ function setRuns(a, b) {
   state.episode = (kept && runs[a].byKey.get(kept.key)) || null;
   showControls();
   if (state.episode) state.step = clamp(state.step, ...stepRange());
-  refresh();
+  search();
 }
 
 function move(by) {
@@ -469,7 +504,7 @@ function move(by) {
 }
 
 for (const [key, label] of FILTERS) {
-  const button = element("button", { type: "button", id: "filter-" + key }, label, element("span", { class: "number" }));
+  const button = element("button", { type: "button", id: "filter-" + key, title: MEANING[key] }, label, element("span", { class: "number" }));
   button.addEventListener("click", () => {
     state.filter = key;
     list.scrollTop = 0;
@@ -503,7 +538,7 @@ byId("search").addEventListener("input", (event) => {
   typing = setTimeout(() => {
     state.query = event.target.value;
     list.scrollTop = 0;
-    refresh();
+    search();
   }, 80);
 });
 let framed = false;
@@ -519,16 +554,16 @@ window.addEventListener("resize", showRows);
 window.addEventListener("hashchange", readPlace);
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const search = byId("search");
-  if (event.target === search) {
+  if (event.ctrlKey || event.metaKey || event.altKey || state.playing) return;
+  const field = byId("search");
+  if (event.target === field) {
     if (event.key === "Escape" || event.key === "Enter") {
       list.focus();
       event.preventDefault();
     }
     return;
   }
-  if (event.target.tagName === "SELECT") return;
+  if (["SELECT", "INPUT"].includes(event.target.tagName)) return;
   const actions = {
     ArrowLeft: () => goToStep(state.step - 1),
     ArrowRight: () => goToStep(state.step + 1),
@@ -539,8 +574,8 @@ document.addEventListener("keydown", (event) => {
     Home: event.target === list ? () => move(-Infinity) : null,
     End: event.target === list ? () => move(Infinity) : null,
     "/": () => {
-      search.focus();
-      search.select();
+      field.focus();
+      field.select();
     },
   };
   const action = actions[event.key];

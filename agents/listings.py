@@ -1,0 +1,154 @@
+"""``ivt agents`` and ``ivt envs``: what can be named on the command line, and what it would be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+_DESCRIPTIONS = {
+    "agents": "Every form that --agent takes, and the trained policies below FOLDER. --policies of `ivt evaluate` "
+    "takes the same after `name=`; there a policy's folder needs no `vlm:`.",
+    "envs": "Every registered environment, the splits of its data set, and what each split would serve now.",
+}
+
+
+def add_listing(commands: Any, name: str, line: str) -> None:
+    """Add ``ivt agents`` or ``ivt envs`` to the parser's commands.
+
+    Args:
+        commands: what ``add_subparsers`` returned.
+        name: ``agents`` or ``envs``.
+        line: of help.
+    """
+    one: argparse.ArgumentParser = commands.add_parser(name, help=line, description=_DESCRIPTIONS[name])
+    one.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    if name == "agents":
+        one.add_argument(
+            "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="searched for policies (%(default)s)"
+        )
+        one.set_defaults(run=_agents)
+    else:
+        one.add_argument(
+            "--data-root",
+            type=Path,
+            metavar="FOLDER",
+            help="folder of the real data sets (default: the variable IVT_DATA, then the user's cache)",
+        )
+        one.set_defaults(run=_envs)
+
+
+def built_in_agents() -> dict[str, str]:
+    """Every form of an agent's name and what it is: the table in the documentation of ``load_agent``."""
+    from agents.base import load_agent
+
+    rows = re.findall(r"^\s*``([^`]+)``\s{2,}(.+?)\s*$|^\s*``([^`]+)`` (.+?)\s*$", load_agent.__doc__ or "", re.M)
+    return {a or c: (b or d).replace("``", "") for a, b, c, d in rows if not (c and d.startswith("is "))}
+
+
+def policies(folder: Path) -> list[dict[str, Any]]:
+    """The trained policies below ``folder``: spec and the base model of each, in order of their paths.
+
+    A file that is none is left out of the list; ``load_agent`` says what is wrong with it.
+    """
+    found = []
+    for path in sorted(folder.glob("**/policy.json")):
+        if any(part.startswith("checkpoint") for part in path.parts):
+            continue
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict):
+            found.append({"spec": f"vlm:{path.parent}", "record": record})
+    return found
+
+
+def environments(data_root: Path | None) -> list[dict[str, Any]]:
+    """Every registered id, JSON-able: its data set, and per split whether it is served and from where.
+
+    Args:
+        data_root: of the real data sets; None: the variable IVT_DATA, then the user's cache.
+
+    Raises:
+        DataError: for a home folder that does not exist.
+    """
+    import ivt_env
+    from ivt_env.data import data_folder, find_source, splits
+    from ivt_env.data.mixture import PARTS
+
+    root = data_folder(data_root)
+    rows = []
+    for name, options in ivt_env.IDS.items():
+        dataset = str(options["dataset"])
+        row: dict[str, Any] = {"id": name, "dataset": dataset, "looked_in": None, "splits": {}}
+        for split in splits(dataset):
+            if dataset in ("scenes", "photos"):
+                row["splits"][split] = {"serves": dataset, "from": "embedded"}
+                continue
+            row["looked_in"] = str(root)
+            if dataset == "mixed":
+                parts = [find_source(*part, root) for group in PARTS.values() for part in group]
+                folder = str(root) if all(parts) else None
+            else:
+                source = find_source(dataset, split, root)
+                folder = None if source is None else f"{source.folder} ({source.layout})"
+            if folder is not None:
+                row["splits"][split] = {"serves": dataset, "from": folder}
+            else:
+                # Nothing stands in for one's own data.
+                row["splits"][split] = {"serves": None if dataset == "custom" else "scenes", "from": None}
+        rows.append(row)
+    return rows
+
+
+def _agents(args: argparse.Namespace) -> int:
+    forms, trained = built_in_agents(), policies(args.runs)
+    if args.json:
+        listed = [{"spec": spec, "what": what} for spec, what in forms.items()]
+        print(json.dumps({"agents": listed, "policies": trained}, indent=2))
+        return 0
+    width = max(map(len, forms)) + 2
+    for spec, what in forms.items():
+        print(f"{spec:<{width}}{what}")
+    print(f"\ntrained policies below {args.runs}: {'none' if not trained else ''}".rstrip())
+    for one in trained:
+        print(f"  {one['spec']}")
+    print("vlm:tiny is the model that is shipped with the package.")
+    return 0
+
+
+def _envs(args: argparse.Namespace) -> int:
+    from ivt_env.data.sample import DataError
+
+    try:
+        rows = environments(args.data_root)
+    except DataError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps({"environments": rows}, indent=2))
+        return 0
+    for row in rows:
+        print(f"{row['id']:<22}data set {row['dataset']}")
+        by_place: dict[str, list[str]] = {}
+        for split, found in row["splits"].items():
+            by_place.setdefault(_words(row, found), []).append(split)
+        for words, names in by_place.items():
+            print(textwrap.indent(f"{', '.join(names)}: {words}", "    "))
+    return 0
+
+
+def _words(row: dict[str, Any], found: dict[str, Any]) -> str:
+    if found["from"] == "embedded":
+        return "embedded, always there"
+    if found["from"] is not None:
+        return f"from {found['from']}"
+    if found["serves"] is None:
+        return f"nothing: no data set of your own in {row['looked_in']} (docs/data/custom.md)"
+    get = "" if row["dataset"] == "mixed" else f"; to get it: ivt data fetch {row['dataset']}"
+    return f"not in {row['looked_in']}: EMBEDDED SCENES in its place, or an error with strict{get}"

@@ -1,0 +1,145 @@
+"""``ivt view``: look at recorded episodes in a browser.
+
+    ivt view runs/rollout                                  # one HTML file, for any browser, without network
+    ivt view runs/evaluation/episodes/base runs/evaluation/episodes/sft     # two runs side by side
+    ivt view runs/large --serve                            # a local server: pictures when they are looked at
+
+Exit status: 0, or 2 with one line on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ivt_env.data.sample import DataError, DataMissingError, Picture
+from ivt_env.episodes import Episode, load_episodes
+
+DESCRIPTION = (
+    "Shows recorded episodes: a list to filter and search, and each step with its boxes, IoU, reward and the agent's "
+    "words. Two runs over the same samples stand side by side. Pictures come from the run's folder or from the data "
+    "set that its episodes name. Without --serve everything is written into one HTML file."
+)
+_MANY_PICTURES = 2000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ivt view`` to ``parser``."""
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="holds episodes.jsonl (or is such a file); several: compare",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the HTML file (default: view.html in the first FOLDER)"
+    )
+    parser.add_argument("--title", help="heading of the page (default: the names of the runs)")
+    parser.add_argument(
+        "--side", type=int, metavar="PIXELS", help="longest side of a picture (default: 512, with --serve 1024)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N episodes of each run only")
+    parser.add_argument(
+        "--data-root", type=Path, metavar="FOLDER", help="folder of the real data sets (default: the variable IVT_DATA)"
+    )
+    parser.add_argument("--serve", action="store_true", help="serve the page on this machine until Ctrl-C")
+    parser.add_argument("--port", type=int, default=0, help="of --serve (default: any that is free)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write or serve the page; the exit status.
+
+    Args:
+        args: what ``add_arguments`` parsed.
+    """
+    try:
+        _view(args)
+    except BrokenPipeError:
+        raise
+    except (DataError, ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _view(args: argparse.Namespace) -> None:
+    from ivt_env.viewer.page import write_page
+    from ivt_env.viewer.pictures import PictureFinder
+
+    for option, value in (("--side", args.side), ("--limit", args.limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} {value}: give 1 or more")
+    if args.serve and args.out is not None:
+        raise ValueError("--out names a file and --serve writes none: give one of the two")
+    places = dict(zip(_names(args.runs), args.runs, strict=True))
+    runs = {name: _load(path)[: args.limit] for name, path in places.items()}
+    folders = {name: path if path.is_dir() else path.parent for name, path in places.items()}
+    find = PictureFinder(runs, folders, args.data_root)
+    title = args.title or " and ".join(runs)
+    if args.serve:
+        from ivt_env.viewer.server import LocalServer, ViewApp
+
+        app = ViewApp(runs, find, title, args.side or 1024)
+        app.get("/", {})  # made now, so that the browser need not wait for it
+        serve(LocalServer(app, args.port), f"{sum(map(len, runs.values())):,} episodes")
+        return
+    absent: dict[str, int] = {}
+
+    def picture_of(episode: Episode) -> Picture:
+        try:
+            return find(episode)
+        except DataMissingError as error:
+            absent[str(error)] = absent.get(str(error), 0) + 1
+            raise
+
+    first = next(iter(folders.values()))
+    path = write_page(args.out or first / "view.html", runs, picture_of, title, args.side or 512)
+    for why, count in absent.items():
+        print(f"warning: {count} picture(s) are not on the page: {' '.join(why.split())}", file=sys.stderr)
+    pictures = len({(e.dataset, e.picture_id) for run in runs.values() for e in run})
+    megabytes = path.stat().st_size / 1e6
+    print(f"{path}: {sum(map(len, runs.values())):,} episodes, {pictures:,} pictures, {megabytes:.1f} MB")
+    if pictures > _MANY_PICTURES:
+        print("a page of this size opens slowly; --serve sends pictures only when they are looked at", file=sys.stderr)
+
+
+def serve(server: object, what: str) -> None:
+    """Serve until Ctrl-C, which is how it is meant to end. The address is the line on standard output.
+
+    Args:
+        server: a ``LocalServer``.
+        what: is served, in words.
+    """
+    from ivt_env.viewer.server import LocalServer
+
+    assert isinstance(server, LocalServer)
+    print(server.url, flush=True)
+    print(f"{what}; only this machine can open the address; Ctrl-C ends", file=sys.stderr, flush=True)
+    with server:
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+
+
+def _load(path: Path) -> list[Episode]:
+    if path.is_dir() and not (path / "episodes.jsonl").is_file():
+        below = sorted(str(found.parent) for found in path.rglob("episodes.jsonl"))
+        if below:
+            raise DataError(f"no episodes.jsonl in {path} itself; give one or more of: {', '.join(below[:20])}")
+    return load_episodes(path)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """A short name for each run: as many last parts of its path as tell it from the others."""
+    full = [(p.parent if p.name == "episodes.jsonl" else p).absolute() for p in paths]
+    if len(set(full)) < len(full):
+        raise ValueError(f"a run is given twice in {', '.join(map(str, paths))}")
+    for parts in range(1, max(len(p.parts) for p in full) + 1):
+        names = [str(Path(*p.parts[-parts:])) for p in full]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("distinct paths have distinct names")

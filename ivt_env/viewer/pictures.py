@@ -1,0 +1,124 @@
+"""Finds the pictures of recorded episodes: beside the records, else in the data set they name."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ivt_env.data import load_dataset
+from ivt_env.data.sample import DataError, DataMissingError, Dataset, Picture, Sample
+from ivt_env.episodes import Episode, picture_file
+from ivt_env.viewer.rows import where_of
+
+
+class PictureFinder:
+    """Call it with an episode to get its picture.
+
+    A picture that a run saved (``pictures/`` in its folder) is taken first. Without one, the data set
+    and split that the episode names are opened, and the sample found there must be the one that was
+    played: another picture, expression or size under the same id is an error, not a picture.
+    """
+
+    def __init__(
+        self, runs: Mapping[str, Sequence[Episode]], folders: Mapping[str, Path], data_root: str | Path | None = None
+    ) -> None:
+        """Set up; nothing is read yet.
+
+        Args:
+            runs: episodes by run.
+            folders: the folder of each run.
+            data_root: of the real data sets, as ``load_dataset`` takes it.
+        """
+        self.data_root = data_root
+        self._folders: dict[tuple[str, str], list[Path]] = {}
+        for name, run in runs.items():
+            for episode in run:
+                places = self._folders.setdefault((episode.dataset, episode.picture_id), [])
+                if folders[name] not in places:
+                    places.append(folders[name])
+        self._datasets: dict[tuple[str, str], Dataset | DataMissingError] = {}
+        self._places: dict[tuple[str, str], dict[str, int]] = {}
+        # A server asks from several threads, and a data set need not bear that.
+        self._lock = threading.Lock()
+
+    def __call__(self, episode: Episode) -> Picture:
+        """The picture at full resolution.
+
+        Raises:
+            DataMissingError: where neither the run nor this machine's data sets hold it; says what was tried.
+            DataError: for a saved picture or a data set that is there and broken.
+        """
+        for folder in self._folders.get((episode.dataset, episode.picture_id), ()):
+            path = folder / "pictures" / picture_file(episode.picture_id)
+            if path.is_file():
+                return _read(path)
+        with self._lock:
+            # A mixture's samples are labelled with the data set they are from; their ids begin with it.
+            mixed = episode.sample_id.startswith(f"{episode.dataset}/")
+            dataset = self._dataset("mixed" if mixed else episode.dataset, episode.split)
+            if isinstance(dataset, DataMissingError):
+                raise DataMissingError(f"The run saved no pictures, and {dataset}")
+            sample = self._sample(dataset, episode)
+            return dataset.picture(sample)
+
+    def _dataset(self, name: str, split: str) -> Dataset | DataMissingError:
+        if (name, split) not in self._datasets:
+            try:
+                self._datasets[name, split] = load_dataset(name, split, self.data_root, strict=True)
+            except DataMissingError as error:
+                self._datasets[name, split] = error
+            except DataError as error:
+                # A data set of one's own goes by a name that load_dataset does not know.
+                try:
+                    own = load_dataset("custom", split, self.data_root, strict=True)
+                except DataError:
+                    self._datasets[name, split] = DataMissingError(f"the data set cannot be opened: {error}")
+                else:
+                    missing = f"there is a data set {own.name!r} of your own here, but not {name!r}"
+                    self._datasets[name, split] = own if own.name == name else DataMissingError(missing)
+        return self._datasets[name, split]
+
+    def _sample(self, dataset: Dataset, episode: Episode) -> Sample:
+        sample = _at_number(dataset, episode.sample_id)
+        if sample is None:
+            key = dataset.name, episode.split
+            if key not in self._places:
+                self._places[key] = {dataset[i].sample_id: i for i in range(len(dataset))}
+            place = self._places[key].get(episode.sample_id)
+            if place is None:
+                raise DataMissingError(
+                    f"The run saved no pictures, and {dataset.name}/{dataset.split} on this machine has no sample "
+                    f"{episode.sample_id!r}: is it another version?"
+                )
+            sample = dataset[place]
+        for what in ("picture_id", "expression", "size"):
+            now, then = getattr(sample, what), getattr(episode, what)
+            if now != then:
+                raise DataMissingError(
+                    f"The run saved no pictures, and {where_of(episode)} is another one on this machine: its {what} "
+                    f"is {now!r}, in the run {then!r}"
+                )
+        return sample
+
+
+def _at_number(dataset: Dataset, sample_id: str) -> Sample | None:
+    """The sample at the number that its id ends in, where that is the one: most data sets count this way."""
+    digits = sample_id[len(sample_id.rstrip("0123456789")) :]
+    if not digits or len(digits) > 12 or int(digits) >= len(dataset):
+        return None
+    sample = dataset[int(digits)]
+    return sample if sample.sample_id == sample_id else None
+
+
+def _read(path: Path) -> Picture:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} is no picture ({error}); delete it to have it taken from the data set, or play again"
+        ) from error

@@ -1,0 +1,289 @@
+"""Episodes played by a person: the page of ``ivt play`` and the environment behind it.
+
+The environment runs here, not in the browser. While an episode runs, the browser gets the picture,
+the expression and its own boxes, which is what any agent is shown; target, IoU and rewards follow
+when the episode is over.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium.utils.seeding import np_random
+from PIL import Image
+
+from ivt_env.data.sample import DataError, Picture
+from ivt_env.env import GroundingEnv
+from ivt_env.episodes import Box, Episode, Step, load_episodes, picture_file, save_episodes
+from ivt_env.viewer.page import page_parts
+from ivt_env.viewer.rows import details, where_of
+from ivt_env.viewer.server import Refused, Reply, ViewApp
+
+HUMAN = "human"
+"""The agent's name in the records."""
+
+_LARGEST = 1e6
+"""Of a coordinate that is taken for a box at all; what is outside [0, 1] the environment refuses, with a reason."""
+
+
+class PlayApp(ViewApp):
+    """The page of ``ivt play``. Every finished episode is saved at once, and so are its steps as demonstrations."""
+
+    def __init__(self, env: GroundingEnv, folder: str | Path, total: int, seed: int = 0, title: str = "Play") -> None:
+        """Set up; goes on where an earlier session in ``folder`` ended.
+
+        Args:
+            env: what is played; nothing else may use it meanwhile.
+            folder: gets ``episodes.jsonl``, ``demonstrations.jsonl`` and ``pictures/``.
+            total: episodes to play, those of earlier sessions counted.
+            seed: decides which samples are drawn; episode i is seeded with ``seed + i``.
+            title: heading of the page.
+
+        Raises:
+            DataError: where ``folder`` holds episodes that are not this session's own.
+        """
+        self.env, self.folder, self.total, self.seed = env, Path(folder), total, seed
+        self.episodes = self._earlier()
+        self.token = secrets.token_urlsafe(24)
+        self._live: Episode | None = None
+        self._playing = threading.RLock()
+        self._shown: dict[tuple[str, str], Picture] = {}
+        super().__init__({HUMAN: self.episodes}, self._picture_of, title, max_picture_side=env.screen.side)
+
+    def page(self) -> str:
+        """The page itself, with the episodes that are over."""
+        with self._playing:
+            content = {"runs": self.content.overview(), "version": self.version, "play": {"token": self.token}}
+            dataset = self.env.dataset
+            served = f"{dataset.name} / {dataset.split} ({len(dataset):,} samples)"
+            return "".join(page_parts(self.title, served, content, from_server=True, play=True))
+
+    def get(self, path: str, query: Mapping[str, str]) -> Reply:
+        """As for ``ivt view``, but the page is made anew: episodes are added while it is open."""
+        if path == "/":
+            return Reply(self.page().encode("utf-8", "xmlcharrefreplace"), "text/html; charset=utf-8")
+        return super().get(path, query)
+
+    def post(self, path: str, token: str, message: Any) -> Reply:
+        """``/start``: the episode to play; ``/act``: one action in it."""
+        # Compared as bytes: a str with other letters than ASCII would be refused by the comparison itself.
+        if not secrets.compare_digest(token.encode("utf-8", "replace"), self.token.encode()):
+            raise Refused(403, "This is not the page that the server sent: reload it.")
+        if not isinstance(message, dict):
+            raise Refused(400, f"Send a JSON object, not {json.dumps(message)[:60]}.")
+        with self._playing:
+            if path == "/start":
+                return _json(self._start())
+            if path == "/act":
+                return _json(self._act(message))
+        raise Refused(404, "There is nothing to do there: /start and /act.")
+
+    # ---- playing -------------------------------------------------------------------------------
+
+    def _start(self) -> dict[str, Any]:
+        """What a person may know of the running episode; begins one where none runs."""
+        if self._live is None:
+            if len(self.episodes) >= self.total:
+                return self._standing()
+            seed = self.seed + len(self.episodes)
+            self.env.reset(seed=seed, options={"index": self._index(seed)})
+            sample = self.env.sample
+            self._live = Episode(
+                sample_id=sample.sample_id,
+                picture_id=sample.picture_id,
+                dataset=sample.dataset,
+                split=sample.split,
+                expression=sample.expression,
+                target=_box(sample.box),
+                size=sample.size,
+                steps=[],
+                initial_box=self._box_now(),
+                agent=HUMAN,
+                seed=seed,
+                siblings=[_box(b) for b in sample.siblings],
+            )
+            self._shown[sample.dataset, sample.picture_id] = self.env.dataset.picture(sample)
+        episode = self._live
+        return {
+            "number": len(self.episodes) + 1,
+            "total": self.total,
+            "expression": episode.expression,
+            "dataset": episode.dataset,
+            "split": episode.split,
+            "size": list(episode.size),
+            "picture": self.content.number_of_picture(episode),
+            "max_steps": self.env.max_steps,
+            **self._progress(),
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        """Where the running episode stands, without a word about how good it is."""
+        assert self._live is not None
+        boxes = [step.box for step in self._live.steps if step.box is not None]
+        earlier = list(dict.fromkeys(boxes[:-1]))
+        if self._live.initial_box is not None and boxes:
+            earlier.insert(0, self._live.initial_box)
+        return {"step": len(self._live.steps), "box": self._box_now(), "earlier": earlier}
+
+    def _act(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        episode = self._live
+        if episode is None:
+            raise Refused(409, "No episode is running: reload the page.")
+        if episode.terminated or episode.truncated:  # its last action was taken, and could not be saved
+            return self._finished(episode)
+        if (message.get("number"), message.get("step")) != (len(self.episodes) + 1, len(episode.steps)):
+            raise Refused(409, "This action belongs to another step, perhaps of another window: reload the page.")
+        stop = message.get("stop") is True
+        proposal = None if stop else _proposal(message.get("box"))
+        action = {"box": np.zeros(4, np.float32) if proposal is None else proposal, "stop": int(stop)}
+        _, reward, terminated, truncated, info = self.env.step(action)
+        episode.steps.append(
+            Step(
+                proposal=None if proposal is None else _box(proposal),
+                stop=stop,
+                box=self._box_now(),
+                iou=float(info["iou"]),
+                reward=float(reward),
+                invalid=info.get("invalid"),
+            )
+        )
+        episode.terminated, episode.truncated = bool(terminated), bool(truncated)
+        if not (terminated or truncated):
+            return {"over": False, "invalid": info.get("invalid"), **self._progress()}
+        return self._finished(episode)
+
+    def _finished(self, episode: Episode) -> dict[str, Any]:
+        try:
+            self._finish(episode)
+        except OSError as error:
+            raise Refused(
+                500, f"The episode is not saved yet ({error}): make room, then press a button again."
+            ) from error
+        return {
+            "over": True,
+            "short": self.content.short(episode),
+            "details": details(episode),
+            **self._standing(),
+        }
+
+    def _standing(self) -> dict[str, Any]:
+        played = len(self.episodes)
+        return {"finished": played >= self.total, "played": played, "total": self.total, "folder": str(self.folder)}
+
+    def _finish(self, episode: Episode) -> None:
+        """Into the records: on disk first, so that what the page shows is never lost."""
+        folder = self.folder / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / picture_file(episode.picture_id)
+        if not path.exists():
+            Image.fromarray(self._picture_of(episode)).save(path)
+        played = [*self.episodes, episode]
+        _write_lines(
+            self.folder / "demonstrations.jsonl",
+            [row for i, e in enumerate(played) for row in self._demonstrations(e, self._index(self.seed + i))],
+        )
+        save_episodes(self.folder, played)
+        self.episodes.append(episode)
+        self.content.add(HUMAN, episode)
+        self._live = None
+
+    def _demonstrations(self, episode: Episode, index: int) -> list[dict[str, Any]]:
+        # A mixture's samples bear the names of its parts, and demonstrations that of what is opened.
+        opened = {"dataset": self.env.dataset.name, "split": self.env.dataset.split}
+        return [row | opened for row in demonstrations(episode, index)]
+
+    def _index(self, seed: int) -> int:
+        """The sample that ``env.reset(seed=seed)`` draws: its number is needed, and no search for it is quick."""
+        return int(np_random(seed)[0].integers(len(self.env.dataset)))
+
+    def _box_now(self) -> Box | None:
+        game = self.env.game
+        return None if game is None or game.box is None else _box(game.box)
+
+    def _picture_of(self, episode: Episode) -> Picture:
+        known = self._shown.get((episode.dataset, episode.picture_id))
+        if known is not None:
+            return known
+        path = self.folder / "pictures" / picture_file(episode.picture_id)
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} of an earlier session cannot be read: {error}") from error
+
+    def _earlier(self) -> list[Episode]:
+        path = self.folder / "episodes.jsonl"
+        if not path.exists():
+            return []
+        found = load_episodes(path)
+        dataset = self.env.dataset
+        for number, episode in enumerate(found):
+            seed = self.seed + number
+            sample = dataset[self._index(seed)]
+            mine = (HUMAN, sample.dataset, sample.split, sample.sample_id)
+            if (episode.agent, episode.dataset, episode.split, episode.sample_id) != mine:
+                raise DataError(
+                    f"{path} holds an episode of {episode.agent!r} on {where_of(episode)}, and this session would have "
+                    f"had {HUMAN!r} on sample {sample.sample_id!r} of {sample.dataset}/{sample.split} (seed {seed}) "
+                    "there: give another --out"
+                )
+        return found
+
+
+def demonstrations(episode: Episode, index: int) -> list[dict[str, Any]]:
+    """The steps of an episode as lines of the file that ``train_sft.py --demonstrations`` reads.
+
+    A proposal that the environment refused demonstrates nothing and is left out.
+
+    Args:
+        episode: what was played.
+        index: of its sample in the split.
+    """
+    rows: list[dict[str, Any]] = []
+    shown, before = episode.initial_box, list[Box]()
+    for step in episode.steps:
+        if step.invalid is None and (step.stop or step.proposal is not None):
+            rows.append(
+                {
+                    "dataset": episode.dataset,
+                    "split": episode.split,
+                    "index": index,
+                    "sample_id": episode.sample_id,
+                    "shown": shown,
+                    "answer": None if step.stop else step.proposal,
+                    "before": list(before),
+                }
+            )
+        if step.box is not None and step.box != shown:
+            if shown is not None:
+                before.append(shown)
+            shown = step.box
+    return rows
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def _proposal(box: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    numbers = isinstance(box, list) and len(box) == 4
+    if not numbers or not all(type(v) in (int, float) and abs(v) <= _LARGEST for v in box):
+        raise Refused(400, f"box is {json.dumps(box)[:80]}: give four numbers x1, y1, x2, y2 from 0 to 1, or stop.")
+    return np.array(box, dtype=np.float32)
+
+
+def _box(box: Any) -> Box:
+    x1, y1, x2, y2 = (float(v) for v in box)
+    return (x1, y1, x2, y2)
+
+
+def _json(value: Any) -> Reply:
+    return Reply(json.dumps(value, allow_nan=False).encode("ascii"))

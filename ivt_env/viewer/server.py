@@ -1,0 +1,262 @@
+"""A local server for pages of large runs: episodes and pictures are sent when they are looked at.
+
+It listens on 127.0.0.1 alone and answers only requests that name this address as their host, so that
+no other page in the browser can reach it under a name of its own. It opens no file by name: episodes
+and pictures are asked for by number.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Protocol
+from urllib.parse import parse_qs, urlsplit
+
+from ivt_env.data.sample import DataError, DataMissingError, Picture
+from ivt_env.episodes import Episode
+from ivt_env.viewer.page import page_parts, picture_jpeg
+from ivt_env.viewer.rows import Content, details
+
+_ADDRESS = "127.0.0.1"
+_KEPT_PICTURES = 256
+_MOST_CONNECTIONS = 64
+_LONGEST_QUERY = 1000
+_LONGEST_BODY = 10_000
+"""Bytes of a request's body: a box is a hundred."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What goes back to the browser."""
+
+    body: bytes
+    kind: str = "application/json"
+    status: int = 200
+    keep: bool = False
+    """Whether the browser may keep it."""
+
+
+class Refused(Exception):
+    """A request that cannot be answered: its HTTP status and why."""
+
+    def __init__(self, status: int, why: str) -> None:
+        """Say why."""
+        super().__init__(why)
+        self.status = status
+
+
+class App(Protocol):
+    """Answers requests; called from several threads."""
+
+    def get(self, path: str, query: Mapping[str, str]) -> Reply:
+        """A page, or a part of it. ``Refused`` where there is none."""
+        ...
+
+    def post(self, path: str, token: str, message: Any) -> Reply:
+        """Something to do. ``message`` is whatever JSON the browser sent."""
+        ...
+
+
+class ViewApp:
+    """The page of ``ivt view``, and what it asks for while someone looks."""
+
+    def __init__(
+        self,
+        runs: Mapping[str, Sequence[Episode]],
+        picture_of: Callable[[Episode], Picture],
+        title: str,
+        max_picture_side: int = 1024,
+    ) -> None:
+        """Set up.
+
+        Args:
+            runs: episodes by the name of their run.
+            picture_of: as for ``write_page``; called when a picture is looked at.
+            title: heading of the page.
+            max_picture_side: larger pictures are scaled down to this many pixels; none is enlarged.
+
+        Raises:
+            DataError: as ``write_page``.
+        """
+        self.content = Content(runs)
+        self.names = list(self.content.runs)
+        self.title, self.picture_of, self.side = title, picture_of, max_picture_side
+        self.version = secrets.token_hex(8)
+        self._pictures: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: str, query: Mapping[str, str]) -> Reply:
+        """``/``, ``/episode?run=&index=``, ``/picture/N`` and ``/search?run=&query=``."""
+        if path == "/":
+            return Reply(self._page, "text/html; charset=utf-8")
+        if path == "/episode":
+            run = self._run(query)
+            return _json(details(run[_number(query.get("index", ""), len(run), "index")]))
+        if path == "/search":
+            name = self.names[_number(query.get("run", ""), len(self.names), "run")]
+            wanted = query.get("query", "")
+            if len(wanted) > _LONGEST_QUERY:
+                raise Refused(400, f"A search of more than {_LONGEST_QUERY} characters.")
+            return _json(self.content.search(name, wanted))
+        if path.startswith("/picture/"):
+            number = _number(path.removeprefix("/picture/"), len(self.content.pictures), "picture")
+            return Reply(self._picture(number), "image/jpeg", keep=True)
+        raise Refused(404, "There is no such page here.")
+
+    def post(self, path: str, token: str, message: Any) -> Reply:
+        """Nothing: this page only shows."""
+        raise Refused(405, "This page only shows.")
+
+    @cached_property
+    def _page(self) -> bytes:
+        return self.page().encode("utf-8", "xmlcharrefreplace")
+
+    def page(self) -> str:
+        """The page itself, without the details and pictures of its episodes."""
+        content = {"runs": self.content.overview(), "version": self.version}
+        return "".join(page_parts(self.title, self.content.served(), content, from_server=True))
+
+    def _run(self, query: Mapping[str, str]) -> list[Episode]:
+        return self.content.runs[self.names[_number(query.get("run", ""), len(self.names), "run")]]
+
+    def _picture(self, number: int) -> bytes:
+        with self._lock:
+            if number in self._pictures:
+                self._pictures.move_to_end(number)
+                return self._pictures[number]
+        episode = self.content.pictures[number]
+        try:
+            encoded = picture_jpeg(self.picture_of(episode), episode, self.side)
+        except DataMissingError as error:
+            raise Refused(404, str(error)) from error
+        except DataError as error:
+            raise Refused(500, str(error)) from error
+        with self._lock:
+            self._pictures[number] = encoded
+            while len(self._pictures) > _KEPT_PICTURES:
+                self._pictures.popitem(last=False)
+        return encoded
+
+
+class LocalServer(ThreadingHTTPServer):
+    """``app`` on a port of this machine; ``serve_forever`` answers, ``url`` says where."""
+
+    daemon_threads = True
+    request_queue_size = 32
+
+    def __init__(self, app: App, port: int = 0) -> None:
+        """Listen.
+
+        Args:
+            app: what answers.
+            port: 0: any that is free.
+
+        Raises:
+            ValueError: for a port that is taken or cannot be had.
+        """
+        self.app = app
+        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        try:
+            super().__init__((_ADDRESS, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"--port {port}: cannot listen there ({error}); give another, or 0 for any") from error
+
+    @property
+    def url(self) -> str:
+        """The address to open in a browser."""
+        return f"http://{_ADDRESS}:{self.server_port}/"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Hand a connection to a thread, or close it where there are too many."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer on a connection until it ends."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves in the middle of an answer is no error; anything else is shown."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LocalServer  # type: ignore[assignment]
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds without a word from the other side
+    server_version, sys_version = "ivt", ""
+
+    def do_GET(self) -> None:
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        self._answer(self._post)
+
+    def _get(self) -> Reply:
+        parts = urlsplit(self.path)
+        query = {key: values[0] for key, values in parse_qs(parts.query, max_num_fields=10).items()}
+        return self.server.app.get(parts.path, query)
+
+    def _post(self) -> Reply:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or not length.isascii() or int(length) > _LONGEST_BODY:
+            self.close_connection = True  # its body is still on the way
+            raise Refused(413, f"Send at most {_LONGEST_BODY} bytes and say how many.")
+        body = self.rfile.read(int(length))
+        if self.headers.get_content_type() != "application/json":
+            raise Refused(415, "Send JSON.")
+        try:
+            message = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, f"This is not JSON: {error}") from error
+        return self.server.app.post(urlsplit(self.path).path, self.headers.get("X-IVT-Token", ""), message)
+
+    def _answer(self, work: Callable[[], Reply]) -> None:
+        # Else a page elsewhere could point a name of its own at this machine and read along.
+        host = self.headers.get("Host", "")
+        try:
+            if host not in (f"{_ADDRESS}:{self.server.server_port}", f"localhost:{self.server.server_port}"):
+                self.close_connection = True
+                raise Refused(403, f"This server answers only as {self.server.url}")
+            reply = work()
+        except Refused as error:
+            reply = Reply(str(error).encode("utf-8", "replace"), "text/plain; charset=utf-8", error.status)
+        except ValueError as error:  # of the query, or of what a data set holds
+            reply = Reply(str(error).encode("utf-8", "replace"), "text/plain; charset=utf-8", 400)
+        self.send_response(reply.status)
+        self.send_header("Content-Type", reply.kind)
+        self.send_header("Content-Length", str(len(reply.body)))
+        self.send_header("Cache-Control", "private, max-age=3600" if reply.keep else "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.send_header("Content-Security-Policy", "frame-ancestors 'none'")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(reply.body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: a line for each picture would bury what matters."""
+
+
+def _json(value: Any) -> Reply:
+    return Reply(json.dumps(value, allow_nan=False).encode("ascii"))
+
+
+def _number(text: str, below: int, what: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 12 or int(text) >= below:
+        raise Refused(404, f"There is no {what} {text[:40]!r} here: give a number below {below}.")
+    return int(text)

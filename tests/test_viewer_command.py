@@ -1,0 +1,217 @@
+"""What ``ivt view`` finds, and what it says about what it does not.
+
+If one of these is false, a person looks at boxes over the wrong picture, or at no picture and no reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from shown_episodes import made_up_episodes, photo_of, play
+from test_viewer import content_of, pictures_of
+
+from agents import cli
+from agents.base import load_agent
+from ivt_env.data import load_dataset
+from ivt_env.data.sample import DataMissingError
+from ivt_env.episodes import Episode, picture_file, save_episodes
+from ivt_env.rollouts import make_vector_env, rollout
+from ivt_env.viewer.pictures import PictureFinder
+
+
+def scenes_played(agent: str = "random", seed: int = 3) -> list[Episode]:
+    env = make_vector_env("IVT-Scenes-v0", num_envs=2, split="val")
+    return rollout(env, load_agent(agent, env=env, seed=seed), 4, seed=seed, agent_name=agent)
+
+
+def test_one_command_writes_a_page_with_the_pictures_of_the_run(tmp_path: Path, capsys: Any) -> None:
+    episodes = made_up_episodes()
+    save_episodes(tmp_path / "run", episodes, photo_of)
+    assert cli.main(["view", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr()
+    assert (
+        re.match(rf"{tmp_path}/run/view.html: 23 episodes, 6 pictures, [\d.]+ MB\n$", printed.out) and not printed.err
+    )
+    page = tmp_path / "run" / "view.html"
+    assert content_of(page)["runs"][0]["name"] == "run"
+    assert all(source.startswith("data:image/jpeg") for source in pictures_of(page)) and len(pictures_of(page)) == 6
+
+
+def test_pictures_that_a_run_did_not_save_come_from_its_data_set(tmp_path: Path) -> None:
+    episodes = scenes_played()
+    save_episodes(tmp_path, episodes)
+    finder = PictureFinder({"a": episodes}, {"a": tmp_path})
+    dataset = load_dataset("scenes", "val")
+    for episode in episodes:
+        sample = dataset[int(episode.sample_id.removeprefix("val-"))]
+        assert np.array_equal(finder(episode), dataset.picture(sample))
+    assert cli.main(["view", str(tmp_path), "--out", str(tmp_path / "p.html")]) == 0
+    assert all(source.startswith("data:image/jpeg") for source in pictures_of(tmp_path / "p.html"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"expression": "another"}, "its expression is .* in the run 'another'"),
+        ({"picture_id": "other"}, "its picture_id is .* in the run 'other'"),
+        ({"sample_id": "val-x"}, "has no sample 'val-x'"),
+        ({"sample_id": "val-99999999"}, "has no sample"),
+        ({"split": "no-such"}, "has no split 'no-such'"),
+        ({"dataset": "refcocog"}, "refcocog: not on this machine; looked for"),
+        ({"dataset": "mine"}, "no data set 'mine'"),
+    ],
+)
+def test_a_picture_is_never_taken_from_another_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], says: str
+) -> None:
+    monkeypatch.setenv("IVT_DATA", str(tmp_path / "none"))
+    monkeypatch.setattr("ivt_env.data.scenes.Scenes.__len__", lambda self: 300)  # the whole split takes minutes
+    (episode, *_) = scenes_played()
+    for name, value in changes.items():
+        setattr(episode, name, value)
+    with pytest.raises(DataMissingError, match=says):
+        PictureFinder({"a": [episode]}, {"a": tmp_path})(episode)
+
+
+def test_what_is_missing_is_said_on_the_page_and_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("IVT_DATA", str(tmp_path / "none"))
+    named = [{"picture_id": name, "sample_id": name, "dataset": "refcocog", "split": "val"} for name in "ab"]
+    episodes = [play((0.1, 0.1, 0.5, 0.5), [None], size=(10, 10), **fields) for fields in named]
+    save_episodes(tmp_path / "run", episodes)
+    assert cli.main(["view", str(tmp_path / "run")]) == 0
+    errors = capsys.readouterr().err
+    assert errors.startswith(
+        "warning: 2 picture(s) are not on the page: The run saved no pictures, and refcocog: not on"
+    )
+    assert "ivt data fetch refcocog" in errors and errors.count("\n") == 1
+    sources = pictures_of(tmp_path / "run" / "view.html")
+    assert all("ivt data fetch refcocog" in source["missing"] for source in sources) and len(sources) == 2  # type: ignore[index]
+
+
+def test_a_saved_picture_that_is_broken_is_an_error_that_names_it(tmp_path: Path, capsys: Any) -> None:
+    save_episodes(tmp_path, made_up_episodes()[:1], photo_of)
+    broken = tmp_path / "pictures" / picture_file("astronaut.jpg")
+    broken.write_bytes(b"no picture")
+    assert cli.main(["view", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {broken} is no picture")
+    Image.new("RGB", (10, 30)).save(broken)
+    assert cli.main(["view", str(tmp_path)]) == 2
+    assert "the shapes differ" in capsys.readouterr().err
+    assert not (tmp_path / "view.html").exists()
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    for name in ("a/base", "b/base"):
+        save_episodes(tmp_path / name, made_up_episodes(), photo_of)
+    out = tmp_path / "p.html"
+    assert cli.main(["view", str(tmp_path / "a/base"), str(tmp_path / "b/base/episodes.jsonl"), "--out", str(out)]) == 0
+    assert [run["name"] for run in content_of(out)["runs"]] == ["a/base", "b/base"]
+    assert cli.main(["view", str(tmp_path / "a/base"), "--limit", "3", "--out", str(out)]) == 0
+    assert [len(run["episodes"]) for run in content_of(out)["runs"]] == [3]
+
+
+def test_bad_input_is_one_clear_line(tmp_path: Path, capsys: Any) -> None:
+    save_episodes(tmp_path / "one", made_up_episodes()[:1], photo_of)
+    other = made_up_episodes()[:1]
+    other[0].expression = "something else"
+    save_episodes(tmp_path / "two", other, photo_of)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "episodes.jsonl").write_text('{"sample_id": ')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "episodes.jsonl").write_text("")
+    one = str(tmp_path / "one")
+    for words, says in (
+        ([str(tmp_path / "nowhere")], "no episodes at"),
+        ([str(tmp_path)], f"give one or more of: {tmp_path / 'cut'}, {tmp_path / 'empty'}, {one}"),
+        ([str(tmp_path / "cut")], "episodes.jsonl:1: not an episode"),
+        ([str(tmp_path / "empty")], "no episodes to show"),
+        ([one, str(tmp_path / "two")], "they are not the same sample"),
+        ([one, one], "given twice"),
+        ([one, "--side", "0"], "--side 0: give 1 or more"),
+        ([one, "--limit", "0"], "--limit 0: give 1 or more"),
+        ([one, "--out", str(tmp_path / "one" / "episodes.jsonl" / "x.html")], "episodes.jsonl"),
+        ([one, "--serve", "--out", "x.html"], "give one of the two"),
+        ([one, "--serve", "--port", "99999"], "--port 99999: cannot listen"),
+    ):
+        assert cli.main(["view", *words]) == 2
+        printed = capsys.readouterr()
+        assert says in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+        assert printed.out == ""
+
+
+def started(words: list[str], cwd: Path) -> tuple[subprocess.Popen[str], str]:
+    """The command running, and the address that it printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agents.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)},
+        cwd=cwd,
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("command", ["view", "play"])
+def test_a_server_prints_its_address_answers_and_ends_with_ctrl_c(tmp_path: Path, command: str) -> None:
+    save_episodes(tmp_path / "run", made_up_episodes(), photo_of)
+    words = {"view": ["view", "run", "--serve"], "play": ["play", "--episodes", "2", "--out", "mine"]}[command]
+    process, address = started(words, tmp_path)
+    try:
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address), process.communicate()
+        with urllib.request.urlopen(address, timeout=30) as reply:
+            page = reply.read().decode()
+        assert ("Propose this box" in page) == (command == "play")
+        content = json.loads(re.search(r'id="content">(.*?)</script>', page)[1])  # type: ignore[index]
+        assert len(content["runs"][0]["episodes"]) == {"view": 23, "play": 0}[command]
+    finally:
+        process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in errors and output == ""
+    assert "Ctrl-C ends" in errors
+
+
+def test_play_refuses_what_cannot_be_played_in_one_line(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("IVT_DATA", str(tmp_path / "none"))
+    save_episodes(tmp_path / "other", made_up_episodes(), photo_of)
+    for words, says in (
+        (["--env", "IVT-RefCOCOg-v0"], "refcocog: not on this machine"),
+        (["--env", "IVT-Scene-v0"], "no environment 'IVT-Scene-v0'"),
+        (["--split", "vall"], "no split 'vall' (did you mean 'val'?)"),
+        (["--episodes", "0"], "--episodes 0: give 1 or more"),
+        (["--seed", "-1"], "--seed -1: give 0 or more"),
+        (["--max-steps", "0"], "max_steps 0"),
+        (["--out", str(tmp_path / "other")], "give another --out"),
+    ):
+        assert cli.main(["play", *words]) == 2
+        printed = capsys.readouterr()
+        assert says in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+
+
+def test_a_data_set_of_ones_own_is_found_by_its_name(tmp_path: Path) -> None:
+    picture = np.full((20, 30, 3), 77, np.uint8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(picture).save(tmp_path / "images" / "a.png")
+    (tmp_path / "dataset.json").write_text('{"name": "my-set", "box": "xyxy", "frame": "px", "description": "one"}')
+    row = {"image": "images/a.png", "expression": "it", "bbox": [3, 2, 15, 10]}
+    (tmp_path / "val.jsonl").write_text(json.dumps(row) + "\n")
+    dataset = load_dataset("custom", "val", tmp_path)
+    sample = dataset[0]
+    fields = {k: getattr(sample, k) for k in ("sample_id", "picture_id", "dataset", "split", "expression", "size")}
+    episode = Episode(target=sample.box, steps=[], **fields)
+    found = PictureFinder({"a": [episode]}, {"a": tmp_path / "run"}, tmp_path)(episode)
+    assert sample.dataset == "my-set" and np.array_equal(found, picture)
