@@ -16,7 +16,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test seeds tiny check clean
+.PHONY: train test seeds paper study tiny check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,14 @@ seeds: $(VENV)/.installed
 	$(RUN) evaluate.py --out $(OUT)/seeds --runs $(OUT)/grpo $(OUT)/grpo-seed1 $(OUT)/grpo-seed2 --policies \
 		base=tiny sft=$(OUT)/sft/policy grpo=$(OUT)/grpo/policy grpo=$(OUT)/grpo-seed1/policy \
 		grpo=$(OUT)/grpo-seed2/policy
+
+# The paper's own recipe on the scenes and both versions of its table (docs/paper.md).
+paper: $(VENV)/.installed
+	$(RUN) -m agents.paper --out runs/paper
+
+# Does the loop pay? Three seeds, controls of equal compute, swaps (docs/results.md).
+study: $(VENV)/.installed
+	$(RUN) -m agents.study --out runs/study
 
 # A tiny model from scratch (73 minutes on two cores that other work shared; docs/experiments.md has its figures).
 tiny: $(VENV)/.installed

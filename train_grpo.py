@@ -47,6 +47,7 @@ from agents.vlm.dry_run import GENERATION_ROWS, Plan, dry_run
 from agents.vlm.load import TINY_NAME, load_policy
 from agents.vlm.options import ModelOptions
 from agents.vlm.policy import VLMPolicy
+from agents.vlm.without_stop import forbid_stop
 from ivt_env.episodes import save_episodes
 from ivt_env.rollouts import make_vector_env
 
@@ -79,6 +80,9 @@ class Recipe:
     """Episodes of each sample (the paper: 6)."""
     max_steps: int = 3
     """Actions in an episode (the paper: one proposal and two refinements)."""
+    stop: bool = True
+    """The policy may end an episode. False: it is not asked to, its stop cannot be sampled, and every episode
+    makes all its refinements (the paper)."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on: the whole picture, the region around it enlarged, or both. None: as the policy says."""
     layout: Literal["fresh", "prefix"] | None = None
@@ -89,7 +93,12 @@ class Recipe:
     """Subtracted for every proposal."""
     invalid_penalty: float = 0.1
     """Subtracted for an answer without a usable box or stop. Without it, an empty answer keeps the box as
-    a stop does, and the policy learns to say nothing (seen after 40 steps). The paper pays 0.1 for format."""
+    a stop does, and the policy learns to say nothing (seen after 40 steps)."""
+    format_bonus: float = 0.0
+    """Added once, at the end, where every answer of an episode held a usable box or stop (the paper: 0.1)."""
+    require_format: bool = False
+    """An episode with an unusable answer earns nothing. Where no stop is at hand an unusable answer is the only way
+    to keep a box, and a bonus of 0.1 does not outweigh that (`docs/paper.md`)."""
     advantage: Annotated[
         Literal["return_to_go", "trajectory", "episode_and_step"], tyro.conf.arg(aliases=["--credit"])
     ] = "return_to_go"
@@ -274,6 +283,8 @@ def _load(args: Args, device: str) -> VLMPolicy:
         view=args.view,
         **args.loading(),
     )
+    if not args.stop:
+        forbid_stop(policy)
     policy.model = make_trainable(policy.model, args.lora_rank, reference=args.beta > 0)
     args.prepare_update(policy.model)
     return policy
@@ -306,12 +317,13 @@ def _warm_start(args: Args) -> str:
         seed=args.seed,
         view=args.view,
         layout=args.layout,
+        lessons="walks" if args.stop else "paper",
     )
     if not (out / "policy" / "policy.json").exists():
         print("warm start: none given, training one (pass --model to use your own)")
         return str(train_sft.main(wanted))
     recorded = recorded_options(out)
-    for name in ("env", "split", "data_root", "seed", "view", "layout"):
+    for name in ("env", "split", "data_root", "seed", "view", "layout", "lessons"):
         if recorded.get(name) != getattr(wanted, name):
             raise RunError(
                 f"{out} holds a warm start with {name} {recorded.get(name)!r}, this run has {getattr(wanted, name)!r}:"
@@ -332,7 +344,7 @@ def _evaluate(policy: VLMPolicy, args: Args, step: int) -> dict[str, float]:
         args.env,
         args.eval_split,
         range(count),
-        ignore_stop=False,
+        ignore_stop=not args.stop,
         max_steps=args.max_steps,
         data_root=args.data_root,
         strict=True,

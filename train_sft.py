@@ -30,7 +30,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agents.command import run_command
 from agents.evaluation import play, summary
-from agents.sft.demonstrations import Demonstration, can_be_said, load_demonstrations, save_demonstrations, teach
+from agents.sft.demonstrations import (
+    Demonstration,
+    can_be_said,
+    load_demonstrations,
+    save_demonstrations,
+    teach,
+    teach_as_the_paper,
+)
 from agents.sft.lessons import teach_to_verify
 from agents.sft.trainer import to_turns, train
 from agents.teacher.harvest import TraceCache, write_traces
@@ -44,6 +51,7 @@ from agents.vlm.load import TINY_NAME, load_policy
 from agents.vlm.options import ModelOptions
 from agents.vlm.policy import VLMPolicy
 from agents.vlm.turns import Turn
+from agents.vlm.without_stop import forbid_stop
 from ivt_env.data.sample import Dataset
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env
@@ -80,9 +88,10 @@ class Recipe:
     """Cost cap of an `openai:` teacher: tokens of this run, as the server counts them."""
     teacher_cache: Path = Path("runs/teacher-cache")
     """Texts of model teachers, by a hash of model, prompt and picture; asking again costs nothing."""
-    lessons: Literal["walks", "verification"] = "walks"
-    """`walks`: from the student's box to the target, in words (the paper). `verification`: good, shifted,
-    random boxes and those of other objects, each with what is right about it; without words."""
+    lessons: Literal["walks", "verification", "paper"] = "walks"
+    """`walks`: from the student's box to the target, in words, with stops and first answers. `verification`: good,
+    shifted, random boxes and those of other objects, each with what is right about it; without words. `paper`:
+    the walks of bad first boxes only, in a straight line, and no stop anywhere."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on: the whole picture, the region around it enlarged, or both. None: as the student
     says, else `overlay`."""
@@ -103,6 +112,8 @@ class Recipe:
     """`muon`: Muon at ten times that rate on the language model's matrices, AdamW on the rest."""
     smoothing: float = 0.0
     """Smooth the targets of coordinates over this many thousandths of a picture's side; 0: hard targets."""
+    decision_weight: float = 1.0
+    """Weight of the token that follows a box in an answer (end here, look closer, or stop); any other counts 1."""
     lora_rank: int = 0
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     seed: int = 0
@@ -151,6 +162,8 @@ def main(args: Args) -> Path:
     policy = load_policy(
         args.model, device=str(accelerator.device), layout=args.layout, view=args.view, **args.loading()
     )
+    if args.lessons == "paper":
+        forbid_stop(policy)
     policy.autocast = accelerator.autocast
     env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, "view": policy.view}
     env = make_vector_env(args.env, 1, **env_kwargs)
@@ -195,6 +208,7 @@ def main(args: Args) -> Path:
             seed=args.seed,
             on_step=on_step,
             smoothing=args.smoothing,
+            decision_weight=args.decision_weight,
             optimizer=args.optimizer,
         )
         folder = args.out / "policy"
@@ -283,7 +297,14 @@ def _demonstrations(
         boxes = [e.steps[0].box for e in episodes]
     lesson_rng = np.random.default_rng((args.seed, 2))
     if args.lessons == "verification":
-        drafts = teach_to_verify(dataset, indices, boxes, lesson_rng, closeups=policy.view == "both")
+        drafts = teach_to_verify(dataset, indices, boxes, lesson_rng, view=policy.view)
+    elif args.lessons == "paper":
+        drafts = teach_as_the_paper(dataset, indices, boxes)
+        if not drafts:
+            raise RunError(
+                f"lessons paper: none of {size} first boxes has an IoU of 0.85 or less, so there is nothing to"
+                " correct; give more --samples or a harder --split"
+            )
     else:
         drafts = teach(dataset, indices, boxes, lesson_rng)
     if teacher is None:
@@ -318,7 +339,7 @@ def _measure(policy: VLMPolicy, args: Args, progress: Progress, name: str) -> di
         args.env,
         args.eval_split,
         range(args.eval_samples),
-        ignore_stop=False,
+        ignore_stop=args.lessons == "paper",
         data_root=args.data_root,
         strict=True,
         view=policy.view,

@@ -73,12 +73,12 @@ def main(args: Args) -> None:
 
 def _training(args: Args) -> list[Job]:
     """The loops first: they take longer."""
-    shared = ["--model", args.model, "--split", "train_asked", "--neighbours", "6"]
+    shared: list[object] = ["--model", args.model, "--split", "train_asked", "--neighbours", "6"]
     shared += ["--steps", args.steps, "--batch", args.batch, "--micro-batch", args.batch // 2, "--lr", "1e-3"]
     shared += ["--optimizer", "muon", "--smoothing", "6", "--mixed-precision", "bf16", "--eval-samples", "0"]
-    loop = ["--view", "both", "--lessons", "verification", "--samples", 6 * args.scenes]
+    loop: list[object] = ["--view", "both", "--lessons", "verification", "--samples", 6 * args.scenes]
     # Every answer once: what the loop spends on looking again, the control spends on new questions.
-    control = ["--single-shot", "--samples", args.steps * args.batch]
+    control: list[object] = ["--single-shot", "--samples", args.steps * args.batch]
     return [
         _job(args, f"{name}-{seed}", "train_sft", [*shared, *own, "--seed", seed], "policy/policy.json")
         for name, own in (("loop", loop), ("control", control))
@@ -96,7 +96,7 @@ def _playing(args: Args) -> list[Job]:
         policies += [f"{name}={spec}:vlm:{args.out}/control-{s}/policy" for s in seeds]
     jobs = []
     for split in SPLITS:
-        options = ["--split", split, "--samples", args.samples, "--policies", *policies]
+        options: list[object] = ["--split", split, "--samples", args.samples, "--policies", *policies]
         jobs.append(_job(args, split, "evaluate", options, "results.json"))
     options = ["--split", "test", "--samples", args.swap_samples, "--policies", *loops]
     return [*jobs, _job(args, "swaps", "agents.swaps", options, "results.json")]

@@ -13,7 +13,9 @@ from agents.sft.demonstrations import can_be_said, demonstration, in_closeup
 from agents.sft.lessons import LessonPlan, teach_to_verify
 from agents.sft.trainer import AnswerLoss, make_optimizers, to_turns
 from agents.vlm.codec import parse_action
+from agents.vlm.generation import generate
 from agents.vlm.load import load_policy
+from agents.vlm.turns import Turn
 from ivt_env import boxes
 from ivt_env.data import load_dataset
 from ivt_env.rollouts import make_vector_env
@@ -30,7 +32,7 @@ def taught(dataset, closeups: bool, plan: LessonPlan | None = None, seed: int = 
     rng = np.random.default_rng(seed)
     own = [boxes.clip(np.asarray(dataset[i].box) + rng.normal(0, 0.05, 4)) for i in INDICES]
     own = [None if boxes.invalid_reason(b) else tuple(b) for b in own]
-    return teach_to_verify(dataset, list(INDICES), own, rng, closeups=closeups, plan=plan)
+    return teach_to_verify(dataset, list(INDICES), own, rng, view="both" if closeups else "overlay", plan=plan)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def taught_together(asked, plan: LessonPlan | None = None):
     """Lessons about 20 pictures with six questions each; the student answers near the target."""
     rng = np.random.default_rng(0)
     own = [boxes.clip(np.asarray(asked[i].box) + rng.normal(0, 0.01, 4)) for i in range(120)]
-    return teach_to_verify(asked, range(120), own, rng, closeups=True, plan=plan)
+    return teach_to_verify(asked, range(120), own, rng, view="both", plan=plan)
 
 
 @pytest.mark.parametrize("closeups", [False, True])
@@ -57,9 +59,12 @@ def test_the_answer_depends_on_how_good_the_box_is(dataset, closeups):
         elif float(boxes.iou(d.shown, target)) >= 0.92:
             kinds["stop"] += 1
             assert d.answer is None
+            assert [number for number, _ in d.looks] == ([1, 2] if closeups else [1])
+            assert np.allclose([box for _, box in d.looks], target, atol=1e-5), "a stop looks first, too"
         else:
-            near = in_closeup(d.shown, target)
+            near = in_closeup(d.shown, target) and float(boxes.iou(d.shown, target)) >= 0.3
             kinds["near" if near else "far"] += 1
+            assert [number for number, _ in d.looks] == ([1] if closeups and near else [])
             assert np.allclose(d.answer, target, atol=1e-5)
             assert d.picture == (2 if closeups and near else 1)
     assert all(kinds.values()), kinds
@@ -92,7 +97,7 @@ def test_a_wrong_box_of_the_students_is_shown_more_often_than_a_right_one(asked)
     plan = LessonPlan(first=0, own=1, sibling=0, random=0, shifted=0, good=0, contrast=0)
     wrong = {k: tuple(asked[k].siblings[0]) for k in range(120) if asked[k].siblings}
     own = [wrong.get(k, asked[k].box) for k in range(120)]
-    made = teach_to_verify(asked, range(120), own, np.random.default_rng(0), closeups=True, plan=plan)
+    made = teach_to_verify(asked, range(120), own, np.random.default_rng(0), view="both", plan=plan)
     authors = [d for d in made if d.index in wrong and d.shown == pytest.approx(wrong[d.index], abs=1e-5)]
     assert len(authors) / 20 > len(wrong) / 120, "one box is shown on each of the 20 pictures"
 
@@ -155,6 +160,46 @@ def test_smoothing_is_the_cross_entropy_against_a_gaussian_over_the_numbers(turn
         weights = {i: np.exp(-0.5 * ((n - values[token]) / 6.0) ** 2) for i, n in values.items()}
         by_hand = -sum(w * float(log_probs[k, i]) for i, w in weights.items()) / sum(weights.values())
         assert float(smooth[k]) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_a_policy_writes_down_where_the_target_is_before_it_keeps_mends_or_leaves_a_box(dataset):
+    """The place is in the frame of the whole picture, then of the close-up; the action is what stands last."""
+    policy = load_policy("tiny", view="both")
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train", view="both").screen
+    made = [d for d in taught(dataset, True) if d.shown is not None]
+    seen = set()
+    for d, turn in zip(made, to_turns(policy, screen, dataset, made), strict=True):
+        text, action = policy.text(turn), parse_action(policy.text(turn))
+        first = parse_action(text[: text.index("}") + 1])
+        whole = np.array(policy.dialogue.box_of(first, turn.prompt))
+        assert first.picture == 1 and np.abs(whole - dataset[d.index].box).max() <= 0.00051
+        assert action.stop == (d.answer is None) and text.count("bbox_2d") == len(d.looks) + (not action.stop)
+        seen.add((action.stop, action.picture, len(d.looks)))
+    assert seen == {(True, 1, 2), (False, 2, 1), (False, 1, 0)}
+
+
+def test_the_decision_weight_multiplies_what_follows_a_box_and_nothing_else(turns):
+    policy, rows = turns
+    with torch.no_grad():
+        plain, weighted = (AnswerLoss(policy, True, 6.0, weight)(rows) for weight in (1.0, 3.0))
+    ids = [i for t in rows for i in t.completion]
+    closing = policy.tokenizer.convert_tokens_to_ids("]}")
+    follows = torch.tensor([k > 0 and ids[k - 1] == closing for k in range(len(ids))])
+    assert 0 < int(follows.sum()) < len(ids)
+    assert torch.allclose(weighted, torch.where(follows, 3 * plain, plain))
+
+
+def test_the_stop_is_heard_wherever_in_an_answer_it_comes():
+    """Its probability is the highest that it had anywhere, not that of an answer that begins with it."""
+    policy = load_policy("tiny")
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train").screen
+    data = load_dataset("scenes", "train", None, True)
+    (turn,) = to_turns(policy, screen, data, [demonstration(data[0], data, 0, None, data[0].box)])
+    (said,) = generate(policy.core, [turn.prompt], policy.sampling, None, False)
+    known = Turn(said.prompt, said.completion)
+    with torch.no_grad():
+        log_probs = AnswerLoss(policy, True).distributions([known])
+    assert said.stop_probability == pytest.approx(float(log_probs[:, policy.sampling.stop_id].exp().max()), rel=1e-3)
 
 
 def test_smoothing_is_refused_where_a_number_is_several_tokens():

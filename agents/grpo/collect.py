@@ -37,6 +37,10 @@ def collect(
     indices: Sequence[int],
     group_size: int,
     watch: Stopwatch | None = None,
+    *,
+    may_stop: bool = True,
+    format_bonus: float = 0.0,
+    require_format: bool = False,
 ) -> Groups:
     """Play ``group_size`` episodes of each sample to their end.
 
@@ -49,6 +53,9 @@ def collect(
         indices: P samples of the environment's split.
         group_size: G.
         watch: gets the seconds of ``rollout_model`` and ``rollout_environment``.
+        may_stop: False counts a stop as an unusable answer: it keeps the box, and the episode goes on.
+        format_bonus: added to the last reward of an episode all of whose answers were usable.
+        require_format: an episode with an unusable answer earns nothing.
     """
     watch = watch or Stopwatch()
     count = len(indices) * group_size
@@ -60,14 +67,22 @@ def collect(
     rewards, taken = np.zeros((count, horizon)), np.zeros((count, horizon), dtype=bool)
     ious = np.zeros((count, horizon))
     turns: list[list[Turn]] = [[] for _ in range(count)]
-    active, failures = np.ones(count, dtype=bool), 0
+    active, failures, usable = np.ones(count, dtype=bool), 0, np.ones(count, dtype=bool)
     for step in range(horizon):
         watch.lap("rollout_environment")
         actions = policy.act({**observations, "active": active})
         watch.lap("rollout_model")
-        observations, reward, terminated, truncated, _ = env.step({"box": actions["box"], "stop": actions["stop"]})
+        stop, failed = np.asarray(actions["stop"]), np.asarray(actions["parse_failure"])
+        if not may_stop:
+            # The box of a stop is not a number, so the environment refuses it and keeps the one in force.
+            failed = failed | (stop == 1)
+            stop = np.zeros_like(stop)
+        observations, reward, terminated, truncated, infos = env.step({"box": actions["box"], "stop": stop})
         rewards[active, step], taken[:, step] = reward[active], active
-        failures += int(actions["parse_failure"][active].sum())
+        failures += int(failed[active].sum())
+        usable &= ~(failed | np.asarray(infos.get("_invalid", False))) | ~active
+        ended = active & (terminated | truncated)
+        rewards[ended & usable, step] += format_bonus
         for i in np.flatnonzero(active):
             turn = policy.turns[i]
             assert turn is not None
@@ -77,6 +92,8 @@ def collect(
         if not active.any():
             ious[:, step + 1 :] = ious[:, step : step + 1]
             break
+    if require_format:
+        rewards[~usable] = 0.0
     policy.reset(np.ones(count, dtype=bool))  # conversations are over; their caches would stay for the update
     watch.lap("rollout_environment")
     shape = (len(indices), group_size, horizon)

@@ -124,6 +124,18 @@ def _check_rollout(args: Args, processes: int) -> None:
     for name in ("prompts", "iterations", "micro_batch", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise RunError(f"{name} {getattr(args, name)}: the policy would never be updated; give at least 1")
+    if not 0 <= args.format_bonus < float("inf"):
+        raise RunError(f"format_bonus {args.format_bonus:g}: unusable answers would be paid for; give 0 or more")
+    if args.require_format and args.invalid_penalty:
+        raise RunError(
+            f"require_format with invalid_penalty {args.invalid_penalty:g}: an episode with an unusable answer earns"
+            " nothing, the penalty neither, so it would be ignored; add --invalid-penalty 0"
+        )
+    if args.format_bonus and args.invalid_penalty:
+        raise RunError(
+            f"format_bonus {args.format_bonus:g} with invalid_penalty {args.invalid_penalty:g}: an unusable answer"
+            " would cost both, and the run would be recorded as either; give --invalid-penalty 0, or no bonus"
+        )
     if args.advantage == "return_to_go" and args.reward == "final" and args.max_steps == 1:
         raise RunError("max_steps 1 leaves nothing to refine: use evaluate.py's single-shot control instead")
 

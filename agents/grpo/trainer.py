@@ -57,6 +57,9 @@ class GRPOConfig:
     scale: str = "none"
     scale_floor: float = 1e-3
     kl_in: str = "loss"
+    stop: bool = True
+    format_bonus: float = 0.0
+    require_format: bool = False
 
 
 @dataclass
@@ -215,7 +218,16 @@ class GRPOTrainer:
         indices = draw.integers(len(self.env.dataset), size=config.prompts)[rank::world]
         self.policy.generator.manual_seed(derived_seed(config.seed, 22, self.step, rank))
         with self.whole_weights():
-            groups = collect(self.env, self.policy, indices.tolist(), config.group, watch)
+            groups = collect(
+                self.env,
+                self.policy,
+                indices.tolist(),
+                config.group,
+                watch,
+                may_stop=config.stop,
+                format_bonus=config.format_bonus,
+                require_format=config.require_format,
+            )
             rewards, metrics = self._rewards(groups)
         credit = self._credit(groups, rewards)
         watch.lap("reward")

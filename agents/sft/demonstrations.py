@@ -42,6 +42,9 @@ class Demonstration:
     shown), 2 the close-up beside it, where there is one. The box itself is always relative to the whole."""
     before: tuple[Box, ...] = ()
     """Boxes proposed before the one shown; a growing conversation holds them."""
+    looks: tuple[tuple[int, Box], ...] = ()
+    """What the policy writes down before it acts: boxes of the target, each with the number of the picture in
+    whose frame it stands. The action comes last, so that these are reasoning, in numbers."""
 
 
 def save_demonstrations(path: str | Path, demonstrations: Sequence[Demonstration]) -> None:
@@ -81,6 +84,7 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
         for key in ("shown", "answer"):
             row[key] = None if row[key] is None else tuple(float(v) for v in row[key])
         row["before"] = tuple(tuple(float(v) for v in box) for box in row.get("before", ()))
+        row["looks"] = tuple((int(k), tuple(float(v) for v in box)) for k, box in row.get("looks", ()))
         demonstration = Demonstration(**row)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{where}: not a demonstration ({error})") from error
@@ -90,11 +94,13 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
             f"but {dataset.name}/{dataset.split} is being served"
         )
     named = [("shown", demonstration.shown), ("answer", demonstration.answer)]
+    named += [("looks", box) for _, box in demonstration.looks]
     for name, box in [*named, *(("before", b) for b in demonstration.before)]:
         if box is not None and (why := boxes.invalid_reason(box)):
             raise DataError(f"{where}: {name}: {why}")
-    if demonstration.picture not in (1, 2):
-        raise DataError(f"{where}: picture {demonstration.picture!r}: give 1 (the whole picture) or 2 (its close-up)")
+    for number in (demonstration.picture, *(k for k, _ in demonstration.looks)):
+        if number not in (1, 2):
+            raise DataError(f"{where}: picture {number!r}: give 1 (the whole picture) or 2 (its close-up)")
     if not 0 <= demonstration.index < len(dataset):
         raise DataError(f"{where}: index {demonstration.index} is outside the {len(dataset)} samples of the split")
     if dataset[demonstration.index].sample_id != demonstration.sample_id:
@@ -157,6 +163,47 @@ def teach(
     return made
 
 
+def teach_as_the_paper(
+    dataset: Dataset,
+    indices: Sequence[int],
+    student_boxes: Sequence[Sequence[float] | None],
+    *,
+    most_iou: float = 0.85,
+    steps: int = 2,
+) -> list[Demonstration]:
+    """The trajectories of arXiv 2606.13156: refinements of the student's own bad first boxes, and nothing else.
+
+    Student boxes with IoU in [0, ``most_iou``] are kept; whatever their distance, they walk to the target in
+    ``steps`` equal parts, each explained. What was right from the start is dropped, so no box is ever to be
+    kept and nothing ends the episode. A trajectory is learned as a whole, the student's own first box with it:
+    that the paper's policies learned to give bad first boxes from bad ones in the data says that it was.
+    Without it nothing holds the first box in place (``docs/paper.md``).
+
+    Args:
+        dataset: the split being taught.
+        indices: which samples.
+        student_boxes: the student's step-0 box for each; None where it gave none.
+        most_iou: see above.
+        steps: of the walk, T in the paper.
+    """
+    made: list[Demonstration] = []
+    for index, first in zip(indices, student_boxes, strict=True):
+        sample = dataset[int(index)]
+        if first is None or boxes.invalid_reason(first) is not None:
+            continue
+        target, walked = np.asarray(sample.box), [np.asarray(first, dtype=np.float64)]
+        if float(boxes.iou(walked[0], target)) > most_iou:
+            continue
+        made.append(demonstration(sample, dataset, int(index), None, first))
+        for hop in range(steps):
+            shown = walked[-1]
+            following = shown + (target - shown) / (steps - hop)
+            trace = critique(shown, target, sample.siblings)
+            made.append(demonstration(sample, dataset, int(index), shown, following, trace, before=walked[:-1]))
+            walked.append(following)
+    return made
+
+
 def demonstration(
     sample: Sample,
     dataset: Dataset,
@@ -166,11 +213,13 @@ def demonstration(
     trace: str = "",
     picture: int = 1,
     before: Sequence[Sequence[float] | np.ndarray] = (),
+    looks: Sequence[tuple[int, Sequence[float] | np.ndarray]] = (),
 ) -> Demonstration:
     """A demonstration for ``sample``, its boxes rounded for the file."""
+    seen = tuple((number, rounded) for number, box in looks if (rounded := _box(box)) is not None)
     history = tuple(box for box in map(_box, before) if box is not None)
     return Demonstration(
-        dataset.name, dataset.split, index, sample.sample_id, _box(shown), _box(answer), trace, picture, history
+        dataset.name, dataset.split, index, sample.sample_id, _box(shown), _box(answer), trace, picture, history, seen
     )
 
 
@@ -192,10 +241,13 @@ def can_be_said(demonstration: Demonstration, view: str) -> bool:
 
     Where the only picture shown is a close-up, each box must lie in the close-up around the one before.
     """
-    said = [*demonstration.before, demonstration.shown, demonstration.answer]
-    chain = [box for box in said if box is not None]
+    shown, answer = demonstration.shown, demonstration.answer
     if view == "closeup":
-        return all(in_closeup(a, b) for a, b in zip(chain, chain[1:], strict=False))
-    if demonstration.picture == 1 or demonstration.answer is None:
-        return True
-    return view == "both" and demonstration.shown is not None and in_closeup(demonstration.shown, demonstration.answer)
+        chain = [box for box in (*demonstration.before, shown, answer) if box is not None]
+        seen = [box for _, box in demonstration.looks]
+        near = all(in_closeup(a, b) for a, b in zip(chain, chain[1:], strict=False))
+        return near and (shown is None or all(in_closeup(shown, box) for box in seen))
+    finer = [box for number, box in demonstration.looks if number == 2]
+    if demonstration.picture == 2 and answer is not None:
+        finer.append(answer)
+    return not finer or (view == "both" and shown is not None and all(in_closeup(shown, box) for box in finer))

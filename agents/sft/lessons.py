@@ -47,7 +47,7 @@ def teach_to_verify(
     student_boxes: Sequence[Sequence[float] | None],
     rng: np.random.Generator,
     *,
-    closeups: bool,
+    view: str,
     plan: LessonPlan | None = None,
     good_iou: float = 0.92,
 ) -> list[Demonstration]:
@@ -61,8 +61,8 @@ def teach_to_verify(
         indices: which samples.
         student_boxes: the student's step-0 box for each; None where it gave none.
         rng: decides which lessons are given, and their boxes.
-        closeups: a close-up stands beside the picture (``view="both"``): boxes near the target are then
-            mended in its coordinates, which are finer.
+        view: of the environment. With ``both`` a close-up stands beside the picture, and boxes near the target
+            are kept or mended in its coordinates, which are finer.
         plan: how often each lesson is given.
         good_iou: from here on the answer is to stop.
     """
@@ -85,7 +85,7 @@ def teach_to_verify(
             count = min(len(others), max(1, round(plan.contrast * len(about))))
             for k in [*about, *rng.permutation(others)[:count].tolist()]:
                 index, sample, _ = asked[int(k)]
-                made.append(_lesson(sample, dataset, index, box, closeups, good_iou))
+                made.append(_lesson(sample, dataset, index, box, view, good_iou))
     return made
 
 
@@ -121,14 +121,23 @@ def _shown(
 
 
 def _lesson(
-    sample: Sample, dataset: Dataset, index: int, shown: NDArray[np.float64], closeups: bool, good_iou: float
+    sample: Sample, dataset: Dataset, index: int, shown: NDArray[np.float64], view: str, good_iou: float
 ) -> Demonstration:
-    """Keep a good box; mend one that is near in the close-up; look elsewhere for any other."""
-    if float(boxes.iou(shown, sample.box)) >= good_iou:
-        return demonstration(sample, dataset, index, shown, None)
-    return demonstration(
-        sample, dataset, index, shown, sample.box, picture=2 if closeups and in_closeup(shown, sample.box) else 1
-    )
+    """First write down where the target is, as in a first answer; then keep the drawn box, mend it, or leave it.
+
+    To compare two boxes in numbers is easier than to see whether one fits, and where to look is what a first
+    answer has taught already.
+    """
+    target, keep = sample.box, float(boxes.iou(shown, sample.box)) >= good_iou
+    near = float(boxes.iou(shown, target)) >= _NEAR and in_closeup(shown, target)
+    looks: list[tuple[int, Sequence[float]]] = []
+    picture = 1
+    if near and view == "both":
+        # The close-up beside the picture is finer: what is seen roughly there is seen exactly here.
+        looks, picture = [(1, target)], 2
+    if keep:
+        return demonstration(sample, dataset, index, shown, None, looks=[*looks, (picture, target)])
+    return demonstration(sample, dataset, index, shown, target, picture=picture, looks=looks)
 
 
 def _jitter(box: NDArray[np.float64], share: float, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -66,11 +66,13 @@ def to_turns(
             said = Turn(prompt, dialogue.completion(dialogue.action_text(box, current)), finished=True)
             current = next(views)
             prompt = dialogue.following(said, expression, box, current)
+        looked = "".join(dialogue.action_text(box, current, number) for number, box in demonstration.looks)
         if demonstration.answer is None:
-            text = STOP_TEXT
+            text = looked + STOP_TEXT
         else:
-            action = dialogue.action_text(demonstration.answer, current, demonstration.picture)
-            text = f"{demonstration.trace}\n{action}" if demonstration.trace else action
+            text = looked + dialogue.action_text(demonstration.answer, current, demonstration.picture)
+        if demonstration.trace:
+            text = f"{demonstration.trace}\n{text}"
         turns.append(Turn(prompt, dialogue.completion(text), finished=True))
     return turns
 
@@ -111,19 +113,32 @@ class AnswerLoss(TokenScorer):
     A box that is off by two thousandths is nearly right, and a hard target says it is as wrong as any
     other. With ``smoothing`` a number's target is a Gaussian over the numbers near it. Where the
     tokenizer writes a number in several tokens there is nothing to smooth over.
+
+    What follows a box that was written down (the end, a look at the next picture, a stop) is one token among
+    ten or twenty, and it is the decision: ``decision_weight`` makes it count for more.
     """
 
-    def __init__(self, policy: VLMPolicy, frozen_vision: bool, smoothing: float) -> None:
+    def __init__(
+        self, policy: VLMPolicy, frozen_vision: bool, smoothing: float = 0.0, decision_weight: float = 1.0
+    ) -> None:
         """Wrap a policy's model.
 
         Args:
             policy: whose model is trained.
             frozen_vision: see ``TokenScorer``.
             smoothing: standard deviation of the targets, in thousandths of a picture's side; 0: hard targets.
+            decision_weight: of the token behind a box, where any other counts 1.
 
         Raises:
-            ValueError: for ``smoothing`` with a tokenizer whose numbers are no single tokens.
+            ValueError: for ``smoothing`` with a tokenizer whose numbers are no single tokens, or a
+                ``decision_weight`` with one that ends a box in several.
         """
+        closing = policy.tokenizer("]}", add_special_tokens=False)["input_ids"]
+        if decision_weight != 1 and len(closing) != 1:
+            raise ValueError(
+                f"decision weight {decision_weight:g}: this model ends a box in {len(closing)} tokens; use weight 1"
+            )
+        self.closing, self.decision_weight = closing[0], decision_weight
         plain = Sampling(pad_id=policy.sampling.pad_id)
         super().__init__(policy.model, plain, frozen_vision, packing=can_pack(policy.model))
         self.smoothing = smoothing
@@ -147,11 +162,13 @@ class AnswerLoss(TokenScorer):
         log_probs = self.distributions(turns)
         ids = torch.tensor([i for t in turns for i in t.completion], device=log_probs.device)
         losses = -log_probs.gather(1, ids[:, None])[:, 0]
-        if self.smoothing == 0:
-            return losses
-        value = ids[:, None] == self.numbers  # (N, 1001)
-        smooth = -(self.targets[value.int().argmax(1)] * log_probs[:, self.numbers]).sum(-1)
-        return torch.where(value.any(1), smooth, losses)
+        if self.smoothing > 0:
+            value = ids[:, None] == self.numbers  # (N, 1001)
+            smooth = -(self.targets[value.int().argmax(1)] * log_probs[:, self.numbers]).sum(-1)
+            losses = torch.where(value.any(1), smooth, losses)
+        # An answer never begins with the end of a box, so what follows one belongs to the same answer.
+        decides = torch.cat([ids.new_zeros(1), ids[:-1]]) == self.closing
+        return torch.where(decides, self.decision_weight * losses, losses)
 
 
 def make_optimizers(policy: VLMPolicy, kind: str) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -188,6 +205,7 @@ def train(
     seed: int,
     on_step: Callable[[int, float], None],
     smoothing: float = 0.0,
+    decision_weight: float = 1.0,
     optimizer: str = "adamw",
 ) -> None:
     """Cross-entropy on the answers' tokens, end of turn included; nothing else carries loss.
@@ -205,9 +223,10 @@ def train(
         seed: of the order.
         on_step: called with (step, loss) after each step.
         smoothing: see ``AnswerLoss``.
+        decision_weight: see ``AnswerLoss``.
         optimizer: see ``make_optimizers``.
     """
-    answer_loss: Any = AnswerLoss(policy, not _trains_vision(policy), smoothing)
+    answer_loss: Any = AnswerLoss(policy, not _trains_vision(policy), smoothing, decision_weight)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizers = [(accelerator.prepare(o), share) for o, share in make_optimizers(policy, optimizer)]
     worth = answer_loss.worth

@@ -86,9 +86,10 @@ def generate(
     ends = set(sampling.end_ids)
     for step in range(sampling.max_new_tokens):
         log_probs = log_softmax(logits, sampling.temperature, sampling.suppressed)
-        if step == 0 and sampling.stop_id is not None:
+        if sampling.stop_id is not None:
+            # A policy may write down what it sees before it decides, so a stop can come at any place.
             for k, p in enumerate(log_probs[:, sampling.stop_id].exp().tolist()):
-                turns[k].stop_probability = p
+                turns[alive[k]].stop_probability = max(p, turns[alive[k]].stop_probability or 0.0)
         if sampling.temperature > 0:
             chosen = sample(log_probs.exp(), generator)
         else:

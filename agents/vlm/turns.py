@@ -63,6 +63,7 @@ class Turn:
     finished: bool = False
     """The model ended its turn; false: it ran into the token limit."""
     stop_probability: float | None = None
+    """The highest probability that the stop had at any place of the answer; None where it is not one token."""
 
 
 def mrope_positions(ids: Sequence[int], pictures: Sequence[Picture], image_token: int, merge: int) -> np.ndarray:

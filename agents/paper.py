@@ -1,0 +1,222 @@
+"""The recipe of arXiv 2606.13156 from end to end, and both versions of its table.
+
+    python -m agents.paper --out runs/paper                                    # the tiny model on the scenes
+    python -m agents.paper --config configs/paper_qwen3vl_4b.yaml --out runs/paper4b --data-root data
+    python -m agents.paper --config configs/paper_qwen3vl_4b.yaml --dry-run    # what would run, and what it needs
+
+1. SFT on walks from the student's own bad first boxes to the target, without any stop.
+2. GRPO on it: one reward for the final box, every episode with all its refinements.
+3. GRPO on it again with the first box alone: the control that never iterates.
+4. Base, SFT and both GRPO policies play one split, forced to make every refinement.
+
+The first version of the paper's table lets the target choose the step; the second chooses without it. Both
+are printed, ours beside what is reported of the paper. What is trained, and how, stands in the configuration
+file: its part `sft` is that of ``train_sft.py``, its part `grpo` that of ``train_grpo.py``. A stage that is
+done is not done again, and GRPO that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import train_grpo
+import train_sft
+from agents.command import run_command
+from agents.config import load_config
+from agents.evaluation import play
+from agents.paper_tables import Played, report, results
+from agents.training import RunError, checkpoints, write_json
+from agents.vlm.load import load_policy
+from agents.vlm.without_stop import forbid_stop
+from ivt_env.episodes import Episode, save_episodes
+from ivt_env.metrics.columns import columns
+from ivt_env.rollouts import make_vector_env
+
+STAGE_FILE = "stage.json"
+"""Written into a stage's folder when it is done: the options that it was run with."""
+
+NOT_DECISIVE = frozenset({"out", "config", "resume", "overwrite", "tracker", "dry_run", "gpu_memory_gb", "picture"})
+"""Options of a stage that may differ from those it was done with: they change no policy."""
+
+
+@dataclass
+class Args:
+    """Train by the paper's recipe, evaluate, and print both versions of its table."""
+
+    config: Path = Path("configs/paper_scenes.yaml")
+    """YAML file with the parts `sft` and `grpo`: the whole recipe."""
+    out: Path = Path("runs/paper")
+    """Folder of everything; the file's own `out` is not used."""
+    samples: int = 1000
+    """Samples to evaluate on, from the beginning of the split; all of it if it has fewer."""
+    split: str = "test"
+    """Split to evaluate on."""
+    seed: int | None = None
+    """Of all stages. None: as the file says."""
+    data_root: str | None = None
+    """Folder of real data sets. None: as the file says."""
+    num_envs: int = 100
+    """Episodes of the evaluation played side by side."""
+    dry_run: bool = False
+    """Say what would run with which options and how much memory it would need, and end."""
+    gpu_memory_gb: float = 80.0
+    """Memory of the GPU that a dry run reckons with."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of the three trainings."""
+
+    sft: train_sft.Args
+    grpo: train_grpo.Args
+    single: train_grpo.Args
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Train, play, write and print; returns what ``results.json`` holds, and nothing for a dry run."""
+    recipe = load_recipe(args)
+    if args.samples < 1:
+        raise RunError(f"samples {args.samples}: nothing would be evaluated; give at least 1 (the paper: 505)")
+    if args.dry_run:
+        explain(args, recipe)
+        return {}
+    _once(recipe.sft, lambda: train_sft.main(recipe.sft))
+    for stage in (recipe.single, recipe.grpo):
+        going_on = replace(stage, resume=bool(checkpoints(stage.out)))
+        _once(stage, lambda going_on=going_on: train_grpo.main(going_on))  # type: ignore[misc]
+    played = evaluate(args, recipe)
+    found = results(played)
+    text = report(played, f"{recipe.sft.env}, split {args.split}, n = {len(played['base'].episodes)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    options = {"args": asdict(args), "sft": asdict(recipe.sft), "grpo": asdict(recipe.grpo)}
+    write_json(args.out / "results.json", json.loads(json.dumps(options, default=str)) | found)
+    print(text)
+    print(f"\nwritten to {args.out}: table.txt, results.json, episodes")
+    return found
+
+
+def load_recipe(args: Args) -> Recipe:
+    """The three trainings that a file describes, each in a folder of its own below ``args.out``.
+
+    Raises:
+        ConfigError: for a file that cannot be used.
+        RunError: for options that would not be the paper's recipe; names each.
+    """
+    shared = {"seed": args.seed, "data_root": args.data_root}
+    changes = {k: v for k, v in shared.items() if v is not None}
+    sft = replace(load_config(args.config, train_sft.Args, "sft"), out=args.out / "sft", **changes)  # type: ignore[arg-type]
+    grpo = load_config(args.config, train_grpo.Args, "grpo")
+    grpo = replace(grpo, model=str(sft.out / "policy"), out=args.out / "grpo", **changes)  # type: ignore[arg-type]
+    single = replace(grpo, max_steps=1, out=args.out / "single-step")
+    wanted: list[tuple[str, object, object]] = [
+        ("sft.lessons", sft.lessons, "paper"),
+        ("grpo.stop", grpo.stop, False),
+        ("grpo.advantage", grpo.advantage, "trajectory"),
+        ("grpo.reward", grpo.reward, "final"),
+        ("grpo.env", grpo.env, sft.env),
+        ("grpo.layout", grpo.layout, sft.layout),
+        ("grpo.view", grpo.view, sft.view),
+    ]
+    wrong = [f"{name} is {found!r}, not {right!r}" for name, found, right in wanted if found != right]
+    if grpo.max_steps < 2:
+        wrong.append(f"grpo.max_steps is {grpo.max_steps}, which leaves no refinement (the paper: 3)")
+    if wrong:
+        raise RunError(
+            f"{args.config} is not the paper's recipe: {'; '.join(wrong)}. Change the file, or use the scripts"
+        )
+    train_grpo.check_options(grpo)
+    train_grpo.check_options(single)
+    return Recipe(sft, grpo, single)
+
+
+def explain(args: Args, recipe: Recipe) -> None:
+    """Print each stage's options and what it needs; nothing is loaded, played or written."""
+    base = recipe.sft.model
+    for name, stage in (("SFT", recipe.sft), ("GRPO, first box alone", recipe.single), ("GRPO", recipe.grpo)):
+        print(f"== {name}, to {stage.out}")
+        defaults = asdict(type(stage)())
+        changed = {k: v for k, v in asdict(stage).items() if v != defaults[k] and k != "out"}
+        print("   " + ", ".join(f"{k} {v}" for k, v in changed.items()))
+        if isinstance(stage, train_sft.Args):
+            train_sft.main(replace(stage, dry_run=True, gpu_memory_gb=args.gpu_memory_gb))
+        else:  # its model is the SFT policy, which is not there yet and is of the base's size
+            train_grpo.main(replace(stage, model=base, dry_run=True, gpu_memory_gb=args.gpu_memory_gb))
+        print()
+    horizon = recipe.grpo.max_steps
+    print(f"== evaluation on split {args.split} of {recipe.sft.env}: {args.samples} samples, {horizon} boxes each,")
+    print(f"   of {base} (base), sft and grpo; the first box alone of single-step")
+
+
+def evaluate(args: Args, recipe: Recipe) -> dict[str, Played]:
+    """Forced greedy rollouts of the four policies on the same samples, by name; episodes are saved."""
+    sft, horizon = recipe.sft, recipe.grpo.max_steps
+    env = make_vector_env(sft.env, 1, split=args.split, data_root=sft.data_root, strict=True)
+    count = min(args.samples, len(env.dataset))
+    env.close()
+    policies = {
+        "base": (sft.model, horizon),
+        "sft": (sft.out / "policy", horizon),
+        "single": (recipe.single.out / "policy", 1),
+        "grpo": (recipe.grpo.out / "policy", horizon),
+    }
+    played: dict[str, Played] = {}
+    bars = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bars, TimeRemainingColumn()) as progress:
+        for name, (model, steps) in policies.items():
+            task = progress.add_task(name, total=count)
+            episodes = _play(args, recipe, str(model), steps, count, name, lambda n, t=task: progress.advance(t, n))  # type: ignore[misc]
+            save_episodes(args.out / "episodes" / name, episodes)
+            played[name] = Played(episodes, columns(episodes_forced=episodes))
+    return played
+
+
+def _play(
+    args: Args, recipe: Recipe, model: str, steps: int, count: int, name: str, on_progress: Callable[[int], None]
+) -> list[Episode]:
+    sft = recipe.sft
+    policy = load_policy(
+        model, layout=sft.layout, view=sft.view, max_new_tokens=recipe.grpo.max_new_tokens, **sft.loading()
+    )
+    forbid_stop(policy)
+    return play(
+        policy,
+        sft.env,
+        args.split,
+        range(count),
+        ignore_stop=True,
+        num_envs=args.num_envs,
+        agent_name=name,
+        on_progress=on_progress,
+        max_steps=steps,
+        data_root=sft.data_root,
+        strict=True,
+        view=policy.view,
+    )
+
+
+def _once(stage: train_sft.Args | train_grpo.Args, train: Callable[[], object]) -> None:
+    """Run a stage unless it is done; refuse one that was done with other options."""
+    options = {k: v for k, v in asdict(stage).items() if k not in NOT_DECISIVE}
+    wanted = json.loads(json.dumps(options, default=str))
+    path = stage.out / STAGE_FILE
+    if path.exists():
+        done = json.loads(path.read_text(encoding="utf-8"))
+        other = [f"{k}: {done.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if done.get(k) != v]
+        if other:
+            raise RunError(f"{stage.out} was trained with other options ({'; '.join(other)}): give another --out")
+        print(f"{stage.out} is done already")
+        return
+    print(f"training {stage.out}")
+    train()
+    write_json(path, wanted)
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

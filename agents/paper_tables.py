@@ -1,0 +1,223 @@
+"""Both versions of the table of arXiv 2606.13156, from forced rollouts.
+
+Version 1 gives the best step of an episode, which only the target can choose. Version 2 asks what is left
+when a rule that could be deployed has to choose. The paper's numbers are quoted as third parties report
+them; its samples, its model and, where it does not say, its definitions are not ours, so they stand beside
+ours to compare the shape, never the height.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ivt_env.episodes import Episode
+from ivt_env.metrics.columns import Column, outcomes
+from ivt_env.metrics.scores import StepChanges, rollout_summary, scores, step_changes
+from ivt_env.metrics.table import Comparison, as_json, compare, render
+
+METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mIoU")
+N_BOOT = 1000
+
+
+@dataclass(frozen=True)
+class Played:
+    """One policy's forced episodes and their columns."""
+
+    episodes: list[Episode]
+    columns: dict[str, Column]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the first version."""
+
+    title: str
+    policy: str
+    column: str
+    loop: bool
+    """Refinements were made, so there is a drop per step."""
+    reported: tuple[float | None, ...]
+    """The paper's Acc@0.5, @0.7, @0.9 in percent, mIoU, IoU drop per step, samples degrading in percent."""
+
+
+VERSION_1 = (
+    Line("base, single shot", "base", "step_0", False, (79.6, 70.9, 45.5, 0.719, None, None)),
+    # A best step can be no worse than the first; the paper's 48.7 is, so it is compared with the last step.
+    Line("base + IVT, untrained (last step)", "base", "last_step", True, (48.7, 44.2, 28.3, 0.442, None, None)),
+    Line("SFT + IVT (best step *)", "sft", "oracle_best", True, (82.0, 74.1, 48.3, 0.743, 0.140, 63.4)),
+    Line("SFT + GRPO, single step", "single", "step_0", False, (80.0, None, None, None, None, None)),
+    Line("SFT + GRPO + IVT (best step *)", "grpo", "oracle_best", True, (80.6, 72.5, None, 0.729, 0.029, 24.8)),
+)
+
+REPORTED_2 = "the paper, reported: single shot 79.6, oracle best 82.0, best label-free rule 75.6 (one source) Acc@0.5"
+
+NOTE = "* chosen with the target box: a ceiling that nothing deployed can reach, never a result"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One thing that the paper's recipe does, and whether it did it here."""
+
+    text: str
+    holds: bool
+    figures: str
+
+
+def most_confident(episodes: Sequence[Episode]) -> Column:
+    """The box of the action whose words the policy was surest of; a label-free rule, n episodes.
+
+    The confidence is what the episodes state: for the project's models the geometric mean of the sampled
+    tokens' probabilities. Where none is stated, the first box.
+    """
+    played = outcomes(episodes)
+    stated = np.where(np.isnan(played.confidence), -np.inf, played.confidence)
+    chosen = played.iou[np.arange(len(stated)), stated.argmax(axis=1)]
+    return Column("most_confident", chosen[:, None], np.ones((len(chosen), 1)), False, "forced")
+
+
+def rules(played: Played) -> dict[str, Column]:
+    """Every way of choosing the answer, label-free ones first, the oracle last."""
+    found = {**played.columns, "most_confident": most_confident(played.episodes)}
+    return dict(sorted(found.items(), key=lambda item: (item[1].oracle, item[0] != "step_0")))
+
+
+def changes(played: Played) -> StepChanges:
+    """What the refinements did; the IoU drop per step is minus its ``mean_change``."""
+    return step_changes(outcomes(played.episodes))
+
+
+def drop(played: Played) -> float:
+    """IoU lost per refinement, a mean over all refinements of the forced rollout; negative for a gain."""
+    return -changes(played).mean_change
+
+
+def version_1(played: Mapping[str, Played], *, markdown: bool = False) -> str:
+    """The paper's first table: the target chooses the step. Ours, and what is reported below it."""
+    lines = []
+    for line in VERSION_1:
+        one = played[line.policy]
+        got = scores(one.columns[line.column], METRICS)
+        cells = [_percent(got[m]) for m in METRICS[:3]] + [f"{got['mIoU']:.3f}"]
+        if line.loop:
+            cells += [f"{drop(one):+.3f}", _percent(changes(one).samples_degrading.value) + "%"]
+        else:
+            cells += ["-", "-"]
+        lines.append([line.title, *cells])
+        a50, a70, a90, miou, lost, worse = line.reported
+        told = [_or_dash(v, ".1f") for v in (a50, a70, a90)] + [_or_dash(miou, ".3f"), _or_dash(lost, "+.3f")]
+        lines.append(["   the paper, reported", *told, _or_dash(worse, ".1f") + ("" if worse is None else "%")])
+    head = ["version 1: ground truth chooses", *METRICS, "IoU drop per step", "samples degrading"]
+    return render(head, lines, markdown=markdown)
+
+
+def version_2(played: Mapping[str, Played], *, markdown: bool = False) -> str:
+    """The paper's second table: what each rule makes of the same rollouts, and what it gains on step 0."""
+    clusters = outcomes(played["base"].episodes).picture_ids
+    base = played["base"].columns["step_0"]
+    lines = []
+    for name in ("base", "sft", "grpo", "single"):
+        found = rules(played[name])
+        for rule, column in found.items():
+            if name == "single" and rule != "step_0":
+                continue
+            got = scores(column, METRICS)
+            cells = [_percent(got[m]) for m in METRICS[:3]] + [f"{got['mIoU']:.3f}"]
+            own = "-" if rule == "step_0" else _difference(_compare(rule, column, found["step_0"], clusters))
+            against = "-" if column is base else _difference(_compare(rule, column, base, clusters))
+            lines.append([name, rule + (" *" if column.oracle else ""), *cells, own, against])
+    head = ["version 2", "rule", *METRICS, "Acc@0.5 - own step 0", "Acc@0.5 - base single shot"]
+    return render(head, lines, markdown=markdown, left=2)
+
+
+def claims(played: Mapping[str, Played]) -> list[Claim]:
+    """What the paper says of its recipe, held against these rollouts."""
+    clusters = outcomes(played["base"].episodes).picture_ids
+    base, sft, grpo = (rules(played[name]) for name in ("base", "sft", "grpo"))
+    made = []
+    fall = _compare("last", base["last_step"], base["step_0"], clusters)
+    made.append(Claim("the untrained loop collapses", _down(fall), f"last step - step 0: {_difference(fall)}"))
+    repair = _compare("last", sft["last_step"], base["last_step"], clusters)
+    text = "SFT repairs it: its last step is better than the untrained loop's"
+    made.append(Claim(text, _up(repair), f"last step, SFT - base: {_difference(repair)}"))
+    seen = _compare("best", sft["oracle_best"], base["last_step"], clusters)
+    text = "SFT repairs it as version 1 counts: its best step * is better than the untrained loop's last"
+    made.append(Claim(text, _up(seen), f"{_difference(seen)} (reported: 48.7 -> 82.0)"))
+    lost = {name: drop(played[name]) for name in ("sft", "grpo")}
+    text = "SFT's refinements make boxes worse"
+    made.append(Claim(text, lost["sft"] > 0, f"IoU drop per step {lost['sft']:+.3f} (reported: 0.140)"))
+    times = lost["sft"] / lost["grpo"] if lost["grpo"] > 0 else np.inf
+    figures = f"{lost['sft']:+.3f} -> {lost['grpo']:+.3f}"
+    figures += f", {times:.1f} times" if np.isfinite(times) else ", no drop is left"
+    text = "GRPO lowers the drop per step at least five times"
+    made.append(Claim(text, lost["sft"] > 0 and times >= 5, figures + " (reported: 0.140 -> 0.029, 4.8 times)"))
+    shared = [r for r in sft if r in grpo and not sft[r].oracle]
+    moved = {r: _compare(r, grpo[r], sft[r], clusters) for r in shared}
+    text = "no label-free accuracy falls through GRPO"
+    figures = "GRPO - SFT: " + ", ".join(f"{r} {_difference(c)}" for r, c in moved.items())
+    made.append(Claim(text, not any(_down(c) for c in moved.values()), figures))
+    for name, found in (("SFT", sft), ("GRPO", grpo)):
+        ceiling = _compare("oracle", found["oracle_best"], found["step_0"], clusters)
+        gains = {
+            r: _compare(r, c, found["step_0"], clusters) for r, c in found.items() if not c.oracle and r != "step_0"
+        }
+        text = f"the mirage after {name}: the oracle gains on step 0, no label-free rule does"
+        figures = f"oracle {_difference(ceiling)}; " + ", ".join(f"{r} {_difference(c)}" for r, c in gains.items())
+        made.append(Claim(text, _up(ceiling) and not any(_up(c) for c in gains.values()), figures))
+    return made
+
+
+def report(played: Mapping[str, Played], what: str) -> str:
+    """Both tables and what came out, as text."""
+    text = [what, "", version_1(played), "", NOTE, "", version_2(played), "", NOTE, REPORTED_2, ""]
+    text += ["Differences are paired over pictures, in points; the 95 % bootstrap interval of a difference that is"]
+    text += ["'not shown' holds zero. Boxes that no answer could be read from:"]
+    text += [
+        f"  {name}: {100 * rollout_summary(outcomes(p.episodes)).parse_failures.value:.1f} % of actions"
+        for name, p in played.items()
+    ]
+    text += [""]
+    for claim in claims(played):
+        text.append(f"[{'yes' if claim.holds else 'NO'}] {claim.text}\n      {claim.figures}")
+    return "\n".join(text)
+
+
+def results(played: Mapping[str, Played]) -> dict[str, Any]:
+    """The same as plain JSON values."""
+    found: dict[str, Any] = {}
+    for name, one in played.items():
+        found[name] = {
+            "rules": {rule: scores(column, METRICS) for rule, column in rules(one).items()},
+            "oracle_rules": [rule for rule, column in rules(one).items() if column.oracle],
+            "changes": as_json(changes(one)),
+            "rollout": as_json(rollout_summary(outcomes(one.episodes))),
+        }
+    return {"policies": found, "claims": [as_json(c) for c in claims(played)]}
+
+
+def _compare(name: str, a: Column, b: Column, clusters: Sequence[str]) -> Comparison:
+    return compare(name, a, b.name, b, clusters, "Acc@0.5", n_boot=N_BOOT)
+
+
+def _up(c: Comparison) -> bool:
+    return c.difference.shown and c.difference.diff > 0
+
+
+def _down(c: Comparison) -> bool:
+    return c.difference.shown and c.difference.diff < 0
+
+
+def _difference(c: Comparison) -> str:
+    d = c.difference
+    return f"{100 * d.diff:+.1f}" if d.shown else f"not shown ({100 * d.diff:+.1f})"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
