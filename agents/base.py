@@ -21,7 +21,15 @@ __all__ = ["BUILT_IN", "Agent", "load_agent"]
 BUILT_IN = ("random", "centre", "oracle")
 """The agents that go by a bare name."""
 
-_FORMS = (*BUILT_IN, "stop-after-K:AGENT", "vlm:FOLDER", "pixels-K:vlm:FOLDER", *CONTROL_FORMS, "module:Class")
+_FORMS = (
+    *BUILT_IN,
+    "stop-after-K:AGENT",
+    "vlm:FOLDER",
+    "sb3:FOLDER",
+    "pixels-K:vlm:FOLDER",
+    *CONTROL_FORMS,
+    "module:Class",
+)
 
 
 def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 0, **options: Any) -> Agent:
@@ -33,7 +41,8 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
     ``oracle``              reads the target box; needs ``env``
     ``stop-after-K:SPEC``   the agent ``SPEC``, stopped after K proposals: ``stop-after-1:random``
     ``vlm:FOLDER``          a vision-language model: a checkpoint folder or a model id
-    ``pixels-K:vlm:FOLDER`` the same with K times the pixels that a picture may have
+    ``sb3:FOLDER``          a PPO of Stable-Baselines3: the folder of ``python -m agents.sb3.train``
+    ``pixels-K:vlm:FOLDER`` a vision-language model with K times the pixels that a picture may have
     ``medoid-N:VLM``        N sampled first answers, proposes the box that agrees most with the others
     ``best-of-N:VLM``       N sampled first answers, proposes that of the most confident one
     ``second-shot:VLM``     a greedy first answer, then a sampled one that does not know of it
@@ -85,7 +94,9 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
         return control(cast(Any, load_agent(rest, seed=seed, **options)))
     if head == "vlm" and rest:
         return _load_vlm(rest, {"seed": seed, **options})
-    if colon and rest and head != "vlm":
+    if head == "sb3" and rest:
+        return _load_sb3(rest, {"seed": seed, **options})
+    if colon and rest and head not in ("vlm", "sb3"):
         if options:
             raise ValueError(f"agent {spec!r} is made without arguments: no {', '.join(sorted(options))}")
         return _load_class(spec, head, rest)
@@ -98,6 +109,14 @@ def _load_vlm(path: str, options: dict[str, Any]) -> Agent:
     except ImportError as error:
         raise ValueError(f"agent 'vlm:{path}' needs the training install, ivt-env[train]: {error}") from error
     return load_policy(path, **options)
+
+
+def _load_sb3(path: str, options: dict[str, Any]) -> Agent:
+    try:
+        load_sb3: Callable[..., Agent] = importlib.import_module("agents.sb3.load").load_sb3
+    except ImportError as error:
+        raise ValueError(f"agent 'sb3:{path}' needs Stable-Baselines3, ivt-env[sb3]: {error}") from error
+    return load_sb3(path, **options)
 
 
 def _load_class(spec: str, module_name: str, class_name: str) -> Agent:

@@ -29,13 +29,13 @@ class LessonPlan:
     wrong: float = 3.0
     """How much likelier one of its wrong boxes is taken than a right one. They are the hard cases: other
     objects that the student takes for the target."""
-    sibling: float = 0.3
+    sibling: float = 0.4
     """The box of another object of a target's class, where there is one."""
     random: float = 0.15
     """A box that has nothing to do with a target."""
-    shifted: float = 0.6
+    shifted: float = 1.0
     """A target's box, moved and scaled."""
-    good: float = 0.4
+    good: float = 0.7
     """A target's box with an error that does not matter."""
     contrast: float = 1.0
     """Samples that a box is *not* about and is asked of all the same, for each that it is about; one at least."""

@@ -1,0 +1,78 @@
+"""Easy scenes: few objects, asked for by what they look like, held in memory at the size that is seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from ivt_env.data.sample import Dataset, Picture, Sample
+
+MAX_THINGS = 2
+"""Objects in an easy scene."""
+KIND = "attributes"
+"""Its expressions name a colour, a shape, a texture or a size, and compare nothing."""
+
+
+def is_easy(sample: Sample) -> bool:
+    """Whether a sample of the scenes is easy."""
+    return bool(sample.meta["things"] <= MAX_THINGS and sample.meta["kind"] == KIND)
+
+
+def easy_indices(dataset: Dataset, count: int) -> list[int]:
+    """The first ``count`` easy samples of a split of the scenes.
+
+    Raises:
+        ValueError: where the data set is another one, or has not as many.
+    """
+    if dataset.name != "scenes":
+        raise ValueError(f"easy scenes are picked from the scenes, not from {dataset.name}: use --no-easy there")
+    found: list[int] = []
+    for index in range(len(dataset)):
+        if len(found) == count:
+            return found
+        if is_easy(dataset[index]):
+            found.append(index)
+    if len(found) == count:
+        return found
+    raise ValueError(f"{dataset.name} {dataset.split} has {len(found)} easy samples, {count} were asked for")
+
+
+class SmallPictures:
+    """``Dataset`` of some samples of another, whose pictures are scaled to a square once and then held.
+
+    To draw a scene takes longer than to play it. Boxes are relative, so they hold for the small picture.
+    """
+
+    def __init__(self, dataset: Dataset, indices: list[int], side: int) -> None:
+        """Hold nothing yet.
+
+        Args:
+            dataset: where the samples come from; it lends its name and split.
+            indices: of the samples, in the order in which they are numbered here.
+            side: of the pictures in pixels.
+        """
+        self.name, self.split = dataset.name, dataset.split
+        self._dataset, self._indices, self._side = dataset, indices, side
+        self._pictures: dict[str, Picture] = {}
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index``; IndexError outside the range."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}/{self.split}: {len(self)} samples are held, index {index} is outside")
+        return replace(self._dataset[self._indices[index]], size=(self._side, self._side))
+
+    def picture(self, sample: Sample) -> Picture:
+        """RGB uint8 (side, side, 3)."""
+        held = self._pictures.get(sample.picture_id)
+        if held is None:
+            full = Image.fromarray(self._dataset.picture(sample))
+            held = np.asarray(full.resize((self._side, self._side), Image.Resampling.BOX))
+            held.setflags(write=False)
+            self._pictures[sample.picture_id] = held
+        return held

@@ -1,0 +1,149 @@
+"""A trained PPO as an agent of this project, and the folder that it is saved in.
+
+The folder holds ``policy.pt`` (weights only, so that loading it calls nothing) and ``config.json`` (what is
+needed to make the policy, and how it was trained).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from agents.sb3.network import make_policy
+from ivt_env.wrappers import HashedText
+from ivt_env.wrappers.sb3 import decode_action, sb3_action_space, sb3_observation, sb3_observation_space
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "policy.pt"
+_SHAPE = {"side": int, "text_size": int, "text_seed": int, "stop_above": float, "max_steps": int}
+"""What ``config.json`` must say, and its type."""
+
+
+class SB3Error(ValueError):
+    """A folder that holds no usable PPO. Says which file, and what to do."""
+
+
+class SB3Agent:
+    """Plays this project's batches of observations with a policy of Stable-Baselines3."""
+
+    view = "overlay"
+    """What it was trained to see."""
+
+    def __init__(self, policy: ActorCriticPolicy, shape: Mapping[str, Any], deterministic: bool = True) -> None:
+        """Set up.
+
+        Args:
+            policy: trained behind ``SB3Wrapper``.
+            shape: ``side``, ``text_size``, ``text_seed``, ``stop_above`` of the wrapper, and ``max_steps``.
+            deterministic: the most probable action instead of a sampled one.
+        """
+        self.policy, self.deterministic = policy, deterministic
+        self._side, self._stop_above = int(shape["side"]), float(shape["stop_above"])
+        self._max_steps = int(shape["max_steps"])
+        self._text = HashedText(int(shape["text_size"]), int(shape["text_seed"]))
+
+    def act(self, observations: Mapping[str, Any]) -> dict[str, Any]:
+        """``box`` (N, 4) and ``stop`` (N,) for each environment.
+
+        Raises:
+            SB3Error: at a step that the policy cannot know, because its training episodes were shorter; for
+                a view with a close-up.
+        """
+        active = np.asarray(observations["active"])
+        actions: dict[str, Any] = {
+            "box": np.zeros((len(active), 4), dtype=np.float32),
+            "stop": np.zeros(len(active), dtype=np.int64),
+        }
+        rows = np.flatnonzero(active)
+        if not len(rows):
+            return actions
+        if "window" in observations:
+            raise SB3Error("this policy was trained on whole pictures: play it with view='overlay'")
+        if (latest := int(np.asarray(observations["step"])[rows].max())) >= self._max_steps:
+            raise SB3Error(
+                f"action {latest + 1} of an episode: this policy was trained for at most {self._max_steps};"
+                f" play with max_steps={self._max_steps}"
+            )
+        seen = [sb3_observation({k: v[i] for k, v in observations.items()}, self._side, self._text) for i in rows]
+        batch = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
+        numbers, _ = self.policy.predict(batch, deterministic=self.deterministic)
+        boxes, stops = decode_action(numbers, self._stop_above)
+        actions["box"][rows], actions["stop"][rows] = boxes, stops
+        return actions
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        """Nothing to forget."""
+
+
+def save_sb3(folder: Path, policy: ActorCriticPolicy, shape: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
+    """Write a policy and its configuration, each file whole or not at all.
+
+    Args:
+        folder: made if it is not there.
+        policy: to save.
+        shape: see ``SB3Agent``.
+        trained: JSON-able record of how it was trained; not needed to load it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / f"{WEIGHTS_FILE}.partial"
+    torch.save(policy.state_dict(), weights)
+    config = folder / f"{CONFIG_FILE}.partial"
+    content = {**{key: shape[key] for key in _SHAPE}, "trained": dict(trained)}
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    weights.replace(folder / WEIGHTS_FILE)
+    config.replace(folder / CONFIG_FILE)
+
+
+def load_sb3(folder: str | Path, *, deterministic: bool = True, seed: int | None = None) -> SB3Agent:
+    """The agent that ``python -m agents.sb3.train`` saved.
+
+    Args:
+        folder: of the run.
+        deterministic: the most probable action; false samples, and then ``seed`` decides what.
+        seed: of PyTorch's generator. None: it is left as it is.
+
+    Raises:
+        SB3Error: for a folder that is not there, lacks a file, or whose files do not fit each other.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise SB3Error(f"no PPO in {folder}: there is no {CONFIG_FILE}; `python -m agents.sb3.train --out {folder}`")
+    shape = _read_shape(folder / CONFIG_FILE)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise SB3Error(f"{folder} has no {WEIGHTS_FILE}: its training did not come to its end; run it again")
+    space = sb3_observation_space("overlay", shape["side"], shape["text_size"], shape["max_steps"])
+    policy = make_policy(space, sb3_action_space())
+    try:
+        policy.load_state_dict(torch.load(folder / WEIGHTS_FILE, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises a kind for every way in which a file can be broken
+        reason = " ".join(str(error).split())[:300]
+        raise SB3Error(f"{folder / WEIGHTS_FILE} does not hold the policy of {CONFIG_FILE}: {reason}") from error
+    policy.set_training_mode(False)
+    if seed is not None and not deterministic:
+        torch.manual_seed(seed)
+    return SB3Agent(policy, shape, deterministic)
+
+
+def _read_shape(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise SB3Error(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SB3Error(f"{path} holds no object")
+    shape: dict[str, Any] = {}
+    for key, kind in _SHAPE.items():
+        value = content.get(key)
+        if not isinstance(value, (int, float) if kind is float else int) or isinstance(value, bool):
+            raise SB3Error(f"{path}: {key} is {value!r}, expected {'a number' if kind is float else 'an integer'}")
+        # Limits against a file that would ask for any amount of memory.
+        if kind is int and not (0 if key == "text_seed" else 1) <= value <= 4096:
+            raise SB3Error(f"{path}: {key} is {value}, expected at most 4096")
+        shape[key] = value
+    return shape

@@ -1,0 +1,210 @@
+"""PPO of Stable-Baselines3 on easy scenes: what reinforcement learning reaches without a language model.
+
+    python -m agents.sb3.train                       # a few minutes on two cores
+    python -m agents.sb3.train --no-easy --steps 400000 --out runs/sb3-all
+    python evaluate.py --policies random=random centre=centre ppo=sb3:runs/sb3
+
+Easy scenes have two objects and an expression that names what one of them looks like. The reward is the gain
+in a potential, GIoU by default: IoU is 0 wherever a box misses, and at first almost all do. With `--gamma 0`,
+the default, every action is credited with its own gain and nothing else, so a stop (which earns 0) is right
+as soon as no gain is to be expected. Scores are always IoU.
+
+It ends with the final IoU beside those of the random and the centre agent on held-out samples, with paired
+intervals, and writes `results.json`. It is a floor: hashed words and one small network.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from agents.command import run_command
+from agents.sb3.compare import compare, table
+from agents.sb3.easy import SmallPictures, easy_indices
+from agents.sb3.load import SB3Agent, save_sb3
+from agents.sb3.network import POLICY_OPTIONS, begin_with_what_is_seen
+from ivt_env.data import load_dataset
+from ivt_env.env import GroundingEnv
+from ivt_env.wrappers import SB3Wrapper
+
+UPDATES_A_LINE = 4
+"""Updates between two lines of output; the policy as it is then is what an interrupted run leaves."""
+
+
+@dataclass
+class Args:
+    """Train PPO on scenes and compare it with agents that look at nothing."""
+
+    out: Path = Path("runs/sb3")
+    """Folder for the policy, `config.json` and `results.json`."""
+    steps: int = 50_000
+    """Actions in the environment."""
+    easy: bool = True
+    """Train on two objects and expressions that compare nothing; else on the training split as it is."""
+    samples: int = 1000
+    """Training samples; their pictures are held in memory, 4 kB each."""
+    side: int = 36
+    """Of the picture that the policy sees, pixels."""
+    max_steps: int = 3
+    """Actions in an episode."""
+    potential: Literal["iou", "iou_squared", "giou"] = "giou"
+    """What a step is paid the gain of."""
+    gamma: float = 0.0
+    """0: each action is credited with its own gain; 1: with all that follows as well."""
+    learning_rate: float = 3e-3
+    """Of Adam at the beginning; it falls in a line to a tenth."""
+    num_envs: int = 32
+    """Episodes played side by side."""
+    rollout: int = 32
+    """Actions in each environment between two updates."""
+    batch: int = 256
+    """Actions in a gradient step."""
+    epochs: int = 6
+    """Passes over what was played."""
+    entropy: float = 0.0
+    """Weight of the entropy bonus."""
+    held_out: int = 300
+    """Samples of each table at the end; 0: none is made."""
+    splits: tuple[str, ...] = ("val", "test")
+    """What the tables are made of."""
+    seed: int = 0
+    """Decides weights, samples and draws."""
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Train, save, compare; returns what `results.json` holds."""
+    _check(args)
+    started, computed = time.perf_counter(), time.process_time()
+    dataset = load_dataset("scenes", "train")
+    indices = easy_indices(dataset, args.samples) if args.easy else list(range(args.samples))
+    small = SmallPictures(dataset, indices, args.side)
+    envs = DummyVecEnv([_maker(small, args) for _ in range(args.num_envs)])
+    model = PPO(
+        "MultiInputPolicy",
+        envs,
+        learning_rate=lambda left: args.learning_rate * (0.1 + 0.9 * left),
+        n_steps=args.rollout,
+        batch_size=args.batch,
+        n_epochs=args.epochs,
+        gamma=args.gamma,
+        ent_coef=args.entropy,
+        policy_kwargs=POLICY_OPTIONS,
+        seed=args.seed,
+        device="cpu",
+    )
+    begin_with_what_is_seen(model.policy)
+    wrapper = envs.envs[0].env  # type: ignore[attr-defined]  # behind _LimitIsEnd
+    assert isinstance(wrapper, SB3Wrapper)
+    shape = {
+        "side": wrapper.side,
+        "text_size": wrapper.text.size,
+        "text_seed": wrapper.text.seed,
+        "stop_above": wrapper.stop_above,
+        "max_steps": args.max_steps,
+    }
+
+    def save() -> dict[str, Any]:
+        spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - computed}
+        record = asdict(args) | {"out": str(args.out), "actions": model.num_timesteps}
+        record |= {key: round(value, 1) for key, value in spent.items()}
+        save_sb3(args.out, model.policy, shape, record)
+        return record
+
+    model.learn(args.steps, callback=_Report(args.steps, args.max_steps, save))
+    record = save()
+    print(f"{record['actions']} actions, {record['seconds']} s ({record['cpu_seconds']} s of CPU); saved to {args.out}")
+    results: dict[str, Any] = {"trained": record, "tables": []}
+    if args.held_out:
+        agent = SB3Agent(model.policy, shape)
+        for split in args.splits:
+            for easy in (True, False) if args.easy else (False,):
+                found = compare(
+                    agent, split, easy=easy, samples=args.held_out, max_steps=args.max_steps, seed=args.seed
+                )
+                results["tables"].append(found)
+                print(f"\n{table(found)}", flush=True)
+        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+class _Report(BaseCallback):
+    """A line for every few updates: what the episodes since the last one came to. Saves the policy as well."""
+
+    def __init__(self, steps: int, max_steps: int, save: Callable[[], Any]) -> None:
+        super().__init__()
+        self._steps, self._max_steps, self._save, self._updates = steps, max_steps, save, 0
+        self._final: list[float] = []
+        self._stopped: list[bool] = []
+
+    def _on_step(self) -> bool:
+        for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
+            if done:
+                self._final.append(info["iou"])
+                # A stop makes no step, so only the limit is met at the last one.
+                self._stopped.append(bool(info["terminal_observation"]["step"] < self._max_steps))
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._updates += 1
+        if self._updates % UPDATES_A_LINE or not self._final:
+            return
+        self._save()
+        print(
+            f"{self.num_timesteps:>8} of {self._steps} actions   sampled final IoU {np.mean(self._final):.3f}"
+            f"   stopped {np.mean(self._stopped):.2f}",
+            flush=True,
+        )
+        self._final.clear()
+        self._stopped.clear()
+
+
+class _LimitIsEnd(gym.Wrapper[dict[str, Any], np.ndarray, dict[str, Any], np.ndarray]):
+    """The limit of actions as a termination.
+
+    Stable-Baselines3 adds the value of what would follow to a truncated episode's last reward. Here nothing
+    follows, the step stands in the observation, and the value of the last one is never learned.
+    """
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated or truncated, False, info
+
+
+def _maker(dataset: SmallPictures, args: Args) -> Callable[[], gym.Env[Any, Any]]:
+    def make() -> gym.Env[Any, Any]:
+        # At the size that is seen: a box drawn on the small picture instead of shrunk with the large one.
+        env = GroundingEnv(dataset, max_steps=args.max_steps, canvas=args.side, reward={"potential": args.potential})
+        return _LimitIsEnd(SB3Wrapper(env, side=args.side))
+
+    return make
+
+
+def _check(args: Args) -> None:
+    for name in ("steps", "samples", "max_steps", "num_envs", "rollout", "epochs"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give an integer of at least 1")
+    if not 0 <= args.gamma <= 1:
+        raise ValueError(f"--gamma {args.gamma}: give a number from 0 to 1")
+    if args.side < 16:
+        raise ValueError(f"--side {args.side}: give at least 16 pixels")
+    if args.batch < 2 or args.num_envs * args.rollout % args.batch:
+        raise ValueError(
+            f"--batch {args.batch}: give a number that divides the {args.num_envs * args.rollout} actions of a"
+            " rollout (num-envs times rollout), so that none of them counts less than the others"
+        )
+    if args.held_out and args.held_out < 2:
+        raise ValueError(f"--held-out {args.held_out}: give 0, or at least 2 samples for an interval")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

@@ -1,0 +1,103 @@
+"""Let any chat model with an OpenAI-compatible address play a few episodes.
+
+    python examples/chat_agent.py http://127.0.0.1:8000/v1 --model X --episodes 3
+
+At every step the model is sent the picture with its current box drawn and the question, in a new conversation, and
+its answer is played as it is. Without ``--model`` the server's only model is taken. A key, where one is needed, comes
+from the variable OPENAI_API_KEY. docs/text_actions.md shows what it prints.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import gymnasium as gym
+import tyro
+from PIL import Image
+
+import ivt_env  # noqa: F401  registers the ids
+from agents.command import run_command
+from agents.teacher.openai import Budget, OpenAITeacher
+from ivt_env.data.sample import Picture
+from ivt_env.wrappers import TextActions, visible_picture
+
+
+@dataclass
+class Args:
+    """Play a few episodes with a chat model."""
+
+    address: Annotated[str, tyro.conf.Positional]
+    """Base address of the server, for example http://127.0.0.1:8000/v1."""
+    model: str = ""
+    """Its name on the server; none given: the only one that the server serves."""
+    env: str = "IVT-Scenes-v0"
+    """Registered id."""
+    split: str = "val"
+    """Split of the data set."""
+    episodes: int = 3
+    """How many: the first samples of the split."""
+    max_steps: int = 3
+    """Actions in an episode."""
+    max_reply_tokens: int = 300
+    """Limit of one answer; one that is cut off has no action in it."""
+    max_requests: int = 1000
+    """Requests to the server, repeated ones included; then the run ends."""
+
+
+class ChatModel(OpenAITeacher):
+    """The project's client, asked about one picture at a time."""
+
+    def answer(self, picture: Picture, question: str, max_tokens: int) -> str:
+        """The model's text; an empty one where it said nothing."""
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        shown = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+        content = [{"type": "image_url", "image_url": {"url": shown}}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        body = {"messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        reply: Any = self._ask("/chat/completions", {"model": self._model or self._only_model(), **body})
+        self._count(reply.get("usage"))
+        try:
+            text = reply["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{self.name}: the reply has no choices[0].message.content") from error
+        return text if isinstance(text, str) else ""
+
+
+def main(args: Args) -> None:
+    """Play, and print every step."""
+    if args.episodes < 1:
+        raise ValueError(f"--episodes {args.episodes}: give an integer of at least 1")
+    address = f"{args.address}#{args.model}" if args.model else args.address
+    model = ChatModel(address, Budget(max_requests=args.max_requests))
+    # A real data set that was asked for is never replaced.
+    env = TextActions(gym.make(args.env, split=args.split, max_steps=args.max_steps, strict=True))
+    final, failures, steps = [], 0, 0
+    for index in range(args.episodes):
+        observation, info = env.reset(seed=index, options={"index": index})
+        print(f"episode {index + 1} of {args.episodes}: {info['dataset']}/{args.split} {info['sample_id']}")
+        print(f"  {observation['text'].splitlines()[0]}")
+        over = False
+        while not over:
+            text = model.answer(visible_picture(observation), observation["text"], args.max_reply_tokens)
+            observation, reward, terminated, truncated, info = env.step(text)
+            over, steps, failures = terminated or truncated, steps + 1, failures + info["parse_failure"]
+            said = printable(" ".join(text.split()))
+            print(f"  IoU {info['iou']:.3f}   reward {round(float(reward), 3) + 0.0:+.3f}   {said}")
+            if "invalid" in info:
+                print(f"      refused: {info['invalid']}")
+        final.append(info["iou"])
+    print(f"mean final IoU {sum(final) / len(final):.3f} over {len(final)}, {failures} of {steps} answers unreadable")
+    env.close()
+
+
+def printable(text: str) -> str:
+    """A model's words for a terminal: control characters are spelled out, never sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

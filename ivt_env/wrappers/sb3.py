@@ -1,0 +1,194 @@
+"""The environment in the spaces that Stable-Baselines3 can take.
+
+    env = SB3Wrapper(gym.make("IVT-Scenes-v0"))
+    PPO("MultiInputPolicy", env).learn(10_000)
+
+Nothing of Stable-Baselines3 is imported here: other libraries with one-level ``Dict`` observations and
+``Box`` actions can use it as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from ivt_env.data.sample import Picture
+from ivt_env.wrappers.embedding import HashedText
+
+SMALLEST = 0.04
+"""Smallest width and height that an action can ask for, relative to the picture."""
+
+_ROUNDING = 1e-6
+"""What float32 may make of a box that is exactly as small or as large as an action can ask for."""
+
+_PICTURES = {"image": "extent", "closeup": "closeup_extent"}
+"""Keys of pictures and of their extents."""
+
+
+class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.utils.RecordConstructorArgs):
+    """One-level observations without text, and five numbers as the action.
+
+    ## Action space
+    `Box(-1, 1, (5,), float32)`: centre x and y, width, height, stop.
+
+    | number | meaning |
+    | --- | --- |
+    | 0, 1 | centre of the box: -1 is the left (top) edge of the picture, 1 the right (bottom) edge |
+    | 2, 3 | width and height on a logarithmic scale: -1 is 0.04 of the picture, 0 is 0.2, 1 is all of it |
+    | 4 | stop, if it is above `stop_above` |
+
+    What lies outside the picture is cut off, so every action is a usable box. Centre and size instead of
+    corners: with corners half of all actions are reversed and would have to be sorted, and noise on one
+    number would change place and size together. Logarithmic: the same step then changes a small box and a
+    large one by the same factor, as IoU does.
+
+    ## Observation space
+    | key | space | meaning |
+    | --- | --- | --- |
+    | `image` | `Box(0, 255, (3, side, side), uint8)` | the picture with the box drawn, stretched to a square |
+    | `box` | `Box(0, 1, (4,), float32)` | the current box; all zeros: none yet |
+    | `step` | `Discrete(max_steps + 1)` | actions made so far |
+    | `expression` | `Box(-1, 1, (text_size,), float32)` | `HashedText` of the expression |
+    | `window` | `Box(0, 1, (4,), float32)` | only with a close-up: the region it shows |
+    | `closeup` | as `image` | only with `view="both"` |
+
+    The picture fills the square, without the canvas's margin, so that its coordinates are those of the box.
+    Channels come first, as torch wants them. Rewards, ends and infos are those of the environment.
+    """
+
+    def __init__(
+        self, env: gym.Env[Any, Any], side: int = 48, text_size: int = 128, text_seed: int = 0, stop_above: float = 0.5
+    ) -> None:
+        """Wrap.
+
+        Args:
+            env: a grounding environment.
+            side: of the picture in pixels. Stable-Baselines3's own network needs at least 36.
+            text_size: numbers in the text embedding.
+            text_seed: of the text embedding.
+            stop_above: see the action space. Above 0, so that a policy that has learned nothing rather looks on.
+
+        Raises:
+            ValueError: for an environment of another kind, or an option that is out of range.
+        """
+        gym.utils.RecordConstructorArgs.__init__(
+            self, side=side, text_size=text_size, text_seed=text_seed, stop_above=stop_above
+        )
+        gym.Wrapper.__init__(self, env)
+        given = env.observation_space
+        if not isinstance(given, spaces.Dict) or not {"image", "extent", "expression", "box", "step"} <= set(given):
+            raise ValueError(f"SB3Wrapper wraps a grounding environment; this one observes {given}")
+        if not isinstance(side, int) or side < 1:
+            raise ValueError(f"side {side!r}: give the side of the picture in pixels, an integer of at least 1")
+        if not isinstance(stop_above, int | float) or not -1 <= stop_above < 1:
+            raise ValueError(f"stop_above {stop_above!r}: give a number from -1 to below 1")
+        self.side, self.text, self.stop_above = side, HashedText(text_size, text_seed), float(stop_above)
+        max_steps = int(given["step"].n) - 1  # type: ignore[attr-defined]
+        view = "both" if "closeup" in given.spaces else "closeup" if "window" in given.spaces else "overlay"
+        self.observation_space = sb3_observation_space(view, side, text_size, max_steps)
+        self.action_space = sb3_action_space()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begin an episode; options as in the environment."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return sb3_observation(observation, self.side, self.text), info
+
+    def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any]]:
+        """Play five numbers."""
+        box, stop = decode_action(action, self.stop_above)
+        observation, reward, terminated, truncated, info = self.env.step({"box": box, "stop": int(stop)})
+        return sb3_observation(observation, self.side, self.text), reward, terminated, truncated, info
+
+
+def sb3_action_space() -> spaces.Box:
+    """See ``SB3Wrapper``."""
+    return spaces.Box(-1.0, 1.0, (5,), np.float32)
+
+
+def sb3_observation_space(view: str, side: int, text_size: int, max_steps: int) -> spaces.Dict:
+    """See ``SB3Wrapper``; ``view`` is that of the environment."""
+    picture = spaces.Box(0, 255, (3, side, side), np.uint8)
+    relative_box = spaces.Box(0.0, 1.0, (4,), np.float32)
+    parts: dict[str, spaces.Space[Any]] = {
+        "image": picture,
+        "box": relative_box,
+        "step": spaces.Discrete(max_steps + 1),
+        "expression": spaces.Box(-1.0, 1.0, (text_size,), np.float32),
+    }
+    if view != "overlay":
+        parts["window"] = relative_box
+    if view == "both":
+        parts["closeup"] = picture
+    return spaces.Dict(parts)
+
+
+def sb3_observation(observation: Mapping[str, Any], side: int, text: HashedText) -> dict[str, Any]:
+    """One observation of the environment, without a leading axis, as the wrapper gives it."""
+    seen: dict[str, Any] = {
+        "box": observation["box"],
+        "step": observation["step"],
+        "expression": text.embed(observation["expression"]),
+    }
+    if "window" in observation:
+        seen["window"] = observation["window"]
+    for key, extent_key in _PICTURES.items():
+        if key in observation:
+            seen[key] = square_picture(observation[key], observation[extent_key], side)
+    return seen
+
+
+def square_picture(canvas: Picture, extent: ArrayLike, side: int) -> Picture:
+    """The picture on a canvas, without its margin, stretched to a square with the channels first.
+
+    Args:
+        canvas: RGB (S, S, 3), the picture at its top left.
+        extent: its height and width in pixels.
+        side: of the square in pixels; each of its pixels is the mean of those that fall on it.
+
+    Returns:
+        uint8 (3, side, side).
+    """
+    height, width = (int(v) for v in np.asarray(extent))
+    picture = canvas[:height, :width]
+    if (height, width) != (side, side):
+        picture = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BOX))
+    return np.ascontiguousarray(picture.transpose(2, 0, 1))
+
+
+def decode_action(action: ArrayLike, stop_above: float) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Boxes and stops of actions of shape (..., 5).
+
+    Returns:
+        xyxy relative to the picture, (..., 4) float32, and whether to stop, (...). Every action within
+        [-1, 1] gives a usable box; one with a NaN gives a box with a NaN, which the environment refuses.
+    """
+    numbers = np.asarray(action, dtype=np.float64)
+    centre = (numbers[..., :2] + 1) / 2
+    size = SMALLEST ** ((1 - numbers[..., 2:4]) / 2)
+    edges = np.concatenate([np.maximum(centre - size / 2, 0), np.minimum(centre + size / 2, 1)], axis=-1)
+    return edges.astype(np.float32), np.asarray(numbers[..., 4] > stop_above)
+
+
+def encode_box(box: ArrayLike) -> NDArray[np.float32]:
+    """The action (5,) that proposes a box (4,) without stopping: for demonstrations. Undoes ``decode_action``.
+
+    Raises:
+        ValueError: for a box whose width or height is below ``SMALLEST`` or above 1.
+    """
+    x1, y1, x2, y2 = (float(v) for v in np.asarray(box, dtype=np.float64))
+    size = np.array([x2 - x1, y2 - y1])
+    if not (SMALLEST - _ROUNDING <= size.min() and size.max() <= 1 + _ROUNDING):
+        raise ValueError(
+            f"box {[round(v, 4) for v in (x1, y1, x2, y2)]}: an action can ask for widths and heights"
+            f" from {SMALLEST} to 1"
+        )
+    centre = np.array([x1 + x2, y1 + y2]) - 1
+    return np.array([*centre, *(1 - 2 * np.log(size) / np.log(SMALLEST)), -1.0], dtype=np.float32)

@@ -1,0 +1,254 @@
+"""An answer in words plays exactly the action that it states, and what states none costs a step and nothing else.
+
+Silent when false: a model is scored on boxes that it never gave, or a run ends at the first odd text.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from chat_server import ChatServer, answer
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from agents.vlm import codec
+from ivt_env import text_actions
+from ivt_env.env import GroundingEnv
+from ivt_env.text_actions import STOP_TEXT, parse_action
+from ivt_env.wrappers import TextActions, visible_picture
+
+ROOT = Path(__file__).parent.parent
+BOX = '{"bbox_2d": [100, 200, 600, 700]}'
+
+
+def make(env_id="IVT-Photos-v0", split="test", question=None, **kwargs):
+    env = gym.make(env_id, split=split, **kwargs)
+    return TextActions(env) if question is None else TextActions(env, question)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    env = make()
+    yield env
+    env.close()
+
+
+def test_gymnasiums_checker_has_nothing_to_say():
+    env = TextActions(GroundingEnv("photos", "test"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*is different from the unwrapped version.*")
+        check_env(env, skip_render_check=True)
+
+
+def test_a_text_plays_the_box_that_it_states():
+    plain, words = gym.make("IVT-Scenes-v0", split="val"), make("IVT-Scenes-v0", "val")
+    plain.reset(seed=4)
+    words.reset(seed=4)
+    box = np.array([0.1, 0.2, 0.6, 0.7], dtype=np.float32)
+    expected = plain.step({"box": box, "stop": 0})
+    got = words.step(f"It sits further left.\n```json\n{BOX}\n```")
+    assert got[1:4] == expected[1:4] and got[4]["iou"] == expected[4]["iou"]
+    assert np.array_equal(got[0]["image"], expected[0]["image"]) and not got[4]["parse_failure"]
+    assert words.step(STOP_TEXT)[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "failed", "said"),
+    [
+        ("I cannot see it.", True, "does not end in"),
+        ('{"bbox_2d": [100, 200, 600]}', True, "does not end in"),
+        ('{"bbox_2d": [600, 200, 100, 700]}', False, "x2 <= x1"),
+        ('{"bbox_2d": [100, 200, 600, 1700]}', False, "outside"),
+        ('{"bbox_2d": [100, 200, 1e300, 700]}', False, "not finite"),
+        ('{"picture": 2, "bbox_2d": [100, 200, 600, 700]}', False, "refer to picture 2"),
+    ],
+)
+def test_a_text_without_a_usable_box_costs_a_step_and_says_why(photos, text, failed, said):
+    photos.reset(seed=0)
+    before, *_ = photos.step(BOX)
+    after, reward, terminated, truncated, info = photos.step(text)
+    assert info["parse_failure"] is failed and said in info["invalid"]
+    assert reward == 0 and not terminated and not truncated
+    assert np.array_equal(before["image"], after["image"]) and before["text"] == after["text"]
+    assert photos.step(text)[3], "the third action is the last, so the refused ones were counted"
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.one_of(st.text(), st.from_regex(r'\{"bbox_2d": \[[0-9eE+\-\., ]{0,40}\]\}')))
+def test_no_text_raises(text):
+    parse_action(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"bbox_2d": [1, 2, 3, 1' + "0" * 400 + "]}",
+        '{"bbox_2d": [1, 2, 3, 1' + "0" * 5000 + "]}",
+        '{"bbox_2d": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "{" * 200_000,
+    ],
+)
+def test_texts_made_to_break_the_parser_are_failures_like_any_other(text):
+    assert parse_action(text).failed
+
+
+def test_there_is_one_parser():
+    assert codec.parse_action is text_actions.parse_action and codec.STOP_TEXT is text_actions.STOP_TEXT
+
+
+@given(st.tuples(*[st.floats(0, 1)] * 4))
+def test_thousandths_are_the_frame_of_the_models_that_write_them(box):
+    numbers = text_actions.to_thousandths(box)
+    qwen = codec.BoxCodec("relative_1000")
+    assert numbers == qwen.encode(box, ()) and text_actions.from_thousandths(numbers) == qwen.decode(numbers, ())
+
+
+def test_the_question_names_what_to_find_and_the_current_box(photos):
+    observation, _ = photos.reset(seed=0, options={"index": 2})
+    assert f'"{photos.unwrapped.sample.expression}"' in observation["text"] and "box: none" in observation["text"]
+    assert "box: [100, 200, 600, 700]" in photos.step(BOX)[0]["text"]
+
+
+def test_braces_in_an_expression_stay_as_they_are(photos, monkeypatch):
+    env = make(question="{box} {expression}")
+    observation, _ = env.reset(seed=0)
+    assert (
+        env._asked({**env.unwrapped.screen.observe(env.unwrapped._loaded, env.unwrapped.game), "expression": "{box}"})[
+            "text"
+        ]
+        == "none {box}"
+    )
+    assert observation["text"].startswith("none ")
+
+
+def test_the_visible_picture_has_no_margin(photos):
+    dataset = photos.unwrapped.dataset
+    oblong = next(i for i in range(len(dataset)) if dataset[i].size[0] != dataset[i].size[1])
+    observation, _ = photos.reset(seed=0, options={"index": oblong})
+    picture = visible_picture(observation)
+    height, width, _ = picture.shape
+    sample = photos.unwrapped.sample
+    assert height != width
+    assert abs(height / width - sample.size[0] / sample.size[1]) < 0.01
+    assert not observation["image"][height:].any() and not observation["image"][:, width:].any()
+
+
+def test_sync_and_async_play_the_same_games():
+    def play(mode):
+        envs = gym.make_vec("IVT-Photos-v0", num_envs=2, split="test", vectorization_mode=mode, wrappers=[TextActions])
+        seen = [envs.reset(seed=1)[0]]
+        found = envs.step((BOX, "no box in this"))
+        seen.append(found[0])
+        envs.close()
+        return seen, found[1].tolist(), found[4]["parse_failure"].tolist(), [list(o["text"]) for o in seen]
+
+    sync, parallel = play("sync"), play("async")
+    assert sync[1:] == parallel[1:] and sync[2] == [False, True]
+    assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(sync[0], parallel[0], strict=True))
+
+
+def test_a_pickled_wrapper_plays_on(photos):
+    photos.reset(seed=1)
+    copy = pickle.loads(pickle.dumps(photos))
+    a, b = photos.step(BOX), copy.step(BOX)
+    assert np.array_equal(a[0]["image"], b[0]["image"]) and a[0]["text"] == b[0]["text"] and a[1] == b[1]
+
+
+def test_what_cannot_be_wrapped_is_refused_by_name(photos):
+    with pytest.raises(ValueError, match="grounding environment"):
+        TextActions(gym.make("CartPole-v1"))
+    with pytest.raises(ValueError, match="view='overlay'"):
+        make(view="both")
+    with pytest.raises(ValueError, match="expression"):
+        make(question="Where is it?")
+    photos.reset(seed=0)
+    with pytest.raises(TypeError, match="dict"):
+        photos.step({"box": [0, 0, 1, 1], "stop": 0})
+
+
+# ---- the example, against a real server ------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    chat = ChatServer()
+    yield chat
+    chat.close()
+
+
+def run_example(*argv):
+    return subprocess.run(
+        [sys.executable, "examples/chat_agent.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+ANSWERS = (
+    '{"bbox_2d": [280, 280, 470, 460]}',
+    'The box is right, but too large on all sides. {"bbox_2d": [305, 315, 430, 425]}',
+    '{"stop": true}',
+    "I see several objects.",
+    '{"bbox_2d": [720, 640, 960, 860]}',
+    'That fits. {"stop": true}',
+)
+"""What the server of the documentation's transcript says, one after the other."""
+
+
+def test_the_transcript_in_the_documentation_is_what_the_example_prints(server):
+    page = (ROOT / "docs" / "text_actions.md").read_text(encoding="utf-8")
+    command, shown = re.search(r"```console\n\$ python examples/chat_agent\.py (.*)\n((?:.*\n)+?)```", page).groups()
+    given = iter(ANSWERS)
+    server.reply = lambda body: answer(next(given))
+    argv = command.replace("http://127.0.0.1:8000/v1", server.url).split()
+    done = run_example(*argv)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == shown
+    assert next(given, None) is None, "every answer was asked for"
+
+
+def test_the_model_is_sent_the_picture_with_its_box_and_the_question(server):
+    server.reply = answer('{"bbox_2d": [0, 0, 500, 500]}')
+    done = run_example(server.url, "--episodes", "1", "--max-steps", "2", "--env", "IVT-Photos-v0", "--split", "test")
+    assert done.returncode == 0, done.stderr
+    env = make(max_steps=2)
+    expected, _ = env.reset(options={"index": 0})
+    assert len(server.chats) == 2 and server.chats[0]["model"] == "one"
+    for body in server.chats:
+        picture, question = body["messages"][-1]["content"]
+        png = base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,"))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), visible_picture(expected))
+        assert question["text"] == expected["text"]
+        expected = env.step('{"bbox_2d": [0, 0, 500, 500]}')[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["ftp://x", "--episodes", "1"], "http"),
+        (["URL", "--episodes", "0"], "--episodes 0"),
+        (["URL", "--env", "IVT-RefCOCOg-v0", "--data-root-is-no-option"], "data-root-is-no-option"),
+    ],
+)
+def test_a_wrong_option_ends_with_a_line_and_not_with_a_traceback(server, argv, said):
+    done = run_example(*[server.url if a == "URL" else a for a in argv])
+    assert done.returncode == 2 and said in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_server_that_refuses_ends_the_run_with_its_own_words(server):
+    server.faults = [400]
+    done = run_example(server.url, "--model", "one", "--episodes", "1")
+    assert done.returncode == 2 and "400" in done.stderr and "busy" in done.stderr and "Traceback" not in done.stderr
+    assert json.dumps(server.chats[0]["messages"])
