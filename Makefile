@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,sb3,human,quantize,dev]"
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,sb3,human,quantize,server,docs,dev]"
 	touch $@
 
 train: $(VENV)/.installed
