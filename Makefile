@@ -16,7 +16,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test seeds paper study tiny check clean
+.PHONY: train test seeds paper study tiny docs check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,10 @@ study: $(VENV)/.installed
 # A tiny model from scratch (73 minutes on two cores that other work shared; docs/experiments.md has its figures).
 tiny: $(VENV)/.installed
 	$(RUN) -m agents.vlm.pretrain --out runs/tiny_qwen3vl
+
+# The documentation, without a network: build/docs/index.html
+docs: $(VENV)/.installed
+	$(RUN) -m sphinx -W --keep-going -q -d build/docs-trees docs build/docs
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 
 from agents.command import run_command
 from agents.training import RunError, write_json
@@ -118,17 +119,20 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
     # the same commands with one.
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
+    lock = Lock()
+
     def run(job: Job) -> Job | None:
         log, started = out / f"{job.name}.log", time.time()
         print(f"{job.name}: {shlex.join(job.command[1:])}", flush=True)
-        with (out / "commands.txt").open("a", encoding="utf-8") as file:
+        with lock, (out / "commands.txt").open("a", encoding="utf-8") as file:
             file.write(f"python {shlex.join(job.command[1:])}\n")
         with log.open("w", encoding="utf-8") as file:
             status = subprocess.run(job.command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
         print(f"{job.name}: status {status} after {(time.time() - started) / 60:.1f} minutes", flush=True)
-        times = out / "minutes.json"
-        known = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
-        write_json(times, known | {job.name: round((time.time() - started) / 60, 2)})
+        with lock:  # commands end at any moment, two at once too
+            times = out / "minutes.json"
+            known = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+            write_json(times, known | {job.name: round((time.time() - started) / 60, 2)})
         return job if status else None
 
     with ThreadPoolExecutor(workers) as pool:

@@ -81,14 +81,20 @@ def test_saved_episodes_give_the_same_scores_without_a_model(evaluated, tmp_path
 
 def test_a_name_given_again_is_another_seed(evaluated, tmp_path):
     saved = evaluated[0] / "episodes"
-    seeds = [f"both={saved / 'base'}", f"both={saved / 'floor'}"]
-    played = main(Args(episodes=[f"base={saved / 'base'}", *seeds], out=tmp_path))
+    seeds = [f"both={saved / 'floor'}", f"both={saved / 'ceiling'}"]
+    played = main(Args(episodes=[f"base={saved / 'floor'}", *seeds], out=tmp_path))
     assert len(played["both"].runs) == 2 and len(played["both"].stopping) == 80
     rows = {(r["policy"], r["column"]): r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
     both, base = rows["both", "last_step"], rows["base", "last_step"]
     assert both["by_seed"]["mIoU"][0] == base["scores"]["mIoU"]["value"]
     assert both["scores"]["mIoU"]["value"] == pytest.approx(sum(both["by_seed"]["mIoU"]) / 2)
     assert "each seed" in (tmp_path / "table.txt").read_text()
+
+
+def test_seeds_that_state_different_things_are_not_one_policy(evaluated, tmp_path):
+    saved = evaluated[0] / "episodes"
+    with pytest.raises(ValueError, match="both: only some of the seeds state a stop probability"):
+        main(Args(episodes=[f"both={saved / 'base'}", f"both={saved / 'floor'}"], out=tmp_path))
 
 
 def test_policies_of_several_seeds_are_played_and_saved_apart_and_need_not_be_forced(tmp_path):

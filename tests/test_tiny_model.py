@@ -18,11 +18,20 @@ from ivt_env.data.scenes import make_scene
 QUESTIONS = [("the red ring", (0.1, 0.2, 0.3, 0.4)), ("the leftmost star", (0.0, 0.5, 0.2, 1.0)), ("a", (0, 0, 1, 1))]
 
 
-def test_single_shot_accuracy_is_between_75_and_88_percent_on_test():
+@pytest.fixture(scope="module")
+def first_ious():
     episodes = play(load_policy("tiny"), "IVT-Scenes-v0", "test", range(500), ignore_stop=True, max_steps=1)
-    accuracy = np.mean([e.steps[0].iou >= 0.5 for e in episodes])
+    return np.array([e.steps[0].iou for e in episodes])
+
+
+def test_single_shot_accuracy_is_between_75_and_88_percent_on_test(first_ious):
     # 500 samples: the standard error is 1.8 points, and the full figure stands in the README.
-    assert 0.75 - 0.03 <= accuracy <= 0.88 + 0.03
+    assert 0.75 - 0.03 <= (first_ious >= 0.5).mean() <= 0.88 + 0.03
+
+
+def test_first_boxes_are_as_precise_as_published(first_ious):
+    """A loop that mends boxes would gain more on a base that draws them badly: 58.6 % at 0.9, n = 1,000."""
+    assert (first_ious >= 0.9).mean() >= 0.586 - 0.05
 
 
 def test_weights_fit_into_eight_megabytes_and_say_how_they_were_made():

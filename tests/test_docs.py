@@ -1,0 +1,194 @@
+"""The documentation says what the code does, builds without a warning and without a network, and fetches nothing.
+
+Silent when false: a newcomer types what the page says and gets something else; a page that loads a font from
+elsewhere tells a stranger who reads it; a link leads nowhere.
+"""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+import ivt_env
+from ivt_env.env import action_space, observation_space
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("**/*.md"))
+WITH_DOCTESTS = [page for page in PAGES if re.search(r"^>>> ", page.read_text(encoding="utf-8"), re.MULTILINE)]
+TRANSCRIPTS = sorted(page for page in (DOCS / "transcripts").glob("*.md") if page.name != "index.md")
+
+sys.path.insert(0, str(DOCS))
+import make_environments  # noqa: E402
+import make_gallery  # noqa: E402
+
+OFFLINE = """
+import runpy, socket, sys
+def refuse(*_, **__):
+    raise OSError("the documentation must build without a network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+sys.argv = ["sphinx", *sys.argv[1:]]
+runpy.run_module("sphinx", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def newcomer(tmp_path, monkeypatch):
+    """An empty folder, and no data set anywhere on the machine."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IVT_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("furo", reason='the site needs pip install "ivt-env[docs]"')
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-c", OFFLINE, "-W", "--keep-going", "-q", "-d", str(out / "trees"), str(DOCS)]
+    run = subprocess.run([*command, str(out / "html")], capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return out / "html"
+
+
+def test_the_site_builds_offline_without_a_warning_and_has_every_page(site):
+    for page in PAGES:
+        assert (site / page.relative_to(DOCS).with_suffix(".html")).is_file(), page
+    assert "RewardConfig" in (site / "api" / "rewards.html").read_text(encoding="utf-8")
+
+
+def test_nothing_in_the_site_is_fetched_from_elsewhere(site):
+    """Links that a reader follows may lead out; what a page loads by itself may not."""
+    seen = 0
+    for path in site.glob("**/*"):
+        if path.suffix == ".html":
+            text = path.read_text(encoding="utf-8")
+            loaded = re.findall(r"<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc=[\"']([^\"']+)", text)
+            for tag in re.findall(r"<link\b[^>]*>", text):
+                loaded += re.findall(r"\bhref=[\"']([^\"']+)", tag)
+            loaded += re.findall(r"url\(\s*[\"']?([^\"')]+)", text)
+        elif path.suffix == ".css":
+            text = path.read_text(encoding="utf-8")
+            loaded = re.findall(r"url\(\s*[\"']?([^\"')]+)", text)
+            loaded += re.findall(r"@import\s+[\"']([^\"']+)", text)
+        else:
+            continue
+        seen += len(loaded)
+        assert [one for one in loaded if re.match(r"(https?:)?//", one)] == [], path.relative_to(site)
+    assert seen > 100  # the patterns find what there is
+
+
+@pytest.mark.filterwarnings("ignore:[\\s\\S]*EMBEDDED SCENES ARE SERVED")
+@pytest.mark.parametrize("page", WITH_DOCTESTS, ids=lambda page: str(page.relative_to(DOCS)))
+def test_the_examples_of_a_page_do_what_it_says(page, newcomer):
+    # The end of a block would be taken for output.
+    text = re.sub(r"^```.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    examples = doctest.DocTestParser().get_doctest(text, {}, page.stem, str(page), 0)
+    complaints: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples, out=complaints.append)
+    assert result.attempted > 2 and result.failed == 0, "".join(complaints)
+
+
+def test_the_doctests_of_the_pages_were_found():
+    names = {page.stem for page in WITH_DOCTESTS}
+    assert {"index", "tour", "own_agent", *ivt_env.IDS} <= names
+
+
+def test_every_registered_id_has_a_page_made_from_the_code_as_it_is():
+    """Where this fails, run ``python docs/make_environments.py``."""
+    made = make_environments.pages()
+    on_disk = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "environments").glob("*.md")}
+    assert set(on_disk) == set(made) == {"index.md", *(f"{env_id}.md" for env_id in ivt_env.IDS)}
+    for name, text in made.items():
+        assert on_disk[name] == text, f"{name} is out of date: python docs/make_environments.py"
+
+
+@pytest.mark.parametrize("env_id", ivt_env.IDS)
+def test_a_page_lists_every_key_argument_and_section(env_id):
+    text = (DOCS / "environments" / f"{env_id}.md").read_text(encoding="utf-8")
+    keys = {*observation_space("both", 64, 3).spaces, "box[0]", "box[3]"} | ({*action_space().spaces} - {"box"})
+    arguments = {"split", "data_root", "strict", "max_steps", "canvas", "view", "overlay", "reward", "render_mode"}
+    rows = set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE))
+    assert keys | arguments | {"step_cost", "opacity"} <= rows
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert headings == [
+        "Action space", "Observation space", "Rewards", "Starting state", "Episode end", "Arguments", "Example",
+        "Vectorised", "Registered configuration", "Version history",
+    ]  # fmt: skip
+    empty = [line for line in text.splitlines() if re.search(r"\|\s+\|$", line)]
+    assert empty == []
+
+
+def test_the_gallery_is_what_the_renderer_draws(tmp_path):
+    """Letters differ a little from one version of FreeType to the next; everything else may not."""
+    make_gallery.main(make_gallery.Args(out=tmp_path))
+    made = {path.name for path in tmp_path.iterdir()}
+    kept = {path.name for path in (DOCS / "gallery").iterdir() if path.suffix in (".png", ".gif")}
+    assert made == kept and "episode.gif" in made
+    for name in made:
+        with Image.open(tmp_path / name) as new, Image.open(DOCS / "gallery" / name) as old:
+            pairs = list(zip(ImageSequence.Iterator(new), ImageSequence.Iterator(old), strict=True))
+            for left, right in pairs:
+                a, b = (np.asarray(image.convert("RGB")).astype(int) for image in (left, right))
+                assert a.shape == b.shape and np.abs(a - b).mean() < 3, name
+
+
+def test_the_gallery_weighs_at_most_a_megabyte_and_its_page_shows_all_of_it():
+    pictures = [path for path in (DOCS / "gallery").iterdir() if path.suffix in (".png", ".gif")]
+    assert 0 < sum(path.stat().st_size for path in pictures) <= 1_000_000
+    page = (DOCS / "gallery" / "index.md").read_text(encoding="utf-8")
+    shown = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page)
+    assert {name for _, name in shown} == {path.name for path in pictures}
+    assert all(len(words) > 20 for words, _ in shown), "every picture is described in words"
+
+
+def test_the_moving_picture_shows_a_proposal_a_correction_and_a_stop():
+    with Image.open(DOCS / "gallery" / "episode.gif") as gif:
+        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(gif)]
+    assert len(frames) == 4
+    red = [int(((f[..., 0] > 180) & (f[..., 1] < 90) & (f[..., 2] < 90)).sum()) for f in frames]
+    assert red[0] < red[1] and red[0] < red[2], "a box is drawn from the first proposal on"
+    changed = [np.abs(b[:300] - a[:300]).max(axis=-1).mean() for a, b in zip(frames, frames[1:], strict=False)]
+    assert changed[0] > 1 and changed[1] > 1 and changed[2] < 0.5, "a stop changes nothing on the picture"
+
+
+def commands_of(page: Path) -> list[tuple[str, str]]:
+    """Every command of a page's console blocks with the output that the page shows."""
+    blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    parts = [part for block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
+    return [(part.partition("\n")[0], part.partition("\n")[2]) for part in parts]
+
+
+@pytest.mark.parametrize("page", TRANSCRIPTS, ids=lambda page: page.stem)
+def test_a_transcript_is_what_the_machine_answers(page, newcomer):
+    text = page.read_text(encoding="utf-8")
+    for name, content in re.findall(r"```python title=\"([\w.]+)\"\n(.*?)```", text, re.DOTALL):
+        assert len(content.splitlines()) < 20
+        (newcomer / name).write_text(content, encoding="utf-8")
+    commands = commands_of(page)
+    assert commands
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command, shown in commands:
+        run = subprocess.run(
+            ["bash", "-c", command], env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=900,
+            check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.strip() == shown.strip(), command
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "license", "type"} <= set(citation)
+    assert citation["version"] == ivt_env.__version__ and citation["license"] == "Apache-2.0"
+    assert "2606.13156" in str(citation["references"])

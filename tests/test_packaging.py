@@ -1,0 +1,126 @@
+"""What is published holds everything it needs, and works away from the source tree.
+
+Silent when false: the photographs, the page or the tiny model are missing from what others install, and nobody here
+sees it, because here they lie beside the code.
+"""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ivt_env
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+NOT_SOURCE = (".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+
+# No other package of this project may be found than the installed one, and torch must not be needed.
+AWAY = """
+import sys
+import gymnasium as gym, ivt_env
+assert ivt_env.__file__.startswith(sys.argv[1]), ivt_env.__file__
+for name in ("IVT-Scenes-v0", "IVT-Photos-v0"):
+    env = gym.make(name, split="test", render_mode="rgb_array")
+    env.reset(seed=0)
+    env.step({"box": [0.1, 0.1, 0.6, 0.6], "stop": 0})
+    assert env.render().ndim == 3
+assert "torch" not in sys.modules
+print("played")
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A wheel, made from an sdist, made from a copy of the source: (wheel, sdist)."""
+    pytest.importorskip("build", reason='building needs pip install "ivt-env[dev]"')
+    source, out = tmp_path_factory.mktemp("source") / "ivt-env", tmp_path_factory.mktemp("dist")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    return wheel, sdist
+
+
+@pytest.fixture(scope="module")
+def in_wheel(built):
+    with zipfile.ZipFile(built[0]) as archive:
+        return {info.filename: info.file_size for info in archive.infolist()}
+
+
+def files_of(folder: str) -> set[str]:
+    """Every file below a folder of the source that is no by-product."""
+    paths = (path for path in (ROOT / folder).glob("**/*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(ROOT).as_posix() for path in paths}
+
+
+def test_the_wheel_holds_every_file_of_both_packages_and_nothing_of_the_tests(in_wheel):
+    wanted = files_of("ivt_env") | files_of("agents") | {"train_sft.py", "train_grpo.py", "evaluate.py"}
+    packed = {name for name in in_wheel if ".dist-info/" not in name}
+    assert packed == wanted
+    assert len([name for name in wanted if name.endswith(".jpg")]) == 5
+    assert {"ivt_env/py.typed", "ivt_env/viewer/template.html", "ivt_env/viewer/play.js"} <= wanted
+    assert in_wheel["agents/vlm/tiny_qwen3vl/model.safetensors"] > 1_000_000
+
+
+def test_the_sdist_holds_the_tests_the_pages_and_what_they_run(built):
+    with tarfile.open(built[1]) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    for folder in ("ivt_env", "agents", "tests", "docs", "configs", "examples"):
+        assert files_of(folder) <= names, sorted(files_of(folder) - names)[:5]
+    top = {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "constraints.txt"}
+    assert top | {"pyproject.toml", "train_sft.py", "train_grpo.py", "evaluate.py"} <= names
+    assert not [name for name in names if name.endswith(".pyc") or name.startswith(("runs/", ".venv/"))]
+
+
+def test_the_metadata_says_what_pyproject_says(built):
+    with zipfile.ZipFile(built[0]) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+        entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+        licences = [one for one in archive.namelist() if ".dist-info/licenses/" in one]
+    assert metadata["Version"] == ivt_env.__version__ and metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
+    bare = {requirement for requirement in metadata.get_all("Requires-Dist") if "extra ==" not in requirement}
+    assert {re.split(r"[<>=]", one)[0] for one in bare} == {"gymnasium", "numpy", "pillow", "pyarrow"}
+    assert "ivt = agents.cli:main" in entry_points and any(one.endswith("/LICENSE") for one in licences)
+
+
+def test_every_extra_that_a_message_names_exists_and_every_requirement_has_a_lower_bound():
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("ivt_env/**/*.py"), *ROOT.glob("agents/**/*.py")]
+    sources += [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    named = {extra for group in re.findall(r"ivt-env\[([a-z0-9,]+)\]", text) for extra in group.split(",")}
+    assert {"train", "server", "human"} <= named <= set(PROJECT["optional-dependencies"])
+    every = [*PROJECT["dependencies"], *(one for extra in PROJECT["optional-dependencies"].values() for one in extra)]
+    assert [one for one in every if ">=" not in one] == []
+
+
+def test_the_installed_wheel_plays_from_another_folder_and_the_command_answers(built, tmp_path):
+    target = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    run = subprocess.run([*pip, str(built[0])], capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for command, expected in (
+        ([sys.executable, "-c", AWAY, str(target)], "played"),
+        ([sys.executable, str(target / "bin" / "ivt"), "--help"], "usage: ivt"),
+        ([sys.executable, str(target / "bin" / "ivt"), "--version"], f"ivt-env {ivt_env.__version__}"),
+    ):
+        run = subprocess.run(
+            command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert run.returncode == 0 and expected in run.stdout, run.stderr[-2000:]
