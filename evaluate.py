@@ -19,8 +19,9 @@ episodes: ``ivt_env.metrics.audit``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +29,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agents.base import load_agent
 from agents.command import run_command
+from agents.cost import Cost, Metered
 from agents.plots import plot_accuracy_by_step, plot_before_after, plot_groups, plot_reliability, plot_training
+from agents.report import write_report
 from agents.training import write_json
 from agents.vlm.load import TINY_NAME
+from ivt_env.data.sample import Picture
 from ivt_env.episodes import Episode, load_episodes, save_episodes
-from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_table
+from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_lines, behaviour_table
 from ivt_env.metrics.breakdown import group_table
 from ivt_env.metrics.columns import check_same_samples, outcomes
 from ivt_env.metrics.scores import METRICS
@@ -44,12 +48,14 @@ from ivt_env.metrics.table import (
     compare,
     difference_table,
     policy_table,
+    render,
     score_table,
     seed_table,
 )
 from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
 from ivt_env.viewer import write_page
+from ivt_env.viewer.pictures import PictureFinder
 
 DEFAULT_POLICY = "base=tiny"
 RESAMPLES = 1000
@@ -118,6 +124,7 @@ def main(args: Args) -> dict[str, Played]:
     if args.policies and args.episodes:
         raise ValueError("policies and episodes: give one of them; play first, then score all that is saved")
     dataset = None
+    costs: dict[str, list[dict[str, float]]] = {}
     if args.episodes:
         runs = {
             name: [_load(folder) for folder in folders] for name, folders in _named("episodes", args.episodes).items()
@@ -125,7 +132,7 @@ def main(args: Args) -> dict[str, Played]:
         sources = _named("episodes", args.episodes)
     else:
         sources = _named("policies", args.policies or [DEFAULT_POLICY])
-        runs, dataset = _play(args, sources)
+        runs, costs, dataset = _play(args, sources)
     base_name, base = next(iter(runs.items()))
     played: dict[str, Played] = {}
     for name, of_policy in runs.items():
@@ -139,7 +146,7 @@ def main(args: Args) -> dict[str, Played]:
             verifier_guard=args.guard,
         )
         played[name] = Played(of_policy, found)
-    _write(args, played, sources, dataset)
+    _write(args, played, sources, costs, dataset)
     return played
 
 
@@ -182,8 +189,10 @@ def _folders(names: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], str]:
     return found
 
 
-def _play(args: Args, names: Mapping[str, Sequence[str]]) -> tuple[dict[str, list[Run]], Any]:
-    """The runs of each policy, saved as they come, and the data set that was served."""
+def _play(
+    args: Args, names: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[Run]], dict[str, list[dict[str, float]]], Any]:
+    """The runs of each policy, saved as they come, what its answers cost, and the data set that was served."""
     folders = _folders(names)
     # Named real data must be there: an evaluation never falls back.
     env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
@@ -198,6 +207,7 @@ def _play(args: Args, names: Mapping[str, Sequence[str]]) -> tuple[dict[str, lis
         return envs[view]
 
     runs: dict[str, list[Run]] = {}
+    costs: dict[str, list[dict[str, float]]] = {}
     bars = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, TimeRemainingColumn()) as progress:
         for (name, number), folder in folders.items():
@@ -207,8 +217,8 @@ def _play(args: Args, names: Mapping[str, Sequence[str]]) -> tuple[dict[str, lis
                 # A fresh agent for each rollout: one that draws then draws the same. Its view is known once
                 # it is there, and the oracle is given the environment before: only it, and it looks at no picture.
                 spec = _spec(names[name][number])
-                agent = load_agent(spec, env=env_of(args.view or "overlay"), seed=args.seed)
-                env = env_of(args.view or str(getattr(agent, "view", "overlay")))
+                agent = Metered(load_agent(spec, env=env_of(args.view or "overlay"), seed=args.seed))
+                env = env_of(args.view or str(agent.view))
                 found.append(
                     rollout(
                         env,
@@ -222,8 +232,10 @@ def _play(args: Args, names: Mapping[str, Sequence[str]]) -> tuple[dict[str, lis
                     )
                 )
                 save_episodes(args.out / "episodes" / f"{folder}{'-forced' if forced else ''}", found[-1])
+                if agent.cost is not None and not forced:
+                    costs.setdefault(name, []).append(agent.cost.per_episode(count))
             runs.setdefault(name, []).append(Run(found[0], found[1] if args.forced else None))
-    return runs, dataset
+    return runs, costs, dataset
 
 
 def _spec(text: str) -> str:
@@ -231,12 +243,18 @@ def _spec(text: str) -> str:
     return f"vlm:{text}" if is_model else text
 
 
-def _write(args: Args, played: Mapping[str, Played], sources: Mapping[str, Sequence[str]], dataset: Any) -> None:
+def _write(
+    args: Args,
+    played: Mapping[str, Played],
+    sources: Mapping[str, Sequence[str]],
+    costs: Mapping[str, list[dict[str, float]]],
+    dataset: Any,
+) -> None:
     first = next(iter(played.values())).audit
     rows = [row for one in played.values() for row in one.audit.rows]
     comparisons = _comparisons(played, args.seed)
     served = ", ".join(first.served)
-    report = "\n".join(_report(args, played, comparisons))
+    report = "\n".join(_report(args, played, comparisons) + _costs(costs))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.txt").write_text(report + "\n", encoding="utf-8")
     write_json(
@@ -247,21 +265,31 @@ def _write(args: Args, played: Mapping[str, Played], sources: Mapping[str, Seque
             "served": served,
             "rows": as_json(rows),
             "comparisons": as_json(comparisons),
+            "costs": dict(costs),
+            "behaviour": behaviour_lines({name: one.audit for name, one in played.items()}),
             "audits": {name: one.audit.as_json() for name, one in played.items()},
         },
     )
     _plot(args, played)
     print(report)
-    if dataset is not None:
+    episodes = {name: one.runs[0].episodes for name, one in played.items()}
+    picture_of: Callable[[Episode], Picture]
+    if dataset is None:
+        picture_of = PictureFinder(episodes, {name: Path(sources[name][0]) for name in episodes}, args.data_root)
+    else:
         by_id = {dataset[i].sample_id: i for i in range(first.episodes)}
-        write_page(
-            args.out / "episodes.html",
-            {name: list(one.runs[0].episodes[: args.page_episodes]) for name, one in played.items()},
-            lambda episode: dataset.picture(dataset[by_id[episode.sample_id]]),
-            title=f"Episodes: {', '.join(played)} on {served}",
-        )
-    page = "" if dataset is None else "episodes.html, "
-    print(f"\nwritten to {args.out}: table.txt, results.json, {page}*.png")
+
+        def picture_of(episode: Episode) -> Picture:
+            return dataset.picture(dataset[by_id[episode.sample_id]])  # type: ignore[no-any-return]
+
+    write_page(
+        args.out / "episodes.html",
+        {name: list(some[: args.page_episodes]) for name, some in episodes.items()},
+        picture_of,
+        title=f"Episodes: {', '.join(played)} on {served}",
+    )
+    write_report(args.out, episodes, picture_of)
+    print(f"\nwritten to {args.out}: table.txt, results.json, report.html, episodes.html, *.png")
 
 
 def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comparison]) -> list[str]:
@@ -284,6 +312,18 @@ def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comp
     groups = {name: [g for g in one.groups if g.column in ("step_0", "learned_stop")] for name, one in audits.items()}
     text += ["by data set, size of the target's box and number of siblings:", group_table(groups)]
     return text
+
+
+def _costs(costs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """A table of what an episode cost, of the policies that show it; means over seeds."""
+    if not costs:
+        return []
+    fields = [f.name for f in dataclass_fields(Cost)]
+    lines = [
+        [name, *(f"{sum(seed[field] for seed in seeds) / len(seeds):.1f}" for field in fields)]
+        for name, seeds in costs.items()
+    ]
+    return ["", "what an episode cost, with its stop honoured:", render(["policy", *fields], lines)]
 
 
 def _short(rows: Sequence[Row]) -> list[Row]:

@@ -41,6 +41,7 @@ class Script:
 SCRIPTS = {
     "rollout": Script("agents.rollout", "play episodes with any agent, print and save them"),
     "evaluate": Script("evaluate", "columns, intervals and plots of several policies on the same samples"),
+    "report": Script("agents.report", "write the page of an evaluation again, with overlay swaps beside it"),
     "train-sft": Script("train_sft", "teach a policy corrective traces", "sft"),
     "train-grpo": Script("train_grpo", "train a policy by multi-turn GRPO on IoU gains", "grpo"),
 }
@@ -72,7 +73,19 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="say which version this is, and end")
     parser.add_argument("-v", "--verbose", action="store_true", help="show what is read, written and left out")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name in ("rollout", "view", "play", "evaluate", "train-sft", "train-grpo", "data", "score", "agents", "envs"):
+    for name in (
+        "rollout",
+        "view",
+        "play",
+        "evaluate",
+        "report",
+        "train-sft",
+        "train-grpo",
+        "data",
+        "score",
+        "agents",
+        "envs",
+    ):
         if name in SCRIPTS:
             commands.add_parser(name, help=SCRIPTS[name].help, add_help=False)
             continue

@@ -75,8 +75,14 @@ def test_saved_episodes_give_the_same_scores_without_a_model(evaluated, tmp_path
     fresh, again = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path))
     for key in ("rows", "comparisons", "audits", "served"):
         assert again[key] == fresh[key], key
-    assert not (tmp_path / "episodes.html").exists()
-    assert (tmp_path / "table.txt").read_text().splitlines()[1:] == (out / "table.txt").read_text().splitlines()[1:]
+    for page in ("episodes.html", "report.html"):
+        assert (tmp_path / page).read_text() == (out / page).read_text(), "pictures are found again"
+    first, second = ((folder / "table.txt").read_text() for folder in (out, tmp_path))
+    scores, _, cost = first.partition("\nwhat an episode cost")
+    assert second.splitlines()[1:] == scores.splitlines()[1:], "the first line says what was read"
+    # The base answers every action; the stop of a centre box is scripted, so nothing is counted.
+    assert fresh["costs"].keys() == {"base"} and fresh["costs"]["base"][0]["pictures"] == 3.0
+    assert "prefilled" in cost and again["costs"] == {}
 
 
 def test_a_name_given_again_is_another_seed(evaluated, tmp_path):

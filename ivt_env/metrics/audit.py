@@ -245,6 +245,15 @@ def behaviour_table(audits: Mapping[str, Audit], *, markdown: bool = False) -> s
     Raises:
         ValueError: For no audits.
     """
+    return table.render(["figure", *audits], behaviour_lines(audits), markdown=markdown, left=1)
+
+
+def behaviour_lines(audits: Mapping[str, Audit]) -> list[list[str]]:
+    """The cells of ``behaviour_table``: what a line is about, then a text for each policy.
+
+    Raises:
+        ValueError: For no audits.
+    """
     if not audits:
         raise ValueError("no audits to print")
     lines = []
@@ -252,7 +261,7 @@ def behaviour_table(audits: Mapping[str, Audit], *, markdown: bool = False) -> s
         cells = [_mean_and_range([of_run(run) for run in one.runs], digits) for one in audits.values()]
         if any(cell != "-" for cell in cells):
             lines.append([label, *cells])
-    return table.render(["figure", *audits], lines, markdown=markdown, left=1)
+    return lines
 
 
 def _one(run: Run, found: Mapping[str, Column], threshold: float) -> RunAudit:

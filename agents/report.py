@@ -1,0 +1,425 @@
+"""One page of an evaluation: tables, plots, example episodes, and what each figure may be used for.
+
+    python -m agents.report runs/evaluation
+    python -m agents.report runs/evaluation --swaps runs/swaps
+
+``evaluate.py`` writes the page itself; the command writes it again, for example with the overlay swaps of the
+same policies. The page is one HTML file without scripts, which needs neither a server nor a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agents.command import run_command
+from ivt_env.data.sample import DataError, DataMissingError, Picture
+from ivt_env.episodes import Episode, Step, load_episodes
+from ivt_env.viewer.page import picture_jpeg
+
+RIGHT = 0.5
+"""A box counts as right from this IoU on."""
+KINDS: tuple[tuple[str, str, Callable[[Episode], bool]], ...] = (
+    ("corrected", "the first box was wrong, the answer is right", lambda e: _first(e) < RIGHT <= e.final_iou),
+    ("broken", "the first box was right, the answer is wrong", lambda e: e.final_iou < RIGHT <= _first(e)),
+    ("refined", "right from the start, and closer at the end", lambda e: RIGHT <= _first(e) < e.final_iou - 0.02),
+    ("stopped too early", "stopped on a wrong box", lambda e: e.terminated and e.final_iou < RIGHT),
+    ("missed", "the oracle's best box was right, the answer is not", lambda e: e.final_iou < RIGHT <= _best(e)),
+    ("unparsable", "an action that held no usable box", lambda e: any(s.parse_failure or s.invalid for s in e.steps)),
+)
+"""Outcomes that a reader should see: name, meaning, and which episodes are of it. An episode may be of several."""
+PLOTS = (
+    ("accuracy_by_step.png", "Accuracy by step, every refinement made. A loop that pays does not fall."),
+    ("before_after.png", "IoU of the first box against IoU of the answer. Below the diagonal the loop did harm."),
+    ("reliability.png", "What the policy states about its boxes against how often they were right."),
+    ("groups.png", "By data set, size of the target's box and number of siblings: first box and learned stop."),
+    ("training.png", "Training runs."),
+)
+COLUMNS = {
+    "step_0": ("the first box", "what a single shot gives; the base of every difference", "-"),
+    "last_step": ("the box after the last action, none left out", "what iterating blindly does", "a policy that stops"),
+    "learned_stop": ("the box in force when the policy stopped", "the headline", "-"),
+    "box_stability": (
+        "the first box that hardly differs from the one before it",
+        "a rule that needs nothing but boxes",
+        "-",
+    ),
+    "confidence_gated": (
+        "the box shown when the stop probability first reached 0.5",
+        "the stop at another threshold",
+        "choosing that threshold on the split that is scored",
+    ),
+    "verifier_gated": (
+        "the first box, unless the policy judged a later one better",
+        "whether it can tell its boxes apart",
+        "choosing its margin on the split that is scored",
+    ),
+    "random_step": ("each proposal with equal chance", "the floor of every rule that chooses", "-"),
+    "oracle_best": (
+        "the box nearest to the target",
+        "what was there to be chosen",
+        "any claim of a gain: it looks at the target, and rises with every further step, of noise too",
+    ),
+}
+"""Each column: which box is the answer, what it may be used for, and what not."""
+
+
+@dataclass
+class Args:
+    """Write the report page of an evaluation."""
+
+    folder: Path
+    """Where `evaluate.py` wrote: `results.json`, plots and `episodes/`."""
+    swaps: Path | None = None
+    """Where `python -m agents.swaps` wrote; None: the page has no part about swaps."""
+    data_root: Path | None = None
+    """Folder of the real data sets, for the pictures of the examples."""
+    examples: int = 3
+    """Episodes of each outcome and policy, the first ones of the split."""
+
+
+def main(args: Args) -> Path:
+    """Write ``report.html`` beside the results; returns its path."""
+    from ivt_env.viewer.pictures import PictureFinder
+
+    results = _read(args.folder / "results.json", "evaluate.py")
+    folders = _episode_folders(args.folder, results)
+    runs = {name: load_episodes(folder) for name, folder in folders.items()}
+    find = PictureFinder(runs, folders, args.data_root or results["args"]["data_root"])
+    path = write_report(args.folder, runs, find, swaps=args.swaps, examples=args.examples)
+    print(f"written: {path}")
+    return path
+
+
+def write_report(
+    folder: Path,
+    episodes: Mapping[str, Sequence[Episode]],
+    picture_of: Callable[[Episode], Picture],
+    *,
+    swaps: Path | None = None,
+    examples: int = 3,
+) -> Path:
+    """Write ``report.html`` into the folder of an evaluation.
+
+    Args:
+        folder: holds ``results.json`` and the plots.
+        episodes: of the policies that examples are wanted of, by name, in the order of the split.
+        picture_of: gives the picture of an episode. Where it raises ``DataMissingError`` the page says so.
+        swaps: folder of overlay swaps, or None.
+        examples: of each outcome and policy.
+
+    Raises:
+        DataError: where a folder holds no results, or an episode cannot be shown.
+    """
+    results = _read(folder / "results.json", "evaluate.py")
+    policies = ", ".join(results["policies"])
+    parts = [_verdicts(results), _scores(results), _behaviour(results), _plots(folder, PLOTS)]
+    if swaps is not None:
+        parts.append(_swaps(swaps))
+    parts += [_examples(episodes, picture_of, examples), _methods()]
+    count = results["audits"][next(iter(results["audits"]))]["episodes"]
+    head = f"served: {results['served']}, n = {count} samples. Intervals: 95 %, over pictures."
+    title = f"Evaluation: {policies}"
+    page = _PAGE.format(title=_text(title), head=_text(head), style=_STYLE, parts="\n".join(parts))
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    return path
+
+
+def _verdicts(results: Mapping[str, Any]) -> str:
+    """What a reader wants to know first: does the loop pay, without labels?"""
+    rows = []
+    for name, audit in results["audits"].items():
+        rule = "learned_stop" if any(r["column"] == "learned_stop" for r in audit["rows"]) else "last_step"
+        gains = {g["metric"]: g for g in audit["gains"] if g["a"].endswith(rule)}
+        broke = [100 * run["broke"][rule]["value"] for run in audit["runs"] if run["broke"][rule]["value"] is not None]
+        best = [g for g in audit["gains"] if g["oracle"] and g["metric"] == "Acc@0.5"]
+        cells = [_text(name), _text(rule)]
+        cells += [_difference(gains[m]) for m in ("Acc@0.5", "Acc@0.9", "mIoU")]
+        cells.append(f"{sum(broke) / len(broke):.1f} %" if broke else "-")
+        cells.append(f'<span class="oracle">{_difference(best[0])}</span>' if best else "-")
+        rows.append(cells)
+    head = ["policy", "its answer", "Acc@0.5", "Acc@0.9", "mIoU", "right boxes broken", "oracle, Acc@0.5 *"]
+    note = (
+        "Each policy's answer minus its own first box, in points (IoU: as it is). A difference whose interval holds "
+        "zero is not shown. * The oracle chooses with the target: the distance to it is what choosing costs, and it "
+        "is never a result."
+    )
+    return _section("Does the loop pay?", _table(head, rows, left=2), note)
+
+
+def _scores(results: Mapping[str, Any]) -> str:
+    rows: list[dict[str, Any]] = results["rows"]
+    rules = list(dict.fromkeys(r["column"] for r in rows))
+    policies = list(dict.fromkeys(r["policy"] for r in rows))
+    tables = []
+    for metric in rows[0]["scores"]:
+        found = {(r["policy"], r["column"]): r for r in rows}
+        lines = []
+        for policy in policies:
+            cells = [_text(policy)]
+            for rule in rules:
+                row = found.get((policy, rule))
+                cells.append("-" if row is None else _score(row, metric))
+            lines.append(cells)
+        headings = [f"{r} *" if r == "oracle_best" else r for r in rules]
+        body = _table([metric, *headings], lines)
+        shown = " open" if metric in ("Acc@0.5", "Acc@0.9") else ""
+        tables.append(f"<details{shown}><summary>{_text(metric)}</summary>{body}</details>")
+    against = [
+        [_text(c["a"]), _text(c["b"]), _text(c["metric"]), _difference(c), _p(c["mcnemar"]), _seeds(c)]
+        for c in results["comparisons"]
+        if not c["oracle"]
+    ]
+    head = ["a", "b", "metric", "a - b", "McNemar p", "each seed"]
+    tables.append(f"<details><summary>All paired differences</summary>{_table(head, against, left=3)}</details>")
+    note = "Hover over a score to see its interval. * Chosen with the target box."
+    return _section("Every rule", "".join(tables), note)
+
+
+def _behaviour(results: Mapping[str, Any]) -> str:
+    lines = [[_text(cell) for cell in line] for line in results["behaviour"]]
+    return _section("How the steps are used", _table(["figure", *map(_text, results["audits"])], lines))
+
+
+def _plots(folder: Path, plots: Sequence[tuple[str, str]]) -> str:
+    figures = []
+    for name, caption in plots:
+        if (folder / name).exists():
+            encoded = base64.b64encode((folder / name).read_bytes()).decode("ascii")
+            image = f'<img src="data:image/png;base64,{encoded}" alt="{_text(caption)}">'
+            figures.append(f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>")
+    return _section("Plots", "".join(figures))
+
+
+def _swaps(folder: Path) -> str:
+    results = _read(folder / "results.json", "python -m agents.swaps")
+    lines = []
+    for row in results["variants"]:
+        cells = [_text(row["policy"]), str(row["step"]), _text(row["variant"]), str(row["num"])]
+        cells.append("-" if row["shown_iou"] is None else f"{row['shown_iou']:.2f}")
+        cells += [_share(row[key]) for key in ("stopped", "kept", "left", "towards", "right")]
+        lines.append(cells)
+    head = ["policy", "step", "box drawn", "n", "its IoU", "stops", "keeps", "leaves", "towards target", "then right"]
+    depends = [
+        [_text(d["policy"]), str(d["step"]), _text(d["name"]), _text(d["measure"]), _interval(d["value"], 1, 2)]
+        + [f"{d['null']:g}", "shown" if d["shown"] else "not shown"]
+        for d in results["dependence"]
+    ]
+    body = _table(head, lines, left=3)
+    body += "<h3>Does the answer depend on how good the drawn box is?</h3>"
+    body += _table(["policy", "step", "statistic", "of", "value", "if it did not", ""], depends, left=4)
+    body += _plots(folder, [("swaps.png", "What the policy does, by the box that is drawn for it.")])
+    note = f"Another box is drawn for one action; served: {results['served']}. Shares in percent with 95 % intervals."
+    return _section("Overlay swaps", body, note)
+
+
+def _examples(episodes: Mapping[str, Sequence[Episode]], picture_of: Callable[[Episode], Picture], count: int) -> str:
+    blocks = []
+    for number, (name, played) in enumerate(episodes.items()):
+        found = []
+        for kind, meaning, is_of in KINDS:
+            of_kind = [e for e in played if is_of(e)]
+            if not of_kind:
+                continue
+            share = f"{len(of_kind)} of {len(played)}"
+            strips = "".join(_strip(e, picture_of, f"p{number}-{kind}-{k}") for k, e in enumerate(of_kind[:count]))
+            found.append(f"<h4>{_text(kind)}: {share}</h4><p>{_text(meaning)}</p>{strips}")
+        shown = " open" if number == min(1, len(episodes) - 1) else ""  # the first that is not the base
+        blocks.append(f"<details{shown}><summary>{_text(name)}</summary>{''.join(found)}</details>")
+    note = "The first episodes of each outcome in the order of the split; nobody has chosen them. Green: the target."
+    return _section("Episodes", "".join(blocks), note)
+
+
+def _strip(episode: Episode, picture_of: Callable[[Episode], Picture], name: str) -> str:
+    """One episode: the picture once for each action, with the target, the box before and the box after it."""
+    height, width = episode.size
+    try:
+        jpeg = base64.b64encode(picture_jpeg(picture_of(episode), episode, 384)).decode("ascii")
+    except DataMissingError as error:
+        return f'<p class="missing">{_text(str(error))}</p>'
+    # The picture stands in the page once; every panel refers to it.
+    name = "".join(c if c.isalnum() else "-" for c in name)
+    source = f'<image id="{name}" width="{width}" height="{height}" href="data:image/jpeg;base64,{jpeg}"/>'
+    panels, before = [], episode.initial_box
+    for number, step in enumerate(episode.steps):
+        picture = source if number == 0 else f'<use href="#{name}"/>'
+        drawn = _rectangle(episode.target, episode.size, "target")
+        drawn += _rectangle(before, episode.size, "before") + _rectangle(step.box, episode.size, "after")
+        label = f"step {number}: {_said(step)}, IoU {step.iou:.2f}"
+        panels.append(
+            f'<figure class="panel"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}">'
+            f"{picture}{drawn}</svg><figcaption>{_text(label)}</figcaption></figure>"
+        )
+        before = step.box
+    return f'<div class="episode"><p>“{_text(episode.expression)}”</p><div class="strip">{"".join(panels)}</div></div>'
+
+
+def _said(step: Step) -> str:
+    if step.parse_failure:
+        return "unparsable"
+    if step.invalid is not None:
+        return f"refused ({step.invalid})"
+    return "stop" if step.stop else "box"
+
+
+def _rectangle(box: Sequence[float] | None, size: tuple[int, int], kind: str) -> str:
+    if box is None:
+        return ""
+    height, width = size
+    x1, y1, x2, y2 = (v * side for v, side in zip(box, (width, height) * 2, strict=True))
+    place = f'x="{x1:.1f}" y="{y1:.1f}" width="{max(0.0, x2 - x1):.1f}" height="{max(0.0, y2 - y1):.1f}"'
+    return f'<rect class="{kind}" {place}/>'
+
+
+def _methods() -> str:
+    lines = [[f"<code>{name}</code>", *map(_text, said)] for name, said in COLUMNS.items()]
+    body = _table(["column", "the answer", "use it for", "not for"], lines, left=4)
+    body += (
+        "<p>Every policy is played twice on the same samples: with its stop honoured, and made to take every "
+        "refinement. A box is right from IoU 0.5 on, unless a metric names another threshold. An action that cannot "
+        "be parsed or whose box is refused keeps the box in force and uses up the action; no episode is left out. "
+        "<em>Right boxes broken</em>: of the right first boxes, the answers that are wrong. Intervals are "
+        "percentile bootstraps over whole pictures, paired for differences; of several seeds the mean is taken "
+        "first, so the interval is for these seeds on other pictures, and how seeds differ stands under <em>each "
+        "seed</em>. McNemar's test takes samples as independent: where several share a picture, go by the interval. "
+        "Many comparisons stand on this page without correction: name beforehand the one that matters.</p>"
+    )
+    return _section("What each column may be used for", body)
+
+
+def _episode_folders(folder: Path, results: Mapping[str, Any]) -> dict[str, Path]:
+    """The stopping episodes of each policy's first seed, where they were saved."""
+    found = {}
+    for name, seeds in results["policies"].items():
+        path = folder / "episodes" / (name if len(seeds) == 1 else f"{name}-seed0")
+        if results["args"]["episodes"]:  # they were given, not played
+            path = Path(seeds[0])
+        if path.exists():
+            found[name] = path
+    return found
+
+
+def _read(path: Path, maker: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there: give a folder that {maker} has written") from None
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON ({error}): was {maker} cut off?") from error
+
+
+def _first(episode: Episode) -> float:
+    return episode.steps[0].iou if episode.steps else 0.0
+
+
+def _best(episode: Episode) -> float:
+    return max((s.iou for s in episode.steps), default=0.0)
+
+
+def _score(row: Mapping[str, Any], metric: str) -> str:
+    value = row["scores"][metric]
+    return f'<span title="{_interval(value, *_unit(metric))}">{_number(value["value"], *_unit(metric))}</span>'
+
+
+def _difference(comparison: Mapping[str, Any]) -> str:
+    """The difference with its interval, or *not shown* with it."""
+    d, (factor, digits) = comparison["difference"], _unit(comparison["metric"])
+    low, high = _number(d["low"], factor, digits, True), _number(d["high"], factor, digits, True)
+    kind = ("gain" if d["diff"] > 0 else "loss") if d["shown"] else "open"
+    value = _number(d["diff"], factor, digits, True) if d["shown"] else "not shown"
+    detectable = _number(d["detectable"], factor, digits)
+    return f'<span class="{kind}" title="detectable: {detectable}">{value} <small>[{low}, {high}]</small></span>'
+
+
+def _unit(metric: str) -> tuple[float, int]:
+    """Factor and digits that a metric is printed with: IoU as it is, accuracies in percent."""
+    return (1.0, 3) if metric == "mIoU" else (100.0, 1)
+
+
+def _number(value: float | None, factor: float, digits: int, sign: bool = False) -> str:
+    return "-" if value is None else format(factor * value, f"{'+' if sign else ''}.{digits}f")
+
+
+def _interval(value: Mapping[str, Any], factor: float, digits: int) -> str:
+    low, high = _number(value["low"], factor, digits), _number(value["high"], factor, digits)
+    return f"{_number(value['value'], factor, digits)} [{low}, {high}]"
+
+
+def _share(value: Mapping[str, Any]) -> str:
+    return _interval(value, 100, 0)
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else "&lt;0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _seeds(comparison: Mapping[str, Any]) -> str:
+    values = comparison["by_seed"]
+    return " ".join(_number(v, *_unit(comparison["metric"]), True) for v in values) if len(values) > 1 else "-"
+
+
+def _text(value: str) -> str:
+    return html.escape(value)
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table of cells that are HTML already; the first ``left`` columns are text."""
+    kinds = ["text" if k < left else "number" for k in range(len(head))]
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "".join(f'<{tag} class="{kind}">{cell}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))
+
+    body = "".join(f"<tr>{line(cells, 'td')}</tr>" for cells in lines)
+    return f'<div class="wide"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    under = f"<p>{_text(note)}</p>" if note else ""
+    return f"<section><h2>{_text(title)}</h2>{under}{body}</section>"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --line: #d9dde3; --ink: #1b2430; --soft: #566172;
+  --gain: #11652f; --loss: #a11b1b; }
+@media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1a2028; --line: #333d4a; --ink: #e6eaf0;
+  --soft: #a3afbf; --gain: #8fe3ac; --loss: #ffb3ad; } }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--page); color: var(--ink);
+  font: 0.9375rem/1.5 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.25rem;
+  margin: 1rem 0; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin: 0 0 0.5rem; } h3, h4 { margin: 1rem 0 0.25rem; }
+p { margin: 0.25rem 0 0.75rem; color: var(--soft); max-width: 60rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { text-align: left; color: var(--soft); font-weight: 600; }
+.number { text-align: right; white-space: nowrap; }
+.gain { color: var(--gain); font-weight: 600; } .loss { color: var(--loss); font-weight: 600; }
+.open, small { color: var(--soft); font-weight: 400; } .oracle * { color: var(--soft); font-weight: 400; }
+summary { cursor: pointer; font-weight: 600; padding: 0.25rem 0; }
+figure { margin: 0.75rem 0; } figure img { max-width: 100%; height: auto; background: #fff; }
+figcaption { color: var(--soft); font-size: 0.85rem; }
+.strip { display: flex; flex-wrap: wrap; gap: 0.75rem; } .panel { width: 15rem; margin: 0; }
+.episode { margin: 0 0 1rem; } .episode > p { margin: 0; color: var(--ink); } .missing { color: var(--loss); }
+svg { width: 100%; height: auto; display: block; }
+rect { fill: none; stroke-width: 3; vector-effect: non-scaling-stroke; }
+.target { stroke: #12a150; } .before { stroke: #e5261f; stroke-dasharray: 5 4; stroke-width: 2; opacity: 0.7; }
+.after { stroke: #e5261f; }
+"""
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title><style>{style}</style></head>
+<body><h1>{title}</h1><p>{head}</p>
+{parts}
+</body></html>
+"""
+
+if __name__ == "__main__":
+    run_command(main, Args)
