@@ -22,6 +22,9 @@ LENGTHS = {
     "test": 10_000,
     "test_distractors": 10_000,
     "test_small": 10_000,
+    # Later ones come last: a split's place decides its pictures.
+    "val_distractors": 10_000,
+    "val_small": 10_000,
 }
 """Scenes, and samples, of each split."""
 QUESTIONS = 6
@@ -31,7 +34,9 @@ SPLITS = LENGTHS | {"train_asked": QUESTIONS * LENGTHS["train"]}
 """Samples of each split."""
 _SPLIT_CODE = {name: code for code, name in enumerate(LENGTHS)}
 _SALT = 20260
-# The training split holds some of every difficulty; val and test hold the standard one only.
+# The training split holds some of every difficulty.
+_DIFFICULTY = {"distractors": DISTRACTORS, "small": SMALL}
+"""Of the splits whose names end so; the others are of the standard one."""
 _TRAIN_MIXTURE = ((STANDARD, 0.75), (DISTRACTORS, 0.15), (SMALL, 0.10))
 
 
@@ -89,7 +94,7 @@ def _questions(index: int) -> list[Expression]:
 def _recipe(split: str, rng: np.random.Generator) -> Recipe:
     if split == "train":
         return _TRAIN_MIXTURE[int(rng.choice(len(_TRAIN_MIXTURE), p=[p for _, p in _TRAIN_MIXTURE]))][0]
-    return {"test_distractors": DISTRACTORS, "test_small": SMALL}.get(split, STANDARD)
+    return _DIFFICULTY.get(split.partition("_")[2], STANDARD)
 
 
 def _may_be_asked(thing: Thing, things: list[Thing], recipe: Recipe) -> bool:
