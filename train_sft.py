@@ -78,6 +78,9 @@ class Recipe:
     neighbours: int = 1
     """Samples taken one after the other from each random place of the split. Where neighbours are about one
     picture (six in `train_asked` of the scenes) it is encoded once for all that is taught about it."""
+    harvested: int | None = None
+    """Of how many of the `neighbours`, drawn at random, the student is asked for its own box; None: of all. What is
+    taught about the others needs none."""
     demonstrations: Path | None = None
     """JSON lines from any teacher; nothing is harvested then."""
     teacher: str = "template"
@@ -146,6 +149,8 @@ def main(args: Args) -> Path:
         return args.out
     args.check_model(args.lora_rank)
     check_tracker(args.tracker)
+    if args.neighbours < 1 or (args.harvested is not None and args.harvested < 1):
+        raise RunError(f"neighbours {args.neighbours}, harvested {args.harvested}: give at least 1 of each")
     teacher = _teacher(args)
     accelerator = make_accelerator(args.mixed_precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -280,21 +285,23 @@ def _demonstrations(
     if args.single_shot:
         samples = [(i, dataset[i]) for i in indices]
         return [Demonstration(s.dataset, s.split, i, s.sample_id, None, s.box) for i, s in samples]
+    asked = _asked(args, indices)
     boxes_file = args.out / "first_boxes.json"
     made_for = {"model": args.model, "dataset": dataset.name, "split": dataset.split, "indices": indices}
     boxes = _saved_boxes(boxes_file, made_for) if teacher is not None else None
     if boxes is None:
-        task = progress.add_task("harvesting", total=size, note="")
+        task = progress.add_task("harvesting", total=len(asked), note="")
         episodes = play(
             policy,
             args.env,
-            indices=indices,
+            indices=asked,
             ignore_stop=True,
             max_steps=1,
             on_progress=lambda n: progress.advance(task, n),
             **env_kwargs,
         )
-        boxes = [e.steps[0].box for e in episodes]
+        own = dict(zip(asked, (e.steps[0].box for e in episodes), strict=True))
+        boxes = [own.get(index) for index in indices]
     lesson_rng = np.random.default_rng((args.seed, 2))
     if args.lessons == "verification":
         drafts = teach_to_verify(dataset, indices, boxes, lesson_rng, view=policy.view)
@@ -320,6 +327,19 @@ def _demonstrations(
         TraceCache(args.teacher_cache),
         on_progress=lambda n: progress.advance(task, n),
     )
+
+
+def _asked(args: Args, indices: Sequence[int]) -> list[int]:
+    """The samples of which the student is asked for its own box, in their order."""
+    if args.harvested is None:
+        return list(indices)
+    rng = np.random.default_rng((args.seed, 3))
+    found: list[int] = []
+    for start in range(0, len(indices), args.neighbours):
+        together = indices[start : start + args.neighbours]
+        chosen = rng.choice(len(together), size=min(args.harvested, len(together)), replace=False)
+        found += [together[k] for k in sorted(chosen)]
+    return found
 
 
 def _saved_boxes(path: Path, made_for: dict[str, Any]) -> list[Sequence[float] | None] | None:

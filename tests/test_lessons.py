@@ -4,20 +4,25 @@ what its name says, and the loss goes down all the same.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from learner import small_policy
 
-from agents.sft.demonstrations import can_be_said, demonstration, in_closeup
+import train_sft
+from agents.sft.demonstrations import can_be_said, demonstration, in_closeup, load_demonstrations
 from agents.sft.lessons import LessonPlan, teach_to_verify
 from agents.sft.trainer import AnswerLoss, make_optimizers, to_turns
+from agents.training import RunError
 from agents.vlm.codec import parse_action
 from agents.vlm.generation import generate
 from agents.vlm.load import load_policy
 from agents.vlm.turns import Turn
 from ivt_env import boxes
 from ivt_env.data import load_dataset
+from ivt_env.episodes import Episode, Step
 from ivt_env.rollouts import make_vector_env
 
 INDICES = range(60)
@@ -237,3 +242,39 @@ def test_an_answer_outside_the_picture_that_is_shown_is_refused_and_left_out(dat
     assert to_turns(policy, screen, dataset, [near])
     second = demonstration(dataset[index], dataset, index, (0.0, 0.0, 0.2, 0.2), dataset[index].box, picture=2)
     assert not can_be_said(second, "both") and not can_be_said(second, "overlay")
+
+
+def test_the_student_is_asked_about_some_of_each_picture_and_everything_else_is_taught_all_the_same(
+    monkeypatch, tmp_path
+):
+    asked: list[int] = []
+
+    def answers(policy, env, indices, on_progress, **kwargs):
+        asked.extend(indices)
+        return [
+            Episode("", "", "", "", "", (0, 0, 1, 1), (9, 9), [Step((0, 0, 1, 1), False, (0.1, 0.1, 0.5, 0.5), 0, 0)])
+            for _ in indices
+        ]
+
+    monkeypatch.setattr(train_sft, "play", answers)
+    args = train_sft.Args(
+        lessons="verification",
+        split="train_asked",
+        samples=60,
+        neighbours=6,
+        harvested=2,
+        seed=3,
+        steps=0,
+        eval_samples=0,
+        tracker="none",
+        out=tmp_path / "run",
+    )
+    train_sft.main(args)
+    assert len(asked) == 20 and np.unique(np.array(asked) // 6, return_counts=True)[1].tolist() == [2] * 10
+    made = load_demonstrations(
+        tmp_path / "run" / "demonstrations.jsonl", load_dataset("scenes", "train_asked", None, True)
+    )
+    first = [d.index for d in made if d.shown is None]
+    assert len(set(first)) == 60, "every sample is taught its first answer"
+    with pytest.raises(RunError, match="harvested 0"):
+        train_sft.main(dataclasses.replace(args, harvested=0))
