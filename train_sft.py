@@ -98,6 +98,9 @@ class Recipe:
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on: the whole picture, the region around it enlarged, or both. None: as the student
     says, else `overlay`."""
+    pixels: float | None = None
+    """Times the most pixels that the student may be shown of a picture, trained and saved so: the control of equal
+    compute that spends it on a larger picture. None: as the student says."""
     layout: Literal["fresh", "prefix"] | None = None
     """A prompt of its own each step, or one growing conversation (the paper). None: as the student says, else
     `fresh`."""
@@ -165,7 +168,12 @@ def main(args: Args) -> Path:
         )
     seed_everything(args.seed)
     policy = load_policy(
-        args.model, device=str(accelerator.device), layout=args.layout, view=args.view, **args.loading()
+        args.model,
+        device=str(accelerator.device),
+        layout=args.layout,
+        view=args.view,
+        pixels=args.pixels,
+        **args.loading(),
     )
     if args.lessons == "paper":
         forbid_stop(policy)

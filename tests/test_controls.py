@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import train_sft
 from agents.base import load_agent
 from agents.controls import PickOfShots, SecondShot, medoid, most_confident
 from agents.cost import Cost, Metered, cost_of
@@ -360,6 +361,15 @@ def test_a_policy_with_more_pixels_sees_larger_pictures_and_keeps_them_when_save
     assert again.dialogue.process(image)[0].grid == (1, 16, 16)
     twice = load_policy(tmp_path / "larger", pixels=2.0)
     assert twice.dialogue.process(image)[0].grid == (1, 24, 24), "the factor is on what the folder says"
+
+
+def test_the_larger_picture_can_be_trained_on_and_is_what_the_trained_policy_is_shown(tmp_path: Any) -> None:
+    args = train_sft.Args(
+        single_shot=True, pixels=2.0, samples=4, steps=1, batch=4, eval_samples=0, tracker="none", out=tmp_path / "run"
+    )
+    trained = load_policy(train_sft.main(args))
+    image = [np.zeros((384, 384, 3), np.uint8)]
+    assert trained.dialogue.process(image)[0].grid == load_policy("tiny", pixels=2.0).dialogue.process(image)[0].grid
 
 
 @pytest.mark.parametrize("pixels", [0.2, 0.0, -1.0, float("nan"), float("inf")])
