@@ -79,19 +79,21 @@ class Args:
     """Where `python -m agents.swaps` wrote; None: the page has no part about swaps."""
     data_root: Path | None = None
     """Folder of the real data sets, for the pictures of the examples."""
+    out: Path | None = None
+    """File of the page. None: `report.html` in the folder."""
     examples: int = 3
     """Episodes of each outcome and policy, the first ones of the split."""
 
 
 def main(args: Args) -> Path:
-    """Write ``report.html`` beside the results; returns its path."""
+    """Write the page; returns its path."""
     from ivt_env.viewer.pictures import PictureFinder
 
     results = _read(args.folder / "results.json", "evaluate.py")
     folders = _episode_folders(args.folder, results)
     runs = {name: load_episodes(folder) for name, folder in folders.items()}
     find = PictureFinder(runs, folders, args.data_root or results["args"]["data_root"])
-    path = write_report(args.folder, runs, find, swaps=args.swaps, examples=args.examples)
+    path = write_report(args.folder, runs, find, swaps=args.swaps, out=args.out, examples=args.examples)
     print(f"written: {path}")
     return path
 
@@ -102,15 +104,17 @@ def write_report(
     picture_of: Callable[[Episode], Picture],
     *,
     swaps: Path | None = None,
+    out: Path | None = None,
     examples: int = 3,
 ) -> Path:
-    """Write ``report.html`` into the folder of an evaluation.
+    """Write the page of an evaluation; returns its path.
 
     Args:
         folder: holds ``results.json`` and the plots.
         episodes: of the policies that examples are wanted of, by name, in the order of the split.
         picture_of: gives the picture of an episode. Where it raises ``DataMissingError`` the page says so.
         swaps: folder of overlay swaps, or None.
+        out: the file; None: ``report.html`` in the folder.
         examples: of each outcome and policy.
 
     Raises:
@@ -126,7 +130,7 @@ def write_report(
     head = f"served: {results['served']}, n = {count} samples. Intervals: 95 %, over pictures."
     title = f"Evaluation: {policies}"
     page = _PAGE.format(title=_text(title), head=_text(head), style=_STYLE, parts="\n".join(parts))
-    path = folder / "report.html"
+    path = out or folder / "report.html"
     path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return path
 

@@ -4,10 +4,10 @@
     python -m agents.study --seeds 1 --samples 300 --steps 60 --out runs/quick
 
 For each seed a loop is trained (close-ups, lessons in verifying) and its control: the same base, the same number
-of gradient steps and at least as many answer tokens, all of them spent on single shots. Then every policy and
-every control of equal compute answers the same samples, and the overlay of the loop is swapped. Each part is a
-command of the project, printed before it runs and written to ``commands.txt``; what is done is not done again,
-so a study that was cut off goes on.
+of gradient steps and demonstrations, all of them single shots. Another control spends its compute on a larger
+picture, and three more on several answers. Then every policy answers the same samples of every test split, and the
+overlay of the loop is swapped. Each part is a command of the project, printed before it runs and written to
+``commands.txt``; what is done is not done again, so a study that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ class Args:
     """The base that all start from."""
     seeds: int = 3
     """Seeds of the loop and of its control."""
-    scenes: int = 4000
+    scenes: int = 10_000
     """Training pictures of the loop; each is asked about six times."""
     steps: int = 600
-    """Gradient steps of the loop, and of the control."""
-    batch: int = 336
+    """Gradient steps of each policy."""
+    batch: int = 240
     """Demonstrations in a step."""
     samples: int = 2000
     """Samples of each test split."""
+    max_steps: int = 2
+    """Actions in an episode: a box, then a better one or a stop."""
     swap_samples: int = 500
     """Samples of `test` on which the overlay is swapped."""
     jobs: int = 2
@@ -67,44 +69,79 @@ def main(args: Args) -> None:
     """Run what is missing, stage by stage."""
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
-    for stage in (_training(args), _playing(args)):
-        run_jobs(stage, args.out, args.jobs)
-    print(f"tables, plots and pages: {args.out}/*/")
+    for stage in (_training, _playing, _scoring, _reporting):
+        run_jobs(stage(args), args.out, args.jobs)
+    print(f"reports: {args.out}/report.html ({SPLITS[0]}, with swaps), {', '.join(f'{s}/report.html' for s in SPLITS)}")
 
 
 def _training(args: Args) -> list[Job]:
     """The loops first: they take longer."""
     shared: list[object] = ["--model", args.model, "--split", "train_asked", "--neighbours", "6"]
-    shared += ["--steps", args.steps, "--batch", args.batch, "--micro-batch", args.batch // 2, "--lr", "1e-3"]
+    shared += ["--steps", args.steps, "--batch", args.batch, "--micro-batch", args.batch // 2, "--lr", "8e-4"]
     shared += ["--optimizer", "muon", "--smoothing", "6", "--mixed-precision", "bf16", "--eval-samples", "0"]
-    loop: list[object] = ["--view", "both", "--lessons", "verification", "--samples", 6 * args.scenes]
+    loop: list[object] = ["--view", "closeup", "--lessons", "verification", "--decision-weight", "3"]
+    loop += ["--samples", 6 * args.scenes, "--harvested", "1"]
     # Every answer once: what the loop spends on looking again, the control spends on new questions.
     control: list[object] = ["--single-shot", "--samples", args.steps * args.batch]
+    seeds = range(args.seeds)
+    wanted = [(f"loop-{s}", loop, s) for s in seeds] + [(f"control-{s}", control, s) for s in seeds]
+    # One seed: it takes three quarters more of the vision tower's work than the control, and is here to show
+    # whether pixels alone would do.
+    wanted.append(("large-0", [*control, "--pixels", "2"], 0))
     return [
-        _job(args, f"{name}-{seed}", "train_sft", [*shared, *own, "--seed", seed], "policy/policy.json")
-        for name, own in (("loop", loop), ("control", control))
-        for seed in range(args.seeds)
+        _job(args, name, "train_sft", [*shared, *own, "--seed", seed], "policy/policy.json")
+        for name, own, seed in wanted
     ]
 
 
 def _playing(args: Args) -> list[Job]:
-    """Every policy on every split, and the swaps."""
-    seeds = range(args.seeds)
-    loops = [f"loop={args.out}/loop-{s}/policy" for s in seeds]
-    controls = [f"control={args.out}/control-{s}/policy" for s in seeds]
-    policies = [f"base={args.model}", *loops, *controls]
-    for name, spec in (("medoid", "medoid-8"), ("best-of-8", "best-of-8"), ("second shot", "second-shot")):
-        policies += [f"{name}={spec}:vlm:{args.out}/control-{s}/policy" for s in seeds]
+    """Every policy on every split by itself, so that a core is never idle; and the swaps."""
+    loops, controls = ([f"{name}-{s}" for s in range(args.seeds)] for name in ("loop", "control"))
+    policies = {name: str(args.out / name / "policy") for name in [*loops, *controls, "large-0"]}
+    # Answers that are sampled are one control of the first seed: they are compared with its greedy answer.
+    first = policies[controls[0]]
+    policies |= {name: f"{name}:vlm:{first}" for name in ("medoid-8", "best-of-8", "second-shot")}
+    policies["base"] = args.model
+    options: list[object] = ["--split", "test", "--samples", args.swap_samples, "--max-steps", args.max_steps]
+    options += ["--steps", "1", "--policies", *(f"{name}={policies[name]}" for name in loops)]
+    jobs = [_job(args, "swaps", "agents.swaps", options)]
+    for split in SPLITS:
+        for name, spec in policies.items():
+            options = ["--split", split, "--samples", args.samples, "--max-steps", args.max_steps]
+            options += ["--policies", f"{name}={spec}", "--page-episodes", "1"]
+            # What every step would have given is asked of the policies that are made to take several.
+            options += [] if name in (*loops, "base") else ["--no-forced"]
+            jobs.append(_job(args, f"played/{split}/{name}", "evaluate", options))
+    return jobs
+
+
+def _scoring(args: Args) -> list[Job]:
+    """All policies of a split in one table, by name: several seeds of one are one policy."""
     jobs = []
     for split in SPLITS:
-        options: list[object] = ["--split", split, "--samples", args.samples, "--policies", *policies]
-        jobs.append(_job(args, split, "evaluate", options, "results.json"))
-    options = ["--split", "test", "--samples", args.swap_samples, "--policies", *loops]
-    return [*jobs, _job(args, "swaps", "agents.swaps", options, "results.json")]
+        names = ["base", *(f"{name}-{s}" for name in ("control", "loop") for s in range(args.seeds))]
+        names += ["large-0", "medoid-8", "best-of-8", "second-shot"]
+        folders = [f"{_policy(name)}={args.out}/played/{split}/{name}/episodes/{name}" for name in names]
+        jobs.append(_job(args, split, "evaluate", ["--episodes", *folders]))
+    return jobs
 
 
-def _job(args: Args, name: str, module: str, options: list[object], made: str) -> Job:
-    out = args.out / name
+def _reporting(args: Args) -> list[Job]:
+    """The page of `test`, with the swaps."""
+    page = args.out / "report.html"
+    options = (str(args.out / "test"), "--swaps", str(args.out / "swaps"), "--out", str(page))
+    return [Job("report", (sys.executable, "-m", "agents.report", *options), page)]
+
+
+def _policy(name: str) -> str:
+    """The name in the tables: without the seed where there are several."""
+    head, _, _ = name.rpartition("-")
+    return head if head in ("loop", "control", "large") else name
+
+
+def _job(args: Args, where: str, module: str, options: list[object], made: str = "results.json") -> Job:
+    out = args.out / where
+    name = where.replace("/", "-")
     return Job(name, (sys.executable, "-m", module, "--out", str(out), *map(str, options)), out / made)
 
 

@@ -66,8 +66,9 @@ def test_swaps_and_saved_episodes_make_a_page_by_command(played, tmp_path):
     shutil.copytree(played, folder)
     (folder / "report.html").unlink()
     swaps.main(swaps.Args(policies=["ceiling=oracle"], samples=12, split="val", steps=[1], out=tmp_path / "swaps"))
-    report.main(report.Args(folder=folder, swaps=tmp_path / "swaps", examples=1))
-    with_swaps = page_of(folder)
+    page = report.main(report.Args(folder=folder, swaps=tmp_path / "swaps", examples=1, out=tmp_path / "page.html"))
+    assert not (folder / "report.html").exists()
+    with_swaps = page.read_text(encoding="utf-8")
     assert "Overlay swaps" in with_swaps and "sibling" in with_swaps and "Overlay swaps" not in page_of(played)
     assert with_swaps.count("data:image/jpeg") < page_of(played).count("data:image/jpeg")
 

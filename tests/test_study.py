@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import tyro
 
-from agents.study import Args, Job, _playing, _training, run_jobs
+from agents.study import SPLITS, Args, Job, _playing, _scoring, _training, run_jobs
 from agents.training import RunError
 
 
@@ -41,7 +42,7 @@ def test_a_command_that_fails_is_named_with_its_log_and_the_others_are_finished(
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_every_command_of_the_study_is_one_that_its_script_takes(tmp_path, seeds):
     args = Args(out=tmp_path, seeds=seeds)
-    for job in [*_training(args), *_playing(args)]:
+    for job in [*_training(args), *_playing(args), *_scoring(args)]:
         _, minus_m, module, *options = job.command
         assert minus_m == "-m"
         tyro.cli(importlib.import_module(module).Args, args=options)
@@ -58,3 +59,19 @@ def test_the_control_gets_the_steps_and_the_demonstrations_of_the_loop(tmp_path)
             assert getattr(loop, name) == getattr(control, name), name
         assert (loop.single_shot, control.single_shot) == (False, True)
         assert control.samples >= control.steps * control.batch, "no answer is taught to the control twice"
+
+
+def test_what_is_scored_is_what_was_played_and_seeds_share_a_name(tmp_path):
+    args = Args(out=tmp_path, seeds=3)
+    evaluate = importlib.import_module("evaluate").Args
+    played = {job.made.parent for job in _playing(args)}
+    for split, job in zip(SPLITS, _scoring(args), strict=True):
+        parsed = tyro.cli(evaluate, args=list(job.command[3:]))
+        names = [text.partition("=")[0] for text in parsed.episodes]
+        assert [names.count(name) for name in ("base", "control", "loop", "large")] == [1, 3, 3, 1]
+        assert names[0] == "base", "what the others are compared with"
+        for text in parsed.episodes:
+            folder = Path(text.partition("=")[2])
+            # The folder of the episodes has the name under which the policy was played.
+            assert folder.parts[-2:] == ("episodes", folder.parts[-3]) and folder.parent.parent in played
+            assert folder.parts[-4] == split
