@@ -65,6 +65,8 @@ RESAMPLES = 1000
 class Args:
     """Columns of several policies on the same samples."""
 
+    config: Path | None = None
+    """YAML file whose part `evaluate` gives defaults; flags override it."""
     policies: list[str] = field(default_factory=list)
     """`name=policy`: a model folder, `tiny`, a built-in agent, or `module:Class`. The first is the base; a name
     given again is another seed of that policy. None given: `base=tiny`."""
@@ -373,4 +375,4 @@ def _plot(args: Args, played: Mapping[str, Played]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, Args)
+    run_command(main, Args, section="evaluate")

@@ -39,8 +39,8 @@ class Script:
 
 
 SCRIPTS = {
-    "rollout": Script("agents.rollout", "play episodes with any agent, print and save them"),
-    "evaluate": Script("evaluate", "columns, intervals and plots of several policies on the same samples"),
+    "rollout": Script("agents.rollout", "play episodes with any agent, print and save them", "rollout"),
+    "evaluate": Script("evaluate", "columns, intervals and plots of several policies on the same samples", "evaluate"),
     "report": Script("agents.report", "write the page of an evaluation again, with overlay swaps beside it"),
     "train-sft": Script("train_sft", "teach a policy corrective traces", "sft"),
     "train-grpo": Script("train_grpo", "train a policy by multi-turn GRPO on IoU gains", "grpo"),
@@ -190,7 +190,7 @@ def _evaluate_as_json(command: Any, module: Any, words: list[str]) -> int:
         written.append(args.out / "results.json")
 
     with redirect_stdout(sys.stderr):
-        command.run_command(run, module.Args, words)
+        command.run_command(run, module.Args, words, "evaluate")
     print(written[0].read_text(encoding="utf-8").rstrip("\n"))
     return 0
 

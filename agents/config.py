@@ -2,8 +2,10 @@
 
     sft:                 # train_sft.py reads this part
       model: Qwen/Qwen3-VL-4B-Instruct
-    grpo:                # and train_grpo.py this one
+    grpo:                # train_grpo.py this one, and rollout and evaluate theirs
       steps: 200
+    evaluate:
+      policies: [base=tiny, grpo=runs/grpo/policy]
 
 A file gives defaults; flags on the command line override them. Every key must be a field: a
 misspelt one would otherwise leave its default in force without a word.
@@ -22,7 +24,7 @@ import yaml  # type: ignore[import-untyped]
 
 T = TypeVar("T")
 
-SECTIONS = ("sft", "grpo")
+SECTIONS = ("sft", "grpo", "rollout", "evaluate")
 
 
 class ConfigError(ValueError):
@@ -35,7 +37,10 @@ def load_config(path: Path, args: type[T], section: str) -> T:
     Args:
         path: of the file.
         args: the script's dataclass.
-        section: ``sft`` or ``grpo``; a file without it gives the defaults of the dataclass.
+        section: one of ``SECTIONS``.
+
+    Raises:
+        ConfigError: for a file that is not there, has no such part, or a key or value that does not fit.
     """
     if not path.is_file():
         raise ConfigError(f"no configuration at {path}")
@@ -81,6 +86,10 @@ def _fitting(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, list) and len(value) == len(inner):
             return tuple(_fitting(v, t, where) for v, t in zip(value, inner, strict=True))
         raise ConfigError(f"{where}: {value!r}; expected a list of {len(inner)}")
+    if origin is list:
+        if isinstance(value, list):
+            return [_fitting(v, inner[0], f"{where}[{number}]") for number, v in enumerate(value)]
+        raise ConfigError(f"{where}: {value!r}; expected a list")
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, str):

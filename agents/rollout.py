@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
 import ivt_env
 from agents.base import Agent, load_agent
+from agents.command import run_command
 from ivt_env.data.sample import DataError, Picture, Sample
 from ivt_env.episodes import Box, Episode, Step, save_episodes
 from ivt_env.rollouts import make_vector_env, rollout
@@ -40,10 +40,13 @@ from ivt_env.viewer import write_page
 class Args:
     """Play a few episodes, show every step, and save them with a page to look at."""
 
+    config: Path | None = None
+    """YAML file whose part `rollout` gives defaults; flags override it."""
     env: str = "IVT-Scenes-v0"
     """Environment id."""
     agent: str = "oracle"
-    """random, centre, oracle, stop-after-K:AGENT, vlm:FOLDER, or your own as module:Class."""
+    """random, centre, oracle, stop-after-K:AGENT, vlm:FOLDER, sb3:FOLDER, or your own as module:Class (`ivt agents`
+    lists every form, controls such as medoid-8:vlm:tiny among them)."""
     episodes: int = 1
     """How many."""
     seed: int = 0
@@ -214,4 +217,6 @@ if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal with a small character set must not end a run at the first other expression.
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    status: list[int] = []
+    run_command(lambda args: status.append(main(args)), Args, section="rollout")
+    sys.exit(status[0])

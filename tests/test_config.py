@@ -9,8 +9,10 @@ from typing import Literal
 import pytest
 import yaml
 
+import evaluate
 import train_grpo
 import train_sft
+from agents import rollout
 from agents.command import parse
 from agents.config import SECTIONS, ConfigError, load_config
 
@@ -36,7 +38,7 @@ def written(tmp_path, text):
     return path
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", SCRIPTS)
 def test_the_shipped_file_loads_and_every_key_is_a_field(section):
     values = yaml.safe_load(SHIPPED.read_text())[section]
     args = parse(SCRIPTS[section], ["--config", str(SHIPPED)], section)
@@ -55,6 +57,19 @@ def test_the_shipped_file_says_of_every_value_whose_it_is():
     values = [x for x in lines if x.startswith("  ") and not x.strip().startswith("#")]
     unmarked = [x for x in values if "# paper" not in x and "# our choice" not in x and "  out:" not in x]
     assert [x.split(":")[0].strip() for x in unmarked] == ["teacher"], "explained in the lines above it"
+
+
+def test_rollout_and_evaluate_read_their_parts_and_lists_are_checked_entry_by_entry(tmp_path):
+    assert {"rollout", "evaluate", *SCRIPTS} == set(SECTIONS)
+    text = "evaluate:\n  policies: [a=random, b=centre]\n  runs: [x/y]\n  samples: 5\nrollout:\n  agent: centre\n"
+    path = str(written(tmp_path, text))
+    found = parse(evaluate.Args, ["--config", path, "--samples", "6"], "evaluate")
+    assert (found.policies, found.runs, found.samples) == (["a=random", "b=centre"], [Path("x/y")], 6)
+    assert parse(rollout.Args, ["--config", path], "rollout").agent == "centre"
+    for wrong, said in (("[a=b, 3]", r"evaluate.policies\[1\]: 3"), ("a=b", "expected a list")):
+        bad = written(tmp_path, f"evaluate:\n  policies: {wrong}\n")
+        with pytest.raises(ConfigError, match=said):
+            parse(evaluate.Args, ["--config", str(bad)], "evaluate")
 
 
 def test_a_flag_overrides_the_file_and_the_file_the_default(tmp_path):
