@@ -334,24 +334,27 @@ def _short(rows: Sequence[Row]) -> list[Row]:
 
 
 def _comparisons(played: Mapping[str, Played], seed: int) -> list[Comparison]:
-    """What each policy's loop gains on its own first box, and on the single shots of the others."""
+    """What each policy gains on its own first box, and its answer on the first boxes and answers of the others."""
     audits = {name: one.audit for name, one in played.items()}
     base_name, base = next(iter(audits.items()))
+    answers = {name: "learned_stop" if "learned_stop" in one.columns else "last_step" for name, one in audits.items()}
     found = []
     for metric in GAIN_METRICS:
-        for name, one in audits.items():
-            pairs = [(f"{name} {key}", column, name, one) for key, column in one.columns.items() if key != "step_0"]
-            answer = "learned_stop" if "learned_stop" in one.columns else "last_step"
-            for other_name, other in audits.items():
-                if other_name != name:
-                    pairs.append((f"{name} {answer}", one.columns[answer], other_name, other))
+        for name in audits:
+            pairs = [((name, key), (name, "step_0")) for key in audits[name].columns if key != "step_0"]
+            for other in audits:
+                if other != name:
+                    pairs += [
+                        ((name, answers[name]), (other, "step_0")),
+                        ((name, answers[name]), (other, answers[other])),
+                    ]
             if name != base_name:
-                pairs.append((f"{name} step_0", one.columns["step_0"], base_name, base))
-            for a_name, a, b_name, b in pairs:
-                b_label, pictures = f"{b_name} step_0", base.picture_ids
-                found.append(
-                    compare(a_name, a, b_label, b.columns["step_0"], pictures, metric, n_boot=RESAMPLES, seed=seed)
-                )
+                pairs.append(((name, "step_0"), (base_name, "step_0")))
+            for a, b in pairs:
+                one, another = (audits[policy].columns[column] for policy, column in (a, b))
+                labels = " ".join(a), " ".join(b)
+                pictures = base.picture_ids
+                found.append(compare(labels[0], one, labels[1], another, pictures, metric, n_boot=RESAMPLES, seed=seed))
     return found
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from threading import Lock
 
 from agents.command import run_command
+from agents.study_tables import summary
 from agents.training import RunError, write_json
 
 SPLITS = ("test", "test_distractors", "test_small")
@@ -71,6 +72,8 @@ def main(args: Args) -> None:
     write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
     for stage in (_training, _playing, _scoring, _reporting):
         run_jobs(stage(args), args.out, args.jobs)
+    (args.out / "summary.md").write_text(summary(args.out, SPLITS), encoding="utf-8")
+    print(f"tables: {args.out}/summary.md")
     print(f"reports: {args.out}/report.html ({SPLITS[0]}, with swaps), {', '.join(f'{s}/report.html' for s in SPLITS)}")
 
 

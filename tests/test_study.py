@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import tyro
 
-from agents.study import SPLITS, Args, Job, _playing, _scoring, _training, run_jobs
+import evaluate
+from agents import swaps
+from agents.study import SPLITS, Args, Job, _playing, _policy, _scoring, _training, run_jobs
+from agents.study_tables import best_control, summary
 from agents.training import RunError
 
 
@@ -75,3 +78,39 @@ def test_what_is_scored_is_what_was_played_and_seeds_share_a_name(tmp_path):
             # The folder of the episodes has the name under which the policy was played.
             assert folder.parts[-2:] == ("episodes", folder.parts[-3]) and folder.parent.parent in played
             assert folder.parts[-4] == split
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A study's folder, played by scripted agents under the names of the study: two seeds of loop and control."""
+    out = tmp_path_factory.mktemp("study")
+    agents = {"base-0": "centre", "control-0": "random", "control-1": "centre", "loop-0": "oracle", "loop-1": "random"}
+    agents |= {"large-0": "random", "medoid-8": "centre", "best-of-8": "random", "second-shot": "random"}
+    for name, spec in agents.items():
+        folder = out / "played" / "val" / name
+        options = {"split": "val", "samples": 40, "max_steps": 2, "page_episodes": 1, "seed": len(name)}
+        evaluate.main(evaluate.Args(policies=[f"{name}={spec}"], out=folder, **options))
+    episodes = [f"{_policy(name)}={out}/played/val/{name}/episodes/{name}" for name in agents if name != "base-0"]
+    base = f"base={out}/played/val/base-0/episodes/base-0"
+    evaluate.main(evaluate.Args(episodes=[base, *episodes], out=out / "val"))
+    swaps.main(swaps.Args(policies=["loop-0=oracle"], samples=10, split="val", steps=[1], out=out / "swaps"))
+    # Costs are of models alone; one stands for all.
+    path = out / "played" / "val" / "loop-0" / "results.json"
+    costs = {"loop-0": [{"answers": 2.0, "pictures": 2.0}]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"costs": costs}))
+    return out
+
+
+def test_the_summary_says_what_the_results_say_and_finds_the_strongest_control(scored):
+    results, text = json.loads((scored / "val" / "results.json").read_text()), summary(scored, ["val"])
+    lines = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in text.splitlines()}
+    for metric, factor, digits in (("Acc@0.5", 100, 1), ("mIoU", 1, 3)):
+        policy, column = best_control(results, metric)
+        rows = {(r["policy"], r["column"]): r["scores"][metric]["value"] for r in results["rows"]}
+        others = [v for (p, c), v in rows.items() if p != "loop" and c in ("step_0", "learned_stop")]
+        assert rows[policy, column] == max(others)
+        line = lines[metric, f"{policy} {column} (the best control)"]
+        expected = rows["loop", "learned_stop"] - rows[policy, column]
+        assert f"| {factor * expected:+.{digits}f}" in line
+        assert len(line.split("|")[-2].split()) == 2, "two seeds"
+    assert "| sibling" in text and "| loop-0 |     2.0 |" in text

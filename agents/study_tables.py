@@ -1,0 +1,148 @@
+"""The study's results as Markdown: what ``docs/results.md`` shows, from what the study wrote.
+
+Everything is read from ``results.json`` files. Which control is the best one is not chosen by hand: it is the one
+with the highest score on the split in question, which favours the controls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ivt_env.metrics.table import render
+
+METRICS = ("Acc@0.5", "Acc@0.9", "mIoU")
+LOOP = "loop"
+SAMPLED = ("medoid-8", "best-of-8", "second-shot")
+CONTROLS = ("base", "control", "large", *SAMPLED)
+
+
+def summary(out: Path, splits: Sequence[str]) -> str:
+    """All tables of a finished study.
+
+    Args:
+        out: folder of the study.
+        splits: that were scored.
+    """
+    parts = []
+    for split in splits:
+        results = _read(out / split)
+        parts += [f"## {split}", scores(results), differences(results)]
+    parts += ["## Swaps", swaps(_read(out / "swaps")), "## Cost of an episode", costs(out, splits[0])]
+    return "\n\n".join(parts) + "\n"
+
+
+def scores(results: Mapping[str, Any]) -> str:
+    """A line for each policy: its first box, its answer, and how it got from the one to the other."""
+    found = {(row["policy"], row["column"]): row for row in results["rows"]}
+    lines = []
+    for name, audit in results["audits"].items():
+        first, answer = found[name, "step_0"], found[name, "learned_stop"]
+        best = found.get((name, "oracle_best"))
+        runs = audit["runs"]
+        lines.append(
+            [
+                name,
+                str(len(runs)),
+                *(_score(first, metric) for metric in METRICS),
+                *(_score(answer, metric) for metric in METRICS),
+                "-" if best is None else _score(best, "Acc@0.5"),
+                _mean([run["broke"]["learned_stop"]["value"] for run in runs], 1, 100),
+                _mean([run["stopping"]["mean_proposals"] for run in runs], 2),
+                _mean([run["stopping"]["mean_actions"] for run in runs], 2),
+            ]
+        )
+    head = ["policy", "seeds", *(f"first box {m}" for m in METRICS), *(f"answer {m}" for m in METRICS)]
+    head += ["oracle Acc@0.5", "broke (%)", "boxes", "actions"]
+    return render(head, lines, markdown=True)
+
+
+def best_control(results: Mapping[str, Any], metric: str) -> tuple[str, str]:
+    """Policy and column of the control that scores highest on ``metric``."""
+    rows = [r for r in results["rows"] if r["policy"] in CONTROLS and r["column"] in ("step_0", "learned_stop")]
+    # The base's own loop is no control: nobody would run it.
+    rows = [r for r in rows if (r["policy"], r["column"]) != ("base", "learned_stop")]
+    best = max(rows, key=lambda r: r["scores"][metric]["value"])
+    return best["policy"], best["column"]
+
+
+def differences(results: Mapping[str, Any]) -> str:
+    """The loop's answer minus its own first box, and minus each control's."""
+    lines = []
+    for metric in METRICS:
+        strongest = " ".join(best_control(results, metric))
+        against = [f"{LOOP} step_0", "base step_0", "control step_0", "large step_0"]
+        against += [f"{name} learned_stop" for name in SAMPLED]
+        for other in against:
+            one = next(
+                c
+                for c in results["comparisons"]
+                if (c["a"], c["b"], c["metric"]) == (f"{LOOP} learned_stop", other, metric)
+            )
+            lines.append(_difference(one, other + (" (the best control)" if other == strongest else "")))
+    head = ["metric", "loop's answer minus", "difference", "95 % interval", "detectable", "each seed"]
+    return render(head, lines, markdown=True, left=2)
+
+
+def swaps(results: Mapping[str, Any]) -> str:
+    """What the loops do with each drawn box, seed by seed."""
+    lines = []
+    for row in results["variants"]:
+        shares = [f"{100 * row[key]['value']:.1f}" for key in ("stopped", "left", "towards", "right")]
+        shown = "-" if row["shown_iou"] is None else f"{row['shown_iou']:.2f}"
+        lines.append([row["variant"], row["policy"], str(row["num"]), shown, *shares])
+    lines.sort(key=lambda line: [r["variant"] for r in results["variants"]].index(line[0]))
+    head = [
+        "box drawn",
+        "policy",
+        "n",
+        "its IoU",
+        "stops (%)",
+        "leaves (%)",
+        "towards the target (%)",
+        "then right (%)",
+    ]
+    return render(head, lines, markdown=True, left=2)
+
+
+def costs(out: Path, split: str) -> str:
+    """What each policy's episodes cost on one split, as counted while they were played."""
+    lines, fields = [], []
+    for path in sorted((out / "played" / split).glob("*/results.json")):
+        for name, seeds in json.loads(path.read_text(encoding="utf-8"))["costs"].items():
+            fields = list(seeds[0])
+            lines.append([name, *(f"{seeds[0][field]:.1f}" for field in fields)])
+    return render(["policy", *fields], lines, markdown=True)
+
+
+def _difference(comparison: Mapping[str, Any], other: str) -> list[str]:
+    d, factor, digits = comparison["difference"], *_unit(comparison["metric"])
+
+    def number(value: float, sign: str = "+") -> str:
+        return format(factor * value, f"{sign}.{digits}f")
+
+    each = " ".join(number(v) for v in comparison["by_seed"])
+    value = number(d["diff"]) if d["shown"] else f"{number(d['diff'])}, not shown"
+    interval = f"[{number(d['low'])}, {number(d['high'])}]"
+    return [comparison["metric"], other, value, interval, number(d["detectable"], ""), each]
+
+
+def _score(row: Mapping[str, Any], metric: str) -> str:
+    factor, digits = _unit(metric)
+    return f"{factor * row['scores'][metric]['value']:.{digits}f}"
+
+
+def _unit(metric: str) -> tuple[float, int]:
+    return (1.0, 3) if metric == "mIoU" else (100.0, 1)
+
+
+def _mean(values: Sequence[float | None], digits: int, factor: float = 1.0) -> str:
+    """Over the seeds that have a value: where no first box was right, none could be broken."""
+    known = [value for value in values if value is not None]
+    return f"{factor * sum(known) / len(known):.{digits}f}" if known else "-"
+
+
+def _read(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
