@@ -4,9 +4,9 @@
     python -m agents.study --seeds 1 --samples 300 --steps 60 --out runs/quick
 
 For each seed a loop is trained (close-ups, lessons in verifying) and its control: the same base, the same number
-of gradient steps and demonstrations, all of them single shots. Another control spends its compute on a larger
-picture, and three more on several answers. Then every policy answers the same samples of every test split, and the
-overlay of the loop is swapped. Each part is a command of the project, printed before it runs and written to
+of gradient steps and demonstrations, all of them single shots. Three more controls spend their compute on several
+answers, and with ``--large`` one on a larger picture. Then every policy answers the same samples of every test split,
+and the overlay of the loop is swapped. Each part is a command of the project, printed before it runs and written to
 ``commands.txt``; what is done is not done again, so a study that was cut off goes on.
 """
 
@@ -53,6 +53,8 @@ class Args:
     """Actions in an episode: a box, then a better one or a stop."""
     swap_samples: int = 500
     """Samples of `test` on which the overlay is swapped."""
+    large: bool = False
+    """Train one more control, whose picture has twice the pixels: half an hour more on two cores."""
     jobs: int = 2
     """Commands at a time, one core each."""
 
@@ -88,9 +90,8 @@ def _training(args: Args) -> list[Job]:
     control: list[object] = ["--single-shot", "--samples", args.steps * args.batch]
     seeds = range(args.seeds)
     wanted = [(f"loop-{s}", loop, s) for s in seeds] + [(f"control-{s}", control, s) for s in seeds]
-    # One seed: it takes three quarters more of the vision tower's work than the control, and is here to show
-    # whether pixels alone would do.
-    wanted.append(("large-0", [*control, "--pixels", "2"], 0))
+    if args.large:  # one seed, to see whether pixels alone would do
+        wanted.append(("large-0", [*control, "--pixels", "2"], 0))
     return [
         _job(args, name, "train_sft", [*shared, *own, "--seed", seed], "policy/policy.json")
         for name, own, seed in wanted
@@ -100,7 +101,8 @@ def _training(args: Args) -> list[Job]:
 def _playing(args: Args) -> list[Job]:
     """Every policy on every split by itself, so that a core is never idle; and the swaps."""
     loops, controls = ([f"{name}-{s}" for s in range(args.seeds)] for name in ("loop", "control"))
-    policies = {name: str(args.out / name / "policy") for name in [*loops, *controls, "large-0"]}
+    large = ["large-0"] if args.large else []
+    policies = {name: str(args.out / name / "policy") for name in [*loops, *controls, *large]}
     # Answers that are sampled are one control of the first seed: they are compared with its greedy answer.
     first = policies[controls[0]]
     policies |= {name: f"{name}:vlm:{first}" for name in ("medoid-8", "best-of-8", "second-shot")}
@@ -123,7 +125,8 @@ def _scoring(args: Args) -> list[Job]:
     jobs = []
     for split in SPLITS:
         names = ["base", *(f"{name}-{s}" for name in ("control", "loop") for s in range(args.seeds))]
-        names += ["large-0", "medoid-8", "best-of-8", "second-shot"]
+        names += ["large-0"] if args.large else []
+        names += ["medoid-8", "best-of-8", "second-shot"]
         folders = [f"{_policy(name)}={args.out}/played/{split}/{name}/episodes/{name}" for name in names]
         jobs.append(_job(args, split, "evaluate", ["--episodes", *folders]))
     return jobs

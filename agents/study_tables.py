@@ -15,8 +15,15 @@ from ivt_env.metrics.table import render
 
 METRICS = ("Acc@0.5", "Acc@0.9", "mIoU")
 LOOP = "loop"
-SAMPLED = ("medoid-8", "best-of-8", "second-shot")
-CONTROLS = ("base", "control", "large", *SAMPLED)
+CONTROLS = (
+    ("base", "step_0"),
+    ("control", "step_0"),
+    ("large", "step_0"),
+    ("medoid-8", "learned_stop"),
+    ("best-of-8", "learned_stop"),
+    ("second-shot", "learned_stop"),
+)
+"""Each control and what it answers: single shots their first box, the others what they end with."""
 
 
 def summary(out: Path, splits: Sequence[str]) -> str:
@@ -61,9 +68,7 @@ def scores(results: Mapping[str, Any]) -> str:
 
 def best_control(results: Mapping[str, Any], metric: str) -> tuple[str, str]:
     """Policy and column of the control that scores highest on ``metric``."""
-    rows = [r for r in results["rows"] if r["policy"] in CONTROLS and r["column"] in ("step_0", "learned_stop")]
-    # The base's own loop is no control: nobody would run it.
-    rows = [r for r in rows if (r["policy"], r["column"]) != ("base", "learned_stop")]
+    rows = [r for r in results["rows"] if (r["policy"], r["column"]) in CONTROLS]
     best = max(rows, key=lambda r: r["scores"][metric]["value"])
     return best["policy"], best["column"]
 
@@ -73,9 +78,8 @@ def differences(results: Mapping[str, Any]) -> str:
     lines = []
     for metric in METRICS:
         strongest = " ".join(best_control(results, metric))
-        against = [f"{LOOP} step_0", "base step_0", "control step_0", "large step_0"]
-        against += [f"{name} learned_stop" for name in SAMPLED]
-        for other in against:
+        played = [" ".join(control) for control in CONTROLS if control[0] in results["policies"]]
+        for other in (f"{LOOP} step_0", *played):
             one = next(
                 c
                 for c in results["comparisons"]
