@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -53,6 +53,8 @@ class Args:
     """Actions in an episode: a box, then a better one or a stop."""
     swap_samples: int = 500
     """Samples of `test` on which the overlay is swapped."""
+    answers: list[str] = field(default_factory=lambda: ["medoid-8", "best-of-8", "second-shot"])
+    """Controls that spend their compute on several answers of the first seed's control."""
     large: bool = False
     """Train one more control, whose picture has twice the pixels: half an hour more on two cores."""
     jobs: int = 2
@@ -105,17 +107,19 @@ def _playing(args: Args) -> list[Job]:
     policies = {name: str(args.out / name / "policy") for name in [*loops, *controls, *large]}
     # Answers that are sampled are one control of the first seed: they are compared with its greedy answer.
     first = policies[controls[0]]
-    policies |= {name: f"{name}:vlm:{first}" for name in ("medoid-8", "best-of-8", "second-shot")}
+    policies |= {name: f"{name}:vlm:{first}" for name in args.answers}
     policies["base"] = args.model
     options: list[object] = ["--split", "test", "--samples", args.swap_samples, "--max-steps", args.max_steps]
     options += ["--steps", "1", "--policies", *(f"{name}={policies[name]}" for name in loops)]
     jobs = [_job(args, "swaps", "agents.swaps", options)]
     for split in SPLITS:
         for name, spec in policies.items():
-            options = ["--split", split, "--samples", args.samples, "--max-steps", args.max_steps]
-            options += ["--policies", f"{name}={spec}", "--page-episodes", "1"]
-            # What every step would have given is asked of the policies that are made to take several.
-            options += [] if name in (*loops, "base") else ["--no-forced"]
+            # A single shot's first box is its answer. The base is made to go on where the collapse is to be seen.
+            single = name in (*controls, *large) or (name == "base" and split != SPLITS[0])
+            options = ["--split", split, "--samples", args.samples, "--max-steps", 1 if single else args.max_steps]
+            options += ["--policies", f"{name}={spec}", "--page-episodes", 1]
+            # What every step would have given is asked once, of the policies that are to take several.
+            options += [] if split == SPLITS[0] and name in (*loops, "base") else ["--no-forced"]
             jobs.append(_job(args, f"played/{split}/{name}", "evaluate", options))
     return jobs
 
@@ -126,7 +130,7 @@ def _scoring(args: Args) -> list[Job]:
     for split in SPLITS:
         names = ["base", *(f"{name}-{s}" for name in ("control", "loop") for s in range(args.seeds))]
         names += ["large-0"] if args.large else []
-        names += ["medoid-8", "best-of-8", "second-shot"]
+        names += args.answers
         folders = [f"{_policy(name)}={args.out}/played/{split}/{name}/episodes/{name}" for name in names]
         jobs.append(_job(args, split, "evaluate", ["--episodes", *folders]))
     return jobs
