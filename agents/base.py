@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from agents.controls import CONTROL_FORMS, control_of
+from agents.relay import Relay
 from agents.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
 from ivt_env.rollouts import Agent
 from ivt_env.vector_env import GroundingVectorEnv
@@ -24,6 +25,7 @@ BUILT_IN = ("random", "centre", "oracle")
 _FORMS = (
     *BUILT_IN,
     "stop-after-K:AGENT",
+    "relay:AGENT,AGENT",
     "vlm:FOLDER",
     "sb3:FOLDER",
     "pixels-K:vlm:FOLDER",
@@ -40,6 +42,7 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
     ``centre``              one box around the centre, then stops
     ``oracle``              reads the target box; needs ``env``
     ``stop-after-K:SPEC``   the agent ``SPEC``, stopped after K proposals: ``stop-after-1:random``
+    ``relay:FIRST,THEN``    the agent ``FIRST`` until there is a box, then the agent ``THEN``
     ``vlm:FOLDER``          a vision-language model: a checkpoint folder or a model id
     ``sb3:FOLDER``          a PPO of Stable-Baselines3: the folder of ``python -m agents.sb3.train``
     ``pixels-K:vlm:FOLDER`` a vision-language model with K times the pixels that a picture may have
@@ -81,6 +84,11 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
             )
         proposer = load_agent(rest, env=env, seed=seed, **options)
         return StopAfter(proposer, int(head.removeprefix("stop-after-")))
+    if head == "relay":
+        first, comma, then = rest.partition(",")
+        if not (first and comma and then):
+            raise ValueError(f"agent {spec!r}: say who begins and who goes on, like 'relay:vlm:tiny,vlm:FOLDER'")
+        return Relay(*(load_agent(one, env=env, seed=seed, **options) for one in (first, then)))
     if head.startswith("pixels-"):
         if not re.fullmatch(r"pixels-[0-9]+(\.[0-9]+)?:vlm:.+", spec):
             raise ValueError(f"agent {spec!r}: say how many times the pixels, and of which model: 'pixels-2:vlm:tiny'")

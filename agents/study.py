@@ -3,8 +3,9 @@
     python -m agents.study                     # three seeds; under two hours on two cores
     python -m agents.study --seeds 1 --samples 300 --steps 60 --out runs/quick
 
-For each seed a loop is trained (close-ups, lessons in verifying) and its control: the same base, the same number
-of gradient steps and demonstrations, all of them single shots. Three more controls spend their compute on several
+For each seed a policy is trained to refine (close-ups, lessons in verifying) and a control: the same base, the same
+number of gradient steps and demonstrations, all of them single shots. In the loop the base gives the first box and the
+policy goes on. Three more controls spend their compute on several
 answers, and with ``--large`` one on a larger picture. Then every policy answers the same samples of every test split,
 and the overlay of the loop is swapped. Each part is a command of the project, printed before it runs and written to
 ``commands.txt``; what is done is not done again, so a study that was cut off goes on.
@@ -102,15 +103,20 @@ def _training(args: Args) -> list[Job]:
 
 def _playing(args: Args) -> list[Job]:
     """Every policy on every split by itself, so that a core is never idle; and the swaps."""
-    loops, controls = ([f"{name}-{s}" for s in range(args.seeds)] for name in ("loop", "control"))
+    seeds = range(args.seeds)
     large = ["large-0"] if args.large else []
-    policies = {name: str(args.out / name / "policy") for name in [*loops, *controls, *large]}
+    controls = [f"control-{s}" for s in seeds]
+    policies = {name: str(args.out / name / "policy") for name in [*controls, *large]}
+    # What learned to refine goes on from the first box of the base, which it learned on; and once by itself.
+    trained = [str(args.out / f"loop-{s}" / "policy") for s in seeds]
+    policies |= {f"loop-{s}": f"relay:vlm:{args.model},vlm:{trained[s]}" for s in seeds}
+    policies |= {f"alone-{s}": trained[s] for s in seeds}
     # Answers that are sampled are one control of the first seed: they are compared with its greedy answer.
     first = policies[controls[0]]
     policies |= {name: f"{name}:vlm:{first}" for name in args.answers}
     policies["base"] = args.model
     options: list[object] = ["--split", "test", "--samples", args.swap_samples, "--max-steps", args.max_steps]
-    options += ["--steps", "1", "--policies", *(f"{name}={policies[name]}" for name in loops)]
+    options += ["--steps", "1", "--policies", *(f"loop-{s}={policies[f'loop-{s}']}" for s in seeds)]
     jobs = [_job(args, "swaps", "agents.swaps", options)]
     for split in SPLITS:
         for name, spec in policies.items():
@@ -119,7 +125,8 @@ def _playing(args: Args) -> list[Job]:
             options = ["--split", split, "--samples", args.samples, "--max-steps", 1 if single else args.max_steps]
             options += ["--policies", f"{name}={spec}", "--page-episodes", 1]
             # What every step would have given is asked once, of the policies that are to take several.
-            options += [] if split == SPLITS[0] and name in (*loops, "base") else ["--no-forced"]
+            forced = split == SPLITS[0] and (name == "base" or name.startswith("loop-"))
+            options += [] if forced else ["--no-forced"]
             jobs.append(_job(args, f"played/{split}/{name}", "evaluate", options))
     return jobs
 
@@ -128,7 +135,7 @@ def _scoring(args: Args) -> list[Job]:
     """All policies of a split in one table, by name: several seeds of one are one policy."""
     jobs = []
     for split in SPLITS:
-        names = ["base", *(f"{name}-{s}" for name in ("control", "loop") for s in range(args.seeds))]
+        names = ["base", *(f"{name}-{s}" for name in ("control", "loop", "alone") for s in range(args.seeds))]
         names += ["large-0"] if args.large else []
         names += args.answers
         folders = [f"{_policy(name)}={args.out}/played/{split}/{name}/episodes/{name}" for name in names]
@@ -146,7 +153,7 @@ def _reporting(args: Args) -> list[Job]:
 def _policy(name: str) -> str:
     """The name in the tables: without the seed where there are several."""
     head, _, _ = name.rpartition("-")
-    return head if head in ("loop", "control", "large") else name
+    return head if head in ("loop", "alone", "control", "large") else name
 
 
 def _job(args: Args, where: str, module: str, options: list[object], made: str = "results.json") -> Job:

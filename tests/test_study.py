@@ -70,13 +70,23 @@ def test_what_is_scored_is_what_was_played_and_seeds_share_a_name(tmp_path):
     for split, job in zip(SPLITS, _scoring(args), strict=True):
         parsed = tyro.cli(evaluate.Args, args=list(job.command[3:]))
         names = [text.partition("=")[0] for text in parsed.episodes]
-        assert [names.count(name) for name in ("base", "control", "loop", "large")] == [1, 3, 3, 1]
+        assert [names.count(name) for name in ("base", "control", "loop", "alone", "large")] == [1, 3, 3, 3, 1]
         assert names[0] == "base", "what the others are compared with"
         for text in parsed.episodes:
             folder = Path(text.partition("=")[2])
             # The folder of the episodes has the name under which the policy was played.
             assert folder.parts[-2:] == ("episodes", folder.parts[-3]) and folder.parent.parent in played
             assert folder.parts[-4] == split
+
+
+def test_the_loop_goes_on_from_the_first_box_of_the_base(tmp_path):
+    played = {job.name: tyro.cli(evaluate.Args, args=list(job.command[3:])) for job in _playing(Args(out=tmp_path))[1:]}
+    for split in SPLITS:
+        (loop,), (alone,) = (played[f"played-{split}-{name}-1"].policies for name in ("loop", "alone"))
+        assert (
+            loop == f"loop-1=relay:vlm:tiny,vlm:{tmp_path}/loop-1/policy"
+            and alone == f"alone-1={tmp_path}/loop-1/policy"
+        )
 
 
 @pytest.fixture(scope="module")
