@@ -56,6 +56,8 @@ class Args:
     """Samples of `test` on which the overlay is swapped."""
     answers: list[str] = field(default_factory=lambda: ["medoid-8", "best-of-8", "second-shot"])
     """Controls that spend their compute on several answers of the first seed's control."""
+    alone: bool = False
+    """Also play each trained policy by itself, from its own first box."""
     large: bool = False
     """Train one more control, whose picture has twice the pixels: half an hour more on two cores."""
     jobs: int = 2
@@ -107,10 +109,10 @@ def _playing(args: Args) -> list[Job]:
     large = ["large-0"] if args.large else []
     controls = [f"control-{s}" for s in seeds]
     policies = {name: str(args.out / name / "policy") for name in [*controls, *large]}
-    # What learned to refine goes on from the first box of the base, which it learned on; and once by itself.
+    # What learned to refine goes on from the first box of the base, on which it learned.
     trained = [str(args.out / f"loop-{s}" / "policy") for s in seeds]
     policies |= {f"loop-{s}": f"relay:vlm:{args.model},vlm:{trained[s]}" for s in seeds}
-    policies |= {f"alone-{s}": trained[s] for s in seeds}
+    policies |= {f"alone-{s}": trained[s] for s in seeds if args.alone}
     # Answers that are sampled are one control of the first seed: they are compared with its greedy answer.
     first = policies[controls[0]]
     policies |= {name: f"{name}:vlm:{first}" for name in args.answers}
@@ -135,7 +137,8 @@ def _scoring(args: Args) -> list[Job]:
     """All policies of a split in one table, by name: several seeds of one are one policy."""
     jobs = []
     for split in SPLITS:
-        names = ["base", *(f"{name}-{s}" for name in ("control", "loop", "alone") for s in range(args.seeds))]
+        several = ["control", "loop", *(["alone"] if args.alone else [])]
+        names = ["base", *(f"{name}-{s}" for name in several for s in range(args.seeds))]
         names += ["large-0"] if args.large else []
         names += args.answers
         folders = [f"{_policy(name)}={args.out}/played/{split}/{name}/episodes/{name}" for name in names]

@@ -65,7 +65,7 @@ def test_the_control_gets_the_steps_and_the_demonstrations_of_the_loop(tmp_path)
 
 
 def test_what_is_scored_is_what_was_played_and_seeds_share_a_name(tmp_path):
-    args = Args(out=tmp_path, seeds=3, large=True)
+    args = Args(out=tmp_path, seeds=3, large=True, alone=True)
     played = {job.made.parent for job in _playing(args)}
     for split, job in zip(SPLITS, _scoring(args), strict=True):
         parsed = tyro.cli(evaluate.Args, args=list(job.command[3:]))
@@ -80,7 +80,10 @@ def test_what_is_scored_is_what_was_played_and_seeds_share_a_name(tmp_path):
 
 
 def test_the_loop_goes_on_from_the_first_box_of_the_base(tmp_path):
-    played = {job.name: tyro.cli(evaluate.Args, args=list(job.command[3:])) for job in _playing(Args(out=tmp_path))[1:]}
+    played = {
+        job.name: tyro.cli(evaluate.Args, args=list(job.command[3:]))
+        for job in _playing(Args(out=tmp_path, alone=True))[1:]
+    }
     for split in SPLITS:
         (loop,), (alone,) = (played[f"played-{split}-{name}-1"].policies for name in ("loop", "alone"))
         assert (
