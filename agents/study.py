@@ -52,7 +52,7 @@ class Args:
     """Samples of each test split."""
     max_steps: int = 2
     """Actions in an episode: a box, then a better one or a stop."""
-    swap_samples: int = 500
+    swap_samples: int = 300
     """Samples of `test` on which the overlay is swapped."""
     answers: list[str] = field(default_factory=lambda: ["medoid-8", "best-of-8", "second-shot"])
     """Controls that spend their compute on several answers of the first seed's control."""
