@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from agents.command import run_command
 from ivt_env.data.sample import DataError, DataMissingError, Picture
 from ivt_env.episodes import Episode, Step, load_episodes
@@ -73,7 +75,7 @@ COLUMNS = {
 class Args:
     """Write the report page of an evaluation."""
 
-    folder: Path
+    folder: Positional[Path]
     """Where `evaluate.py` wrote: `results.json`, plots and `episodes/`."""
     swaps: Path | None = None
     """Where `python -m agents.swaps` wrote; None: the page has no part about swaps."""
