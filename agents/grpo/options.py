@@ -137,7 +137,7 @@ def _check_rollout(args: Args, processes: int) -> None:
             " would cost both, and the run would be recorded as either; give --invalid-penalty 0, or no bonus"
         )
     if args.advantage == "return_to_go" and args.reward == "final" and args.max_steps == 1:
-        raise RunError("max_steps 1 leaves nothing to refine: use evaluate.py's single-shot control instead")
+        raise RunError("max_steps 1 leaves nothing to refine, so credit per step is one value: add --credit trajectory")
 
 
 def _check_credit(args: Args) -> None:
