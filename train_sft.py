@@ -38,7 +38,7 @@ from agents.sft.demonstrations import (
     teach,
     teach_as_the_paper,
 )
-from agents.sft.lessons import teach_to_verify
+from agents.sft.lessons import LessonPlan, teach_to_verify
 from agents.sft.trainer import to_turns, train
 from agents.teacher.harvest import TraceCache, write_traces
 from agents.teacher.load import Teacher, load_teacher
@@ -95,6 +95,9 @@ class Recipe:
     """`walks`: from the student's box to the target, in words, with stops and first answers. `verification`: good,
     shifted, random boxes and those of other objects, each with what is right about it; without words. `paper`:
     the walks of bad first boxes only, in a straight line, and no stop anywhere."""
+    first_answers: float = 1.0
+    """Share of the samples whose first answer is taught beside the lessons `verification`. 0: for a policy that goes on
+    from another's first box (`relay:FIRST,THEN`)."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on: the whole picture, the region around it enlarged, or both. None: as the student
     says, else `overlay`."""
@@ -154,6 +157,8 @@ def main(args: Args) -> Path:
     check_tracker(args.tracker)
     if args.neighbours < 1 or (args.harvested is not None and args.harvested < 1):
         raise RunError(f"neighbours {args.neighbours}, harvested {args.harvested}: give at least 1 of each")
+    if args.first_answers != 1 and (args.lessons != "verification" or not 0 <= args.first_answers <= 1):
+        raise RunError(f"first_answers {args.first_answers:g}: a share from 0 to 1, of the lessons verification alone")
     teacher = _teacher(args)
     accelerator = make_accelerator(args.mixed_precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -312,7 +317,8 @@ def _demonstrations(
         boxes = [own.get(index) for index in indices]
     lesson_rng = np.random.default_rng((args.seed, 2))
     if args.lessons == "verification":
-        drafts = teach_to_verify(dataset, indices, boxes, lesson_rng, view=policy.view)
+        plan = LessonPlan(first=args.first_answers)
+        drafts = teach_to_verify(dataset, indices, boxes, lesson_rng, view=policy.view, plan=plan)
     elif args.lessons == "paper":
         drafts = teach_as_the_paper(dataset, indices, boxes)
         if not drafts:

@@ -278,3 +278,12 @@ def test_the_student_is_asked_about_some_of_each_picture_and_everything_else_is_
     assert len(set(first)) == 60, "every sample is taught its first answer"
     with pytest.raises(RunError, match="harvested 0"):
         train_sft.main(dataclasses.replace(args, harvested=0))
+    relayed = dataclasses.replace(args, first_answers=0.0, out=tmp_path / "relayed")
+    train_sft.main(relayed)
+    lessons = load_demonstrations(
+        tmp_path / "relayed" / "demonstrations.jsonl", load_dataset("scenes", "train_asked", None, True)
+    )
+    assert lessons and all(d.shown is not None for d in lessons)
+    for wrong in ({"first_answers": 1.5}, {"first_answers": 0.0, "lessons": "walks"}):
+        with pytest.raises(RunError, match="first_answers"):
+            train_sft.main(dataclasses.replace(args, **wrong))
