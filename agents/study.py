@@ -42,7 +42,7 @@ class Args:
     """The base that all start from."""
     seeds: int = 3
     """Seeds of the loop and of its control."""
-    scenes: int = 10_000
+    scenes: int = 20_000
     """Training pictures of the loop; each is asked about six times."""
     steps: int = 600
     """Gradient steps of each policy."""
@@ -90,7 +90,8 @@ def _training(args: Args) -> list[Job]:
     shared += ["--steps", args.steps, "--batch", args.batch, "--micro-batch", args.batch // 2, "--lr", "8e-4"]
     shared += ["--optimizer", "muon", "--smoothing", "6", "--mixed-precision", "bf16", "--eval-samples", "0"]
     loop: list[object] = ["--view", "closeup", "--lessons", "verification", "--decision-weight", "3"]
-    loop += ["--samples", 6 * args.scenes, "--harvested", "1"]
+    # In the relay it never gives a first answer, so that none is taught.
+    loop += ["--samples", 6 * args.scenes, "--harvested", "1", "--first-answers", "0"]
     # Every answer once: what the loop spends on looking again, the control spends on new questions.
     control: list[object] = ["--single-shot", "--samples", args.steps * args.batch]
     seeds = range(args.seeds)
