@@ -25,10 +25,8 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from agents.base import load_agent
-from agents.command import run_command
+from agents.command import progress_bars, run_command
 from agents.cost import Cost, Metered
 from agents.plots import plot_accuracy_by_step, plot_before_after, plot_groups, plot_reliability, plot_training
 from agents.report import write_report
@@ -210,8 +208,7 @@ def _play(
 
     runs: dict[str, list[Run]] = {}
     costs: dict[str, list[dict[str, float]]] = {}
-    bars = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, TimeRemainingColumn()) as progress:
+    with progress_bars() as progress:
         for (name, number), folder in folders.items():
             found: list[list[Episode]] = []
             for forced in (False, True) if args.forced else (False,):

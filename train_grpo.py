@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import train_sft
-from agents.command import run_command
+from agents.command import progress_bars, run_command
 from agents.evaluation import play, summary
 from agents.grpo.losses import CLIPS
 from agents.grpo.options import PROCESSES, check_options, check_resume, recorded_options
@@ -216,8 +215,7 @@ def main(args: Args) -> Path:
                 if chief:
                     log.write(step, _evaluate(policy, args, step))
 
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), disable=not chief) as progress:
+    with progress_bars(note=True, disable=not chief) as progress:
         task = progress.add_task("GRPO", total=args.steps, completed=trainer.step, note="")
         evaluate(trainer.step)
 

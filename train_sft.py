@@ -26,9 +26,9 @@ from typing import Any, Literal
 
 import numpy as np
 from accelerate.utils import DistributedType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from agents.command import run_command
+from agents.command import progress_bars, run_command
 from agents.evaluation import play, summary
 from agents.sft.demonstrations import (
     Demonstration,
@@ -190,8 +190,7 @@ def main(args: Args) -> Path:
     log = MetricsLog(args.out, chief, args.tracker, config=asdict(args))
     if chief:
         write_json(args.out / "config.json", asdict(args))
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), disable=not chief) as progress:
+    with progress_bars(note=True, disable=not chief) as progress:
         before = _measure(policy, args, progress, "before") if chief else {}
         demonstrations = _demonstrations(args, policy, dataset, env_kwargs, teacher, progress)
         teacher = None  # a local model's memory is needed for the training

@@ -149,7 +149,6 @@ def _run_script(name: str, script: Script, words: list[str]) -> int:
     """Run a script as ``python script.py WORDS`` would."""
     try:
         command = importlib.import_module("agents.command")
-        rich = importlib.import_module("rich")
         module = importlib.import_module(script.module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -157,8 +156,6 @@ def _run_script(name: str, script: Script, words: list[str]) -> int:
             raise
         print(f'error: ivt {name} needs {missing}: pip install "ivt-env[train]"', file=sys.stderr)
         return 2
-    # Standard output is for results, which a program may read; progress bars are for whoever waits.
-    rich.reconfigure(stderr=True)
     as_json = name == "evaluate" and "--json" in words
     given, sys.argv = sys.argv, [f"ivt {name}", *words]  # the name that help and errors show
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 
 import gymnasium as gym
 import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agents.config import load_config
 
@@ -42,7 +45,25 @@ def run_command(
     """
     try:
         main(parse(args, argv, section))
+        sys.stdout.flush()
+    except BrokenPipeError as error:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
+        raise SystemExit(1) from error
     except (ValueError, FileNotFoundError, gym.error.Error) as error:
         # DataError, PolicyError and RunError are ValueErrors.
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def progress_bars(*, note: bool = False, disable: bool = False) -> Progress:
+    """Bars on standard error, so that what a command prints can be piped.
+
+    Args:
+        note: tasks have a field ``note``, shown behind the bar.
+        disable: show nothing.
+    """
+    columns = [TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns += [TimeRemainingColumn(), *([TextColumn("{task.fields[note]}")] if note else [])]
+    return Progress(
+        *columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False, disable=disable
+    )

@@ -23,11 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 import train_grpo
 import train_sft
-from agents.command import run_command
+from agents.command import progress_bars, run_command
 from agents.config import load_config
 from agents.evaluation import play
 from agents.paper_tables import Played, report, results
@@ -167,8 +165,7 @@ def evaluate(args: Args, recipe: Recipe) -> dict[str, Played]:
         "grpo": (recipe.grpo.out / "policy", horizon),
     }
     played: dict[str, Played] = {}
-    bars = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, TimeRemainingColumn()) as progress:
+    with progress_bars() as progress:
         for name, (model, steps) in policies.items():
             task = progress.add_task(name, total=count)
             episodes = _play(args, recipe, str(model), steps, count, name, lambda n, t=task: progress.advance(t, n))  # type: ignore[misc]

@@ -22,13 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 
 import ivt_env
 from agents.base import Agent, load_agent
-from agents.command import run_command
+from agents.command import progress_bars, run_command
 from ivt_env.data.sample import DataError, Picture, Sample
 from ivt_env.episodes import Box, Episode, Step, save_episodes
 from ivt_env.rollouts import make_vector_env, rollout
@@ -148,7 +146,7 @@ def _with_progress(args: Args, episodes: Iterator[Episode]) -> Iterator[Episode]
         yield from episodes
         return
     # The output is not redirected: rich would send it where the bar is.
-    with Progress(console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False) as progress:
+    with progress_bars() as progress:
         yield from progress.track(episodes, args.episodes, description=escape(args.agent))
 
 

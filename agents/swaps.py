@@ -17,10 +17,9 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import ArrayLike, NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agents.base import load_agent
-from agents.command import run_command
+from agents.command import progress_bars, run_command
 from agents.training import write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, Picture, Sample
@@ -391,8 +390,7 @@ def main(args: Args) -> dict[str, list[Swap]]:
         return envs[view]
 
     played: dict[str, list[Swap]] = {}
-    bars = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, TimeRemainingColumn()) as progress:
+    with progress_bars() as progress:
         for name, spec in names.items():
             agent = load_agent(spec, env=env_of(args.view or "overlay"), seed=args.seed)
             env = env_of(args.view or str(getattr(agent, "view", "overlay")))

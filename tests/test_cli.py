@@ -161,9 +161,10 @@ def test_a_wrong_flag_of_a_script_is_status_2(name, capsys):
 
 
 def test_without_the_training_install_the_remedy_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.delitem(sys.modules, "agents.command", raising=False)
+    monkeypatch.setitem(sys.modules, "tyro", None)
     assert cli.main(["train-grpo"]) == 2
-    assert capsys.readouterr().err == 'error: ivt train-grpo needs rich: pip install "ivt-env[train]"\n'
+    assert capsys.readouterr().err == 'error: ivt train-grpo needs tyro: pip install "ivt-env[train]"\n'
 
 
 def test_evaluate_prints_its_results_as_json_and_everything_else_elsewhere(tmp_path, monkeypatch):
@@ -249,11 +250,13 @@ def test_ctrl_c_ends_every_command_with_a_word_and_status_130(monkeypatch, capsy
         assert capsys.readouterr().err == "\ninterrupted\n"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+@pytest.mark.parametrize("words", [["agents.cli", "data", "check", "refl4"], ["agents.rollout", "--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, words):
     write_ref_l4(tmp_path)
     reading, writing = os.pipe()
     os.close(reading)
-    words = [sys.executable, "-m", "agents.cli", "data", "check", "refl4", "--data-root", str(tmp_path)]
+    root = [] if "--help" in words else ["--data-root", str(tmp_path)]
+    words = [sys.executable, "-m", *words, *root]
     ended = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert ended.returncode == 1 and "roken pipe" not in ended.stderr and "Traceback" not in ended.stderr

@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
+from agents.command import progress_bars, run_command
 from agents.vlm.policy import POLICY_FILE
 from agents.vlm.prompts import TINY
 from agents.vlm.tiny import INPUT_SIDE, build_image_processor, build_model, build_tokenizer, number_ids
@@ -398,9 +398,7 @@ def main(args: Args) -> None:
         model = Qwen3VLForConditionalGeneration.from_pretrained(args.init, dtype=torch.float32)
     # Plain matrix products: at these sizes the fused CPU kernel's backward pass is twice as slow.
     model.set_attn_implementation("eager")
-    columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    note = TextColumn("{task.fields[note]}")
-    with Progress(*columns, TimeRemainingColumn(), note) as progress:
+    with progress_bars(note=True) as progress:
         pool = draw_pool(args, progress)
         drawn = time.time()
         log = train_vision(model, pool, args, progress) if args.vision_steps else []
@@ -420,4 +418,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    run_command(main, Args)
