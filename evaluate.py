@@ -30,7 +30,7 @@ from agents.command import progress_bars, run_command
 from agents.cost import Cost, Metered
 from agents.plots import plot_accuracy_by_step, plot_before_after, plot_groups, plot_reliability, plot_training
 from agents.report import write_report
-from agents.training import write_json
+from agents.training import check_least, write_json
 from agents.vlm.load import TINY_NAME
 from ivt_env.data.sample import Picture
 from ivt_env.episodes import Episode, load_episodes, save_episodes
@@ -121,6 +121,7 @@ class Played:
 
 def main(args: Args) -> dict[str, Played]:
     """Play or load, score, write and print."""
+    check_least(args, {"samples": 1, "num_envs": 1, "page_episodes": 0, "seed": 0})
     if args.policies and args.episodes:
         raise ValueError("policies and episodes: give one of them; play first, then score all that is saved")
     dataset = None

@@ -41,7 +41,7 @@ from agents.training import (
     seed_everything,
     write_json,
 )
-from agents.vlm.adapters import drop_reference, make_trainable, merged
+from agents.vlm.adapters import blend, drop_reference, layer_matrices, make_trainable, merged
 from agents.vlm.dry_run import GENERATION_ROWS, Plan, dry_run
 from agents.vlm.load import TINY_NAME, load_policy
 from agents.vlm.options import ModelOptions
@@ -104,16 +104,27 @@ class Recipe:
     """Credit per step, one value for the whole episode, or that plus a comparison of equal states (GiGPO)."""
     omega: float = 1.0
     """Weight of the comparison of equal states in `episode_and_step`."""
+    discount: float = 1.0
+    """What the next step's return counts in a step's own, with `return_to_go`. 1: all gains up to the end, so that the
+    final IoU is maximised. 0: each action's own gain, for a policy that spoils any box it is given afterwards."""
     scale: Literal["none", "group", "batch"] = "none"
     """Divide advantages by the standard deviation of a group's returns, or of all returns of the step."""
     scale_floor: float = 1e-3
     """That standard deviation counts as at least this much reward."""
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
     """Policy loss. With one optimizer step per rollout gspo equals grpo, and cispo equals dapo."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon on the matrices of the language model's layers, and nothing else is trained; with --lora-rank 0. On
+    the tiny model it learns from the same episodes what AdamW hardly does (`docs/paper.md`)."""
     lr: float = 1e-3
-    """Learning rate of AdamW."""
+    """Learning rate."""
     warmup: int = 5
     """Steps over which it rises from 0."""
+    cooldown: int = 0
+    """Last steps over which it falls to 0: what the noise of single steps did to the policy evens out."""
+    start_share: float = 0.0
+    """Share of the weights that training began with in the policy that is saved, from 0 to below 1 (WiSE-FT, Wortsman
+    et al. 2022): gives back some of what was lost without need, such as precise first boxes."""
     lora_rank: int = 16
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     iterations: int = 1
@@ -180,7 +191,7 @@ def main(args: Args) -> Path:
     args.model = args.model or _warm_start(args)
     seed_everything(args.seed)
     policy = _load(args, str(accelerator.device))
-    check_shareable(policy.model, args.compile, accelerator)
+    check_shareable(policy.model, args.compile, accelerator, args.optimizer)
     reward = {"kind": args.reward, "step_cost": args.step_cost, "invalid_penalty": args.invalid_penalty}
     env = make_vector_env(
         args.env,
@@ -237,6 +248,9 @@ def main(args: Args) -> Path:
             if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
                 policy.model.save_pretrained(args.out / "adapter")
             policy.model = merged(policy.model)
+        if args.start_share:
+            start = load_policy(str(args.model), device=str(accelerator.device), **args.loading())
+            blend(policy.model, start.model, args.start_share)
         policy.save(folder)
     log.close()
     accelerator.wait_for_everyone()
@@ -284,6 +298,10 @@ def _load(args: Args, device: str) -> VLMPolicy:
     if not args.stop:
         forbid_stop(policy)
     policy.model = make_trainable(policy.model, args.lora_rank, reference=args.beta > 0)
+    if args.optimizer == "muon":
+        matrices = layer_matrices(policy.model)
+        for name, parameter in policy.model.named_parameters():
+            parameter.requires_grad_(name in matrices)
     args.prepare_update(policy.model)
     return policy
 

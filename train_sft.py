@@ -39,11 +39,12 @@ from agents.sft.demonstrations import (
     teach_as_the_paper,
 )
 from agents.sft.lessons import LessonPlan, teach_to_verify
+from agents.sft.options import check_options
 from agents.sft.trainer import to_turns, train
 from agents.teacher.harvest import TraceCache, write_traces
 from agents.teacher.load import Teacher, load_teacher
 from agents.teacher.openai import Budget
-from agents.tracking import TrackerName, check_tracker
+from agents.tracking import TrackerName
 from agents.training import MetricsLog, RunError, make_accelerator, seed_everything, write_json
 from agents.vlm.adapters import make_trainable, merged
 from agents.vlm.dry_run import Plan, dry_run
@@ -153,12 +154,7 @@ def main(args: Args) -> Path:
     if args.dry_run:
         print(dry_run(_plan(args)))
         return args.out
-    args.check_model(args.lora_rank)
-    check_tracker(args.tracker)
-    if args.neighbours < 1 or (args.harvested is not None and args.harvested < 1):
-        raise RunError(f"neighbours {args.neighbours}, harvested {args.harvested}: give at least 1 of each")
-    if args.first_answers != 1 and (args.lessons != "verification" or not 0 <= args.first_answers <= 1):
-        raise RunError(f"first_answers {args.first_answers:g}: a share from 0 to 1, of the lessons verification alone")
+    check_options(args)
     teacher = _teacher(args)
     accelerator = make_accelerator(args.mixed_precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -166,6 +162,8 @@ def main(args: Args) -> Path:
             f"{accelerator.distributed_type.value}: train_sft.py holds the whole model in each process, and would save"
             " a part of it; launch it with configs/accelerate/ddp.yaml (train_grpo.py can share weights)"
         )
+    if args.batch < accelerator.num_processes:
+        raise RunError(f"batch {args.batch} on {accelerator.num_processes} processes: some would have nothing to learn")
     if teacher is not None and accelerator.num_processes > 1:
         raise RunError(
             f"{accelerator.num_processes} processes would each ask {args.teacher}: run one process with --steps 0, "

@@ -4,6 +4,8 @@
       model: Qwen/Qwen3-VL-4B-Instruct
     grpo:                # train_grpo.py this one, and rollout and evaluate theirs
       steps: 200
+    own_gain:            # python -m agents.paper: what another GRPO beside `grpo` changes of it
+      reward: gain
     evaluate:
       policies: [base=tiny, grpo=runs/grpo/policy]
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,24 +26,46 @@ import yaml  # type: ignore[import-untyped]
 
 T = TypeVar("T")
 
-SECTIONS = ("sft", "grpo", "rollout", "evaluate")
+SECTIONS = ("sft", "grpo", "own_gain", "rollout", "evaluate")
 
 
 class ConfigError(ValueError):
     """A configuration file that cannot be used. Names file and key."""
 
 
-def load_config(path: Path, args: type[T], section: str) -> T:
+def load_config(path: Path, args: type[T], section: str, base: T | None = None) -> T:
     """``args`` with the values that ``section`` of the file gives.
 
     Args:
         path: of the file.
         args: the script's dataclass.
         section: one of ``SECTIONS``.
+        base: has the values that the section does not give. None: the defaults.
 
     Raises:
         ConfigError: for a file that is not there, has no such part, or a key or value that does not fit.
     """
+    content = _read(path)
+    values = content.get(section)
+    if values is None:
+        raise ConfigError(f"{path} has no part {section!r}, which this script reads; it has: {', '.join(content)}")
+    names = {f.name for f in fields(args)} - {"config"}  # type: ignore[arg-type]
+    _known(values, names, f"{path}: {section}")
+    hints = get_type_hints(args)
+    given = {k: _fitting(v, hints[k], f"{path}: {section}.{k}") for k, v in values.items()}
+    return args(**given) if base is None else replace(base, **given)  # type: ignore[type-var]
+
+
+def has_section(path: Path, section: str) -> bool:
+    """Whether the file has that part.
+
+    Raises:
+        ConfigError: for a file that is not there or no configuration.
+    """
+    return section in _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no configuration at {path}")
     try:
@@ -49,13 +73,7 @@ def load_config(path: Path, args: type[T], section: str) -> T:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     _known(content, SECTIONS, f"{path}")
-    values = content.get(section)
-    if values is None:
-        raise ConfigError(f"{path} has no part {section!r}, which this script reads; it has: {', '.join(content)}")
-    names = {f.name for f in fields(args)} - {"config"}  # type: ignore[arg-type]
-    _known(values, names, f"{path}: {section}")
-    hints = get_type_hints(args)
-    return args(**{k: _fitting(v, hints[k], f"{path}: {section}.{k}") for k, v in values.items()})
+    return content  # type: ignore[no-any-return]
 
 
 def _known(found: Any, known: Iterable[str], where: str) -> None:

@@ -7,7 +7,8 @@
 1. SFT on walks from the student's own bad first boxes to the target, without any stop.
 2. GRPO on it: one reward for the final box, every episode with all its refinements.
 3. GRPO on it again with the first box alone: the control that never iterates.
-4. Base, SFT and both GRPO policies play one split, forced to make every refinement.
+4. Where the file has a part `own_gain`, GRPO on it once more, not the paper's: what it changes of `grpo`.
+5. Base, SFT and the GRPO policies play one split, forced to make every refinement.
 
 The first version of the paper's table lets the target choose the step; the second chooses without it. Both
 are printed, ours beside what is reported of the paper. What is trained, and how, stands in the configuration
@@ -26,10 +27,10 @@ from typing import Any
 import train_grpo
 import train_sft
 from agents.command import progress_bars, run_command
-from agents.config import load_config
+from agents.config import has_section, load_config
 from agents.evaluation import play
 from agents.paper_tables import Played, report, results
-from agents.training import RunError, checkpoints, write_json
+from agents.training import RunError, check_least, checkpoints, write_json
 from agents.vlm.load import load_policy
 from agents.vlm.without_stop import forbid_stop
 from ivt_env.episodes import Episode, save_episodes
@@ -69,31 +70,43 @@ class Args:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The options of the three trainings."""
+    """The options of the trainings."""
 
     sft: train_sft.Args
     grpo: train_grpo.Args
     single: train_grpo.Args
+    own_gain: train_grpo.Args | None
+    """Not the paper's: the file need not have it."""
+
+    @property
+    def stages(self) -> dict[str, train_grpo.Args]:
+        """The GRPO trainings by name."""
+        found = {"single": self.single, "grpo": self.grpo, "own_gain": self.own_gain}
+        return {name: stage for name, stage in found.items() if stage is not None}
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train, play, write and print; returns what ``results.json`` holds, and nothing for a dry run."""
     recipe = load_recipe(args)
-    if args.samples < 1:
-        raise RunError(f"samples {args.samples}: nothing would be evaluated; give at least 1 (the paper: 505)")
+    check_least(args, {"samples": 1, "num_envs": 1})
     if args.dry_run:
         explain(args, recipe)
         return {}
+    # What is wrong with a later stage, or with the split at the end, must not be found after an hour of training.
+    train_sft.check_options(recipe.sft)
+    for stage in recipe.stages.values():
+        train_grpo.check_options(stage)
+    count = _count(args, recipe)
     _once(recipe.sft, lambda: train_sft.main(recipe.sft))
-    for stage in (recipe.single, recipe.grpo):
+    for stage in recipe.stages.values():
         going_on = replace(stage, resume=bool(checkpoints(stage.out)))
         _once(stage, lambda going_on=going_on: train_grpo.main(going_on))  # type: ignore[misc]
-    played = evaluate(args, recipe)
+    played = evaluate(args, recipe, count)
     found = results(played)
     text = report(played, f"{recipe.sft.env}, split {args.split}, n = {len(played['base'].episodes)}")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    options = {"args": asdict(args), "sft": asdict(recipe.sft), "grpo": asdict(recipe.grpo)}
+    options = {"args": asdict(args), **asdict(recipe)}
     write_json(args.out / "results.json", json.loads(json.dumps(options, default=str)) | found)
     print(text)
     print(f"\nwritten to {args.out}: table.txt, results.json, episodes")
@@ -101,7 +114,7 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def load_recipe(args: Args) -> Recipe:
-    """The three trainings that a file describes, each in a folder of its own below ``args.out``.
+    """The trainings that a file describes, each in a folder of its own below ``args.out``.
 
     Raises:
         ConfigError: for a file that cannot be used.
@@ -113,6 +126,9 @@ def load_recipe(args: Args) -> Recipe:
     grpo = load_config(args.config, train_grpo.Args, "grpo")
     grpo = replace(grpo, model=str(sft.out / "policy"), out=args.out / "grpo", **changes)  # type: ignore[arg-type]
     single = replace(grpo, max_steps=1, out=args.out / "single-step")
+    own_gain = None
+    if has_section(args.config, "own_gain"):
+        own_gain = load_config(args.config, train_grpo.Args, "own_gain", replace(grpo, out=args.out / "own-gain"))
     wanted: list[tuple[str, object, object]] = [
         ("sft.lessons", sft.lessons, "paper"),
         ("grpo.stop", grpo.stop, False),
@@ -121,6 +137,8 @@ def load_recipe(args: Args) -> Recipe:
         ("grpo.env", grpo.env, sft.env),
         ("grpo.layout", grpo.layout, sft.layout),
         ("grpo.view", grpo.view, sft.view),
+        # One process has one number format.
+        ("grpo.mixed_precision", grpo.mixed_precision, sft.mixed_precision),
     ]
     wrong = [f"{name} is {found!r}, not {right!r}" for name, found, right in wanted if found != right]
     if grpo.max_steps < 2:
@@ -129,15 +147,19 @@ def load_recipe(args: Args) -> Recipe:
         raise RunError(
             f"{args.config} is not the paper's recipe: {'; '.join(wrong)}. Change the file, or use the scripts"
         )
-    train_grpo.check_options(grpo)
-    train_grpo.check_options(single)
-    return Recipe(sft, grpo, single)
+    recipe = Recipe(sft, grpo, single, own_gain)
+    for stage in recipe.stages.values():
+        train_grpo.check_options(stage)
+    return recipe
 
 
 def explain(args: Args, recipe: Recipe) -> None:
     """Print each stage's options and what it needs; nothing is loaded, played or written."""
     base = recipe.sft.model
-    for name, stage in (("SFT", recipe.sft), ("GRPO, first box alone", recipe.single), ("GRPO", recipe.grpo)):
+    titles = {"single": "GRPO, first box alone", "grpo": "GRPO", "own_gain": "GRPO, not the paper's"}
+    trained: dict[str, train_sft.Args | train_grpo.Args] = {"SFT": recipe.sft}
+    trained |= {titles[name]: stage for name, stage in recipe.stages.items()}
+    for name, stage in trained.items():
         print(f"== {name}, to {stage.out}")
         defaults = asdict(type(stage)())
         changed = {k: v for k, v in asdict(stage).items() if v != defaults[k] and k != "out"}
@@ -149,29 +171,30 @@ def explain(args: Args, recipe: Recipe) -> None:
         print()
     horizon = recipe.grpo.max_steps
     print(f"== evaluation on split {args.split} of {recipe.sft.env}: {args.samples} samples, {horizon} boxes each,")
-    print(f"   of {base} (base), sft and grpo; the first box alone of single-step")
+    print(f"   of {base} (base), sft and each grpo; the first box alone of single-step")
 
 
-def evaluate(args: Args, recipe: Recipe) -> dict[str, Played]:
-    """Forced greedy rollouts of the four policies on the same samples, by name; episodes are saved."""
+def evaluate(args: Args, recipe: Recipe, count: int) -> dict[str, Played]:
+    """Forced greedy rollouts of the policies on the first ``count`` samples, by name; episodes are saved."""
     sft, horizon = recipe.sft, recipe.grpo.max_steps
-    env = make_vector_env(sft.env, 1, split=args.split, data_root=sft.data_root, strict=True)
-    count = min(args.samples, len(env.dataset))
-    env.close()
-    policies = {
-        "base": (sft.model, horizon),
-        "sft": (sft.out / "policy", horizon),
-        "single": (recipe.single.out / "policy", 1),
-        "grpo": (recipe.grpo.out / "policy", horizon),
-    }
+    policies = {"base": (sft.model, horizon), "sft": (str(sft.out / "policy"), horizon)}
+    policies |= {n: (str(s.out / "policy"), 1 if n == "single" else horizon) for n, s in recipe.stages.items()}
     played: dict[str, Played] = {}
     with progress_bars() as progress:
         for name, (model, steps) in policies.items():
             task = progress.add_task(name, total=count)
-            episodes = _play(args, recipe, str(model), steps, count, name, lambda n, t=task: progress.advance(t, n))  # type: ignore[misc]
+            episodes = _play(args, recipe, model, steps, count, name, lambda n, t=task: progress.advance(t, n))  # type: ignore[misc]
             save_episodes(args.out / "episodes" / name, episodes)
             played[name] = Played(episodes, columns(episodes_forced=episodes))
     return played
+
+
+def _count(args: Args, recipe: Recipe) -> int:
+    """How many samples there are to evaluate on; raises where the split cannot be read."""
+    env = make_vector_env(recipe.sft.env, 1, split=args.split, data_root=recipe.sft.data_root, strict=True)
+    count = min(args.samples, len(env.dataset))
+    env.close()
+    return count
 
 
 def _play(

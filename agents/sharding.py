@@ -25,17 +25,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from agents.training import RunError
 
 
-def check_shareable(model: nn.Module, compiled: bool, accelerator: Accelerator) -> None:
+def check_shareable(model: nn.Module, compiled: bool, accelerator: Accelerator, optimizer: str = "adamw") -> None:
     """Refuse what FSDP cannot share out, before it is tried.
 
     Args:
         model: as it will be trained.
         compiled: whether its layers are compiled.
-        accelerator: with another kind of distribution everything passes.
+        accelerator: where nothing is shared out everything passes.
+        optimizer: ``adamw`` or ``muon``.
 
     Raises:
         RunError: names the option and what to do.
     """
+    shares = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if optimizer == "muon" and shares:
+        raise RunError("optimizer muon with FSDP or DeepSpeed: it needs each matrix whole; use adamw, or ddp.yaml")
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if any(not p.is_floating_point() for p in model.parameters()):

@@ -27,7 +27,7 @@ from threading import Lock
 
 from agents.command import run_command
 from agents.study_tables import summary
-from agents.training import RunError, write_json
+from agents.training import RunError, check_least, write_json
 
 SPLITS = ("test", "test_distractors", "test_small")
 
@@ -75,6 +75,8 @@ class Job:
 
 def main(args: Args) -> None:
     """Run what is missing, stage by stage."""
+    numbers = ("seeds", "scenes", "steps", "batch", "samples", "max_steps", "swap_samples", "jobs")
+    check_least(args, dict.fromkeys(numbers, 1))
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
     for stage in (_training, _playing, _scoring, _reporting):

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from agents.base import load_agent
 from agents.command import progress_bars, run_command
-from agents.training import write_json
+from agents.training import check_least, write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, Picture, Sample
 from ivt_env.metrics.swaps import (
@@ -376,8 +376,7 @@ def main(args: Args) -> dict[str, list[Swap]]:
     names = dict(_named(p) for p in args.policies)
     if len(names) != len(args.policies):
         raise ValueError(f"policies: every name must be given once, not {args.policies}")
-    if args.samples < 1 or args.num_envs < 1:
-        raise ValueError(f"samples {args.samples}, num_envs {args.num_envs}: give at least 1 of each")
+    check_least(args, {"samples": 1, "num_envs": 1, "seed": 0})
     # Named real data must be there: what is measured never falls back.
     env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
     env_kwargs |= {"split": args.split, "max_steps": args.max_steps}

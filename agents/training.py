@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -20,7 +21,28 @@ from agents.tracking import open_tracker
 
 
 class RunError(ValueError):
-    """A run folder or checkpoint that cannot be used. Says which, and what to do."""
+    """A run folder, checkpoint or option that cannot be used. Says which, and what to do."""
+
+
+def check_least(options: object, least: Mapping[str, int]) -> None:
+    """Refuse numbers that are too small for anything to come of them; so written, NaN is refused, too.
+
+    Args:
+        options: with an attribute for each name.
+        least: the smallest value of each.
+
+    Raises:
+        RunError: names the first that is smaller.
+    """
+    for name, number in least.items():
+        if not getattr(options, name) >= number:
+            raise RunError(f"{name} {getattr(options, name)}: give at least {number}")
+
+
+def check_rate(lr: float) -> None:
+    """Refuse a learning rate that is not a positive number (``RunError``)."""
+    if not 0 < lr < math.inf:
+        raise RunError(f"lr {lr:g}: the weights would stay, go uphill or be lost; give more than 0")
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:

@@ -98,7 +98,19 @@ def test_per_step_credit_varies_less_than_trajectory_credit(played):
 
 
 def test_return_to_go_adds_up_what_is_still_to_come():
-    assert np.allclose(return_to_go(np.array([[1.0, 2.0, 4.0]])), [[7.0, 6.0, 4.0]])
+    rewards = np.array([[1.0, 2.0, 4.0]])
+    assert np.allclose(return_to_go(rewards), [[7.0, 6.0, 4.0]])
+    assert np.allclose(return_to_go(rewards, 0.5), [[3.0, 4.0, 4.0]])
+    assert np.array_equal(return_to_go(rewards, 0.0), rewards)
+
+
+def test_where_what_follows_spoils_every_box_only_its_own_gain_tells_what_keeping_is_worth():
+    """All begin at IoU 0.9; half keep it, half lose it, and then all lose it."""
+    kept = np.array([True, False, True, False])
+    rewards = np.stack([np.full(4, 0.9), np.where(kept, 0.0, -0.9), np.where(kept, -0.9, 0.0)], axis=-1)
+    taken = np.ones_like(rewards, dtype=bool)
+    assert not per_step_advantages(rewards, taken)[:, 1].any()
+    assert np.allclose(per_step_advantages(rewards, taken, 0.0)[:, 1], np.where(kept, 0.6, -0.6))
 
 
 def test_leave_one_out_is_the_mean_of_the_others():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ import train_grpo
 import train_sft
 from agents import rollout
 from agents.command import parse
-from agents.config import SECTIONS, ConfigError, load_config
+from agents.config import SECTIONS, ConfigError, has_section, load_config
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "paper_qwen3vl_4b.yaml"
 SCRIPTS = {"sft": train_sft.Args, "grpo": train_grpo.Args}
@@ -59,8 +59,19 @@ def test_the_shipped_file_says_of_every_value_whose_it_is():
     assert [x.split(":")[0].strip() for x in unmarked] == ["teacher"], "explained in the lines above it"
 
 
+def test_a_part_may_say_only_what_it_changes_of_another(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("grpo: {lr: 0.5, group: 3}\nown_gain: {group: 4}\n")
+    grpo = load_config(path, train_grpo.Args, "grpo")
+    assert has_section(path, "own_gain") and not has_section(path, "sft")
+    assert load_config(path, train_grpo.Args, "own_gain", grpo) == replace(grpo, group=4)
+    path.write_text("own_gain: {grup: 4}\n")
+    with pytest.raises(ConfigError, match="'grup'; the closest is 'group'"):
+        load_config(path, train_grpo.Args, "own_gain", grpo)
+
+
 def test_rollout_and_evaluate_read_their_parts_and_lists_are_checked_entry_by_entry(tmp_path):
-    assert {"rollout", "evaluate", *SCRIPTS} == set(SECTIONS)
+    assert {"rollout", "evaluate", "own_gain", *SCRIPTS} == set(SECTIONS)
     text = "evaluate:\n  policies: [a=random, b=centre]\n  runs: [x/y]\n  samples: 5\nrollout:\n  agent: centre\n"
     path = str(written(tmp_path, text))
     found = parse(evaluate.Args, ["--config", path, "--samples", "6"], "evaluate")

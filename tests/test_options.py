@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import tyro
 
+import evaluate
+import train_sft
+from agents import study, swaps
 from agents.grpo.advantages import ADVANTAGES, SCALES
 from agents.grpo.losses import CLIPS, LOSSES
 from agents.training import RunError
@@ -24,6 +27,15 @@ ROOT = Path(__file__).parent.parent
 NAN = float("nan")
 
 REFUSED = [
+    ({"steps": -1}, "steps -1", "at least 0"),
+    ({"warmup": -1}, "warmup -1", "at least 0"),
+    ({"save_every": 0}, "save_every 0", "at least 1"),
+    ({"eval_every": -1}, "eval_every -1", "at least 0"),
+    ({"eval_samples": -1}, "eval_samples -1", "at least 0"),
+    ({"lora_rank": -1}, "lora_rank -1", "at least 0"),
+    ({"seed": -1}, "seed -1", "at least 0"),
+    ({"lr": 0.0}, "lr 0", "would stay"),
+    ({"lr": NAN}, "lr nan", "would stay"),
     ({"temperature": 0.0}, "temperature 0", "every advantage 0"),
     ({"temperature": NAN}, "temperature nan", "every advantage 0"),
     ({"group": 1}, "group 1", "every advantage is 0"),
@@ -37,6 +49,16 @@ REFUSED = [
     ({"advantage": "episode_and_step", "omega": -1.0}, "omega -1", "turned round"),
     ({"advantage": "trajectory", "omega": 0.5}, "omega 0.5", "ignored"),
     ({"scale_floor": 0.1}, "scale_floor 0.1", "ignored"),
+    ({"discount": 1.5}, "discount 1.5", "more than an earlier one"),
+    ({"discount": NAN}, "discount nan", "more than an earlier one"),
+    ({"discount": 0.5, "advantage": "trajectory"}, "discount 0.5", "weighs later gains"),
+    ({"discount": 0.0, "reward": "final"}, "discount 0", "weighs later gains"),
+    ({"optimizer": "muon"}, "lora_rank 16", "an adapter leaves none"),
+    ({"start_share": 1.0}, "start_share 1", "would be left"),
+    ({"start_share": NAN}, "start_share nan", "would be left"),
+    ({"start_share": 0.2, "quantize": "nf4"}, "start_share 0.2", "cannot be merged exactly"),
+    ({"cooldown": 61}, "cooldown 61 of 60", "0 to 60"),
+    ({"cooldown": -1}, "cooldown -1", "0 to 60"),
     ({"scale": "group", "scale_floor": 0.0}, "scale_floor 0", "as large as"),
     ({"scale": "batch", "scale_floor": NAN}, "scale_floor nan", "as large as"),
     ({"scale": "group", "loss": "dr_grpo"}, "dr_grpo", "GRPO without that division"),
@@ -59,6 +81,49 @@ def test_a_contradiction_is_refused_with_its_value_and_its_consequence(options, 
     with pytest.raises(RunError) as caught:
         check_options(Args(**options), processes=2)
     assert value in str(caught.value) and consequence in str(caught.value)
+
+
+SFT_REFUSED = [
+    *(({name: 0}, f"{name} 0", "at least 1") for name in ("samples", "neighbours", "batch", "micro_batch")),
+    *(({name: -1}, f"{name} -1", "at least 0") for name in ("steps", "lora_rank", "seed", "eval_samples")),
+    *(({name: -1}, f"{name} -1", "at least 0") for name in ("teacher_max_requests", "teacher_max_tokens")),
+    ({"harvested": 2}, "harvested 2 of 1", "1 to 1"),
+    ({"first_answers": 0.5}, "first_answers 0.5", "verification"),
+    ({"lr": -1.0}, "lr -1", "uphill"),
+    ({"lr": NAN}, "lr nan", "be lost"),
+    ({"smoothing": -1.0}, "smoothing -1", "0 or more"),
+    ({"smoothing": NAN}, "smoothing nan", "0 or more"),
+    ({"decision_weight": 0.0}, "decision_weight 0", "would not be learned"),
+    ({"pixels": 0.0}, "pixels 0", "factor above 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "value", "consequence"), SFT_REFUSED, ids=[v for _, v, _ in SFT_REFUSED])
+def test_supervised_training_refuses_what_it_could_not_learn_from(options, value, consequence, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(RunError) as caught:
+        train_sft.main(train_sft.Args(out=out, **options))
+    assert value in str(caught.value) and consequence in str(caught.value) and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "value"),
+    [
+        (evaluate, {"samples": 0}, "samples 0"),
+        (evaluate, {"page_episodes": -1}, "page_episodes -1"),
+        (evaluate, {"num_envs": 0}, "num_envs 0"),
+        (swaps, {"samples": 0}, "samples 0"),
+        (swaps, {"seed": -1}, "seed -1"),
+        (study, {"seeds": 0}, "seeds 0"),
+        (study, {"jobs": 0}, "jobs 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_measurement_of_nothing_is_refused_before_its_folder_is_made(command, options, value, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(RunError, match=value):
+        command.main(command.Args(out=out, **options))
+    assert not out.exists()
 
 
 def test_every_other_combination_is_accepted_and_nothing_is_changed():

@@ -18,7 +18,18 @@ import train_grpo
 import train_sft
 from agents import paper
 from agents.grpo.collect import collect
-from agents.paper_tables import VERSION_1, Played, claims, drop, most_confident, report, results, rules, version_2
+from agents.paper_tables import (
+    VERSION_1,
+    Played,
+    claims,
+    drop,
+    most_confident,
+    report,
+    results,
+    rules,
+    version_1,
+    version_2,
+)
 from agents.sft.demonstrations import load_demonstrations, save_demonstrations, teach_as_the_paper
 from agents.sft.trainer import to_turns
 from agents.training import RunError
@@ -211,6 +222,11 @@ def test_both_configurations_are_the_papers_recipe(path, tmp_path):
     assert recipe.sft.layout == recipe.grpo.layout == "prefix" and recipe.sft.samples == 2400
     assert recipe.grpo.model == str(recipe.sft.out / "policy")
     assert {recipe.sft.seed, recipe.grpo.seed, recipe.single.seed} == {3}
+    own = recipe.own_gain
+    assert own is not None and (own.model, own.seed, own.stop) == (recipe.grpo.model, 3, False)
+    assert (own.reward, own.advantage, own.discount) == ("gain", "return_to_go", 0.0)
+    for stage in recipe.stages.values():
+        train_grpo.check_options(stage)
 
 
 def test_the_configuration_of_the_scenes_says_of_every_value_whose_it_is():
@@ -227,6 +243,7 @@ def test_the_configuration_of_the_scenes_says_of_every_value_whose_it_is():
         ("grpo", "reward", "gain"),
         ("grpo", "max_steps", 1),
         ("grpo", "layout", "fresh"),
+        ("grpo", "mixed_precision", "no"),
     ],
 )
 def test_another_recipe_is_refused_by_name(tmp_path, part, key, value):
@@ -311,6 +328,22 @@ def test_each_part_of_the_story_can_fail(changes, broken):
     assert found == broken
 
 
+@pytest.mark.parametrize(
+    ("after", "fewer", "kept"),
+    [
+        ([[0.9, 0.9, 0.89]] * 130 + SHAKEN, True, True),
+        ([[0.9, 0.8, 0.75]] * 130 + SHAKEN, False, True),
+        ([[0.3, 0.3, 0.3]] * 200, True, False),
+    ],
+)
+def test_grpo_on_own_gains_is_judged_where_it_was_trained(after, fewer, kept):
+    played = story()
+    made = claims(played | {"own_gain": policy_of(after)})
+    assert made[:8] == claims(played) and [c.holds for c in made[8:]] == [fewer, kept]
+    for text in (version_1(played), version_2(played)):
+        assert "own gain" not in text and "own_gain" not in text
+
+
 def test_the_drop_per_step_is_the_mean_over_refinements():
     assert drop(policy_of([[0.9, 0.7, 0.5], [0.5, 0.5, 0.7]])) == pytest.approx(0.05, abs=1e-6)
 
@@ -331,14 +364,15 @@ def test_the_most_confident_rule_falls_back_to_the_first_box():
 
 
 def test_the_first_version_quotes_the_paper_and_marks_what_the_target_chose():
-    played = story()
+    played = story() | {"own_gain": policy_of([[0.9, 0.9, 0.9]] * 200)}
     text = report(played, "made up").splitlines()
     for line in VERSION_1:
         at = next(k for k, t in enumerate(text) if t.startswith(line.title))
         assert ("*" in line.title) == played[line.policy].columns[line.column].oracle
         cells = text[at][len(line.title) :].split()
         assert cells[0] == f"{100 * scores(played[line.policy].columns[line.column], ['Acc@0.5'])['Acc@0.5']:.1f}"
-        assert text[at + 1].split()[3] == (f"{line.reported[0]:.1f}" if line.reported[0] else "-")
+        below = [] if line.policy == "own_gain" else text[at + 1].split()
+        assert below[3:4] == ([f"{line.reported[0]:.1f}"] if line.reported[0] else [])
     marked = [t for t in version_2(played).splitlines() if "oracle_best" in t]
     assert marked and all("oracle_best *" in t for t in marked)
     assert results(played)["policies"]["grpo"]["oracle_rules"] == ["oracle_best"]
@@ -348,11 +382,12 @@ def test_the_command_trains_plays_and_takes_up_what_is_done(tmp_path, capsys):
     content = yaml.safe_load(SCENES.read_text())
     content["sft"] |= {"samples": 24, "steps": 1, "batch": 4, "micro_batch": 4}
     content["grpo"] |= {"steps": 1, "prompts": 1, "group": 2, "max_new_tokens": 14}
+    content["own_gain"] |= {"steps": 1, "prompts": 1, "group": 2, "cooldown": 1}
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(content))
     args = paper.Args(config=path, out=tmp_path / "run", samples=6, split="val", num_envs=6)
     found = paper.main(args)
-    assert set(found["policies"]) == {"base", "sft", "single", "grpo"} and len(found["claims"]) == 8
+    assert set(found["policies"]) == {"base", "sft", "single", "grpo", "own_gain"} and len(found["claims"]) == 10
     assert {"step_0", "last_step", "random_step", "oracle_best"} <= set(found["policies"]["grpo"]["rules"])
     lines = (args.out / "table.txt").read_text()
     assert "version 1" in lines and "version 2" in lines and "n = 6" in lines
@@ -363,9 +398,27 @@ def test_the_command_trains_plays_and_takes_up_what_is_done(tmp_path, capsys):
     weights = args.out / "grpo" / "policy" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     assert paper.main(args)["policies"] == found["policies"]
-    assert capsys.readouterr().out.count("is done already") == 3 and weights.stat().st_mtime_ns == before
+    assert capsys.readouterr().out.count("is done already") == 4 and weights.stat().st_mtime_ns == before
     with pytest.raises(RunError, match="trained with other options.*seed: 0 there, 1 asked for"):
         paper.main(replace(args, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "asked", "why"),
+    [
+        ("grpo", {}, {"split": "tset"}, "no split 'tset'"),
+        ("grpo", {"group": 1}, {}, "group 1"),
+        ("own_gain", {"cooldown": 999}, {}, "cooldown 999"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_before_the_first_training(part, options, asked, why, tmp_path):
+    content = yaml.safe_load(SCENES.read_text())
+    content[part] |= options
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=why):
+        paper.main(paper.Args(config=path, out=tmp_path / "run", **asked))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_warm_start_made_on_the_way_has_the_papers_lessons(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from agents.training import (
     write_json,
     write_whole,
 )
+from agents.vlm.load import load_policy
 from train_grpo import Args
 
 ROOT = Path(__file__).parent.parent
@@ -55,17 +57,17 @@ def lines(folder: Path, prefix: str = "") -> list[dict[str, float]]:
     return [row for row in kept if any(k.startswith(prefix) for k in row)]
 
 
-def assert_same_state(one: Path, two: Path) -> None:
-    """Checkpoints with equal weights and equal optimizer states, to the bit."""
+def assert_same_state(one: Path, two: Path, kept: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "step")) -> None:
+    """Checkpoints with equal weights and equal optimizer states, to the bit; ``kept`` for each parameter."""
     a, b = load_checkpoint(one), load_checkpoint(two)
     assert a["step"] == b["step"] and a["parameters"].keys() == b["parameters"].keys()
     assert a["parameters"] and all(torch.equal(v, b["parameters"][n]) for n, v in a["parameters"].items())
     mine, other = a["optimizer"]["state"], b["optimizer"]["state"]
     assert mine and mine.keys() == other.keys()
     for i, state in mine.items():
-        assert {"exp_avg", "exp_avg_sq", "step"} <= state.keys() == other[i].keys()
+        assert set(kept) <= state.keys() == other[i].keys()
         assert all(torch.equal(value, other[i][k]) for k, value in state.items())
-    assert any(bool(state["exp_avg"].any()) for state in mine.values()), "nothing was trained, nothing was compared"
+    assert any(bool(state[kept[0]].any()) for state in mine.values()), "nothing was trained, nothing was compared"
 
 
 # --- killed -----------------------------------------------------------------------------------------
@@ -99,6 +101,45 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_run_that_was_not(tmp_p
     assert lines(out) == lines(tmp_path / "whole")
     assert_same_state(out, tmp_path / "whole")
     assert not list((out / "checkpoints").glob("partial-*"))
+
+
+def test_a_run_with_muon_and_a_falling_rate_goes_on_as_if_it_had_not_been_cut(tmp_path):
+    options = TINY | {"lora_rank": 0, "optimizer": "muon", "lr": 1e-2, "steps": 4, "cooldown": 3}
+    train_grpo.main(Args(**with_out(options, tmp_path / "whole")))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(checkpoints(tmp_path / "cut")[-1])
+    assert load_checkpoint(tmp_path / "cut")["step"] == 3
+    with pytest.raises(RunError, match=r"steps: the run has 4, this command 5"):
+        train_grpo.main(Args(**with_out(options, tmp_path / "cut", steps=5, resume=True)))
+    train_grpo.main(Args(**with_out(options, tmp_path / "cut", resume=True)))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert_same_state(tmp_path / "cut", tmp_path / "whole", ("momentum_buffer",))
+    rates = [row["train/lr"] for row in lines(tmp_path / "whole", "train/lr")]
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
+    before, after = load_policy("tiny").model, load_policy(str(tmp_path / "whole" / "policy")).model
+    moved = {
+        n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)
+    }
+    assert moved and all("language_model.layers" in n and n.endswith("weight") and "norm" not in n for n in moved)
+    # What is saved may be asked for anew, on the way back to the weights of before: no step is trained for it.
+    train_grpo.main(Args(**with_out(options, tmp_path / "whole", resume=True, start_share=0.25)))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    saved = dict(load_policy(str(tmp_path / "whole" / "policy")).model.named_parameters())
+    for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.allclose(saved[name], 0.75 * b + 0.25 * a, atol=1e-6), name
+
+
+def test_half_the_way_back_is_half_the_adapter(tmp_path):
+    options = TINY | {"steps": 1, "start_share": 0.5}
+    train_grpo.main(Args(**with_out(options, tmp_path / "run")))
+    half = dict(load_policy(str(tmp_path / "run" / "policy")).model.named_parameters())
+    train_grpo.main(Args(**with_out(options, tmp_path / "run", resume=True, start_share=0.0)))
+    whole, before = load_policy(str(tmp_path / "run" / "policy")).model, load_policy("tiny").model
+    moved = 0
+    for (name, a), b in zip(before.named_parameters(), whole.parameters(), strict=True):
+        moved += not torch.equal(a, b)
+        assert torch.allclose(half[name], (a + b) / 2, atol=1e-6), name
+    assert moved
 
 
 def write_a_run(folder: Path, begun: int) -> None:

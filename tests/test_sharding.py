@@ -184,6 +184,8 @@ def test_what_cannot_be_shared_out_is_refused_before_training():
             check_shareable(model, compiled, sharing)
         check_shareable(model, compiled, SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
     check_shareable(torch.nn.Linear(2, 2), False, sharing)
+    with pytest.raises(RunError, match="each matrix whole"):
+        check_shareable(torch.nn.Linear(2, 2), False, sharing, "muon")
 
 
 if __name__ == "__main__":

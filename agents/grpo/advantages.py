@@ -17,9 +17,16 @@ ADVANTAGES = ("return_to_go", "trajectory", "episode_and_step")
 SCALES = ("none", "group", "batch")
 
 
-def return_to_go(rewards: Array) -> Array:
-    """Sum of the rewards from each step to the end, undiscounted: IoU gains telescope at gamma = 1."""
-    return np.flip(np.cumsum(np.flip(rewards, axis=-1), axis=-1), axis=-1)
+def return_to_go(rewards: Array, discount: float = 1.0) -> Array:
+    """Sum of the rewards from each step to the end, a later one weighed by ``discount`` to the number of steps between.
+
+    At 1 IoU gains telescope, and what is maximised is the final IoU. At 0 each action is worth its own gain: where what
+    follows spoils the box whatever it was, a return says nothing about the action, its own gain does.
+    """
+    out = np.array(rewards, dtype=np.float64)
+    for t in range(out.shape[-1] - 2, -1, -1):
+        out[..., t] += discount * out[..., t + 1]
+    return out
 
 
 def leave_one_out(values: Array) -> Array:
@@ -30,14 +37,14 @@ def leave_one_out(values: Array) -> Array:
     return (values.sum(axis=0, keepdims=True) - values) / (group - 1)
 
 
-def per_step_advantages(rewards: Array, taken: Mask) -> Array:
+def per_step_advantages(rewards: Array, taken: Mask, discount: float = 1.0) -> Array:
     """Return-to-go minus the leave-one-out group mean of it, ended episodes counted as 0; shape (G, T).
 
     The baseline of an episode's step never depends on that episode, so the estimator is unbiased
     although the policy itself chooses when to stop. Normalising per step *before* summing is not:
     it compares only those who went on (measured in the tests).
     """
-    to_go = np.where(taken, return_to_go(rewards), 0.0)
+    to_go = np.where(taken, return_to_go(rewards, discount), 0.0)
     return np.where(taken, to_go - leave_one_out(to_go), 0.0)
 
 
@@ -83,10 +90,15 @@ def episode_and_step_advantages(rewards: Array, taken: Mask, states: NDArray[np.
     return trajectory_advantages(rewards, taken) + omega * same_state_advantages(rewards, taken, states)
 
 
-def advantages(kind: str, rewards: Array, taken: Mask, states: NDArray[np.int64], omega: float = 1.0) -> Array:
-    """The advantages of one group, (G, T), by name; ``states`` and ``omega`` serve ``episode_and_step`` only."""
+def advantages(
+    kind: str, rewards: Array, taken: Mask, states: NDArray[np.int64], omega: float = 1.0, discount: float = 1.0
+) -> Array:
+    """The advantages of one group, (G, T), by name.
+
+    ``states`` and ``omega`` serve ``episode_and_step`` only, ``discount`` serves ``return_to_go`` only.
+    """
     if kind == "return_to_go":
-        return per_step_advantages(rewards, taken)
+        return per_step_advantages(rewards, taken, discount)
     if kind == "trajectory":
         return trajectory_advantages(rewards, taken)
     if kind == "episode_and_step":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from agents.grpo.trainer import GRPOConfig
 from agents.tracking import check_tracker
-from agents.training import RunError
+from agents.training import RunError, check_least, check_rate
 
 if TYPE_CHECKING:  # the script imports this module; only its type is needed here
     from train_grpo import Args
@@ -22,6 +22,8 @@ MAY_CHANGE = frozenset(
         "eval_every",
         "eval_samples",
         "eval_split",
+        # what is saved at the end
+        "start_share",
         # where to, and what is shown
         "out",
         "tracker",
@@ -73,7 +75,9 @@ def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Pat
         RunError: names each option with both values, and what to give.
     """
     now = json.loads(json.dumps(dict(given), default=str))  # as it would be read back
-    different = {k: v for k, v in now.items() if k not in MAY_CHANGE and (k not in recorded or recorded[k] != v)}
+    # A rate that falls to 0 at the last step depends on which that is.
+    may_change = MAY_CHANGE - ({"steps"} if recorded.get("cooldown") else set())
+    different = {k: v for k, v in now.items() if k not in may_change and (k not in recorded or recorded[k] != v)}
     if not different:
         return
     told = [f"{k}: the run has {recorded.get(k)!r}, this command {v!r}" for k, v in different.items()]
@@ -95,6 +99,17 @@ def _flag(name: str, value: Any) -> str:
     return f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
+_LEAST = {
+    "steps": 0,
+    "warmup": 0,
+    "save_every": 1,
+    "eval_every": 0,
+    "eval_samples": 0,
+    "lora_rank": 0,
+    "seed": 0,
+}
+
+
 def check_options(args: Args, processes: int = 1) -> None:
     """Refuse options that contradict each other, before anything is loaded. Changes nothing.
 
@@ -106,8 +121,11 @@ def check_options(args: Args, processes: int = 1) -> None:
         RunError: names the value and says what would have gone wrong.
     """
     check_tracker(args.tracker)
+    check_least(args, _LEAST)
+    check_rate(args.lr)
     _check_rollout(args, processes)
     _check_credit(args)
+    _check_steps(args)
     _check_loss(args)
 
 
@@ -151,6 +169,13 @@ def _check_credit(args: Args) -> None:
             f"omega {args.omega:g} with credit {args.advantage}: it would be ignored, and the run would be recorded as"
             " one with a step comparison; add --credit episode_and_step"
         )
+    if not 0 <= args.discount <= 1:
+        raise RunError(f"discount {args.discount:g}: a later gain would count more than an earlier one; give 0 to 1")
+    if args.discount != 1 and (args.advantage != "return_to_go" or args.reward == "final"):
+        raise RunError(
+            f"discount {args.discount:g} with credit {args.advantage} and reward {args.reward}: it weighs later gains"
+            " in an earlier step's return; give --credit return_to_go --reward gain"
+        )
     if args.scale == "none" and args.scale_floor != GRPOConfig.scale_floor:
         raise RunError(
             f"scale_floor {args.scale_floor:g} with scale none: nothing is divided, so it would be ignored; add"
@@ -171,6 +196,25 @@ def _check_credit(args: Args) -> None:
             "scale group with kl_in reward: the KL penalty would be divided by each group's standard deviation, so its"
             f" weight would be anything from {args.beta:g} to {args.beta / args.scale_floor:g}; use --kl-in loss"
         )
+
+
+def _check_steps(args: Args) -> None:
+    if args.optimizer == "muon" and args.lora_rank:
+        raise RunError(
+            f"optimizer muon with lora_rank {args.lora_rank}: it trains the layers' own matrices, of which an adapter"
+            " leaves none; add --lora-rank 0"
+        )
+    if not 0 <= args.start_share < 1:
+        raise RunError(
+            f"start_share {args.start_share:g}: nothing of what was learned would be left; give 0 to below 1"
+        )
+    if args.start_share and args.lora_rank and (args.quantize == "nf4" or args.dtype == "bfloat16"):
+        raise RunError(
+            f"start_share {args.start_share:g} with an adapter that cannot be merged exactly: it is saved by"
+            " itself, and there are no weights to go back with; leave it out"
+        )
+    if args.cooldown < 0 or args.cooldown > args.steps:
+        raise RunError(f"cooldown {args.cooldown} of {args.steps} steps: give 0 to {args.steps}")
 
 
 def _check_loss(args: Args) -> None:

@@ -60,6 +60,9 @@ class GRPOConfig:
     stop: bool = True
     format_bonus: float = 0.0
     require_format: bool = False
+    discount: float = 1.0
+    optimizer: str = "adamw"
+    cooldown: int = 0
 
 
 @dataclass
@@ -121,7 +124,11 @@ class GRPOTrainer:
         # Rollouts must compute as the update does, or the first ratio is not 1.
         policy.autocast = accelerator.autocast
         self.reference = self._reference(scorer) if config.beta > 0 else None
-        optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "muon":
+            optimizer = torch.optim.Muon(self.parameters, lr=config.lr, weight_decay=0.0)
+        else:
+            optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.scorer: Any
         self.scorer, self.optimizer = accelerator.prepare(scorer, optimizer)
         # Sharding puts other parameters in the place of those that were there.
@@ -231,7 +238,8 @@ class GRPOTrainer:
             rewards, metrics = self._rewards(groups)
         credit = self._credit(groups, rewards)
         watch.lap("reward")
-        lr = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
+        left = config.steps - self.step
+        lr = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup), left / max(1, config.cooldown))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         totals = self._totals(groups, credit)
@@ -285,9 +293,8 @@ class GRPOTrainer:
                 out.skipped += 1
                 continue
             episodes = groups.turns[g * size : (g + 1) * size]
-            values = advantages_of(
-                config.advantage, rewards[g], groups.taken[g], _states(episodes, horizon), config.omega
-            )
+            states = _states(episodes, horizon)
+            values = advantages_of(config.advantage, rewards[g], groups.taken[g], states, config.omega, config.discount)
             if config.scale != "none":
                 group = config.scale == "group"
                 values = values / (spread(rewards[g].sum(-1), config.scale_floor) if group else batch_spread)

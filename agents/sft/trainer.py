@@ -17,6 +17,7 @@ from torch import nn
 
 from agents.sft.demonstrations import Demonstration
 from agents.training import MetricsLog
+from agents.vlm.adapters import layer_matrices
 from agents.vlm.codec import STOP_TEXT
 from agents.vlm.dialogue import images_of
 from agents.vlm.generation import Sampling, TokenScorer
@@ -179,14 +180,11 @@ def make_optimizers(policy: VLMPolicy, kind: str) -> list[tuple[torch.optim.Opti
         kind: ``adamw``, or ``muon``: Muon (Jordan 2024) for the language model's matrices, at ten times
             the rate of AdamW, which keeps the rest, as in the tiny model's own training.
     """
-    named = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad]
-    chosen = {
-        n for n, p in named if kind == "muon" and p.ndim == 2 and "language_model.layers" in n and "lora_" not in n
-    }
+    chosen = layer_matrices(policy.model) if kind == "muon" else {}
     made: list[tuple[torch.optim.Optimizer, float]] = []
     if chosen:
-        made.append((torch.optim.Muon([p for n, p in named if n in chosen], lr=0.0, weight_decay=0.0), 10.0))
-    rest = [p for n, p in named if n not in chosen]
+        made.append((torch.optim.Muon(list(chosen.values()), lr=0.0, weight_decay=0.0), 10.0))
+    rest = [p for n, p in policy.model.named_parameters() if p.requires_grad and n not in chosen]
     made.append((torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0), 1.0))
     return made
 

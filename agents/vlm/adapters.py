@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from agents.training import RunError
@@ -74,6 +75,12 @@ def make_trainable(model: Any, rank: int, reference: bool = False) -> Any:
         model = model.merge_and_unload()
     model.requires_grad_(rank == 0)
     return add_lora(model, rank) if rank else model
+
+
+def layer_matrices(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The matrices of the language model's layers that are trained, by name: what Muon is made for."""
+    named = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    return {n: p for n, p in named if p.ndim == 2 and "language_model.layers" in n and "lora_" not in n}
 
 
 def _go_on(model: Any, rank: int, held: dict[str, str], reference: bool) -> Any:
@@ -163,6 +170,23 @@ def drop_reference(model: Any) -> None:
 def merged(model: Any) -> Any:
     """The model as it is to be saved: one whole where that is exact, else with its adapter."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") and can_merge(model) else model
+
+
+def blend(model: nn.Module, start: nn.Module, share: float) -> None:
+    """Move a model's weights back towards those that it was trained from, in place.
+
+    What training changed on purpose mostly survives a part of the way back, and what it changed by the way returns
+    (WiSE-FT: Wortsman et al. 2022, arXiv 2109.01903, section 3).
+
+    Args:
+        model: trained; adapters merged.
+        start: the same architecture with the weights of before.
+        share: of ``start`` in the result: 0 changes nothing, 1 gives ``start``.
+    """
+    before = dict(start.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.lerp_(before[name].to(parameter), share)
 
 
 def _words(held: dict[str, str]) -> str:

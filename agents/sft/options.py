@@ -1,0 +1,51 @@
+"""Which options of ``train_sft.py`` cannot work, or would train something else than was asked for."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+from agents.tracking import check_tracker
+from agents.training import RunError, check_least, check_rate
+
+if TYPE_CHECKING:  # the script imports this module; only its type is needed here
+    from train_sft import Args
+
+_LEAST = {
+    "samples": 1,
+    "neighbours": 1,
+    "steps": 0,
+    "batch": 1,
+    "micro_batch": 1,
+    "lora_rank": 0,
+    "seed": 0,
+    "eval_samples": 0,
+    "teacher_max_requests": 0,
+    "teacher_max_tokens": 0,
+}
+
+
+def check_options(args: Args) -> None:
+    """Refuse options that cannot work, before anything is loaded. Changes nothing.
+
+    Raises:
+        RunError: names the value and says what would have gone wrong.
+        PolicyError: for a number format that cannot be had.
+    """
+    check_tracker(args.tracker)
+    check_least(args, _LEAST)
+    check_rate(args.lr)
+    args.check_model(args.lora_rank)
+    if args.harvested is not None and not 1 <= args.harvested <= args.neighbours:
+        raise RunError(f"harvested {args.harvested} of {args.neighbours} neighbours: give 1 to {args.neighbours}")
+    if args.first_answers != 1 and (args.lessons != "verification" or not 0 <= args.first_answers <= 1):
+        raise RunError(f"first_answers {args.first_answers:g}: a share from 0 to 1, of the lessons verification alone")
+    # So written, NaN is refused, too.
+    if not 0 <= args.smoothing < inf:
+        raise RunError(f"smoothing {args.smoothing:g}: a standard deviation; give 0 or more thousandths")
+    if not 0 < args.decision_weight < inf:
+        raise RunError(
+            f"decision_weight {args.decision_weight:g}: decisions would not be learned, or unlearned; give more than 0"
+        )
+    if args.pixels is not None and not 0 < args.pixels < inf:
+        raise RunError(f"pixels {args.pixels:g}: no picture has so many; give a factor above 0")
