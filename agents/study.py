@@ -1,6 +1,6 @@
 """Does the loop pay? The study behind ``docs/results.md``, by one command.
 
-    python -m agents.study                     # three seeds; under two hours on two cores
+    python -m agents.study                     # three seeds; about two hours on two cores
     python -m agents.study --seeds 1 --samples 300 --steps 60 --out runs/quick
 
 For each seed a policy is trained to refine (close-ups, lessons in verifying) and a control: the same base, the same
