@@ -46,6 +46,7 @@ from agents.vlm.dry_run import GENERATION_ROWS, Plan, dry_run
 from agents.vlm.load import TINY_NAME, load_policy
 from agents.vlm.options import ModelOptions
 from agents.vlm.policy import VLMPolicy
+from agents.vlm.precision import can_merge
 from agents.vlm.without_stop import forbid_stop
 from ivt_env.episodes import save_episodes
 from ivt_env.rollouts import make_vector_env
@@ -192,6 +193,11 @@ def main(args: Args) -> Path:
     seed_everything(args.seed)
     policy = _load(args, str(accelerator.device))
     check_shareable(policy.model, args.compile, accelerator, args.optimizer)
+    if args.start_share and not can_merge(policy.model):  # a folder may record the format of its weights
+        raise RunError(
+            f"start_share {args.start_share:g} with weights of {args.model} that no adapter can be merged into exactly:"
+            " there are none to go back with; leave it out, or give --dtype float32"
+        )
     reward = {"kind": args.reward, "step_cost": args.step_cost, "invalid_penalty": args.invalid_penalty}
     env = make_vector_env(
         args.env,
@@ -238,6 +244,7 @@ def main(args: Args) -> Path:
         trainer.train(on_step)
     folder = args.out / "policy"
     trained = gathered_parameters(policy.model) if trainer.sharded else None
+    saved: dict[str, float] | None = None
     if chief:
         if trained is not None:
             # The sharded model is of no use to one process alone: the same policy again, whole.
@@ -250,12 +257,14 @@ def main(args: Args) -> Path:
             policy.model = merged(policy.model)
         if args.start_share:
             start = load_policy(str(args.model), device=str(accelerator.device), **args.loading())
-            blend(policy.model, start.model, args.start_share)
+            blend(policy.model, merged(start.model), args.start_share)
+            if args.eval_samples:  # what was measured last is not what is saved
+                saved = _evaluate(policy, args, args.steps)
         policy.save(folder)
     log.close()
     accelerator.wait_for_everyone()
     if chief:
-        _report(args, folder)
+        _report(args, folder, saved)
     # With several processes: without it the one that ends first can abort the others.
     accelerator.end_training()
     return folder
@@ -372,10 +381,12 @@ def _evaluate(policy: VLMPolicy, args: Args, step: int) -> dict[str, float]:
     return {f"eval/{k}": v for k, v in summary(episodes).items()}
 
 
-def _report(args: Args, folder: Path) -> None:
-    """The table of before and after, read back from the run's own metrics."""
+def _report(args: Args, folder: Path, saved: dict[str, float] | None) -> None:
+    """The table of before and after, read back from the run's own metrics; ``saved`` is after, where it is given."""
     rows = read_metrics(args.out / "metrics.jsonl")
     measured = [r for r in rows if "eval/final_iou" in r]
+    if saved is not None:
+        measured.append(saved)
     if len(measured) > 1:
         first, last = ({k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in (measured[0], measured[-1]))
         write_json(args.out / "before_after.json", {"before": first, "after": last})

@@ -57,12 +57,12 @@ def load_config(path: Path, args: type[T], section: str, base: T | None = None) 
 
 
 def has_section(path: Path, section: str) -> bool:
-    """Whether the file has that part.
+    """Whether the file has that part, and something in it.
 
     Raises:
         ConfigError: for a file that is not there or no configuration.
     """
-    return section in _read(path)
+    return _read(path).get(section) is not None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def main(args: Args) -> dict[str, Any]:
     # What is wrong with a later stage, or with the split at the end, must not be found after an hour of training.
     train_sft.check_options(recipe.sft)
     for stage in recipe.stages.values():
-        train_grpo.check_options(stage)
+        stage.check_model(stage.lora_rank)
     count = _count(args, recipe)
     _once(recipe.sft, lambda: train_sft.main(recipe.sft))
     for stage in recipe.stages.values():
@@ -128,7 +128,8 @@ def load_recipe(args: Args) -> Recipe:
     single = replace(grpo, max_steps=1, out=args.out / "single-step")
     own_gain = None
     if has_section(args.config, "own_gain"):
-        own_gain = load_config(args.config, train_grpo.Args, "own_gain", replace(grpo, out=args.out / "own-gain"))
+        own_gain = load_config(args.config, train_grpo.Args, "own_gain", grpo)
+        own_gain = replace(own_gain, model=grpo.model, out=args.out / "own-gain", **changes)  # type: ignore[arg-type]
     wanted: list[tuple[str, object, object]] = [
         ("sft.lessons", sft.lessons, "paper"),
         ("grpo.stop", grpo.stop, False),
@@ -140,6 +141,9 @@ def load_recipe(args: Args) -> Recipe:
         # One process has one number format.
         ("grpo.mixed_precision", grpo.mixed_precision, sft.mixed_precision),
     ]
+    if own_gain is not None:  # played as the others are
+        same = ("stop", "env", "layout", "view", "max_steps", "mixed_precision")
+        wanted += [(f"own_gain.{name}", getattr(own_gain, name), getattr(grpo, name)) for name in same]
     wrong = [f"{name} is {found!r}, not {right!r}" for name, found, right in wanted if found != right]
     if grpo.max_steps < 2:
         wrong.append(f"grpo.max_steps is {grpo.max_steps}, which leaves no refinement (the paper: 3)")

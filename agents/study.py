@@ -76,7 +76,7 @@ class Job:
 def main(args: Args) -> None:
     """Run what is missing, stage by stage."""
     numbers = ("seeds", "scenes", "steps", "batch", "samples", "max_steps", "swap_samples", "jobs")
-    check_least(args, dict.fromkeys(numbers, 1))
+    check_least(args, dict.fromkeys(numbers, 1) | {"max_steps": 2, "batch": 2})
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
     for stage in (_training, _playing, _scoring, _reporting):

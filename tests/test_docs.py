@@ -219,6 +219,8 @@ def test_a_transcript_is_what_the_machine_answers(page, newcomer):
         (lines, figures), (lines_shown, figures_shown) = form_and_figures(run.stdout), form_and_figures(shown)
         assert lines == lines_shown, command
         assert figures == pytest.approx(figures_shown, abs=0.05), command
+        if "sampled" in shown:
+            assert figures[2] > figures[0], "it learns"
 
 
 def test_the_citation_names_this_version_and_the_paper():

@@ -36,6 +36,9 @@ REFUSED = [
     ({"seed": -1}, "seed -1", "at least 0"),
     ({"lr": 0.0}, "lr 0", "would stay"),
     ({"lr": NAN}, "lr nan", "would stay"),
+    ({"max_steps": 0}, "max_steps 0", "at least 1"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm -1", "uphill"),
+    ({"max_grad_norm": NAN}, "max_grad_norm nan", "uphill"),
     ({"temperature": 0.0}, "temperature 0", "every advantage 0"),
     ({"temperature": NAN}, "temperature nan", "every advantage 0"),
     ({"group": 1}, "group 1", "every advantage is 0"),
@@ -116,6 +119,8 @@ def test_supervised_training_refuses_what_it_could_not_learn_from(options, value
         (swaps, {"seed": -1}, "seed -1"),
         (study, {"seeds": 0}, "seeds 0"),
         (study, {"jobs": 0}, "jobs 0"),
+        (study, {"max_steps": 1}, "max_steps 1"),
+        (study, {"batch": 1}, "batch 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -409,6 +409,11 @@ def test_the_command_trains_plays_and_takes_up_what_is_done(tmp_path, capsys):
         ("grpo", {}, {"split": "tset"}, "no split 'tset'"),
         ("grpo", {"group": 1}, {}, "group 1"),
         ("own_gain", {"cooldown": 999}, {}, "cooldown 999"),
+        ("own_gain", {"quantize": "nf4", "start_share": 0.0}, {}, "lora_rank 0 with weights in nf4"),
+        *(
+            ("own_gain", {name: other}, {}, f"own_gain.{name} is")
+            for name, other in (("stop", True), ("view", "closeup"), ("max_steps", 2), ("mixed_precision", "no"))
+        ),
     ],
 )
 def test_what_would_fail_at_the_end_is_refused_before_the_first_training(part, options, asked, why, tmp_path):
@@ -419,6 +424,18 @@ def test_what_would_fail_at_the_end_is_refused_before_the_first_training(part, o
     with pytest.raises(ValueError, match=why):
         paper.main(paper.Args(config=path, out=tmp_path / "run", **asked))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_part_of_another_grpo_cannot_choose_folder_model_or_seed_and_may_be_empty(tmp_path):
+    content = yaml.safe_load(SCENES.read_text())
+    path = tmp_path / "own.yaml"
+    content["own_gain"] |= {"out": "elsewhere", "seed": 7, "model": "tiny"}
+    path.write_text(yaml.safe_dump(content))
+    recipe = paper.load_recipe(paper.Args(config=path, out=tmp_path / "run", seed=3))
+    assert recipe.own_gain is not None and recipe.own_gain.seed == 3
+    assert recipe.own_gain.out == tmp_path / "run" / "own-gain" and recipe.own_gain.model == recipe.grpo.model
+    path.write_text(yaml.safe_dump(content | {"own_gain": None}))
+    assert paper.load_recipe(paper.Args(config=path)).own_gain is None
 
 
 def test_a_warm_start_made_on_the_way_has_the_papers_lessons(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from agents.training import (
     write_json,
     write_whole,
 )
+from agents.vlm.adapters import make_trainable
 from agents.vlm.load import load_policy
 from train_grpo import Args
 
@@ -140,6 +141,32 @@ def test_half_the_way_back_is_half_the_adapter(tmp_path):
         moved += not torch.equal(a, b)
         assert torch.allclose(half[name], (a + b) / 2, atol=1e-6), name
     assert moved
+
+
+def test_what_is_measured_after_going_back_is_what_is_saved_and_an_adapter_may_be_the_start(tmp_path):
+    start, policy = tmp_path / "adapter", load_policy("tiny")
+    policy.model = make_trainable(policy.model, 4)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    policy.save(start)
+    assert (start / "adapter_config.json").exists()
+    options = TINY | {"model": str(start), "steps": 1, "start_share": 0.5, "eval_samples": 3, "eval_every": 0}
+    train_grpo.main(Args(**with_out(options, tmp_path / "run")))
+    told = json.loads((tmp_path / "run" / "before_after.json").read_text())["after"]
+    measured = train_grpo._evaluate(
+        load_policy(str(tmp_path / "run" / "policy")), Args(**with_out(options, tmp_path)), 1
+    )
+    assert {f"eval/{k}": v for k, v in told.items()} == pytest.approx(measured)
+
+
+def test_weights_that_cannot_be_gone_back_with_are_refused_before_the_first_step(tmp_path):
+    policy = load_policy("tiny", dtype="bfloat16")
+    policy.save(tmp_path / "low")
+    with pytest.raises(RunError, match="no adapter can be merged into exactly"):
+        train_grpo.main(Args(**with_out(TINY | {"model": str(tmp_path / "low"), "start_share": 0.5}, tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def write_a_run(folder: Path, begun: int) -> None:

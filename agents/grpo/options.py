@@ -107,6 +107,7 @@ _LEAST = {
     "eval_samples": 0,
     "lora_rank": 0,
     "seed": 0,
+    "max_steps": 1,
 }
 
 
@@ -123,6 +124,10 @@ def check_options(args: Args, processes: int = 1) -> None:
     check_tracker(args.tracker)
     check_least(args, _LEAST)
     check_rate(args.lr)
+    if not args.max_grad_norm > 0:
+        raise RunError(
+            f"max_grad_norm {args.max_grad_norm:g}: the weights would stay, go uphill or be lost; give more than 0"
+        )
     _check_rollout(args, processes)
     _check_credit(args)
     _check_steps(args)
