@@ -184,7 +184,7 @@ def _what_grpo_did(
     shared = [r for r in sft if r in grpo and not sft[r].oracle]
     moved = {r: _compare(r, grpo[r], sft[r], clusters) for r in shared}
     figures = f"{name} - SFT: " + ", ".join(f"{r} {_difference(c)}" for r, c in moved.items())
-    text = f"no label-free accuracy falls through {name}"
+    text = f"no label-free Acc@0.5 falls through {name}"
     return [fewer, Claim(text, not any(_down(c) for c in moved.values()), figures)]
 
 

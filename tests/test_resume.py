@@ -149,16 +149,25 @@ def test_what_is_measured_after_going_back_is_what_is_saved_and_an_adapter_may_b
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
-                parameter.fill_(0.01)
+                parameter.fill_(0.001)
     policy.save(start)
     assert (start / "adapter_config.json").exists()
-    options = TINY | {"model": str(start), "steps": 1, "start_share": 0.5, "eval_samples": 3, "eval_every": 0}
+    options = TINY | {
+        "model": str(start),
+        "steps": 3,
+        "lr": 0.05,
+        "start_share": 0.9,
+        "eval_samples": 3,
+        "eval_every": 0,
+    }
     train_grpo.main(Args(**with_out(options, tmp_path / "run")))
     told = json.loads((tmp_path / "run" / "before_after.json").read_text())["after"]
     measured = train_grpo._evaluate(
         load_policy(str(tmp_path / "run" / "policy")), Args(**with_out(options, tmp_path)), 1
     )
     assert {f"eval/{k}": v for k, v in told.items()} == pytest.approx(measured)
+    learned = lines(tmp_path / "run", "eval/")[-1]
+    assert told["final_iou"] != learned["eval/final_iou"], "else the way back would not be seen"
 
 
 def test_weights_that_cannot_be_gone_back_with_are_refused_before_the_first_step(tmp_path):
