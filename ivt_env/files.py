@@ -1,0 +1,346 @@
+"""Files and folders that are complete or absent, and locks on folders.
+
+Everything that the project writes appears under its name only when it is complete: after SIGKILL, on a full disk,
+after a power cut the name is absent, or holds what it held before. What a killed process left of a file or folder is
+removed by the next one that writes it, and all that lies in a folder by the next one that locks it.
+
+A folder made by ``whole_folder`` says what it was asked for (``asked.json``), so that whoever finds one can compare.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+ASKED = "asked.json"
+"""What a folder was asked for; written by ``whole_folder``."""
+LOCK = ".lock"
+"""Who works in a folder; lies there only while somebody does, or where its process was killed."""
+
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2
+_HERE = -100  # AT_FDCWD
+
+
+class FileError(ValueError):
+    """A file or folder that is in the way, in use, or was made for something else. Says which, and what to do."""
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, mode: str = "wb", *, sync: bool = True, **kwargs: Any) -> Iterator[IO[Any]]:
+    """Open a file for writing that gets its name when the block ends without an error.
+
+    Args:
+        path: of the file; what is no regular file (a device, a folder, a link) is refused.
+        mode: of ``open``; text is UTF-8 and has its newlines as they are.
+        sync: false where a power cut may leave the file empty, because whoever reads it notices and makes it again.
+        kwargs: for ``open``.
+
+    Raises:
+        FileError: for a target that is not a regular file.
+        OSError: for what cannot be written; it names ``path``, and what was there before still is.
+    """
+    path = Path(path)
+    if "b" not in mode:
+        kwargs = {"encoding": "utf-8", "newline": "\n"} | kwargs
+    try:
+        _check_target(path, stat.S_ISREG)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial, handle = _open_partial(path)
+        with os.fdopen(handle, mode, **kwargs) as file:
+            try:
+                yield file
+                file.flush()
+                if sync:
+                    os.fsync(handle)
+                _check_target(path, stat.S_ISREG)
+                os.replace(partial, path)
+            except BaseException:  # all of it while the lock is held
+                partial.unlink(missing_ok=True)
+                raise
+        if sync:
+            _sync(path.parent)
+    except OSError as error:
+        _name(error, path)
+        raise
+
+
+def write_whole(path: str | Path, content: bytes | str, *, sync: bool = True) -> None:
+    """Write a file complete or not at all (``whole_file``)."""
+    with whole_file(path, "wb", sync=sync) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path, asked: Mapping[str, Any]) -> Iterator[Path]:
+    """Build a folder beside its place; it gets its name when the block ends without an error.
+
+    Args:
+        path: of the folder. One that is there is replaced, if it was made here, too.
+        asked: what the folder was asked for; JSON-able, kept in it as ``asked.json``.
+
+    Yields:
+        Where to write.
+
+    Raises:
+        FileError: for a target that is a file, a link or a folder that was not made here.
+        OSError: for what cannot be written; what was there before still is.
+    """
+    path = Path(path)
+    try:
+        _check_target(path, stat.S_ISDIR)
+        if path.exists() and not (path / ASKED).exists() and any(path.iterdir()):
+            raise FileError(f"{path} holds other files and would be replaced: give another folder, or delete it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial, handle = _open_partial(path, folder=True)
+        try:
+            yield partial
+            write_whole(partial / ASKED, json.dumps(as_read(asked), indent=1) + "\n")
+            for folder, _, names in os.walk(partial):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            _put(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            os.close(handle)
+        _sync(path.parent)
+    except OSError as error:
+        _name(error, path)
+        raise
+
+
+def forget(path: str | Path) -> None:
+    """Remove a file or folder; a folder loses its name first, so that what bears the name is always complete."""
+    path = Path(path)
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    partial, handle = _open_partial(path, folder=True)
+    try:
+        os.rename(path, partial)
+        shutil.rmtree(partial)
+    finally:
+        os.close(handle)
+
+
+def as_read(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for as it is read back: paths as text, tuples as lists."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(asked), default=str))
+    return found
+
+
+def asked_of(path: str | Path, name: str = ASKED) -> dict[str, Any] | None:
+    """What a folder was asked for; None where it does not say.
+
+    Raises:
+        FileError: where that cannot be read.
+    """
+    path = Path(path) / name
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} cannot be read ({error}): delete {path.parent}, or give another folder") from error
+    if not isinstance(found, dict):
+        raise FileError(f"{path} holds {type(found).__name__}, no options: delete {path.parent}, or give another one")
+    return found
+
+
+def first_difference(made: Mapping[str, Any], asked: Mapping[str, Any], may_differ: Collection[str] = ()) -> str | None:
+    """The first option of ``asked`` that ``made`` does not have; None where there is none."""
+    now = as_read(asked)
+    return next((k for k, v in now.items() if k not in may_differ and (k not in made or made[k] != v)), None)
+
+
+def refuse_other(
+    path: str | Path, made: Mapping[str, Any], asked: Mapping[str, Any], remedy: str, may_differ: Collection[str] = ()
+) -> None:
+    """Refuse a folder that was made for something else.
+
+    Args:
+        path: of the folder.
+        made: what it was made for.
+        asked: what is asked for now.
+        remedy: what to do.
+        may_differ: names that do not matter.
+
+    Raises:
+        FileError: names the first option that differs, with both values.
+    """
+    if (name := first_difference(made, asked, may_differ)) is not None:
+        raise FileError(f"{path} was made with {name} {made.get(name)!r}, not {as_read(asked)[name]!r}: {remedy}")
+
+
+@contextlib.contextmanager
+def lock_folder(path: str | Path) -> Iterator[None]:
+    """Work in a folder alone. A process that ends, however it does, holds no lock any more.
+
+    What killed processes left half-written in the folder is removed.
+
+    Raises:
+        FileError: where somebody works there, this process included; says which process.
+    """
+    folder = Path(path)
+    try:
+        _check_target(folder, stat.S_ISDIR, follow=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _hold(folder / LOCK)
+    except BlockingIOError:
+        with contextlib.suppress(OSError):
+            holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
+        raise FileError(
+            f"{folder} is in use by {holder or 'another process'}: wait for it or end it, or give another folder"
+        ) from None
+    except OSError as error:
+        _name(error, folder)
+        raise
+    _held.add(handle)
+    try:
+        os.ftruncate(handle, 0)
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
+        os.write(handle, f"process {os.getpid()} ({command})\n".encode(errors="replace"))
+        for left in folder.rglob(".*.partial"):
+            if _PARTIAL.fullmatch(left.name):
+                _remove(left)
+        yield
+    finally:
+        if handle in _held:  # a forked child has none
+            _held.discard(handle)
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(handle)
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked child: its parent holds the lock, and when that is killed nobody does."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _hold(path: Path) -> int:
+    """The open and locked lock file."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, path):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # removed by the one that held it
+
+
+def _open_partial(path: Path, folder: bool = False) -> tuple[Path, int]:
+    """The name that a file or folder has while it is written, empty and locked, and the handle that holds the lock.
+
+    The name follows from the file's, so that the next writer of the file takes over what a killed one left, and
+    two writers of one file come one after the other. It is short, however long the file's name is.
+    """
+    partial = _partial(path)
+    flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT
+    while True:
+        if folder:
+            partial.mkdir(exist_ok=True)
+        handle = os.open(partial, flags | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_at(handle, partial):
+                if folder:
+                    for left in partial.iterdir():
+                        _remove(left)
+                else:
+                    os.ftruncate(handle, 0)
+                return partial, handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # the one that held it has finished, and with it went the name
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.partial")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _check_target(path: Path, is_kind: Any, follow: bool = False) -> None:
+    try:
+        found = path.stat() if follow else path.lstat()
+    except FileNotFoundError:
+        return
+    if is_kind(found.st_mode):
+        return
+    if stat.S_ISLNK(found.st_mode):
+        raise FileError(f"{path} is a link to {os.readlink(path)}: give that name itself, or another one")
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+    raise FileError(f"{path} is {kind} and would be replaced: give another name")
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Give a folder its name; the folder that had it disappears."""
+    if not path.exists():
+        os.rename(partial, path)
+        return
+    try:  # both change their names at once
+        exchange = ctypes.CDLL(None).renameat2
+        failed = exchange(_HERE, os.fsencode(partial), _HERE, os.fsencode(path), _EXCHANGE)
+    except AttributeError:  # not Linux
+        failed = True
+    if failed:  # the file system cannot: the name is absent for a moment
+        old = _partial(path.with_name(f"{path.name}.old"))
+        _remove(old)
+        os.rename(path, old)
+        os.rename(partial, path)
+        partial = old
+    shutil.rmtree(partial)
+
+
+def _sync(path: Path) -> None:
+    """Make what was written, or a rename in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _name(error: OSError, path: Path) -> None:
+    """Put the name that the user gave into an error: a full disk has none, and the one while writing tells little."""
+    if error.errno is not None and (error.filename is None or _PARTIAL.search(str(error.filename))):
+        error.filename, error.filename2 = str(path), None
