@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ivt_env import boxes
-from ivt_env.data.sample import Sample
+from ivt_env.data.sample import DataError, Sample
+from ivt_env.expression_space import MAX_EXPRESSION
 from ivt_env.rewards import RewardConfig
 
 
@@ -22,8 +23,14 @@ class Game:
         """Begin.
 
         Raises:
+            DataError: for an expression that the observation space does not hold.
             ValueError: for an ``initial_box`` that is no usable box.
         """
+        if len(sample.expression) > MAX_EXPRESSION:
+            raise DataError(
+                f"{sample.dataset}/{sample.split} {sample.sample_id}: expression of {len(sample.expression)} letters;"
+                f" at most {MAX_EXPRESSION} can be played: shorten it, or leave the row out"
+            )
         self.box = None if initial_box is None else _float32(initial_box)
         if self.box is not None and (why := boxes.invalid_reason(self.box)):
             raise ValueError(f"initial_box {np.asarray(initial_box).tolist()}: {why}")

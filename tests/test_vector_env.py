@@ -11,11 +11,14 @@ from collections import Counter
 from typing import Any
 
 import gymnasium as gym
+import gymnasium.wrappers.vector as vector_wrappers
 import numpy as np
 import pytest
+from gymnasium import wrappers
+from gymnasium.spaces import flatten, flatten_space, unflatten
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from ivt_env.data.sample import Picture, Sample
+from ivt_env.data.sample import DataError, Picture, Sample
 from ivt_env.env import GroundingEnv
 from ivt_env.expression_space import Expression
 from ivt_env.vector_env import GroundingVectorEnv
@@ -29,7 +32,7 @@ class Notes:
     """A data set in memory: two samples a picture, expressions in several scripts."""
 
     name, split = "notes", "train"
-    expressions = ("das größte Ü", "红色的圆圈", "الدائرة", "🟥 left of 🟦", "", "x" * 1024)
+    expressions = ("das größte Ü", "红色的圆圈", "الدائرة", "👩‍👩‍👧 left of 🟦", "nul \x00 in it", "", "x" * 1024)
 
     def __init__(self) -> None:
         self.decoded: Counter[str] = Counter()
@@ -208,6 +211,68 @@ def test_the_text_space_holds_every_string_up_to_its_length_and_nothing_else():
     assert all(thing not in space for thing in ("abcdef", 3, None, ["a"]))
     assert space.sample() in space
     assert space == Expression(5) != Expression(6)
+
+
+def test_every_string_of_the_space_can_be_flattened_and_read_back():
+    space = Expression()
+    for text in (*Notes.expressions, "\ud800", "\U0010ffff" * 3, space.sample()):
+        flat = flatten(space, text)
+        assert flat in flatten_space(space) and unflatten(space, flat) == text
+        assert unflatten(space, flat.astype(np.float64)) == text  # beside fractions in one vector
+    with pytest.raises(ValueError, match="text of 1025 characters; at most 1024 fit"):
+        flatten(space, "ü" * 1025)
+
+
+WRAPPERS = {
+    "FlattenObservation": wrappers.FlattenObservation,
+    "FrameStackObservation": lambda env: wrappers.FrameStackObservation(env, 3),
+    "DelayObservation": lambda env: wrappers.DelayObservation(env, 1),
+    "FilterObservation": lambda env: wrappers.FilterObservation(env, ["expression"]),
+    "TransformObservation": lambda env: wrappers.TransformObservation(env, dict, env.observation_space),
+    "TimeAwareObservation": lambda env: wrappers.TimeAwareObservation(wrappers.TimeLimit(env, 3)),
+    "RecordEpisodeStatistics": wrappers.RecordEpisodeStatistics,
+    "PassiveEnvChecker": wrappers.PassiveEnvChecker,
+    "Autoreset": wrappers.Autoreset,
+    "stacked and flattened": lambda env: wrappers.FlattenObservation(wrappers.FrameStackObservation(env, 2)),
+}
+
+
+@pytest.mark.parametrize("cls", [None, SyncVectorEnv, AsyncVectorEnv])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_every_wrapper_that_takes_a_text_takes_every_script(name, cls):
+    def make() -> gym.Env[Any, Any]:
+        return WRAPPERS[name](make_notes_env())
+
+    env = make() if cls is None else cls([make] * 2)
+    action = {"box": np.float32([0.1, 0.1, 0.9, 0.9]), "stop": np.int64(0)}
+    if cls is not None:
+        action = {key: np.stack([value] * 2) for key, value in action.items()}
+    try:
+        for index in range(len(Notes.expressions)):
+            observation, _ = env.reset(options={"index": index})
+            assert observation in env.observation_space
+            assert env.step(action)[0] in env.observation_space
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
+def test_flattened_vectors_of_environments_hold_their_texts(cls):
+    single = make_notes_env().observation_space
+    env = vector_wrappers.FlattenObservation(cls([make_notes_env] * 2))
+    try:
+        for index, text in enumerate(Notes.expressions):
+            flat, _ = env.reset(options={"index": index})
+            assert [unflatten(single, row)["expression"] for row in flat] == [text, text]
+    finally:
+        env.close()
+
+
+def test_an_expression_beyond_the_space_is_refused_by_name_before_it_is_played(monkeypatch):
+    monkeypatch.setattr(Notes, "expressions", ("short", "x" * 1344))
+    for env, index in ((make_notes_env(), 1), (GroundingVectorEnv(2, Notes(), canvas=32), [0, 1])):
+        with pytest.raises(DataError, match="notes/train s1: expression of 1344 letters; at most 1024"):
+            env.reset(options={"index": index})
 
 
 # ---- groups ----------------------------------------------------------------------------------
