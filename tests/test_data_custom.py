@@ -449,7 +449,7 @@ def test_huge_picture_is_refused_before_it_is_decoded(root, caplog):
 
 def test_no_picture_at_all_is_said(root, caplog):
     put(root, "images/b.jpg", b"text")
-    assert "not a picture that can be read" in one_bad(root, {"image": "b.jpg"}, caplog)
+    assert "not a whole picture that can be read" in one_bad(root, {"image": "b.jpg"}, caplog)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P"])

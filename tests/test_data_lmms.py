@@ -228,7 +228,7 @@ BAD_ROWS = {
     "blank answer": ({"answer": [" "]}, "answer is ' ', not a text"),
     "no picture": ({"image": None}, "the picture is not in the file (image is None)"),
     "picture elsewhere": ({"image": {"bytes": None, "path": "x.jpg"}}, "the picture is not in the file (image is {"),
-    "no image": ({"image": {"bytes": b"no picture", "path": "x"}}, "image: not a picture that can be read"),
+    "no image": ({"image": {"bytes": b"no picture", "path": "x"}}, "image: not a whole picture that can be read"),
 }
 
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from ivt_env.data import pictures
-from ivt_env.data.pictures import read_picture
+from ivt_env.data.pictures import read_header, read_picture
 from ivt_env.data.sample import DataError
 
 ORIENTATION = 0x0112
@@ -118,31 +118,55 @@ UPRIGHT = {
 }
 
 
-def rotated_png(orientation: int) -> bytes:
+FORMATS = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "AVIF": {"quality": 100}}
+"""Every kind of file that carries an orientation and is read; how a test saves it."""
+
+
+def rotated(orientation: int, kind: str = "PNG", height: int = 48, width: int = 64) -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    return encoded(Image.fromarray(smooth_picture()), exif=exif)
+    return encoded(Image.fromarray(smooth_picture(height, width)), kind, exif=exif, **FORMATS[kind])
 
 
+def near(found: np.ndarray, expected: np.ndarray) -> bool:
+    return found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 12  # lossy formats
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_rotation_is_applied_where_no_size_is_annotated(orientation):
-    found = read_picture(rotated_png(orientation), "exif")
-    assert np.array_equal(found, UPRIGHT[orientation](smooth_picture()))
+def test_exif_rotation_is_applied_where_no_size_is_annotated(orientation, kind):
+    found = read_picture(rotated(orientation, kind), "exif")
+    assert near(found, UPRIGHT[orientation](smooth_picture()))
 
 
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_annotated_size_chooses_the_frame_and_prefers_the_pixels_as_stored(orientation):
+def test_annotated_size_chooses_the_frame_and_prefers_the_pixels_as_stored(orientation, kind):
     stored = smooth_picture(48, 64)
-    assert np.array_equal(read_picture(rotated_png(orientation), "exif", (48, 64)), stored)
+    assert near(read_picture(rotated(orientation, kind), "exif", (48, 64)), stored)
     if orientation >= 5:
-        turned = read_picture(rotated_png(orientation), "exif", (64, 48))
-        assert np.array_equal(turned, UPRIGHT[orientation](stored))
+        turned = read_picture(rotated(orientation, kind), "exif", (64, 48))
+        assert near(turned, UPRIGHT[orientation](stored))
 
 
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_picture_of_another_size_than_annotated_is_refused(orientation):
+def test_header_and_pixels_tell_of_the_same_two_frames(orientation, kind):
+    for height, width in ((48, 64), (64, 48), (48, 48)):
+        raw = rotated(orientation, kind, height, width)
+        header = read_header(raw, "exif")
+        assert header.stored == (height, width) and header.orientation == orientation
+        assert read_picture(raw, "exif").shape[:2] == header.upright
+        assert read_picture(raw, "exif", header.stored).shape[:2] == header.stored
+        same_shape = UPRIGHT[orientation](np.empty((height, width))).shape == (height, width)
+        assert header.frame_is_unclear == (orientation != 1 and same_shape)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_picture_of_another_size_than_annotated_is_refused(orientation, kind):
     with pytest.raises(DataError, match=r"b\.jpg: the picture is 64 wide and 48 high, .* 100 wide and 50 high"):
-        read_picture(rotated_png(orientation), "b.jpg", (50, 100))
+        read_picture(rotated(orientation, kind), "b.jpg", (50, 100))
 
 
 def test_unrotated_picture_does_not_pass_for_a_swapped_size():

@@ -230,7 +230,10 @@ def test_missing_column_is_named(layout, column):
         ({"distractors": "many"}, "distractors is 'many'"),
         ({"use_negation": None}, "use_negation is None"),
         ({"image": {"bytes": None, "path": "a.jpg"}}, "image holds None"),
-        ({"image": {"bytes": b"no picture", "path": None}, "file_name": "x.jpg"}, "not a picture that can be read"),
+        (
+            {"image": {"bytes": b"no picture", "path": None}, "file_name": "x.jpg"},
+            "not a whole picture that can be read",
+        ),
         ({"image": {"bytes": bomb_bytes(), "path": None}, "file_name": "x.png"}, "too large"),
     ],
 )

@@ -236,7 +236,7 @@ def test_line_whose_picture_is_no_picture_names_the_picture(lines, caplog):
     path.write_bytes(b"half a pict")
     lines.rows["train"][3]["image"] = f"train2014/{path.name}"
     lines.save()
-    assert f"{path}: not a picture that can be read" in lines.left_out("train", caplog)
+    assert f"{path}: not a whole picture that can be read" in lines.left_out("train", caplog)
 
 
 def test_lines_without_any_picture_are_refused_with_the_remedy(lines):

@@ -32,7 +32,7 @@ from ivt_env.data.checked import (
 )
 from ivt_env.data.custom import Declared, boxed
 from ivt_env.data.custom_writer import Converted, Splits, Writer, same_picture
-from ivt_env.data.headers import Header, read_header
+from ivt_env.data.pictures import Header, read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Table
 

@@ -42,7 +42,7 @@ from ivt_env.data.checked import (
     short,
     text,
 )
-from ivt_env.data.headers import read_header
+from ivt_env.data.pictures import read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 

@@ -39,7 +39,6 @@ import numpy as np
 import pyarrow as pa
 
 from ivt_env.data.checked import BadRowError, BadRows, plain_file_name, relative_box, short, text
-from ivt_env.data.headers import read_header
 from ivt_env.data.jxu124 import (
     PUBLISHED,
     Columns,
@@ -50,6 +49,7 @@ from ivt_env.data.jxu124 import (
     shards,
     typed_rows,
 )
+from ivt_env.data.pictures import read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 

@@ -1,29 +1,37 @@
 """Reading one picture file: any common format to RGB, or an error that says what is wrong with it.
 
-Which frame a box refers to. A camera stores pixels in one orientation and may add an EXIF note
-"show me rotated". A viewer shows the rotated picture, and boxes drawn in a viewer refer to that;
-``read_picture(file, where)`` gives that frame. The boxes of COCO (and so of RefCOCO, RefCOCO+
-and RefCOCOg) refer to the pixels as stored, and COCO states the width and height they refer to.
-``read_picture(file, where, size=(height, width))`` takes the stated size as authoritative: the
-pixels as stored if they have it, else the rotated picture if that has it, else an error. A box is
-thus never read in a frame of another shape.
+Which frame a box refers to. A camera stores pixels in one orientation and may add a note (EXIF, in JPEG,
+PNG, WebP, TIFF and AVIF) "show me rotated". A viewer shows the rotated picture, and boxes drawn in a
+viewer refer to that; ``read_picture(file, where)`` gives that frame. The boxes of COCO (and so of RefCOCO,
+RefCOCO+ and RefCOCOg) refer to the pixels as stored, and COCO states the width and height they refer to.
+``read_picture(file, where, size=(height, width))`` takes the stated size as authoritative: the pixels as
+stored if they have it, else the rotated picture if that has it, else an error. A box is thus never read in
+a frame of another shape. ``Header`` alone knows the two frames; sizes, checks and pixels all come from it.
+
+A stated size tells the frames apart only where they have different shapes: not for a picture turned by half,
+mirrored, or square.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from ivt_env.data.checked import BadRowError
 from ivt_env.data.sample import DataError, Picture
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: as RGB this one takes 192 MB."""
 
 _EXIF_ORIENTATION = 0x0112
+_QUARTER_TURNS = (5, 6, 7, 8)
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,8 +41,57 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_STORED = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+"""The way back from the upright picture."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a picture file says of itself: its two frames."""
+
+    stored: tuple[int, int]
+    """(height, width) of the pixels as stored."""
+    orientation: int = 1
+    """EXIF: 1 is upright, 2 to 8 are mirrored or turned."""
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """(height, width) as a viewer shows it."""
+        return (self.stored[1], self.stored[0]) if self.orientation in _QUARTER_TURNS else self.stored
+
+    def fits(self, size: tuple[int, int]) -> bool:
+        """Whether the picture has this (height, width), as stored or upright."""
+        return size in (self.stored, self.upright)
+
+    def shown_upright(self, size: tuple[int, int] | None) -> bool:
+        """Which of the two frames boxes refer to that were made for a picture of ``size`` (None: not stated)."""
+        return size is None or size != self.stored
+
+    @property
+    def frame_is_unclear(self) -> bool:
+        """Whether the stored and the upright picture differ, and have the same height and width."""
+        return self.orientation != 1 and self.stored == self.upright
+
+
+def read_header(source: str | os.PathLike[str] | bytes, where: str) -> Header:
+    """Size and orientation of a picture.
+
+    Only the header is read; a PNG without an EXIF block is decoded, as the block may come last.
+
+    Args:
+        source: path of the file, or its bytes.
+        where: how an error names the picture.
+
+    Raises:
+        BadRowError: for what ``read_picture`` refuses without looking at the pixels.
+    """
+    try:
+        with _opened(source, where) as (_, header):
+            return header
+    except DataError as error:
+        raise BadRowError(str(error)) from error
 
 
 def read_picture(source: str | os.PathLike[str] | bytes, where: str, size: tuple[int, int] | None = None) -> Picture:
@@ -56,50 +113,62 @@ def read_picture(source: str | os.PathLike[str] | bytes, where: str, size: tuple
             ``MAX_PIXELS``), of a kind with no 8-bit meaning (floating point), or of another size
             than the annotated one. Starts with ``where`` and ends with what to do.
     """
+    with _opened(source, where) as (image, header):
+        image.load()
+        pixels = np.array(_to_rgb(image, where), dtype=np.uint8)  # (H, W, 3)
+        is_upright = image.format == "TIFF"  # Pillow turns these alone while it decodes
+    if size is not None and not header.fits(tuple(size)):
+        height, width = header.stored
+        raise DataError(
+            f"{where}: the picture is {width} wide and {height} high, its annotation "
+            f"says {size[1]} wide and {size[0]} high, so its boxes would be wrong; put the original file "
+            "in its place (not resized, cropped or rotated), or correct the annotation"
+        )
+    wanted = header.shown_upright(None if size is None else tuple(size))
+    if header.orientation == 1 or wanted == is_upright:
+        return pixels
+    turn = (_UPRIGHT if wanted else _STORED)[header.orientation]
+    return np.array(Image.fromarray(pixels).transpose(turn), dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def _opened(source: str | os.PathLike[str] | bytes, where: str) -> Iterator[tuple[Image.Image, Header]]:
+    """The opened picture and its header; what decoding raises becomes a DataError."""
+    too_large = f"the limit is {MAX_PIXELS} pixels); scale it down, and its boxes with it where they are in pixels"
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _too_large(where, f"{image.width}x{image.height} pixels")
-            image.load()
-            upright = _UPRIGHT.get(_orientation(image, where))
-            pixels = np.array(_to_rgb(image, where), dtype=np.uint8)  # (H, W, 3)
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise DataError(
+                    f"{where}: picture refused because it is too large ({width}x{height} pixels; {too_large}"
+                )
+            if image.format == "PNG" and "exif" not in image.info:
+                image.load()
+            yield image, _header(image, where)
     except DataError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{where}: no such picture; check the path, or fetch the pictures again") from error
+        raise DataError(f"{where}: no such picture; check the path, or put the picture there") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(where, str(error)) from error
+        raise DataError(f"{where}: picture refused because it is too large ({error}; {too_large}") from error
     except Exception as error:  # a decoder given broken bytes raises nearly anything
         raise DataError(
             f"{where}: not a whole picture that can be read ({type(error).__name__}: {error}); "
             "the file is cut off, damaged or of an unknown format: fetch or export it again"
         ) from error
-    if upright is None or (size is not None and pixels.shape[:2] == tuple(size)):
-        turned = pixels
-    else:
-        turned = np.array(Image.fromarray(pixels).transpose(upright), dtype=np.uint8)
-    if size is not None and turned.shape[:2] != tuple(size):
-        raise DataError(
-            f"{where}: the picture is {pixels.shape[1]} wide and {pixels.shape[0]} high, its annotation "
-            f"says {size[1]} wide and {size[0]} high, so its boxes would be wrong; put the original file "
-            "in its place (not resized, cropped or rotated), or correct the annotation"
-        )
-    return turned
 
 
-def _too_large(where: str, what: str) -> DataError:
-    return DataError(
-        f"{where}: picture refused because it is too large ({what}; the limit is {MAX_PIXELS} pixels); "
-        "scale it down, and its boxes with it where they are in pixels"
-    )
-
-
-def _orientation(image: Image.Image, where: str) -> int:
+def _header(image: Image.Image, where: str) -> Header:
+    """Both frames of an opened picture, before its pixels are decoded."""
+    width, height = image.size
+    if image.format == "TIFF":  # Pillow may have turned the size already
+        width, height = int(image.tag_v2[256]), int(image.tag_v2[257])  # type: ignore[attr-defined]
     try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception as error:  # a damaged EXIF block raises nearly anything; the pixels are whole
         _log.warning("%s: EXIF block unreadable (%s); the pixels are taken as stored", where, error)
-        return 1
+        orientation = 1
+    return Header((height, width), orientation if orientation in _UPRIGHT else 1)
 
 
 def _to_rgb(image: Image.Image, where: str) -> Image.Image:

@@ -35,8 +35,8 @@ from ivt_env.data.checked import (
     short,
     text,
 )
-from ivt_env.data.headers import Header, read_header
 from ivt_env.data.parquet_rows import parquet_rows, parquet_schema, require_columns
+from ivt_env.data.pictures import Header, read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
