@@ -14,6 +14,7 @@ from typing import Any, cast
 from agents.controls import CONTROL_FORMS, control_of
 from agents.relay import Relay
 from agents.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
+from ivt_env import failures
 from ivt_env.rollouts import Agent
 from ivt_env.vector_env import GroundingVectorEnv
 
@@ -142,6 +143,7 @@ def _load_class(spec: str, module_name: str, class_name: str) -> Agent:
         # A name like this is as likely a slip in a built-in one.
         near = _closest(module_name, _names(_FORMS[len(BUILT_IN) :]))
         raise ValueError(f"agent {spec!r}: no module {error.name!r} here or installed{near}; {_there_are()}") from error
+    failures.PLUGGED_IN.add(module.__name__)
     agent_class = getattr(module, class_name, None)
     if not inspect.isclass(agent_class):
         classes = [name for name, value in vars(module).items() if inspect.isclass(value)]

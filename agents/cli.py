@@ -1,8 +1,6 @@
 """``ivt``: one command for everything. ``ivt COMMAND --help`` says what each does.
 
-Exit status of every command: 0 done; 2 an error that the user can mend, in one line on standard error;
-130 interrupted. ``ivt data check`` also has 1: the data are not fit for use. Anything else is a bug and
-shows its traceback.
+The exit status of every command is that of ``ivt_env.failures``.
 """
 
 from __future__ import annotations
@@ -11,13 +9,12 @@ import argparse
 import importlib
 import io
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_STATUS = "exit status: 0 done, 2 an error that you can mend, 130 interrupted"
+_STATUS = "exit status: 0 done, 1 data unfit for use, 2 an error to fix, 130 interrupted"
 _EXAMPLES = """examples:
   ivt envs                                  what is there, and from where
   ivt rollout --agent random --episodes 20  play, print and save episodes
@@ -106,29 +103,28 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status (see the module's docstring)."""
+    """Run a command; its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the letters of a path or expression
         sys.stdout.reconfigure(errors="backslashreplace")
     # No option that stands before the command takes a value.
     place = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
     chosen = words[place] if place < len(words) else None
+    if chosen not in SCRIPTS and chosen not in PARSED:
+        return _run_parsed(build_parser(), words)
     try:
-        script = SCRIPTS.get(chosen or "")
-        if script is not None:
-            before = build_parser().parse_args(words[: place + 1])
-            _log(before.verbose)
-            status = _run_script(str(chosen), script, words[place + 1 :])
-        else:
-            status = _run_parsed(build_parser(chosen), words)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        from ivt_env import failures
+    except KeyboardInterrupt:  # Gymnasium takes a moment to import
         return 130
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
-        return 1
-    return status
+    return failures.run(lambda: _run(chosen, place, words))
+
+
+def _run(chosen: str, place: int, words: list[str]) -> int:
+    script = SCRIPTS.get(chosen)
+    if script is None:
+        return _run_parsed(build_parser(chosen), words)
+    _log(build_parser().parse_args(words[: place + 1]).verbose)
+    return _run_script(chosen, script, words[place + 1 :])
 
 
 def _run_parsed(parser: argparse.ArgumentParser, words: list[str]) -> int:
@@ -147,30 +143,15 @@ def _run_parsed(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 def _run_script(name: str, script: Script, words: list[str]) -> int:
     """Run a script as ``python script.py WORDS`` would."""
-    try:
-        command = importlib.import_module("agents.command")
-        module = importlib.import_module(script.module)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("agents", "ivt_env", script.module):
-            raise
-        print(f'error: ivt {name} needs {missing}: pip install "ivt-env[train]"', file=sys.stderr)
-        return 2
+    command = importlib.import_module("agents.command")
+    module = importlib.import_module(script.module)
     as_json = name == "evaluate" and "--json" in words
     given, sys.argv = sys.argv, [f"ivt {name}", *words]  # the name that help and errors show
     try:
         if as_json:
             return _evaluate_as_json(command, module, [word for word in words if word != "--json"])
-        status: Any = None
-
-        def run(args: Any) -> None:
-            nonlocal status
-            status = module.main(args)
-
-        command.run_command(run, module.Args, words, script.section)
-        return status if type(status) is int else 0  # a training script returns where it wrote
-    except SystemExit as ended:  # of the parser, or after an error
-        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 2
+        done = module.main(command.parse(module.Args, words, script.section))
+        return done if type(done) is int else 0  # a training script returns where it wrote
     finally:
         sys.argv = given
 
@@ -178,17 +159,11 @@ def _run_script(name: str, script: Script, words: list[str]) -> int:
 def _evaluate_as_json(command: Any, module: Any, words: list[str]) -> int:
     """``evaluate`` with its tables on standard error and ``results.json`` on standard output."""
     from contextlib import redirect_stdout
-    from pathlib import Path
 
-    written: list[Path] = []
-
-    def run(args: Any) -> None:
-        module.main(args)
-        written.append(args.out / "results.json")
-
+    args = command.parse(module.Args, words, "evaluate")
     with redirect_stdout(sys.stderr):
-        command.run_command(run, module.Args, words, "evaluate")
-    print(written[0].read_text(encoding="utf-8").rstrip("\n"))
+        module.main(args)
+    print((args.out / "results.json").read_text(encoding="utf-8").rstrip("\n"))
     return 0
 
 

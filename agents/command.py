@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import gymnasium as gym
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agents.config import load_config
+from ivt_env import failures
 
 T = TypeVar("T")
 
@@ -38,21 +37,11 @@ def run_command(
 ) -> None:
     """Parse ``args`` from the command line and run ``main``.
 
-    ``section`` is the part of a ``--config`` file that the script reads; None: it takes no such file.
-
-    What the user can mend (a wrong option, missing data, a broken checkpoint) ends with one line on
-    standard error and exit status 2; anything else is a bug and shows its traceback.
+    ``section`` is the part of a ``--config`` file that the script reads; None: it takes no such file. The
+    exit status is that of ``ivt_env.failures``.
     """
-    try:
-        main(parse(args, argv, section))
-        sys.stdout.flush()
-    except BrokenPipeError as error:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
-        raise SystemExit(1) from error
-    except (ValueError, FileNotFoundError, gym.error.Error) as error:
-        # DataError, PolicyError and RunError are ValueErrors.
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    if status := failures.run(lambda: main(parse(args, argv, section))):
+        raise SystemExit(status)
 
 
 def progress_bars(*, note: bool = False, disable: bool = False) -> Progress:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -123,13 +122,7 @@ def _agents(args: argparse.Namespace) -> int:
 
 
 def _envs(args: argparse.Namespace) -> int:
-    from ivt_env.data.sample import DataError
-
-    try:
-        rows = environments(args.data_root)
-    except DataError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    rows = environments(args.data_root)
     if args.json:
         print(json.dumps({"environments": rows}, indent=2))
         return 0

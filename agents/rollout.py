@@ -27,7 +27,7 @@ from rich.markup import escape
 import ivt_env
 from agents.base import Agent, load_agent
 from agents.command import progress_bars, run_command
-from ivt_env.data.sample import DataError, Picture, Sample
+from ivt_env.data.sample import Picture, Sample
 from ivt_env.episodes import Box, Episode, Step, save_episodes
 from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
@@ -69,61 +69,44 @@ class Args:
     """Print one JSON object per episode and nothing else."""
 
 
-def main(args: Args) -> int:
-    """Play, print and save; returns the exit status.
-
-    Returns:
-        0, or 2 where an option or the data cannot be used: then one line on stderr says why. What
-        goes wrong inside an agent while it plays is raised as it is, because its place is needed.
-    """
-    try:
-        env, agent = _set_up(args)
-        played, samples = [], {}
-        asked = ivt_env.IDS[args.env]["dataset"]
-        for episode in _with_progress(args, _play(args, env, agent)):
-            played.append(episode)
-            samples[episode.sample_id] = env.samples[0]
-            if args.json:
-                print(json.dumps(asdict(episode)), flush=True)
-                continue
-            print(f"episode {len(played)} of {args.episodes}")
-            print(describe(episode, in_place_of=None if env.dataset.name == asked else asked), flush=True)
-        _save(args, env, played, samples)
-    except (_OptionError, DataError) as error:
-        print(f"error: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
-    return 0
-
-
-class _OptionError(Exception):
-    """Something that the person at the command line can put right."""
+def main(args: Args) -> None:
+    """Play, print and save."""
+    env, agent = _set_up(args)
+    played, samples = [], {}
+    asked = ivt_env.IDS[args.env]["dataset"]
+    for episode in _with_progress(args, _play(args, env, agent)):
+        played.append(episode)
+        samples[episode.sample_id] = env.samples[0]
+        if args.json:
+            print(json.dumps(asdict(episode)), flush=True)
+            continue
+        print(f"episode {len(played)} of {args.episodes}")
+        print(describe(episode, in_place_of=None if env.dataset.name == asked else asked), flush=True)
+    _save(args, env, played, samples)
 
 
 def _set_up(args: Args) -> tuple[GroundingVectorEnv, Agent]:
-    try:
-        if args.episodes < 1:
-            raise ValueError(f"--episodes {args.episodes}: give an integer of at least 1")
-        if args.seed < 0:
-            raise ValueError(f"--seed {args.seed}: give an integer of at least 0")
-        if args.env not in ivt_env.IDS:
-            near = difflib.get_close_matches(args.env, ivt_env.IDS, n=1, cutoff=0.4)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"no environment {args.env!r}{hint}; there are {', '.join(ivt_env.IDS)}")
-        options = {"split": args.split, "data_root": args.data_root, "strict": args.strict, "max_steps": args.max_steps}
-        env = make_vector_env(args.env, num_envs=1, view=args.view or "overlay", **options)
-        last = len(env.dataset) - 1
-        if args.index is not None and not 0 <= args.index <= last - (args.episodes - 1):
-            raise ValueError(
-                f"--index {args.index}, {args.episodes} episode(s): {env.dataset.name}/{env.dataset.split} "
-                f"holds samples 0 to {last}"
-            )
-        agent = load_agent(args.agent, env=env, seed=args.seed)
-        view = args.view or str(getattr(agent, "view", "overlay"))
-        if view != env.screen.view:
-            env = make_vector_env(args.env, num_envs=1, view=view, **options)
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        raise _OptionError(str(error)) from error
+    if args.episodes < 1:
+        raise ValueError(f"--episodes {args.episodes}: give an integer of at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: give an integer of at least 0")
+    if args.env not in ivt_env.IDS:
+        near = difflib.get_close_matches(args.env, ivt_env.IDS, n=1, cutoff=0.4)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"no environment {args.env!r}{hint}; there are {', '.join(ivt_env.IDS)}")
+    options = {"split": args.split, "data_root": args.data_root, "strict": args.strict, "max_steps": args.max_steps}
+    env = make_vector_env(args.env, num_envs=1, view=args.view or "overlay", **options)
+    last = len(env.dataset) - 1
+    if args.index is not None and not 0 <= args.index <= last - (args.episodes - 1):
+        raise ValueError(
+            f"--index {args.index}, {args.episodes} episode(s): {env.dataset.name}/{env.dataset.split} "
+            f"holds samples 0 to {last}"
+        )
+    agent = load_agent(args.agent, env=env, seed=args.seed)
+    view = args.view or str(getattr(agent, "view", "overlay"))
+    if view != env.screen.view:
+        env = make_vector_env(args.env, num_envs=1, view=view, **options)
+    args.out.mkdir(parents=True, exist_ok=True)
     return env, agent
 
 
@@ -154,11 +137,8 @@ def _save(args: Args, env: GroundingVectorEnv, played: list[Episode], samples: d
     def picture_of(episode: Episode) -> Picture:
         return env.dataset.picture(samples[episode.sample_id])
 
-    try:
-        saved = save_episodes(args.out, played, picture_of)
-        page = write_page(args.out / "page.html", played, picture_of, title=f"{args.agent} on {args.env}")
-    except OSError as error:
-        raise _OptionError(f"cannot write the episodes to {args.out}: {error}") from error
+    saved = save_episodes(args.out, played, picture_of)
+    page = write_page(args.out / "page.html", played, picture_of, title=f"{args.agent} on {args.env}")
     # With --json the output belongs to the program that reads it.
     print(f"episodes  {saved}\npage      {page}", file=sys.stderr if args.json else sys.stdout)
 
@@ -215,6 +195,4 @@ if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal with a small character set must not end a run at the first other expression.
         sys.stdout.reconfigure(errors="backslashreplace")
-    status: list[int] = []
-    run_command(lambda args: status.append(main(args)), Args, section="rollout")
-    sys.exit(status[0])
+    run_command(main, Args, section="rollout")

@@ -21,6 +21,7 @@ import pytest
 from file_server import Served, Server, jpeg
 from refer_layout import write_refer_folder
 
+from agents import cli
 from ivt_env.commands import fetch as command
 from ivt_env.data import catalogue, load_dataset, refer
 from ivt_env.data.catalogue import CATALOGUE, COCO_TRAIN2014, list_hub_folder
@@ -91,7 +92,7 @@ def fetch(server, tmp_path, capsys):
 
     def run(*words):
         capsys.readouterr()
-        status = command.main([*words, "--data-root", str(tmp_path / "root"), "--mirror", server.url])
+        status = cli.main(["data", "fetch", *words, "--data-root", str(tmp_path / "root"), "--mirror", server.url])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -177,7 +178,7 @@ def test_pictures_that_a_user_keeps_elsewhere_are_used(server, published, fetch,
 
 def test_the_data_folder_of_the_environment_is_used(server, published, tmp_path, monkeypatch):
     monkeypatch.setenv("IVT_DATA", str(tmp_path / "from-variable"))
-    assert command.main(["refcocog", "--pictures", "none", "--mirror", server.url]) == 0
+    assert cli.main(["data", "fetch", "refcocog", "--pictures", "none", "--mirror", server.url]) == 0
     assert (tmp_path / "from-variable" / "refcocog" / "instances.json").is_file()
 
 
@@ -203,7 +204,7 @@ def test_more_than_a_gigabyte_is_not_taken_unasked(server, published, fetch, mon
     assert status == 2
     assert "13.5 GB" in out and "--yes" in err and CATALOGUE["refcocog"].licence in out
     assert server.log == [] and not (tmp_path / "root").exists()
-    for word, expected in (("", 1), ("n", 1), ("what?", 1), ("y", 0), ("Yes", 0)):
+    for word, expected in (("", 2), ("n", 2), ("what?", 2), ("y", 0), ("Yes", 0)):
         asked = answer(monkeypatch, word)
         shutil.rmtree(tmp_path / "root", ignore_errors=True)
         assert fetch("refcocog")[0] == expected
@@ -227,7 +228,7 @@ def test_a_size_that_nobody_knows_is_asked_for(server, fetch, monkeypatch):
     assert status == 2 and "size" in err
     server.files[url] = Served(b"x" * 100)  # the server says that it is small
     status, _, err = fetch("mdetr", "--pictures", "none")
-    assert status == 1 and "neither a zip nor a tar" in err
+    assert status == 2 and "neither a zip nor a tar" in err
     assert known.files[0].bytes is None
 
 
@@ -289,7 +290,7 @@ def test_a_hub_data_set_arrives_with_checked_names_sizes_and_checksums(server, f
     server.files[url].content = b"PAR1 not rEally"
     (tmp_path / "root" / "refadv" / "deep.parquet").unlink()
     status, _, err = fetch("refadv")
-    assert status == 1 and "is not the published file" in err
+    assert status == 2 and "is not the published file" in err
 
 
 def test_a_split_of_a_hub_data_set_can_come_alone(server, fetch, tmp_path):
@@ -302,15 +303,15 @@ def test_a_split_of_a_hub_data_set_can_come_alone(server, fetch, tmp_path):
     assert fetch("lmms")[0] == 0
     assert len(list((tmp_path / "root").rglob("*.parquet"))) == 5
     status, _, err = fetch("lmms", "--split", "test")
-    assert status == 1 and "none holds files of split 'test'" in err
+    assert status == 2 and "none holds files of split 'test'" in err
     status, _, err = fetch("lmms", "--split", "train")
-    assert status == 1 and "lmms has no split 'train'; it has val, test, testA, testB" in err
+    assert status == 2 and "lmms has no split 'train'; it has val, test, testA, testB" in err
 
 
 def test_a_hub_data_set_that_was_rearranged_is_named(server, fetch):
     serve_hub(server, "jxu124/refcoco", {"data/train.json": b"{}"}, folder="data")
     status, _, err = fetch("jxu124", "--pictures", "none")
-    assert status == 1 and r"jxu124/refcoco: its folder data at revision main holds no *.parquet" in err
+    assert status == 2 and r"jxu124/refcoco: its folder data at revision main holds no *.parquet" in err
 
 
 def test_ref_l4_gets_its_pictures_beside_its_annotations(server, fetch, monkeypatch, tmp_path):
@@ -332,7 +333,7 @@ def test_ref_l4_gets_its_pictures_beside_its_annotations(server, fetch, monkeypa
     assert fetch("refl4")[0] == 0
     assert [path for path in got(server)[len(requests) :] if "/api/" not in path] == []
     status, _, err = fetch("refl4", "--pictures", "single")
-    assert status == 1 and "not served one by one" in err
+    assert status == 2 and "not served one by one" in err
 
 
 def test_mdetr_gives_only_the_referring_sets(server, fetch, tmp_path):
@@ -354,14 +355,14 @@ def test_an_archive_of_another_layout_is_named(published, server, fetch, monkeyp
     file = dataclasses.replace(known.files[0], bytes=len(archive), sha256=sha256(archive))
     monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, files=(file,)))
     status, _, err = fetch("refcocog", "--pictures", "none")
-    assert status == 1 and "refcocog.zip: was unpacked into" in err and "instances.json is not there" in err
+    assert status == 2 and "refcocog.zip: was unpacked into" in err and "instances.json is not there" in err
 
 
 def test_a_missing_picture_ends_in_an_error_and_can_be_tried_again(server, published, fetch):
     name = published.picture_of(published.refs_of("val")[0]).name
     server.files[f"/train2014/{name}"].faults = [404]
     status, _, err = fetch("refcocog", "--split", "val")
-    assert status == 1 and name in err and "404" in err and "run the same command again" in err
+    assert status == 2 and name in err and "404" in err and "run the same command again" in err
     assert fetch("refcocog", "--split", "val")[0] == 0
 
 
@@ -372,7 +373,7 @@ def test_a_disk_without_room_for_single_pictures_is_told_first(server, published
     monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, pictures=pictures))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1 << 40, 0, 500_000_000))
     status, _, err = fetch("refcocog", "--split", "val")
-    assert status == 1 and "only 500.0 MB are free" in err
+    assert status == 2 and "only 500.0 MB are free" in err
     assert not any(path.startswith("/train2014/") for path in got(server))
 
 
@@ -388,14 +389,13 @@ def test_a_disk_without_room_for_single_pictures_is_told_first(server, published
     ],
 )
 def test_a_wrong_word_is_an_error_that_helps(tmp_path, capsys, words, expected):
-    assert command.main([*words, "--data-root", str(tmp_path)]) == 1
+    assert cli.main(["data", "fetch", *words, "--data-root", str(tmp_path)]) == 2
     assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "65", "many", "1.5"])
 def test_a_number_of_workers_that_is_none_is_refused(workers, capsys):
-    with pytest.raises(SystemExit):
-        command.main(["refcocog", "--workers", workers])
+    assert cli.main(["data", "fetch", "refcocog", "--workers", workers]) == 2
     assert "1 to 64" in capsys.readouterr().err
 
 
@@ -493,18 +493,18 @@ def test_no_answer_is_a_no(server, published, fetch, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.stdin", argparse.Namespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", ended)
     status, _, err = fetch("refcocog")
-    assert status == 1 and err == "error: nothing was downloaded\n" and not (tmp_path / "root").exists()
+    assert status == 2 and err == "error: nothing was downloaded\n" and not (tmp_path / "root").exists()
 
 
 @pytest.mark.parametrize("mirror", ["http://[::1", "http://[bad"])
 def test_half_an_address_of_a_mirror_is_refused(tmp_path, capsys, mirror):
     words = ["refcocog", "--pictures", "none", "--data-root", str(tmp_path), "--mirror", mirror]
-    assert command.main(words) == 1
+    assert cli.main(["data", "fetch", *words]) == 2
     assert f"error: --mirror {mirror!r} is not an address" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path, capsys):
     for root, said in (("x" * 300, "File name too long"), ("~no-such-user/x", "there is no such home folder")):
-        assert command.main(["refcocog", "--pictures", "none", "--data-root", root]) == 1
+        assert cli.main(["data", "fetch", "refcocog", "--pictures", "none", "--data-root", root]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and said in err and err.count("\n") == 1

@@ -17,6 +17,7 @@ import pytest
 import ivt_env
 from agents.base import load_agent
 from agents.rollout import Args, describe, main
+from ivt_env import failures
 from ivt_env.episodes import Episode, Step, load_episodes, picture_file
 from ivt_env.rollouts import make_vector_env, rollout
 
@@ -55,7 +56,7 @@ def command(cwd: Path, *arguments: str, status: int = 0) -> subprocess.Completed
 
 def refused(capsys: pytest.CaptureFixture[str], args: Args) -> str:
     """The one line that ``main`` says on stderr about ``args``."""
-    assert main(args) == 2
+    assert failures.run(lambda: main(args)) == 2
     output, errors = capsys.readouterr()
     assert output == "" and errors.startswith("error: ") and errors.count("\n") == 1
     return errors
@@ -210,11 +211,11 @@ def test_a_fault_inside_an_agent_keeps_its_traceback(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="my own"):
-        main(Args(agent="plugged_faulty:Corner", out=tmp_path / "out"))
+        failures.run(lambda: main(Args(agent="plugged_faulty:Corner", out=tmp_path / "out")))
 
 
 def test_the_command_plays_what_rollout_plays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Args(agent="random", episodes=5, seed=11, max_steps=4, out=tmp_path, json=True)) == 0
+    main(Args(agent="random", episodes=5, seed=11, max_steps=4, out=tmp_path, json=True))
     env = make_vector_env("IVT-Scenes-v0", num_envs=3, split="val", max_steps=4)
     agent = load_agent("random", seed=11)
     assert load_episodes(tmp_path) == rollout(env, agent, 5, seed=11, agent_name="random")
@@ -222,7 +223,7 @@ def test_the_command_plays_what_rollout_plays(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_forced_episodes_never_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Args(agent="centre", forced=True, out=tmp_path)) == 0
+    main(Args(agent="centre", forced=True, out=tmp_path))
     (episode,) = load_episodes(tmp_path)
     assert [s.stop for s in episode.steps] == [False] * 3 and episode.truncated
     assert "out of steps" in capsys.readouterr().out
@@ -236,7 +237,7 @@ def test_the_view_reaches_the_agent(
     (tmp_path / "plugged_looking.py").write_text(CORNER.replace("step = obs", f'observations["{key}"]; step = obs'))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "plugged_looking", raising=False)
-    assert main(Args(agent="plugged_looking:Corner", view=view, out=tmp_path)) == 0  # type: ignore[arg-type]
+    main(Args(agent="plugged_looking:Corner", view=view, out=tmp_path))  # type: ignore[arg-type]
     with pytest.raises(KeyError):  # the same agent does look: without the key it fails
         main(Args(agent="plugged_looking:Corner", view="overlay", out=tmp_path))
     capsys.readouterr()

@@ -6,7 +6,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -52,7 +52,7 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--workers", type=int, default=4, metavar="N", help="pictures decoded at a time (%(default)s)")
     one.add_argument("--json", action="store_true", help="print JSON and nothing else")
     _add_root(one)
-    one.set_defaults(run=_guarded(_check))
+    one.set_defaults(run=_check)
 
     one = commands.add_parser(
         "convert",
@@ -73,7 +73,7 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--seed", type=int, default=0, help="of the division (%(default)s)")
     one.add_argument("--copy", action="store_true", help="copy the pictures instead of linking them")
     _add_root(one)
-    one.set_defaults(run=_guarded(_convert))
+    one.set_defaults(run=_convert)
 
     one = commands.add_parser(
         "show",
@@ -89,7 +89,7 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--side", type=int, default=300, metavar="PX", help="of one picture (%(default)s)")
     one.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="FILE", help="default: %(default)s")
     _add_root(one)
-    one.set_defaults(run=_guarded(_show))
+    one.set_defaults(run=_show)
 
     one = commands.add_parser(
         "mix",
@@ -100,28 +100,13 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--seed", type=int, default=0, help="of the choice (%(default)s)")
     one.add_argument("--again", action="store_true", help="draw anew although there are ids")
     _add_root(one)
-    one.set_defaults(run=_guarded(_mix))
+    one.set_defaults(run=_mix)
 
 
 def _add_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root", metavar="FOLDER", help="where data sets lie (default: the variable IVT_DATA, else the cache)"
     )
-
-
-def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """What the user can mend becomes one line and exit status 2."""
-
-    def guarded(args: argparse.Namespace) -> int:
-        try:
-            return run(args)
-        except BrokenPipeError:
-            raise
-        except (DataError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-
-    return guarded
 
 
 def _sources(name: str, root: Path, wanted: Sequence[str] | None) -> list[tuple[Source, list[str]]]:

@@ -52,10 +52,6 @@ _COCO_NAME = re.compile(r"COCO_train2014_\d{12}\.jpg")
 _REFER_SETS = ("refcocog", "refcoco", "refcocoplus")
 
 
-class ConsentError(Exception):
-    """A large download was not agreed to."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``run`` needs to a parser."""
     parser.add_argument("name", metavar="NAME", help=f"data set: {', '.join(CATALOGUE)}")
@@ -85,37 +81,13 @@ def run(args: argparse.Namespace) -> int:
 
     Args:
         args: what ``add_arguments`` asks for.
-
-    Returns:
-        Exit status: 0 done (or there already), 1 an error or declined, 2 consent could not be asked
-        for, 130 interrupted. Errors are told on standard error.
     """
     try:
         _fetch(args)
-    except ConsentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (DataError, _DeclinedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {disk_error(error, Path(error.filename or args.data_root or '.'))}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on from here", file=sys.stderr)
-        return 130
+        print("\nrun the same command again to go on from here", file=sys.stderr)
+        raise
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``run`` with arguments from a list of words (None: from the command line)."""
-    parser = argparse.ArgumentParser("ivt data fetch", description="Download a data set to where its reader looks.")
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-class _DeclinedError(Exception):
-    """The user said no."""
 
 
 def _workers(word: str) -> int:
@@ -246,7 +218,7 @@ def _ask(sizes: Sequence[int | None], agreed: bool) -> None:
     if agreed or (known <= ASK_ABOVE_BYTES and None not in sizes):
         return
     if not sys.stdin.isatty():
-        raise ConsentError(
+        raise DataError(
             f"this would download {text}, more than 1 GB or unknown, and nobody can be asked here; give --yes to agree"
         )
     try:
@@ -255,7 +227,7 @@ def _ask(sizes: Sequence[int | None], agreed: bool) -> None:
         print()
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
-        raise _DeclinedError("nothing was downloaded")
+        raise DataError("nothing was downloaded")
 
 
 # --- Doing it -------------------------------------------------------------------------------------

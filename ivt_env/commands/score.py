@@ -7,22 +7,19 @@
 It prints one common rule for every data set and, beside it, the rule under which the benchmark's
 published numbers were made; ``ivt_env.metrics.benchmarks`` says what they are. What the numbers of a
 box mean is declared, never guessed; ``ivt_env.metrics.predictions`` says what a file looks like.
-
-Exit status: 0, or 2 with one line on standard error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ivt_env.data import NAMES, load_dataset
-from ivt_env.data.sample import DataError, Sample
-from ivt_env.metrics.benchmarks import OWN_RULES, RULES, BenchmarkError, RuleResult, results_table, score
+from ivt_env.data.sample import Sample
+from ivt_env.metrics.benchmarks import OWN_RULES, RULES, RuleResult, results_table, score
 from ivt_env.metrics.predictions import (
     FORMATS,
     FRAMES,
@@ -84,28 +81,8 @@ def run(args: argparse.Namespace) -> int:
     Args:
         args: what ``add_arguments`` parsed.
     """
-    try:
-        print(_scored(args))
-    except BrokenPipeError:
-        raise
-    except (DataError, PredictionError, BenchmarkError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    print(_scored(args))
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv`` (default: the command line) and run; the exit status."""
-    parser = _Parser(prog="ivt score", description="Score a file of predictions without a model.")
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())} (ivt score --help lists the options)\n")
 
 
 def _scored(args: argparse.Namespace) -> str:
@@ -220,7 +197,3 @@ def _as_text(
     if args.resamples:
         lines.append(f"intervals: bootstrap over whole pictures, {args.resamples} resamples")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

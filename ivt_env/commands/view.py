@@ -55,17 +55,6 @@ def run(args: argparse.Namespace) -> int:
     Args:
         args: what ``add_arguments`` parsed.
     """
-    try:
-        _view(args)
-    except BrokenPipeError:
-        raise
-    except (DataError, ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
-
-
-def _view(args: argparse.Namespace) -> None:
     from ivt_env.viewer.page import write_page
     from ivt_env.viewer.pictures import PictureFinder
 
@@ -85,7 +74,7 @@ def _view(args: argparse.Namespace) -> None:
         app = ViewApp(runs, find, title, args.side or 1024)
         app.get("/", {})  # made now, so that the browser need not wait for it
         serve(LocalServer(app, args.port), f"{sum(map(len, runs.values())):,} episodes")
-        return
+        return 0
     absent: dict[str, int] = {}
 
     def picture_of(episode: Episode) -> Picture:
@@ -104,6 +93,7 @@ def _view(args: argparse.Namespace) -> None:
     print(f"{path}: {sum(map(len, runs.values())):,} episodes, {pictures:,} pictures, {megabytes:.1f} MB")
     if pictures > _MANY_PICTURES:
         print("a page of this size opens slowly; --serve sends pictures only when they are looked at", file=sys.stderr)
+    return 0
 
 
 def serve(server: object, what: str) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import ivt_env
+from ivt_env import failures
 from ivt_env.server.app import GroundingServer, Settings
 from ivt_env.server.protocol import Limits
 from ivt_env.server.session import Offer
@@ -83,26 +84,26 @@ async def run(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; what the user can mend ends with one line on standard error and exit status 2."""
-    args = parser().parse_args(argv)
+    """Run the command; the process ends with its exit status."""
+    sys.exit(failures.run(lambda: _serve(parser().parse_args(argv)), extra="server"))
+
+
+def _serve(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    limits = Limits(**{one.name: getattr(args, one.name) for one in fields(Limits)})
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: give at least 1")
+    if not 0 <= args.port < 65536:
+        raise ValueError(f"--port {args.port}: give a number from 0 to 65535")
+    offer = Offer(tuple(args.env or ivt_env.IDS), args.allow_data_root, limits)
+    settings = Settings(args.host, args.port, offer, args.workers, tuple(args.origin))
+    if not _is_loopback(args.host):
+        logging.warning("anyone who can reach %s can use this server: it asks for no password", args.host)
     try:
-        limits = Limits(**{one.name: getattr(args, one.name) for one in fields(Limits)})
-        if args.workers < 1:
-            raise ValueError(f"--workers {args.workers}: give at least 1")
-        if not 0 <= args.port < 65536:
-            raise ValueError(f"--port {args.port}: give a number from 0 to 65535")
-        offer = Offer(tuple(args.env or ivt_env.IDS), args.allow_data_root, limits)
-        settings = Settings(args.host, args.port, offer, args.workers, tuple(args.origin))
-        if not _is_loopback(args.host):
-            logging.warning("anyone who can reach %s can use this server: it asks for no password", args.host)
         asyncio.run(run(settings))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
     except OSError as error:
-        print(f"error: cannot listen on {args.host} port {args.port}: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        why = error.strerror or error
+        raise ValueError(f"cannot listen on {args.host} port {args.port}: {why}") from error
 
 
 def _is_loopback(host: str) -> bool:
