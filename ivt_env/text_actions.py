@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,23 +38,19 @@ class ParsedAction:
         return self.numbers is None and not self.stop
 
 
-_OBJECT = re.compile(r"\{[^{}]*\}")
+LONGEST_ANSWER = 65_536
+"""Characters of a text that are read for an action: its end, where the action stands."""
 
 
 def parse_action(text: str) -> ParsedAction:
-    """The action in a model's text: its last JSON object, which must hold a box or a stop.
+    """The action in a model's text: the last complete JSON object with a box or a stop.
 
-    Reasoning before it, a Markdown fence and a surrounding list are fine. A box may say which picture it
-    is relative to (``"picture": 2``). Two different actions in one object, four things that are not
-    numbers, or no object at all count as a failure; no text raises an error.
+    Reasoning around it, a Markdown fence, a surrounding list or object, other keys with any text in them and an
+    object that is cut off do no harm. A box may say which picture it is relative to (``"picture": 2``). Two
+    different actions in one object, four things that are not numbers, or no such object at all count as a failure;
+    no text raises an error.
     """
-    found = _OBJECT.findall(text)
-    if not found:
-        return ParsedAction()
-    try:
-        action = json.loads(found[-1])
-    except (ValueError, RecursionError):  # thousands of nested brackets are a failure like any other
-        return ParsedAction()
+    action = _last_object(text[-LONGEST_ANSWER:])
     stop, numbers, picture = action.get("stop"), action.get("bbox_2d"), action.get("picture", 1)
     if not isinstance(picture, int) or isinstance(picture, bool) or picture < 1:
         return ParsedAction()
@@ -62,6 +59,50 @@ def parse_action(text: str) -> ParsedAction:
     if stop in (None, False) and isinstance(numbers, list) and len(numbers) == 4 and all(map(_is_number, numbers)):
         return ParsedAction(numbers=tuple(float(v) for v in numbers), picture=picture)
     return ParsedAction()
+
+
+_MARKS = re.compile(r'\\++"?+|"|\{(?=\s*")')
+"""Quotes, escaped or not, and braces that an object with a key can begin with."""
+
+_SHALLOW = 200
+"""Characters that can be passed over where the decoder gives up nesting: fewer than the levels it went down."""
+
+
+def _last_object(text: str) -> dict[str, Any]:
+    """The JSON object with a box or a stop that is complete last; empty if there is none.
+
+    In linear time, however the brackets are nested: where the decoder fails, it has seen every object that it
+    passed. Only what it took for the inside of a string (an odd number of quotes away) is read once more.
+    """
+    found: dict[str, Any] = {}
+
+    def note(value: dict[str, Any]) -> dict[str, Any]:
+        nonlocal found
+        if "bbox_2d" in value or "stop" in value:
+            found = value
+        return value
+
+    decoder = json.JSONDecoder(object_hook=note, parse_int=_integer, strict=False)
+    quoted, seen = 0, [0, 0]
+    """Whether the number of quotes so far is odd, and up to where objects are known that begin after an even and an
+    odd number of them."""
+    for mark in _MARKS.finditer(text):
+        start = mark.start()
+        if mark[0] != "{":
+            quoted ^= mark[0][-1] == '"' and len(mark[0]) % 2
+        elif start >= seen[quoted]:
+            try:
+                seen = [decoder.raw_decode(text, start)[1]] * 2
+            except json.JSONDecodeError as error:
+                seen[quoted] = error.pos
+            except RecursionError:
+                seen[quoted] = start + _SHALLOW
+    return found
+
+
+def _integer(digits: str) -> int | float:
+    """An integer, or infinity for one that Python would need quadratic time or an error for."""
+    return int(digits) if len(digits) < 20 else float(digits)
 
 
 def to_thousandths(box: Sequence[float]) -> list[int]:
@@ -75,9 +116,4 @@ def from_thousandths(numbers: Sequence[float]) -> list[float]:
 
 
 def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,11 +1,14 @@
 """A box read in the wrong frame is still a box. Frames are declared, and every text has one reading."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.vlm.codec import STOP_TEXT, BoxCodec, parse_action
+from ivt_env.text_actions import LONGEST_ANSWER
 
 SIZES = st.tuples(st.integers(28, 2000), st.integers(28, 2000))
 BOXES = st.tuples(*[st.floats(0, 1)] * 4)
@@ -54,9 +57,31 @@ def test_a_stop_is_read_with_and_without_words():
         '```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]\n```',
         'First {"bbox_2d": [9, 9, 9, 9]}, no: {"bbox_2d": [1, 2, 3, 4]}',
         '{"bbox_2d": [1.0, 2, 3, 4], "stop": false}',
+        '{"bbox_2d": [1, 2, 3, 4], "label": "the key marked {Esc}"}',
+        '{"label": "the } and the { key, {}", "bbox_2d": [1, 2, 3, 4]}',
+        r'{"label": "the \"{\" key, a \\", "bbox_2d": [1, 2, 3, 4]}',
+        r'{"label": "{\"stop\": true}", "bbox_2d": [1, 2, 3, 4]}',
+        r'{"bbox_2d": [1, 2, 3, 4], "label": "{\"bbox_2d\": [5, 6, 7, 8]}"}',
+        '{"label": "grüne Tasse 红色 🟥 {Ü}", "bbox_2d": [1, 2, 3, 4]}',
+        '{"label": "two\nlines", "bbox_2d": [1, 2, 3, 4]}',
+        '{"bbox_2d": [1, 2, 3, 4], "why": {"rows": [{"x": {}}]}}',
+        '{"bbox_2d": [1, 2, 3, 4], "before": {"bbox_2d": [5, 6, 7, 8]}}',
+        '{"objects": [{"bbox_2d": [9, 9, 9, 9]}, {"bbox_2d": [1, 2, 3, 4]}]}',
+        '{"bbox_2d": [1, 2, 3, 4]} {"note": "fits"} {}',
+        '{"bbox_2d": [1, 2, 3, 4]}\n{"bbox_2d": [5, 6, 7',
+        '{"stop": true} {"bbox_2d": [1, 2, 3, 4]} {"stop": tr',
+        '{"objects": [{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [5, 6',
+        'It is {"Esc} that is meant: {"bbox_2d": [1, 2, 3, 4]}',
+        'The "{" key, the \'{"\' key, C:\\{"bbox_2d": [1, 2, 3, 4]} }}"',
+        '{"' * 1001 + '{"bbox_2d": [1, 2, 3, 4]}' + '{"' * 1001,
+        '{"a":' * 5000 + '{"bbox_2d": [1, 2, 3, 4]}' + "}" * 5000,
+        '{"bbox_2d": [1, 2, 3, 4]}' + '{"a":' * 5000,
+        '{"x": ' + "[" * 5000 + "]" * 5000 + '} {"bbox_2d": [1, 2, 3, 4]}',
+        '{"bbox_2d": [1, 2, 3, 4], "id": ' + "9" * 10_000 + "}",
+        "x" * 100_000 + '{"bbox_2d": [1, 2, 3, 4]}',
     ],
 )
-def test_the_last_object_counts(text):
+def test_the_last_complete_object_counts_whatever_is_around_it_and_in_its_strings(text):
     assert parse_action(text).numbers == (1, 2, 3, 4)
 
 
@@ -76,7 +101,40 @@ def test_the_last_object_counts(text):
         '{"bbox_2d": [1, 2, 3, 4',
         '{"box": [1, 2, 3, 4]}',
         '{"bbox_2d": {"x": 1}}',
+        '{"bbox_2d": [1, 2, 3, 4]} {"bbox_2d": "none"}',
+        r'{"label": "{\"stop\": true}"}',
+        '{"bbox_2d": [1, 2, 3, ' + "9" * 10_000 + "]}",
+        '{"bbox_2d": [1, 2, 3, 1e999]}',
+        '{"a":' * 5000 + "}" * 5000,
     ],
 )
 def test_anything_else_is_a_failure_and_never_a_guess(text):
     assert parse_action(text).failed
+
+
+NESTED = [
+    '{"a":',
+    '{"',
+    "{",
+    "[",
+    '{"a":[',
+    '{"a":[1,1,',
+    "\\",
+    '\\"',
+    '"',
+    '{"a": {}, ',
+    '{"a":{"b":1},"c":',
+    '{"\\"',
+    "9",
+]
+
+
+@pytest.mark.parametrize("part", NESTED)
+def test_reading_takes_time_in_proportion_to_the_length(part):
+    """Measured: at most 0.3 s for the longest answer; trying every brace anew took minutes."""
+    action = '{"bbox_2d": [1, 2, 3, 4]}'
+    text = action + part * (LONGEST_ANSWER // len(part))
+    begun = time.process_time()
+    parse_action(text)
+    assert parse_action(text[len(action) :] + action).numbers == (1, 2, 3, 4)
+    assert time.process_time() - begun < 3

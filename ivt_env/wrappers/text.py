@@ -38,11 +38,11 @@ class TextActions(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.uti
     """Questions and answers in words; the rules and rewards are those of the environment.
 
     ## Action space
-    A string of any characters: optional reasoning, then a JSON object, of which the last one counts:
-    `{"bbox_2d": [x1, y1, x2, y2]}` in thousandths of the picture, or `{"stop": true}`. Reasoning, Markdown
-    fences and a list around the object do no harm. A text without a usable action uses up its step, changes
-    nothing, and is told by `info["parse_failure"]` and, in words, `info["invalid"]`. So is a box that could
-    be read and cannot be used (`x2 <= x1`, beyond 1000), without the parse failure.
+    A string of any characters: optional reasoning, then a JSON object with a box or a stop, of which the last
+    complete one counts: `{"bbox_2d": [x1, y1, x2, y2]}` in thousandths of the picture, or `{"stop": true}`.
+    Reasoning, Markdown fences, other keys and a list around the object do no harm. A text without a usable action
+    uses up its step, changes nothing, and is told by `info["parse_failure"]` and, in words, `info["invalid"]`.
+    So is a box that could be read and cannot be used (`x2 <= x1`, beyond 1000), without the parse failure.
 
     ## Observation space
     | key | space | meaning |
@@ -100,7 +100,7 @@ class TextActions(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.uti
         read = parse_action(action)
         why = None
         if read.failed:
-            why = 'the text does not end in {"bbox_2d": [x1, y1, x2, y2]} or {"stop": true}'
+            why = 'the text holds no {"bbox_2d": [x1, y1, x2, y2]} or {"stop": true}'
         elif read.picture != 1:
             why = f"the box is said to refer to picture {read.picture}; one was shown"
         # The environment refuses what is no number, and the step counts.
