@@ -25,7 +25,8 @@ import ivt_env  # noqa: E402
 from agents.command import run_command  # noqa: E402
 from ivt_env import rendering, rewards  # noqa: E402
 from ivt_env.data import splits  # noqa: E402
-from ivt_env.env import GroundingEnv, action_space, observation_space  # noqa: E402
+from ivt_env.env import GroundingEnv  # noqa: E402
+from ivt_env.grounding import action_space, observation_space  # noqa: E402
 
 ABOUT = {
     "IVT-Scenes-v0": "Procedural pictures of coloured shapes, embedded and without an end: to learn, to test and to "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -90,34 +90,6 @@ class Game:
         iou = iou_of_two(self.box.tolist(), self.sample.box)
         config = self.reward_config
         return iou, iou if config.potential == "iou" else config.phi(self.box, self.sample.box)
-
-    def get_state(self) -> dict[str, Any]:
-        """What distinguishes this episode from a new one of its sample, JSON-able."""
-        return {
-            "box": None if self.box is None else self.box.tolist(),
-            "step_count": self.step_count,
-            "terminated": self.terminated,
-            "truncated": self.truncated,
-            "last_reward": self.last_reward,
-            "best_iou": self.best_iou,
-        }
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Put an episode of the same sample where ``get_state`` found it.
-
-        Raises:
-            ValueError: for a state that lacks something, or whose box is none. Nothing is changed then.
-        """
-        missing = sorted(self.get_state().keys() - state.keys())
-        if missing:
-            raise ValueError(f"the state of an episode lacks {', '.join(missing)}: give what get_state() returned")
-        box = None if state["box"] is None else _float32(state["box"])
-        if box is not None and (why := boxes.invalid_reason(box)):
-            raise ValueError(f"box {state['box']} in the state of an episode: {why}")
-        self.box, self.step_count = box, int(state["step_count"])
-        self.terminated, self.truncated = bool(state["terminated"]), bool(state["truncated"])
-        self.iou, self.phi = self._worth()
-        self.last_reward, self.best_iou = float(state["last_reward"]), float(state["best_iou"])
 
     def info(self, invalid: str | None = None) -> dict[str, Any]:
         """For scoring and logging, never for acting: the target box stands in it."""

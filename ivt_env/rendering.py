@@ -190,8 +190,8 @@ def frame(
     """A frame for people: proposal (red, filled), target (green outline) and a caption below.
 
     Returns:
-        RGB uint8 (S + caption, S, 3). Its size does not depend on the picture or the caption's
-        length, as video writers need; long lines are cut with an ellipsis.
+        RGB uint8 (S + caption, S, 3), rounded up to even sides: most video players refuse others. The size
+        depends on S and the number of lines only; long lines are cut with an ellipsis.
     """
     side = canvas.shape[1]
     picture = canvas.copy()
@@ -201,7 +201,8 @@ def frame(
     size = max(11, side // 32)
     font = caption_font(size)
     line_height = round(size * 1.45)
-    page = Image.new("RGB", (side, side + line_height * len(lines) + size // 2), (24, 26, 30))
+    width, height = (v + v % 2 for v in (side, side + line_height * len(lines) + size // 2))
+    page = Image.new("RGB", (width, height), (24, 26, 30))
     page.paste(Image.fromarray(picture), (0, 0))
     pen = ImageDraw.Draw(page)
     for number, line in enumerate(lines):

@@ -1,87 +1,83 @@
-"""What ``get_state`` of the environments returns is made of, and how ``set_state`` checks it."""
+"""``get_state`` and ``set_state``: leave an environment and play on from there, here or elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from ivt_env.data.sample import Dataset, Sample
-from ivt_env.rendering import Overlay
-from ivt_env.rewards import RewardConfig
+from ivt_env.game import Game
+from ivt_env.grounding import Grounding, LiveEpisode, Observation
+
+_GAME = ("step_count", "terminated", "truncated", "last_reward", "best_iou")
 
 
-def made_with(
-    dataset: Dataset,
-    max_steps: int,
-    initial_box: Sequence[float] | None,
-    reward: RewardConfig,
-    view: str,
-    canvas: int,
-    overlay: Overlay,
-) -> dict[str, Any]:
-    """The options that decide what is seen and earned, JSON-able: a state fits environments that share them."""
-    return {
-        "dataset": dataset.name,
-        "split": dataset.split,
-        "samples": len(dataset),
-        "max_steps": max_steps,
-        "initial_box": None if initial_box is None else [float(v) for v in initial_box],
-        "reward": asdict(reward),
-        "view": view,
-        "canvas": canvas,
-        "overlay": asdict(overlay) | {"colour": list(overlay.colour)},
-    }
+class Stateful(Grounding):
+    """Environments whose state can be taken and put back."""
+
+    def get_state(self) -> dict[str, Any]:
+        """All that decides how the environment goes on, later episodes included. JSON-able."""
+        episodes = [
+            {"index": live.index, "sample_id": live.game.sample.sample_id, "box": _plain(live.game.box)}
+            | {name: getattr(live.game, name) for name in _GAME}
+            for live in self.playing()
+        ]
+        rngs = [dict(rng.bit_generator.state) for rng in self._generators()]
+        return {"made_with": self._made_with(), "rngs": rngs, "episodes": episodes}
+
+    def set_state(self, state: Mapping[str, Any]) -> tuple[Observation, dict[str, Any]]:
+        """Go on from where ``get_state`` was called; returns what ``reset`` returns.
+
+        Behind ``gym.make`` this is a method of ``env.unwrapped``; the wrapper ``OrderEnforcing`` still wants
+        one ``reset`` before the first ``step``.
+
+        Raises:
+            ValueError: for anything else than the state of an environment made with the same options over the
+                same data. Nothing is changed then.
+        """
+        try:
+            for name, value in self._made_with().items():
+                if (theirs := state["made_with"].get(name)) != value:
+                    raise ValueError(f"made with {name} {theirs!r}, this environment has {value!r}")
+            rngs = [np.random.Generator(np.random.PCG64()) for _ in self._generators()]
+            for rng, theirs in zip(rngs, state["rngs"], strict=True):
+                rng.bit_generator.state = theirs
+            live = [self._restored(episode) for _, episode in zip(rngs, state["episodes"], strict=True)]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            why = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"no state of an environment like this one: {why}") from error
+        return self._go_on(rngs, live)
+
+    def _restored(self, state: Mapping[str, Any]) -> LiveEpisode:
+        index = state["index"]
+        sample = self.dataset[index]
+        if sample.sample_id != state["sample_id"]:
+            raise ValueError(f"sample {index} is {sample.sample_id!r} here, it was {state['sample_id']!r}")
+        game = Game(sample, self.reward_config, self.max_steps, state["box"])
+        for name in _GAME:
+            setattr(game, name, state[name])
+        return self.resumed(index, game)
+
+    def _made_with(self) -> dict[str, Any]:
+        """The options that decide what is seen and earned, JSON-able."""
+        screen, dataset = self.screen, self.dataset
+        return {
+            "dataset": [dataset.name, dataset.split, len(dataset)],
+            "max_steps": self.max_steps,
+            "initial_box": _plain(self.initial_box),
+            "reward": asdict(self.reward_config),
+            "view": [screen.view, screen.side],
+            "overlay": asdict(screen.overlay) | {"colour": list(screen.overlay.colour)},
+        }
+
+    def _generators(self) -> list[np.random.Generator]:
+        raise NotImplementedError
+
+    def _go_on(self, rngs: list[np.random.Generator], live: list[LiveEpisode]) -> tuple[Observation, dict[str, Any]]:
+        raise NotImplementedError
 
 
-def check_state(state: Any, keys: Sequence[str], options: Mapping[str, Any]) -> None:
-    """Whether a state has its parts and is of an environment made with ``options``.
-
-    Raises:
-        ValueError: if not; names the part, or the option with both its values.
-    """
-    if not isinstance(state, Mapping):
-        raise ValueError(f"a state is the dict that get_state() returned, not a {type(state).__name__}")
-    missing = [key for key in (*keys, "made_with") if key not in state]
-    if missing:
-        raise ValueError(f"the state lacks {', '.join(missing)}: give what get_state() returned")
-    for name, value in options.items():
-        theirs = state["made_with"].get(name)
-        if theirs != value:
-            raise ValueError(
-                f"the state is of an environment with {name} {theirs!r}, this one has {value!r}: "
-                "make both with the same options"
-            )
-
-
-def stated_sample(dataset: Dataset, index: int, sample_id: str) -> Sample:
-    """The sample that a state was taken at; ValueError where the data set holds another one there."""
-    if not 0 <= index < len(dataset):
-        raise ValueError(f"index {index} of the state: {dataset.name} {dataset.split} has {len(dataset)} samples")
-    sample = dataset[index]
-    if sample.sample_id != sample_id:
-        raise ValueError(
-            f"the state was taken at sample {sample_id!r}; number {index} of {dataset.name} {dataset.split} "
-            f"is {sample.sample_id!r} here: open the same data set"
-        )
-    return sample
-
-
-def rng_state(rng: np.random.Generator) -> dict[str, Any]:
-    """The state of a generator, in plain integers; ValueError for another kind than NumPy's default."""
-    state = rng.bit_generator.state
-    if state["bit_generator"] != "PCG64":
-        raise ValueError(f"np_random is a {state['bit_generator']}; only the state of a PCG64 can be kept")
-    return dict(state)
-
-
-def rng_at(state: Any) -> np.random.Generator:
-    """A generator that goes on where ``rng_state`` was taken; ValueError for anything else."""
-    bits = np.random.PCG64()
-    try:
-        bits.state = state
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"the state of the random generator cannot be used: {error}") from error
-    return np.random.Generator(bits)
+def _plain(box: Any) -> list[float] | None:
+    return None if box is None else [float(v) for v in box]

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 import ivt_env
-from ivt_env.env import action_space, observation_space
+from ivt_env.grounding import action_space, observation_space
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -7,6 +7,7 @@ with one.
 
 from __future__ import annotations
 
+import subprocess
 from collections import Counter
 from typing import Any
 
@@ -441,3 +442,58 @@ def test_frames_are_one_per_environment_and_of_one_size():
     assert len({frame.shape for frame in (*before, *after)}) == 1
     assert all((a != b).any() for a, b in zip(before, after, strict=True))
     assert disabled(2).render() is None
+
+
+@pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
+def test_frames_observations_and_infos_are_those_of_the_single_environment(view):
+    options = {"dataset": "photos", "split": "val", "canvas": 95, "view": view, "render_mode": "rgb_array"}
+    several = GroundingVectorEnv(N, autoreset_mode="Disabled", **options)
+    singles = [GroundingEnv(**options) for _ in range(N)]
+    observations, infos = several.reset(seed=5)
+    one_by_one = [env.reset(seed=5 + i) for i, env in enumerate(singles)]
+    rng, compared = np.random.default_rng(0), 0
+    for _ in range(4):
+        frames = several.render()
+        for i, (env, (observation, info)) in enumerate(zip(singles, one_by_one, strict=True)):
+            assert_equal({key: value[i] for key, value in observations.items()}, observation)
+            known = {k: v for k, v in infos.items() if not k.startswith("_") and infos[f"_{k}"][i]}
+            assert known.keys() == info.keys()
+            assert all(np.array_equal(value[i], info[key]) for key, value in known.items())
+            np.testing.assert_array_equal(frames[i], env.render())
+            compared += 1
+        acted = random_actions(rng)
+        observations, rewards, _, _, infos = several.step(acted)
+        for i, env in enumerate(singles):
+            if env.game.over:  # the vector environment keeps it as it is, and nothing is refused any more
+                one_by_one[i][1].pop("invalid", None)
+                continue
+            observation, reward, *_, info = env.step({"box": acted["box"][i], "stop": acted["stop"][i]})
+            one_by_one[i] = observation, info
+            assert rewards[i] == reward
+    assert compared == 4 * N
+
+
+@pytest.mark.parametrize("canvas", [16, 40, 95, 96, 384, 640, 641])
+def test_frames_have_even_sides_because_players_refuse_others(canvas):
+    for env in (
+        GroundingEnv(canvas=canvas, render_mode="rgb_array"),
+        GroundingVectorEnv(2, canvas=canvas, render_mode="rgb_array"),
+    ):
+        env.reset(seed=0)
+        found = env.render()
+        for frame in [found] if isinstance(found, np.ndarray) else found:
+            assert frame.shape[0] % 2 == frame.shape[1] % 2 == 0 and frame.shape[1] in (canvas, canvas + 1)
+
+
+def test_a_recorded_video_is_of_the_kind_that_players_take(tmp_path):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="recording needs moviepy")
+    pytest.importorskip("moviepy")
+    env = gym.make("IVT-Scenes-v0", canvas=95, render_mode="rgb_array")
+    env = gym.wrappers.RecordVideo(env, str(tmp_path), episode_trigger=lambda _: True, disable_logger=True)
+    env.reset(seed=0)
+    env.step({"box": np.float32([0.1, 0.1, 0.6, 0.6]), "stop": 0})
+    env.step({"box": np.float32([0, 0, 0, 0]), "stop": 1})
+    env.close()
+    (video,) = tmp_path.glob("*.mp4")
+    described = subprocess.run([ffmpeg.get_ffmpeg_exe(), "-i", str(video)], capture_output=True, text=True).stderr
+    assert "yuv420p" in described and "yuv444p" not in described

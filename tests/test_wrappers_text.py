@@ -126,12 +126,7 @@ def test_the_question_names_what_to_find_and_the_current_box(photos):
 def test_braces_in_an_expression_stay_as_they_are(photos, monkeypatch):
     env = make(question="{box} {expression}")
     observation, _ = env.reset(seed=0)
-    assert (
-        env._asked({**env.unwrapped.screen.observe(env.unwrapped._loaded, env.unwrapped.game), "expression": "{box}"})[
-            "text"
-        ]
-        == "none {box}"
-    )
+    assert env._asked({**env.unwrapped.live[0].observe(), "expression": "{box}"})["text"] == "none {box}"
     assert observation["text"].startswith("none ")
 
 

@@ -26,8 +26,8 @@ from agents.vlm.policy import VLMPolicy
 from agents.vlm.speed import can_pack
 from agents.vlm.turns import Box, Turn
 from ivt_env.data.sample import Dataset
-from ivt_env.env import Screen
 from ivt_env.game import Game
+from ivt_env.grounding import Screen
 from ivt_env.rewards import RewardConfig
 
 

@@ -16,7 +16,8 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
 import ivt_env
-from ivt_env.env import Action, GroundingEnv, Observation, action_space, observation_space
+from ivt_env.env import GroundingEnv
+from ivt_env.grounding import Action, Observation, action_space, observation_space
 from ivt_env.server.protocol import ENCODINGS, KWARGS, box_out, picture_in
 
 _FLOAT32 = ("box", "window", "target")

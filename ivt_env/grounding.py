@@ -1,0 +1,248 @@
+"""What a grounding environment is: its options, spaces, episodes, observations and frames.
+
+``GroundingEnv`` steps one episode and ``GroundingVectorEnv`` many. Everything else they have is here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from ivt_env import boxes, rendering
+from ivt_env.batches import Layer
+from ivt_env.data import load_dataset
+from ivt_env.data.sample import Dataset, Picture, Sample
+from ivt_env.expression_space import Expression
+from ivt_env.game import Game
+from ivt_env.rendering import Overlay, Sheet
+from ivt_env.rewards import RewardConfig
+
+Observation = dict[str, Any]
+Action = Mapping[str, Any]
+
+Loaded = tuple[Picture, Sheet]
+"""A sample's image at full resolution, and on the canvas."""
+Closeup = tuple[Picture, tuple[int, int], NDArray[np.float32]]
+
+VIEWS = ("overlay", "closeup", "both")
+WHOLE = np.array([0, 0, 1, 1], dtype=np.float32)
+"""The window of a close-up that shows the whole image."""
+DTYPES = {"box": np.float32, "step": np.int64, "extent": np.int32, "closeup_extent": np.int32, "window": np.float32}
+"""Types of the numbers in an observation."""
+
+
+def observation_space(view: str, canvas: int, max_steps: int) -> spaces.Dict:
+    """The observation space of one environment; see ``GroundingEnv``."""
+    picture = spaces.Box(0, 255, (canvas, canvas, 3), np.uint8)
+    extent = spaces.Box(0, canvas, (2,), np.int32)
+    relative_box = spaces.Box(0.0, 1.0, (4,), np.float32)
+    parts: dict[str, spaces.Space[Any]] = {
+        "image": picture,
+        "extent": extent,
+        "expression": Expression(),
+        "box": relative_box,
+        "step": spaces.Discrete(max_steps + 1),
+    }
+    if view != "overlay":
+        parts["window"] = relative_box
+    if view == "both":
+        parts |= {"closeup": picture, "closeup_extent": extent}
+    return spaces.Dict(parts)
+
+
+def action_space() -> spaces.Dict:
+    """``box``: xyxy relative to the image; ``stop``: 1 ends the episode and the box is ignored."""
+    return spaces.Dict({"box": spaces.Box(0.0, 1.0, (4,), np.float32), "stop": spaces.Discrete(2)})
+
+
+class Screen:
+    """Turns a sample and the current box into an observation. An image is decoded once per sample."""
+
+    def __init__(self, dataset: Dataset, view: str, canvas: int, overlay: Overlay) -> None:
+        if view not in VIEWS:
+            raise ValueError(f"view {view!r}: choose one of {', '.join(VIEWS)}")
+        if not isinstance(canvas, int) or canvas < 16:
+            raise ValueError(f"canvas {canvas!r}: give the side in pixels, an integer of at least 16")
+        self.dataset, self.view, self.side, self.overlay = dataset, view, canvas, overlay
+
+    def load(self, sample: Sample) -> Loaded:
+        """Decode a sample's image and place it on the canvas."""
+        picture = self.dataset.picture(sample)
+        return picture, Sheet(*rendering.place_on_canvas(picture, self.side), self.overlay)
+
+    def closeup(self, loaded: Loaded, box: NDArray[np.float32] | None) -> Closeup:
+        """The close-up of a box, or the whole canvas where there is none.
+
+        Returns:
+            image (S, S, 3), which is the cached canvas itself where there is no box; extent (height,
+            width) on it; window (4,), xyxy relative to the whole image.
+        """
+        picture, sheet = loaded
+        if box is None:
+            return sheet.canvas, sheet.extent, WHOLE
+        return rendering.closeup(picture, box, self.side, self.overlay)
+
+    def look(self, loaded: Loaded, game: Game, closeup: Closeup | None = None) -> tuple[Observation, dict[str, Layer]]:
+        """What an observation holds: the expression and the numbers, and for each image what to paint.
+
+        Args:
+            loaded: of the sample.
+            game: the episode.
+            closeup: of the current box, where it is made already.
+        """
+        sheet, box = loaded[1], game.box
+        seen: Observation = {
+            "expression": game.sample.expression,
+            "box": boxes.NO_BOX if box is None else box,
+            "step": game.step_count,
+        }
+        layers: dict[str, Layer] = {}
+        if self.view != "closeup":
+            layers["image"], seen["extent"] = (sheet.canvas, sheet, box), sheet.extent
+        if self.view != "overlay":
+            close, extent, seen["window"] = closeup or self.closeup(loaded, box)
+            key = "image" if self.view == "closeup" else "closeup"
+            layers[key], seen["extent" if key == "image" else "closeup_extent"] = (close, None, None), extent
+        return seen, layers
+
+    def observe(self, loaded: Loaded, game: Game, closeup: Closeup | None = None) -> Observation:
+        """A fresh observation of one environment; it shares no memory with what is kept."""
+        seen, layers = self.look(loaded, game, closeup)
+        observation = {k: np.array(v, dtype=DTYPES[k])[()] if k in DTYPES else v for k, v in seen.items()}
+        for key, (canvas, sheet, box) in layers.items():
+            observation[key] = canvas.copy()
+            if sheet is not None and box is not None:
+                sheet.draw(observation[key], box)
+        return observation
+
+
+class LiveEpisode:
+    """An episode that is being played: its sample's number, its game, and what it looks like."""
+
+    def __init__(self, screen: Screen, index: int, game: Game, loaded: Loaded) -> None:
+        """Show ``game``, which plays sample ``index``, on ``screen``."""
+        self.screen, self.index, self.game, self.loaded = screen, index, game, loaded
+        # With the box that it was made for: an episode that has ended or was refused keeps its close-up.
+        self._closeup: tuple[NDArray[np.float32] | None, Closeup] | None = None
+
+    def look(self) -> tuple[Observation, dict[str, Layer]]:
+        """As ``Screen.look``."""
+        return self.screen.look(self.loaded, self.game, self._close())
+
+    def observe(self) -> Observation:
+        """As ``Screen.observe``."""
+        return self.screen.observe(self.loaded, self.game, self._close())
+
+    def caption(self) -> list[str]:
+        """The episode in three lines."""
+        game = self.game
+        state = "stopped" if game.terminated else "out of steps" if game.truncated else "running"
+        step = f"step {game.step_count}/{game.max_steps} ({state})"
+        box = "none" if game.box is None else " ".join(f"{v:.3f}" for v in game.box)
+        return [
+            game.sample.expression,
+            f"{step}   IoU {game.iou:.3f}   reward {round(game.last_reward, 3) + 0.0:+.3f}",
+            f"box {box}   {game.sample.dataset}/{game.sample.split} {game.sample.sample_id}",
+        ]
+
+    def frame(self) -> Picture:
+        """A captioned frame, RGB."""
+        sheet, game = self.loaded[1], self.game
+        return rendering.frame(sheet.canvas, sheet.extent, game.box, game.sample.box, self.caption())
+
+    def _close(self) -> Closeup | None:
+        if self.screen.view == "overlay":
+            return None
+        if self._closeup is None or self._closeup[0] is not self.game.box:
+            self._closeup = self.game.box, self.screen.closeup(self.loaded, self.game.box)
+        return self._closeup[1]
+
+
+class Grounding:
+    """The options of both environments, checked, and how an episode begins."""
+
+    metadata: ClassVar[dict[str, Any]]
+
+    def __init__(
+        self,
+        dataset: str | Dataset = "scenes",
+        split: str = "train",
+        data_root: str | None = None,
+        strict: bool = False,
+        max_steps: int = 3,
+        canvas: int = 640,
+        view: str = "overlay",
+        overlay: Mapping[str, Any] | Overlay | None = None,
+        reward: Mapping[str, Any] | RewardConfig | None = None,
+        initial_box: list[float] | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        """See ``GroundingEnv``.
+
+        Raises:
+            ValueError: for an option that is not known or out of range.
+            DataError: for an unknown data set or split, or broken data.
+            DataMissingError: with ``strict``, where the data set is not on this machine.
+        """
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"max_steps {max_steps!r}: give an integer of at least 1")
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ValueError(f"render_mode {render_mode!r}: choose one of {self.metadata['render_modes']}")
+        if initial_box is not None and (why := boxes.invalid_reason(initial_box)):
+            raise ValueError(f"initial_box {initial_box}: {why}")
+        self.dataset = load_dataset(dataset, split, data_root, strict) if isinstance(dataset, str) else dataset
+        self.reward_config = RewardConfig.from_json(reward)
+        self.screen = Screen(self.dataset, view, canvas, Overlay.from_json(overlay))
+        self.max_steps, self.initial_box, self.render_mode = max_steps, initial_box, render_mode
+        self.live: list[LiveEpisode] = []
+        """The running episodes; none before the first ``reset``."""
+
+    def begin(self, rng: np.random.Generator, index: Any = None, initial_box: Any = None) -> LiveEpisode:
+        """A new episode.
+
+        Args:
+            rng: draws the sample.
+            index: of the sample; None: drawn.
+            initial_box: to start from; None: the environment's own.
+
+        Raises:
+            ValueError: for an index outside the data set, and a box that is not usable.
+        """
+        size = len(self.dataset)
+        if index is None:
+            index = int(rng.integers(size))
+        elif not isinstance(index, int | np.integer) or not 0 <= index < size:
+            raise ValueError(f"index {index!r}: give an integer from 0 to {size - 1}")
+        game = Game(
+            self.dataset[int(index)],
+            self.reward_config,
+            self.max_steps,
+            self.initial_box if initial_box is None else initial_box,
+        )
+        return self.resumed(int(index), game)
+
+    def resumed(self, index: int, game: Game) -> LiveEpisode:
+        """The episode of a game that is under way."""
+        return LiveEpisode(self.screen, index, game, self._load(game.sample))
+
+    def playing(self) -> list[LiveEpisode]:
+        """The running episodes; RuntimeError before the first ``reset``."""
+        if not self.live:
+            raise RuntimeError("no episode yet; call reset()")
+        return self.live
+
+    def _load(self, sample: Sample) -> Loaded:
+        return self.screen.load(sample)
+
+
+def take_options(options: Mapping[str, Any] | None, names: tuple[str, ...]) -> list[Any]:
+    """The values of reset options by name, None where not given; ValueError for an unknown one."""
+    given = dict(options or {})
+    values = [given.pop(name, None) for name in names]
+    if given:
+        raise ValueError(f"unknown reset option {sorted(given)[0]!r}: choose from {', '.join(names)}")
+    return values
