@@ -42,15 +42,15 @@ seeds: $(VENV)/.installed
 
 # The paper's own recipe on the scenes and both versions of its table (docs/paper.md).
 paper: $(VENV)/.installed
-	$(RUN) -m agents.paper --out runs/paper
+	$(RUN) -m experiments.paper --out runs/paper
 
 # Does the loop pay? Three seeds, controls of equal compute, swaps (docs/results.md).
 study: $(VENV)/.installed
-	$(RUN) -m agents.study --out runs/study
+	$(RUN) -m experiments.study --out runs/study
 
 # A tiny model from scratch (73 minutes on two cores that other work shared; docs/experiments.md has its figures).
 tiny: $(VENV)/.installed
-	$(RUN) -m agents.vlm.pretrain --out runs/tiny_qwen3vl
+	$(RUN) -m ivt_agents.vlm.pretrain --out runs/tiny_qwen3vl
 
 # The documentation, without a network: build/docs/index.html
 docs: $(VENV)/.installed
@@ -59,6 +59,7 @@ docs: $(VENV)/.installed
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	mkdir -p build/typing && ln -sfn ../../agents build/typing/ivt_agents
 	$(VENV)/bin/mypy
 
 test: check

@@ -36,11 +36,13 @@ class Script:
 
 
 SCRIPTS = {
-    "rollout": Script("agents.rollout", "play episodes with any agent, print and save them", "rollout"),
-    "evaluate": Script("evaluate", "columns, intervals and plots of several policies on the same samples", "evaluate"),
-    "report": Script("agents.report", "write the page of an evaluation again, with overlay swaps beside it"),
-    "train-sft": Script("train_sft", "teach a policy corrective traces", "sft"),
-    "train-grpo": Script("train_grpo", "train a policy by multi-turn GRPO on IoU gains", "grpo"),
+    "rollout": Script("ivt_agents.play.rollout", "play episodes with any agent, print and save them", "rollout"),
+    "evaluate": Script(
+        "ivt_agents.evaluation.evaluate", "compare policies on the same samples: scores, intervals, plots", "evaluate"
+    ),
+    "report": Script("ivt_agents.evaluation.report", "write the page of an evaluation again"),
+    "train-sft": Script("ivt_agents.sft.train", "teach a policy corrective traces", "sft"),
+    "train-grpo": Script("ivt_agents.grpo.train", "train a policy by multi-turn GRPO on IoU gains", "grpo"),
 }
 
 PARSED = {
@@ -48,8 +50,8 @@ PARSED = {
     "play": ("ivt_env.commands.play", "draw the boxes yourself, scored by the environment and saved"),
     "data": ("ivt_env.commands.data", "fetch, check, convert and look at data sets"),
     "score": ("ivt_env.commands.score", "score a file of predictions, by the benchmark's own rule and a common one"),
-    "agents": ("agents.listings", "list the built-in agents and the trained policies found here"),
-    "envs": ("agents.listings", "list the environments, what data each would serve now and from where"),
+    "agents": ("ivt_agents.play.listings", "list the built-in agents and the trained policies found here"),
+    "envs": ("ivt_agents.play.listings", "list the environments, what data each would serve now and from where"),
 }
 """Commands with a parser of their own: module, and one line of help."""
 
@@ -143,7 +145,7 @@ def _run_parsed(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 def _run_script(name: str, script: Script, words: list[str]) -> int:
     """Run a script as ``python script.py WORDS`` would."""
-    command = importlib.import_module("agents.command")
+    command = importlib.import_module("ivt_agents.command")
     module = importlib.import_module(script.module)
     as_json = name == "evaluate" and "--json" in words
     given, sys.argv = sys.argv, [f"ivt {name}", *words]  # the name that help and errors show

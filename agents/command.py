@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from agents.config import load_config
+from ivt_agents.config import load_config
 from ivt_env import failures
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@
       model: Qwen/Qwen3-VL-4B-Instruct
     grpo:                # train_grpo.py this one, and rollout and evaluate theirs
       steps: 200
-    own_gain:            # python -m agents.paper: what another GRPO beside `grpo` changes of it
+    own_gain:            # python -m experiments.paper: what another GRPO beside `grpo` changes of it
       reward: gain
     evaluate:
       policies: [base=tiny, grpo=runs/grpo/policy]

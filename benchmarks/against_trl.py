@@ -4,7 +4,7 @@
 
 Both train the same tiny model in the same environment on the same samples: groups of episodes of up to
 three turns, then one optimizer step on all of them. TRL plays through its environment interface
-(`agents/trl_environment.py`); its rollouts are the conversations of the `prefix` layout, token for token.
+(`agents/trl/environment.py`); its rollouts are the conversations of the `prefix` layout, token for token.
 This project is measured in that layout and in its default one, `fresh`.
 
 Each measurement is a process of its own. One step warms up; each later one is timed as a whole, rollout and
@@ -125,8 +125,8 @@ def model_of(args: Args, layout: str) -> Any:
     """The policy on every side: the tiny model in float32 with a fresh adapter, or with every weight trained."""
     import torch
 
-    from agents.vlm.adapters import add_lora
-    from agents.vlm.load import load_policy
+    from ivt_agents.vlm.adapters import add_lora
+    from ivt_agents.vlm.load import load_policy
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -145,9 +145,9 @@ def measure_ours(args: Args, layout: str) -> dict[str, Any]:
     """Steps of this project's trainer."""
     from accelerate import Accelerator
 
-    from agents.grpo.trainer import GRPOConfig, GRPOTrainer
-    from agents.training import MetricsLog
-    from agents.vlm.speed import checkpoint_layers
+    from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
+    from ivt_agents.training.run import MetricsLog
+    from ivt_agents.vlm.speed import checkpoint_layers
     from ivt_env.rollouts import make_vector_env
 
     policy = model_of(args, layout)
@@ -197,7 +197,7 @@ def measure_trl(args: Args) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from agents.trl_environment import TRLGrounding, episode_reward, processor_for, rows
+    from ivt_agents.trl.environment import TRLGrounding, episode_reward, processor_for, rows
     from ivt_env.rollouts import make_vector_env
 
     policy = model_of(args, "prefix")

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from agents.command import run_command
+from ivt_agents.command import run_command
 from ivt_env.data.sample import Picture, Sample
 from ivt_env.env import GroundingEnv
 from ivt_env.vector_env import GroundingVectorEnv

@@ -50,18 +50,18 @@ import torch
 import tyro
 from accelerate import Accelerator
 
-from agents.grpo.trainer import GRPOConfig, GRPOTrainer
-from agents.training import MetricsLog, write_json
-from agents.vlm.adapters import make_trainable
-from agents.vlm.architectures import shipped_config
-from agents.vlm.codec import BoxCodec
-from agents.vlm.footprint import Shape, count_parts
-from agents.vlm.generation import core_of
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.precision import DTYPES, use_float32_head
-from agents.vlm.prompts import TINY
-from agents.vlm.speed import checkpoint_layers, compile_layers
-from agents.vlm.tiny import SPECIALS, build_image_processor, build_tokenizer
+from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
+from ivt_agents.training.run import MetricsLog, write_json
+from ivt_agents.vlm.adapters import make_trainable
+from ivt_agents.vlm.architectures import shipped_config
+from ivt_agents.vlm.codec import BoxCodec
+from ivt_agents.vlm.footprint import Shape, count_parts
+from ivt_agents.vlm.generation import core_of
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.precision import DTYPES, use_float32_head
+from ivt_agents.vlm.prompts import TINY
+from ivt_agents.vlm.speed import checkpoint_layers, compile_layers
+from ivt_agents.vlm.tiny import SPECIALS, build_image_processor, build_tokenizer
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env
 

@@ -29,13 +29,13 @@ import tyro
 from peft.tuners.lora import Linear
 from transformers import DynamicCache
 
-from agents.grpo.trainer import GRPOConfig, GRPOTrainer
-from agents.training import MetricsLog, make_accelerator
-from agents.vlm import generation
-from agents.vlm.adapters import make_trainable
-from agents.vlm.load import load_policy
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.turns import Prompt
+from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
+from ivt_agents.training.run import MetricsLog, make_accelerator
+from ivt_agents.vlm import generation
+from ivt_agents.vlm.adapters import make_trainable
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.turns import Prompt
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env
 from ivt_env.vector_env import GroundingVectorEnv
@@ -114,7 +114,7 @@ def _library_turn(policy: VLMPolicy, observations: Any, count: int) -> None:
 
 
 def _turn(prompt: Prompt, completion: list[int]) -> Any:
-    from agents.vlm.turns import Turn
+    from ivt_agents.vlm.turns import Turn
 
     return Turn(prompt, completion)
 

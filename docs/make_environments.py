@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ivt_env  # noqa: E402
-from agents.command import run_command  # noqa: E402
+from ivt_agents.command import run_command  # noqa: E402
 from ivt_env import rendering, rewards  # noqa: E402
 from ivt_env.data import splits  # noqa: E402
 from ivt_env.env import GroundingEnv  # noqa: E402

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ivt_env  # noqa: E402, F401  (registers the ids)
-from agents.command import run_command  # noqa: E402
+from ivt_agents.command import run_command  # noqa: E402
 from ivt_env.data import load_dataset  # noqa: E402
 from ivt_env.data.sample import Picture  # noqa: E402
 from ivt_env.data.sheet import contact_sheet  # noqa: E402

@@ -19,8 +19,8 @@ import tyro
 from PIL import Image
 
 import ivt_env  # noqa: F401  registers the ids
-from agents.command import run_command
-from agents.teacher.openai import Budget, OpenAITeacher
+from ivt_agents.command import run_command
+from ivt_agents.sft.teacher.openai import Budget, OpenAITeacher
 from ivt_env.data.sample import Picture
 from ivt_env.wrappers import TextActions, visible_picture
 

@@ -21,9 +21,9 @@ from datasets import Dataset  # noqa: E402
 from transformers import PrinterCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from agents.command import run_command  # noqa: E402
-from agents.trl_environment import TRLGrounding, episode_reward, processor_for, rows  # noqa: E402
-from agents.vlm.load import load_policy  # noqa: E402
+from ivt_agents.command import run_command  # noqa: E402
+from ivt_agents.trl.environment import TRLGrounding, episode_reward, processor_for, rows  # noqa: E402
+from ivt_agents.vlm.load import load_policy  # noqa: E402
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
     python examples/trl_rollout.py
 
-TRL's ``GRPOTrainer`` asks a ``rollout_func`` for whole episodes; ``agents.trl_rollout`` plays them in the
+TRL's ``GRPOTrainer`` asks a ``rollout_func`` for whole episodes; ``ivt_agents.trl.rollout`` plays them in the
 environment with the trainer's model and hands back token ids, log-probabilities, a mask of the sampled tokens,
 the pictures and the rewards. docs/trl.md compares this way with the other one. Needs the train extra and TRL.
 """
@@ -20,9 +20,9 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 from transformers import PrinterCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from agents.command import run_command  # noqa: E402
-from agents.trl_rollout import TRLRollout, episode_return, rollout_processor, rollout_rows  # noqa: E402
-from agents.vlm.load import load_policy  # noqa: E402
+from ivt_agents.command import run_command  # noqa: E402
+from ivt_agents.trl.rollout import TRLRollout, episode_return, rollout_processor, rollout_rows  # noqa: E402
+from ivt_agents.vlm.load import load_policy  # noqa: E402
 
 
 @dataclass

@@ -3,7 +3,7 @@
     {"bbox_2d": [x1, y1, x2, y2]}      {"stop": true}
 
 What the four numbers mean is the reader's business: ``THOUSANDTHS`` of the picture here, and each model
-family's own frame in ``agents.vlm.codec``.
+family's own frame in ``ivt_agents.vlm.codec``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from agents.sft.demonstrations import teach
+from ivt_agents.sft.demonstrations import teach
 from ivt_env import boxes
 from ivt_env.data.fetch import Patience
 

@@ -29,7 +29,7 @@ def train(options: dict[str, Any], die_at_file: int | None = None) -> None:
     """
     import torch
 
-    import train_grpo
+    from ivt_agents.grpo import train as train_grpo
 
     torch.set_num_threads(1)
     folder, seen = str(options["out"]), 0

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from agents.grpo.trainer import GRPOConfig, GRPOTrainer
-from agents.training import MetricsLog
-from agents.vlm.adapters import add_lora
-from agents.vlm.load import load_policy
-from agents.vlm.policy import VLMPolicy
+from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
+from ivt_agents.training.run import MetricsLog
+from ivt_agents.vlm.adapters import add_lora
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.policy import VLMPolicy
 from ivt_env.rollouts import make_vector_env
 
 

@@ -13,8 +13,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from agents.vlm.load import load_policy
-from train_grpo import Args
+from ivt_agents.grpo.train import Args
+from ivt_agents.vlm.load import load_policy
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs" / "accelerate"

@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 
-from agents.grpo.advantages import (
+from ivt_agents.grpo.advantages import (
     ADVANTAGES,
     advantages,
     episode_and_step_advantages,

@@ -29,13 +29,13 @@ from datasets import Dataset
 from learner import small_policy, small_trainer
 from trl import GRPOConfig, GRPOTrainer
 
-from agents.grpo.collect import collect
-from agents.grpo.losses import CLIPS, denominator
-from agents.trl_environment import TRLGrounding, episode_reward, processor_for, rows
-from agents.vlm.codec import BoxCodec, parse_action
-from agents.vlm.dialogue import images_of
-from agents.vlm.load import load_policy
-from agents.vlm.turns import Turn
+from ivt_agents.grpo.collect import collect
+from ivt_agents.grpo.losses import CLIPS, denominator
+from ivt_agents.trl.environment import TRLGrounding, episode_reward, processor_for, rows
+from ivt_agents.vlm.codec import BoxCodec, parse_action
+from ivt_agents.vlm.dialogue import images_of
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.turns import Turn
 from ivt_env.rollouts import make_vector_env
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:You are using")

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents.base import BUILT_IN, Agent, load_agent
-from agents.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
+from ivt_agents.play.by_name import BUILT_IN, Agent, load_agent
+from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
 from ivt_env import boxes
 from ivt_env.data.sample import Picture, Sample
 from ivt_env.data.scenes import Scenes
@@ -312,15 +312,15 @@ def test_vlm_specs_hand_folder_seed_and_options_to_load_policy(monkeypatch: pyte
         calls.append((path, options))
         return Talker()
 
-    fake = types.ModuleType("agents.vlm.load")
+    fake = types.ModuleType("ivt_agents.vlm.load")
     fake.load_policy = load_policy  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "agents.vlm.load", fake)
+    monkeypatch.setitem(sys.modules, "ivt_agents.vlm.load", fake)
     load_agent("stop-after-1:vlm:C:/runs/a:b", seed=7, temperature=0.5)
     assert calls == [("C:/runs/a:b", {"seed": 7, "temperature": 0.5})]
 
 
 def test_a_vlm_without_the_training_install_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "agents.vlm.load", None)
+    monkeypatch.setitem(sys.modules, "ivt_agents.vlm.load", None)
     with pytest.raises(ValueError, match="vlm:x.*needs the training install"):
         load_agent("vlm:x")
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from agents.vlm.adapters import make_trainable
-from agents.vlm.generation import TokenScorer, core_of
-from agents.vlm.load import load_policy
-from agents.vlm.options import ModelOptions
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.speed import checkpoint_layers, compile_layers
+from ivt_agents.vlm.adapters import make_trainable
+from ivt_agents.vlm.generation import TokenScorer, core_of
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.model_options import ModelOptions
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.speed import checkpoint_layers, compile_layers
 from ivt_env.rollouts import make_vector_env
 
 

@@ -15,7 +15,7 @@ from made_up_source import write_made_up
 from PIL import Image
 from refer_layout import write_refer_folder
 
-from agents.cli import main
+from ivt_agents.cli import main
 from ivt_env.data import DataError, checks, load_dataset, refer
 from ivt_env.data.checks import check_source
 from ivt_env.data.sheet import contact_sheet

@@ -18,11 +18,16 @@ from pathlib import Path
 import pytest
 from eval_layouts import write_ref_l4
 
-from agents import cli
+from ivt_agents import cli
 from ivt_env import __version__
 
 LIGHT = [["data"], ["score"], ["view"], ["play"], ["agents"], ["envs"]]
-SCRIPTS = {"rollout": "agents.rollout", "evaluate": "evaluate", "train-sft": "train_sft", "train-grpo": "train_grpo"}
+SCRIPTS = {
+    "rollout": "ivt_agents.play.rollout",
+    "evaluate": "ivt_agents.evaluation.evaluate",
+    "train-sft": "ivt_agents.sft.train",
+    "train-grpo": "ivt_agents.grpo.train",
+}
 COMMANDS = [[], *LIGHT, *(["data", name] for name in ("fetch", "check", "convert", "show", "mix")), ["rollout"]]
 
 
@@ -73,7 +78,7 @@ def probe(code):
 
 def test_help_imports_neither_numpy_nor_gymnasium_nor_torch():
     code = (
-        "import sys, contextlib, io; from agents import cli\n"
+        "import sys, contextlib, io; from ivt_agents import cli\n"
         "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): cli.main(['--help'])\n"
         "print(sorted({'torch', 'gymnasium', 'numpy', 'PIL', 'rich', 'tyro'} & set(sys.modules)))"
     )
@@ -83,7 +88,7 @@ def test_help_imports_neither_numpy_nor_gymnasium_nor_torch():
 @pytest.mark.parametrize("words", [*LIGHT, ["rollout"]], ids=" ".join)
 def test_a_light_command_imports_no_torch(words):
     code = (
-        "import sys, contextlib, io; from agents import cli\n"
+        "import sys, contextlib, io; from ivt_agents import cli\n"
         "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
         f"    cli.main({[*words, '--help']!r})\n"
         "print('torch' in sys.modules or 'transformers' in sys.modules)"
@@ -116,7 +121,7 @@ def stand_in(monkeypatch, name, tmp_path, outcome=None):
     ],
 )
 def test_flags_reach_the_script_as_they_would_without_ivt(name, words, monkeypatch, tmp_path):
-    from agents.command import parse
+    from ivt_agents.command import parse
 
     module, got = stand_in(monkeypatch, name, tmp_path)
     before = list(sys.argv)
@@ -161,7 +166,7 @@ def test_a_wrong_flag_of_a_script_is_status_2(name, capsys):
 
 
 def test_without_the_training_install_the_remedy_is_named(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "agents.command", raising=False)
+    monkeypatch.delitem(sys.modules, "ivt_agents.command", raising=False)
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert cli.main(["train-grpo"]) == 2
     assert capsys.readouterr().err == 'error: tyro is not installed: pip install "ivt-env[train]"\n'
@@ -170,7 +175,7 @@ def test_without_the_training_install_the_remedy_is_named(monkeypatch, capsys):
 def test_evaluate_prints_its_results_as_json_and_everything_else_elsewhere(tmp_path, monkeypatch):
     words = ["evaluate", "--policies", "a=random", "b=centre", "--samples", "6", "--num-envs", "3", "--json"]
     ended = subprocess.run(
-        [sys.executable, "-m", "agents.cli", *words, "--out", str(tmp_path)],
+        [sys.executable, "-m", "ivt_agents.cli", *words, "--out", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
@@ -181,7 +186,7 @@ def test_evaluate_prints_its_results_as_json_and_everything_else_elsewhere(tmp_p
 
 
 def test_agents_lists_every_form_that_load_agent_takes(capsys, tmp_path):
-    from agents import base
+    from ivt_agents.play import by_name as base
 
     (tmp_path / "sft" / "policy").mkdir(parents=True)
     (tmp_path / "sft" / "policy" / "policy.json").write_text("{}")
@@ -222,7 +227,7 @@ def test_envs_says_what_each_would_serve_and_where_it_looked(capsys, tmp_path):
 
 def test_the_installed_command_is_this_one():
     project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text("utf-8"))["project"]
-    assert project["scripts"] == {"ivt": "agents.cli:main"}
+    assert project["scripts"] == {"ivt": "ivt_agents.cli:main"}
     (script,) = entry_points(group="console_scripts", name="ivt")
     assert script.load() is cli.main
 
@@ -231,7 +236,7 @@ def test_a_terminal_without_the_letters_gets_them_escaped(tmp_path):
     folder = tmp_path / "Ünï"
     write_ref_l4(folder)
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "XDG_CACHE_HOME": str(tmp_path)}
-    words = [sys.executable, "-m", "agents.cli", "data", "check", "refl4", "--data-root", str(folder)]
+    words = [sys.executable, "-m", "ivt_agents.cli", "data", "check", "refl4", "--data-root", str(folder)]
     ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert "\\xdcn\\xef" in ended.stdout and "NOT fit for use" in ended.stdout
@@ -250,7 +255,7 @@ def test_ctrl_c_ends_every_command_with_a_word_and_status_130(monkeypatch, capsy
         assert capsys.readouterr().err == "\ninterrupted\n"
 
 
-@pytest.mark.parametrize("words", [["agents.cli", "data", "check", "refl4"], ["agents.rollout", "--help"]])
+@pytest.mark.parametrize("words", [["ivt_agents.cli", "data", "check", "refl4"], ["ivt_agents.play.rollout", "--help"]])
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, words):
     write_ref_l4(tmp_path)
     reading, writing = os.pipe()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.vlm.codec import STOP_TEXT, BoxCodec, parse_action
+from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec, parse_action
 from ivt_env.text_actions import LONGEST_ANSWER
 
 SIZES = st.tuples(st.integers(28, 2000), st.integers(28, 2000))

@@ -9,12 +9,12 @@ from typing import Literal
 import pytest
 import yaml
 
-import evaluate
-import train_grpo
-import train_sft
-from agents import rollout
-from agents.command import parse
-from agents.config import SECTIONS, ConfigError, has_section, load_config
+from ivt_agents.command import parse
+from ivt_agents.config import SECTIONS, ConfigError, has_section, load_config
+from ivt_agents.evaluation import evaluate
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.play import rollout
+from ivt_agents.sft import train as train_sft
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "paper_qwen3vl_4b.yaml"
 SCRIPTS = {"sft": train_sft.Args, "grpo": train_grpo.Args}

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import train_sft
-from agents.base import load_agent
-from agents.controls import PickOfShots, SecondShot, medoid, most_confident
-from agents.cost import Cost, Metered, cost_of
-from agents.scripted import StopAfter
-from agents.vlm.codec import parse_action
-from agents.vlm.load import PolicyError, load_policy
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.turns import Turn
+from ivt_agents.play.by_name import load_agent
+from ivt_agents.play.controls import PickOfShots, SecondShot, medoid, most_confident
+from ivt_agents.play.cost import Cost, Metered, cost_of
+from ivt_agents.play.scripted import StopAfter
+from ivt_agents.sft import train as train_sft
+from ivt_agents.vlm.codec import parse_action
+from ivt_agents.vlm.load import PolicyError, load_policy
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.turns import Turn
 from ivt_env import boxes
 from ivt_env.rollouts import Agent, make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
@@ -396,9 +396,9 @@ def test_a_spec_gives_the_control_that_it_names() -> None:
 
 def test_a_control_hands_folder_seed_and_options_to_load_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    fake = types.ModuleType("agents.vlm.load")
+    fake = types.ModuleType("ivt_agents.vlm.load")
     fake.load_policy = lambda path, **options: calls.append((path, options)) or load_policy("tiny")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "agents.vlm.load", fake)
+    monkeypatch.setitem(sys.modules, "ivt_agents.vlm.load", fake)
     load_agent("best-of-4:pixels-1.5:vlm:C:/runs/a:b", seed=7, view="both")
     assert calls == [("C:/runs/a:b", {"seed": 7, "pixels": 1.5, "view": "both"})]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from agents.vlm.load import load_policy
-from agents.vlm.policy import VLMPolicy
-from evaluate import Args, main
+from ivt_agents.evaluation.evaluate import Args, main
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.policy import VLMPolicy
 
 ROOT = Path(__file__).parent.parent
 

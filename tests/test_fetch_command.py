@@ -21,7 +21,7 @@ import pytest
 from file_server import Served, Server, jpeg
 from refer_layout import write_refer_folder
 
-from agents import cli
+from ivt_agents import cli
 from ivt_env.commands import fetch as command
 from ivt_env.data import catalogue, load_dataset, refer
 from ivt_env.data.catalogue import CATALOGUE, COCO_TRAIN2014, list_hub_folder

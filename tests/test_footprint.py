@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import train_grpo
-import train_sft
-from agents.vlm.adapters import add_lora
-from agents.vlm.architectures import (
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.sft import train as train_sft
+from ivt_agents.vlm.adapters import add_lora
+from ivt_agents.vlm.architectures import (
     KNOWN,
     QWEN3_PIXELS,
     QWEN25_PIXELS,
@@ -23,8 +23,8 @@ from agents.vlm.architectures import (
     find_config,
     shipped_config,
 )
-from agents.vlm.dry_run import Plan, dry_run
-from agents.vlm.footprint import (
+from ivt_agents.vlm.dry_run import Plan, dry_run
+from ivt_agents.vlm.footprint import (
     NF4_BYTES,
     Shape,
     Workload,
@@ -41,9 +41,9 @@ from agents.vlm.footprint import (
     visual_tokens,
     weight_bytes,
 )
-from agents.vlm.generation import TokenScorer, generate
-from agents.vlm.load import PolicyError, load_policy
-from agents.vlm.turns import WHOLE, Turn
+from ivt_agents.vlm.generation import TokenScorer, generate
+from ivt_agents.vlm.load import PolicyError, load_policy
+from ivt_agents.vlm.turns import WHOLE, Turn
 
 TOTALS = {
     "Qwen/Qwen3-VL-2B-Instruct": 2_127_532_032,
@@ -156,7 +156,7 @@ def test_gradients_and_adamw_take_as_many_bytes_as_the_real_ones(rank):
 
 def test_the_cache_takes_as_many_bytes_as_the_real_one(policy, tiny_shape, monkeypatch):
     made = []
-    import agents.vlm.generation as generation
+    import ivt_agents.vlm.generation as generation
 
     real = generation.make_cache
     monkeypatch.setattr(generation, "make_cache", lambda *given: made.append(real(*given)) or made[-1])

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from agents.vlm.codec import BoxCodec
-from agents.vlm.generation import TokenScorer, generate, log_softmax, sample
-from agents.vlm.packing import pack
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.prompts import TINY
-from agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, number_ids
-from agents.vlm.turns import WHOLE, encode_pictures
+from ivt_agents.vlm.codec import BoxCodec
+from ivt_agents.vlm.generation import TokenScorer, generate, log_softmax, sample
+from ivt_agents.vlm.packing import pack
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.prompts import TINY
+from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, number_ids
+from ivt_agents.vlm.turns import WHOLE, encode_pictures
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import torch
 from learner import small_policy, small_trainer
 from refer_layout import write_refer_folder
 
-from agents.grpo.collect import Groups, collect
-from agents.grpo.losses import CLIPS, LOSSES, denominator
-from agents.grpo.trainer import _states
-from agents.training import RunError, load_checkpoint
-from agents.vlm.generation import TokenScorer
-from agents.vlm.load import load_policy
+from ivt_agents.grpo.collect import Groups, collect
+from ivt_agents.grpo.losses import CLIPS, LOSSES, denominator
+from ivt_agents.grpo.trainer import _states
+from ivt_agents.training.run import RunError, load_checkpoint
+from ivt_agents.vlm.generation import TokenScorer
+from ivt_agents.vlm.load import load_policy
 from ivt_env.rollouts import make_vector_env
 
 ROOT = Path(__file__).parent.parent

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from agents.vlm.generation import core_of
-from agents.vlm.tiny import build_tokenizer
 from benchmarks.large_model import Args, Counter, Phases, architecture, main, make_policy, random_model
+from ivt_agents.vlm.generation import core_of
+from ivt_agents.vlm.tiny import build_tokenizer
 from ivt_env.rollouts import make_vector_env
 
 

@@ -13,15 +13,15 @@ import torch
 from learner import small_policy, small_trainer
 from test_grpo import gradients_of, move_adapter
 
-from agents.grpo.collect import Groups, collect
-from agents.sft.demonstrations import Demonstration
-from agents.sft.trainer import to_turns
-from agents.vlm.adapters import folded
-from agents.vlm.cache import Memory, refuse_inexact_cache
-from agents.vlm.codec import parse_action
-from agents.vlm.generation import TokenScorer, generate
-from agents.vlm.load import load_policy
-from agents.vlm.policy import VLMPolicy
+from ivt_agents.grpo.collect import Groups, collect
+from ivt_agents.sft.demonstrations import Demonstration
+from ivt_agents.sft.trainer import to_turns
+from ivt_agents.vlm.adapters import folded
+from ivt_agents.vlm.cache import Memory, refuse_inexact_cache
+from ivt_agents.vlm.codec import parse_action
+from ivt_agents.vlm.generation import TokenScorer, generate
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.policy import VLMPolicy
 from ivt_env import boxes
 from ivt_env.rollouts import make_vector_env, rollout
 
@@ -185,7 +185,7 @@ def test_a_demonstration_looks_like_the_rollout_it_teaches(layout, view):
 
 
 def to_turns_like(policy, prompt, text):
-    from agents.vlm.turns import Turn
+    from ivt_agents.vlm.turns import Turn
 
     return [Turn(prompt, policy.dialogue.completion(text), finished=True)]
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from learner import small_config
 
-from agents.evaluation import summary
-from agents.grpo.trainer import GRPOTrainer
-from agents.training import MetricsLog, make_accelerator
-from agents.vlm.adapters import make_trainable
-from agents.vlm.load import load_policy
-from agents.vlm.policy import VLMPolicy
+from ivt_agents.grpo.trainer import GRPOTrainer
+from ivt_agents.play.on_split import summary
+from ivt_agents.training.run import MetricsLog, make_accelerator
+from ivt_agents.vlm.adapters import make_trainable
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.policy import VLMPolicy
 from ivt_env.data.sample import Picture, Sample
 from ivt_env.data.scenes.drawing import draw
 from ivt_env.data.scenes.world import SIDE, Thing

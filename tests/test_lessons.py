@@ -11,15 +11,15 @@ import pytest
 import torch
 from learner import small_policy
 
-import train_sft
-from agents.sft.demonstrations import can_be_said, demonstration, in_closeup, load_demonstrations
-from agents.sft.lessons import LessonPlan, teach_to_verify
-from agents.sft.trainer import AnswerLoss, make_optimizers, to_turns
-from agents.training import RunError
-from agents.vlm.codec import parse_action
-from agents.vlm.generation import generate
-from agents.vlm.load import load_policy
-from agents.vlm.turns import Turn
+from ivt_agents.sft import train as train_sft
+from ivt_agents.sft.demonstrations import can_be_said, demonstration, in_closeup, load_demonstrations
+from ivt_agents.sft.lessons import LessonPlan, teach_to_verify
+from ivt_agents.sft.trainer import AnswerLoss, make_optimizers, to_turns
+from ivt_agents.training.run import RunError
+from ivt_agents.vlm.codec import parse_action
+from ivt_agents.vlm.generation import generate
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.turns import Turn
 from ivt_env import boxes
 from ivt_env.data import load_dataset
 from ivt_env.episodes import Episode, Step

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from agents.grpo.losses import (
+from ivt_agents.grpo.losses import (
     CLIPS,
     LOSSES,
     PER_SEQUENCE,

@@ -14,13 +14,13 @@ from learner import small_trainer
 from test_grpo import play
 from test_resume import TINY, with_out
 
-import train_grpo
-import train_sft
-from agents.grpo.collect import Groups, collect
-from agents.grpo.losses import LOSSES, clipped_sides
-from agents.grpo.trainer import Credit
-from agents.training import MetricsLog, Stopwatch, read_metrics
-from train_grpo import Args
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.grpo.collect import Groups, collect
+from ivt_agents.grpo.losses import LOSSES, clipped_sides
+from ivt_agents.grpo.train import Args
+from ivt_agents.grpo.trainer import Credit
+from ivt_agents.sft import train as train_sft
+from ivt_agents.training.run import MetricsLog, Stopwatch, read_metrics
 
 GLOSSARY = Path(__file__).parent.parent / "docs" / "metrics.md"
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from made_up_source import write_made_up
 
-from agents.cli import main
+from ivt_agents.cli import main
 from ivt_env.data import DataError, DataMissingError, load_dataset, mixture
 from ivt_env.data.mixture import PARTS, SIZES, draw, open_mixture, read_ids
 from ivt_env.data.table import Row, open_table

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
-from agents.vlm.adapters import make_trainable
-from agents.vlm.architectures import shipped_config
-from agents.vlm.generation import TokenScorer
-from agents.vlm.load import load_policy
-from agents.vlm.options import ModelOptions
-from agents.vlm.tiny import SPECIALS, build_image_processor, build_tokenizer
+from ivt_agents.vlm.adapters import make_trainable
+from ivt_agents.vlm.architectures import shipped_config
+from ivt_agents.vlm.generation import TokenScorer
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.model_options import ModelOptions
+from ivt_agents.vlm.tiny import SPECIALS, build_image_processor, build_tokenizer
 from ivt_env.rollouts import make_vector_env
 
 FAMILIES = {

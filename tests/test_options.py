@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import tyro
 
-import evaluate
-import train_sft
-from agents import study, swaps
-from agents.grpo.advantages import ADVANTAGES, SCALES
-from agents.grpo.losses import CLIPS, LOSSES
-from agents.training import RunError
-from train_grpo import Args, check_options
+from experiments import study
+from ivt_agents.evaluation import evaluate, swaps
+from ivt_agents.grpo.advantages import ADVANTAGES, SCALES
+from ivt_agents.grpo.losses import CLIPS, LOSSES
+from ivt_agents.grpo.train import Args, check_options
+from ivt_agents.sft import train as train_sft
+from ivt_agents.training.run import RunError
 
 ROOT = Path(__file__).parent.parent
 

@@ -66,18 +66,18 @@ def files_of(folder: str) -> set[str]:
 
 
 def test_the_wheel_holds_every_file_of_both_packages_and_nothing_of_the_tests(in_wheel):
-    wanted = files_of("ivt_env") | files_of("agents") | {"train_sft.py", "train_grpo.py", "evaluate.py"}
+    wanted = files_of("ivt_env") | {f"ivt_{name}" for name in files_of("agents")}
     packed = {name for name in in_wheel if ".dist-info/" not in name}
     assert packed == wanted
     assert len([name for name in wanted if name.endswith(".jpg")]) == 5
     assert {"ivt_env/py.typed", "ivt_env/viewer/template.html", "ivt_env/viewer/play.js"} <= wanted
-    assert in_wheel["agents/vlm/tiny_qwen3vl/model.safetensors"] > 1_000_000
+    assert in_wheel["ivt_agents/vlm/tiny_qwen3vl/model.safetensors"] > 1_000_000
 
 
 def test_the_sdist_holds_the_tests_the_pages_and_what_they_run(built):
     with tarfile.open(built[1]) as archive:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-    for folder in ("ivt_env", "agents", "tests", "docs", "configs", "examples"):
+    for folder in ("ivt_env", "agents", "experiments", "tests", "docs", "configs", "examples"):
         assert files_of(folder) <= names, sorted(files_of(folder) - names)[:5]
     top = {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "constraints.txt"}
     assert top | {"pyproject.toml", "train_sft.py", "train_grpo.py", "evaluate.py"} <= names
@@ -94,7 +94,7 @@ def test_the_metadata_says_what_pyproject_says(built):
     assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
     bare = {requirement for requirement in metadata.get_all("Requires-Dist") if "extra ==" not in requirement}
     assert {re.split(r"[<>=]", one)[0] for one in bare} == {"gymnasium", "numpy", "pillow", "pyarrow"}
-    assert "ivt = agents.cli:main" in entry_points and any(one.endswith("/LICENSE") for one in licences)
+    assert "ivt = ivt_agents.cli:main" in entry_points and any(one.endswith("/LICENSE") for one in licences)
 
 
 def test_every_extra_that_a_message_names_exists_and_every_requirement_has_a_lower_bound():

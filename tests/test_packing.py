@@ -11,11 +11,11 @@ import pytest
 import torch
 from learner import small_policy
 
-from agents.grpo.collect import collect
-from agents.vlm.generation import TokenScorer
-from agents.vlm.packing import break_even, micro_batches, pack, plan_rows
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.turns import Turn
+from ivt_agents.grpo.collect import collect
+from ivt_agents.vlm.generation import TokenScorer
+from ivt_agents.vlm.packing import break_even, micro_batches, pack, plan_rows
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.turns import Turn
 from ivt_env.rollouts import make_vector_env
 
 MERGE = 2

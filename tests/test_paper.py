@@ -14,11 +14,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train_grpo
-import train_sft
-from agents import paper
-from agents.grpo.collect import collect
-from agents.paper_tables import (
+from experiments import paper
+from experiments.paper_tables import (
     VERSION_1,
     Played,
     claims,
@@ -30,14 +27,17 @@ from agents.paper_tables import (
     version_1,
     version_2,
 )
-from agents.sft.demonstrations import load_demonstrations, save_demonstrations, teach_as_the_paper
-from agents.sft.trainer import to_turns
-from agents.training import RunError
-from agents.vlm.codec import STOP_TEXT, parse_action
-from agents.vlm.generation import TokenScorer
-from agents.vlm.load import load_policy
-from agents.vlm.prompts import QWEN, TINY, Prompts
-from agents.vlm.without_stop import forbid_stop, without_stop
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.grpo.collect import collect
+from ivt_agents.sft import train as train_sft
+from ivt_agents.sft.demonstrations import load_demonstrations, save_demonstrations, teach_as_the_paper
+from ivt_agents.sft.trainer import to_turns
+from ivt_agents.training.run import RunError
+from ivt_agents.vlm.codec import STOP_TEXT, parse_action
+from ivt_agents.vlm.generation import TokenScorer
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.prompts import QWEN, TINY, Prompts
+from ivt_agents.vlm.without_stop import forbid_stop, without_stop
 from ivt_env import boxes
 from ivt_env.data.scenes import Scenes
 from ivt_env.episodes import Episode, Step

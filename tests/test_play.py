@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from agents.sft.demonstrations import load_demonstrations
+from ivt_agents.sft.demonstrations import load_demonstrations
 from ivt_env.data import load_dataset
 from ivt_env.data.sample import DataError
 from ivt_env.env import GroundingEnv

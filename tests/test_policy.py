@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agents.vlm.adapters import add_lora
-from agents.vlm.load import PolicyError, load_policy
-from agents.vlm.prompts import QWEN, TINY
-from agents.vlm.tiny import weights_folder
+from ivt_agents.vlm.adapters import add_lora
+from ivt_agents.vlm.load import PolicyError, load_policy
+from ivt_agents.vlm.prompts import QWEN, TINY
+from ivt_agents.vlm.tiny import weights_folder
 from ivt_env.rollouts import make_vector_env
 
 

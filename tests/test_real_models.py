@@ -18,15 +18,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from agents.grpo.trainer import GRPOTrainer
-from agents.training import MetricsLog, RunError
-from agents.vlm.adapters import add_lora, drop_reference, has_reference, make_trainable, merged, reference_adapter
-from agents.vlm.generation import TokenScorer, core_of
-from agents.vlm.load import PolicyError, load_policy
-from agents.vlm.options import ModelOptions
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.precision import can_merge, stored_as
-from agents.vlm.turns import Turn
+from ivt_agents.grpo.trainer import GRPOTrainer
+from ivt_agents.training.run import MetricsLog, RunError
+from ivt_agents.vlm.adapters import add_lora, drop_reference, has_reference, make_trainable, merged, reference_adapter
+from ivt_agents.vlm.generation import TokenScorer, core_of
+from ivt_agents.vlm.load import PolicyError, load_policy
+from ivt_agents.vlm.model_options import ModelOptions
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.precision import can_merge, stored_as
+from ivt_agents.vlm.turns import Turn
 from ivt_env.rollouts import make_vector_env
 from tests.learner import small_config
 
@@ -99,7 +99,7 @@ def test_nf4_quantises_the_decoder_and_leaves_vision_embeddings_norms_and_head_i
 
 @needs_bitsandbytes
 def test_nf4_weights_take_the_bytes_that_the_dry_run_reckons_with():
-    from agents.vlm.footprint import count_parts, weight_bytes
+    from ivt_agents.vlm.footprint import count_parts, weight_bytes
 
     plain = load_policy("tiny").model
     model = load_policy("tiny", quantize="nf4").model

@@ -7,10 +7,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from agents.base import load_agent
-from agents.cost import Metered
-from agents.relay import Relay
-from agents.vlm.load import load_policy
+from ivt_agents.play.by_name import load_agent
+from ivt_agents.play.cost import Metered
+from ivt_agents.play.relay import Relay
+from ivt_agents.vlm.load import load_policy
 from ivt_env.rollouts import make_vector_env, rollout
 
 

@@ -13,11 +13,10 @@ import pytest
 from browser import Page, chromium
 from shown_episodes import HOSTILE
 
-import evaluate
-from agents import report, swaps
-from agents.command import parse
-from agents.report import COLUMNS, KINDS
-from agents.study import Args, _reporting
+from experiments.study import Args, _reporting
+from ivt_agents.command import parse
+from ivt_agents.evaluation import evaluate, report, swaps
+from ivt_agents.evaluation.report import COLUMNS, KINDS
 from ivt_env.data.sample import DataError, DataMissingError
 from ivt_env.episodes import load_episodes, save_episodes
 

@@ -19,9 +19,10 @@ import torch
 from killed_run import run, with_out
 from learner import small_trainer
 
-import train_grpo
-from agents.grpo.options import MAY_CHANGE, PROCESSES, check_resume, recorded_options
-from agents.training import (
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.grpo.checks import MAY_CHANGE, PROCESSES, check_resume, recorded_options
+from ivt_agents.grpo.train import Args
+from ivt_agents.training.run import (
     MetricsLog,
     RunError,
     checkpoints,
@@ -31,9 +32,8 @@ from agents.training import (
     write_json,
     write_whole,
 )
-from agents.vlm.adapters import make_trainable
-from agents.vlm.load import load_policy
-from train_grpo import Args
+from ivt_agents.vlm.adapters import make_trainable
+from ivt_agents.vlm.load import load_policy
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,4 +1,4 @@
-"""What ``python -m agents.rollout`` promises to someone who looks at an environment or an agent.
+"""What ``python -m ivt_agents.play.rollout`` promises to someone who looks at an environment or an agent.
 
 If one of these is false, a person debugs the wrong thing: numbers that are not the environment's,
 scenes shown under the name of a real data set, or a traceback where a word was mistyped.
@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import ivt_env
-from agents.base import load_agent
-from agents.rollout import Args, describe, main
+from ivt_agents.play.by_name import load_agent
+from ivt_agents.play.rollout import Args, describe, main
 from ivt_env import failures
 from ivt_env.episodes import Episode, Step, load_episodes, picture_file
 from ivt_env.rollouts import make_vector_env, rollout
@@ -43,7 +43,7 @@ class Corner:
 def command(cwd: Path, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command in ``cwd`` without any real data set within reach."""
     done = subprocess.run(
-        [sys.executable, "-m", "agents.rollout", *arguments],
+        [sys.executable, "-m", "ivt_agents.play.rollout", *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "IVT_DATA": str(cwd / "no-data"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -101,7 +101,7 @@ def test_a_bar_on_the_terminal_leaves_the_json_alone(tmp_path: Path) -> None:
     words = ["--json", "--env", "IVT-Photos-v0", "--agent", "random", "--episodes", "3", "--out", str(tmp_path / "x")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, "-m", "agents.cli", "rollout", *words],
+        [sys.executable, "-m", "ivt_agents.cli", "rollout", *words],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
@@ -159,7 +159,7 @@ def test_a_mistyped_option_is_one_line_and_status_2(tmp_path: Path) -> None:
 
 def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     program = (
-        "import sys; sys.modules['torch'] = None; from agents.rollout import Args, main; "
+        "import sys; sys.modules['torch'] = None; from ivt_agents.play.rollout import Args, main; "
         f"sys.exit(main(Args(out=__import__('pathlib').Path({str(tmp_path)!r}))))"
     )
     done = subprocess.run(

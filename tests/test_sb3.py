@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from agents.base import load_agent
-from agents.sb3 import train
-from agents.sb3.compare import compare, table
-from agents.sb3.easy import SmallPictures, easy_indices, is_easy
-from agents.sb3.load import SB3Agent, SB3Error, load_sb3
-from agents.sb3.network import begin_with_what_is_seen, make_policy
-from agents.scripted import CentreAgent
+from ivt_agents.play.by_name import load_agent
+from ivt_agents.play.scripted import CentreAgent
+from ivt_agents.sb3 import train
+from ivt_agents.sb3.compare import compare, table
+from ivt_agents.sb3.easy import SmallPictures, easy_indices, is_easy
+from ivt_agents.sb3.load import SB3Agent, SB3Error, load_sb3
+from ivt_agents.sb3.network import begin_with_what_is_seen, make_policy
 from ivt_env.data import load_dataset
 from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.testing import check_dataset
@@ -136,7 +136,7 @@ def broken(run, tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("config.json", None, "agents.sb3.train --out"),
+        ("config.json", None, "ivt_agents.sb3.train --out"),
         ("policy.pt", None, "did not come to its end"),
         ("config.json", b"{", "is no JSON"),
         ("config.json", b"[]", "holds no object"),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import ivt_env
-from agents import cli
+from ivt_agents import cli
 from ivt_env import boxes
 from ivt_env.data import load_dataset
 from ivt_env.metrics.benchmarks import targets_px
@@ -148,7 +148,7 @@ def test_wrong_input_is_one_line_and_status_2(
 
 def test_the_command_runs_without_torch_and_prints_json_only(perfect: Path) -> None:
     code = (
-        "import sys; from agents.cli import main; status = main(['score', *sys.argv[1:]]);"
+        "import sys; from ivt_agents.cli import main; status = main(['score', *sys.argv[1:]]);"
         "assert 'torch' not in sys.modules; sys.exit(status)"
     )
     arguments = [str(perfect), "--dataset", "photos", "--split", "test", *PX, "--json"]

@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations, teach
-from agents.sft.trainer import batches, to_turns, train
-from agents.teacher.template import FITS, MISSES, WRONG_OBJECT, critique, teacher_words
-from agents.training import MetricsLog
-from agents.vlm.codec import parse_action
-from agents.vlm.load import load_policy
-from agents.vlm.tiny import build_tokenizer
+from ivt_agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations, teach
+from ivt_agents.sft.teacher.template import FITS, MISSES, WRONG_OBJECT, critique, teacher_words
+from ivt_agents.sft.trainer import batches, to_turns, train
+from ivt_agents.training.run import MetricsLog
+from ivt_agents.vlm.codec import parse_action
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.tiny import build_tokenizer
 from ivt_env import boxes
 from ivt_env.data.sample import DataError
 from ivt_env.data.scenes import Scenes

@@ -21,13 +21,13 @@ from learner import small_policy, small_trainer
 from test_grpo import keep_gradients, move_adapter, play
 from test_resume import TINY, assert_same_state, lines, with_out
 
-import train_grpo
-from agents.grpo.collect import Groups, collect
-from agents.sharding import check_shareable, gathered
-from agents.training import RunError, load_checkpoint, make_accelerator
-from agents.vlm.load import load_policy
-from agents.vlm.speed import checkpoint_layers
-from train_grpo import Args
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.grpo.collect import Groups, collect
+from ivt_agents.grpo.train import Args
+from ivt_agents.training.run import RunError, load_checkpoint, make_accelerator
+from ivt_agents.training.sharding import check_shareable, gathered
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.speed import checkpoint_layers
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import tyro
 
-import evaluate
-from agents import swaps
-from agents.study import SPLITS, Args, Job, _playing, _policy, _scoring, _training, run_jobs
-from agents.study_tables import CONTROLS, best_control, summary
-from agents.training import RunError
+from experiments.study import SPLITS, Args, Job, _playing, _policy, _scoring, _training, run_jobs
+from experiments.study_tables import CONTROLS, best_control, summary
+from ivt_agents.evaluation import evaluate, swaps
+from ivt_agents.training.run import RunError
 
 
 def write(tmp_path, name: str, status: int = 0) -> Job:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agents.base import load_agent
-from agents.scripted import CentreAgent
-from agents.swaps import MOVED_IOU, Args, BlankPictures, elsewhere, main, moved, play_swaps
-from agents.vlm.load import load_policy
+from ivt_agents.evaluation.swaps import MOVED_IOU, Args, BlankPictures, elsewhere, main, moved, play_swaps
+from ivt_agents.play.by_name import load_agent
+from ivt_agents.play.scripted import CentreAgent
+from ivt_agents.vlm.load import load_policy
 from ivt_env import boxes
 from ivt_env.data.scenes import Scenes
 from ivt_env.metrics.swaps import BAD_BELOW, VARIANTS, Swap, dependence, load_swaps, summarise

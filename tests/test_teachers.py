@@ -23,18 +23,18 @@ from chat_server import GOOD, ChatServer, answer
 from harvesting import QUICK, make_drafts
 from PIL import Image
 
-import train_sft
-from agents.evaluation import play
-from agents.sft.demonstrations import load_demonstrations, save_demonstrations, teach
-from agents.teacher import prompts
-from agents.teacher.harvest import TraceCache, write_traces
-from agents.teacher.load import load_teacher
-from agents.teacher.openai import Budget, BudgetError, OpenAITeacher, TeacherError
-from agents.teacher.prompts import trace_request, unusable_reason
-from agents.teacher.template import critique
-from agents.training import RunError
-from agents.vlm.codec import parse_action
-from agents.vlm.load import load_policy
+from ivt_agents.play.on_split import play
+from ivt_agents.sft import train as train_sft
+from ivt_agents.sft.demonstrations import load_demonstrations, save_demonstrations, teach
+from ivt_agents.sft.harvest import TraceCache, write_traces
+from ivt_agents.sft.teacher import prompts
+from ivt_agents.sft.teacher.load import load_teacher
+from ivt_agents.sft.teacher.openai import Budget, BudgetError, OpenAITeacher, TeacherError
+from ivt_agents.sft.teacher.prompts import trace_request, unusable_reason
+from ivt_agents.sft.teacher.template import critique
+from ivt_agents.training.run import RunError
+from ivt_agents.vlm.codec import parse_action
+from ivt_agents.vlm.load import load_policy
 from ivt_env.data.fetch import Patience
 from ivt_env.data.scenes import Scenes
 
@@ -373,8 +373,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from harvesting import QUICK, make_drafts
-from agents.teacher.harvest import TraceCache, write_traces
-from agents.teacher.openai import OpenAITeacher
+from ivt_agents.sft.harvest import TraceCache, write_traces
+from ivt_agents.sft.teacher.openai import OpenAITeacher
 from ivt_env.data.scenes import Scenes
 dataset, folder = Scenes("train"), Path(sys.argv[2])
 teacher = OpenAITeacher(sys.argv[1] + "#m", None, QUICK)

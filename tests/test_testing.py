@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
+from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
 from ivt_env.data import DataError, load_dataset
 from ivt_env.data.sample import Sample
 from ivt_env.testing import check_agent, check_dataset

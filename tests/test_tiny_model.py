@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from agents.evaluation import play
-from agents.vlm.load import load_policy
-from agents.vlm.pretrain import PackedQuestions, cell_labels, grid_of, patchify
-from agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, weights_folder
-from agents.vlm.turns import WHOLE
+from ivt_agents.play.on_split import play
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.pretrain import PackedQuestions, cell_labels, grid_of, patchify
+from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, weights_folder
+from ivt_agents.vlm.turns import WHOLE
 from ivt_env.data.scenes import make_scene
 
 QUESTIONS = [("the red ring", (0.1, 0.2, 0.3, 0.4)), ("the leftmost star", (0.0, 0.5, 0.2, 1.0)), ("a", (0, 0, 1, 1))]
@@ -40,7 +40,7 @@ def test_weights_fit_into_eight_megabytes_and_say_how_they_were_made():
     record = json.loads((folder / "training.json").read_text())
     for run in (record, record["first_run"]):
         assert (
-            run["command"].startswith("python -m agents.vlm.pretrain")
+            run["command"].startswith("python -m ivt_agents.vlm.pretrain")
             and f"--seed {run['args']['seed']}" in run["command"]
         )
 

@@ -16,13 +16,13 @@ import pytest
 import tyro
 from test_resume import TINY, with_out
 
-import train_grpo
-import train_sft
-from agents.command import parse
-from agents.grpo.options import check_options
-from agents.tracking import TRACKERS, TrackerError, check_tracker
-from agents.training import MetricsLog, read_metrics
-from train_grpo import Args
+from ivt_agents.command import parse
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.grpo.checks import check_options
+from ivt_agents.grpo.train import Args
+from ivt_agents.sft import train as train_sft
+from ivt_agents.training.run import MetricsLog, read_metrics
+from ivt_agents.training.tracking import TRACKERS, TrackerError, check_tracker
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,8 +131,8 @@ def test_a_folder_of_that_name_is_not_taken_for_the_package(monkeypatch, tmp_pat
     """wandb makes one where it runs, and Python would import it as an empty package."""
     (tmp_path / "swanlake").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("agents.tracking.TRACKERS", (*TRACKERS, "swanlake"))
-    monkeypatch.setattr("agents.tracking._EXTRA", {"swanlake": "trackers"})
+    monkeypatch.setattr("ivt_agents.training.tracking.TRACKERS", (*TRACKERS, "swanlake"))
+    monkeypatch.setattr("ivt_agents.training.tracking._EXTRA", {"swanlake": "trackers"})
     assert importlib.util.find_spec("swanlake") is not None
     with pytest.raises(TrackerError, match="not installed"):
         check_tracker("swanlake")

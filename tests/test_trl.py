@@ -19,9 +19,9 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from agents.trl_rollout import RolloutPictures, TRLRollout, episode_return, rollout_processor, rollout_rows
-from agents.vlm.adapters import add_lora
-from agents.vlm.load import load_policy
+from ivt_agents.trl.rollout import RolloutPictures, TRLRollout, episode_return, rollout_processor, rollout_rows
+from ivt_agents.vlm.adapters import add_lora
+from ivt_agents.vlm.load import load_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:You are using")
 

@@ -21,8 +21,8 @@ from PIL import Image
 from shown_episodes import made_up_episodes, photo_of, play
 from test_viewer import content_of, pictures_of
 
-from agents import cli
-from agents.base import load_agent
+from ivt_agents import cli
+from ivt_agents.play.by_name import load_agent
 from ivt_env.data import load_dataset
 from ivt_env.data.sample import DataMissingError
 from ivt_env.episodes import Episode, picture_file, save_episodes
@@ -155,7 +155,7 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, capsys: Any) -> None:
 def started(words: list[str], cwd: Path) -> tuple[subprocess.Popen[str], str]:
     """The command running, and the address that it printed."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "agents.cli", *words],
+        [sys.executable, "-m", "ivt_agents.cli", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

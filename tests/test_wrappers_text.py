@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agents.vlm import codec
+from ivt_agents.vlm import codec
 from ivt_env import text_actions
 from ivt_env.env import GroundingEnv
 from ivt_env.text_actions import STOP_TEXT, parse_action

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.training import Stopwatch
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.turns import Turn
+from ivt_agents.training.run import Stopwatch
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.turns import Turn
 from ivt_env.vector_env import GroundingVectorEnv
 
 

@@ -15,18 +15,24 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from numpy.typing import NDArray
 
-from agents.grpo.advantages import advantages as advantages_of
-from agents.grpo.advantages import spread, zero_variance
-from agents.grpo.collect import Groups, collect
-from agents.grpo.losses import LOSSES, PER_SEQUENCE, clipped_sides, denominator, k3, kl_loss, kl_penalty
-from agents.sharding import fill_optimizer, fill_parameters, gathered_optimizer, gathered_parameters, whole_weights
-from agents.training import MetricsLog, RunError, Stopwatch, derived_seed, load_checkpoint, save_checkpoint
-from agents.vlm.adapters import has_reference, reference_adapter
-from agents.vlm.generation import TokenScorer
-from agents.vlm.packing import micro_batches
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.speed import can_pack
-from agents.vlm.turns import Turn
+from ivt_agents.grpo.advantages import advantages as advantages_of
+from ivt_agents.grpo.advantages import spread, zero_variance
+from ivt_agents.grpo.collect import Groups, collect
+from ivt_agents.grpo.losses import LOSSES, PER_SEQUENCE, clipped_sides, denominator, k3, kl_loss, kl_penalty
+from ivt_agents.training.run import MetricsLog, RunError, Stopwatch, derived_seed, load_checkpoint, save_checkpoint
+from ivt_agents.training.sharding import (
+    fill_optimizer,
+    fill_parameters,
+    gathered_optimizer,
+    gathered_parameters,
+    whole_weights,
+)
+from ivt_agents.vlm.adapters import has_reference, reference_adapter
+from ivt_agents.vlm.generation import TokenScorer
+from ivt_agents.vlm.packing import micro_batches
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.speed import can_pack
+from ivt_agents.vlm.turns import Turn
 from ivt_env.vector_env import GroundingVectorEnv
 
 GOOD = 0.5

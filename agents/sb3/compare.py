@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from agents.evaluation import play
-from agents.sb3.easy import easy_indices
-from agents.scripted import CentreAgent, RandomAgent
+from ivt_agents.play.on_split import play
+from ivt_agents.play.scripted import CentreAgent, RandomAgent
+from ivt_agents.sb3.easy import easy_indices
 from ivt_env.data import load_dataset
 from ivt_env.episodes import Episode
 from ivt_env.metrics.statistics import bootstrap_mean, paired_bootstrap

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from agents.sb3.network import make_policy
+from ivt_agents.sb3.network import make_policy
 from ivt_env.wrappers import HashedText
 from ivt_env.wrappers.sb3 import decode_action, sb3_action_space, sb3_observation, sb3_observation_space
 
@@ -101,7 +101,7 @@ def save_sb3(folder: Path, policy: ActorCriticPolicy, shape: Mapping[str, Any], 
 
 
 def load_sb3(folder: str | Path, *, deterministic: bool = True, seed: int | None = None) -> SB3Agent:
-    """The agent that ``python -m agents.sb3.train`` saved.
+    """The agent that ``python -m ivt_agents.sb3.train`` saved.
 
     Args:
         folder: of the run.
@@ -113,7 +113,7 @@ def load_sb3(folder: str | Path, *, deterministic: bool = True, seed: int | None
     """
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
-        raise SB3Error(f"no PPO in {folder}: there is no {CONFIG_FILE}; `python -m agents.sb3.train --out {folder}`")
+        raise SB3Error(f"no PPO in {folder}: no {CONFIG_FILE}; `python -m ivt_agents.sb3.train --out {folder}`")
     shape = _read_shape(folder / CONFIG_FILE)
     if not (folder / WEIGHTS_FILE).is_file():
         raise SB3Error(f"{folder} has no {WEIGHTS_FILE}: its training did not come to its end; run it again")

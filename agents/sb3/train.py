@@ -1,7 +1,7 @@
 """PPO of Stable-Baselines3 on easy scenes: what reinforcement learning reaches without a language model.
 
-    python -m agents.sb3.train                       # a few minutes on two cores
-    python -m agents.sb3.train --no-easy --steps 400000 --out runs/sb3-all
+    python -m ivt_agents.sb3.train                       # a few minutes on two cores
+    python -m ivt_agents.sb3.train --no-easy --steps 400000 --out runs/sb3-all
     python evaluate.py --policies random=random centre=centre ppo=sb3:runs/sb3
 
 Easy scenes have two objects and an expression that names what one of them looks like. The reward is the gain
@@ -28,11 +28,11 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents.command import run_command
-from agents.sb3.compare import compare, table
-from agents.sb3.easy import SmallPictures, easy_indices
-from agents.sb3.load import SB3Agent, save_sb3
-from agents.sb3.network import POLICY_OPTIONS, begin_with_what_is_seen
+from ivt_agents.command import run_command
+from ivt_agents.sb3.compare import compare, table
+from ivt_agents.sb3.easy import SmallPictures, easy_indices
+from ivt_agents.sb3.load import SB3Agent, save_sb3
+from ivt_agents.sb3.network import POLICY_OPTIONS, begin_with_what_is_seen
 from ivt_env.data import load_dataset
 from ivt_env.env import GroundingEnv
 from ivt_env.wrappers import SB3Wrapper

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agents.teacher.template import critique
+from ivt_agents.sft.teacher.template import critique
 from ivt_env import boxes
 from ivt_env.data.sample import DataError, Dataset, Sample
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.sft.demonstrations import Demonstration, demonstration, in_closeup
+from ivt_agents.sft.demonstrations import Demonstration, demonstration, in_closeup
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, Sample
 

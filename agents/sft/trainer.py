@@ -15,16 +15,16 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
-from agents.sft.demonstrations import Demonstration
-from agents.training import MetricsLog
-from agents.vlm.adapters import layer_matrices
-from agents.vlm.codec import STOP_TEXT
-from agents.vlm.dialogue import images_of
-from agents.vlm.generation import Sampling, TokenScorer
-from agents.vlm.packing import micro_batches
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.speed import can_pack
-from agents.vlm.turns import Box, Turn
+from ivt_agents.sft.demonstrations import Demonstration
+from ivt_agents.training.run import MetricsLog
+from ivt_agents.vlm.adapters import layer_matrices
+from ivt_agents.vlm.codec import STOP_TEXT
+from ivt_agents.vlm.dialogue import images_of
+from ivt_agents.vlm.generation import Sampling, TokenScorer
+from ivt_agents.vlm.packing import micro_batches
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.speed import can_pack
+from ivt_agents.vlm.turns import Box, Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.game import Game
 from ivt_env.grounding import Screen

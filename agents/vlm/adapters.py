@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from agents.training import RunError
-from agents.vlm.footprint import LORA_MODULES
-from agents.vlm.precision import can_merge, stored_as
+from ivt_agents.training.run import RunError
+from ivt_agents.vlm.footprint import LORA_MODULES
+from ivt_agents.vlm.precision import can_merge, stored_as
 
 # peft imports bitsandbytes where it is installed, and that warns of a kernel for CPUs that nobody asked for.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

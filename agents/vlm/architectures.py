@@ -31,8 +31,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from agents.vlm.load import TINY_NAME, PolicyError
-from agents.vlm.tiny import weights_folder
+from ivt_agents.vlm.load import TINY_NAME, PolicyError
+from ivt_agents.vlm.tiny import weights_folder
 
 
 @dataclass(frozen=True, slots=True)

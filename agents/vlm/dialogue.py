@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.vlm.codec import BoxCodec, ParsedAction
-from agents.vlm.prompts import Prompts
-from agents.vlm.turns import WHOLE, Box, Picture, Prompt, Turn
+from ivt_agents.vlm.codec import BoxCodec, ParsedAction
+from ivt_agents.vlm.prompts import Prompts
+from ivt_agents.vlm.turns import WHOLE, Box, Picture, Prompt, Turn
 from ivt_env import boxes
 
 LAYOUTS = ("fresh", "prefix")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agents.vlm.architectures import build_without_weights, find_config, pixel_limits
-from agents.vlm.footprint import (
+from ivt_agents.vlm.architectures import build_without_weights, find_config, pixel_limits
+from ivt_agents.vlm.footprint import (
     CONTEXT_BYTES,
     USABLE,
     Parts,

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from agents.vlm.cache import Memory, make_cache, recall, refuse_inexact_cache, remember
-from agents.vlm.packing import break_even, pack
-from agents.vlm.turns import Picture, Prompt, Turn, encode_pictures, mrope_positions, pictures_in
+from ivt_agents.vlm.cache import Memory, make_cache, recall, refuse_inexact_cache, remember
+from ivt_agents.vlm.packing import break_even, pack
+from ivt_agents.vlm.turns import Picture, Prompt, Turn, encode_pictures, mrope_positions, pictures_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ def forward(
 class TokenScorer(nn.Module):
     """A model as a function from turns to log-probabilities of their sampled tokens.
 
-    What turns share is computed once (``agents.vlm.packing``), and logits at sampled positions only.
+    What turns share is computed once (``ivt_agents.vlm.packing``), and logits at sampled positions only.
     This is the module that is wrapped for several processes, so that every gradient passes through it.
     """
 
@@ -221,7 +221,7 @@ class TokenScorer(nn.Module):
         self.sampling = sampling
         self.frozen_vision = frozen_vision
         self.worth = break_even(core_of(model).config) if packing else None
-        """What sharing is worth, see ``agents.vlm.packing.plan_rows``."""
+        """What sharing is worth, see ``ivt_agents.vlm.packing.plan_rows``."""
 
     def forward(self, turns: Sequence[Turn]) -> tuple[torch.Tensor, torch.Tensor]:
         """Score sampled tokens.

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from agents.vlm.codec import FRAMES, BoxCodec
-from agents.vlm.generation import core_of
-from agents.vlm.policy import POLICY_FILE, VLMPolicy
-from agents.vlm.precision import DTYPES, use_float32_head
-from agents.vlm.prompts import QWEN, Prompts
-from agents.vlm.tiny import weights_folder
+from ivt_agents.vlm.codec import FRAMES, BoxCodec
+from ivt_agents.vlm.generation import core_of
+from ivt_agents.vlm.policy import POLICY_FILE, VLMPolicy
+from ivt_agents.vlm.precision import DTYPES, use_float32_head
+from ivt_agents.vlm.prompts import QWEN, Prompts
+from ivt_agents.vlm.tiny import weights_folder
 
 TINY_NAME = "tiny"
 """The name of the shipped model, wherever a model folder or hub name is taken."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agents.vlm.turns import Picture, Turn, mrope_positions, pictures_in
+from ivt_agents.vlm.turns import Picture, Turn, mrope_positions, pictures_in
 
 
 @dataclass(slots=True, eq=False)

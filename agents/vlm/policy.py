@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agents.vlm.adapters import folded
-from agents.vlm.cache import Memory
-from agents.vlm.codec import STOP_TEXT, BoxCodec, parse_action
-from agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
-from agents.vlm.generation import Sampling, core_of, generate
-from agents.vlm.precision import stored_as
-from agents.vlm.prompts import Prompts
-from agents.vlm.turns import Prompt, Turn
+from ivt_agents.vlm.adapters import folded
+from ivt_agents.vlm.cache import Memory
+from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec, parse_action
+from ivt_agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
+from ivt_agents.vlm.generation import Sampling, core_of, generate
+from ivt_agents.vlm.precision import stored_as
+from ivt_agents.vlm.prompts import Prompts
+from ivt_agents.vlm.turns import Prompt, Turn
 
 POLICY_FILE = "policy.json"
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from agents.vlm.generation import core_of
+from ivt_agents.vlm.generation import core_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -1,6 +1,6 @@
 """Trains the tiny Qwen3-VL from scratch on the scenes, single shot only, and saves it.
 
-    python -m agents.vlm.pretrain --out agents/vlm/tiny_qwen3vl
+    python -m ivt_agents.vlm.pretrain --out agents/vlm/tiny_qwen3vl
 
 Two stages. First the vision tower learns to say what stands in each cell of the picture (shape,
 colour, texture, box): without it, a small model's language loss never tells the tower where to look.
@@ -28,10 +28,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
-from agents.command import progress_bars, run_command
-from agents.vlm.policy import POLICY_FILE
-from agents.vlm.prompts import TINY
-from agents.vlm.tiny import INPUT_SIDE, build_image_processor, build_model, build_tokenizer, number_ids
+from ivt_agents.command import progress_bars, run_command
+from ivt_agents.vlm.policy import POLICY_FILE
+from ivt_agents.vlm.prompts import TINY
+from ivt_agents.vlm.tiny import INPUT_SIDE, build_image_processor, build_model, build_tokenizer, number_ids
 from ivt_env.data.scenes import make_scene
 from ivt_env.data.scenes.world import COLOURS, SHAPES, TEXTURES, Thing
 
@@ -406,7 +406,7 @@ def main(args: Args) -> None:
         log += train_grounding(model, tokenizer, pool, args, progress)
     save(model, tokenizer, args.out)
     seconds = {"drawing": drawn - start, "vision": seen - drawn, "grounding": time.time() - seen}
-    command = " ".join(["python -m agents.vlm.pretrain", *sys.argv[1:]])
+    command = " ".join(["python -m ivt_agents.vlm.pretrain", *sys.argv[1:]])
     record = {
         "command": command,
         "args": asdict(args) | {"out": str(args.out), "init": str(args.init)},

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from agents.vlm.generation import core_of
+from ivt_agents.vlm.generation import core_of
 
 _COMPILED: dict[type, type] = {}
 

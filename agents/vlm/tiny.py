@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from agents.teacher.template import teacher_words
-from agents.vlm.prompts import NO_BOX_TEXT, TINY
+from ivt_agents.sft.teacher.template import teacher_words
+from ivt_agents.vlm.prompts import NO_BOX_TEXT, TINY
 from ivt_env.data.scenes.language import vocabulary
 
 INPUT_SIDE = 96

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.prompts import Prompts
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.prompts import Prompts
 
 _OFFER = (
     'If it fits the object, answer {"stop": true}. Otherwise say briefly what is wrong with it, if anything, and answer'

@@ -2,7 +2,7 @@
 
 A *swap* shows a policy one box at one step of an episode and records its answer. From many swaps of
 the same samples follows whether the answer depends on how *good* the drawn box is, or merely on
-there being one. This module holds the records and the statistics; ``agents.swaps`` plays them.
+there being one. This module holds the records and the statistics; ``ivt_agents.evaluation.swaps`` plays them.
 ``docs/swaps.md`` gives every definition in words.
 """
 
@@ -371,7 +371,7 @@ def load_swaps(path: str | Path) -> list[Swap]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"no swaps at {path}: give a .jsonl file that `python -m agents.swaps` wrote")
+        raise DataError(f"no swaps at {path}: give a .jsonl file that `python -m ivt_agents.evaluation.swaps` wrote")
     swaps: list[Swap] = []
     seen: dict[tuple[str, ...], int] = {}
     with path.open("rb") as file:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agents.grpo.trainer import GRPOConfig
-from agents.tracking import check_tracker
-from agents.training import RunError, check_least, check_rate
+from ivt_agents.grpo.trainer import GRPOConfig
+from ivt_agents.training.run import RunError, check_least, check_rate
+from ivt_agents.training.tracking import check_tracker
 
 if TYPE_CHECKING:  # the script imports this module; only its type is needed here
-    from train_grpo import Args
+    from ivt_agents.grpo.train import Args
 
 MAY_CHANGE = frozenset(
     {

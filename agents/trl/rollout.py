@@ -10,9 +10,9 @@
         args=trl.GRPOConfig(temperature=1.0, ...),
     )
 
-``examples/trl_rollout.py`` trains with it; ``docs/trl.md`` compares it with ``agents.trl_environment``.
+``examples/trl_rollout.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.environment``.
 
-Written for TRL 1.16, and it imports nothing of it. Where ``environment_factory`` (``agents.trl_environment``)
+Written for TRL 1.16, and it imports nothing of it. Where ``environment_factory`` (``ivt_agents.trl.environment``)
 has TRL play and calls the environment as a tool, here TRL asks for whole rollouts: groups share their decoded
 pictures, a stop ends an episode at once, an answer has a limit of its own, an expression stays plain text, and
 every view and every box frame that a policy knows can be used.
@@ -47,10 +47,10 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from agents.grpo.collect import Groups, collect
-from agents.trl_environment import CHAT_TEMPLATE, PictureProcessor
-from agents.vlm.policy import VLMPolicy
-from agents.vlm.turns import Picture, Turn
+from ivt_agents.grpo.collect import Groups, collect
+from ivt_agents.trl.environment import CHAT_TEMPLATE, PictureProcessor
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.turns import Picture, Turn
 from ivt_env.rollouts import make_vector_env
 from ivt_env.vector_env import GroundingVectorEnv
 

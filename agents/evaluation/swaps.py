@@ -1,6 +1,6 @@
 """Overlay swaps: shows policies other boxes than their own, and tells whether they can tell.
 
-    python -m agents.swaps --policies base=tiny mine=runs/grpo/policy --split val --samples 300
+    python -m ivt_agents.evaluation.swaps --policies base=tiny mine=runs/grpo/policy --split val --samples 300
 
 At steps 1 and 2 of an episode (after the policy's own actions so far) the drawn box is replaced by the
 target, another object of its class, a random or a moved box, none, or the picture by a grey one. One
@@ -18,9 +18,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import ArrayLike, NDArray
 
-from agents.base import load_agent
-from agents.command import progress_bars, run_command
-from agents.training import check_least, write_json
+from ivt_agents.command import progress_bars, run_command
+from ivt_agents.play.by_name import load_agent
+from ivt_agents.training.run import check_least, write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, Picture, Sample
 from ivt_env.metrics.swaps import (
@@ -420,7 +420,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _write(args: Args, played: dict[str, list[Swap]], names: dict[str, str], count: int) -> None:
-    from agents.swap_plots import plot_swaps  # here, so that playing alone needs no matplotlib
+    from ivt_agents.evaluation.swap_plots import plot_swaps  # here, so that playing alone needs no matplotlib
 
     scores = [row for name, swaps in played.items() for row in summarise(name, swaps, n_boot=1000, seed=args.seed)]
     depends = [row for name, swaps in played.items() for row in dependence(name, swaps, n_boot=1000, seed=args.seed)]

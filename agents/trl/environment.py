@@ -10,7 +10,7 @@
         args=trl.GRPOConfig(max_tool_calling_iterations=2, ...),  # actions of an episode, less one
     )
 
-``examples/trl_environment.py`` trains with it; ``docs/trl.md`` compares it with ``agents.trl_rollout``.
+``examples/trl_environment.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.rollout``.
 
 Written for TRL 1.16, and it imports nothing of it. The Gymnasium environment is used as it is: ``reset``
 returns its first picture and the question, the tool ``answer`` plays one action and returns the picture
@@ -46,8 +46,8 @@ from PIL import Image
 from transformers import Qwen3VLProcessor
 
 import ivt_env  # noqa: F401  registers the ids
-from agents.vlm.codec import parse_action
-from agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.codec import parse_action
+from ivt_agents.vlm.policy import VLMPolicy
 
 TOOL = "answer"
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from agents.sft.demonstrations import Demonstration, load_demonstrations
-from agents.teacher.load import Teacher
-from agents.teacher.openai import TeacherError
-from agents.teacher.prompts import QUESTION, SYSTEM, TraceRequest, tidy, trace_request, unusable_reason
+from ivt_agents.sft.demonstrations import Demonstration, load_demonstrations
+from ivt_agents.sft.teacher.load import Teacher
+from ivt_agents.sft.teacher.openai import TeacherError
+from ivt_agents.sft.teacher.prompts import QUESTION, SYSTEM, TraceRequest, tidy, trace_request, unusable_reason
 from ivt_env.data.sample import Dataset
 
 UNUSABLE_LIMIT = 0.2

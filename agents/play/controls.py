@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from ivt_env import boxes
 
 if TYPE_CHECKING:
-    from agents.vlm.policy import VLMPolicy
-    from agents.vlm.turns import Turn
+    from ivt_agents.vlm.policy import VLMPolicy
+    from ivt_agents.vlm.turns import Turn
 
 Actions = dict[str, Any]
 Pick = Callable[[NDArray[np.float64], NDArray[np.float64]], int]

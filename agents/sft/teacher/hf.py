@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from agents.teacher.openai import MAX_REPLY_TOKENS
-from agents.teacher.prompts import SYSTEM, TraceRequest
-from agents.vlm.generation import generate
-from agents.vlm.load import load_policy
-from agents.vlm.prompts import Prompts
-from agents.vlm.turns import WHOLE
+from ivt_agents.sft.teacher.openai import MAX_REPLY_TOKENS
+from ivt_agents.sft.teacher.prompts import SYSTEM, TraceRequest
+from ivt_agents.vlm.generation import generate
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.prompts import Prompts
+from ivt_agents.vlm.turns import WHOLE
 
 
 class HFTeacher:

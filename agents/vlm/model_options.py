@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from agents.training import RunError
-from agents.vlm.load import check_weights
-from agents.vlm.speed import can_pack, checkpoint_layers, compile_layers
+from ivt_agents.training.run import RunError
+from ivt_agents.vlm.load import check_weights
+from ivt_agents.vlm.speed import can_pack, checkpoint_layers, compile_layers
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The recipe of arXiv 2606.13156 from end to end, and both versions of its table.
 
-    python -m agents.paper --out runs/paper                                    # the tiny model on the scenes
-    python -m agents.paper --config configs/paper_qwen3vl_4b.yaml --out runs/paper4b --data-root data
-    python -m agents.paper --config configs/paper_qwen3vl_4b.yaml --dry-run    # what would run, and what it needs
+    python -m experiments.paper --out runs/paper                                    # the tiny model on the scenes
+    python -m experiments.paper --config configs/paper_qwen3vl_4b.yaml --out runs/paper4b --data-root data
+    python -m experiments.paper --config configs/paper_qwen3vl_4b.yaml --dry-run    # what would run, and what it needs
 
 1. SFT on walks from the student's own bad first boxes to the target, without any stop.
 2. GRPO on it: one reward for the final box, every episode with all its refinements.
@@ -24,15 +24,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import train_grpo
-import train_sft
-from agents.command import progress_bars, run_command
-from agents.config import has_section, load_config
-from agents.evaluation import play
-from agents.paper_tables import Played, report, results
-from agents.training import RunError, check_least, checkpoints, write_json
-from agents.vlm.load import load_policy
-from agents.vlm.without_stop import forbid_stop
+from experiments.paper_tables import Played, report, results
+from ivt_agents.command import progress_bars, run_command
+from ivt_agents.config import has_section, load_config
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.play.on_split import play
+from ivt_agents.sft import train as train_sft
+from ivt_agents.training.run import RunError, check_least, checkpoints, write_json
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.without_stop import forbid_stop
 from ivt_env.episodes import Episode, save_episodes
 from ivt_env.metrics.columns import columns
 from ivt_env.rollouts import make_vector_env

@@ -5,11 +5,11 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
-from agents.tracking import check_tracker
-from agents.training import RunError, check_least, check_rate
+from ivt_agents.training.run import RunError, check_least, check_rate
+from ivt_agents.training.tracking import check_tracker
 
 if TYPE_CHECKING:  # the script imports this module; only its type is needed here
-    from train_sft import Args
+    from ivt_agents.sft.train import Args
 
 _LEAST = {
     "samples": 1,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from agents.teacher.template import critique
+from ivt_agents.sft.teacher.template import critique
 from ivt_env.data.sample import Dataset
 from ivt_env.rendering import Overlay, draw_overlay, place_on_canvas
 

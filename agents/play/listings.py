@@ -43,7 +43,7 @@ def add_listing(commands: Any, name: str, line: str) -> None:
 
 def built_in_agents() -> dict[str, str]:
     """Every form of an agent's name and what it is: the table in the documentation of ``load_agent``."""
-    from agents.base import load_agent
+    from ivt_agents.play.by_name import load_agent
 
     rows = re.findall(r"^\s*``([^`]+)``\s{2,}(.+?)\s*$|^\s*``([^`]+)`` (.+?)\s*$", load_agent.__doc__ or "", re.M)
     return {a or c: (b or d).replace("``", "") for a, b, c, d in rows if not (c and d.startswith("is "))}

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from agents.tracking import open_tracker
+from ivt_agents.training.tracking import open_tracker
 
 
 class RunError(ValueError):
@@ -91,7 +91,7 @@ class MetricsLog:
         Args:
             folder: of the run.
             enabled: false on all processes but the main one.
-            tracker: one of ``agents.tracking.TRACKERS``.
+            tracker: one of ``ivt_agents.training.tracking.TRACKERS``.
             keep_until: when a run is resumed, lines of later steps are dropped first.
             config: options of the run, for the tracker.
 

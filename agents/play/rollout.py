@@ -7,7 +7,7 @@ browser. It measures nothing.
     ivt rollout --env IVT-Photos-v0 --agent my_module:MyAgent --episodes 16 --index 0
     ivt rollout --agent random --episodes 100 --json > episodes.jsonl
 
-``python -m agents.rollout`` is the same command. Where the episodes themselves are not seen (``--json``, or
+``python -m ivt_agents.play.rollout`` is the same command. Where the episodes themselves are not seen (``--json``, or
 output into a file), a bar on standard error shows how far it is.
 """
 
@@ -25,8 +25,8 @@ from typing import Literal
 from rich.markup import escape
 
 import ivt_env
-from agents.base import Agent, load_agent
-from agents.command import progress_bars, run_command
+from ivt_agents.command import progress_bars, run_command
+from ivt_agents.play.by_name import Agent, load_agent
 from ivt_env.data.sample import Picture, Sample
 from ivt_env.episodes import Box, Episode, Step, save_episodes
 from ivt_env.rollouts import make_vector_env, rollout

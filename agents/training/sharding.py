@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from agents.training import RunError
+from ivt_agents.training.run import RunError
 
 
 def check_shareable(model: nn.Module, compiled: bool, accelerator: Accelerator, optimizer: str = "adamw") -> None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agents.teacher.prompts import SYSTEM, TraceRequest
+from ivt_agents.sft.teacher.prompts import SYSTEM, TraceRequest
 from ivt_env.data.fetch import Patience
 
 KEY_VARIABLE = "OPENAI_API_KEY"

@@ -1,7 +1,7 @@
 """One page of an evaluation: tables, plots, example episodes, and what each figure may be used for.
 
-    python -m agents.report runs/evaluation
-    python -m agents.report runs/evaluation --swaps runs/swaps
+    python -m ivt_agents.evaluation.report runs/evaluation
+    python -m ivt_agents.evaluation.report runs/evaluation --swaps runs/swaps
 
 ``evaluate.py`` writes the page itself; the command writes it again, for example with the overlay swaps of the
 same policies. The page is one HTML file without scripts, which needs neither a server nor a network.
@@ -19,7 +19,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from agents.command import run_command
+from ivt_agents.command import run_command
 from ivt_env.data.sample import DataError, DataMissingError, Picture
 from ivt_env.episodes import Episode, Step, load_episodes
 from ivt_env.viewer.page import picture_jpeg
@@ -78,7 +78,7 @@ class Args:
     folder: Positional[Path]
     """Where `evaluate.py` wrote: `results.json`, plots and `episodes/`."""
     swaps: Path | None = None
-    """Where `python -m agents.swaps` wrote; None: the page has no part about swaps."""
+    """Where `python -m ivt_agents.evaluation.swaps` wrote; None: the page has no part about swaps."""
     data_root: Path | None = None
     """Folder of the real data sets, for the pictures of the examples."""
     out: Path | None = None
@@ -204,7 +204,7 @@ def _plots(folder: Path, plots: Sequence[tuple[str, str]]) -> str:
 
 
 def _swaps(folder: Path) -> str:
-    results = _read(folder / "results.json", "python -m agents.swaps")
+    results = _read(folder / "results.json", "python -m ivt_agents.evaluation.swaps")
     lines = []
     for row in results["variants"]:
         cells = [_text(row["policy"]), str(row["step"]), _text(row["variant"]), str(row["num"])]

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from agents.controls import CONTROL_FORMS, control_of
-from agents.relay import Relay
-from agents.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
+from ivt_agents.play.controls import CONTROL_FORMS, control_of
+from ivt_agents.play.relay import Relay
+from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
 from ivt_env import failures
 from ivt_env.rollouts import Agent
 from ivt_env.vector_env import GroundingVectorEnv
@@ -45,7 +45,7 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
     ``stop-after-K:SPEC``   the agent ``SPEC``, stopped after K proposals: ``stop-after-1:random``
     ``relay:FIRST,THEN``    the agent ``FIRST`` until there is a box, then the agent ``THEN``
     ``vlm:FOLDER``          a vision-language model: a checkpoint folder or a model id
-    ``sb3:FOLDER``          a PPO of Stable-Baselines3: the folder of ``python -m agents.sb3.train``
+    ``sb3:FOLDER``          a PPO of Stable-Baselines3: the folder of ``python -m ivt_agents.sb3.train``
     ``pixels-K:vlm:FOLDER`` a vision-language model with K times the pixels that a picture may have
     ``medoid-N:VLM``        N sampled first answers, proposes the box that agrees most with the others
     ``best-of-N:VLM``       N sampled first answers, proposes that of the most confident one
@@ -114,7 +114,7 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
 
 def _load_vlm(path: str, options: dict[str, Any]) -> Agent:
     try:
-        load_policy: Callable[..., Agent] = importlib.import_module("agents.vlm.load").load_policy
+        load_policy: Callable[..., Agent] = importlib.import_module("ivt_agents.vlm.load").load_policy
     except ImportError as error:
         raise ValueError(f"agent 'vlm:{path}' needs the training install, ivt-env[train]: {error}") from error
     return load_policy(path, **options)
@@ -122,7 +122,7 @@ def _load_vlm(path: str, options: dict[str, Any]) -> Agent:
 
 def _load_sb3(path: str, options: dict[str, Any]) -> Agent:
     try:
-        load_sb3: Callable[..., Agent] = importlib.import_module("agents.sb3.load").load_sb3
+        load_sb3: Callable[..., Agent] = importlib.import_module("ivt_agents.sb3.load").load_sb3
     except ImportError as error:
         raise ValueError(f"agent 'sb3:{path}' needs Stable-Baselines3, ivt-env[sb3]: {error}") from error
     return load_sb3(path, **options)

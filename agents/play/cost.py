@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ivt_env.rollouts import Agent
 
 if TYPE_CHECKING:
-    from agents.vlm.turns import Turn
+    from ivt_agents.vlm.turns import Turn
 
 
 @dataclass(frozen=True, slots=True)

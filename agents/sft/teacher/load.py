@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from agents.teacher.openai import Budget, OpenAITeacher, TeacherError
-from agents.teacher.prompts import TraceRequest
+from ivt_agents.sft.teacher.openai import Budget, OpenAITeacher, TeacherError
+from ivt_agents.sft.teacher.prompts import TraceRequest
 
 
 class Teacher(Protocol):
@@ -35,7 +35,7 @@ def load_teacher(name: str, budget: Budget | None = None) -> Teacher:
     if kind == "openai" and rest:
         return OpenAITeacher(rest, budget)
     if kind == "hf" and rest:
-        from agents.teacher.hf import HFTeacher
+        from ivt_agents.sft.teacher.hf import HFTeacher
 
         return HFTeacher(rest)
     raise TeacherError(f"teacher {name!r}: choose template, hf:MODEL or openai:BASE_URL[#MODEL]")

@@ -1,7 +1,7 @@
 """Does the loop pay? The study behind ``docs/results.md``, by one command.
 
-    python -m agents.study                     # three seeds; about two hours on two cores
-    python -m agents.study --seeds 1 --samples 300 --steps 60 --out runs/quick
+    python -m experiments.study                     # three seeds; about two hours on two cores
+    python -m experiments.study --seeds 1 --samples 300 --steps 60 --out runs/quick
 
 For each seed a policy is trained to refine (close-ups, lessons in verifying) and a control: the same base, the same
 number of gradient steps and demonstrations, all of them single shots. In the loop the base gives the first box and the
@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
 
-from agents.command import run_command
-from agents.study_tables import summary
-from agents.training import RunError, check_least, write_json
+from experiments.study_tables import summary
+from ivt_agents.command import run_command
+from ivt_agents.training.run import RunError, check_least, write_json
 
 SPLITS = ("test", "test_distractors", "test_small")
 
@@ -122,7 +122,7 @@ def _playing(args: Args) -> list[Job]:
     policies["base"] = args.model
     options: list[object] = ["--split", "test", "--samples", args.swap_samples, "--max-steps", args.max_steps]
     options += ["--steps", "1", "--policies", *(f"loop-{s}={policies[f'loop-{s}']}" for s in seeds)]
-    jobs = [_job(args, "swaps", "agents.swaps", options)]
+    jobs = [_job(args, "swaps", "ivt_agents.evaluation.swaps", options)]
     for split in SPLITS:
         for name, spec in policies.items():
             # A single shot's first box is its answer. The base is made to go on where the collapse is to be seen.
@@ -153,7 +153,7 @@ def _reporting(args: Args) -> list[Job]:
     """The page of `test`, with the swaps."""
     page = args.out / "report.html"
     options = (str(args.out / "test"), "--swaps", str(args.out / "swaps"), "--out", str(page))
-    return [Job("report", (sys.executable, "-m", "agents.report", *options), page)]
+    return [Job("report", (sys.executable, "-m", "ivt_agents.evaluation.report", *options), page)]
 
 
 def _policy(name: str) -> str:

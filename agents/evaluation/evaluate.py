@@ -1,0 +1,381 @@
+"""Plays policies on one split, or reads saved episodes, and puts the columns side by side.
+
+    python evaluate.py --policies base=tiny sft=runs/sft/policy grpo=runs/grpo/policy
+    python evaluate.py --policies floor=random ceiling=my_module:MyAgent --samples 200
+    python evaluate.py --policies base=tiny loop=runs/s0/policy loop=runs/s1/policy loop=runs/s2/policy
+    python evaluate.py --episodes base=runs/evaluation/episodes/base loop=runs/other/episodes/loop
+
+Each policy is played twice on the same samples: with its stop honoured, and forced to make every
+refinement (``--no-forced`` leaves this out and halves the time). From these come step 0, the last
+step, the learned stop, the other label-free rules, a random step and the oracle's best step. Only
+the last of them looks at the target; it is there to be distrusted. Differences are paired over
+pictures; one whose 95 % interval holds zero is printed as *not shown*.
+
+A name that is given several times is one policy of several seeds: its scores are means over them.
+
+Every figure is explained in ``docs/methods.md``. The same audit is there as a library over saved
+episodes: ``ivt_env.metrics.audit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ivt_agents.command import progress_bars
+from ivt_agents.evaluation.plots import (
+    plot_accuracy_by_step,
+    plot_before_after,
+    plot_groups,
+    plot_reliability,
+    plot_training,
+)
+from ivt_agents.evaluation.report import write_report
+from ivt_agents.play.by_name import load_agent
+from ivt_agents.play.cost import Cost, Metered
+from ivt_agents.training.run import check_least, write_json
+from ivt_agents.vlm.load import TINY_NAME
+from ivt_env.data.sample import Picture
+from ivt_env.episodes import Episode, load_episodes, save_episodes
+from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_lines, behaviour_table
+from ivt_env.metrics.breakdown import group_table
+from ivt_env.metrics.columns import check_same_samples, outcomes
+from ivt_env.metrics.scores import METRICS
+from ivt_env.metrics.stopping import confidence_calibration, stop_calibration
+from ivt_env.metrics.table import (
+    Comparison,
+    Row,
+    as_json,
+    compare,
+    difference_table,
+    policy_table,
+    render,
+    score_table,
+    seed_table,
+)
+from ivt_env.rollouts import make_vector_env, rollout
+from ivt_env.vector_env import GroundingVectorEnv
+from ivt_env.viewer import write_page
+from ivt_env.viewer.pictures import PictureFinder
+
+DEFAULT_POLICY = "base=tiny"
+RESAMPLES = 1000
+
+
+@dataclass
+class Args:
+    """Columns of several policies on the same samples."""
+
+    config: Path | None = None
+    """YAML file whose part `evaluate` gives defaults; flags override it."""
+    policies: list[str] = field(default_factory=list)
+    """`name=policy`: a model folder, `tiny`, a built-in agent, or `module:Class`. The first is the base; a name
+    given again is another seed of that policy. None given: `base=tiny`."""
+    episodes: list[str] = field(default_factory=list)
+    """`name=folder`: score the saved episodes of that folder, and of `folder-forced` where it is there, instead
+    of playing. A name given again is another seed."""
+    env: str = "IVT-Scenes-v0"
+    """Registered id."""
+    split: str = "test"
+    """Split to play."""
+    data_root: str | None = None
+    """Folder of real data sets."""
+    samples: int = 1000
+    """Samples, from the beginning of the split; all of it if it has fewer."""
+    max_steps: int = 3
+    """Actions in an episode."""
+    view: Literal["overlay", "closeup", "both"] | None = None
+    """What a box is shown on, for every policy. None: what each was trained for (`overlay` where it does not say)."""
+    forced: bool = True
+    """Play every policy a second time, made to take every refinement: the columns that need every step."""
+    margin: float = 0.0
+    """By how much the stop probability of a later box must exceed that of the kept one (`verifier_gated`)."""
+    guard: float | None = None
+    """Smallest IoU of a later box with the kept one (`verifier_gated`); None: no such guard."""
+    out: Path = Path("runs/evaluation")
+    """Folder for the tables, episodes, plots and the page."""
+    runs: list[Path] = field(default_factory=list)
+    """Run folders whose training curves are plotted beside."""
+    page_episodes: int = 200
+    """Episodes of each policy on the page."""
+    num_envs: int = 100
+    """Episodes played side by side."""
+    seed: int = 0
+    """Of agents that draw, and of the intervals."""
+
+
+@dataclass
+class Played:
+    """One policy's episodes, seed by seed, and what came of them."""
+
+    runs: list[Run]
+    audit: Audit
+
+    @property
+    def stopping(self) -> list[Episode]:
+        """The stopping episodes of all seeds, one seed after the other; the forced ones where there are no others."""
+        return [e for run in self.runs for e in run.episodes]
+
+    @property
+    def forced(self) -> list[Episode]:
+        """The forced episodes of all seeds; empty where none were played."""
+        return [e for run in self.runs for e in run.forced or ()]
+
+
+def main(args: Args) -> dict[str, Played]:
+    """Play or load, score, write and print."""
+    check_least(args, {"samples": 1, "num_envs": 1, "page_episodes": 0, "seed": 0})
+    if args.policies and args.episodes:
+        raise ValueError("policies and episodes: give one of them; play first, then score all that is saved")
+    dataset = None
+    costs: dict[str, list[dict[str, float]]] = {}
+    if args.episodes:
+        runs = {
+            name: [_load(folder) for folder in folders] for name, folders in _named("episodes", args.episodes).items()
+        }
+        sources = _named("episodes", args.episodes)
+    else:
+        sources = _named("policies", args.policies or [DEFAULT_POLICY])
+        runs, costs, dataset = _play(args, sources)
+    base_name, base = next(iter(runs.items()))
+    played: dict[str, Played] = {}
+    for name, of_policy in runs.items():
+        check_same_samples(base[0].episodes, of_policy[0].episodes, base_name, name)
+        found = audit_runs(
+            of_policy,
+            name=name,
+            n_boot=RESAMPLES,
+            seed=args.seed,
+            verifier_margin=args.margin,
+            verifier_guard=args.guard,
+        )
+        played[name] = Played(of_policy, found)
+    _write(args, played, sources, costs, dataset)
+    return played
+
+
+def _named(option: str, texts: Sequence[str]) -> dict[str, list[str]]:
+    """What stands for each name, in order: several entries are seeds."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            example = "policies: write name=policy, for example base=tiny"
+            if option == "episodes":
+                example = "episodes: write name=folder, for example base=runs/evaluation/episodes/base"
+            raise ValueError(f"{example}, not {text!r}")
+        if value in found.setdefault(name, []):
+            raise ValueError(f"{option}: {text!r} must be given once; a name that is given again is another seed")
+        found[name].append(value)
+    return found
+
+
+def _load(folder: str) -> Run:
+    forced = Path(f"{folder.rstrip('/')}-forced")
+    return Run(load_episodes(folder), load_episodes(forced) if forced.exists() else None)
+
+
+def _folders(names: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], str]:
+    """Folder of the episodes of each name and seed.
+
+    Raises:
+        ValueError: For two that would share one.
+    """
+    found = {
+        (name, number): name if len(seeds) == 1 else f"{name}-seed{number}"
+        for name, seeds in names.items()
+        for number in range(len(seeds))
+    }
+    taken = [*found.values(), *(f"{folder}-forced" for folder in found.values())]
+    for folder in taken:
+        if taken.count(folder) > 1:
+            raise ValueError(f"policies: two of {', '.join(names)} would be saved as {folder!r}: rename one")
+    return found
+
+
+def _play(
+    args: Args, names: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[Run]], dict[str, list[dict[str, float]]], Any]:
+    """The runs of each policy, saved as they come, what its answers cost, and the data set that was served."""
+    folders = _folders(names)
+    # Named real data must be there: an evaluation never falls back.
+    env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
+    env_kwargs |= {"split": args.split, "max_steps": args.max_steps}
+    dataset = make_vector_env(args.env, 1, **env_kwargs).dataset
+    count = min(args.samples, len(dataset))
+    envs: dict[str, GroundingVectorEnv] = {}
+
+    def env_of(view: str) -> GroundingVectorEnv:
+        if view not in envs:
+            envs[view] = make_vector_env(args.env, min(args.num_envs, count), view=view, **env_kwargs)
+        return envs[view]
+
+    runs: dict[str, list[Run]] = {}
+    costs: dict[str, list[dict[str, float]]] = {}
+    with progress_bars() as progress:
+        for (name, number), folder in folders.items():
+            found: list[list[Episode]] = []
+            for forced in (False, True) if args.forced else (False,):
+                task = progress.add_task(f"{folder}{', forced' if forced else ''}", total=count)
+                # A fresh agent for each rollout: one that draws then draws the same. Its view is known once
+                # it is there, and the oracle is given the environment before: only it, and it looks at no picture.
+                spec = _spec(names[name][number])
+                agent = Metered(load_agent(spec, env=env_of(args.view or "overlay"), seed=args.seed))
+                env = env_of(args.view or str(agent.view))
+                found.append(
+                    rollout(
+                        env,
+                        agent,
+                        count,
+                        args.seed,
+                        indices=range(count),
+                        ignore_stop=forced,
+                        agent_name=name,
+                        on_progress=lambda n, task=task: progress.advance(task, n),  # type: ignore[misc]
+                    )
+                )
+                save_episodes(args.out / "episodes" / f"{folder}{'-forced' if forced else ''}", found[-1])
+                if agent.cost is not None and not forced:
+                    costs.setdefault(name, []).append(agent.cost.per_episode(count))
+            runs.setdefault(name, []).append(Run(found[0], found[1] if args.forced else None))
+    return runs, costs, dataset
+
+
+def _spec(text: str) -> str:
+    is_model = text == TINY_NAME or Path(text).is_dir()
+    return f"vlm:{text}" if is_model else text
+
+
+def _write(
+    args: Args,
+    played: Mapping[str, Played],
+    sources: Mapping[str, Sequence[str]],
+    costs: Mapping[str, list[dict[str, float]]],
+    dataset: Any,
+) -> None:
+    first = next(iter(played.values())).audit
+    rows = [row for one in played.values() for row in one.audit.rows]
+    comparisons = _comparisons(played, args.seed)
+    served = ", ".join(first.served)
+    report = "\n".join(_report(args, played, comparisons) + _costs(costs))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "table.txt").write_text(report + "\n", encoding="utf-8")
+    write_json(
+        args.out / "results.json",
+        {
+            "args": asdict(args),
+            "policies": dict(sources),
+            "served": served,
+            "rows": as_json(rows),
+            "comparisons": as_json(comparisons),
+            "costs": dict(costs),
+            "behaviour": behaviour_lines({name: one.audit for name, one in played.items()}),
+            "audits": {name: one.audit.as_json() for name, one in played.items()},
+        },
+    )
+    _plot(args, played)
+    print(report)
+    episodes = {name: one.runs[0].episodes for name, one in played.items()}
+    picture_of: Callable[[Episode], Picture]
+    if dataset is None:
+        picture_of = PictureFinder(episodes, {name: Path(sources[name][0]) for name in episodes}, args.data_root)
+    else:
+        by_id = {dataset[i].sample_id: i for i in range(first.episodes)}
+
+        def picture_of(episode: Episode) -> Picture:
+            return dataset.picture(dataset[by_id[episode.sample_id]])  # type: ignore[no-any-return]
+
+    write_page(
+        args.out / "episodes.html",
+        {name: list(some[: args.page_episodes]) for name, some in episodes.items()},
+        picture_of,
+        title=f"Episodes: {', '.join(played)} on {served}",
+    )
+    write_report(args.out, episodes, picture_of)
+    print(f"\nwritten to {args.out}: table.txt, results.json, report.html, episodes.html, *.png")
+
+
+def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comparison]) -> list[str]:
+    audits = {name: one.audit for name, one in played.items()}
+    first = next(iter(audits.values()))
+    rows = [row for one in audits.values() for row in one.rows]
+    several = {name: len(one.runs) for name, one in audits.items() if len(one.runs) > 1}
+    longest = max(len(e.steps) for one in played.values() for e in one.stopping + one.forced)
+    source = "saved episodes" if args.episodes else args.env
+    text = [f"{source}, served: {', '.join(first.served)}, n = {first.episodes}, at most {longest} actions"]
+    if several:
+        text += ["means over seeds: " + ", ".join(f"{name} {count}" for name, count in several.items())]
+    text += ["", *(policy_table(rows, metric) + "\n" for metric in METRICS)]
+    text += ["with their 95 % intervals over pictures:", score_table(_short(rows)), ""]
+    if several:
+        text += [seed_table(rows, metric) + "\n" for metric in GAIN_METRICS]
+    text += ["paired differences over pictures, 95 % bootstrap intervals:", ""]
+    text += [difference_table([c for c in comparisons if c.metric == m]) + "\n" for m in GAIN_METRICS]
+    text += ["how the steps were used, and what the policy knows of its boxes:", behaviour_table(audits), ""]
+    groups = {name: [g for g in one.groups if g.column in ("step_0", "learned_stop")] for name, one in audits.items()}
+    text += ["by data set, size of the target's box and number of siblings:", group_table(groups)]
+    return text
+
+
+def _costs(costs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """A table of what an episode cost, of the policies that show it; means over seeds."""
+    if not costs:
+        return []
+    fields = [f.name for f in dataclass_fields(Cost)]
+    lines = [
+        [name, *(f"{sum(seed[field] for seed in seeds) / len(seeds):.1f}" for field in fields)]
+        for name, seeds in costs.items()
+    ]
+    return ["", "what an episode cost, with its stop honoured:", render(["policy", *fields], lines)]
+
+
+def _short(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the three headline metrics, so that their intervals fit on a line."""
+    return [replace(row, scores={m: row.scores[m] for m in GAIN_METRICS}) for row in rows]
+
+
+def _comparisons(played: Mapping[str, Played], seed: int) -> list[Comparison]:
+    """What each policy gains on its own first box, and its answer on the first boxes and answers of the others."""
+    audits = {name: one.audit for name, one in played.items()}
+    base_name, base = next(iter(audits.items()))
+    answers = {name: "learned_stop" if "learned_stop" in one.columns else "last_step" for name, one in audits.items()}
+    found = []
+    for metric in GAIN_METRICS:
+        for name in audits:
+            pairs = [((name, key), (name, "step_0")) for key in audits[name].columns if key != "step_0"]
+            for other in audits:
+                if other != name:
+                    pairs += [
+                        ((name, answers[name]), (other, "step_0")),
+                        ((name, answers[name]), (other, answers[other])),
+                    ]
+            if name != base_name:
+                pairs.append(((name, "step_0"), (base_name, "step_0")))
+            for a, b in pairs:
+                one, another = (audits[policy].columns[column] for policy, column in (a, b))
+                labels = " ".join(a), " ".join(b)
+                pictures = base.picture_ids
+                found.append(compare(labels[0], one, labels[1], another, pictures, metric, n_boot=RESAMPLES, seed=seed))
+    return found
+
+
+def _plot(args: Args, played: Mapping[str, Played]) -> None:
+    forced = {name: one.forced for name, one in played.items() if one.forced}
+    if forced:
+        plot_accuracy_by_step(forced, args.out / "accuracy_by_step.png")
+    stopping = {name: one.stopping for name, one in played.items()}
+    plot_before_after(stopping, args.out / "before_after.png")
+    plot_groups({name: one.audit.groups for name, one in played.items()}, args.out / "groups.png")
+    found = {name: outcomes(episodes, verify=False) for name, episodes in stopping.items()}
+    plot_reliability(
+        {
+            "stop probability, of the box that is shown": {k: stop_calibration(v) for k, v in found.items()},
+            "confidence, in the box that is given": {k: confidence_calibration(v) for k, v in found.items()},
+        },
+        args.out / "reliability.png",
+    )
+    if args.runs:
+        plot_training(args.runs, args.out / "training.png")

@@ -1,0 +1,394 @@
+"""Multi-turn GRPO in the environment.
+
+    python train_grpo.py                                     # tiny model, its own warm start, 2 cores
+    python train_grpo.py --model runs/sft/policy             # from a warm start made before
+    python train_grpo.py --out runs/grpo --resume            # go on where a run was cut off
+    accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 train_grpo.py   # several GPUs
+    torchrun --standalone --nproc_per_node 2 train_grpo.py   # the same on several processes without a GPU
+
+Each step plays groups of episodes of the same sample with the policy itself, credits every action
+with its return-to-go minus the mean of the other members', and takes one clipped policy-gradient
+step. Rewards are IoU gains, so an episode's return is its final IoU: nothing is picked with the
+target. It ends with a table of before and after, label-free, on the validation split.
+
+Losses, credit and scaling are options (`--loss`, `--credit`, `--scale`); options that contradict each
+other are refused before anything is loaded. `docs/pitfalls.md` says which test guards against what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ivt_agents.command import progress_bars
+from ivt_agents.grpo.checks import PROCESSES, check_options, check_resume, recorded_options
+from ivt_agents.grpo.losses import CLIPS
+from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
+from ivt_agents.play.on_split import play, summary
+from ivt_agents.sft import train as train_sft
+from ivt_agents.training.run import (
+    MetricsLog,
+    RunError,
+    checkpoints,
+    forget_run,
+    make_accelerator,
+    read_metrics,
+    seed_everything,
+    write_json,
+)
+from ivt_agents.training.sharding import check_shareable, fill_parameters, gathered_parameters
+from ivt_agents.training.tracking import TrackerName
+from ivt_agents.vlm.adapters import blend, drop_reference, layer_matrices, make_trainable, merged
+from ivt_agents.vlm.dry_run import GENERATION_ROWS, Plan, dry_run
+from ivt_agents.vlm.load import TINY_NAME, load_policy
+from ivt_agents.vlm.model_options import ModelOptions
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.precision import can_merge
+from ivt_agents.vlm.without_stop import forbid_stop
+from ivt_env.episodes import save_episodes
+from ivt_env.rollouts import make_vector_env
+
+
+@dataclass
+class Recipe:
+    """What is trained, on what, and how."""
+
+    config: Path | None = None
+    """YAML file whose part `grpo` gives defaults; flags override it."""
+    model: str | None = None
+    """The warm-started policy: a folder or hub name. None: `train_sft.py` is run first, on `tiny`."""
+    env: str = "IVT-Scenes-v0"
+    """Registered id to train in."""
+    split: str = "train"
+    """Split to train on."""
+    data_root: str | None = None
+    """Folder of real data sets."""
+    out: Path = Path("runs/grpo")
+    """Run folder: configuration, metrics, checkpoints, the policy, sampled episodes."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`; what decides the result must be as it was."""
+    overwrite: bool = False
+    """Begin anew where `out` already holds the checkpoints of a run, which are lost."""
+    steps: int = 60
+    """Training steps: a rollout and an update each."""
+    prompts: int = 16
+    """Samples in a step, over all processes."""
+    group: int = 8
+    """Episodes of each sample (the paper: 6)."""
+    max_steps: int = 3
+    """Actions in an episode (the paper: one proposal and two refinements)."""
+    stop: bool = True
+    """The policy may end an episode. False: it is not asked to, its stop cannot be sampled, and every episode
+    makes all its refinements (the paper)."""
+    view: Literal["overlay", "closeup", "both"] | None = None
+    """What a box is shown on: the whole picture, the region around it enlarged, or both. None: as the policy says."""
+    layout: Literal["fresh", "prefix"] | None = None
+    """A prompt of its own each step, or one growing conversation (the paper). None: as the policy says."""
+    reward: Literal["gain", "final"] = "gain"
+    """`gain`: IoU gain at each step. `final`: IoU of the last box, paid at the end (the paper)."""
+    step_cost: float = 0.0
+    """Subtracted for every proposal."""
+    invalid_penalty: float = 0.1
+    """Subtracted for an answer without a usable box or stop. Without it, an empty answer keeps the box as
+    a stop does, and the policy learns to say nothing (seen after 40 steps)."""
+    format_bonus: float = 0.0
+    """Added once, at the end, where every answer of an episode held a usable box or stop (the paper: 0.1)."""
+    require_format: bool = False
+    """An episode with an unusable answer earns nothing. Where no stop is at hand an unusable answer is the only way
+    to keep a box, and a bonus of 0.1 does not outweigh that (`docs/paper.md`)."""
+    advantage: Annotated[
+        Literal["return_to_go", "trajectory", "episode_and_step"], tyro.conf.arg(aliases=["--credit"])
+    ] = "return_to_go"
+    """Credit per step, one value for the whole episode, or that plus a comparison of equal states (GiGPO)."""
+    omega: float = 1.0
+    """Weight of the comparison of equal states in `episode_and_step`."""
+    discount: float = 1.0
+    """What the next step's return counts in a step's own, with `return_to_go`. 1: all gains up to the end, so that the
+    final IoU is maximised. 0: each action's own gain, for a policy that spoils any box it is given afterwards."""
+    scale: Literal["none", "group", "batch"] = "none"
+    """Divide advantages by the standard deviation of a group's returns, or of all returns of the step."""
+    scale_floor: float = 1e-3
+    """That standard deviation counts as at least this much reward."""
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
+    """Policy loss. With one optimizer step per rollout gspo equals grpo, and cispo equals dapo."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon on the matrices of the language model's layers, and nothing else is trained; with --lora-rank 0. On
+    the tiny model it learns from the same episodes what AdamW hardly does (`docs/paper.md`)."""
+    lr: float = 1e-3
+    """Learning rate."""
+    warmup: int = 5
+    """Steps over which it rises from 0."""
+    cooldown: int = 0
+    """Last steps over which it falls to 0: what the noise of single steps did to the policy evens out."""
+    start_share: float = 0.0
+    """Share of the weights that training began with in the policy that is saved, from 0 to below 1 (WiSE-FT, Wortsman
+    et al. 2022): gives back some of what was lost without need, such as precise first boxes."""
+    lora_rank: int = 16
+    """Rank of LoRA adapters on the language model; 0 trains every weight."""
+    iterations: int = 1
+    """Optimizer steps on each rollout."""
+    clip_low: float | None = None
+    """The probability ratio is clipped at 1 - clip_low ... None: what fits the loss (dapo: 0.2)."""
+    clip_high: float | None = None
+    """... and at 1 + clip_high. None: what fits the loss (dapo: 0.28)."""
+    beta: Annotated[float, tyro.conf.arg(aliases=["--kl-coef"])] = 0.0
+    """Weight of the KL divergence to the warm-started policy (the paper: 0.04)."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Add it to the loss (k3 times ratio), or subtract it from each step's reward (k1)."""
+    temperature: float = 1.0
+    """Of the rollouts; the update scores with the same."""
+    max_new_tokens: int = 40
+    """Token limit of a turn."""
+    mask_truncated: bool = True
+    """Leave turns that ran into the limit out of the loss."""
+    micro_batch: int = 64
+    """Turns in one forward and backward pass."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    seed: int = 0
+    """Decides samples and sampling."""
+    save_every: int = 20
+    """Steps between checkpoints."""
+    eval_every: int = 20
+    """Steps between greedy evaluations on the validation split; 0: only before and after."""
+    eval_samples: int = 300
+    """Validation samples of each evaluation; 0: none at all."""
+    eval_split: str = "val"
+    """Split of those evaluations."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Number format that rollouts and the update compute in."""
+    tracker: TrackerName = "tensorboard"
+    """Where metrics go besides `metrics.jsonl`; wandb and trackio need the extra `trackers`."""
+    dry_run: bool = False
+    """Build the true architecture without weights, print what it needs and what fits, and end."""
+    gpu_memory_gb: float = 80.0
+    """Memory of the GPU that a dry run reckons with."""
+    picture: tuple[int, int] = (480, 640)
+    """Height and width of the pictures that a dry run reckons with."""
+
+
+@dataclass
+class Args(ModelOptions, Recipe):  # fields of the last base come first in --help
+    """Multi-turn GRPO on IoU gains."""
+
+
+def main(args: Args) -> Path:
+    """Train; returns the folder of the trained policy."""
+    if args.dry_run:
+        check_options(args)
+        print(dry_run(_plan(args)))
+        return args.out
+    args.check_model(args.lora_rank)
+    accelerator = make_accelerator(args.mixed_precision)
+    chief = accelerator.is_main_process
+    check_options(args, accelerator.num_processes)
+    low, high = CLIPS[args.loss]
+    args.clip_low = low if args.clip_low is None else args.clip_low
+    args.clip_high = high if args.clip_high is None else args.clip_high
+    options = _begin(args, accelerator.num_processes)
+    args.model = args.model or _warm_start(args)
+    seed_everything(args.seed)
+    policy = _load(args, str(accelerator.device))
+    check_shareable(policy.model, args.compile, accelerator, args.optimizer)
+    if args.start_share and not can_merge(policy.model):  # a folder may record the format of its weights
+        raise RunError(
+            f"start_share {args.start_share:g} with weights of {args.model} that no adapter can be merged into exactly:"
+            " there are none to go back with; leave it out, or give --dtype float32"
+        )
+    reward = {"kind": args.reward, "step_cost": args.step_cost, "invalid_penalty": args.invalid_penalty}
+    env = make_vector_env(
+        args.env,
+        args.prompts // accelerator.num_processes * args.group,
+        split=args.split,
+        data_root=args.data_root,
+        strict=True,
+        max_steps=args.max_steps,
+        view=policy.view,
+        reward=reward,
+    )
+    config = GRPOConfig(**{k: getattr(args, k) for k in GRPOConfig.__dataclass_fields__})
+    # The log is opened after the checkpoint is read: a resumed run drops what it will write again.
+    log = MetricsLog(args.out, enabled=False)
+    trainer = GRPOTrainer(policy, env, config, accelerator, log, args.out)
+    if args.resume:
+        trainer.resume()
+    options |= {"model": args.model, "view": policy.view, "layout": policy.layout}
+    if chief:
+        if not args.resume:
+            # Else the checkpoints of the run before would be newer than those of this one.
+            forget_run(args.out)
+        write_json(args.out / "config.json", options)
+    keep_until = trainer.step if args.resume else None
+    trainer.log = log = MetricsLog(args.out, chief, args.tracker, keep_until, config=options)
+
+    def evaluate(step: int) -> None:
+        due = step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0)
+        # A run that was killed after a checkpoint may have one evaluation still to make.
+        if due and args.eval_samples and not trainer.agreed(log.holds(step, "eval/")):
+            with trainer.whole_weights():
+                if chief:
+                    log.write(step, _evaluate(policy, args, step))
+
+    with progress_bars(note=True, disable=not chief) as progress:
+        task = progress.add_task("GRPO", total=args.steps, completed=trainer.step, note="")
+        evaluate(trainer.step)
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            note = f"final IoU {metrics['rollout/final_iou']:.3f}  stop {metrics['rollout/stop_rate']:.2f}"
+            progress.update(task, completed=step, note=note)
+            evaluate(step)
+
+        trainer.train(on_step)
+    folder = args.out / "policy"
+    trained = gathered_parameters(policy.model) if trainer.sharded else None
+    saved: dict[str, float] | None = None
+    if chief:
+        if trained is not None:
+            # The sharded model is of no use to one process alone: the same policy again, whole.
+            policy = _load(args, "cpu")
+            fill_parameters(policy.model, trained)
+        if args.lora_rank:
+            drop_reference(policy.model)
+            if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
+                policy.model.save_pretrained(args.out / "adapter")
+            policy.model = merged(policy.model)
+        if args.start_share:
+            start = load_policy(str(args.model), device=str(accelerator.device), **args.loading())
+            blend(policy.model, merged(start.model), args.start_share)
+            if args.eval_samples:  # what was measured last is not what is saved
+                saved = _evaluate(policy, args, args.steps)
+        policy.save(folder)
+    log.close()
+    accelerator.wait_for_everyone()
+    if chief:
+        _report(args, folder, saved)
+    # With several processes: without it the one that ends first can abort the others.
+    accelerator.end_training()
+    return folder
+
+
+def _begin(args: Args, processes: int) -> dict[str, Any]:
+    """The options as they are recorded. The model of a resumed run need not be given again.
+
+    Raises:
+        RunError: for a resumed run that would be another, and for a new one on top of one that is there.
+    """
+    given: dict[str, Any] = {**asdict(args), PROCESSES: processes}
+    if args.resume:
+        recorded = recorded_options(args.out)
+        args.model = given["model"] = args.model or recorded.get("model")
+        # The run recorded what its policy said; that folder may say something else by now.
+        args.view = given["view"] = args.view or recorded.get("view")
+        args.layout = given["layout"] = args.layout or recorded.get("layout")
+        check_resume(recorded, given, args.out)
+    elif checkpoints(args.out) and not args.overwrite:
+        raise RunError(
+            f"{args.out} holds a run of {int(checkpoints(args.out)[-1].name[5:])} steps: add --resume to go on with"
+            " it, --overwrite to lose it, or give another --out"
+        )
+    return given
+
+
+def _load(args: Args, device: str) -> VLMPolicy:
+    """The policy as training starts from it: what is trained requires gradients."""
+    policy = load_policy(
+        str(args.model),
+        temperature=args.temperature,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        device=device,
+        layout=args.layout,
+        view=args.view,
+        **args.loading(),
+    )
+    if not args.stop:
+        forbid_stop(policy)
+    policy.model = make_trainable(policy.model, args.lora_rank, reference=args.beta > 0)
+    if args.optimizer == "muon":
+        matrices = layer_matrices(policy.model)
+        for name, parameter in policy.model.named_parameters():
+            parameter.requires_grad_(name in matrices)
+    args.prepare_update(policy.model)
+    return policy
+
+
+def _plan(args: Args) -> Plan:
+    """What a dry run reckons with."""
+    return Plan(
+        model=args.model or TINY_NAME,
+        gpu_memory_gb=args.gpu_memory_gb,
+        picture=args.picture,
+        new_tokens=args.max_new_tokens,
+        turns=args.max_steps,
+        rollout_rows=min(GENERATION_ROWS, args.prompts * args.group),
+        micro_batch=args.micro_batch,
+        lora_rank=args.lora_rank,
+        autocast=args.mixed_precision == "bf16",
+        reference_copy=args.beta > 0 and args.lora_rank == 0,
+    )
+
+
+def _warm_start(args: Args) -> str:
+    """The SFT policy beside this run, made now unless a finished one is there."""
+    out = args.out.with_name(args.out.name + "-sft")
+    wanted = train_sft.Args(
+        env=args.env,
+        split=args.split,
+        data_root=args.data_root,
+        out=out,
+        seed=args.seed,
+        view=args.view,
+        layout=args.layout,
+        lessons="walks" if args.stop else "paper",
+    )
+    if not (out / "policy" / "policy.json").exists():
+        print("warm start: none given, training one (pass --model to use your own)")
+        return str(train_sft.main(wanted))
+    recorded = recorded_options(out)
+    for name in ("env", "split", "data_root", "seed", "view", "layout", "lessons"):
+        if recorded.get(name) != getattr(wanted, name):
+            raise RunError(
+                f"{out} holds a warm start with {name} {recorded.get(name)!r}, this run has {getattr(wanted, name)!r}:"
+                f" remove it, give another --out, or say --model {out / 'policy'} to use it all the same"
+            )
+    print(f"warm start: using {out / 'policy'}")
+    return str(out / "policy")
+
+
+def _evaluate(policy: VLMPolicy, args: Args, step: int) -> dict[str, float]:
+    """Greedy episodes on the validation split; the last ones are kept to be looked at."""
+    sampling, generator = policy.sampling, policy.generator
+    env = make_vector_env(args.env, 1, split=args.eval_split, data_root=args.data_root, strict=True)
+    count = min(args.eval_samples, len(env.dataset))
+    policy.set_temperature(0.0)
+    episodes = play(
+        policy,
+        args.env,
+        args.eval_split,
+        range(count),
+        ignore_stop=not args.stop,
+        max_steps=args.max_steps,
+        data_root=args.data_root,
+        strict=True,
+        view=policy.view,
+        agent_name=f"step {step}",
+    )
+    policy.sampling, policy.generator = sampling, generator
+    save_episodes(args.out / "episodes" / f"step-{step:06d}", episodes[:50], None)
+    return {f"eval/{k}": v for k, v in summary(episodes).items()}
+
+
+def _report(args: Args, folder: Path, saved: dict[str, float] | None) -> None:
+    """The table of before and after, read back from the run's own metrics; ``saved`` is after, where it is given."""
+    rows = read_metrics(args.out / "metrics.jsonl")
+    measured = [r for r in rows if "eval/final_iou" in r]
+    if saved is not None:
+        measured.append(saved)
+    if len(measured) > 1:
+        first, last = ({k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in (measured[0], measured[-1]))
+        write_json(args.out / "before_after.json", {"before": first, "after": last})
+        print(train_sft.before_and_after(first, last))
+    print(f"policy saved to {folder}")

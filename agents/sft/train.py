@@ -1,0 +1,385 @@
+"""Supervised warm start: teaches a policy to correct its own boxes, and to stop.
+
+    python train_sft.py                                    # the tiny model on the embedded scenes
+    python train_sft.py --demonstrations traces.jsonl      # demonstrations made elsewhere
+    python train_sft.py --teacher openai:http://127.0.0.1:8000/v1   # a model writes the traces
+    python train_sft.py --config configs/paper_qwen3vl_4b.yaml --dry-run   # what it would need
+    python train_sft.py --single-shot --steps 500          # the control: single shots only
+    accelerate launch --num_processes 2 train_sft.py       # the same on several processes
+
+1. Harvest: the student plays one step on samples of the training split.
+2. Teach: the template teacher walks from each of its boxes to the target, in words and numbers, and
+   answers *stop* where the box is already good. A model teacher (``hf:`` or ``openai:``) keeps the
+   boxes and writes the words.
+3. Fine-tune: cross-entropy on the answers only.
+
+It ends with a table of before and after, label-free, on the validation split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from accelerate.utils import DistributedType
+from rich.progress import Progress
+
+from ivt_agents.command import progress_bars
+from ivt_agents.play.on_split import play, summary
+from ivt_agents.sft.checks import check_options
+from ivt_agents.sft.demonstrations import (
+    Demonstration,
+    can_be_said,
+    load_demonstrations,
+    save_demonstrations,
+    teach,
+    teach_as_the_paper,
+)
+from ivt_agents.sft.harvest import TraceCache, write_traces
+from ivt_agents.sft.lessons import LessonPlan, teach_to_verify
+from ivt_agents.sft.teacher.load import Teacher, load_teacher
+from ivt_agents.sft.teacher.openai import Budget
+from ivt_agents.sft.trainer import to_turns, train
+from ivt_agents.training.run import MetricsLog, RunError, make_accelerator, seed_everything, write_json
+from ivt_agents.training.tracking import TrackerName
+from ivt_agents.vlm.adapters import make_trainable, merged
+from ivt_agents.vlm.dry_run import Plan, dry_run
+from ivt_agents.vlm.load import TINY_NAME, load_policy
+from ivt_agents.vlm.model_options import ModelOptions
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.turns import Turn
+from ivt_agents.vlm.without_stop import forbid_stop
+from ivt_env.data.sample import Dataset
+from ivt_env.metrics.table import render
+from ivt_env.rollouts import make_vector_env
+
+
+@dataclass
+class Recipe:
+    """What is trained, on what, and how."""
+
+    config: Path | None = None
+    """YAML file whose part `sft` gives defaults; flags override it."""
+    model: str = "tiny"
+    """The student: `tiny`, a folder, or a hub name."""
+    env: str = "IVT-Scenes-v0"
+    """Registered id that serves the samples."""
+    split: str = "train"
+    """Split to harvest and teach on."""
+    data_root: str | None = None
+    """Folder of real data sets."""
+    out: Path = Path("runs/sft")
+    """Run folder: configuration, metrics, demonstrations, the policy, samples."""
+    samples: int = 3000
+    """Samples to harvest (all of the split if it has fewer)."""
+    neighbours: int = 1
+    """Samples taken one after the other from each random place of the split. Where neighbours are about one
+    picture (six in `train_asked` of the scenes) it is encoded once for all that is taught about it."""
+    harvested: int | None = None
+    """Of how many of the `neighbours`, drawn at random, the student is asked for its own box; None: of all. What is
+    taught about the others needs none."""
+    demonstrations: Path | None = None
+    """JSON lines from any teacher; nothing is harvested then."""
+    teacher: str = "template"
+    """Who writes the traces: `template`, `hf:MODEL`, or `openai:BASE_URL[#MODEL]` (key in OPENAI_API_KEY)."""
+    teacher_max_requests: int = 10_000
+    """Cost cap of an `openai:` teacher: requests of this run, retries included."""
+    teacher_max_tokens: int = 10_000_000
+    """Cost cap of an `openai:` teacher: tokens of this run, as the server counts them."""
+    teacher_cache: Path = Path("runs/teacher-cache")
+    """Texts of model teachers, by a hash of model, prompt and picture; asking again costs nothing."""
+    lessons: Literal["walks", "verification", "paper"] = "walks"
+    """`walks`: from the student's box to the target, in words, with stops and first answers. `verification`: good,
+    shifted, random boxes and those of other objects, each with what is right about it; without words. `paper`:
+    the walks of bad first boxes only, in a straight line, and no stop anywhere."""
+    first_answers: float = 1.0
+    """Share of the samples whose first answer is taught beside the lessons `verification`. 0: for a policy that goes on
+    from another's first box (`relay:FIRST,THEN`)."""
+    view: Literal["overlay", "closeup", "both"] | None = None
+    """What a box is shown on: the whole picture, the region around it enlarged, or both. None: as the student
+    says, else `overlay`."""
+    pixels: float | None = None
+    """Times the most pixels that the student may be shown of a picture, trained and saved so: the control of equal
+    compute that spends it on a larger picture. None: as the student says."""
+    layout: Literal["fresh", "prefix"] | None = None
+    """A prompt of its own each step, or one growing conversation (the paper). None: as the student says, else
+    `fresh`."""
+    single_shot: bool = False
+    """Teach first answers only. The control that every claim about the loop must beat."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch: int = 64
+    """Demonstrations in a step, over all processes."""
+    micro_batch: int = 32
+    """Demonstrations in one forward pass."""
+    lr: float = 2e-4
+    """Peak learning rate of AdamW."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon at ten times that rate on the language model's matrices, AdamW on the rest."""
+    smoothing: float = 0.0
+    """Smooth the targets of coordinates over this many thousandths of a picture's side; 0: hard targets."""
+    decision_weight: float = 1.0
+    """Weight of the token that follows a box in an answer (end here, look closer, or stop); any other counts 1."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the language model; 0 trains every weight."""
+    seed: int = 0
+    """Decides the samples and their order."""
+    eval_samples: int = 300
+    """Validation samples of the table of before and after; 0 leaves it out."""
+    eval_split: str = "val"
+    """Split of that table."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Number format that the harvest and the training compute in."""
+    tracker: TrackerName = "tensorboard"
+    """Where metrics go besides `metrics.jsonl`; wandb and trackio need the extra `trackers`."""
+    dry_run: bool = False
+    """Build the true architecture without weights, print what it needs and what fits, and end."""
+    gpu_memory_gb: float = 80.0
+    """Memory of the GPU that a dry run reckons with."""
+    picture: tuple[int, int] = (480, 640)
+    """Height and width of the pictures that a dry run reckons with."""
+
+
+@dataclass
+class Args(ModelOptions, Recipe):  # fields of the last base come first in --help
+    """Supervised warm start on corrective traces."""
+
+
+def main(args: Args) -> Path:
+    """Run the three stages; returns the folder of the trained policy."""
+    if args.dry_run:
+        print(dry_run(_plan(args)))
+        return args.out
+    check_options(args)
+    teacher = _teacher(args)
+    accelerator = make_accelerator(args.mixed_precision)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise RunError(
+            f"{accelerator.distributed_type.value}: train_sft.py holds the whole model in each process, and would save"
+            " a part of it; launch it with configs/accelerate/ddp.yaml (train_grpo.py can share weights)"
+        )
+    if args.batch < accelerator.num_processes:
+        raise RunError(f"batch {args.batch} on {accelerator.num_processes} processes: some would have nothing to learn")
+    if teacher is not None and accelerator.num_processes > 1:
+        raise RunError(
+            f"{accelerator.num_processes} processes would each ask {args.teacher}: run one process with --steps 0, "
+            f"then this with --teacher template --demonstrations {args.out / 'demonstrations.jsonl'}"
+        )
+    seed_everything(args.seed)
+    policy = load_policy(
+        args.model,
+        device=str(accelerator.device),
+        layout=args.layout,
+        view=args.view,
+        pixels=args.pixels,
+        **args.loading(),
+    )
+    if args.lessons == "paper":
+        forbid_stop(policy)
+    policy.autocast = accelerator.autocast
+    env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, "view": policy.view}
+    env = make_vector_env(args.env, 1, **env_kwargs)
+    dataset = env.dataset
+    chief = accelerator.is_main_process
+    log = MetricsLog(args.out, chief, args.tracker, config=asdict(args))
+    if chief:
+        write_json(args.out / "config.json", asdict(args))
+    with progress_bars(note=True, disable=not chief) as progress:
+        before = _measure(policy, args, progress, "before") if chief else {}
+        demonstrations = _demonstrations(args, policy, dataset, env_kwargs, teacher, progress)
+        teacher = None  # a local model's memory is needed for the training
+        usable = [d for d in demonstrations if can_be_said(d, policy.view)]
+        if len(usable) < len(demonstrations) and chief:
+            progress.console.print(
+                f"{len(demonstrations) - len(usable)} of {len(demonstrations)} demonstrations left out: a box lies"
+                f" outside the picture that view {policy.view} shows"
+            )
+        demonstrations = usable
+        if chief:
+            save_demonstrations(args.out / "demonstrations.jsonl", demonstrations)
+        _prepare_parameters(policy, args)
+        task = progress.add_task("training", total=args.steps, note="")
+
+        def make_turns(chosen: Sequence[int]) -> list[Turn]:
+            return to_turns(policy, env.screen, dataset, [demonstrations[i] for i in chosen])
+
+        def on_step(step: int, loss: float) -> None:
+            progress.update(task, completed=step, note=f"loss {loss:.3f}")
+
+        train(
+            policy,
+            make_turns,
+            [dataset[d.index].picture_id for d in demonstrations],
+            accelerator,
+            log,
+            steps=args.steps,
+            batch=args.batch,
+            micro_batch=args.micro_batch,
+            peak_lr=args.lr,
+            seed=args.seed,
+            on_step=on_step,
+            smoothing=args.smoothing,
+            decision_weight=args.decision_weight,
+            optimizer=args.optimizer,
+        )
+        folder = args.out / "policy"
+        if chief:
+            if args.lora_rank:
+                policy.model = merged(policy.model)
+            policy.save(folder)
+            after = _measure(policy, args, progress, "after")
+    log.close()
+    accelerator.wait_for_everyone()
+    if chief and before:
+        write_json(args.out / "before_after.json", {"before": before, "after": after})
+        print(before_and_after(before, after))
+        print(f"policy saved to {folder}")
+    return folder
+
+
+def _prepare_parameters(policy: VLMPolicy, args: Args) -> None:
+    """Decide what is trained: everything, or adapters."""
+    policy.model = make_trainable(policy.model, args.lora_rank)
+    policy.frozen_vision = args.lora_rank > 0
+    args.prepare_update(policy.model)
+
+
+def _plan(args: Args) -> Plan:
+    """What a dry run reckons with."""
+    return Plan(
+        model=args.model,
+        gpu_memory_gb=args.gpu_memory_gb,
+        picture=args.picture,
+        # The token limits of load_policy: no demonstration is longer than what may be sampled.
+        new_tokens=48 if args.model == TINY_NAME else 160,
+        turns=1,
+        rollout_rows=100,
+        micro_batch=args.micro_batch,
+        lora_rank=args.lora_rank,
+        autocast=args.mixed_precision == "bf16",
+    )
+
+
+def _teacher(args: Args) -> Teacher | None:
+    """The model that writes the traces; None: the template does, or nobody has to."""
+    if args.teacher == "template":
+        return None
+    if args.demonstrations is not None or args.single_shot:
+        given = "--single-shot" if args.single_shot else "--demonstrations"
+        raise RunError(
+            f"--teacher {args.teacher.partition(':')[0]} with {given}: no traces would be written; "
+            "add --teacher template"
+        )
+    # Before anything is written: an address that holds a password must not reach the run's configuration.
+    return load_teacher(args.teacher, Budget(args.teacher_max_requests, args.teacher_max_tokens))
+
+
+def _demonstrations(
+    args: Args,
+    policy: VLMPolicy,
+    dataset: Dataset,
+    env_kwargs: dict[str, Any],
+    teacher: Teacher | None,
+    progress: Progress,
+) -> list[Demonstration]:
+    if args.demonstrations is not None:
+        return load_demonstrations(args.demonstrations, dataset)
+    rng = np.random.default_rng((args.seed, 1))
+    size = min(args.samples, len(dataset))
+    places = rng.choice(len(dataset) // args.neighbours, size=-(-size // args.neighbours), replace=False)
+    indices = [int(p) * args.neighbours + k for p in places for k in range(args.neighbours)][:size]
+    if args.single_shot:
+        samples = [(i, dataset[i]) for i in indices]
+        return [Demonstration(s.dataset, s.split, i, s.sample_id, None, s.box) for i, s in samples]
+    asked = _asked(args, indices)
+    boxes_file = args.out / "first_boxes.json"
+    made_for = {"model": args.model, "dataset": dataset.name, "split": dataset.split, "indices": indices}
+    boxes = _saved_boxes(boxes_file, made_for) if teacher is not None else None
+    if boxes is None:
+        task = progress.add_task("harvesting", total=len(asked), note="")
+        episodes = play(
+            policy,
+            args.env,
+            indices=asked,
+            ignore_stop=True,
+            max_steps=1,
+            on_progress=lambda n: progress.advance(task, n),
+            **env_kwargs,
+        )
+        own = dict(zip(asked, (e.steps[0].box for e in episodes), strict=True))
+        boxes = [own.get(index) for index in indices]
+    lesson_rng = np.random.default_rng((args.seed, 2))
+    if args.lessons == "verification":
+        plan = LessonPlan(first=args.first_answers)
+        drafts = teach_to_verify(dataset, indices, boxes, lesson_rng, view=policy.view, plan=plan)
+    elif args.lessons == "paper":
+        drafts = teach_as_the_paper(dataset, indices, boxes)
+        if not drafts:
+            raise RunError(
+                f"lessons paper: none of {size} first boxes has an IoU of 0.85 or less, so there is nothing to"
+                " correct; give more --samples or a harder --split"
+            )
+    else:
+        drafts = teach(dataset, indices, boxes, lesson_rng)
+    if teacher is None:
+        return drafts
+    # A harvest that was cut off must go on with the very same boxes; not every GPU repeats itself to the bit.
+    write_json(boxes_file, made_for | {"boxes": boxes})
+    task = progress.add_task("teaching", total=len(drafts), note="")
+    return write_traces(
+        drafts,
+        dataset,
+        teacher,
+        args.out / "harvest.jsonl",
+        TraceCache(args.teacher_cache),
+        on_progress=lambda n: progress.advance(task, n),
+    )
+
+
+def _asked(args: Args, indices: Sequence[int]) -> list[int]:
+    """The samples of which the student is asked for its own box, in their order."""
+    if args.harvested is None:
+        return list(indices)
+    rng = np.random.default_rng((args.seed, 3))
+    found: list[int] = []
+    for start in range(0, len(indices), args.neighbours):
+        together = indices[start : start + args.neighbours]
+        chosen = rng.choice(len(together), size=min(args.harvested, len(together)), replace=False)
+        found += [together[k] for k in sorted(chosen)]
+    return found
+
+
+def _saved_boxes(path: Path, made_for: dict[str, Any]) -> list[Sequence[float] | None] | None:
+    """The student's first boxes of an earlier run with the same student and samples."""
+    if not path.exists():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return saved["boxes"] if all(saved.get(k) == v for k, v in made_for.items()) else None
+
+
+def _measure(policy: VLMPolicy, args: Args, progress: Progress, name: str) -> dict[str, float]:
+    if not args.eval_samples:
+        return {}
+    task = progress.add_task(f"measuring {name}", total=args.eval_samples, note="")
+    episodes = play(
+        policy,
+        args.env,
+        args.eval_split,
+        range(args.eval_samples),
+        ignore_stop=args.lessons == "paper",
+        data_root=args.data_root,
+        strict=True,
+        view=policy.view,
+        on_progress=lambda n: progress.advance(task, n),
+    )
+    return dict(summary(episodes))
+
+
+def before_and_after(before: dict[str, float], after: dict[str, float]) -> str:
+    """The closing table of a training command; every row is label-free."""
+    lines = [[k, f"{before[k]:.3f}", f"{after[k]:.3f}", f"{after[k] - before[k]:+.3f}"] for k in before]
+    return render(["label-free, greedy", "before", "after", "change"], lines)

@@ -1,0 +1,1 @@
+"""What both learners share: run folders and checkpoints, sharding over processes, trackers."""
