@@ -214,7 +214,7 @@ def test_before_training_the_policy_boxes_what_differs_from_the_rest(x, y):
     observation = {
         "image": image,
         "box": np.zeros(4, dtype=np.float32),
-        "step": np.int64(0),
+        "step": np.eye(4, dtype=np.float32)[0],
         "expression": HashedText().embed("the yellow square"),
     }
     action, _ = policy.predict(observation, deterministic=True)
@@ -231,3 +231,20 @@ def test_the_code_in_the_documentation_runs(tmp_path):
             [sys.executable, "-W", "error::UserWarning", "-c", block], cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("chosen", "inside"), [(None, 1), ("2", 2)])
+def test_a_network_as_small_as_this_gets_one_thread_unless_the_user_chose(monkeypatch, chosen, inside):
+    """Two threads wait for each other: see the figures in docs/sb3.md."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with train.one_thread():
+            assert torch.get_num_threads() == inside
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -17,6 +17,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env as check_gymnasium
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3 import PPO
+from stable_baselines3.common import vec_env
 from stable_baselines3.common.env_checker import check_env
 
 import ivt_env
@@ -97,7 +99,7 @@ def test_rewards_ends_and_boxes_are_those_of_the_environment():
         expected = plain.step({"box": box, "stop": int(stop)})
         got = wrapped.step(action)
         assert got[1:4] == expected[1:4] and got[4]["iou"] == expected[4]["iou"]
-        assert np.array_equal(got[0]["box"], expected[0]["box"]) and got[0]["step"] == expected[0]["step"]
+        assert np.array_equal(got[0]["box"], expected[0]["box"]) and got[0]["step"].argmax() == expected[0]["step"]
     assert expected[2] and wrapped.unwrapped.game.step_count == 2
 
 
@@ -110,7 +112,7 @@ def test_an_action_that_is_no_number_costs_a_step_and_says_why():
     env = make()
     env.reset(seed=0)
     observation, reward, *_, info = env.step(np.full(5, np.nan, dtype=np.float32))
-    assert "not finite" in info["invalid"] and reward == 0 and observation["step"] == 1
+    assert "not finite" in info["invalid"] and reward == 0 and observation["step"].tolist() == [0, 1, 0, 0]
 
 
 def test_the_picture_fills_the_square_so_that_its_coordinates_are_those_of_the_boxes():
@@ -230,3 +232,22 @@ def test_scripts_without_spaces_are_read_sign_by_sign():
     embed = HashedText(256).embed
     likeness = embed("左边的红色圆环") @ embed("右边的红色圆环")
     assert 0.5 < likeness < 0.99
+
+
+VECTOR_WRAPPERS = {
+    "VecFrameStack": lambda envs: vec_env.VecFrameStack(envs, 3),
+    "VecNormalize": vec_env.VecNormalize,
+    "both": lambda envs: vec_env.VecNormalize(vec_env.VecFrameStack(envs, 2)),
+    "VecCheckNan": lambda envs: vec_env.VecCheckNan(envs, raise_exception=True),
+    "VecMonitor": vec_env.VecMonitor,
+    "VecExtractDictObs": lambda envs: vec_env.VecExtractDictObs(envs, "step"),
+}
+
+
+@pytest.mark.parametrize("view", ["overlay", "both"])
+@pytest.mark.parametrize("name", VECTOR_WRAPPERS)
+def test_every_vector_wrapper_of_stable_baselines_takes_the_observations_and_ppo_learns_behind_it(name, view):
+    """`VecFrameStack` and `VecNormalize` take `Box` alone; VecTransposeImage is for channels that come last."""
+    envs = VECTOR_WRAPPERS[name](vec_env.DummyVecEnv([lambda: make(view=view)] * 2))
+    policy = "MlpPolicy" if name == "VecExtractDictObs" else "MultiInputPolicy"
+    PPO(policy, envs, n_steps=4, batch_size=8, n_epochs=1, device="cpu").learn(8)

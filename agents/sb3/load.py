@@ -70,7 +70,10 @@ class SB3Agent:
                 f"action {latest + 1} of an episode: this policy was trained for at most {self._max_steps};"
                 f" play with max_steps={self._max_steps}"
             )
-        seen = [sb3_observation({k: v[i] for k, v in observations.items()}, self._side, self._text) for i in rows]
+        seen = [
+            sb3_observation({k: v[i] for k, v in observations.items()}, self._side, self._text, self._max_steps)
+            for i in rows
+        ]
         batch = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
         numbers, _ = self.policy.predict(batch, deterministic=self.deterministic)
         boxes, stops = decode_action(numbers, self._stop_above)

@@ -33,7 +33,7 @@ class WordsLookAtPicture(BaseFeaturesExtractor):
             words: numbers of the text that are handed on as they are.
         """
         text_size = observation_space["expression"].shape[0]  # type: ignore[index]
-        step_size = int(observation_space["step"].n)  # type: ignore[attr-defined]
+        step_size = observation_space["step"].shape[0]  # type: ignore[index]
         super().__init__(observation_space, features_dim=4 * heads + words + 4 + step_size)
         self.channels, self.heads = channels, heads
         self.pixels = nn.Sequential(
@@ -65,7 +65,7 @@ class WordsLookAtPicture(BaseFeaturesExtractor):
         # A side w of the picture, evenly looked at, has the variance (2 w)^2 / 12 in these coordinates.
         side = (3 * variance).sqrt()
         looked = torch.cat([mean, 1 - 2 * side.log() / math.log(SMALLEST)], -1).flatten(1)  # (N, K * 4)
-        rest = [self.words(text).relu(), observations["box"], observations["step"].flatten(1)]
+        rest = [self.words(text).relu(), observations["box"], observations["step"]]
         return torch.cat([looked, *rest], -1)
 
 

@@ -11,19 +11,25 @@ as soon as no gain is to be expected. Scores are always IoU.
 
 It ends with the final IoU beside those of the random and the centre agent on held-out samples, with paired
 intervals, and writes `results.json`. It is a floor: hashed words and one small network.
+
+PyTorch gets one thread, unless OMP_NUM_THREADS or MKL_NUM_THREADS says otherwise: the network is so small that threads
+spend their time waiting for each other.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -81,6 +87,19 @@ class Args:
     """Decides weights, samples and draws."""
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, PyTorch computes in one thread, unless the user has chosen a number."""
+    before = torch.get_num_threads()
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def main(args: Args) -> dict[str, Any]:
     """Train, save, compare; returns what `results.json` holds."""
     _check(args)
@@ -151,7 +170,7 @@ class _Report(BaseCallback):
             if done:
                 self._final.append(info["iou"])
                 # A stop makes no step, so only the limit is met at the last one.
-                self._stopped.append(bool(info["terminal_observation"]["step"] < self._max_steps))
+                self._stopped.append(bool(not info["terminal_observation"]["step"][self._max_steps]))
         return True
 
     def _on_rollout_end(self) -> None:

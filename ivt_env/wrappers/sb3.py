@@ -53,13 +53,14 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
     | --- | --- | --- |
     | `image` | `Box(0, 255, (3, side, side), uint8)` | the picture with the box drawn, stretched to a square |
     | `box` | `Box(0, 1, (4,), float32)` | the current box; all zeros: none yet |
-    | `step` | `Discrete(max_steps + 1)` | actions made so far |
+    | `step` | `Box(0, 1, (max_steps + 1,), float32)` | actions made so far: 1 at their number, else 0 |
     | `expression` | `Box(-1, 1, (text_size,), float32)` | `HashedText` of the expression |
     | `window` | `Box(0, 1, (4,), float32)` | only with a close-up: the region it shows |
     | `closeup` | as `image` | only with `view="both"` |
 
     The picture fills the square, without the canvas's margin, so that its coordinates are those of the box.
-    Channels come first, as torch wants them. Rewards, ends and infos are those of the environment.
+    Channels come first, as torch wants them. All of it is `Box`, which every vector wrapper of
+    Stable-Baselines3 takes (stacking of frames and running means among them). Rewards, ends and infos are those of the environment.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
         if not isinstance(stop_above, int | float) or not -1 <= stop_above < 1:
             raise ValueError(f"stop_above {stop_above!r}: give a number from -1 to below 1")
         self.side, self.text, self.stop_above = side, HashedText(text_size, text_seed), float(stop_above)
-        max_steps = int(given["step"].n) - 1  # type: ignore[attr-defined]
+        self.max_steps = int(given["step"].n) - 1  # type: ignore[attr-defined]
         view = "both" if "closeup" in given.spaces else "closeup" if "window" in given.spaces else "overlay"
-        self.observation_space = sb3_observation_space(view, side, text_size, max_steps)
+        self.observation_space = sb3_observation_space(view, side, text_size, self.max_steps)
         self.action_space = sb3_action_space()
 
     def reset(
@@ -99,13 +100,14 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin an episode; options as in the environment."""
         observation, info = self.env.reset(seed=seed, options=options)
-        return sb3_observation(observation, self.side, self.text), info
+        return sb3_observation(observation, self.side, self.text, self.max_steps), info
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any]]:
         """Play five numbers."""
         box, stop = decode_action(action, self.stop_above)
         observation, reward, terminated, truncated, info = self.env.step({"box": box, "stop": int(stop)})
-        return sb3_observation(observation, self.side, self.text), reward, terminated, truncated, info
+        seen = sb3_observation(observation, self.side, self.text, self.max_steps)
+        return seen, reward, terminated, truncated, info
 
 
 def sb3_action_space() -> spaces.Box:
@@ -120,7 +122,7 @@ def sb3_observation_space(view: str, side: int, text_size: int, max_steps: int) 
     parts: dict[str, spaces.Space[Any]] = {
         "image": picture,
         "box": relative_box,
-        "step": spaces.Discrete(max_steps + 1),
+        "step": spaces.Box(0.0, 1.0, (max_steps + 1,), np.float32),
         "expression": spaces.Box(-1.0, 1.0, (text_size,), np.float32),
     }
     if view != "overlay":
@@ -130,11 +132,11 @@ def sb3_observation_space(view: str, side: int, text_size: int, max_steps: int) 
     return spaces.Dict(parts)
 
 
-def sb3_observation(observation: Mapping[str, Any], side: int, text: HashedText) -> dict[str, Any]:
+def sb3_observation(observation: Mapping[str, Any], side: int, text: HashedText, max_steps: int) -> dict[str, Any]:
     """One observation of the environment, without a leading axis, as the wrapper gives it."""
     seen: dict[str, Any] = {
         "box": observation["box"],
-        "step": observation["step"],
+        "step": np.eye(max_steps + 1, dtype=np.float32)[int(observation["step"])],
         "expression": text.embed(observation["expression"]),
     }
     if "window" in observation:
