@@ -60,7 +60,8 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
 
     The picture fills the square, without the canvas's margin, so that its coordinates are those of the box.
     Channels come first, as torch wants them. All of it is `Box`, which every vector wrapper of
-    Stable-Baselines3 takes (stacking of frames and running means among them). Rewards, ends and infos are those of the environment.
+    Stable-Baselines3 takes (stacking of frames and running means among them). Rewards, ends and infos are those
+    of the environment.
     """
 
     def __init__(
