@@ -34,6 +34,7 @@ from ivt_agents.training.run import RunError, check_least, checkpoints, write_js
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.without_stop import forbid_stop
 from ivt_env.episodes import Episode, save_episodes
+from ivt_env.files import write_whole
 from ivt_env.metrics.columns import columns
 from ivt_env.rollouts import make_vector_env
 
@@ -104,8 +105,7 @@ def main(args: Args) -> dict[str, Any]:
     played = evaluate(args, recipe, count)
     found = results(played)
     text = report(played, f"{recipe.sft.env}, split {args.split}, n = {len(played['base'].episodes)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    write_whole(args.out / "table.txt", text + "\n")
     options = {"args": asdict(args), **asdict(recipe)}
     write_json(args.out / "results.json", json.loads(json.dumps(options, default=str)) | found)
     print(text)

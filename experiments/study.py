@@ -28,6 +28,7 @@ from threading import Lock
 from experiments.study_tables import summary
 from ivt_agents.command import run_command
 from ivt_agents.training.run import RunError, check_least, write_json
+from ivt_env.files import write_whole
 
 SPLITS = ("test", "test_distractors", "test_small")
 
@@ -81,7 +82,7 @@ def main(args: Args) -> None:
     write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
     for stage in (_training, _playing, _scoring, _reporting):
         run_jobs(stage(args), args.out, args.jobs)
-    (args.out / "summary.md").write_text(summary(args.out, SPLITS), encoding="utf-8")
+    write_whole(args.out / "summary.md", summary(args.out, SPLITS))
     print(f"tables: {args.out}/summary.md")
     print(f"reports: {args.out}/report.html ({SPLITS[0]}, with swaps), {', '.join(f'{s}/report.html' for s in SPLITS)}")
 

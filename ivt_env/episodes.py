@@ -19,8 +19,12 @@ from typing import Any
 from PIL import Image
 
 from ivt_env.data.sample import DataError, Picture
+from ivt_env.files import whole_file
 
 Box = tuple[float, float, float, float]
+
+_LONGEST_NAME = 200
+"""Of a picture's file, in bytes, before what tells it from others; file systems allow 255."""
 
 
 @dataclass(slots=True)
@@ -88,9 +92,9 @@ class Episode:
 def picture_file(picture_id: str) -> str:
     """File name (inside ``pictures/``) of a picture id: safe on every file system."""
     safe = re.sub(r"[^A-Za-z0-9_.-]", "_", picture_id).lstrip(".") or "picture"
-    if safe != picture_id:
-        # Ids that differ only in what was replaced must not share a file.
-        safe += "-" + hashlib.sha256(picture_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    if safe != picture_id or len(safe) > _LONGEST_NAME:
+        # Ids that differ only in what was replaced or cut off must not share a file.
+        safe = safe[:_LONGEST_NAME] + "-" + hashlib.sha256(picture_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return safe + ".png"
 
 
@@ -101,20 +105,23 @@ def save_episodes(
 ) -> Path:
     """Write ``episodes.jsonl`` and, with ``picture_of``, each distinct picture; returns the file.
 
-    The file appears whole or not at all: it is written beside its place and renamed.
+    Each file appears whole or not at all, the episodes last.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if picture_of is not None:
-        (folder / "pictures").mkdir(exist_ok=True)
         for episode in {e.picture_id: e for e in episodes}.values():
-            Image.fromarray(picture_of(episode)).save(folder / "pictures" / picture_file(episode.picture_id))
-    path, partial = folder / "episodes.jsonl", folder / "episodes.jsonl.partial"
-    with partial.open("w", encoding="utf-8") as file:
+            save_picture(folder / "pictures" / picture_file(episode.picture_id), picture_of(episode))
+    path = folder / "episodes.jsonl"
+    with whole_file(path, "w") as file:
         for episode in episodes:
             file.write(json.dumps(asdict(episode), allow_nan=False) + "\n")
-    partial.replace(path)
     return path
+
+
+def save_picture(path: Path, picture: Picture) -> None:
+    """Write a PNG file whole or not at all."""
+    with whole_file(path, sync=False) as file:  # a power cut may cost a picture, which is named and taken from the data
+        Image.fromarray(picture).save(file, "PNG")
 
 
 def load_episodes(path: str | Path) -> list[Episode]:

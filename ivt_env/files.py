@@ -55,7 +55,7 @@ def whole_file(path: str | Path, mode: str = "wb", *, sync: bool = True, **kwarg
     path = Path(path)
     if "b" not in mode:
         kwargs = {"encoding": "utf-8", "newline": "\n"} | kwargs
-    try:
+    with _naming(path):
         _check_target(path, stat.S_ISREG)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial, handle = _open_partial(path)
@@ -72,9 +72,6 @@ def whole_file(path: str | Path, mode: str = "wb", *, sync: bool = True, **kwarg
                 raise
         if sync:
             _sync(path.parent)
-    except OSError as error:
-        _name(error, path)
-        raise
 
 
 def write_whole(path: str | Path, content: bytes | str, *, sync: bool = True) -> None:
@@ -99,7 +96,7 @@ def whole_folder(path: str | Path, asked: Mapping[str, Any]) -> Iterator[Path]:
         OSError: for what cannot be written; what was there before still is.
     """
     path = Path(path)
-    try:
+    with _naming(path):
         _check_target(path, stat.S_ISDIR)
         if path.exists() and not (path / ASKED).exists() and any(path.iterdir()):
             raise FileError(f"{path} holds other files and would be replaced: give another folder, or delete it")
@@ -119,9 +116,6 @@ def whole_folder(path: str | Path, asked: Mapping[str, Any]) -> Iterator[Path]:
         finally:
             os.close(handle)
         _sync(path.parent)
-    except OSError as error:
-        _name(error, path)
-        raise
 
 
 def forget(path: str | Path) -> None:
@@ -197,19 +191,16 @@ def lock_folder(path: str | Path) -> Iterator[None]:
         FileError: where somebody works there, this process included; says which process.
     """
     folder = Path(path)
+    _check_target(folder, stat.S_ISDIR, follow=True)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        _check_target(folder, stat.S_ISDIR, follow=True)
-        folder.mkdir(parents=True, exist_ok=True)
         handle = _hold(folder / LOCK)
     except BlockingIOError:
-        with contextlib.suppress(OSError):
-            holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
-        raise FileError(
-            f"{folder} is in use by {holder or 'another process'}: wait for it or end it, or give another folder"
-        ) from None
-    except OSError as error:
-        _name(error, folder)
-        raise
+        holder = "another process"
+        with contextlib.suppress(OSError):  # it ends at this moment
+            holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip() or holder
+        raise FileError(f"{folder} is in use by {holder}: wait for it or end it, or give another folder") from None
     _held.add(handle)
     try:
         os.ftruncate(handle, 0)
@@ -224,6 +215,9 @@ def lock_folder(path: str | Path) -> Iterator[None]:
             _held.discard(handle)
             (folder / LOCK).unlink(missing_ok=True)
             os.close(handle)
+            with contextlib.suppress(OSError):
+                if made:  # and nothing was written
+                    folder.rmdir()
 
 
 _held: set[int] = set()
@@ -260,7 +254,11 @@ def _open_partial(path: Path, folder: bool = False) -> tuple[Path, int]:
     """
     partial = _partial(path)
     flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT
+    is_kind = stat.S_ISDIR if folder else stat.S_ISREG
     while True:
+        with contextlib.suppress(FileNotFoundError):
+            if not is_kind(partial.lstat().st_mode):
+                _remove(partial)
         if folder:
             partial.mkdir(exist_ok=True)
         handle = os.open(partial, flags | os.O_NOFOLLOW, 0o666)
@@ -301,7 +299,7 @@ def _is_at(handle: int, path: Path) -> bool:
 def _check_target(path: Path, is_kind: Any, follow: bool = False) -> None:
     try:
         found = path.stat() if follow else path.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # making its folder says what is in the way
         return
     if is_kind(found.st_mode):
         return
@@ -340,7 +338,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _name(error: OSError, path: Path) -> None:
-    """Put the name that the user gave into an error: a full disk has none, and the one while writing tells little."""
-    if error.errno is not None and (error.filename is None or _PARTIAL.search(str(error.filename))):
-        error.filename, error.filename2 = str(path), None
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name what the user named: that of a full disk names nothing, and the name while writing tells little."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename is not None and not _PARTIAL.search(str(error.filename))):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error

@@ -13,9 +13,25 @@ import pytest
 from accelerate.state import AcceleratorState
 from file_server import server  # noqa: F401  (a fixture of several test files)
 
+from ivt_env import files
+
 
 @pytest.fixture(autouse=True)
 def no_number_format_left_by_another_test():
     """accelerate keeps one number format a process: a test must not depend on which tests ran before it."""
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Every write of a whole file fails as on a full disk, with the system's own error."""
+    opened = files._open_partial
+
+    def on_a_full_disk(path, folder=False):
+        partial, handle = opened(path, folder)
+        if not folder:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), handle)
+        return partial, handle
+
+    monkeypatch.setattr(files, "_open_partial", on_a_full_disk)

@@ -174,7 +174,9 @@ def test_show_command_writes_a_sheet(tmp_path, capsys):
     assert main(["data", "show", "photos", "--index", "99", "--out", str(out)]) == 2
     assert "samples 0 to 15" in capsys.readouterr().err
     assert main(["data", "show", "refadv", "--data-root", str(tmp_path)]) == 2
-    assert main(["data", "show", "photos", "--out", str(tmp_path / "no" / "sheet.png")]) == 2
+    (tmp_path / "link.png").symlink_to(out)
+    for name in ("sheet", "sheet.png/sheet.png", "link.png"):
+        assert main(["data", "show", "photos", "--out", str(tmp_path / name)]) == 2
 
 
 def test_convert_command_reads_once_and_writes_plain_jsonl(tmp_path, capsys):

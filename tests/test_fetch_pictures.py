@@ -5,10 +5,7 @@ Silent when false: a split trains and scores on the pictures that happened to ar
 
 from __future__ import annotations
 
-import errno
 import io
-import os
-from pathlib import Path
 
 import pytest
 from file_server import QUICK, Served, jpeg, leftovers
@@ -85,11 +82,7 @@ def test_a_server_that_is_gone_ends_it_early(tmp_path, server):
     assert len(server.log) < 2000
 
 
-def test_a_full_disk_ends_it_at_once(server, pictures, tmp_path, monkeypatch):
-    def full(self, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+def test_a_full_disk_ends_it_at_once(server, pictures, tmp_path, full_disk):
     with pytest.raises(DataError, match="the disk .* is full"):
         get(server, pictures, tmp_path)
     assert leftovers(tmp_path) == []

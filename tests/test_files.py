@@ -137,6 +137,18 @@ def test_two_writers_of_one_file_come_one_after_the_other(tmp_path):
     assert seen and names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("put", [put_fifo, put_folder, put_link])
+def test_what_lies_at_the_name_of_a_half_written_file_is_never_written_through(tmp_path, put):
+    with whole_file(tmp_path / "a"):
+        (partial,) = (p for p in tmp_path.iterdir())
+    (tmp_path / "a").unlink()
+    put(partial)
+    write_whole(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and not partial.exists()
+    if put is put_link:
+        assert (tmp_path / "elsewhere").read_text() == "precious"
+
+
 KILLED = """
 import os, sys, time
 from ivt_env.files import *

@@ -346,8 +346,8 @@ def test_same_seed_gives_identical_metrics_and_another_seed_does_not(tmp_path):
 def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path):
     trainer = small_trainer(tmp_path, steps=2)
     trainer.train(lambda *_: None)
-    (tmp_path / "checkpoints" / "partial-123").mkdir()
-    (tmp_path / "checkpoints" / "partial-123" / "state.pt").write_bytes(b"half")
+    (tmp_path / "checkpoints" / ".0123456789abcdef.partial").mkdir()
+    (tmp_path / "checkpoints" / ".0123456789abcdef.partial" / "state.pt").write_bytes(b"half")
     assert load_checkpoint(tmp_path)["step"] == 2
 
 

@@ -40,6 +40,7 @@ from ivt_agents.training.run import check_least, write_json
 from ivt_agents.vlm.load import TINY_NAME
 from ivt_env.data.sample import Picture
 from ivt_env.episodes import Episode, load_episodes, save_episodes
+from ivt_env.files import write_whole
 from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_lines, behaviour_table
 from ivt_env.metrics.breakdown import group_table
 from ivt_env.metrics.columns import check_same_samples, outcomes
@@ -261,8 +262,7 @@ def _write(
     comparisons = _comparisons(played, args.seed)
     served = ", ".join(first.served)
     report = "\n".join(_report(args, played, comparisons) + _costs(costs))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.txt").write_text(report + "\n", encoding="utf-8")
+    write_whole(args.out / "table.txt", report + "\n")
     write_json(
         args.out / "results.json",
         {

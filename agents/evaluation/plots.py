@@ -11,11 +11,13 @@ import matplotlib
 import numpy as np
 
 from ivt_env.episodes import Episode
+from ivt_env.files import whole_file
 from ivt_env.metrics.breakdown import GroupRow
 from ivt_env.metrics.stopping import Calibration
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 _STYLE: Any = {
     "axes.spines.top": False,
@@ -38,6 +40,13 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
             steps.append(step)
             values.append(float(value))
     return found
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG file whole or not at all, and close the figure."""
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")
+    plt.close(figure)
 
 
 def smooth(values: Sequence[float], span: int = 9) -> np.ndarray:
@@ -77,8 +86,7 @@ def plot_training(runs: Sequence[Path], path: Path) -> None:
             axis.set_xlabel("training step")
             if axis.lines:
                 axis.legend(fontsize=7)
-        figure.savefig(path)
-        plt.close(figure)
+        save_figure(figure, path)
 
 
 def plot_accuracy_by_step(forced: Mapping[str, Sequence[Episode]], path: Path) -> None:
@@ -97,8 +105,7 @@ def plot_accuracy_by_step(forced: Mapping[str, Sequence[Episode]], path: Path) -
             axis.set_xlabel("step;  x: oracle's best step (uses the target)")
             axis.set_xticks(range(longest))
         axes[0].legend(fontsize=8)
-        figure.savefig(path)
-        plt.close(figure)
+        save_figure(figure, path)
 
 
 def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None:
@@ -138,8 +145,7 @@ def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> 
             shown.set_clim(1, max(top, 2))
         figure.colorbar(drawn[0], ax=axes, label="episodes", shrink=0.85)
         figure.set_layout_engine("constrained", h_pad=0.12)
-        figure.savefig(path)
-        plt.close(figure)
+        save_figure(figure, path)
 
 
 def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: Path) -> None:
@@ -180,8 +186,7 @@ def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: 
             if len(upper.lines) > 1:  # beside the diagonal
                 # Under the axes' title nothing is free in every case, so the lines are named outside.
                 upper.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.1), frameon=False)
-        figure.savefig(path)
-        plt.close(figure)
+        save_figure(figure, path)
 
 
 def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path, metric: str = "Acc@0.5") -> None:
@@ -242,8 +247,7 @@ def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path, metric: str 
             line[0].set_ylabel(f"{name}\n{metric} (%)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        figure.savefig(path)
-        plt.close(figure)
+        save_figure(figure, path)
 
 
 def _by_group(rows: Sequence[GroupRow]) -> dict[str, list[GroupRow]]:

@@ -22,6 +22,7 @@ from tyro.conf import Positional
 from ivt_agents.command import run_command
 from ivt_env.data.sample import DataError, DataMissingError, Picture
 from ivt_env.episodes import Episode, Step, load_episodes
+from ivt_env.files import write_whole
 from ivt_env.viewer.page import picture_jpeg
 
 RIGHT = 0.5
@@ -133,7 +134,7 @@ def write_report(
     title = f"Evaluation: {policies}"
     page = _PAGE.format(title=_text(title), head=_text(head), style=_STYLE, parts="\n".join(parts))
     path = out or folder / "report.html"
-    path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    write_whole(path, page.encode("utf-8", "xmlcharrefreplace"))
     return path
 
 

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.plots import save_figure
 from ivt_env.metrics.statistics import Interval
 from ivt_env.metrics.swaps import VARIANTS, Swap, VariantScores, share
 
@@ -63,9 +64,7 @@ def plot_swaps(scores: Sequence[VariantScores], swaps: Mapping[str, Sequence[Swa
         axes[3].set_xlabel("IoU of the shown box with the target; dashed: stated probability")
         axes[3].set_xlim(-0.02, 1.02)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        plt.close(figure)
+        save_figure(figure, path)
 
 
 def _plot_stops(axis: plt.Axes, swaps: Sequence[Swap], colour: str, label: str) -> None:

@@ -23,6 +23,7 @@ from ivt_agents.play.by_name import load_agent
 from ivt_agents.training.run import check_least, write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, Picture, Sample
+from ivt_env.files import write_whole
 from ivt_env.metrics.swaps import (
     BAD_BELOW,
     VARIANTS,
@@ -437,8 +438,7 @@ def _write(args: Args, played: dict[str, list[Swap]], names: dict[str, str], cou
             dependence_table(depends),
         ]
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.txt").write_text(report + "\n", encoding="utf-8")
+    write_whole(args.out / "table.txt", report + "\n")
     results = {"args": asdict(args), "policies": names, "served": served}
     write_json(args.out / "results.json", results | {"variants": as_json(scores), "dependence": as_json(depends)})
     plot_swaps(scores, played, args.out / "swaps.png")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from ivt_agents.sb3.network import make_policy
+from ivt_env.files import whole_file, write_whole
 from ivt_env.wrappers import HashedText
 from ivt_env.wrappers.sb3 import decode_action, sb3_action_space, sb3_observation, sb3_observation_space
 
@@ -93,14 +94,10 @@ def save_sb3(folder: Path, policy: ActorCriticPolicy, shape: Mapping[str, Any], 
         shape: see ``SB3Agent``.
         trained: JSON-able record of how it was trained; not needed to load it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / f"{WEIGHTS_FILE}.partial"
-    torch.save(policy.state_dict(), weights)
-    config = folder / f"{CONFIG_FILE}.partial"
     content = {**{key: shape[key] for key in _SHAPE}, "trained": dict(trained)}
-    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    weights.replace(folder / WEIGHTS_FILE)
-    config.replace(folder / CONFIG_FILE)
+    with whole_file(folder / WEIGHTS_FILE) as file:
+        torch.save(policy.state_dict(), file)
+    write_whole(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def load_sb3(folder: str | Path, *, deterministic: bool = True, seed: int | None = None) -> SB3Agent:

@@ -41,6 +41,7 @@ from ivt_agents.sb3.load import SB3Agent, save_sb3
 from ivt_agents.sb3.network import POLICY_OPTIONS, begin_with_what_is_seen
 from ivt_env.data import load_dataset
 from ivt_env.env import GroundingEnv
+from ivt_env.files import write_whole
 from ivt_env.wrappers import SB3Wrapper
 
 UPDATES_A_LINE = 4
@@ -152,7 +153,7 @@ def main(args: Args) -> dict[str, Any]:
                 )
                 results["tables"].append(found)
                 print(f"\n{table(found)}", flush=True)
-        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from ivt_agents.sft.teacher.template import critique
 from ivt_env import boxes
 from ivt_env.data.sample import DataError, Dataset, Sample
+from ivt_env.files import whole_file
 
 Box = tuple[float, float, float, float]
 
@@ -49,13 +50,9 @@ class Demonstration:
 
 def save_demonstrations(path: str | Path, demonstrations: Sequence[Demonstration]) -> None:
     """Write JSON lines; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(path, "w") as file:
         for demonstration in demonstrations:
             file.write(json.dumps(asdict(demonstration), allow_nan=False) + "\n")
-    partial.replace(path)
 
 
 def load_demonstrations(path: str | Path, dataset: Dataset) -> list[Demonstration]:

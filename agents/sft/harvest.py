@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from ivt_agents.sft.teacher.load import Teacher
 from ivt_agents.sft.teacher.openai import TeacherError
 from ivt_agents.sft.teacher.prompts import QUESTION, SYSTEM, TraceRequest, tidy, trace_request, unusable_reason
 from ivt_env.data.sample import Dataset
+from ivt_env.files import write_whole
 
 UNUSABLE_LIMIT = 0.2
 """More unusable texts than this share and the teacher is not fit for the work: an error."""
@@ -47,10 +47,7 @@ class TraceCache:
 
     def put(self, key: str, teacher: str, text: str) -> None:
         """Store a text whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{key}.{os.getpid()}.partial"
-        partial.write_text(json.dumps({"teacher": teacher, "text": text}) + "\n", encoding="utf-8")
-        partial.replace(self.folder / f"{key}.json")
+        write_whole(self.folder / f"{key}.json", json.dumps({"teacher": teacher, "text": text}) + "\n")
 
 
 def write_traces(
@@ -152,7 +149,7 @@ def _begin(
     mine = {"teacher": teacher.name, "prompt": prompt}
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        head.write_text(json.dumps(mine) + "\n", encoding="utf-8")
+        write_whole(head, json.dumps(mine) + "\n")
         return {}
     theirs = json.loads(head.read_text(encoding="utf-8")) if head.exists() else None
     if theirs != mine:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ivt_agents.training.tracking import open_tracker
+from ivt_env.files import forget, whole_folder, write_whole
 
 
 class RunError(ValueError):
@@ -107,7 +107,7 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         if keep_until is not None:
             self._kept = [row for row in read_metrics(path) if row["step"] <= keep_until]
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in self._kept).encode())
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in self._kept))
         self._file = path.open("a", encoding="utf-8")
         self._tracker = open_tracker(tracker, folder, config or {}, keep_until or 0)
 
@@ -190,30 +190,7 @@ def derived_seed(*parts: int) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    write_whole(path, (json.dumps(value, indent=1, default=str) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, a power cut included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut; not every system can (Windows), then it may not."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_whole(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -225,16 +202,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def forget_run(folder: Path) -> None:
     """Remove the checkpoints of a run, newest last, so that being killed in between leaves one to resume from."""
     for old in checkpoints(folder):
-        _discard(old)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def _discard(checkpoint: Path) -> None:
-    """Remove a checkpoint so that what is called one is always whole, at whatever moment the process is killed."""
-    partial = checkpoint.with_name(f"partial-{checkpoint.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    checkpoint.replace(partial)
-    shutil.rmtree(partial)
+        forget(old)
+    forget(folder / "checkpoints")
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
@@ -246,22 +215,11 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         state: what ``torch.load(weights_only=True)`` can read back.
         keep: how many checkpoints to keep.
     """
-    parent = folder / "checkpoints"
-    for left in parent.glob("partial-*"):  # by a process that was killed while it wrote
-        shutil.rmtree(left)
-    final, partial = parent / f"step-{step:06d}", parent / f"partial-{os.getpid()}"
-    partial.mkdir(parents=True)
-    with (partial / "state.pt").open("wb") as file:
-        torch.save({"step": step, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(partial)
-    if final.exists():
-        _discard(final)
-    partial.replace(final)
-    _sync_folder(parent)
+    final = folder / "checkpoints" / f"step-{step:06d}"
+    with whole_folder(final, {"step": step}) as partial:
+        torch.save({"step": step, **state}, partial / "state.pt")
     for old in checkpoints(folder)[:-keep]:
-        _discard(old)
+        forget(old)
     return final
 
 

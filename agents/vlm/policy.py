@@ -24,6 +24,7 @@ from ivt_agents.vlm.generation import Sampling, core_of, generate
 from ivt_agents.vlm.precision import stored_as
 from ivt_agents.vlm.prompts import Prompts
 from ivt_agents.vlm.turns import Prompt, Turn
+from ivt_env.files import whole_folder, write_whole
 
 POLICY_FILE = "policy.json"
 
@@ -206,17 +207,21 @@ class VLMPolicy:
                 made[whole] = self.dialogue.prompt(*question)
         return [made[whole] for whole, _ in named]
 
-    def save(self, folder: str | Path) -> None:
-        """Write everything that ``load_policy`` needs: the model (or its adapter) and its helpers."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+    def save(self, folder: str | Path, made_for: Mapping[str, Any] | None = None) -> None:
+        """Write everything that ``load_policy`` needs: the model (or its adapter) and its helpers.
+
+        Args:
+            folder: appears complete or not at all.
+            made_for: the options that made the policy, for those who find the folder.
+        """
         asked = self.dialogue.prompts
         texts = {"prompt": asked.text, "closeup": asked.closeup, "with_closeup": asked.with_closeup}
         settings = texts | {"frame": self.codec.frame, "layout": self.layout, "view": self.view} | stored_as(self.model)
-        (folder / POLICY_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        with whole_folder(folder, made_for or {}) as partial:
+            self.model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            self.image_processor.save_pretrained(partial)
+            write_whole(partial / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
 
 
 _VISION_TOKENS = ("image_pad", "video_pad", "vision_start", "vision_end")

@@ -34,6 +34,7 @@ from ivt_agents.vlm.prompts import TINY
 from ivt_agents.vlm.tiny import INPUT_SIDE, build_image_processor, build_model, build_tokenizer, number_ids
 from ivt_env.data.scenes import make_scene
 from ivt_env.data.scenes.world import COLOURS, SHAPES, TEXTURES, Thing
+from ivt_env.files import whole_folder, write_whole
 
 GRID = INPUT_SIDE // 8
 CELLS = INPUT_SIDE // 16
@@ -369,22 +370,22 @@ def train_grounding(
             log.append({"stage": 2, "step": step, "loss": float(smooth.detach()), "sigma": sigma})
         progress.update(task, advance=1, note=f"loss {float(smooth.detach()):.3f}")
         if (step + 1) % args.save_every == 0:
-            save(model, tokenizer, args.out)
+            save(model, tokenizer, args)
     return log
 
 
-def save(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, args: Args) -> None:
     """Writes model (half precision), tokenizer and image processor where ``load_policy`` finds them."""
-    folder.mkdir(parents=True, exist_ok=True)
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(s) for s in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     half = {name: tensor.to(torch.float16) for name, tensor in model.state_dict().items()}
     half.pop("lm_head.weight")  # tied to the input embeddings
-    model.save_pretrained(folder, state_dict=half)
-    tokenizer.save_pretrained(folder)
-    build_image_processor().save_pretrained(folder)
     settings = {"prompt": TINY.text, "frame": "relative_1000"}
-    (folder / POLICY_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    with whole_folder(args.out, asdict(args)) as partial:
+        model.save_pretrained(partial, state_dict=half)
+        tokenizer.save_pretrained(partial)
+        build_image_processor().save_pretrained(partial)
+        write_whole(partial / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
 
 
 def main(args: Args) -> None:
@@ -404,7 +405,7 @@ def main(args: Args) -> None:
         log = train_vision(model, pool, args, progress) if args.vision_steps else []
         seen = time.time()
         log += train_grounding(model, tokenizer, pool, args, progress)
-    save(model, tokenizer, args.out)
+    save(model, tokenizer, args)
     seconds = {"drawing": drawn - start, "vision": seen - drawn, "grounding": time.time() - seen}
     command = " ".join(["python -m ivt_agents.vlm.pretrain", *sys.argv[1:]])
     record = {
@@ -413,7 +414,7 @@ def main(args: Args) -> None:
         "seconds": seconds,
         "log": log,
     }
-    (args.out / "training.json").write_text(json.dumps(record, indent=1))
+    write_whole(args.out / "training.json", json.dumps(record, indent=1))
     print(f"saved to {args.out} after {(time.time() - start) / 60:.1f} minutes")
 
 

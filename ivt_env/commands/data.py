@@ -20,6 +20,7 @@ from ivt_env.data.mixture import held_ids, open_mixture, redraw
 from ivt_env.data.sample import DataError, DataMissingError
 from ivt_env.data.sheet import can_draw, cell_size, contact_sheet
 from ivt_env.data.table import Source, Table, open_table
+from ivt_env.files import FileError, whole_file
 
 _ON_DISK = tuple(name for name in NAMES if name not in ("scenes", "photos", "mixed"))
 
@@ -251,7 +252,10 @@ def _show(args: argparse.Namespace) -> int:
         raise DataError(f"a sheet of {width} x {height} pixels is too large; give a smaller --side or fewer samples")
     sheet = Image.fromarray(contact_sheet(dataset, chosen, args.columns, args.side))
     try:
-        sheet.save(args.out)
+        with whole_file(args.out) as file:
+            sheet.save(file, Image.registered_extensions()[args.out.suffix.lower()])
+    except FileError:
+        raise
     except (ValueError, KeyError) as error:  # a format that Pillow reads and cannot write, or not this size
         raise DataError(f"--out {args.out}: cannot be written ({error}); give a name that ends in .png") from error
     print(f"{args.out}: {len(chosen)} samples of {dataset.name} {dataset.split}")

@@ -46,6 +46,7 @@ from ivt_env.data.fetch import (
 )
 from ivt_env.data.fetch_pictures import fetch_pictures
 from ivt_env.data.sample import DataError
+from ivt_env.files import write_whole
 
 ASK_ABOVE_BYTES = 1_000_000_000
 _COCO_NAME = re.compile(r"COCO_train2014_\d{12}\.jpg")
@@ -261,9 +262,8 @@ def _obtain(file: RemoteFile, root: Path, keep: bool, patience: Patience) -> Non
             "put its files there by hand, or see whether a newer version of this package knows it"
         )
     try:
-        _unpacked_note(file, root).write_text(
-            f"{unpacked.files} files, {unpacked.bytes} bytes, of sha256 {received.sha256}\n", encoding="utf-8"
-        )
+        note = f"{unpacked.files} files, {unpacked.bytes} bytes, of sha256 {received.sha256}\n"
+        write_whole(_unpacked_note(file, root), note)
         if not keep:
             target.unlink()
     except OSError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import lzma
-import os
 import stat
 import tarfile
 import zipfile
@@ -23,6 +22,7 @@ from typing import IO, Any
 
 from ivt_env.data.fetch import Progress, check_space, disk_error, readable
 from ivt_env.data.sample import DataError
+from ivt_env.files import whole_file
 
 RATIO_LIMIT = 50
 """Default limit of the unpacked size, as a multiple of the archive's. JSON shrinks to a tenth, pictures not at all."""
@@ -253,8 +253,6 @@ def _is_there(member: _Member) -> bool:
 
 def _write(opened: zipfile.ZipFile | tarfile.TarFile, member: _Member) -> None:
     """One file: it has its name when it is whole."""
-    member.target.parent.mkdir(parents=True, exist_ok=True)
-    partial = member.target.with_name(f"{member.target.name}.partial")
     source: IO[bytes] | None
     if isinstance(opened, zipfile.ZipFile):
         source = opened.open(member.handle)
@@ -263,19 +261,17 @@ def _write(opened: zipfile.ZipFile | tarfile.TarFile, member: _Member) -> None:
     assert source is not None  # only links and folders have none, and they were refused
     written = 0
     try:
-        with source, partial.open("wb") as file:
+        # Not safe from a power cut: a member of another size is unpacked again.
+        with source, whole_file(member.target, sync=False) as file:
             while block := source.read(_CHUNK):
                 file.write(block)
                 written += len(block)
-        if written != member.size:
-            raise _ArchiveError(
-                f"its member {member.name!r} ends after {written} of {member.size} bytes: delete the archive and "
-                "fetch it again"
-            )
-        os.replace(partial, member.target)
+            if written != member.size:
+                raise _ArchiveError(
+                    f"its member {member.name!r} ends after {written} of {member.size} bytes: delete the archive and "
+                    "fetch it again"
+                )
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise _ArchiveError(
             f"its member {member.name!r} is damaged ({error}): delete the archive and fetch it again"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)

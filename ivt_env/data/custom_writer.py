@@ -11,7 +11,6 @@ import logging
 import os
 import random
 import shutil
-import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 from ivt_env.data.checked import BadRows, short
 from ivt_env.data.custom import SPLITS, Declared, check_name, read_declared
 from ivt_env.data.sample import DataError
+from ivt_env.files import whole_file, write_whole
 
 Splits = str | Mapping[str, float]
 """A split for everything, or split -> share of the pictures; the shares add up to 1."""
@@ -141,33 +141,24 @@ def _place(source: Path, target: Path, copy: bool) -> None:
         if same_picture(source, target):
             return
         raise DataError(f"{target}: another picture is there already; choose another folder, or delete it")
-    partial = target.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if copy:
-            shutil.copyfile(source, partial)
+            with source.open("rb") as read, whole_file(target) as file:
+                shutil.copyfileobj(read, file)
         else:  # from the real folder to the real file: a relative link counts from where it really lies
-            partial.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
-        os.replace(partial, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
     except (OSError, ValueError) as error:  # ValueError: on Windows no path leads from one drive to another
         raise DataError(
             f"{target}: cannot be {'copied' if copy else 'linked'} from {source} ({error}); "
             + ("free some space, or choose another folder" if copy else "give copy=True")
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(content, encoding="utf-8", newline="\n")
-        os.replace(partial, path)
+        write_whole(path, content)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written ({error.strerror}); free some space, or choose another folder"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ivt_env.data.sample import DataError
+from ivt_env.files import write_whole
 
 Progress = Callable[[int, int | None], None]
 """Called with what is done and what there is in all (None: unknown), both in bytes or in pictures."""
@@ -335,7 +336,7 @@ def _receive(wanted: _Wanted, file: IO[bytes], timeout_s: float, progress: Progr
             )
         if response.status != 206:
             have = _restart(file)
-        wanted.facts.write_text(json.dumps({"url": url, "validator": validator, "size": total}), encoding="utf-8")
+        write_whole(wanted.facts, json.dumps({"url": url, "validator": validator, "size": total}))
         expected = size if total is None else total
         if expected is not None:
             needed = expected - have + round(expected * wanted.space_factor)
@@ -454,7 +455,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 def _write_note(target: Path, digest: str) -> None:
-    note_path(target).write_text(f"{digest}  {target.name}\n", encoding="utf-8")
+    write_whole(note_path(target), f"{digest}  {target.name}\n")
 
 
 # --- Talking to a server --------------------------------------------------------------------------

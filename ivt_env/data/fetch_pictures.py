@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import io
-import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ivt_env.data.fetch import PATIENCE, Patience, Progress, disk_error, get_bytes, partial_path
+from ivt_env.data.fetch import PATIENCE, Patience, Progress, disk_error, get_bytes
 from ivt_env.data.sample import DataError
+from ivt_env.files import write_whole
 
 _PICTURE_LIMIT = 64 << 20
 _FAILURES_IN_A_ROW = 20
@@ -92,12 +92,7 @@ def _fetch_picture(url: str, target: Path, patience: Patience, stop: threading.E
     body, _ = get_bytes(url, _PICTURE_LIMIT, str(target), patience, stop)
     if not is_whole_picture(body):
         raise DataError(f"{target}: what {url} gave ({len(body)} bytes) is not a whole picture")
-    partial = partial_path(target)
-    try:
-        partial.write_bytes(body)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(target, body, sync=False)  # one that a power cut left empty is fetched again
     return True
 
 

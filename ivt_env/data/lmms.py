@@ -27,9 +27,7 @@ The files know neither the other objects of a picture nor categories: ``siblings
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial as bound
 from pathlib import Path
@@ -52,6 +50,7 @@ from ivt_env.data.jxu124 import (
 from ivt_env.data.pictures import read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
+from ivt_env.files import write_whole
 
 FOLDERS = {"refcocog": "RefCOCOg", "refcoco": "RefCOCO", "refcocoplus": "RefCOCOplus"}
 """Data set name -> its folder under ``lmms/``."""
@@ -184,16 +183,10 @@ def _as_written(value: Any) -> Any:
 
 def _write_once(path: Path, content: bytes) -> None:
     """Write a file unless it is there already; it appears whole or not at all."""
-    # A name of its own for each process: several may write the same picture at once.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
             return
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, content, sync=False)
     except OSError as error:
         raise DataError(
             f"{path}: the picture cannot be written ({error.strerror}); make room on that disk, or make the folder "

@@ -16,9 +16,7 @@ import contextlib
 import json
 import logging
 import operator
-import os
 import random
-import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +26,7 @@ from ivt_env.data import cache_folder, find_source
 from ivt_env.data.checked import read_json, short
 from ivt_env.data.sample import DataError, Picture, Sample
 from ivt_env.data.table import Table, open_table
+from ivt_env.files import write_whole
 
 PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     "test": (("refcocog", "test"), ("refadv", "test"), ("refl4", "test")),
@@ -223,13 +222,7 @@ def _places(root: Path) -> list[Path]:
 
 def write_ids(path: Path, ids: Ids, seed: int) -> None:
     """Write the chosen ids; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_text(json.dumps({"seed": seed, "splits": ids}, indent=0, ensure_ascii=False), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, json.dumps({"seed": seed, "splits": ids}, indent=0, ensure_ascii=False))
 
 
 def read_ids(path: Path) -> Ids:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial as bound
@@ -39,6 +38,7 @@ from ivt_env.data.parquet_rows import parquet_rows, parquet_schema, require_colu
 from ivt_env.data.pictures import Header, read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
+from ivt_env.files import write_whole
 
 PLACES = {"refadv": ("refadv/*.parquet", "refadv/data/*.parquet")}
 """Data set name -> what is looked for under the root."""
@@ -169,20 +169,15 @@ def _write_out(
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; one that is there with this content is left alone."""
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        write_whole(path, content, sync=False)
     except OSError as error:
         raise DataError(
             f"{path}: the picture cannot be written ({error.strerror}); free some space (255 MB in all), or make the "
             "folder writable"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _count(value: Any) -> int:

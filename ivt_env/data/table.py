@@ -31,6 +31,7 @@ from ivt_env.data import cache_folder
 from ivt_env.data.checked import BadRows, Box
 from ivt_env.data.pictures import read_picture
 from ivt_env.data.sample import DataError, Picture, Sample
+from ivt_env.files import FileError, whole_file
 
 _INDEX_VERSION = 2  # raise whenever the schema or the meaning of a column changes
 _SCHEMA = pa.schema(
@@ -331,7 +332,7 @@ def _build(
         try:
             _write_index(path, batches, facts)
             reader = _mapped(path)
-        except OSError as error:
+        except (OSError, FileError) as error:
             _log.info("%s: index not written (%s)", path, error)
         else:
             opened = _Opened(path, numbers, len(bad.reasons), folder / "pictures", _stamp(reader))
@@ -444,16 +445,10 @@ def _read_index(path: Path, identity: dict[str, Any], split: str) -> tuple[pa.Re
 
 def _write_index(path: Path, batches: dict[str, pa.RecordBatch], facts: dict[str, Any]) -> None:
     """Write one record batch per split; the file appears whole or not at all."""
-    # A name of its own for each process: several may build the same index at once.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        schema = _SCHEMA.with_metadata({b"ivt_env": json.dumps(facts).encode()})
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            for batch in batches.values():
-                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    schema = _SCHEMA.with_metadata({b"ivt_env": json.dumps(facts).encode()})
+    with whole_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+        for batch in batches.values():
+            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 
 
 def _as_box(values: list[float]) -> Box:

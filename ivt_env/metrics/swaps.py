@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ivt_env import boxes
 from ivt_env.data.sample import DataError
+from ivt_env.files import whole_file
 from ivt_env.metrics.statistics import MIN_CLUSTERS, Interval, bootstrap_mean, clustered_se, wilson
 from ivt_env.metrics.table import render
 
@@ -353,12 +354,9 @@ def dependence_table(rows: Sequence[Dependence], *, markdown: bool = False) -> s
 def save_swaps(path: str | Path, swaps: Iterable[Swap]) -> Path:
     """Write JSON lines, one swap a line; the file appears whole or not at all. Returns the path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(path, "w") as file:
         for swap in swaps:
             file.write(json.dumps(asdict(swap), allow_nan=False) + "\n")
-    partial.replace(path)
     return path
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 
 from ivt_env.data.sample import DataError, DataMissingError, Picture
 from ivt_env.episodes import Episode
+from ivt_env.files import whole_file
 from ivt_env.viewer.rows import Content, details, where_of
 
 _JPEG_QUALITY = 85
@@ -67,10 +68,8 @@ def write_page(
     content = Content(runs)
     before, middle, after = page_parts(title, content.served(), {"runs": content.overview(), "chunk": _CHUNK})
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     # "xmlcharrefreplace": a title may hold a lone surrogate, which has no UTF-8 form.
-    with partial.open("w", encoding="utf-8", errors="xmlcharrefreplace", newline="\n") as file:
+    with whole_file(path, "w", errors="xmlcharrefreplace") as file:
         file.write(before)
         for number, run in enumerate(content.runs.values()):
             for start in range(0, len(run), _CHUNK):
@@ -81,7 +80,6 @@ def write_page(
         for index, episode in enumerate(content.pictures):
             file.write(_block(f"picture-{index}", _picture_source(picture_of, episode, max_picture_side)))
         file.write(after)
-    partial.replace(path)
     return path
 
 

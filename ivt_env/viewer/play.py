@@ -20,7 +20,8 @@ from PIL import Image
 
 from ivt_env.data.sample import DataError, Picture
 from ivt_env.env import GroundingEnv
-from ivt_env.episodes import Box, Episode, Step, load_episodes, picture_file, save_episodes
+from ivt_env.episodes import Box, Episode, Step, load_episodes, picture_file, save_episodes, save_picture
+from ivt_env.files import write_whole
 from ivt_env.viewer.page import page_parts
 from ivt_env.viewer.rows import details, where_of
 from ivt_env.viewer.server import Refused, Reply, ViewApp
@@ -178,16 +179,13 @@ class PlayApp(ViewApp):
 
     def _finish(self, episode: Episode) -> None:
         """Into the records: on disk first, so that what the page shows is never lost."""
-        folder = self.folder / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / picture_file(episode.picture_id)
+        path = self.folder / "pictures" / picture_file(episode.picture_id)
         if not path.exists():
-            Image.fromarray(self._picture_of(episode)).save(path)
+            save_picture(path, self._picture_of(episode))
         played = [*self.episodes, episode]
-        _write_lines(
-            self.folder / "demonstrations.jsonl",
-            [row for i, e in enumerate(played) for row in self._demonstrations(e, self._index(self.seed + i))],
-        )
+        rows = [row for i, e in enumerate(played) for row in self._demonstrations(e, self._index(self.seed + i))]
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        write_whole(self.folder / "demonstrations.jsonl", lines)
         save_episodes(self.folder, played)
         self.episodes.append(episode)
         self.content.add(HUMAN, episode)
@@ -265,12 +263,6 @@ def demonstrations(episode: Episode, index: int) -> list[dict[str, Any]]:
                 before.append(shown)
             shown = step.box
     return rows
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
 
 
 def _proposal(box: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
