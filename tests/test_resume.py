@@ -33,6 +33,7 @@ from ivt_agents.training.run import (
 )
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.load import load_policy
+from ivt_env.files import lock_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -179,13 +180,14 @@ def test_weights_that_cannot_be_gone_back_with_are_refused_before_the_first_step
 
 def write_a_run(folder: Path, begun: int) -> None:
     """What a run writes between its steps, without a model: it goes on from ``begun`` steps to five."""
-    write_json(folder / "config.json", {"steps": 5})
-    log = MetricsLog(folder, keep_until=begun or None)
-    for step in range(begun + 1, 6):
-        log.write(step, {"train/loss": float(step)})
-        log.sync()
-        save_checkpoint(folder, step, {"parameters": torch.full((50,), float(step))})
-    log.close()
+    with lock_folder(folder):
+        write_json(folder / "config.json", {"steps": 5})
+        log = MetricsLog(folder, keep_until=begun or None)
+        for step in range(begun + 1, 6):
+            log.write(step, {"train/loss": float(step)})
+            log.sync()
+            save_checkpoint(folder, step, {"parameters": torch.full((50,), float(step))})
+        log.close()
 
 
 def test_whatever_file_operation_is_never_made_the_run_goes_on(tmp_path):

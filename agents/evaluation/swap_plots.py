@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.plots import save_figure
+from ivt_agents.evaluation.plots import save_figure
 from ivt_env.metrics.statistics import Interval
 from ivt_env.metrics.swaps import VARIANTS, Swap, VariantScores, share
 
