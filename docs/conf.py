@@ -52,7 +52,7 @@ def markdown_sections(_app: Any, _what: str, name: str, _object: Any, _options: 
     """
     first = next((i for i, line in enumerate(lines) if re.match(r"## ", line)), None)
     if first is not None:
-        lines[first:] = [f"Spaces, rewards, ends and arguments of ``{name}``: see :doc:`/environments/index`.", ""]
+        lines[first:] = [f"Spaces, rewards, ends and arguments of ``{name}``: see :doc:`/environments`.", ""]
 
 
 def plain_bars(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:

@@ -7,6 +7,7 @@ elsewhere tells a stranger who reads it; a link leads nowhere.
 from __future__ import annotations
 
 import doctest
+import inspect
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 import ivt_env
+from ivt_env.env import GroundingEnv
 from ivt_env.grounding import action_space, observation_space
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +29,6 @@ WITH_DOCTESTS = [page for page in PAGES if re.search(r"^>>> ", page.read_text(en
 TRANSCRIPTS = sorted(page for page in (DOCS / "transcripts").glob("*.md") if page.name != "index.md")
 
 sys.path.insert(0, str(DOCS))
-import make_environments  # noqa: E402
 import make_gallery  # noqa: E402
 
 OFFLINE = """
@@ -99,32 +100,18 @@ def test_the_examples_of_a_page_do_what_it_says(page, newcomer):
 
 def test_the_doctests_of_the_pages_were_found():
     names = {page.stem for page in WITH_DOCTESTS}
-    assert {"index", "tour", "own_agent", *ivt_env.IDS} <= names
+    assert {"index", "tour", "own_agent", "environments"} <= names
 
 
-def test_every_registered_id_has_a_page_made_from_the_code_as_it_is():
-    """Where this fails, run ``python docs/make_environments.py``."""
-    made = make_environments.pages()
-    on_disk = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "environments").glob("*.md")}
-    assert set(on_disk) == set(made) == {"index.md", *(f"{env_id}.md" for env_id in ivt_env.IDS)}
-    for name, text in made.items():
-        assert on_disk[name] == text, f"{name} is out of date: python docs/make_environments.py"
-
-
-@pytest.mark.parametrize("env_id", ivt_env.IDS)
-def test_a_page_lists_every_key_argument_and_section(env_id):
-    text = (DOCS / "environments" / f"{env_id}.md").read_text(encoding="utf-8")
-    keys = {*observation_space("both", 64, 3).spaces, "box[0]", "box[3]"} | ({*action_space().spaces} - {"box"})
-    arguments = {"split", "data_root", "strict", "max_steps", "canvas", "view", "overlay", "reward", "render_mode"}
+def test_the_page_of_the_environments_lists_every_id_key_and_argument():
+    text = (DOCS / "environments.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE))
-    assert keys | arguments | {"step_cost", "opacity"} <= rows
-    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    assert headings == [
-        "Action space", "Observation space", "Rewards", "Starting state", "Episode end", "Arguments", "Example",
-        "Vectorised", "Registered configuration", "Version history",
-    ]  # fmt: skip
-    empty = [line for line in text.splitlines() if re.search(r"\|\s+\|$", line)]
-    assert empty == []
+    keys = {*observation_space("both", 64, 3).spaces, "box[0]", "box[3]"} | ({*action_space().spaces} - {"box"})
+    arguments = {*inspect.signature(GroundingEnv.__init__).parameters} - {"self"}
+    assert keys | arguments <= rows
+    for env_id, kwargs in ivt_env.IDS.items():
+        (line,) = [line for line in text.splitlines() if line.startswith("|") and f"`{env_id}`" in line]
+        assert f"(data/{kwargs['dataset']}.md)" in line
 
 
 def test_the_gallery_is_what_the_renderer_draws(tmp_path):
