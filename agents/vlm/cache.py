@@ -62,6 +62,11 @@ class RoomyLayer(DynamicLayer):
             self._blocks = self._blocks[0][indices], self._blocks[1][indices]
             self._show(length)
 
+    def release(self) -> None:
+        """Give the memory back; somebody else holds what was in it."""
+        nothing: Any = None
+        self._blocks = self.keys = self.values = nothing
+
     def _show(self, length: int) -> None:
         assert self._blocks is not None
         self.keys, self.values = self._blocks[0][..., :length, :], self._blocks[1][..., :length, :]

@@ -7,7 +7,7 @@ mutable ``rope_deltas`` is never relied on, and a cache may be continued with an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,16 @@ class Sampling:
     """The id of the stop action, where it is one token."""
 
 
-def log_softmax(logits: torch.Tensor, temperature: float, suppressed: Sequence[int]) -> torch.Tensor:
+Decode = Callable[..., None]
+"""Grows the completions of a batch whose prompts are computed; see ``ivt_agents.vlm.decode.decode_fixed``."""
+
+
+def log_softmax(logits: torch.Tensor, temperature: float, suppressed: Sequence[int] | torch.Tensor) -> torch.Tensor:
     """Log-probabilities (..., vocabulary) in float32 of the distribution that is sampled from."""
     logits = logits.float()
-    if suppressed:
-        logits = logits.clone()
-        logits[..., list(suppressed)] = -torch.inf
+    if len(suppressed):
+        ids = torch.as_tensor(suppressed, dtype=torch.long, device=logits.device)
+        logits = logits.index_fill(-1, ids, -torch.inf)
     return torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
 
 
@@ -54,6 +58,7 @@ def generate(
     generator: torch.Generator | None,
     keep: bool,
     memories: list[Memory | None] | None = None,
+    decode: Decode | None = None,
 ) -> list[Turn]:
     """One completion for each prompt.
 
@@ -66,6 +71,8 @@ def generate(
         memories: for each prompt what is already computed of it, or None. Only the rest is run through
             the model, and the list is filled with memories of prompt and completion. None: nothing is
             continued and nothing kept.
+        decode: what samples behind the prompts. None: the loop below, whose cache grows and whose finished
+            rows are freed.
     """
     if memories is not None:
         refuse_inexact_cache(model)
@@ -75,13 +82,17 @@ def generate(
     turns = [Turn(p) for p in prompts]
     device = model.device
     rows = torch.tensor([row_of[id(p)] for p in prompts], device=device)
+    space = 0 if decode is not None else sampling.max_new_tokens
     cache, hidden, mask, last = _prefill(
-        model, [prompts[k] for k in distinct], [past[k] for k in distinct], keep, sampling.max_new_tokens
+        model, [prompts[k] for k in distinct], [past[k] for k in distinct], keep, space
     )
-    if len(distinct) < len(prompts):
-        cache.batch_select_indices(rows)
     logits = model.lm_head(hidden[:, -1])[rows]  # (B, vocabulary)
     mask, last = mask[rows], last[:, rows]
+    if decode is not None:
+        decode(model, cache, logits, rows, mask, last, turns, sampling, generator, memories)
+        return turns
+    if len(distinct) < len(prompts):
+        cache.batch_select_indices(rows)
     alive = list(range(len(prompts)))  # turns that still grow; row k of the tensors is turn alive[k]
     ends = set(sampling.end_ids)
     for step in range(sampling.max_new_tokens):
@@ -129,13 +140,22 @@ def generate(
 
 
 def sample(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """One draw from each row of ``probabilities`` (B, vocabulary), (B,).
+    """One draw from each row of ``probabilities`` (B, vocabulary), (B,)."""
+    return invert(probabilities, uniform(len(probabilities), probabilities.device, generator))
 
-    By inverting the cumulative sum: one random number a row, where ``torch.multinomial`` draws one for
-    every entry. In float64, as a float32 sum over a large vocabulary loses the small probabilities.
+
+def uniform(count: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
+    """Random numbers (count, 1) in [0, 1), in float64."""
+    return torch.rand(count, 1, dtype=torch.float64, device=device, generator=generator)
+
+
+def invert(probabilities: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """The entry at which the cumulative sum of each row of ``probabilities`` (B, vocabulary) passes ``at``, (B,).
+
+    One random number a row, where ``torch.multinomial`` draws one for every entry. In float64, as a float32
+    sum over a large vocabulary loses the small probabilities.
     """
     cumulative = probabilities.double().cumsum(-1)
-    at = torch.rand(len(cumulative), 1, dtype=torch.float64, device=cumulative.device, generator=generator)
     # To the right of equal sums: an entry of probability 0 is never hit.
     chosen = torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True)[:, 0]
     return chosen.clamp(max=probabilities.shape[1] - 1)

@@ -133,8 +133,12 @@ def load_policy(
 
 
 def _image_processor(source: str, pixels: float | None) -> Any:
-    """The image processor of a model, with ``pixels`` times its budget."""
-    processor = AutoImageProcessor.from_pretrained(source)
+    """The image processor of a model, with ``pixels`` times its budget.
+
+    Pillow's, also where torchvision is installed: its resizing gives other pixels, so the same model would
+    see other images on another machine.
+    """
+    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
     if pixels is None:
         return processor
     # "Edges" by name, areas by meaning: the least and the most pixels of a picture after resizing.
@@ -145,7 +149,9 @@ def _image_processor(source: str, pixels: float | None) -> Any:
             f"pixels {pixels:g}: {source} takes at most {most} pixels of a picture and never fewer than {least};"
             f" give at least {least / most:g}"
         )
-    return AutoImageProcessor.from_pretrained(source, size={"shortest_edge": least, "longest_edge": wanted})
+    return AutoImageProcessor.from_pretrained(
+        source, backend="pil", size={"shortest_edge": least, "longest_edge": wanted}
+    )
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

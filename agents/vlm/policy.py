@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ivt_agents.vlm.adapters import folded
 from ivt_agents.vlm.cache import Memory
 from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec, parse_action
+from ivt_agents.vlm.decode import fixed_decoder
 from ivt_agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
 from ivt_agents.vlm.generation import Sampling, core_of, generate
 from ivt_agents.vlm.precision import stored_as
@@ -78,6 +79,8 @@ class VLMPolicy:
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         """Around every forward pass of sampling: a learner sets its own, so that both compute alike."""
+        self.decode = fixed_decoder(core_of(model))
+        """What grows the completions; None: the loop of ``generate``."""
         self.turns: list[Turn | None] = []
         """What the last ``act`` did, one entry per environment; None where it was not active."""
         ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in _VISION_TOKENS}
@@ -163,7 +166,7 @@ class VLMPolicy:
         if growing and self.reuse:
             memories = [self._said[row][1] if row in self._said else None for row in rows]
         keep = self.frozen_vision and self.reuse
-        turns = generate(self.core, prompts, self.sampling, self.generator, keep, memories)
+        turns = generate(self.core, prompts, self.sampling, self.generator, keep, memories, self.decode)
         if growing:
             kept = memories or [None] * len(turns)
             self._said |= {row: (turn, memory) for row, turn, memory in zip(rows, turns, kept, strict=True)}
