@@ -141,13 +141,13 @@ def draw_pool(args: Args, progress: Progress) -> Pool:
     )
 
 
-def patchify(pictures: NDArray[np.uint8]) -> torch.Tensor:
+def patchify(pictures: NDArray[np.uint8], device: torch.device | str = "cpu") -> torch.Tensor:
     """What Qwen's image processor makes of (B, 96, 96, 3) pictures, for the whole batch at once.
 
     Returns:
         (B * 144, 3 * 2 * 8 * 8), patches ordered by merge block, values in [-1, 1].
     """
-    x = torch.from_numpy(pictures).float().div_(127.5).sub_(1)  # (B, H, W, 3)
+    x = torch.from_numpy(pictures).to(device).float().div_(127.5).sub_(1)  # (B, H, W, 3)
     m, p = 2, 8
     x = x.view(len(pictures), CELLS, m, p, CELLS, m, p, 3)
     x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)  # (B, block row, block column, m, m, 3, p, p)
@@ -192,8 +192,8 @@ def cosine(step: int, total: int, floor: float = 0.05, warmup: int = 50) -> floa
 class PackedQuestions:
     """Lays several questions about one picture into one sequence, each blind to the others."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, device: torch.device | str = "cpu") -> None:
+        self.tokenizer, self.device = tokenizer, device
         content = [{"type": "image"}, {"type": "text", "text": "\x00"}]
         rendered = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -242,14 +242,14 @@ class PackedQuestions:
             scored.append(score)
         length = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor([r + [pad] * (length - len(r)) for r in rows])
-        segment_ids = torch.tensor([s + [-1] * (length - len(s)) for s in segments])  # (B, L)
-        loss_mask = torch.tensor([s + [False] * (length - len(s)) for s in scored])
+        input_ids = torch.tensor([r + [pad] * (length - len(r)) for r in rows]).to(self.device)
+        segment_ids = torch.tensor([s + [-1] * (length - len(s)) for s in segments]).to(self.device)  # (B, L)
+        loss_mask = torch.tensor([s + [False] * (length - len(s)) for s in scored]).to(self.device)
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         on_prefix = (segment_ids == 0)[:, None, :]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
         visible = ((same | on_prefix) & causal)[:, None]  # (B, 1, L, L)
-        attention = torch.zeros(visible.shape).masked_fill_(~visible, -1e9)
+        attention = torch.zeros(visible.shape, device=self.device).masked_fill_(~visible, -1e9)
         return input_ids, self._positions(segment_ids), attention, loss_mask
 
     def _positions(self, segment_ids: torch.Tensor) -> torch.Tensor:
@@ -263,12 +263,12 @@ class PackedQuestions:
         tail = torch.arange(len(self.prefix) - start - CELLS * CELLS) + start + CELLS
         prefix[:, start + CELLS * CELLS :] = tail
         after = int(tail[-1]) + 1
-        index = torch.arange(length).expand_as(segment_ids)
+        index = torch.arange(length, device=self.device).expand_as(segment_ids)
         new = torch.ones_like(segment_ids, dtype=torch.bool)
         new[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
         begins = torch.where(new, index, 0).cummax(dim=1).values
         positions = (index - begins + after).expand(3, -1, -1).clone()  # (3, B, L)
-        positions[:, :, : len(self.prefix)] = prefix[:, None]
+        positions[:, :, : len(self.prefix)] = prefix[:, None].to(self.device)
         return positions
 
 
@@ -285,7 +285,8 @@ def train_vision(
     model: Qwen3VLForConditionalGeneration, pool: Pool, args: Args, progress: Progress
 ) -> list[dict[str, float]]:
     """First stage: cell labels from the vision tower."""
-    visual, head = model.model.visual, CellHead(model.config.vision_config.out_hidden_size)
+    device = model.device
+    visual, head = model.model.visual, CellHead(model.config.vision_config.out_hidden_size).to(device)
     parameters = [*visual.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     rng = np.random.default_rng(args.seed)
@@ -294,18 +295,20 @@ def train_vision(
         for group in optimizer.param_groups:
             group["lr"] = args.lr * cosine(step, args.vision_steps)
         rows = rng.integers(0, len(pool.pictures), args.vision_batch)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = visual(patchify(pool.pictures[rows]), grid_of(len(rows)))
-        loss = head.loss(out.pooler_output, torch.from_numpy(pool.cells[rows]).reshape(-1, 8))
+        labels = torch.from_numpy(pool.cells[rows]).to(device).reshape(-1, 8)
+        with torch.autocast(device.type, torch.bfloat16):
+            out = visual(patchify(pool.pictures[rows], device), grid_of(len(rows)).to(device))
+        loss = head.loss(out.pooler_output, labels)
         for feature in out.deepstack_features:  # keeps the deep-stack merger in the game too
-            loss = loss + 0.3 * head.loss(feature, torch.from_numpy(pool.cells[rows]).reshape(-1, 8))
+            loss = loss + 0.3 * head.loss(feature, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 20 == 0 or step == args.vision_steps - 1:
             log.append({"stage": 1, "step": step, "loss": float(loss.detach())})
-        progress.update(task, advance=1, note=f"loss {float(loss.detach()):.3f}")
+            progress.update(task, note=f"loss {log[-1]['loss']:.3f}")
+        progress.advance(task)
     return log
 
 
@@ -324,16 +327,18 @@ def train_grounding(
         (torch.optim.Muon(matrices, lr=args.matrix_lr, weight_decay=0.0), args.matrix_lr),
         (torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0), args.lr),
     ]
-    packer, numbers = PackedQuestions(tokenizer), number_ids(tokenizer)
+    device = model.device
+    packer, numbers = PackedQuestions(tokenizer, device), number_ids(tokenizer)
     value_of = torch.full((len(tokenizer),), -1)
     value_of[torch.tensor(numbers)] = torch.arange(1001)
+    value_of = value_of.to(device)
     rng = np.random.default_rng(args.seed + 1)
     task, log = progress.add_task("grounding", total=args.steps, note=""), []
     for step in range(args.steps):
         if step % 100 == 0:
             share = step / args.steps
             sigma = args.smoothing[0] * (1 - share) + args.smoothing[1] * share
-            targets = smoothed_targets(numbers, len(tokenizer), sigma)
+            targets = smoothed_targets(numbers, len(tokenizer), sigma).to(device)
         for optimizer, lr in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * cosine(step, args.steps)
@@ -344,13 +349,13 @@ def train_grounding(
             picks = rng.choice(len(pool.expressions[row]), count, replace=False)
             items.append([(pool.expressions[row][k], pool.boxes[row][k]) for k in picks])
         input_ids, positions, attention, loss_mask = packer.batch(items)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             hidden = model.model(
                 input_ids=input_ids,
                 position_ids=positions,
                 attention_mask=attention,
-                pixel_values=patchify(pool.pictures[rows]),
-                image_grid_thw=grid_of(len(rows)),
+                pixel_values=patchify(pool.pictures[rows], device),
+                image_grid_thw=grid_of(len(rows)).to(device),
             ).last_hidden_state
             logits = model.lm_head(hidden[loss_mask])  # (answer tokens, vocabulary)
         log_probs = logits.float().log_softmax(-1)
@@ -368,7 +373,8 @@ def train_grounding(
             optimizer.step()
         if step % 20 == 0 or step == args.steps - 1:
             log.append({"stage": 2, "step": step, "loss": float(smooth.detach()), "sigma": sigma})
-        progress.update(task, advance=1, note=f"loss {float(smooth.detach()):.3f}")
+            progress.update(task, note=f"loss {log[-1]['loss']:.3f}")  # reading it waits for a GPU
+        progress.advance(task)
         if (step + 1) % args.save_every == 0:
             save(model, tokenizer, args)
     return log
@@ -388,8 +394,8 @@ def save(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerF
         write_whole(partial / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
 
 
-def main(args: Args) -> None:
-    """Run both stages and save."""
+def train(args: Args, pool: Pool, progress: Progress) -> dict[str, float]:
+    """Both stages on scenes that are drawn; saves the model and its record, and returns seconds by stage."""
     start = time.time()
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
@@ -397,24 +403,30 @@ def main(args: Args) -> None:
         model = build_model(tokenizer, args.seed)
     else:
         model = Qwen3VLForConditionalGeneration.from_pretrained(args.init, dtype=torch.float32)
-    # Plain matrix products: at these sizes the fused CPU kernel's backward pass is twice as slow.
-    model.set_attn_implementation("eager")
-    with progress_bars(note=True) as progress:
-        pool = draw_pool(args, progress)
-        drawn = time.time()
-        log = train_vision(model, pool, args, progress) if args.vision_steps else []
-        seen = time.time()
-        log += train_grounding(model, tokenizer, pool, args, progress)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    # Plain matrix products on a CPU: at these sizes the fused kernel's backward pass is twice as slow.
+    model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+    log = train_vision(model, pool, args, progress) if args.vision_steps else []
+    seen = time.time()
+    log += train_grounding(model, tokenizer, pool, args, progress)
     save(model, tokenizer, args)
-    seconds = {"drawing": drawn - start, "vision": seen - drawn, "grounding": time.time() - seen}
-    command = " ".join(["python -m ivt_agents.vlm.pretrain", *sys.argv[1:]])
+    seconds = {"vision": seen - start, "grounding": time.time() - seen}
     record = {
-        "command": command,
+        "command": " ".join(["python -m ivt_agents.vlm.pretrain", *sys.argv[1:]]),
         "args": asdict(args) | {"out": str(args.out), "init": str(args.init)},
         "seconds": seconds,
         "log": log,
     }
     write_whole(args.out / "training.json", json.dumps(record, indent=1))
+    return seconds
+
+
+def main(args: Args) -> None:
+    """Draw the scenes, run both stages and save."""
+    start = time.time()
+    with progress_bars(note=True) as progress:
+        train(args, draw_pool(args, progress), progress)
     print(f"saved to {args.out} after {(time.time() - start) / 60:.1f} minutes")
 
 
