@@ -2,6 +2,7 @@
 
     python benchmarks/large_model.py --size 4b                      # one GPU, no downloads
     python benchmarks/large_model.py --size 4b --checkpointing --micro-batch 32
+    python benchmarks/large_model.py --size 4b --decode growing     # without CUDA graphs
     python benchmarks/large_model.py --size tiny --device cpu       # the same code, shrunken, in seconds
 
 The architecture is the true one (`agents/vlm/architectures.py`), the weights are random and made on the
@@ -29,6 +30,10 @@ hidden and q query width, V vocabulary, l layers; padding is not counted:
 The base is frozen, so its backward pass is the gradient of the activations alone (as much as a forward
 pass) and adapters pay for both. Passes that checkpointing repeats are not counted, so it lowers the
 utilisation. Utilisation is FLOPs over time over `--peak-tflops` (989: bf16 dense of an H100 SXM).
+
+Decoding is bound by memory: each pass reads the decoder's weights, the head's and the rows' keys and values.
+Its utilisation is those bytes over time over `--peak-gbps` (3,350: an H100 SXM). With `--decode fixed` the
+head and the sampling are part of the recorded pass, so the phase `decode` holds them.
 """
 
 from __future__ import annotations
@@ -55,7 +60,8 @@ from ivt_agents.training.run import MetricsLog, write_json
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.architectures import shipped_config
 from ivt_agents.vlm.codec import BoxCodec
-from ivt_agents.vlm.footprint import Shape, count_parts
+from ivt_agents.vlm.decode import decode_fixed
+from ivt_agents.vlm.footprint import Parts, Shape, Workload, count_parts, need, visual_tokens
 from ivt_agents.vlm.generation import core_of
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, use_float32_head
@@ -110,8 +116,12 @@ class Args:
     """Rows in one pass of generation."""
     steps: int = 3
     """Steps that are measured, after one that warms up."""
+    decode: Literal["fixed", "growing"] = "fixed"
+    """`fixed`: tensors that stay where they are, one CUDA graph for every token. `growing`: a cache that grows."""
     peak_tflops: float = 989.0
     """The device's dense bf16 peak in 10^12 operations a second."""
+    peak_gbps: float = 3350.0
+    """Bytes that the device's memory moves in a second, in 10^9."""
     out: Path = Path("runs/large_model.json")
     """Where the numbers are written."""
 
@@ -197,6 +207,7 @@ def make_policy(args: Args) -> ForcedPolicy:
     settings: dict[str, Any] = {"temperature": 1.0, "batch_size": args.batch_size, "layout": args.layout}
     policy = ForcedPolicy(model, tokenizer, processor, prompts, BoxCodec(), max_new_tokens=args.tokens, **settings)
     policy.sampling = replace(policy.sampling, end_ids=(), stop_id=None)
+    policy.decode = decode_fixed if args.decode == "fixed" and args.attention == "sdpa" else None
     return policy
 
 
@@ -214,6 +225,8 @@ class Phases:
         """Start anew."""
         self.seconds: dict[str, float] = defaultdict(float)
         self.flops: dict[str, float] = defaultdict(float)
+        self.tokens: dict[str, float] = defaultdict(float)
+        self.bytes: dict[str, float] = defaultdict(float)
         self.open: list[str] = []
         self.last = self.now()
 
@@ -241,10 +254,15 @@ class Phases:
             self.open.pop()
 
     def watch(self, owner: Any, method: str, name: str | Callable[..., str], flops: Any = None) -> None:
-        """Let every call of a method be a phase; ``flops(phase, *args, **kwargs)`` counts its operations."""
+        """Let every call of a method be a phase; ``flops(phase, *args, **kwargs)`` counts its operations.
+
+        Decoding is one phase with all that is called in it: a graph that is being recorded cannot wait.
+        """
         inner = getattr(owner, method)
 
         def outer(*args: Any, **kwargs: Any) -> Any:
+            if "decode" in self.open:
+                return inner(*args, **kwargs)
             phase = name if isinstance(name, str) else name(*args, **kwargs)
             if flops is not None:
                 flops(phase, *args, **kwargs)
@@ -264,6 +282,11 @@ class Counter:
         # Both are counted on the model with its adapters, so theirs are taken off.
         self.adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.text, self.vision = parts.text - self.adapters, parts.vision
+        element = core.lm_head.weight.element_size()
+        self.read = element * (self.text + self.shape.hidden * self.shape.vocabulary) + 4 * self.adapters
+        """Bytes of weights that a pass reads."""
+        self.column = 2 * self.shape.layers * self.shape.key_value * element
+        """Bytes of one token's keys and values."""
 
     def decoder(self, phase: str, *_: Any, input_ids: torch.Tensor, past_key_values: Any = None, **__: Any) -> None:
         """A pass of the language model."""
@@ -274,10 +297,24 @@ class Counter:
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         attention = 2 * self.shape.layers * self.shape.query * float((new * (new + 2 * past)).sum())
         tokens = float(new.sum())
+        self.phases.tokens[phase] += tokens
+        if phase == "decode":
+            self.phases.bytes[phase] += self.read + self.column * len(new) * past
         self.phases.flops[phase] += 2 * (self.text + self.adapters) * tokens + attention
         if phase == "update forward" and torch.is_grad_enabled():
             backward = (2 * self.text + 4 * self.adapters) * tokens + 2 * attention
             self.phases.flops["update backward"] += backward
+
+    def answers(self, phase: str, model: Any, cache: Any, *rest: Any) -> None:
+        """All passes of a batch of answers that have a fixed length, their heads included."""
+        _, rows, _, _, _, sampling, *_ = rest
+        for done in range(1, sampling.max_new_tokens):
+            past = cache.get_seq_length() + done - 1
+            attention = 2 * self.shape.layers * self.shape.query * len(rows) * (1 + 2 * past)
+            matrices = 2 * (self.text + self.adapters) + 2 * self.shape.hidden * self.shape.vocabulary
+            self.phases.flops[phase] += len(rows) * matrices + attention
+            self.phases.bytes[phase] += self.read + self.column * len(rows) * past
+            self.phases.tokens[phase] += len(rows)
 
     def tower(self, phase: str, _: Any, grid: torch.Tensor, *__: Any, **___: Any) -> None:
         """A pass of the vision tower; ``grid`` (pictures, 3)."""
@@ -314,6 +351,8 @@ def instrument(phases: Phases, trainer: GRPOTrainer) -> None:
     phases.watch(core, "get_image_features", "vision tower", count.tower)
     phases.watch(core.model, "forward", during, count.decoder)
     phases.watch(core.lm_head, "forward", head, count.head)
+    if policy.decode is not None:
+        phases.watch(policy, "decode", "decode", count.answers)
     phases.watch(trainer, "_loss", "update forward")
     phases.watch(accelerator, "backward", "update backward")
     phases.watch(accelerator, "clip_grad_norm_", "optimizer")
@@ -365,8 +404,12 @@ def measure(args: Args) -> dict[str, Any]:
             metrics = trainer.train_step()
         phases.lap()
     parts, shape = count_parts(core_of(policy.model)), Shape.of(core_of(policy.model).config)
-    seconds = {k: v / args.steps for k, v in phases.seconds.items()}
-    flops = {k: v / args.steps for k, v in phases.flops.items()}
+    adapters = adapter_parameters(policy)
+    base = replace(parts, text=parts.text - adapters)
+    seconds, flops, tokens, moved = (
+        {k: v / args.steps for k, v in found.items()}
+        for found in (phases.seconds, phases.flops, phases.tokens, phases.bytes)
+    )
     step_seconds = sum(seconds.values())
     update = sum(seconds[k] for k in ("update forward", "update backward"))
     work = sum(flops[k] for k in ("update forward", "update backward"))
@@ -375,14 +418,17 @@ def measure(args: Args) -> dict[str, Any]:
         "options": asdict(args),
         "device": torch.cuda.get_device_name() if phases.cuda else "CPU",
         "torch": torch.__version__,
-        "parameters": {"all": parts.total - adapter_parameters(policy), "adapters": adapter_parameters(policy)},
+        "parameters": {"all": base.total, "adapters": adapters},
         "layers": shape.layers,
         "seconds": seconds,
         "flops": flops,
+        "tokens": tokens,
         "step_seconds": step_seconds,
         "peak_gb": peak_gb(args.device),
+        "estimated_gb": estimated_gb(args, base, adapters, shape),
         "utilisation": {
             "prefill": flops["prefill"] / seconds["prefill"] / peak,
+            "decode": moved["decode"] / seconds["decode"] / (args.peak_gbps * 1e9),
             "update": work / update / peak,
             "step": sum(flops.values()) / step_seconds / peak,
         },
@@ -391,6 +437,17 @@ def measure(args: Args) -> dict[str, Any]:
         "sampler_scorer_difference": metrics["train/sampler_scorer_difference"],
         "sampler_scorer_difference_max": metrics["train/sampler_scorer_difference_max"],
     }
+
+
+def estimated_gb(args: Args, base: Parts, adapters: int, shape: Shape) -> float:
+    """What the dry run says of the peak, in 10^9 bytes."""
+    side = round(math.sqrt(args.pixels))
+    images = visual_tokens(side, side, shape.patch, shape.merge, (args.pixels, int(args.pixels * 1.1)))
+    work = Workload(images, args.text_tokens, args.tokens, args.turns)
+    autocast = args.precision == "bfloat16"
+    rows = min(args.batch_size, args.prompts * args.group)
+    needs = need(base, adapters, shape, work, rows, args.precision, args.checkpointing, autocast)
+    return needs.peak(args.micro_batch) / 1e9
 
 
 def adapter_parameters(policy: VLMPolicy) -> int:
@@ -406,10 +463,11 @@ def report(found: Mapping[str, Any]) -> str:
     for name, seconds in sorted(found["seconds"].items(), key=lambda item: -item[1]):
         flops = found["flops"].get(name, 0.0)
         share = f"{flops / seconds / peak:.1%}" if flops and cuda else ""
-        rows.append([name, f"{seconds:.3f}", f"{seconds / found['step_seconds']:.0%}", f"{flops / 1e12:.2f}", share])
-    rows.append(
-        ["a step", f"{found['step_seconds']:.3f}", "", "", f"{found['utilisation']['step']:.1%}" if cuda else ""]
-    )
+        tokens = f"{found['tokens'][name]:,.0f}" if name in found["tokens"] else ""
+        part = f"{seconds / found['step_seconds']:.0%}"
+        rows.append([name, f"{seconds:.3f}", part, tokens, f"{flops / 1e12:.2f}", share])
+    share = f"{found['utilisation']['step']:.1%}" if cuda else ""
+    rows.append(["a step", f"{found['step_seconds']:.3f}", "", "", "", share])
     hours, gigabytes = found["hours_of_the_paper"], found["peak_gb"]
     options, held = found["options"], found["parameters"]
     lines = [
@@ -418,10 +476,13 @@ def report(found: Mapping[str, Any]) -> str:
         f"{options['prompts']} prompts x {options['group']} episodes x {options['turns']} turns of {options['tokens']}"
         f" tokens, layout {options['layout']}",
         "",
-        render(["phase", "seconds", "share", "10^12 operations", "of the peak"], rows),
+        render(["phase", "seconds", "share", "tokens", "10^12 operations", "of the peak"], rows),
         "",
-        f"peak memory: {gigabytes:.1f} GB" + (f" (target: below {TARGET_GB:g})" if cuda else " (of this process)"),
-        f"utilisation: prefill {found['utilisation']['prefill']:.2%}, update {found['utilisation']['update']:.2%}",
+        f"peak memory: {gigabytes:.1f} GB"
+        + (f" (target: below {TARGET_GB:g})" if cuda else " (of this process)")
+        + f"; the dry run's estimate: {found['estimated_gb']:.1f}",
+        f"utilisation: prefill {found['utilisation']['prefill']:.2%}, update {found['utilisation']['update']:.2%};"
+        f" decode {found['utilisation']['decode']:.2%} of the memory's rate",
         f"the paper's GRPO stage, once over {PAPER_PROMPTS:,} prompts: {hours:.2f} hours"
         + (f" (target: below {TARGET_HOURS:g})" if cuda else " (says nothing: not a GPU)"),
         f"log-probabilities of sampler and scorer differ by {found['sampler_scorer_difference']:.5f} on average,"

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ivt_agents.vlm.architectures import build_without_weights, find_config, pixel_limits
 from ivt_agents.vlm.footprint import (
     CONTEXT_BYTES,
     USABLE,
+    WEIGHT_FORMATS,
     Parts,
     Shape,
     Workload,
-    activation_bytes,
     cache_bytes,
     count_parts,
     largest_batch,
     lora_parameters,
+    need,
     resized,
     rollout_bytes,
     room,
-    training_bytes,
     visual_tokens,
-    weight_bytes,
 )
 from ivt_env.metrics.table import render
 
@@ -127,27 +126,23 @@ def _memory(parts: Parts, lora: int, shape: Shape, work: Workload, plan: Plan, k
     everything = plan.lora_rank == 0
     rows = []
     # Weights that are trained themselves cannot be quantised, and bf16 is too coarse for AdamW's steps.
-    for weight_format in ("float32",) if everything else ("float32", "bfloat16", "nf4"):
-        weights = weight_bytes(parts, weight_format) * (2 if plan.reference_copy else 1)
-        trained = training_bytes(parts, lora)
-        element = 4 if weight_format == "float32" else 2
-        numbers = "autocast" if plan.autocast else "float32" if element == 4 else "bfloat16"
-        # Autocast turns float32 matrices and adapters into bf16 ones, which the backward pass needs again.
-        copies = 2 * (lora + (parts.text if element == 4 else 0)) if plan.autocast else 0
-        rollout = rollout_bytes(shape, work, plan.rollout_rows, element)
+    for weight_format in ("float32",) if everything else WEIGHT_FORMATS:
         for checkpointing in (False, True):
-            one = activation_bytes(shape, work, 1, checkpointing, everything, numbers)
-            update = copies + one * plan.micro_batch
-            peak = weights + trained + max(rollout, update)
-            turns = largest_batch(one, weights + trained + copies, gpu)
+            needs = need(parts, lora, shape, work, plan.rollout_rows, weight_format, checkpointing, plan.autocast)
+            if plan.reference_copy:
+                needs = replace(needs, weights=2 * needs.weights)
+            peak, fixed = needs.peak(plan.micro_batch), needs.weights + needs.training
+            turns = largest_batch(needs.turn, fixed + needs.copies, gpu)
+            figures = needs.weights, needs.training, needs.rollout, needs.update(plan.micro_batch), peak
+            element = 4 if weight_format == "float32" else 2
             rows.append(
                 [
                     weight_format,
                     "yes" if checkpointing else "no",
-                    *(f"{v / _GB:.1f}" for v in (weights, trained, rollout, update, peak)),
+                    *(f"{v / _GB:.1f}" for v in figures),
                     "yes" if peak <= room(gpu) else "NO",
                     *([str(turns)] if work.turns == 1 else [str(turns), str(turns // work.turns)]),
-                    str(largest_batch(rollout_bytes(shape, work, 1, element), weights + trained, gpu)),
+                    str(largest_batch(rollout_bytes(shape, work, 1, element), fixed, gpu)),
                 ]
             )
     header = ["weights in", "checkpointing", "weights", "training", f"rollout of {plan.rollout_rows}"]

@@ -243,6 +243,60 @@ def rollout_bytes(shape: Shape, work: Workload, rows: int, element: int = 2) -> 
     return cache_bytes(shape, work, rows, element=element) + max(prefill, vision) + step
 
 
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of one way to train: what a dry run prints, and what a benchmark is compared with."""
+
+    weights: float
+    training: float
+    rollout: float
+    copies: float
+    """bf16 copies that autocast makes of float32 matrices and adapters, which the backward pass needs again."""
+    turn: float
+    """Activations of one turn."""
+
+    def update(self, micro_batch: int) -> float:
+        """A forward and backward pass of ``micro_batch`` turns."""
+        return self.copies + self.turn * micro_batch
+
+    def peak(self, micro_batch: int) -> float:
+        """Weights and training, and the larger of rollout and update."""
+        return self.weights + self.training + max(self.rollout, self.update(micro_batch))
+
+
+def need(
+    parts: Parts,
+    lora: int,
+    shape: Shape,
+    work: Workload,
+    rows: int,
+    weight_format: str,
+    checkpointing: bool,
+    autocast: bool,
+) -> Need:
+    """What training with weights in ``weight_format`` needs.
+
+    Args:
+        parts: of the model.
+        lora: number of adapter parameters; 0: every weight is trained.
+        shape: of the model.
+        work: lengths.
+        rows: episodes played side by side.
+        weight_format: one of ``WEIGHT_FORMATS``.
+        checkpointing: layers are computed again in the backward pass.
+        autocast: the update runs in bf16.
+    """
+    element = 4 if weight_format == "float32" else 2
+    numbers = "autocast" if autocast else "float32" if element == 4 else "bfloat16"
+    return Need(
+        weight_bytes(parts, weight_format),
+        training_bytes(parts, lora),
+        rollout_bytes(shape, work, rows, element),
+        2 * (lora + (parts.text if element == 4 else 0)) if autocast else 0,
+        activation_bytes(shape, work, 1, checkpointing, lora == 0, numbers),
+    )
+
+
 def room(gpu_bytes: float) -> float:
     """What of a GPU's memory tensors can fill."""
     return max(0.0, (gpu_bytes - CONTEXT_BYTES) * USABLE)
