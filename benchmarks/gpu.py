@@ -260,8 +260,12 @@ def tiny(args: Args) -> dict[str, Any]:
     whole = pretrain.Args(out=args.out / "tiny_qwen3vl", workers=1 if args.small else 16)
     if args.small:
         whole = replace(whole, pictures=60, questions=6, vision_steps=2, vision_batch=4, steps=2, batch=2)
-    warm = replace(whole, vision_steps=whole.vision_steps // 40 or 1, steps=whole.steps // 280 or 1)
-    probe = replace(whole, vision_steps=whole.vision_steps // 8 or 1, steps=whole.steps // 28 or 1)
+    warm = replace(
+        whole, out=args.out / "warm", vision_steps=whole.vision_steps // 40 or 1, steps=whole.steps // 280 or 1
+    )
+    probe = replace(
+        whole, out=args.out / "probe", vision_steps=whole.vision_steps // 8 or 1, steps=whole.steps // 28 or 1
+    )
     start = time.perf_counter()
     with progress_bars(note=True) as progress:
         pool = pretrain.draw_pool(whole, progress)
