@@ -57,7 +57,7 @@ def test_a_part_that_fails_keeps_its_error_and_the_next_one_runs(tmp_path):
     run = subprocess.run(
         ["bash", "benchmarks/gpu.sh", "card", "decode"],
         cwd=ROOT,
-        env=os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "BUDGET": "60", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "BUDGET": "400", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
