@@ -16,7 +16,7 @@ budget=${BUDGET:-480}
 small=
 [ "${1:-}" = --small ] && small=--small && shift
 parts=${*:-card agreement step decode commands tiny}
-declare -A limit=([card]=40 [agreement]=75 [step]=150 [decode]=90 [commands]=60 [tiny]=300)
+declare -A limit=([card]=40 [agreement]=75 [step]=170 [decode]=90 [commands]=60 [tiny]=300)
 
 links=$(mktemp -d)
 trap 'rm -rf "$links"' EXIT
