@@ -12,6 +12,7 @@ makes is ``number(few)``: few of them in the suite, as many as the variable IVT_
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -137,6 +138,7 @@ def _run_and_exit(command: Callable[[], object], folder: Path | None, output: in
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (in_use + MOST_BYTES,) * 2)
+        faulthandler.disable()  # of pytest
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(SECONDS)
         if folder is not None:

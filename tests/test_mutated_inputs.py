@@ -1,0 +1,104 @@
+"""Changed policy folders, runs and configurations: status 2 and one line, whatever the change.
+
+If this is false, a file that a full disk cut short ends in forty lines of Python, or takes the machine with it.
+A few changes of each family are made here; ``IVT_MUTATIONS=3000 pytest -q tests/test_mutated_inputs.py`` makes as many.
+Each runs the command itself, in a forked child.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from mutations import copied, forked, mutate_folder, number
+
+import train_grpo  # noqa: F401
+from agents import cli
+from agents.vlm.load import load_policy
+from agents.vlm.tiny import weights_folder
+
+torch.set_num_threads(1)
+
+SMALL = ["--model", "tiny", "--prompts", "1", "--group", "2", "--max-new-tokens", "14", "--lora-rank", "4"]
+SMALL += ["--eval-samples", "0", "--tracker", "none", "--save-every", "1", "--max-steps", "1"]
+
+CONFIGURATION = """\
+sft: {model: tiny, samples: 4, steps: 1, batch: 2, lr: 1.0e-4, lessons: verification, first_answers: 0.5, teacher: template}
+grpo:
+  model: tiny
+  prompts: 1
+  group: 2
+  max_new_tokens: 14
+  lora_rank: 4
+  lr: 1.0e-3
+  view: overlay
+  picture: [480, 640]
+  beta: 0.04
+  dtype: null
+rollout: {agent: centre, episodes: 1, seed: 3, max_steps: 2, json: true}
+evaluate:
+  policies: [a=random, b=centre]
+  samples: 3
+  forced: false
+  margin: 0.1
+"""
+CAPS = {
+    "rollout": ["--episodes", "1", "--max-steps", "2"],
+    "evaluate": ["--samples", "3", "--max-steps", "2", "--num-envs", "3", "--page-episodes", "2"],
+    "train-sft": ["--samples", "4", "--steps", "1", "--batch", "2", "--eval-samples", "0", "--tracker", "none"],
+    "train-grpo": ["--steps", "0", *SMALL],
+}
+"""What would take long if a configuration could say it."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of one step, a policy, an adapter and a configuration, each as the project writes them."""
+    root = tmp_path_factory.mktemp("made")
+    # In a child, too: the threads of a backward pass do not survive a fork.
+    ended = forked(lambda: cli.main(["train-grpo", *SMALL, "--steps", "1", "--out", str(root / "run")]))
+    assert ended.status == 0, ended
+    (root / "configurations").mkdir()
+    (root / "configurations" / "c.yaml").write_text(CONFIGURATION)
+    shutil.copytree(weights_folder(), root / "policies")
+    shutil.copytree(root / "run" / "adapter", root / "adapters")
+    load_policy(root / "policies")  # everything is imported before the first fork
+    return root
+
+
+def command(family, folder, rng):
+    """The words of the command that reads ``folder``."""
+    if family in ("policies", "adapters"):
+        return ["rollout", "--agent", f"vlm:{folder}", "--max-steps", "1", "--out", str(folder.parent / "out")]
+    if family == "runs":
+        return ["train-grpo", "--out", str(folder), *SMALL, "--steps", "1", "--resume"]
+    name = rng.choice(list(CAPS))
+    return [name, "--config", str(folder / "c.yaml"), *CAPS[name], "--out", str(folder.parent / "out")]
+
+
+@pytest.mark.parametrize(("family", "few"), [("policies", 8), ("adapters", 4), ("runs", 6), ("configurations", 12)])
+def test_a_changed_input_is_refused_in_one_line_or_read(family, few, made, tmp_path):
+    source = made / ("run" if family == "runs" else family)
+    broken, statuses, peak = [], Counter(), 0
+    first = int(os.environ.get("IVT_FIRST", 0))
+    for seed in range(first, first + number(few)):
+        rng = random.Random(f"{family} {seed}")
+        folder = copied(source, tmp_path / "changed")
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        pattern = "**/*" if family != "runs" else rng.choice(("checkpoints/*/*", "*.json*"))
+        what = mutate_folder(folder, rng, pattern)
+        words = command(family, folder, rng)
+        ended = forked(lambda words=words: cli.main(words), tmp_path)
+        statuses[ended.status] += 1
+        peak = max(peak, ended.peak_bytes)
+        if not ended.promised:
+            broken.append(f"{family} {seed}: {what}: {' '.join(words)}\n{ended.status} {ended.killed_by}\n{ended.errors[-1500:]}")
+    print(family, dict(statuses), f"peak {peak / 1e6:.0f} MB")
+    if target := os.environ.get("IVT_REPORT"):
+        Path(target, family).write_text(f"{dict(statuses)} {peak}\n" + ("\n" + "=" * 80 + "\n").join(broken))
+    assert not broken, f"{len(broken)} of {sum(statuses.values())}:\n" + "\n".join(broken[:5])
