@@ -15,6 +15,7 @@ misspelt one would otherwise leave its default in force without a word.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 from collections.abc import Iterable
@@ -23,6 +24,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
+
+from ivt_env.data.checked import short
+from ivt_env.failures import reading
 
 T = TypeVar("T")
 
@@ -68,21 +72,19 @@ def has_section(path: Path, section: str) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no configuration at {path}")
-    try:
+    with reading(path, kind=ConfigError, problem="cannot be read as YAML"):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     _known(content, SECTIONS, f"{path}")
     return content  # type: ignore[no-any-return]
 
 
 def _known(found: Any, known: Iterable[str], where: str) -> None:
     if not isinstance(found, dict) or not found:
-        raise ConfigError(f"{where}: expected a mapping of {', '.join(sorted(known))}; found {found!r}")
+        raise ConfigError(f"{where}: expected a mapping of {', '.join(sorted(known))}; found {short(found)}")
     for key in found:
         if key not in known:
-            close = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.0)
-            raise ConfigError(f"{where}: unknown key {key!r}; the closest is {close[0]!r}")
+            close = difflib.get_close_matches(str(key)[:100], list(known), n=1, cutoff=0.0)
+            raise ConfigError(f"{where}: unknown key {short(key)}; the closest is {close[0]!r}")
 
 
 def _fitting(value: Any, hint: Any, where: str) -> Any:
@@ -99,25 +101,21 @@ def _fitting(value: Any, hint: Any, where: str) -> Any:
             return "no"
         if value in inner:
             return value
-        raise ConfigError(f"{where}: {value!r}; choose from {', '.join(map(repr, inner))}")
+        raise ConfigError(f"{where}: {short(value)}; choose from {', '.join(map(repr, inner))}")
     if origin is tuple:
         if isinstance(value, list) and len(value) == len(inner):
             return tuple(_fitting(v, t, where) for v, t in zip(value, inner, strict=True))
-        raise ConfigError(f"{where}: {value!r}; expected a list of {len(inner)}")
+        raise ConfigError(f"{where}: {short(value)}; expected a list of {len(inner)}")
     if origin is list:
         if isinstance(value, list):
             return [_fitting(v, inner[0], f"{where}[{number}]") for number, v in enumerate(value)]
-        raise ConfigError(f"{where}: {value!r}; expected a list")
+        raise ConfigError(f"{where}: {short(value)}; expected a list")
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, (str, int)) and not isinstance(value, bool):
         # YAML 1.1 takes 1e-5 for text: it wants 1.0e-5.
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     if type(value) is hint:
         return value
-    raise ConfigError(f"{where}: {value!r}; expected {getattr(hint, '__name__', hint)}")
+    raise ConfigError(f"{where}: {short(value)}; expected {getattr(hint, '__name__', hint)}")

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from ivt_env.data.sample import DataError, Picture
+from ivt_env.failures import reading
 from ivt_env.files import whole_file
 
 Box = tuple[float, float, float, float]
@@ -140,7 +141,7 @@ def load_episodes(path: str | Path) -> list[Episode]:
 
 
 def _parse(line: bytes, where: str) -> Episode:
-    try:
+    with reading(where, "was the file cut off or edited?", DataError, "not an episode"):
         row: dict[str, Any] = json.loads(line.decode("utf-8"))
         steps = [Step(**_with_boxes(step, ("proposal", "box"))) for step in row.pop("steps")]
         for step in steps:
@@ -149,8 +150,6 @@ def _parse(line: bytes, where: str) -> Episode:
         height, width = row["size"]
         row |= {"size": (height, width), "siblings": [_box(b) for b in row.get("siblings", [])]}
         return Episode(steps=steps, **_with_boxes(row, ("target", "initial_box")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{where}: not an episode ({error}); was the file cut off or edited?") from error
 
 
 def _with_boxes(row: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:

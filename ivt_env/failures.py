@@ -11,6 +11,7 @@ prints nor exits. What a library raises for broken content is turned into one by
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -32,7 +33,7 @@ PLUGGED_IN: set[str] = set()
 _EXPECTED = {
     ("gymnasium", "Error"),
     ("pyarrow", "ArrowException"),
-    ("safetensors_rust", "SafetensorError"),
+    ("safetensors", "SafetensorError"),
     ("torch", "OutOfMemoryError"),
     ("httpx", "HTTPError"),
 }
@@ -98,9 +99,8 @@ def is_expected(error: BaseException) -> bool:
         return True
     if isinstance(error, ImportError):
         return _missing(error) is not None
-    kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
     # A library that cannot write often raises its own kind of error while it handles that of the disk.
-    return bool(kinds & _EXPECTED) or isinstance(_disk_error(error), OSError)
+    return bool(_kinds(error) & _EXPECTED) or _disk_error(error) is not None
 
 
 def line_of(error: BaseException, extra: str = "train") -> str:
@@ -122,25 +122,49 @@ def line_of(error: BaseException, extra: str = "train") -> str:
 
 
 @contextmanager
-def reading(source: str | Path, remedy: str = "", kind: type[ValueError] = ReadError) -> Iterator[None]:
+def reading(
+    source: str | Path, remedy: str = "", kind: type[ValueError] = ReadError, problem: str = "cannot be read"
+) -> Iterator[None]:
     """Whatever is raised inside is the fault of ``source``: libraries raise nearly anything for broken content.
 
     Args:
         source: what is read, as the user knows it.
         remedy: what the user can do about it.
         kind: of the error that is raised. One of this kind passes as it is.
+        problem: what is wrong with ``source`` then. A file that the system does not give always "cannot be read".
     """
     try:
         yield
     except (kind, MemoryError):
         raise
     except Exception as error:
-        if ("torch", "OutOfMemoryError") in {(k.__module__.partition(".")[0], k.__name__) for k in type(error).__mro__}:
+        if _kinds(error) & {("torch", "OutOfMemoryError")}:
             raise
         what = "nested too deeply" if isinstance(error, RecursionError) else line_of(error)
-        if isinstance(error, (KeyError, AttributeError, IndexError, TypeError, AssertionError)):
+        if isinstance(error, OSError) and error.strerror:
+            what, problem = error.strerror, "cannot be read"
+        if not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
             what = f"{type(error).__name__}: {what}"
-        raise kind(f"{source}: cannot be read ({what})" + (f"; {remedy}" if remedy else "")) from error
+        what = what.rpartition("WeightsUnpickler error: ")[2]  # torch advises to load what may call anything
+        what = what if len(what) <= 500 else f"{what[:500]} ..."
+        raise kind(f"{source}: {problem} ({what})" + (f"; {remedy}" if remedy else "")) from error
+
+
+def read_json(path: Path, remedy: str = "", kind: type[ValueError] = ReadError) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: of that ``kind``, for a file that is missing or broken or holds something else.
+    """
+    with reading(path, remedy, kind):
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"holds a {type(found).__name__}, not an object")
+    return found
+
+
+def _kinds(error: BaseException) -> set[tuple[str, str]]:
+    return {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:

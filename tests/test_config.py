@@ -114,7 +114,7 @@ def test_values_become_what_the_fields_are(tmp_path):
         ("sft: {picture: [1]}", "expected a list of 2"),
         ("sft: [1]", "expected a mapping"),
         ("", "expected a mapping"),
-        ("sft: {", "is no YAML"),
+        ("sft: {", "cannot be read as YAML"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_place(tmp_path, text, message):
@@ -131,5 +131,5 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_python_objects_in_a_file_are_not_made(tmp_path):
     path = written(tmp_path, "sft: {name: !!python/object/apply:os.getcwd []}")
-    with pytest.raises(ConfigError, match="is no YAML"):
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
         load_config(path, Args, "sft")

@@ -28,7 +28,7 @@ SMALL = ["--model", "tiny", "--prompts", "1", "--group", "2", "--max-new-tokens"
 SMALL += ["--eval-samples", "0", "--tracker", "none", "--save-every", "1", "--max-steps", "1"]
 
 CONFIGURATION = """\
-sft: {model: tiny, samples: 4, steps: 1, batch: 2, lr: 1.0e-4, lessons: verification, first_answers: 0.5, teacher: template}
+sft: {model: tiny, samples: 4, steps: 1, batch: 2, lr: 1.0e-4, lessons: verification, first_answers: 0.5}
 grpo:
   model: tiny
   prompts: 1
@@ -97,7 +97,9 @@ def test_a_changed_input_is_refused_in_one_line_or_read(family, few, made, tmp_p
         statuses[ended.status] += 1
         peak = max(peak, ended.peak_bytes)
         if not ended.promised:
-            broken.append(f"{family} {seed}: {what}: {' '.join(words)}\n{ended.status} {ended.killed_by}\n{ended.errors[-1500:]}")
+            broken.append(
+                f"{family} {seed}: {what}: {' '.join(words)}\n{ended.status} {ended.killed_by}\n{ended.errors[-1500:]}"
+            )
     print(family, dict(statuses), f"peak {peak / 1e6:.0f} MB")
     if target := os.environ.get("IVT_REPORT"):
         Path(target, family).write_text(f"{dict(statuses)} {peak}\n" + ("\n" + "=" * 80 + "\n").join(broken))

@@ -138,13 +138,13 @@ def broken(run, tmp_path, name, content):
     [
         ("config.json", None, "ivt_agents.sb3.train --out"),
         ("policy.pt", None, "did not come to its end"),
-        ("config.json", b"{", "is no JSON"),
-        ("config.json", b"[]", "holds no object"),
+        ("config.json", b"{", "cannot be read"),
+        ("config.json", b"[]", "holds a list"),
         ("config.json", json.dumps({**SHAPE, "side": "36"}).encode(), "side is '36'"),
         ("config.json", json.dumps({**SHAPE, "text_size": 10**9}).encode(), "text_size is 1000000000"),
-        ("config.json", json.dumps({**SHAPE, "text_size": 64}).encode(), "policy.pt does not hold"),
-        ("policy.pt", b"nothing", "policy.pt does not hold"),
-        ("policy.pt", pickle.dumps(Bomb()), "policy.pt does not hold"),
+        ("config.json", json.dumps({**SHAPE, "text_size": 64}).encode(), "policy.pt: does not hold"),
+        ("policy.pt", b"nothing", "policy.pt: does not hold"),
+        ("policy.pt", pickle.dumps(Bomb()), "policy.pt: does not hold"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_named_with_the_reason(run, tmp_path, monkeypatch, name, content, said):

@@ -136,7 +136,7 @@ def test_wrong_input_is_one_line_and_status_2(
     assert "no such home folder" in refused(capsys, perfect, *nobody, *PX)
     endless = ("--dataset", "scenes", "--split", "train")
     assert "say how many with --samples" in refused(capsys, perfect, *endless, *PX)
-    for content, word in (("[", "not JSON"), ("[]", "not a JSON object"), ('{"refcoco_1": 1}', "'refcoco_1': 1")):
+    for content, word in (("[", "cannot be read"), ("[]", "holds a list"), ('{"refcoco_1": 1}', "'refcoco_1': 1")):
         mapping = tmp_path / "map.json"
         mapping.write_text(content)
         assert word in refused(capsys, perfect, *on_photos, *PX, "--category-map", mapping)

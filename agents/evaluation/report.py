@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from tyro.conf import Positional
 from ivt_agents.command import run_command
 from ivt_env.data.sample import DataError, DataMissingError, Picture
 from ivt_env.episodes import Episode, Step, load_episodes
+from ivt_env.failures import read_json
 from ivt_env.files import write_whole
 from ivt_env.viewer.page import picture_jpeg
 
@@ -313,12 +313,9 @@ def _episode_folders(folder: Path, results: Mapping[str, Any]) -> dict[str, Path
 
 
 def _read(path: Path, maker: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there: give a folder that {maker} has written") from None
-    except ValueError as error:
-        raise DataError(f"{path} is no JSON ({error}): was {maker} cut off?") from error
+    if not path.exists():
+        raise DataError(f"{path} is not there: give a folder that {maker} has written")
+    return read_json(path, f"was {maker} cut off?", DataError)
 
 
 def _first(episode: Episode) -> float:

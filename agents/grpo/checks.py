@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ivt_agents.grpo.trainer import GRPOConfig
 from ivt_agents.training.run import RunError, check_least, check_rate
 from ivt_agents.training.tracking import check_tracker
+from ivt_env.failures import read_json
 
 if TYPE_CHECKING:  # the script imports this module; only its type is needed here
     from ivt_agents.grpo.train import Args
@@ -51,13 +52,7 @@ def recorded_options(out: Path) -> dict[str, Any]:
     path = out / "config.json"
     if not path.exists():
         raise RunError(f"nothing to resume in {out}: no config.json; start without --resume")
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} cannot be read ({error}): what the run was is not known; start another one") from error
-    if not isinstance(recorded, dict):
-        raise RunError(f"{path} holds {type(recorded).__name__}, no options; start another run")
-    return recorded
+    return read_json(path, "what the run was is not known; start another one", RunError)
 
 
 def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from ivt_agents.sb3.network import make_policy
+from ivt_env.failures import read_json, reading
 from ivt_env.files import whole_file, write_whole
 from ivt_env.wrappers import HashedText
 from ivt_env.wrappers.sb3 import decode_action, sb3_action_space, sb3_observation, sb3_observation_space
@@ -119,11 +120,8 @@ def load_sb3(folder: str | Path, *, deterministic: bool = True, seed: int | None
         raise SB3Error(f"{folder} has no {WEIGHTS_FILE}: its training did not come to its end; run it again")
     space = sb3_observation_space("overlay", shape["side"], shape["text_size"], shape["max_steps"])
     policy = make_policy(space, sb3_action_space())
-    try:
+    with reading(folder / WEIGHTS_FILE, kind=SB3Error, problem=f"does not hold the policy of {CONFIG_FILE}"):
         policy.load_state_dict(torch.load(folder / WEIGHTS_FILE, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises a kind for every way in which a file can be broken
-        reason = " ".join(str(error).split())[:300]
-        raise SB3Error(f"{folder / WEIGHTS_FILE} does not hold the policy of {CONFIG_FILE}: {reason}") from error
     policy.set_training_mode(False)
     if seed is not None and not deterministic:
         torch.manual_seed(seed)
@@ -131,12 +129,7 @@ def load_sb3(folder: str | Path, *, deterministic: bool = True, seed: int | None
 
 
 def _read_shape(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
-        raise SB3Error(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SB3Error(f"{path} holds no object")
+    content = read_json(path, kind=SB3Error)
     shape: dict[str, Any] = {}
     for key, kind in _SHAPE.items():
         value = content.get(key)

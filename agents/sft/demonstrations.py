@@ -17,6 +17,7 @@ import numpy as np
 from ivt_agents.sft.teacher.template import critique
 from ivt_env import boxes
 from ivt_env.data.sample import DataError, Dataset, Sample
+from ivt_env.failures import reading
 from ivt_env.files import whole_file
 
 Box = tuple[float, float, float, float]
@@ -76,15 +77,13 @@ def load_demonstrations(path: str | Path, dataset: Dataset) -> list[Demonstratio
 
 
 def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
-    try:
+    with reading(where, kind=DataError, problem="not a demonstration"):
         row = json.loads(line)
         for key in ("shown", "answer"):
             row[key] = None if row[key] is None else tuple(float(v) for v in row[key])
         row["before"] = tuple(tuple(float(v) for v in box) for box in row.get("before", ()))
         row["looks"] = tuple((int(k), tuple(float(v) for v in box)) for k, box in row.get("looks", ()))
         demonstration = Demonstration(**row)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{where}: not a demonstration ({error})") from error
     if (demonstration.dataset, demonstration.split) != (dataset.name, dataset.split):
         raise DataError(
             f"{where}: made for {demonstration.dataset}/{demonstration.split}, "

@@ -18,6 +18,7 @@ from ivt_agents.sft.teacher.load import Teacher
 from ivt_agents.sft.teacher.openai import TeacherError
 from ivt_agents.sft.teacher.prompts import QUESTION, SYSTEM, TraceRequest, tidy, trace_request, unusable_reason
 from ivt_env.data.sample import Dataset
+from ivt_env.failures import read_json
 from ivt_env.files import write_whole
 
 UNUSABLE_LIMIT = 0.2
@@ -40,7 +41,7 @@ class TraceCache:
             text = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))["text"]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             log.warning("%s is damaged and will be asked for again", self.folder / f"{key}.json")
             return None
         return text if isinstance(text, str) else None
@@ -151,7 +152,7 @@ def _begin(
     if not path.exists():
         write_whole(head, json.dumps(mine) + "\n")
         return {}
-    theirs = json.loads(head.read_text(encoding="utf-8")) if head.exists() else None
+    theirs = read_json(head, f"remove {path} and {head}", TeacherError) if head.exists() else None
     if theirs != mine:
         raise TeacherError(f"{path} was begun by {theirs}, not by {mine}: remove it, or choose another --out")
     _drop_half_line(path)

@@ -18,7 +18,6 @@ It ends with a table of before and after, label-free, on the validation split.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +53,7 @@ from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.turns import Turn
 from ivt_agents.vlm.without_stop import forbid_stop
 from ivt_env.data.sample import Dataset
+from ivt_env.failures import read_json
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env
 
@@ -357,7 +357,7 @@ def _saved_boxes(path: Path, made_for: dict[str, Any]) -> list[Sequence[float] |
     """The student's first boxes of an earlier run with the same student and samples."""
     if not path.exists():
         return None
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = read_json(path, "remove it")
     return saved["boxes"] if all(saved.get(k) == v for k, v in made_for.items()) else None
 
 

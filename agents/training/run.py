@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ivt_agents.training.tracking import open_tracker
+from ivt_env.failures import reading
 from ivt_env.files import forget, whole_folder, write_whole
 
 
@@ -152,11 +153,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().split(b"\n")
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], 1):  # behind the last newline stands what was cut off, or nothing
-        try:
+        with reading(f"{path}, line {number}", "remove it to go on", RunError, "is not a line of metrics"):
             row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path}, line {number}: {line[:80]!r} is no line of metrics; remove it to go on") from error
         rows.append(row)
     return rows
 
@@ -233,8 +232,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     if not found:
         raise RunError(f"nothing to resume in {folder}: no checkpoints/step-*; start without --resume")
     path = found[-1] / "state.pt"
-    try:
+    with reading(path, f"remove {found[-1]} to resume from the one before", RunError):
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise RunError(f"{path} cannot be read ({error}); remove {found[-1]} to resume from the one before") from error
     return state

@@ -17,7 +17,6 @@ These are third parties' copies: no configuration was read from Qwen's own pages
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from ivt_agents.vlm.load import TINY_NAME, PolicyError
+from ivt_agents.vlm.load import TINY_NAME, PolicyError, base_of
 from ivt_agents.vlm.tiny import weights_folder
 
 
@@ -165,7 +164,7 @@ def find_config(name: str) -> tuple[Any, str]:
     folder = weights_folder() if name == TINY_NAME else Path(name)
     adapter = folder / "adapter_config.json"
     if adapter.exists():
-        return find_config(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        return find_config(base_of(adapter))
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise PolicyError(f"{folder} holds no config.json: it is no model folder")

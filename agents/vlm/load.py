@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ivt_agents.vlm.policy import POLICY_FILE, VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, use_float32_head
 from ivt_agents.vlm.prompts import QWEN, Prompts
 from ivt_agents.vlm.tiny import weights_folder
+from ivt_env.failures import read_json, reading
 
 TINY_NAME = "tiny"
 """The name of the shipped model, wherever a model folder or hub name is taken."""
@@ -85,7 +85,7 @@ def load_policy(
     adapter = folder / "adapter_config.json"
     base = source
     if folder.exists() and adapter.exists():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = base_of(adapter)
         base = str(weights_folder()) if base == TINY_NAME else base
     recorded = _recorded(folder)
     quantize = quantize or recorded.get("quantize", "none")
@@ -157,8 +157,13 @@ def _image_processor(source: str, pixels: float | None) -> Any:
 def _recorded(folder: Path) -> dict[str, Any]:
     """What ``VLMPolicy.save`` wrote about a policy; empty for any other model."""
     path = folder / POLICY_FILE
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    return read_json(path, kind=PolicyError) if path.exists() else {}
+
+
+def base_of(adapter: Path) -> str:
+    """The base model that an ``adapter_config.json`` names."""
+    with reading(adapter, kind=PolicyError):
+        return str(read_json(adapter)["base_model_name_or_path"])
 
 
 def check_weights(dtype: str, quantize: str, attention: str | None, device: str) -> None:

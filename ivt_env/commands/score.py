@@ -19,6 +19,7 @@ from typing import Any
 
 from ivt_env.data import NAMES, load_dataset
 from ivt_env.data.sample import Sample
+from ivt_env.failures import read_json
 from ivt_env.metrics.benchmarks import OWN_RULES, RULES, RuleResult, results_table, score
 from ivt_env.metrics.predictions import (
     FORMATS,
@@ -131,13 +132,8 @@ def _samples(args: argparse.Namespace) -> tuple[list[Sample], int]:
 
 
 def _category_map(path: Path) -> dict[str, str]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise PredictionError(f"{path}: cannot be read ({error.strerror}); give a JSON file") from error
-    except (ValueError, RecursionError) as error:
-        raise PredictionError(f"{path}: not JSON ({error}); write an object refcoco_k -> o365_m") from error
-    if not isinstance(content, dict) or not content:
+    content = read_json(path, "write an object refcoco_k -> o365_m", PredictionError)
+    if not content:
         raise PredictionError(f"{path}: not a JSON object with entries; write one of refcoco_k -> o365_m")
     for key, value in content.items():
         if not key.startswith("refcoco_") or not isinstance(value, str) or not value.startswith("o365_"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ivt_env.data.fetch import PATIENCE, Patience, get_bytes
 from ivt_env.data.sample import DataError
+from ivt_env.failures import reading
 
 _ARCHIVED = re.compile(r"https?://web\.archive\.org/web/[^/]+/(?=https?://)")
 
@@ -161,16 +162,12 @@ def list_hub_folder(
     while url is not None:
         url = mirrored(url, mirror)
         body, headers = get_bytes(url, 16 << 20, what, patience)
-        try:
+        remedy = "if you gave a --mirror, it must serve the Hub's /api too"
+        with reading(f"{what}: {url}", remedy, DataError, "answers something else than a list of files"):
             for row in json.loads(body):
                 if row["type"] == "file":
                     lfs = row.get("lfs") or {}
                     files.append(HubFile(str(row["path"]), int(lfs.get("size", row["size"])), lfs.get("oid")))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{what}: {url} answers something else than a list of files ({type(error).__name__}: {error}); if you "
-                "gave a --mirror, it must serve the Hub's /api too"
-            ) from error
         following = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link") or "")
         url = following.group(1) if following else None
     return files

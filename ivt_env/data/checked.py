@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from ivt_env.data.sample import DataError
+from ivt_env.failures import reading
 
 Box = tuple[float, float, float, float]
 Convention = Literal["xyxy", "xywh"]
@@ -171,12 +172,8 @@ def short(value: Any) -> str:
 
 def read_json(path: Path, remedy: str) -> Any:
     """A whole JSON file; DataError with the file and the remedy where it is missing or broken."""
-    try:
+    with reading(path, remedy, DataError, "not whole JSON"):
         return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not whole JSON ({error}); {remedy}") from error
 
 
 def _inside(box: Box, size: tuple[int, int]) -> bool:

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ivt_env import boxes
 from ivt_env.data.sample import DataError
+from ivt_env.failures import reading
 from ivt_env.files import whole_file
 from ivt_env.metrics.statistics import MIN_CLUSTERS, Interval, bootstrap_mean, clustered_se, wilson
 from ivt_env.metrics.table import render
@@ -376,10 +377,8 @@ def load_swaps(path: str | Path) -> list[Swap]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
+            with reading(f"{path}:{number}", "was the file cut off or edited?", DataError, "not a swap"):
                 swap = _parsed(json.loads(line.decode("utf-8")))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise DataError(f"{path}:{number}: not a swap ({error}); was the file cut off or edited?") from error
             key = (swap.agent, swap.dataset, swap.split, swap.sample_id, swap.variant, str(swap.step))
             if seen.setdefault(key, number) != number:
                 raise DataError(
