@@ -18,6 +18,30 @@ NO_BOX = np.zeros(4, dtype=np.float32)
 """The box observation before the first proposal."""
 
 
+FRAMES = {
+    "px": "pixels of the original picture",
+    "relative": "0 to 1, relative to the picture",
+    "thousandths": "0 to 1000, relative to the picture",
+}
+"""What the numbers of a box can be measured in; beside these, a whole number N stands for 0 to N, relative to the
+picture (999, 1024, ...)."""
+
+
+def frame_unit(frame: str | int) -> int | None:
+    """What the width and the height of a picture are in a frame (of ``FRAMES``, or N); None for pixels.
+
+    Raises:
+        ValueError: for a frame that there is not.
+    """
+    known = {"px": None, "relative": 1, "thousandths": 1000}
+    if isinstance(frame, str) and frame in known:
+        return known[frame]
+    digits = str(frame).removesuffix("ths")
+    if isinstance(frame, str | int) and digits.isascii() and digits.isdecimal() and 2 <= int(digits[:9]) <= 10**6:
+        return int(digits[:9])
+    raise ValueError(f"choose one of {', '.join(FRAMES)}, or a whole number N for 0 to N (999, 1024, ...)")
+
+
 def area(boxes: ArrayLike) -> Array:
     """Area of boxes of shape (..., 4); a reversed or empty box has area 0. Shape (...)."""
     b = np.asarray(boxes, dtype=np.float64)
@@ -105,6 +129,18 @@ def to_pixels(boxes: ArrayLike, size: Sequence[int]) -> Array:
 def clip(boxes: ArrayLike) -> Array:
     """Boxes clipped to the picture, shape (..., 4)."""
     return np.clip(np.asarray(boxes, dtype=np.float64), 0.0, 1.0)
+
+
+def visible_part(box: Sequence[float]) -> tuple[float, float, float, float]:
+    """What of a single box lies inside the picture: all that a proposal can reach of a target that goes beyond it.
+
+    Of a box that lies outside altogether, a sliver at the nearest edge: it has an area, as every proposal must.
+    """
+    x1, y1, x2, y2 = box
+    if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1:
+        return x1, y1, x2, y2
+    left, top = min(max(x1, 0.0), 1 - 1e-3), min(max(y1, 0.0), 1 - 1e-3)
+    return left, top, min(max(x2, left + 1e-3), 1.0), min(max(y2, top + 1e-3), 1.0)
 
 
 def into_window(boxes: ArrayLike, window: ArrayLike) -> Array:

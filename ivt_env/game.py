@@ -13,6 +13,22 @@ from ivt_env.data.sample import DataError, Sample
 from ivt_env.expression_space import MAX_EXPRESSION
 from ivt_env.rewards import RewardConfig
 
+MAX_ELONGATION = 100
+"""Longer side of an image divided by the shorter: of a longer one a canvas shows nothing, and the processors of
+vision-language models refuse 200."""
+
+
+def unplayable(sample: Sample) -> str | None:
+    """Why no environment plays a sample, with what to do; None for one that can be played."""
+    height, width = sample.size
+    if len(sample.expression) > MAX_EXPRESSION:
+        why = f"expression of {len(sample.expression)} letters; at most {MAX_EXPRESSION} can be played: shorten it"
+    elif max(height, width) > MAX_ELONGATION * min(height, width):
+        why = f"image of {width} x {height} pixels; one side can be at most {MAX_ELONGATION} times the other: cut it up"
+    else:
+        return None
+    return f"{why}, or leave the row out"
+
 
 class Game:
     """One episode: a sample, the current box, and what each action is worth."""
@@ -23,14 +39,11 @@ class Game:
         """Begin.
 
         Raises:
-            DataError: for an expression that the observation space does not hold.
+            DataError: for a sample that cannot be played.
             ValueError: for an ``initial_box`` that is no usable box.
         """
-        if len(sample.expression) > MAX_EXPRESSION:
-            raise DataError(
-                f"{sample.dataset}/{sample.split} {sample.sample_id}: expression of {len(sample.expression)} letters;"
-                f" at most {MAX_EXPRESSION} can be played: shorten it, or leave the row out"
-            )
+        if why := unplayable(sample):
+            raise DataError(f"{sample.dataset}/{sample.split} {sample.sample_id}: {why}")
         self.box = None if initial_box is None else _float32(initial_box)
         if self.box is not None and (why := boxes.invalid_reason(self.box)):
             raise ValueError(f"initial_box {np.asarray(initial_box).tolist()}: {why}")

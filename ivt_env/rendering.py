@@ -85,11 +85,11 @@ def place_on_canvas(picture: Picture, side: int) -> tuple[Picture, tuple[int, in
 
 
 def pixel_rectangle(box: ArrayLike, extent: Sequence[int]) -> tuple[int, int, int, int]:
-    """Integer pixels (x1, y1, x2, y2) of a relative box on a picture; at least one pixel each way."""
+    """Integer pixels (x1, y1, x2, y2) of a relative box on a picture, within it; at least one pixel each way."""
     # Plain floats: at every step of an episode, arrays of four numbers would take longer than drawing.
     x1, y1, x2, y2 = np.asarray(box, dtype=np.float64).tolist()
     height, width = extent
-    left, top = min(round(x1 * width), width - 1), min(round(y1 * height), height - 1)
+    left, top = max(0, min(round(x1 * width), width - 1)), max(0, min(round(y1 * height), height - 1))
     return left, top, min(width, max(left + 1, round(x2 * width))), min(height, max(top + 1, round(y2 * height)))
 
 

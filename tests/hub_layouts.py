@@ -342,9 +342,10 @@ def write_lmms(root: Path, name: str, things: list[Thing]) -> Hub:
                 "segmentation": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
                 "bbox": list(t.xywh),
                 "iscrowd": 0,
-                "file_name": f"COCO_train2014_{t.image_id:012d}_{t.ann_id}.jpg",
+                # The end is the annotation in RefCOCOg, and a small running number in the other two.
+                "file_name": f"COCO_train2014_{t.image_id:012d}_{t.ann_id if name == 'refcocog' else running}.jpg",
             }
-            for t in held
+            for running, t in enumerate(held)
         ]
         for split, held in _by_split(things).items()
     }

@@ -22,6 +22,7 @@ from ivt_env.data import DataError
 from ivt_env.data.checked import (
     BadRowError,
     BadRows,
+    box_inside,
     integer,
     picture_size,
     plain_file_name,
@@ -63,8 +64,8 @@ def test_box_arithmetic_is_that_of_the_boxes_module(convention, size, x, y, w, h
     assume(reason(relative_box, bbox, size, convention) is None)
     found = relative_box(bbox, size, convention)
     xyxy = boxes.xywh_to_xyxy(bbox) if convention == "xywh" else np.asarray(bbox, dtype=float)
-    assert found == tuple(boxes.clip(boxes.to_relative(xyxy, size)).tolist())
-    assert 0 <= found[0] < found[2] <= 1 and 0 <= found[1] < found[3] <= 1
+    assert found == tuple(boxes.to_relative(xyxy, size).tolist())  # neither clipped nor rounded
+    assert found[0] < found[2] and found[1] < found[3]
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -80,7 +81,7 @@ def test_box_arithmetic_is_that_of_the_boxes_module(convention, size, x, y, w, h
 @example(size=(100, 100), bbox=[0, -1.5, 50, 50], convention="xyxy")
 @example(size=(100, 100), bbox=[0, 0, 101.5, 50], convention="xyxy")
 @example(size=(100, 100), bbox=[0, 0, 50, 101.5], convention="xyxy")
-def test_boxes_are_taken_up_to_one_pixel_outside_and_refused_beyond(size, bbox, convention):
+def test_own_boxes_are_taken_up_to_one_pixel_outside_and_refused_beyond(size, bbox, convention):
     height, width = size
     x1, y1, c, d = map(float, bbox)
     x2, y2 = (x1 + c, y1 + d) if convention == "xywh" else (c, d)
@@ -88,7 +89,7 @@ def test_boxes_are_taken_up_to_one_pixel_outside_and_refused_beyond(size, bbox, 
     area = (c > 0 and d > 0 if convention == "xywh" else c > x1 and d > y1) and (
         min(x2 / width, 1) > max(x1 / width, 0) and min(y2 / height, 1) > max(y1 / height, 0)
     )
-    assert (reason(relative_box, bbox, size, convention) is None) == (near and area)
+    assert (reason(box_inside, bbox, size, convention) is None) == (near and area)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_anything_but_four_finite_numbers_is_refused_with_its_value(bbox, messag
     ],
 )  # fmt: skip
 def test_impossible_box_is_refused_with_its_value_and_what_it_was_taken_for(bbox, convention, message):
-    assert message in (reason(relative_box, bbox, (100, 120), convention) or "")
+    assert message in (reason(box_inside, bbox, (100, 120), convention) or "")
 
 
 def test_box_is_named_by_its_key():
@@ -144,8 +145,8 @@ def test_box_is_named_by_its_key():
 )
 def test_wrong_convention_is_named_in_both_directions(bbox, declared, probable):
     size = (427, 340)
-    assert reason(relative_box, bbox, size, declared).endswith(f"{probable}: is the declared convention wrong?")
-    assert reason(relative_box, bbox, size, probable.split()[4]) is None
+    assert reason(box_inside, bbox, size, declared).endswith(f"{probable}: is the declared convention wrong?")
+    assert reason(box_inside, bbox, size, probable.split()[4]) is None
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -155,22 +156,22 @@ def test_wrong_convention_is_named_in_both_directions(bbox, declared, probable):
     convention=st.sampled_from(CONVENTIONS),
 )
 def test_other_convention_is_proposed_only_where_the_box_fits_it_and_whenever_it_alone_does(size, bbox, convention):
-    found = reason(relative_box, bbox, size, convention)
+    found = reason(box_inside, bbox, size, convention)
     other = "xywh" if convention == "xyxy" else "xyxy"
-    fits_other = reason(relative_box, bbox, size, other) is None
+    fits_other = reason(box_inside, bbox, size, other) is None
     proposed = found is not None and f"it would fit as {other}" in found
     swapped = found is not None and "swapped" in found
     if proposed:
-        assert fits_other or "no area inside" in reason(relative_box, bbox, size, other)
+        assert fits_other or "no area inside" in reason(box_inside, bbox, size, other)
     if found is not None and fits_other:
         assert proposed or swapped
 
 
 @pytest.mark.parametrize(("bbox", "convention"), [([300, 100, 300, 200], "xywh"), ([300, 100, 600, 300], "xyxy")])
 def test_swapped_width_and_height_are_suspected_where_the_box_fits_the_turned_picture(bbox, convention):
-    assert reason(relative_box, bbox, (427, 640), convention) is None
-    assert reason(relative_box, bbox, (640, 427), convention).endswith("(are width and height swapped?)")
-    assert "swapped" not in reason(relative_box, bbox, (200, 250), convention)
+    assert reason(box_inside, bbox, (427, 640), convention) is None
+    assert reason(box_inside, bbox, (640, 427), convention).endswith("(are width and height swapped?)")
+    assert "swapped" not in reason(box_inside, bbox, (200, 250), convention)
 
 
 # --- Names of files -------------------------------------------------------------------------------

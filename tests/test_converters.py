@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivt_env.data import DataError, custom, ref_l4
-from ivt_env.data.converters import CATEGORY_NAME, export, from_coco, from_label_studio
+from ivt_env.data.converters import CATEGORY_NAME, export, from_coco
+from ivt_env.data.label_studio import from_label_studio
 from ivt_env.data.pictures import read_picture
 
 
@@ -398,7 +399,6 @@ def test_expression_of_the_task_goes_to_its_only_rectangle(place):
         (task(region("r9", 10, 10, 20, 20, value={"x": 1, "y": 1, "width": 9, "height": 9, "rotation": 30})),
          "rotation is 30, and a turned rectangle is no box"),
         (task(region("r9", 10, 10, 20, 20, image_rotation=90)), "image_rotation is 90"),
-        (task(region("r9", 10, 10, 20, 20, type="ellipselabels")), "'ellipselabels' is not 'rectanglelabels'"),
         (task(region("r9", 10, 10, 0, 20)), "has no area"),
         (task(region("r9", 10, 10, 120, 20)), "leaves the picture"),
         (task(region("r9", 10, float("nan"), 20, 20)), "is not four finite numbers"),
@@ -437,6 +437,89 @@ def test_unusable_task_or_region_is_left_out_with_its_reason(place, bad, said):
 def test_other_exports_are_refused(place, content, said):
     with pytest.raises(DataError, match=said):
         studio(place, content)
+
+
+def ocr_region(name, x, y, w, h, texts, label="Text", kind="rectangle", **more):
+    """As Label Studio's OCR template exports it: a shape, its label and its text, three results of one id."""
+    value = {"x": x, "y": y, "width": w, "height": h, "rotation": 0}
+    if kind == "polygon":
+        value = {"points": [[x, y], [x + w, y], [x + w, y + h]], "closed": True}
+    base = {"id": name, "to_name": "image", "original_height": 30, "original_width": 40, "image_rotation": 0} | more
+    return [base | {"type": kind, "from_name": "bbox", "value": value},
+            base | {"type": "labels", "from_name": "label", "value": value | {"labels": [label]}},
+            base | {"type": "textarea", "from_name": "transcription", "value": value | {"text": texts}}]  # fmt: skip
+
+
+def test_ocr_template_is_read_and_its_polygons_are_counted(place):
+    regions = [ocr_region("a", 10, 20, 30, 40, ["ONE"]), ocr_region("b", 50, 20, 30, 40, "TWO", "Handwriting"),
+               ocr_region("c", 1, 2, 3, 4, ["THREE"], kind="polygon"),
+               ocr_region("d", 60, 60, 30, 30, ["FOUR"])]  # fmt: skip
+    exported = task(*regions)
+    exported["data"] = {"ocr": "/data/upload/3/a.jpg", "note": "seen"}
+    done = studio(place, [exported])
+    found = {s.expression: s for s in samples(place / "out")}
+    assert {text: s.meta["category"] for text, s in found.items()} == {
+        "ONE": "Text",
+        "TWO": "Handwriting",
+        "FOUR": "Text",
+    }
+    assert found["ONE"].box == (0.1, 0.2, 0.4, 0.2 + 0.4) and found["ONE"].siblings == (found["FOUR"].box,)
+    assert done.notes == {"regions that are no rectangles (polygon) were passed over": 1} and not done.left_out
+
+
+def test_picture_that_no_field_names_is_said_with_the_fields(place):
+    with pytest.raises(
+        DataError, match=r"data has no field 'image', and 2 of its fields name a picture \(\['a', 'b'\]"
+    ):
+        exported = task(GOOD)
+        studio(place, [exported | {"data": {"a": "x.jpg", "b": "y.png"}}])
+
+
+REJECTED = {"last_action": "rejected"}
+REVIEWED = {
+    "reviews": [{"created_at": "2022-11-02", "accepted": False}, {"created_at": "2022-11-01", "accepted": True}]
+}
+ACCEPTED = {
+    "reviews": [{"created_at": "2022-11-01", "accepted": False}, {"created_at": "2022-11-02", "accepted": True}]
+}
+
+
+@pytest.mark.parametrize("rejected", [REJECTED, REVIEWED])
+def test_annotation_that_a_review_rejected_is_no_truth(place, rejected):
+    def made(n, **more):
+        return {"id": n, "was_cancelled": False, "result": region("r1", 10 * n, 10, 20, 20)} | more
+
+    tasks = [task(annotations=[made(1, **rejected), made(2, **ACCEPTED)]),
+             task(annotations=[made(3, **rejected)], number=12),
+             task(annotations=[made(4), made(5, ground_truth=True)], number=13),
+             task(annotations=[made(6, last_action="fixed_and_accepted", **REVIEWED)], number=14)]  # fmt: skip
+    done = studio(place, tasks)
+    assert [s.box[0] for s in samples(place / "out")] == [0.2, 0.5, 0.6]
+    assert done.notes["annotations that a review rejected were passed over"] == 2
+    assert done.notes["of several annotations of a task the one marked as ground truth was taken"] == 1
+
+
+def test_export_of_which_nothing_is_left_says_every_reason_and_the_remedy(place):
+    rejected = task(annotations=[{"id": 1, "result": GOOD} | REJECTED], image="https://example.org/a.jpg")
+    with pytest.raises(DataError) as caught:
+        studio(place, [rejected, task(region("r1", 1, 1, 9, 9, ()), number=12)])
+    for part in ("a review rejected", "lies elsewhere; fetch", "rectangles without an expression", "data.FIELD"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("convert_from", ["coco", "label-studio"])
+def test_missing_pictures_are_counted_and_the_remedy_names_their_folder(place, convert_from):
+    names = [f"gone{n}.jpg" for n in range(12)]
+    with pytest.raises(DataError) as caught:
+        if convert_from == "coco":
+            images = [A, *((n + 2, name, 30, 40) for n, name in enumerate(names))]
+            convert(place, coco(images, [ONE, *({**ONE, "image_id": n + 2} for n in range(12))]))
+        else:
+            studio(place, [task(GOOD), *(task(GOOD, image=name, number=n + 20) for n, name in enumerate(names))])
+    said = (
+        f"12 of 13 pictures are not in {place / 'pictures'} (the first: gone0.jpg): put them there, or name the folder"
+    )
+    assert said in str(caught.value)
 
 
 # --- Export ---------------------------------------------------------------------------------------

@@ -154,7 +154,6 @@ BAD_ROWS = {
     "null": (lambda row: row.update(bbox=None), "bbox None is not four numbers"),
     "three numbers": (lambda row: row["bbox"].pop(), "is not four numbers"),
     "zero area": (lambda row: set_box(row, [5.0, 6.0, 0.0, 9.0]), "bbox [5.0, 6.0, 5.0, 15.0] (x1, y1, x2, y2) has"),
-    "outside": (lambda row: set_box(row, [100.0, 6.0, 50.0, 9.0]), "leaves the picture, which is 120 wide and 80 high"),
     "xywh unreadable": (lambda row: set_json(row, "raw_anns", bbox=None), "bbox in raw_anns is None"),
     "other object": (lambda row: set_json(row, "raw_anns", id=5), "id in raw_anns is 5, and"),
     "other picture": (lambda row: set_json(row, "raw_image_info", id=5), "id in raw_image_info is 5, and"),

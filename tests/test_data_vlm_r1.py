@@ -162,7 +162,6 @@ BAD_ROWS = {
     "box in a list": ({"solution": [[1, 2, 3, 4]]}, "solution [[1, 2, 3, 4]] is not four numbers"),
     "text": ({"solution": "[1, 2, 3, 4]"}, "is not four numbers"),
     "zero area": ({"solution": [5, 6, 5, 9]}, "solution [5, 6, 5, 9] (x1, y1, x2, y2) has its corners in the wrong"),
-    "outside": ({"solution": [100, 70, 190, 79]}, "leaves the picture, which is 120 wide and 80 high"),
     "xywh": ({"solution": [60, 40, 20, 30]}, "it would fit as xywh (x, y, width, height)"),
     "other set": ({"dataset_name": "refcocog"}, "dataset_name is 'refcocog' in a file of refcocoplus"),
     "no COCO name": ({"image": "train2014/17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 picture"),
@@ -198,7 +197,6 @@ BAD_LINES = {
     "three numbers": (turns(GOOD, [1, 2, 3]), "the answer [1, 2, 3] is not four numbers"),
     "no answer": (turns(GOOD, None), "the answer None is not four numbers"),
     "zero area": (turns(GOOD, [5, 6, 9, 6]), "the answer [5, 6, 9, 6] (x1, y1, x2, y2) has its corners"),
-    "outside": (turns(GOOD, [100, 70, 190, 79]), "leaves the picture, which is 120 wide and 80 high"),
     "xywh": (turns(GOOD, "[60, 40, 20, 30]"), "it would fit as xywh (x, y, width, height)"),
     "other prompt": (
         turns("<image>Where is the cat?", [1, 2, 3, 4]),

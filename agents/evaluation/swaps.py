@@ -223,14 +223,14 @@ def _box_of(
         return own is not None, own
     rng = rng_of(variant)
     if variant == "target":
-        return True, sample.box
+        return True, boxes.visible_part(sample.box)
     if variant == "random":
-        return True, _tuple(elsewhere(sample.box, rng))
+        return True, _tuple(elsewhere(boxes.visible_part(sample.box), rng))
     if variant == "near":
-        return True, _tuple(moved(sample.box, rng))
+        return True, _tuple(moved(boxes.visible_part(sample.box), rng))
     if variant == "shifted":
         return own is not None, None if own is None else _tuple(moved(own, rng))
-    apart = [b for b in sample.siblings if float(boxes.iou(b, sample.box)) < BAD_BELOW]
+    apart = [boxes.visible_part(b) for b in sample.siblings if float(boxes.iou(b, sample.box)) < BAD_BELOW]
     return bool(apart), apart[int(rng.integers(len(apart)))] if apart else None
 
 

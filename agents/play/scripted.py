@@ -154,7 +154,7 @@ class OracleAgent:
         rows = np.flatnonzero(observations["active"])
         actions = _no_actions(len(observations["active"]))
         samples = self._env.samples
-        targets = np.array([samples[i].box for i in rows]).reshape(-1, 4)  # (M, 4)
+        targets = np.array([boxes.visible_part(samples[i].box) for i in rows]).reshape(-1, 4)  # (M, 4)
         steps = np.asarray(observations["step"])[rows]
         draws = np.array([s.standard_normal(4) for s in self._streams.of(rows)]).reshape(-1, 4)
         sizes = np.tile(targets[:, 2:] - targets[:, :2], 2)  # width, height, width, height: (M, 4)

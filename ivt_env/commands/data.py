@@ -14,8 +14,9 @@ from PIL import Image
 from ivt_env.commands import fetch
 from ivt_env.data import NAMES, data_folder, find_source, load_dataset, splits
 from ivt_env.data.checks import Finding, Report, check_source, leaks
-from ivt_env.data.converters import Converted, export, from_coco, from_label_studio
+from ivt_env.data.converters import Converted, export, from_coco
 from ivt_env.data.custom import SPLITS as OWN_SPLITS
+from ivt_env.data.label_studio import from_label_studio
 from ivt_env.data.mixture import held_ids, open_mixture, redraw
 from ivt_env.data.sample import DataError, DataMissingError
 from ivt_env.data.sheet import can_draw, cell_size, contact_sheet
@@ -117,7 +118,7 @@ def _sources(name: str, root: Path, wanted: Sequence[str] | None) -> list[tuple[
     found: dict[str, tuple[Source, list[str]]] = {}
     for split in wanted or splits(name):
         source = find_source(name, split, root)
-        if source is not None:
+        if source is not None and (wanted or split not in source.unions):
             found.setdefault(source.layout, (source, []))[1].append(split)
         elif wanted:
             load_dataset(name, split, root, strict=True)  # says why it cannot be served

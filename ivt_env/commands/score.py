@@ -50,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--samples", type=int, metavar="N", help="the first N samples only (default: the whole split)")
     file = parser.add_argument_group("what the file holds (declared, never guessed)")
     file.add_argument("--format", choices=FORMATS, dest="box_format", help="what the four numbers are")
-    file.add_argument("--frame", choices=FRAMES, help="what they are measured in; resized needs input_size in each row")
+    file.add_argument(
+        "--frame",
+        metavar=f"{{{','.join(FRAMES)},N}}",
+        help="what they are measured in; N: 0 to N, such as 999; resized needs input_size in each row",
+    )
     file.add_argument("--layout", choices=LAYOUTS, default="ivt", help="a published layout (default: %(default)s)")
     file.add_argument("--id-field", help="field of the sample's id (default: the layout's)")
     file.add_argument("--box-field", help="field of the box (default: the layout's)")

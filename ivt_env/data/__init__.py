@@ -54,7 +54,7 @@ _SPLITS = {
     "refcocog": ("train", "val", "test"),
     "refcoco": ("train", "val", "testA", "testB"),
     "refcocoplus": ("train", "val", "testA", "testB"),
-    "refl4": ("val", "test"),
+    "refl4": ("val", "test", "all"),
     "refadv": ("test",),
     "mixed": ("train", "val", "test"),
     "custom": ("train", "val", "test"),
@@ -172,7 +172,7 @@ def load_dataset(
         return open_table(found, split)
     if strict or name == "custom":  # nothing can take the place of one's own data
         raise DataMissingError(_absence(name, root))
-    served = "test" if split.startswith("test") else split
+    served = "test" if split.startswith("test") or split == "all" else split
     if name not in _warned:
         _warned.add(name)
         message = (
@@ -191,7 +191,7 @@ def find_source(name: str, split: str, root: Path) -> Source | None:
     """Where a real data set lies under ``root`` in a layout that has this split; None: nowhere."""
     for layout in _LAYOUTS[name]:
         found = _layout(layout).find(root, name)
-        if found is not None and split in found.splits:
+        if found is not None and (split in found.splits or split in found.unions):
             return found
     return None
 

@@ -261,7 +261,7 @@ _ENTRIES = (
         notice="For evaluation: there is no train split. Its pictures are from COCO 2014 and Objects365, each under "
         "its own terms.",
         homepage="https://huggingface.co/datasets/JierunChen/Ref-L4",
-        splits=("val", "test"),
+        splits=("val", "test", "all"),
         hub=(HubFolder("JierunChen/Ref-L4", "refl4", "ref-l4-*.parquet"),),
         pictures=PictureSource(
             archive=RemoteFile(

@@ -6,9 +6,11 @@ and logs the row and goes on; too many such rows make the file an error (``BadRo
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import reprlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -21,6 +23,8 @@ Convention = Literal["xyxy", "xywh"]
 BAD_ROWS_ALWAYS_ALLOWED = 10
 BAD_ROWS_ALLOWED_SHARE = 0.01
 """More bad rows than both of these (of all rows of the file) mean a broken file, not a bad row."""
+MAX_LINE_BYTES = 1 << 24
+"""Of a line of JSON; a longer one is no row, and would fill the memory."""
 _ROWS_LOGGED = 20
 
 _log = logging.getLogger(__name__)
@@ -44,7 +48,13 @@ class BadRows:
             remedy: what to do where too many rows are bad, as an imperative without a full stop.
         """
         self.reasons: list[str] = []
-        self._where, self._remedy = where, remedy
+        self.split: str | None = None
+        """Of the rows that are being read; None where that is not known."""
+        self.splits: list[str | None] = []
+        """Of each reason."""
+        self.suspicions: list[str] = []
+        """Of rows that are kept, and whose boxes do not agree with the rest of the row as they are read."""
+        self._where, self.remedy = where, remedy
 
     def add(self, row: int | str, reason: object, count: int = 1) -> None:
         """Leave out ``count`` samples of one row: its number from 0, with the file where there are several."""
@@ -52,24 +62,30 @@ class BadRows:
         if len(self.reasons) < _ROWS_LOGGED:
             _log.warning("%s: left out %s%s", self._where, text, f" ({count} samples)" if count > 1 else "")
         self.reasons += [text] * count
+        self.splits += [self.split] * count
 
     def check(self, total: int) -> None:
-        """Raise DataError where more than the allowed share of ``total`` samples was left out, or all."""
+        """Raise DataError where more than the allowed share of ``total`` samples was left out or is suspect, or all."""
+        allowed = max(BAD_ROWS_ALWAYS_ALLOWED, BAD_ROWS_ALLOWED_SHARE * total)
+        suspect = len(self.suspicions)
+        if suspect > allowed or (suspect > 1 and suspect + len(self.reasons) == total):
+            raise DataError(
+                f"{self._where}: {suspect} of {total} boxes do not fit their pictures as they are read (the limit is "
+                f"{int(allowed)}), the first: {self.suspicions[0]}; {self.remedy}"
+            )
         if not self.reasons:
             return
-        allowed = max(BAD_ROWS_ALWAYS_ALLOWED, BAD_ROWS_ALLOWED_SHARE * total)
         if len(self.reasons) > allowed or len(self.reasons) == total:
             raise DataError(
                 f"{self._where}: {len(self.reasons)} of {total} rows are unusable (the limit is {int(allowed)}), "
-                f"the first: {self.reasons[0]}; {self._remedy}"
+                f"the first: {self.reasons[0]}; {self.remedy}"
             )
 
 
 def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox") -> Box:
-    """A box in pixels of the original picture to xyxy relative to it.
+    """A box in pixels of the original picture to xyxy relative to it, neither clipped nor rounded.
 
-    Up to one pixel outside the picture is taken for rounding and cut off. The arithmetic is that of
-    ``boxes.clip(to_relative(...))``, without an array for each of 200,000 boxes.
+    A box may reach beyond its picture: benchmarks hold such targets and score them as they are.
 
     Args:
         bbox: what the file holds: four finite numbers, else it is refused.
@@ -78,44 +94,53 @@ def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: 
         key: how a message names the box.
 
     Raises:
-        BadRowError: for anything but four finite numbers, a box without area or outside the
-            picture. A box that is impossible as declared and possible under the other convention
-            is said to be so.
+        BadRowError: for anything but four finite numbers, and for a box without area. A box that is
+            impossible as declared and possible under the other convention is said to be so.
     """
     if not isinstance(bbox, list | tuple) or len(bbox) != 4:
         raise BadRowError(f"{key} {short(bbox)} is not four numbers")
     if not all(type(value) in (int, float) and abs(value) < 1e9 for value in bbox):
         raise BadRowError(f"{key} {short(bbox)} is not four finite numbers")
-    a, b, c, d = map(float, bbox)
-    height, width = size
-    shown = f"{key} {list(bbox)} ({_CORNERS[convention]})"
-    if convention == "xywh":
-        if c <= 0 or d <= 0:
+    x1, y1, c, d = map(float, bbox)
+    x2, y2 = (x1 + c, y1 + d) if convention == "xywh" else (c, d)
+    if x2 <= x1 or y2 <= y1:
+        shown = f"{key} {list(bbox)} ({_CORNERS[convention]})"
+        if convention == "xywh":
             raise BadRowError(f"{shown} has no area")
-        x1, y1, x2, y2 = a, b, a + c, b + d
-        other = _inside((a, b, c, d), size) and c > a and d > b
-    else:
-        x1, y1, x2, y2 = a, b, c, d
-        other = c > 0 and d > 0 and _inside((a, b, a + c, b + d), size)
-        if x2 <= x1 or y2 <= y1:
-            raise BadRowError(
-                f"{shown} has its corners in the wrong order or no area" + (_probably("xywh") if other else "")
-            )
-    if not _inside((x1, y1, x2, y2), size):
-        swapped = " (are width and height swapped?)" if _inside((x1, y1, x2, y2), (width, height)) else ""
+        other = c > 0 and d > 0 and _inside((x1, y1, x1 + c, y1 + d), size)
         raise BadRowError(
-            f"{shown} leaves the picture, which is {width} wide and {height} high{swapped}"
-            + (_probably("xyxy") if convention == "xywh" and other and not swapped else "")
+            f"{shown} has its corners in the wrong order or no area" + (_probably("xywh") if other else "")
         )
-    box = (
-        min(max(x1 / width, 0.0), 1.0),
-        min(max(y1 / height, 0.0), 1.0),
-        min(max(x2 / width, 0.0), 1.0),
-        min(max(y2 / height, 0.0), 1.0),
-    )
-    if box[2] <= box[0] or box[3] <= box[1]:
+    height, width = size
+    return x1 / width, y1 / height, x2 / width, y2 / height
+
+
+def box_inside(bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox") -> Box:
+    """``relative_box`` of a file of one's own: a box more than one pixel outside its picture is a mistake there.
+
+    Raises:
+        BadRowError: as ``relative_box``, and for a box that leaves the picture.
+    """
+    box = relative_box(bbox, size, convention, key)
+    shown = f"{key} {list(bbox)} ({_CORNERS[convention]})"
+    if not _inside(_in_pixels(box, size), size):
+        raise BadRowError(
+            f"{shown} leaves the picture, which is {size[1]} wide and {size[0]} high{_otherwise(box, size) or ''}"
+        )
+    if max(box[0], 0) >= min(box[2], 1) or max(box[1], 0) >= min(box[3], 1):
         raise BadRowError(f"{shown} has no area inside the picture")
     return box
+
+
+def looks_misdeclared(box: Box, size: tuple[int, int]) -> str | None:
+    """What is odd about a relative xyxy box that leaves its picture by more than a pixel; None for another.
+
+    A few such boxes are targets that reach beyond their pictures; many mean a file in another convention or frame.
+    """
+    if _inside(_in_pixels(box, size), size):
+        return None
+    shown = [round(value, 2) for value in _in_pixels(box, size)]
+    return f"xyxy {shown} leaves the picture, which is {size[1]} wide and {size[0]} high{_otherwise(box, size) or ''}"
 
 
 def picture_size(row: Any, height: str = "height", width: str = "width") -> tuple[int, int]:
@@ -152,6 +177,14 @@ def integer(row: Any, key: str) -> int:
     return value
 
 
+def flag(row: Any, key: str) -> bool:
+    """True or false, also written as 1 or 0 (as whole numbers or as floats); else BadRowError."""
+    value = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(value, int | float) or value not in (0, 1):
+        raise BadRowError(f"{key} is {short(value)}, not true or false (1 or 0)")
+    return bool(value)
+
+
 def text(row: Any, key: str) -> str:
     """A text that is not blank and is valid Unicode; else BadRowError."""
     value = row.get(key) if isinstance(row, dict) else None
@@ -170,6 +203,31 @@ def short(value: Any) -> str:
         return f"<{type(value).__name__} with thousands of digits>"
 
 
+def closest(word: Any, valid: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` for a word that is nearly a valid one; else nothing."""
+    # What is long is no slip of the pen, and comparing it would take memory of many times its size.
+    found = difflib.get_close_matches(str(word)[:100].lower(), valid, n=1) if len(str(word)) <= 100 else []
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, line) of each line that is not blank, without a byte order mark; None for one that is too long.
+
+    Raises:
+        OSError: for a file that cannot be read.
+    """
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(1 << 20)
+                yield number, None
+            elif line := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
+                yield number, line
+
+
 def read_json(path: Path, remedy: str) -> Any:
     """A whole JSON file; DataError with the file and the remedy where it is missing or broken."""
     with reading(path, remedy, DataError, "not whole JSON"):
@@ -180,6 +238,20 @@ def _inside(box: Box, size: tuple[int, int]) -> bool:
     """Whether xyxy (px) lies in a picture of (height, width), up to one pixel."""
     x1, y1, x2, y2 = box
     return x1 >= -1 and y1 >= -1 and x2 <= size[1] + 1 and y2 <= size[0] + 1
+
+
+def _in_pixels(box: Box, size: tuple[int, int]) -> Box:
+    height, width = size
+    return box[0] * width, box[1] * height, box[2] * width, box[3] * height
+
+
+def _otherwise(box: Box, size: tuple[int, int]) -> str | None:
+    """As what a box would fit its picture: with width and height swapped, or its width and height as a corner."""
+    x1, y1, x2, y2 = _in_pixels(box, size)
+    if _inside((x1, y1, x2, y2), (size[1], size[0])):
+        return " (are width and height swapped?)"
+    corners = x1, y1, x2 - x1, y2 - y1
+    return _probably("xyxy") if _inside(corners, size) and corners[2] > x1 and corners[3] > y1 else None
 
 
 def _probably(convention: Convention) -> str:

@@ -19,8 +19,11 @@ from ivt_env.data.checked import BadRows
 from ivt_env.data.pictures import read_picture
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Source, Table, open_table
+from ivt_env.game import unplayable
 
 Level = Literal["error", "warning", "note"]
+MOST_LEFT_OUT = 0.05
+"""Share of a split's rows that may be unusable; with more the data set is not fit for use."""
 _EXAMPLES = 5
 
 
@@ -107,6 +110,7 @@ def check_source(
             text = f"holds {len(table):,} expressions, published are {expected:,}"
             report.findings.append(Finding("error", split, text, abs(expected - len(table))))
         report.findings += _repeats(table)
+        report.findings += _unplayable(table)
     report.findings += left_out(source, tables)
     report.findings += leaks({(source.name, s): t for s, t in tables.items()}, source.may_share_pictures)
     if read_pictures:
@@ -123,10 +127,18 @@ def left_out(source: Source, tables: Mapping[str, Table]) -> Iterator[Finding]:
         seen: set[tuple[str, str]] = set()
         for row in source.read(bad, Path(folder)):
             if (row.split, row.sample_id) in seen:
+                bad.split = row.split
                 bad.add(row.sample_id, f"the id {row.sample_id} occurs twice in {row.split}")
             seen.add((row.split, row.sample_id))
-    text = "rows cannot be used and are left out"
-    yield Finding("warning", "all", text, len(bad.reasons), tuple(bad.reasons[:_EXAMPLES]))
+    for split, count in Counter(bad.splits).items():
+        held = [len(table) for name, table in tables.items() if split in (None, name)]
+        if not held:
+            continue  # of a split that is not looked at
+        share = count / (count + sum(held))
+        reasons = [reason for reason, of in zip(bad.reasons, bad.splits, strict=True) if of == split]
+        text = f"rows cannot be used and are left out: {share:.1%}, and more than {MOST_LEFT_OUT:.0%} is unfit for use"
+        level: Level = "error" if share > MOST_LEFT_OUT else "warning"
+        yield Finding(level, split or "all", text, count, tuple(reasons[:_EXAMPLES]))
 
 
 def leaks(tables: Mapping[tuple[str, str], Table], allowed: bool = False, every: bool = False) -> Iterator[Finding]:
@@ -168,6 +180,23 @@ def _repeats(table: Table) -> Iterator[Finding]:
         yield Finding("warning", table.split, text, len(torn), _first(torn))
 
 
+def _unplayable(table: Table) -> Iterator[Finding]:
+    """Rows that no environment plays, and targets of which a part cannot be proposed."""
+    refused: list[str] = []
+    beyond: list[str] = []
+    for index in range(len(table)):
+        sample = table[index]
+        if why := unplayable(sample):
+            refused.append(f"{sample.sample_id}: {why}")
+        if not all(-1e-9 <= value <= 1 + 1e-9 for value in sample.box):
+            beyond.append(f"{sample.sample_id}: {[round(value, 4) for value in sample.box]}")
+    if refused:
+        yield Finding("error", table.split, "rows cannot be played", len(refused), _first(refused))
+    if beyond:
+        text = "targets reach beyond their pictures: they are kept and scored as they are"
+        yield Finding("note", table.split, text, len(beyond), _first(beyond))
+
+
 def _pictures(
     tables: Mapping[str, Table], report: Report, workers: int, progress: Callable[[int, int], None]
 ) -> Iterator[Finding]:
@@ -188,7 +217,8 @@ def _pictures(
                 if result.startswith("sha256:"):
                     ids_of[result].append(picture_id)
                 else:
-                    broken.append(result)
+                    table, index = jobs[picture_id]
+                    broken.append(f"{table.split} {table[index].sample_id}: {result}")
             done += len(chunk)
             progress(done, len(jobs))
     report.pictures_read = done - len(broken)

@@ -35,6 +35,7 @@ from ivt_env.data.checked import (
     BadRows,
     Box,
     Convention,
+    box_inside,
     picture_size,
     read_json,
     relative_box,
@@ -70,6 +71,8 @@ class Declared:
     name: str
     box: Convention
     frame: Frame
+    overhang: bool = False
+    """Whether boxes may reach beyond their pictures, as some of benchmarks do: what ``export`` writes."""
 
 
 def find(root: Path, name: str) -> Source | None:
@@ -109,9 +112,12 @@ def read_declared(path: Path) -> Declared:
     content = read_json(path, example)
     if not isinstance(content, dict) or not {"name", "box", "frame"} <= content.keys():
         raise DataError(f"{path}: holds {short(content)}; {example}")
-    unknown = sorted(content.keys() - {"name", "box", "frame", "description"})
+    unknown = sorted(content.keys() - {"name", "box", "frame", "overhang", "description"})
     if unknown:
-        raise DataError(f"{path}: unknown key {unknown[0]!r}; {example}, and may hold a 'description'")
+        raise DataError(f"{path}: unknown key {unknown[0]!r}; {example}, and may hold 'overhang' and a 'description'")
+    overhang = content.get("overhang", False)
+    if type(overhang) is not bool:
+        raise DataError(f"{path}: overhang is {short(overhang)}, not true or false (may boxes leave their pictures?)")
     for key, valid in (("box", _CONVENTIONS), ("frame", get_args(Frame))):
         if content[key] not in valid:
             raise DataError(f"{path}: {key} is {short(content[key])}, which is none of {', '.join(valid)}")
@@ -119,7 +125,7 @@ def read_declared(path: Path) -> Declared:
         name = check_name(content["name"])
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    return Declared(name, content["box"], content["frame"])
+    return Declared(name, content["box"], content["frame"], overhang)
 
 
 def check_name(name: Any) -> str:
@@ -147,7 +153,7 @@ def _plain(name: str) -> str:
 def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox") -> Box:
     """A box as declared to xyxy relative to the picture.
 
-    Up to one pixel (one thousandth) outside the picture is taken for rounding and cut off.
+    Up to one pixel (one thousandth) outside the picture is taken for rounding; nothing is cut off.
 
     Args:
         bbox: what the line holds.
@@ -156,8 +162,11 @@ def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox
         key: how a message names the box.
 
     Raises:
-        BadRowError: as ``relative_box``; for a box that fits only in another frame it says which.
+        BadRowError: as ``box_inside``; for a box that fits only in another frame it says which.
     """
+    if declared.overhang:
+        unit = _UNIT.get(declared.frame)
+        return relative_box(bbox, (unit, unit) if unit else size, declared.box, key)
     is_numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
     numbers: list[float] = bbox if is_numbers else []
     if declared.frame != "relative" and numbers and all(abs(value) <= 1 for value in numbers):
@@ -167,12 +176,12 @@ def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox
         )
     if declared.frame == "px":
         try:
-            return relative_box(bbox, size, declared.box, key)
+            return box_inside(bbox, size, declared.box, key)
         except BadRowError as error:
             raise BadRowError(f"{error}{_other_frame(numbers, size, declared)}") from error
     unit = _UNIT[declared.frame]
     try:
-        box = relative_box(bbox, (unit, unit), declared.box, key)
+        box = box_inside(bbox, (unit, unit), declared.box, key)
         if declared.frame == "relative":
             _check_inside(numbers, size, declared.box, key)
     except BadRowError as error:
@@ -182,7 +191,7 @@ def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox
 
 
 def _check_inside(numbers: list[float], size: tuple[int, int], convention: Convention, key: str) -> None:
-    """``relative_box`` allows one unit outside, which here would be a whole picture; allow one pixel."""
+    """``box_inside`` allows one unit outside, which here would be a whole picture; allow one pixel."""
     a, b, c, d = numbers
     x2, y2 = (a + c, b + d) if convention == "xywh" else (c, d)
     slack_y, slack_x = 1 / size[0], 1 / size[1]
@@ -201,7 +210,7 @@ def _other_frame(numbers: list[float], size: tuple[int, int], declared: Declared
         if frame == declared.frame or (frame != "relative" and all(abs(value) <= 1 for value in numbers)):
             continue
         try:
-            relative_box(numbers, (unit, unit) if unit else size, declared.box)
+            box_inside(numbers, (unit, unit) if unit else size, declared.box)
         except BadRowError:
             continue
         if frame != "relative" or all(abs(value) <= 1 for value in numbers):
@@ -214,6 +223,7 @@ def _read(
 ) -> Iterator[Row]:
     pictures = _Pictures(folders)
     for split, path in paths.items():
+        bad.split = split
         for number, line in _lines(path):
             try:
                 row = _row(line, split, number, declared, pictures)

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ivt_env.data.checked import BadRows, short
+from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.custom import SPLITS, Declared, check_name, read_declared
+from ivt_env.data.pictures import Header, read_header
 from ivt_env.data.sample import DataError
 from ivt_env.files import whole_file, write_whole
 
@@ -42,6 +43,39 @@ class Converted:
     """What else was passed over or decided, and how often."""
 
 
+class Pictures:
+    """The folder of a converter's pictures: headers, each read once, and which pictures are not there."""
+
+    def __init__(self, folder: Path) -> None:
+        """Nothing is read yet."""
+        self.folder = folder
+        self._headers: dict[str, Header | str] = {}
+        self._missing: list[str] = []
+
+    def header(self, image: str) -> Header:
+        """The header of a picture; BadRowError each time where it cannot be read."""
+        if image not in self._headers:
+            try:
+                self._headers[image] = read_header(self.folder / image, str(self.folder / image))
+            except BadRowError as error:
+                self._headers[image] = str(error)
+                if not os.path.lexists(self.folder / image):
+                    self._missing.append(image)
+        found = self._headers[image]
+        if isinstance(found, str):
+            raise BadRowError(found)
+        return found
+
+    def remedy(self) -> str | None:
+        """What to do about pictures that are not there; None where all are."""
+        if not self._missing:
+            return None
+        return (
+            f"{len(self._missing)} of {len(self._headers)} pictures are not in {self.folder} (the first: "
+            f"{self._missing[0]}): put them there, or name the folder that holds them (--pictures)"
+        )
+
+
 class Writer:
     """Collects lines, then writes pictures, lines and ``dataset.json``, in this order."""
 
@@ -60,7 +94,7 @@ class Writer:
         check_name(declared.name)
         self.declared = declared
         self._out, self._copy = out, copy
-        self._lines: list[dict[str, Any]] = []
+        self.lines: list[dict[str, Any]] = []
         self._source_of: dict[str, Path] = {}
         if add_split is not None and add_split not in SPLITS:
             raise DataError(f"a data set of one's own has no split {add_split!r}; give split=, {', '.join(SPLITS)}")
@@ -77,17 +111,19 @@ class Writer:
 
     def add(self, line: dict[str, Any], picture: Path) -> None:
         """One line; its picture will be ``images/<line["image"]>``."""
-        self._lines.append(line)
+        self.lines.append(line)
         self._source_of[line["image"]] = picture
 
-    def write(self, split: Splits, seed: int, bad: BadRows, notes: Mapping[str, int]) -> Converted:
-        """Write what was added; DataError where that is nothing, or where it cannot be written."""
-        if not self._lines:
+    def write(self, split: Splits, seed: int, bad: BadRows, notes: Mapping[str, int], remedy: str) -> Converted:
+        """Write what was added; DataError (with the remedy) where that is nothing, or where it cannot be written."""
+        if not self.lines:
             said = "; ".join(f"{note}: {count}" for note, count in notes.items())
-            raise DataError(f"{self._out}: nothing to write, as no object has an expression{said and f' ({said})'}")
-        split_of = _split_of(self._lines, split, seed)
+            raise DataError(
+                f"{self._out}: nothing to write, as no object has an expression{said and f' ({said})'}; {remedy}"
+            )
+        split_of = _split_of(self.lines, split, seed)
         lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for line in self._lines:
+        for line in self.lines:
             lines[split_of[line["image"]]].append(line)
         for image, source in self._source_of.items():
             _place(source, self._out / "images" / image, self._copy)
@@ -95,6 +131,7 @@ class Writer:
             written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in held)
             _write_text(self._out / f"{each}.jsonl", written)
         declared = {"name": self.declared.name, "box": self.declared.box, "frame": self.declared.frame}
+        declared |= {"overhang": True} if self.declared.overhang else {}
         _write_text(self._out / "dataset.json", json.dumps(declared) + "\n")
         for note, count in notes.items():
             _log.warning("%s: %s (%d)", self._out, note, count)

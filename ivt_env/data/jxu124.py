@@ -137,12 +137,14 @@ def find(root: Path, name: str) -> Source | None:
         remedy=remedy,
         picture_remedy=PICTURE_REMEDY,
         published=PUBLISHED[name],
+        boxes_proven=True,
     )
 
 
 def _read(files: Mapping[str, Sequence[Path]], remedy: str, bad: BadRows, _folder: Path) -> Iterator[Row]:
     """One row per sentence."""
     for split, paths in files.items():
+        bad.split = split
         check_shards(paths, remedy)
         for path in paths:
             for number, held in typed_rows(path, _COLUMNS, remedy):

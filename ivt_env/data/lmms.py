@@ -106,7 +106,7 @@ def find(root: Path, name: str) -> Source | None:
         folder=folder,
         files=[path for paths in files.values() for path in paths],
         splits=tuple(files),
-        read=bound(_read, files, remedy),
+        read=bound(_read, files, name, remedy),
         picture_folders=(),
         remedy=remedy,
         picture_remedy=f"delete {name}-lmms.arrow beside that folder and open the data set again, which writes it out",
@@ -115,7 +115,7 @@ def find(root: Path, name: str) -> Source | None:
     )
 
 
-def _read(files: Mapping[str, Sequence[Path]], remedy: str, bad: BadRows, folder: Path) -> Iterator[Row]:
+def _read(files: Mapping[str, Sequence[Path]], name: str, remedy: str, bad: BadRows, folder: Path) -> Iterator[Row]:
     """One row per answer; the pictures of good rows are written out."""
     pictures = folder / _WRITTEN
     try:
@@ -124,13 +124,14 @@ def _read(files: Mapping[str, Sequence[Path]], remedy: str, bad: BadRows, folder
         raise DataError(f"{pictures}: cannot be made ({error.strerror}), and the pictures belong there") from error
     written: dict[str, bytes] = {}
     for split, paths in files.items():
+        bad.split = split
         check_shards(paths, remedy)
         for path in paths:
             for number, held in typed_rows(path, _COLUMNS, remedy, _ROWS_AT_ONCE):
                 answers = held["answer"] or [None]
                 here = f"{number} of {path.name}"
                 try:
-                    row, content = _object(held, split)
+                    row, content = _object(held, name, split)
                     # The same picture id must mean the same pixels; most pictures come in several rows.
                     digest = hashlib.sha256(content).digest()
                     if written.setdefault(row["file_name"], digest) != digest:
@@ -148,14 +149,15 @@ def _read(files: Mapping[str, Sequence[Path]], remedy: str, bad: BadRows, folder
                     yield Row(sample_id=f"{row['meta']['ann_id']}-{count}", expression=expression, **row)
 
 
-def _object(held: dict[str, Any], split: str) -> tuple[dict[str, Any], bytes]:
+def _object(held: dict[str, Any], name: str, split: str) -> tuple[dict[str, Any], bytes]:
     """Check a row; what its expressions share, and the picture's bytes."""
     question_id, file_name = text(held, "question_id"), plain_file_name(text(held, "file_name"))
     if not re.fullmatch("[0-9]{1,18}", question_id):
         raise BadRowError(f"question_id is {question_id!r}, not the number of an annotation")
     image_id = coco_image_id(file_name)
     here = f"question_id {question_id}"
-    if not file_name.endswith(f"_{question_id}.jpg"):
+    # RefCOCOg's names end in the annotation's number, those of the other two in a small running number.
+    if name == "refcocog" and not file_name.endswith(f"_{question_id}.jpg"):
         raise BadRowError(f"{here}: file_name {file_name!r} is of another annotation")
     content = held["image"].get("bytes") if isinstance(held["image"], dict) else held["image"]
     if not content:

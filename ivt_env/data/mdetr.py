@@ -85,6 +85,7 @@ def find(root: Path, name: str) -> Source | None:
 def _read(files: Mapping[str, Path], label: str, bad: BadRows, _folder: Path) -> Iterator[Row]:
     """One row per image entry."""
     for split, path in files.items():
+        bad.split = split
         content = read_json(path, _REMEDY)
         for key in ("images", "annotations"):
             if not isinstance(content, dict) or not isinstance(content.get(key), list):

@@ -27,6 +27,7 @@ from typing import Any
 from ivt_env.data.checked import (
     BadRowError,
     BadRows,
+    flag,
     integer,
     picture_size,
     plain_file_name,
@@ -101,6 +102,7 @@ class _Written:
 
 def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
     written: dict[str, _Written] = {}
+    bad.split = "test"
     total = 0
     for path in paths:
         names = parquet_schema(path, _REMEDY).names
@@ -124,8 +126,8 @@ def _row(values: dict[str, Any], sample_id: str, place: str, pictures: Path, wri
     expression = text(values, "normal_caption").strip()
     meta = {
         "distractors": _count(values["distractors"]),
-        "use_negation": _flag(values, "use_negation"),
-        "human_authored": _flag(values, "human_authored"),
+        "use_negation": flag(values, "use_negation"),
+        "human_authored": flag(values, "human_authored"),
         "image_source": source,
     }
     picture_id = _picture_id(file_name, source)
@@ -195,9 +197,3 @@ def _count(value: Any) -> int:
     if type(found) is not int or not 0 <= found < 10**6:
         raise BadRowError(f"distractors is {short(value)}, neither a number nor a list")
     return found
-
-
-def _flag(values: dict[str, Any], key: str) -> bool:
-    if type(values[key]) is not bool:
-        raise BadRowError(f"{key} is {short(values[key])}, not true or false")
-    return values[key]

@@ -185,6 +185,8 @@ def _read(refs_path: Path, instances_path: Path, splits: tuple[str, ...], bad: B
         here = f"{number} of {refs_path.name}"
         sentences = ref.get("sentences") if isinstance(ref, dict) else None
         sentences = sentences if isinstance(sentences, list) and sentences else [None]
+        stated = ref.get("split") if isinstance(ref, dict) else None
+        bad.split = stated if isinstance(stated, str) and stated in splits else None
         try:
             row_of = _object(ref, instances, splits)
         except BadRowError as error:

@@ -28,12 +28,12 @@ import numpy as np
 import pyarrow as pa
 
 from ivt_env.data import cache_folder
-from ivt_env.data.checked import BadRows, Box
+from ivt_env.data.checked import BadRows, Box, looks_misdeclared
 from ivt_env.data.pictures import read_picture
 from ivt_env.data.sample import DataError, Picture, Sample
 from ivt_env.files import FileError, whole_file
 
-_INDEX_VERSION = 2  # raise whenever the schema or the meaning of a column changes
+_INDEX_VERSION = 3  # raise whenever the schema or the meaning of a column changes
 _SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -101,6 +101,10 @@ class Source:
     """Split -> number of expressions, where it is known."""
     may_share_pictures: bool = False
     """Whether train and another split may hold the same picture."""
+    unions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Further split -> the splits that it joins."""
+    boxes_proven: bool = False
+    """Whether the reader compares each box with its other form in the file, so that its convention is certain."""
     embedded: bool = False
     """Whether the files hold the pictures too; ``pictures/`` beside the index is then looked at."""
 
@@ -271,8 +275,9 @@ def open_table(source: Source, split: str, cached_pictures: int = 32, need_pictu
             rows or duplicate ids, an empty split, and pictures shared by train and another split
             where that may not be.
     """
-    if split not in source.splits:
-        raise DataError(f"{source.name} ({source.layout}) has no split {split!r}; it has {', '.join(source.splits)}")
+    held = (*source.splits, *source.unions)
+    if split not in held:
+        raise DataError(f"{source.name} ({source.layout}) has no split {split!r}; it has {', '.join(held)}")
     if need_pictures and not source.embedded and not any(folder.is_dir() for folder in source.picture_folders):
         raise DataError(
             f"{source.folder}: {source.name} is here but its pictures are not: there is no folder "
@@ -349,9 +354,12 @@ def _batches(source: Source, bad: BadRows, folder: Path, where: str) -> dict[str
     for row in source.read(bad, folder):
         total += 1
         if (row.split, row.sample_id) in seen:
+            bad.split = row.split
             bad.add(row.sample_id, f"the id {row.sample_id} occurs twice in {row.split}")
             continue
         seen.add((row.split, row.sample_id))
+        if not source.boxes_proven and (why := looks_misdeclared(row.box, row.size)):
+            bad.suspicions.append(f"{row.split} {row.sample_id}: {why}")
         into = columns[row.split]
         for key in ("sample_id", "picture_id", "file_name", "expression", "box"):
             into[key].append(getattr(row, key))
@@ -363,6 +371,8 @@ def _batches(source: Source, bad: BadRows, folder: Path, where: str) -> dict[str
     if not total and not left_out_in_reading:
         raise DataError(f"{where}: holds no rows; {source.remedy}")
     bad.check(total + left_out_in_reading)
+    for union, parts in source.unions.items():
+        columns[union] = {key: [value for part in parts for value in columns[part][key]] for key in _SCHEMA.names}
     return {s: pa.record_batch([pa.array(c[f.name], f.type) for f in _SCHEMA], _SCHEMA) for s, c in columns.items()}
 
 

@@ -120,6 +120,7 @@ def _read(
         raise BadRowError(f"image {image!r}, whose size is needed, is in none of {tried}")
 
     for split, path in files.items():
+        bad.split = split
         entries = _lines(path) if path.suffix == ".jsonl" else enumerate(_list(path))
         for number, entry in entries:
             try:

@@ -141,9 +141,10 @@ def refcoco(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: in
     """Acc@0.5 with IoU >= 0.5, as numbers on RefCOCO, RefCOCO+ and RefCOCOg are mostly given.
 
     REFER itself publishes no rule: its evaluation code scores generated sentences, not boxes.
-    Source: lmms-eval and VLMEvalKit, both IoU >= 0.5 on continuous areas. **Unknown:** by which rule
-    (strict or not, areas with or without + 1 px) any other published number was made; the three
-    rules ``refcoco``, ``mdetr`` and ``vlmr1`` say how much could hang on it.
+    Source: lmms-eval, IoU >= 0.5 on continuous areas. VLMEvalKit is **not** this rule: it clips boxes,
+    swaps their corners and guesses their frame first. **Unknown:** by which rule (strict or not, areas
+    with or without + 1 px) any other published number was made; the three rules ``refcoco``, ``mdetr``
+    and ``vlmr1`` say how much could hang on it.
 
     Args:
         predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
@@ -158,8 +159,8 @@ def refcoco(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: in
     rows.accuracies(overlap(predicted_px, targets_px(samples)), (0.5,), strict=False, mean=False)
     return RuleResult(
         "refcoco",
-        "as lmms-eval and VLMEvalKit score; REFER itself scores no boxes, and whether other published numbers are "
-        "strict is unknown",
+        "as lmms-eval scores; not as VLMEvalKit, which clips, swaps corners and guesses frames; REFER itself scores no "
+        "boxes, and whether other published numbers are strict is unknown",
         tuple(rows.done),
     )
 

@@ -20,12 +20,16 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ivt_env import boxes
+from ivt_env.boxes import frame_unit
+from ivt_env.data.checked import MAX_LINE_BYTES, json_lines
 from ivt_env.data.sample import Sample
 
 Array = NDArray[np.float64]
@@ -38,13 +42,10 @@ FORMATS = {
 }
 """What the four numbers are."""
 
-FRAMES = {
-    "px": "pixels of the original picture",
-    "relative": "0 to 1, relative to the picture",
-    "thousandths": "0 to 1000, relative to the picture",
+FRAMES = boxes.FRAMES | {
     "resized": "pixels of the resized picture that the model saw; each row then has input_size: [height, width]",
 }
-"""What they are measured in."""
+"""What they are measured in; beside these, a whole number N for 0 to N, relative to the picture."""
 
 SUSPICIOUS_SHARE = 0.05
 """Above this share of boxes (and at least 2) that do not fit, the declaration is taken for wrong."""
@@ -52,6 +53,9 @@ _FAR_OUTSIDE = {"xyxy": 0.1, "xywh": 0.02, "cxcywh": 0.02}
 """How far outside the picture (in its sides) a box must reach not to fit. Wider for xyxy, where a
 wrong format already shows in reversed corners and only a wrong frame is left to find."""
 _LARGEST = 1e9
+_LONGEST_ID = 1000
+_MAX_ARRAY_BYTES = 64 << 20
+_REMEDY = "fix the file or write it again"
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
@@ -93,7 +97,7 @@ class Prediction:
     """1-based: the line, or the element of a JSON array."""
     sample_id: str
     numbers: Numbers | None
-    """As in the file; None where there are no four finite numbers (a parse failure)."""
+    """As in the file; None for a failed prediction: no four finite numbers, or four times 0 or -1."""
     box_format: str
     frame: str
     input_size: tuple[float, float] | None = None
@@ -123,7 +127,8 @@ class Matched:
     missing: int
     """Samples without a row."""
     parse_failures: int
-    """Rows without four finite numbers."""
+    """Rows without four finite numbers, or with the mark of a failed prediction in their place: [0, 0, 0, 0] or
+    [-1, -1, -1, -1]."""
     without_area: int
     """Boxes with x2 <= x1 or y2 <= y1."""
     ignored: int
@@ -150,7 +155,7 @@ def read_predictions(
         box_field: the field of the box, where it is not the layout's.
 
     Returns:
-        All rows. A box that is null or not four finite numbers is a parse failure, not an error.
+        All rows. A box that is null, not four finite numbers or [0, 0, 0, 0] is a parse failure, not an error.
 
     Raises:
         PredictionError: for a file that is unreadable, empty or no JSON, a format or frame that is
@@ -162,34 +167,40 @@ def read_predictions(
         raise PredictionError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     fields = LAYOUTS[layout]
     fields = replace(fields, id_field=id_field or fields.id_field, box_field=box_field or fields.box_field)
-    rows = list(_objects(where))
-    header = _header(rows, fields, where)
-    if header:
-        rows = rows[1:]
-    if not rows:
-        raise PredictionError(f"{where}: holds no predictions; write one JSON object per line")
+    rows = _objects(where)
+    first = next(rows, None)
+    header = _header(first, fields, where) if first else {}
     of_layout = f"the layout {layout}"
     declared_format = _agreed(
-        where, "format", FORMATS, (box_format, "--format"), (header.get("format"), "the header line"),
+        where, "format", _format_of, (box_format, "--format"), (header.get("format"), "the header line"),
         (fields.box_format, of_layout),
     )  # fmt: skip
     declared_frame = _agreed(
-        where, "frame", FRAMES, (frame, "--frame"), (header.get("frame"), "the header line"), (fields.frame, of_layout)
-    )
+        where, "frame", _frame_of, (frame, "--frame"), (header.get("frame"), "the header line"),
+        (fields.frame, of_layout),
+    )  # fmt: skip
     if declared_format is None and fields.format_field is None:
         raise PredictionError(_undeclared(where, "format", FORMATS))
     if declared_frame is None:
         raise PredictionError(_undeclared(where, "frame", FRAMES))
-    found = tuple(_row(where, number, row, fields, declared_format, declared_frame) for number, row in rows)
+    found: list[Prediction] = []
+    unreadable: tuple[int, Any] | None = None
+    # One row after the other: what else a row holds (all that a model wrote) is not kept.
+    for number, row in rows if header or first is None else chain([first], rows):
+        prediction = _row(where, number, row, fields, declared_format, declared_frame)
+        value = row[fields.box_field]
+        if prediction.numbers is None and unreadable is None and value not in (None, []) and not _is_mark(value):
+            unreadable = number, value
+        found.append(prediction)
+    if not found:
+        raise PredictionError(f"{where}: holds no predictions; write one JSON object per line")
     _refuse_duplicates(where, found)
-    present = [(number, row[fields.box_field]) for number, row in rows if row[fields.box_field] not in (None, [])]
-    if present and all(prediction.numbers is None for prediction in found):
-        number, value = present[0]
+    if unreadable and all(prediction.numbers is None for prediction in found):
         raise PredictionError(
-            f"{where}: no row has four numbers in {fields.box_field!r} (row {number}: {_short(value)}); name the "
-            "field of the box with --box-field, or write it as [number, number, number, number]"
+            f"{where}: no row has four numbers in {fields.box_field!r} (row {unreadable[0]}: {_short(unreadable[1])}); "
+            "name the field of the box with --box-field, or write it as [number, number, number, number]"
         )
-    return PredictionFile(where, found)
+    return PredictionFile(where, tuple(found))
 
 
 def match(
@@ -254,15 +265,12 @@ def to_xyxy_px(row: Prediction, sample: Sample) -> Numbers:
     assert row.numbers is not None
     a, b, c, d = row.numbers
     height, width = sample.size
-    if row.frame == "relative":
-        scale_x, scale_y = float(width), float(height)
-    elif row.frame == "thousandths":
-        scale_x, scale_y = width / 1000, height / 1000
-    elif row.frame == "resized":
+    if row.frame == "resized":
         assert row.input_size is not None
         scale_x, scale_y = width / row.input_size[1], height / row.input_size[0]
     else:
-        scale_x = scale_y = 1.0
+        unit = frame_unit(row.frame)
+        scale_x, scale_y = (width / unit, height / unit) if unit else (1.0, 1.0)
     if row.box_format == "xywh":
         a, b, c, d = a, b, a + c, b + d
     elif row.box_format == "cxcywh":
@@ -273,51 +281,109 @@ def to_xyxy_px(row: Prediction, sample: Sample) -> Numbers:
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file with their row numbers from 1."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        rows = enumerate(_whole(path), 1) if is_array else _parsed_lines(path)
+        for number, row in rows:
+            if not isinstance(row, dict):
+                raise PredictionError(f"{path}: row {number} is {_short(row)}, not a JSON object; write one per line")
+            yield number, row
     except OSError as error:
         raise PredictionError(f"{path}: cannot be read ({error.strerror}); give a file of predictions") from error
+
+
+def _parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in json_lines(path):
+        if line is None:
+            raise PredictionError(
+                f"{path}: row {number} is longer than {MAX_LINE_BYTES >> 20} MB, which no prediction is; write one "
+                "JSON object per line"
+            )
+        try:
+            yield number, json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise PredictionError(f"{path}: not UTF-8 text ({error}); write the predictions as JSON lines") from error
+        except (ValueError, RecursionError) as error:
+            if line.startswith(b"{") and (spread := _spread(path)):
+                raise PredictionError(f"{path}: {spread}") from error
+            raise PredictionError(
+                f"{path}: row {number} is no JSON: {_short(line.decode('utf-8'))} ({error}); {_REMEDY}"
+            ) from error
+
+
+def _whole(path: Path) -> Any:
+    """A file that is one JSON value."""
+    if (size := path.stat().st_size) > _MAX_ARRAY_BYTES:
+        raise PredictionError(
+            f"{path}: one JSON value of {size >> 20} MB, which would fill the memory (the limit is "
+            f"{_MAX_ARRAY_BYTES >> 20} MB); write the predictions as JSON lines"
+        )
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise PredictionError(f"{path}: not UTF-8 text ({error}); write the predictions as JSON lines") from error
-    rows: Iterator[tuple[int, Any]]
-    if text.lstrip().startswith("["):
-        whole = _parsed(text, f"{path}: not a whole JSON array")
-        rows = ((number, row) for number, row in enumerate(whole, 1))
-    else:
-        # Not splitlines(): JSON texts may hold U+2028 and the like unescaped.
-        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        rows = ((number, _parsed(line, f"{path}: row {number} is no JSON: {_short(line)}")) for number, line in lines)
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise PredictionError(f"{path}: row {number} is {_short(row)}, not a JSON object; write one per line")
-        yield number, row
-
-
-def _parsed(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PredictionError(f"{what} ({error}); mend the file or write it again") from error
+        raise PredictionError(f"{path}: not a whole JSON array ({error}); {_REMEDY}") from error
 
 
-def _header(rows: list[tuple[int, dict[str, Any]]], fields: Layout, path: Path) -> dict[str, Any]:
+def _spread(path: Path) -> str | None:
+    """What to say of a file of objects that go over several lines; None where it is something else."""
+    wanted = "what is scored is JSON lines, one prediction a line, or one JSON array of predictions"
+    try:
+        text = path.read_bytes()[:_MAX_ARRAY_BYTES].decode("utf-8-sig")
+        value, end = json.JSONDecoder().raw_decode(text.lstrip())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if text.lstrip()[end:].strip():
+        return f"holds JSON objects that go over several lines, and {wanted}; `jq -c .` writes each on one line"
+    return f"is one JSON object over several lines, and {wanted}{_inner_list(value) or '; write it so'}"
+
+
+def _inner_list(value: dict[str, Any]) -> str | None:
+    """Where a list of objects inside an object may be the predictions that are meant."""
+    for key, held in value.items():
+        if isinstance(held, list) and held and isinstance(held[0], dict):
+            return f": its {_short(key)} is a list of {len(held)} objects; write that list to a file of its own"
+    return None
+
+
+def _header(first: tuple[int, dict[str, Any]], fields: Layout, path: Path) -> dict[str, Any]:
     """The declaration in the first row, or nothing where that is a prediction."""
-    first = rows[0][1] if rows else {}
-    if fields.id_field in first or fields.box_field in first or not first.keys() & {"format", "frame"}:
+    number, row = first
+    if fields.id_field in row or fields.box_field in row or not row.keys() & {"format", "frame"}:
         return {}
-    if unknown := sorted(first.keys() - {"format", "frame"}):
+    if unknown := sorted(row.keys() - {"format", "frame"}):
         raise PredictionError(
-            f"{path}: row {rows[0][0]}, a header, has the unknown key {unknown[0]!r}; it takes format and frame"
+            f"{path}: row {number}, a header, has the unknown key {_short(unknown[0])}; it takes format and frame"
         )
-    return first
+    return row
 
 
-def _agreed(path: Path, what: str, choices: dict[str, str], *claims: tuple[Any, str]) -> str | None:
+def _format_of(value: Any) -> str:
+    if not isinstance(value, str) or value not in FORMATS:
+        raise ValueError(f"choose one of {', '.join(FORMATS)}")
+    return value
+
+
+def _frame_of(value: Any) -> str:
+    """A frame by its name; a whole number N as ``"N"``."""
+    if value == "resized":
+        return "resized"
+    unit = frame_unit(value)
+    return str(value) if unit is None or value in FRAMES else str(unit)
+
+
+def _agreed(path: Path, what: str, check: Callable[[Any], str], *claims: tuple[Any, str]) -> str | None:
     """What all claims say, None without any."""
-    made = [(value, who) for value, who in claims if value is not None]
-    for value, who in made:
-        if not isinstance(value, str) or value not in choices:
-            raise PredictionError(f"{path}: {who} says {what} {_short(value)}; choose one of {', '.join(choices)}")
-        if value != made[0][0]:
+    made: list[tuple[str, str]] = []
+    for value, who in claims:
+        if value is None:
+            continue
+        try:
+            made.append((check(value), who))
+        except ValueError as error:
+            raise PredictionError(f"{path}: {who} says {what} {_short(value)}; {error}") from error
+        if made[-1][0] != made[0][0]:
             raise PredictionError(
                 f"{path}: {made[0][1]} says {what} {made[0][0]}, but {who} says {value}; find out which is true and "
                 "correct the other"
@@ -339,8 +405,9 @@ def _row(
 ) -> Prediction:
     for field, option in ((fields.id_field, "--id-field"), (fields.box_field, "--box-field")):
         if field not in row:
+            inner = _inner_list(row) or ""
             raise PredictionError(
-                f"{path}: row {number} has no field {field!r}, only {_short(sorted(row))}; name it with {option}"
+                f"{path}: row {number} has no field {field!r}, only {_short(sorted(row))}; name it with {option}{inner}"
             )
     sample_id = row[fields.id_field]
     if not isinstance(sample_id, str) and type(sample_id) is not int:  # bool is an int, and is no id
@@ -348,11 +415,17 @@ def _row(
             f"{path}: row {number}: {fields.id_field} is {_short(sample_id)}, neither a text nor a whole number; "
             "name the field of the id with --id-field"
         )
+    if len(str(sample_id)) > _LONGEST_ID:
+        raise PredictionError(
+            f"{path}: row {number}: {fields.id_field} is a text of {len(str(sample_id))} letters, which is no id (at "
+            f"most {_LONGEST_ID}); name the field of the id with --id-field"
+        )
     box_format = _agreed_in_row(path, number, row, fields, declared_format)
     stated = row.get("frame")
-    if isinstance(stated, str) and stated in FRAMES and stated != frame:
+    if isinstance(stated, str) and stated in FRAMES and _frame_of(stated) != frame:
         raise PredictionError(f"{path}: row {number} says frame {stated}, but {frame} is declared; correct one of them")
-    numbers = _four_numbers(row[fields.box_field])
+    value = row[fields.box_field]
+    numbers = None if _is_mark(value) else _four_numbers(value)
     input_size = _input_size(path, number, row) if frame == "resized" and numbers is not None else None
     return Prediction(number, str(sample_id), numbers, box_format, frame, input_size)
 
@@ -377,6 +450,11 @@ def _four_numbers(value: Any) -> Numbers | None:
         return None
     a, b, c, d = map(float, value)
     return a, b, c, d
+
+
+def _is_mark(value: Any) -> bool:
+    """Whether a box is what evaluators write for a failed prediction: four times 0, or four times -1."""
+    return isinstance(value, list) and len(value) == 4 and any(value.count(mark) == 4 for mark in (0, -1))
 
 
 def _input_size(path: Path, number: int, row: dict[str, Any]) -> tuple[float, float]:
@@ -408,7 +486,8 @@ def _refuse_unknown(file: PredictionFile, samples: Sequence[Sample], index: dict
     if not unknown:
         return
     wanted = unknown[0].sample_id
-    near = difflib.get_close_matches(wanted, list(index), n=3, cutoff=0.5) or list(index)[:3]
+    some = list(index)[:20_000]  # each comparison takes a while
+    near = difflib.get_close_matches(wanted[:100], some, n=3, cutoff=0.5) or some[:3]
     served = f"{samples[0].dataset} {samples[0].split}" if samples else "the data set"
     raise PredictionError(
         f"{file.path}: {len(unknown)} of {len(file.rows)} rows have an id that {served} has not, the first is row "
@@ -419,6 +498,8 @@ def _refuse_unknown(file: PredictionFile, samples: Sequence[Sample], index: dict
 
 def _refuse_misfit(path: Path, rows: Sequence[tuple[Prediction, Sample]]) -> None:
     """Raise where more boxes than a bad model would give contradict the declaration."""
+    # What has no area in any format tells nothing about the format.
+    rows = [row for row in rows if _may_have_area(row[0])]
     checks: tuple[tuple[str, Callable[[Prediction, Sample], bool]], ...] = (
         ("have no area (x2 <= x1 or y2 <= y1)", lambda row, sample: not _has_area(to_xyxy_px(row, sample))),
         ("reach far outside their picture", lambda row, sample: _reach(row, sample) > _FAR_OUTSIDE[row.box_format]),
@@ -462,6 +543,12 @@ def _reach(row: Prediction, sample: Sample) -> float:
     x1, y1, x2, y2 = to_xyxy_px(row, sample)
     height, width = sample.size
     return max(-x1 / width, -y1 / height, x2 / width - 1, y2 / height - 1)
+
+
+def _may_have_area(row: Prediction) -> bool:
+    assert row.numbers is not None
+    a, b, c, d = row.numbers
+    return (c > 0 and d > 0) or (c > a and d > b)
 
 
 def _within_one(row: Prediction) -> bool:

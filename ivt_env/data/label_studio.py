@@ -1,0 +1,325 @@
+"""From a Label Studio JSON export to a data set of one's own: x, y, width, height in **percent** of the picture.
+
+The picture is taken as the browser shows it (upright). A region is all results of one id: its rectangle
+(``rectanglelabels``, or ``rectangle`` with ``labels`` as in the OCR template) and its texts (``textarea``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from ivt_env.data.checked import (
+    BadRowError,
+    BadRows,
+    box_inside,
+    picture_size,
+    read_json,
+    relative_path,
+    short,
+    text,
+)
+from ivt_env.data.custom import Declared, boxed
+from ivt_env.data.custom_writer import Converted, Pictures, Splits, Writer
+from ivt_env.data.pictures import Header
+from ivt_env.data.sample import DataError
+
+_REMEDY = "export the project again, in the format JSON (not JSON-MIN)"
+_NO_TEXT = (
+    "write an expression to each rectangle (a TextArea with perRegion in the labelling interface), or name a field of "
+    "the tasks with --expression-key data.FIELD"
+)
+_UPLOADED = re.compile(r"(?:.*/)?data/upload/(?:\d+/)?")
+_RECTANGLE = ("x", "y", "width", "height")
+_NO_BOX = re.compile("(polygon|ellipse|keypoint|brush|vector|bitmask)(labels)?")
+
+
+def from_label_studio(
+    export_file: str | os.PathLike[str],
+    pictures: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    name: str,
+    expression_key: str | None = None,
+    image_key: str = "image",
+    split: Splits = "train",
+    seed: int = 0,
+    copy: bool = False,
+) -> Converted:
+    """Convert a Label Studio JSON export of a project with rectangles (with labels, or with the OCR template).
+
+    Every rectangle with an expression becomes a line; the siblings are the other rectangles of its
+    label in its task. What was cancelled, or rejected in a review, does not count; of several annotations
+    of a task the one marked as ground truth, else the first. Polygons, key points and the like are no boxes:
+    they are passed over and counted.
+
+    Args:
+        export_file: the JSON export (not JSON-MIN).
+        pictures: the folder that holds the pictures: the uploaded files, or what
+            ``/data/local-files/?d=`` is relative to.
+        out: the folder to write; it must not hold a data set.
+        name: the label of the data set.
+        expression_key: None: the text area of the region, a line for each text in it. ``data.<field>``:
+            that field of the task, which must then have one rectangle.
+        image_key: the field of the task's data that names its picture; where there is none, its only field that
+            names a picture is taken (``ocr`` in the OCR template).
+        split: one split for all, or the share of the pictures in each.
+        seed: of the drawing, where there are shares.
+        copy: whether pictures are copied; else they are linked.
+
+    Raises:
+        DataError: as ``from_coco``.
+    """
+    source, folder = Path(export_file), Path(pictures)
+    if expression_key is not None and not expression_key.startswith("data."):
+        raise DataError(f"expression_key {expression_key!r} is not 'data.<field>'; name a field of the task's data")
+    writer = Writer(Path(out), Declared(name, "xywh", "relative"), copy)
+    tasks = read_json(source, _REMEDY)
+    if not isinstance(tasks, list) or not tasks:
+        raise DataError(f"{source}: holds {short(tasks)}, not a list of tasks; {_REMEDY}")
+    if not any(isinstance(task, dict) and "annotations" in task for task in tasks):
+        raise DataError(f"{source}: no task has 'annotations'; {_REMEDY}")
+    bad = BadRows(str(source), "correct these tasks in Label Studio and export again, in the format JSON")
+    notes: dict[str, int] = defaultdict(int)
+    held = Pictures(folder)
+    elsewhere: list[str] = []
+    total = 0
+    for number, task in enumerate(tasks):
+        here = f"task {task.get('id', number)}" if isinstance(task, dict) else f"task {number}"
+        try:
+            annotation = _annotation(task, notes)
+            image = ""
+            try:
+                image = _image(task, image_key)
+            except BadRowError as error:
+                elsewhere.append(f"{here}: {error}")
+            if annotation is None:
+                continue
+            regions, count = _regions(annotation, here, bad, notes)
+            total += count
+        except BadRowError as error:
+            bad.add(here, error)
+            total += 1
+            continue
+        try:
+            if expression_key is not None:
+                _give_expression(task, expression_key, regions, count)
+        except BadRowError as error:
+            bad.add(here, error, len(regions))
+            continue
+        if not any(region.expressions for region in regions):
+            notes["rectangles without an expression are no targets"] += len(regions)
+            continue
+        try:
+            if not image:
+                raise BadRowError(elsewhere[-1].removeprefix(f"{here}: "))
+            header = held.header(image)
+        except BadRowError as error:
+            bad.add(here, error, len(regions))
+            continue
+        _add_lines(writer, task.get("id", number), here, regions, header, folder, image, bad, notes)
+    bad.remedy = held.remedy() or bad.remedy
+    bad.check(total)
+    notes = {note: count for note, count in notes.items() if count}
+    if elsewhere and not writer.lines:
+        notes[f"pictures that cannot be named, the first of {elsewhere[0]}"] = len(elsewhere)
+    return writer.write(split, seed, bad, notes, _NO_TEXT)
+
+
+@dataclass(slots=True)
+class _Region:
+    id: str
+    label: str | None
+    percent: list[Any]
+    """x, y, width, height, in percent of the picture."""
+    size: tuple[int, int]
+    """(height, width) of the picture when it was annotated."""
+    expressions: list[str] = field(default_factory=list)
+
+    @property
+    def bbox(self) -> list[float]:
+        """xywh, relative to the picture."""
+        return [each / 100 for each in self.percent]
+
+
+def _annotation(task: Any, notes: dict[str, int]) -> dict[str, Any] | None:
+    """The annotation of a task that counts; None where nobody has done it, or nobody was content with it."""
+    annotations = task.get("annotations") if isinstance(task, dict) else None
+    if not isinstance(annotations, list) or not all(isinstance(one, dict) for one in annotations):
+        raise BadRowError(f"annotations is {short(annotations)}, not a list of annotations")
+    done = [one for one in annotations if not one.get("was_cancelled")]
+    valid = [one for one in done if not _was_rejected(one)]
+    if not done:
+        notes["tasks without an annotation that was not cancelled were passed over"] += 1
+        return None
+    if len(valid) < len(done):
+        notes["annotations that a review rejected were passed over"] += len(done) - len(valid)
+    if not valid:
+        return None
+    truth = [one for one in valid if one.get("ground_truth") is True]
+    if len(valid) > 1:
+        which = "the one marked as ground truth" if truth else "the first that was not cancelled"
+        notes[f"of several annotations of a task {which} was taken"] += 1
+    return (truth or valid)[0]
+
+
+def _was_rejected(annotation: dict[str, Any]) -> bool:
+    """Whether the last word on an annotation was a reviewer's no."""
+    if isinstance(annotation.get("last_action"), str):
+        return annotation["last_action"] == "rejected"
+    reviews = annotation.get("reviews")
+    reviews = [one for one in reviews if isinstance(one, dict)] if isinstance(reviews, list) else []
+    return bool(reviews) and max(reviews, key=lambda one: str(one.get("created_at"))).get("accepted") is False
+
+
+def _image(task: dict[str, Any], image_key: str) -> str:
+    """The path of the picture below the folder of pictures."""
+    held = task.get("data")
+    if isinstance(held, dict) and image_key not in held:
+        named = [key for key, value in held.items() if isinstance(value, str) and _names_a_picture(value)]
+        if len(named) != 1:
+            raise BadRowError(
+                f"data has no field {image_key!r}, and {len(named)} of its fields name a picture "
+                f"({short(sorted(map(str, held)))}); export it with the picture as {image_key!r}"
+            )
+        image_key = named[0]
+    given = text(held, image_key)
+    try:
+        parts = urlsplit(given)
+    except ValueError as error:
+        raise BadRowError(f"data.{image_key} {short(given)} is no path ({error})") from error
+    if parts.path.endswith("/data/local-files/") and "d" in parse_qs(parts.query):
+        path = parse_qs(parts.query)["d"][0]
+    elif _UPLOADED.match(parts.path):
+        path = unquote(_UPLOADED.sub("", parts.path, count=1))
+    elif parts.scheme and len(parts.scheme) > 1:
+        raise BadRowError(
+            f"data.{image_key} {short(given)} lies elsewhere; fetch the pictures and name them by their path in the "
+            "folder"
+        )
+    else:
+        path = given
+    return str(PurePosixPath(relative_path(path.removeprefix("/"), f"data.{image_key}")))
+
+
+def _names_a_picture(value: str) -> bool:
+    plain = value.split("?d=")[-1].split("?")[0].lower()
+    return plain.endswith((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+
+
+def _regions(annotation: dict[str, Any], here: str, bad: BadRows, notes: dict[str, int]) -> tuple[list[_Region], int]:
+    """Usable rectangles with their texts, and how many regions there are; the others go into ``bad`` and ``notes``."""
+    results = annotation.get("result")
+    if not isinstance(results, list) or not all(isinstance(one, dict) for one in results):
+        raise BadRowError(f"result is {short(results)}, not a list of regions")
+    of_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for one in results:
+        if isinstance(one.get("value"), dict):
+            of_id[str(one.get("id"))].append(one)
+    regions: list[_Region] = []
+    count = 0
+    for number, held in of_id.items():
+        rectangles = [one for one in held if _is_rectangle(one)]
+        others = sorted({one["type"] for one in held if _NO_BOX.fullmatch(str(one.get("type")))})
+        # What has no place in the picture (choices and ratings of the whole task) is no region.
+        count += bool(rectangles or others)
+        if others:
+            notes[f"regions that are no rectangles ({', '.join(others)}) were passed over"] += 1
+        elif rectangles:
+            try:
+                regions.append(_region(number, held, rectangles))
+            except BadRowError as error:
+                bad.add(here, f"region {number}: {error}")
+    return regions, count
+
+
+def _is_rectangle(result: dict[str, Any]) -> bool:
+    value = result["value"]
+    return all(key in value for key in _RECTANGLE) and not _NO_BOX.fullmatch(str(result.get("type")))
+
+
+def _region(number: str, held: list[dict[str, Any]], rectangles: list[dict[str, Any]]) -> _Region:
+    first = next((one for one in rectangles if "rectangle" in str(one.get("type"))), rectangles[0])
+    text(first, "id")
+    for one in rectangles:
+        turns = (("rotation", one["value"].get("rotation")), ("image_rotation", one.get("image_rotation")))
+        for place, turned in turns:
+            if turned not in (None, 0):
+                raise BadRowError(
+                    f"{place} is {short(turned)}, and a turned rectangle is no box; draw it again without turning"
+                )
+        if any(repr(one["value"][key]) != repr(first["value"][key]) for key in _RECTANGLE):
+            raise BadRowError("its rectangle occurs twice, in different places; delete one of them")
+    percent = [first["value"][key] for key in _RECTANGLE]
+    box_inside(percent, (100, 100), "xywh", "x, y, width, height in percent")
+    size = picture_size(first, "original_height", "original_width")
+    region = _Region(number, None, percent, size)
+    for one in held:
+        value = one["value"]
+        if one.get("type") == "textarea":
+            texts = value.get("text")
+            region.expressions += [
+                text({"text": each}, "text").strip() for each in (texts if isinstance(texts, list) else [texts])
+            ]
+        labels = value.get("rectanglelabels") or value.get("labels")
+        if isinstance(labels, list) and labels and region.label is None:
+            region.label = text({"labels": labels[0]}, "labels")
+    return region
+
+
+def _give_expression(task: dict[str, Any], expression_key: str, regions: list[_Region], count: int) -> None:
+    """Give the task's expression to its only rectangle."""
+    if count != 1:
+        raise BadRowError(f"{count} regions and one expression, so it is unclear which is meant")
+    for region in regions:
+        region.expressions = [text(task.get("data"), expression_key.removeprefix("data.")).strip()]
+
+
+def _add_lines(
+    writer: Writer, task_id: Any, here: str, regions: list[_Region], header: Header, folder: Path, image: str,
+    bad: BadRows, notes: dict[str, int],
+) -> None:  # fmt: skip
+    """The lines of a task, its regions compared with its picture."""
+    usable = []
+    for region in regions:
+        try:
+            _check_picture(region, header, image)
+            boxed(region.bbox, region.size, writer.declared)
+            usable.append(region)
+        except BadRowError as error:
+            bad.add(here, f"region {region.id}: {error}")
+    for region in usable:
+        if not region.expressions:
+            notes["rectangles without an expression are no targets"] += 1
+        for i, expression in enumerate(region.expressions):
+            line = {
+                "id": f"{task_id}-{region.id}" + (f"-{i}" if len(region.expressions) > 1 else ""),
+                "image": image,
+                "width": region.size[1],
+                "height": region.size[0],
+                "expression": expression,
+                "bbox": region.bbox,
+                "siblings": [o.bbox for o in usable if o is not region and o.label == region.label],
+                "meta": {"task": task_id, "region": region.id},
+            }
+            if region.label is not None:
+                line["category"] = region.label
+            writer.add(line, folder / image)
+
+
+def _check_picture(region: _Region, header: Header, image: str) -> None:
+    if not header.fits(region.size):
+        raise BadRowError(
+            f"{image} is {header.stored[1]} wide and {header.stored[0]} high, but was {region.size[1]} wide and "
+            f"{region.size[0]} high when it was annotated; put the original there"
+        )
+    if header.frame_is_unclear:  # the browser has shown it upright, its size would be read as stored
+        raise BadRowError(
+            f"{image}: its EXIF note says to show it turned or mirrored (orientation {header.orientation}) with "
+            "the same height and width, which the lines cannot say; turn the pixels themselves (for example with "
+            "ImageMagick's `mogrify -auto-orient`)"
+        )
