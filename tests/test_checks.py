@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from eval_layouts import write_ref_l4
@@ -97,9 +98,58 @@ def test_rows_left_out_are_listed_with_the_readers_reasons(made):
     made.rows[1]["bad"] = "its number is odd"
     made.rows.append({**made.rows[0]})  # an id for the second time
     made.save()
-    (finding,) = check_source(made.source()).findings
-    assert finding.level == "warning" and finding.count == 2
-    assert finding.examples[0] == "row 1: its number is odd" and "occurs twice" in finding.examples[1]
+    unknown, of_train = check_source(made.source()).findings
+    assert (unknown.level, unknown.split, unknown.count) == ("warning", "all", 1), "1 of 15"
+    assert unknown.examples == ("row 1: its number is odd",)
+    assert (of_train.level, of_train.split, of_train.count) == ("error", "train", 1), "1 of 9 is more than a tenth"
+    assert "occurs twice in train" in of_train.examples[0]
+
+
+@pytest.mark.parametrize(("bad", "status"), [(0, 0), (1, 0), (2, 1), (4, 1)])
+def test_share_of_unusable_rows_above_the_stated_limit_is_unfit_for_use(tmp_path, capsys, bad, status):
+    """Of a split: a large sound training split does not hide a ruined validation split."""
+    write_custom_set(tmp_path, {"train": 40, "val": 15}, {("val", n): {"bbox": [9, 9, 1, 1]} for n in range(bad)})
+    assert main(["data", "check", "custom", "--data-root", str(tmp_path)]) == status
+    said = capsys.readouterr().out
+    assert (f"val: rows cannot be used and are left out: {bad / 15:.1%}, and more than 10% is unfit" in said) == (
+        bad > 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "size", "said"),
+    [
+        ({"expression": "x" * 1344}, (30, 40), "expression of 1344 letters; at most 1024 can be played"),
+        ({"expression": "ü" * 10_000}, (30, 40), "expression of 10000 letters; at most 1024"),
+        ({}, (8, 3000), "image of 3000 x 8 pixels; one side can be at most 100 times the other"),
+        ({}, (606, 6), "image of 6 x 606 pixels"),
+    ],
+)
+def test_what_play_refuses_the_check_names_by_row_and_by_the_same_limit(tmp_path, capsys, line, size, said):
+    write_custom_set(tmp_path, {"val": 12}, {("val", 5): {"bbox": [1, 1, 5, 5]} | line}, {("val", 5): size})
+    env = gym.make("IVT-Custom-v0", split="val", data_root=str(tmp_path))
+    with pytest.raises(DataError, match=said):
+        env.reset(options={"index": 5})
+    for options in ([], ["--no-pictures"]):
+        assert main(["data", "check", "custom", "--data-root", str(tmp_path), *options]) == 1
+        printed = capsys.readouterr().out
+        assert "ERROR    val: rows cannot be played (1)" in printed and f"6: {said}" in printed
+    for index in (4, 6):
+        env.reset(options={"index": index})
+
+
+def write_custom_set(root, counts, changes, sizes=None):
+    """Splits of so many lines, a picture each; (split, number) -> what a line says instead, or its picture's size."""
+    (root / "images").mkdir(parents=True)
+    (root / "dataset.json").write_text('{"name": "my-set", "box": "xyxy", "frame": "px"}')
+    for split, count in counts.items():
+        lines = []
+        for n in range(count):
+            height, width = (sizes or {}).get((split, n), (30, 40))
+            Image.new("RGB", (width, height), (n, len(split), 9)).save(root / "images" / f"{split}{n}.png")
+            line = {"image": f"{split}{n}.png", "expression": f"thing {n}", "bbox": [2, 3, 20, 25]}
+            lines.append(json.dumps(line | changes.get((split, n), {})))
+        (root / f"{split}.jsonl").write_text("\n".join(lines))
 
 
 def test_leak_across_data_sets_is_found_by_the_picture_id(tmp_path):

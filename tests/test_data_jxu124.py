@@ -192,7 +192,7 @@ def test_ref_that_is_there_twice_is_read_once(hub, caplog):
 
 def test_many_bad_rows_refuse_the_files_with_a_remedy(hub):
     for row in hub.rows["testA"][:11]:
-        set_box(row, [0.0, 0.0, 500.0, 5.0])
+        set_box(row, [0.0, 0.0, 0.0, 5.0])
     hub.save()
     message = hub.error("train")
     assert "11 of 80 rows are unusable (the limit is 10)" in message and "ivt data fetch jxu124" in message

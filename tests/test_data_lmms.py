@@ -218,7 +218,6 @@ BAD_ROWS = {
     "zero area": ({"bbox": [5.0, 6.0, 0.0, 9.0]}, "bbox [5.0, 6.0, 0.0, 9.0] (x, y, width, height) has no area"),
     "no number": ({"question_id": "12a"}, "question_id is '12a', not the number of an annotation"),
     "null id": ({"question_id": None}, "question_id is None"),
-    "other annotation": ({"question_id": "5"}, "is of another annotation"),
     "no COCO name": ({"file_name": "17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 picture"),
     "path": ({"file_name": "../x.jpg"}, "file_name '../x.jpg' is not the plain name of a file"),
     "no answer": ({"answer": []}, "answer is None, not a text"),
@@ -237,6 +236,15 @@ def test_bad_row_is_named_and_left_out_and_the_rest_is_served(hub, caplog, what)
     hub.save()
     log = hub.left_out("testA", caplog)
     assert "row 3 of testA-00000-of-00001.parquet: " in log and reason in log
+
+
+def test_file_name_must_end_in_the_annotation_in_refcocog_alone(tmp_path, caplog):
+    for name, split, skipped in (("refcocog", "test", 1), ("refcoco", "testA", 0), ("refcocoplus", "testB", 0)):
+        hub = write_lmms(tmp_path, name, many(split))
+        hub.rows[split][3]["question_id"] = "5"
+        hub.save()
+        assert hub.open(split).skipped == skipped, name
+    assert "is of another annotation" in caplog.text
 
 
 def test_object_that_is_there_twice_is_read_once(hub, caplog):

@@ -7,6 +7,9 @@ convention still is a box, and an answer that is dropped instead of counted make
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +262,85 @@ def test_few_misfits_are_the_models_fault_and_counted(tmp_path: Path) -> None:
         matched(save(tmp_path, *answers(boxes)), SAMPLES)
     one_of_two = save(tmp_path, *answers([[200, 100, 100, 200], [100, 100, 200, 200]]))
     assert matched(one_of_two, SAMPLES[:2]).without_area == 1
+
+
+@pytest.mark.parametrize("mark", [[0, 0, 0, 0], [0.0, 0, 0, 0.0], [-1, -1, -1, -1]])
+@pytest.mark.parametrize("box_format", ["xyxy", "xywh", "cxcywh"])
+@pytest.mark.parametrize("frame", ["px", "thousandths", "relative"])
+@pytest.mark.parametrize("share", [0.06, 0.4, 1.0])
+def test_failed_predictions_are_counted_whatever_their_share(tmp_path: Path, mark, box_format, frame, share) -> None:
+    samples = [sample(n) for n in range(50)]
+    right = written((100, 100, 200, 200), box_format, frame)
+    failed = round(50 * share)
+    file = save(tmp_path, *answers([mark] * failed + [right] * (50 - failed)))
+    found = matched(file, samples, box_format, frame)
+    assert (found.parse_failures, found.without_area, found.missing) == (failed, 0, 0)
+    assert common(found.boxes_px, samples).rows[0].value == pytest.approx(1 - failed / 50)
+
+
+def test_boxes_without_area_in_any_format_say_nothing_against_the_declaration(tmp_path: Path) -> None:
+    samples = [sample(n) for n in range(20)]
+    file = save(tmp_path, *answers([[30, 40, 0, 0]] * 8 + [[100, 100, 200, 200]] * 12))
+    assert matched(file, samples).without_area == 8
+
+
+@pytest.mark.parametrize(("frame", "unit"), [("999", 999), (999, 999), ("999ths", 999), ("1024", 1024), ("1000", 1000)])
+def test_any_whole_number_is_a_frame(tmp_path: Path, frame, unit) -> None:
+    height, width = SIZE
+    box = [100 / width * unit, 100 / height * unit, 200 / width * unit, 200 / height * unit]
+    file = save(tmp_path, {"format": "xyxy", "frame": frame}, *answers([box]))
+    found = match(read_predictions(file), [sample(0)])
+    assert np.allclose(found.boxes_px, [[100, 100, 200, 200]], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("frame", ["1", "0", "-5", "9.5", "percent", "1e3", True, [999], None, "99999999999"])
+def test_other_frames_are_refused_with_the_choices(tmp_path: Path, frame) -> None:
+    file = save(tmp_path, *answers([[1, 2, 3, 4]]))
+    said = refused(file, box_format="xyxy", frame=frame)
+    assert "whole number N for 0 to N (999, 1024, ...)" in said or "declared nowhere" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            '{\n "accuracy": 1,\n "results": [\n {"sample_id": 1}]\n}',
+            "'results' is a list of 1 objects; write that list to a",
+        ),
+        ('{\n "accuracy": 1\n}', "one JSON object over several lines, and what is scored is JSON lines"),
+        ('{\n "sample_id": 1\n}\n{\n "sample_id": 2\n}', "JSON objects that go over several lines.*jq -c"),
+        (
+            '{"accuracy": 1, "predictions": [{"sample_id": 1}, {}]}',
+            "'predictions' is a list of 2 objects; write that list",
+        ),
+    ],
+)
+def test_other_shapes_of_json_are_named_with_what_is_wanted(tmp_path: Path, text, said) -> None:
+
+    assert re.search(said, refused(save(tmp_path, text), box_format="xyxy", frame="px"))
+
+
+@pytest.mark.parametrize("where", ["id", "key", "box", "array"])
+def test_one_huge_value_takes_no_memory_to_speak_of(tmp_path: Path, where) -> None:
+    """One id of 200 MB took 7.9 GB: it was compared with every id letter by letter."""
+    row = {"id": '{"sample_id": "HUGE", "box": [1, 2, 3, 4]}', "key": '{"HUGE": 1}',
+           "box": '{"sample_id": 1, "box": "HUGE"}', "array": '[{"sample_id": "HUGE", "box": null}]'}  # fmt: skip
+    file = tmp_path / "made.jsonl"
+    file.write_text(row[where].replace("HUGE", "ab" * (60 << 20)))
+    code = (
+        "import sys; from ivt_env.metrics.predictions import PredictionError, read_predictions\n"
+        "try: read_predictions(sys.argv[1], box_format='xyxy', frame='px')\n"
+        "except PredictionError as error: print(len(str(error)))\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    out = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True, timeout=120)
+    letters, kilobytes = map(int, out.stdout.split())
+    assert letters < 1000 and kilobytes < 500_000
+
+
+def test_long_id_is_refused_before_it_is_compared(tmp_path: Path) -> None:
+    said = refused(save(tmp_path, {"sample_id": "x" * 1001, "box": None}), box_format="xyxy", frame="px")
+    assert "row 1: sample_id is a text of 1001 letters, which is no id (at most 1000)" in said
 
 
 def test_a_broken_file_names_row_and_remedy(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ivt_env.commands import score
+from ivt_agents.cli import main
 from ivt_env.data import DataError, jxu124, lmms, mdetr, refer, vlm_r1
 from ivt_env.data.converters import from_coco
 from ivt_env.data.label_studio import from_label_studio
@@ -87,7 +87,7 @@ def test_four_layouts_agree_on_ids_boxes_and_expressions(real):
 )
 def test_predictions_score_as_published(real, capsys, name, accuracies, miou):
     command = [str(real / "refer" / f"{name}.jsonl"), "--dataset", "refcoco", "--split", "testA", "--format", "xywh"]
-    assert score.main([*command, "--frame", "px", "--data-root", str(real / "refer"), "--json"]) == 0
+    assert main(["score", *command, "--frame", "px", "--data-root", str(real / "refer"), "--json"]) == 0
     rows = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)["rules"]["common"]["rows"]}
     assert [round(rows[f"Acc@{t}"], 4) for t in (0.5, 0.75, 0.9)] == list(accuracies)
     assert round(rows["mIoU"], 4) == miou
@@ -104,7 +104,7 @@ def test_vlm_r1_row_and_its_log_is_refused_with_what_is_wanted(real, capsys):
     assert sample.sample_id == "1719310-0"
     assert np.allclose(pixels(sample), [103.93, 299.99, 238.15, 477.41], rtol=0, atol=1e-9)
     command = [str(real / "vlm_r1" / "vlmr1_log.json"), "--dataset", "refcoco", "--split", "testA", "--format", "xyxy"]
-    assert score.main([*command, "--frame", "px", "--data-root", str(real / "refer")]) == 2
+    assert main(["score", *command, "--frame", "px", "--data-root", str(real / "refer")]) == 2
     said = capsys.readouterr().err
     assert (
         "one JSON object over several lines" in said and "JSON lines, one prediction a line, or one JSON array" in said

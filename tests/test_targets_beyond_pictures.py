@@ -18,8 +18,8 @@ from hub_layouts import many, put_pictures, write_jxu124, write_lmms, write_mdet
 from refer_layout import write_refer_folder
 
 import ivt_env  # noqa: F401  registers the environments
+from ivt_agents.cli import main
 from ivt_env import boxes, data
-from ivt_env.commands import score
 from ivt_env.data import DataError, load_dataset, ref_adv, ref_l4, refer
 from ivt_env.data.converters import export
 from ivt_env.data.table import open_table
@@ -110,7 +110,7 @@ def test_score_is_the_official_evaluators_and_not_that_of_a_clipped_target(tmp_p
     rows = [{"id": row["id"], "pred_bbox": [0, 0, 14, 14], "format": "xyxy"} for row in layout.all_rows]
     (tmp_path / "p.json").write_text(json.dumps(rows))
     command = [str(tmp_path / "p.json"), "--dataset", "refl4", "--layout", "refl4", "--data-root", str(tmp_path)]
-    assert score.main([*command, "--split", "all", "--resamples", "0", "--json"]) == 0
+    assert main(["score", *command, "--split", "all", "--resamples", "0", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["samples"] == len(rows)
     by_metric = {row["metric"]: row["value"] for row in found["rules"]["common"]["rows"]}

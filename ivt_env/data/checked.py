@@ -56,13 +56,13 @@ class BadRows:
         """Of rows that are kept, and whose boxes do not agree with the rest of the row as they are read."""
         self._where, self.remedy = where, remedy
 
-    def add(self, row: int | str, reason: object, count: int = 1) -> None:
+    def add(self, row: int | str, reason: object, count: int = 1, split: str | None = None) -> None:
         """Leave out ``count`` samples of one row: its number from 0, with the file where there are several."""
         text = f"row {row}: {reason}"
         if len(self.reasons) < _ROWS_LOGGED:
             _log.warning("%s: left out %s%s", self._where, text, f" ({count} samples)" if count > 1 else "")
         self.reasons += [text] * count
-        self.splits += [self.split] * count
+        self.splits += [split or self.split] * count
 
     def check(self, total: int) -> None:
         """Raise DataError where more than the allowed share of ``total`` samples was left out or is suspect, or all."""

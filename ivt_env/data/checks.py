@@ -22,7 +22,7 @@ from ivt_env.data.table import Source, Table, open_table
 from ivt_env.game import unplayable
 
 Level = Literal["error", "warning", "note"]
-MOST_LEFT_OUT = 0.05
+MOST_LEFT_OUT = 0.1
 """Share of a split's rows that may be unusable; with more the data set is not fit for use."""
 _EXAMPLES = 5
 
@@ -127,8 +127,7 @@ def left_out(source: Source, tables: Mapping[str, Table]) -> Iterator[Finding]:
         seen: set[tuple[str, str]] = set()
         for row in source.read(bad, Path(folder)):
             if (row.split, row.sample_id) in seen:
-                bad.split = row.split
-                bad.add(row.sample_id, f"the id {row.sample_id} occurs twice in {row.split}")
+                bad.add(row.sample_id, f"the id {row.sample_id} occurs twice in {row.split}", split=row.split)
             seen.add((row.split, row.sample_id))
     for split, count in Counter(bad.splits).items():
         held = [len(table) for name, table in tables.items() if split in (None, name)]

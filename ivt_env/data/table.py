@@ -31,7 +31,7 @@ from ivt_env.data import cache_folder
 from ivt_env.data.checked import BadRows, Box, looks_misdeclared
 from ivt_env.data.pictures import read_picture
 from ivt_env.data.sample import DataError, Picture, Sample
-from ivt_env.files import FileError, whole_file
+from ivt_env.files import whole_file
 
 _INDEX_VERSION = 3  # raise whenever the schema or the meaning of a column changes
 _SCHEMA = pa.schema(
@@ -234,7 +234,7 @@ class Table:
             try:
                 reader = _mapped(self._path)
                 stamp = _stamp(reader)
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, ValueError, pa.ArrowException) as error:
                 raise DataError(
                     f"{self._path}: the index of {self.name}, opened before, cannot be read any more ({error}); "
                     "open the data set again"
@@ -337,7 +337,7 @@ def _build(
         try:
             _write_index(path, batches, facts)
             reader = _mapped(path)
-        except (OSError, FileError) as error:
+        except (OSError, ValueError) as error:
             _log.info("%s: index not written (%s)", path, error)
         else:
             opened = _Opened(path, numbers, len(bad.reasons), folder / "pictures", _stamp(reader))
@@ -354,8 +354,7 @@ def _batches(source: Source, bad: BadRows, folder: Path, where: str) -> dict[str
     for row in source.read(bad, folder):
         total += 1
         if (row.split, row.sample_id) in seen:
-            bad.split = row.split
-            bad.add(row.sample_id, f"the id {row.sample_id} occurs twice in {row.split}")
+            bad.add(row.sample_id, f"the id {row.sample_id} occurs twice in {row.split}", split=row.split)
             continue
         seen.add((row.split, row.sample_id))
         if not source.boxes_proven and (why := looks_misdeclared(row.box, row.size)):
@@ -424,7 +423,21 @@ def _can_write(folder: Path) -> bool:
 
 
 def _mapped(path: Path) -> pa.RecordBatchFileReader:
-    return pa.ipc.open_file(pa.memory_map(str(path)))
+    """The index, mapped into memory; ValueError for one that is not as it was written.
+
+    Arrow trusts what it maps: a file that is cut off or has a flipped bit can end the process. So the file ends in a
+    checksum of all before it, which is compared first.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = max(0, os.fstat(file.fileno()).st_size - digest.digest_size)
+        left = size
+        while block := file.read(min(left, 1 << 16)):
+            digest.update(block)
+            left -= len(block)
+        if left or digest.digest() != file.read():
+            raise ValueError("cut off or damaged")
+    return pa.ipc.open_file(pa.BufferReader(pa.memory_map(str(path)).read_buffer(size)))
 
 
 def _stamp(reader: pa.RecordBatchFileReader) -> str:
@@ -442,7 +455,7 @@ def _read_index(path: Path, identity: dict[str, Any], split: str) -> tuple[pa.Re
         if split not in numbers or not facts["counts"][split]:
             return None
         batch = reader.get_batch(numbers[split])
-        batch.validate()
+        batch.validate(full=True)
         if not batch.schema.equals(_SCHEMA) or batch.num_rows != facts["counts"][split]:
             raise ValueError("not an index of this version")
         return batch, _Opened(path, numbers, int(facts["skipped"]), path.parent / "pictures", _stamp(reader))
@@ -454,11 +467,16 @@ def _read_index(path: Path, identity: dict[str, Any], split: str) -> tuple[pa.Re
 
 
 def _write_index(path: Path, batches: dict[str, pa.RecordBatch], facts: dict[str, Any]) -> None:
-    """Write one record batch per split; the file appears whole or not at all."""
+    """Write one record batch per split, and a checksum; the file appears whole or not at all."""
     schema = _SCHEMA.with_metadata({b"ivt_env": json.dumps(facts).encode()})
-    with whole_file(path) as file, pa.ipc.new_file(file, schema) as writer:
-        for batch in batches.values():
-            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+    with pa.BufferOutputStream() as sink:
+        with pa.ipc.new_file(sink, schema) as writer:
+            for batch in batches.values():
+                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+        content = memoryview(sink.getvalue())
+    with whole_file(path) as file:
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
 
 
 def _as_box(values: list[float]) -> Box:

@@ -293,6 +293,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    is_first = True
     for number, line in json_lines(path):
         if line is None:
             raise PredictionError(
@@ -304,11 +305,12 @@ def _parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
         except UnicodeDecodeError as error:
             raise PredictionError(f"{path}: not UTF-8 text ({error}); write the predictions as JSON lines") from error
         except (ValueError, RecursionError) as error:
-            if line.startswith(b"{") and (spread := _spread(path)):
+            if is_first and line.startswith(b"{") and (spread := _spread(path)):
                 raise PredictionError(f"{path}: {spread}") from error
             raise PredictionError(
                 f"{path}: row {number} is no JSON: {_short(line.decode('utf-8'))} ({error}); {_REMEDY}"
             ) from error
+        is_first = False
 
 
 def _whole(path: Path) -> Any:
