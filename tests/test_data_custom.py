@@ -90,6 +90,13 @@ def one_bad(root, values, caplog, box="xyxy", frame="px"):
 # --- What is read ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("frame", "unit"), [(999, 999), ("999", 999), ("1024ths", 1024)])
+def test_boxes_may_be_in_any_whole_number_of_parts(root, frame, unit):
+    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    write_custom(root, [line(bbox=[unit // 4, 0, unit, unit // 2])], box="xyxy", frame=frame)
+    assert table(root)[0].box == (unit // 4 / unit, 0, 1, unit // 2 / unit)
+
+
 def test_the_page_shows_what_works(root, monkeypatch, capsys):
     page = PAGE.read_text("utf-8")
     files = re.findall(r'```json title="([^"]+)"\n(.*?)```', page, flags=re.S)
@@ -298,7 +305,7 @@ def test_lines_without_a_declaration_are_refused(root):
         ('{"name": "my-set", "box": "xyxy"}', "it must hold"),
         ("[]", "it must hold"),
         ('{"name": "my-set", "box": "cxcywh", "frame": "px"}', "box is 'cxcywh', which is none of xyxy, xywh"),
-        ('{"name": "my-set", "box": "xyxy", "frame": "percent"}', "frame is 'percent', which is none of px, relative"),
+        ('{"name": "my-set", "box": "xyxy", "frame": "percent"}', "frame is 'percent'; choose one of px, relative"),
         ('{"name": "my-set", "box": ["xyxy"], "frame": "px"}', "which is none of xyxy, xywh"),
         ('{"name": "my-set", "box": "xyxy", "frame": "px", "boxes": 1}', "unknown key 'boxes'"),
         ('{"name": "", "box": "xyxy", "frame": "px"}', "the name '' is not 1 to 64"),

@@ -8,8 +8,8 @@ The root is the data set's folder::
 
 How boxes are written is declared in ``dataset.json`` and never guessed: ``box`` is **xyxy** (two
 corners) or **xywh** (corner, width, height); ``frame`` is ``px`` (pixels of the picture),
-``relative`` (0 to 1) or ``thousandths`` (0 to 1000), both of the last two of the picture's width
-and height.
+``relative`` (0 to 1), ``thousandths`` (0 to 1000) or any other whole number (999: 0 to 999), all but the
+first of the picture's width and height.
 
 Where a line states ``width`` and ``height``, its boxes refer to the picture of that size: as
 stored if that has it, else upright. Without them they refer to the upright picture, as a viewer
@@ -27,8 +27,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, cast, get_args
+from typing import Any, get_args
 
+from ivt_env.boxes import FRAMES, frame_unit
 from ivt_env.data import NAMES
 from ivt_env.data.checked import (
     BadRowError,
@@ -47,8 +48,6 @@ from ivt_env.data.pictures import read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
-Frame = Literal["px", "relative", "thousandths"]
-
 SPLITS = ("train", "val", "test")
 PLACES = {"custom": ("dataset.json",)}
 """Data set name -> what is looked for under the root."""
@@ -59,7 +58,6 @@ KEYS = frozenset(
 """What a line may hold; the first three it must."""
 
 _CONVENTIONS = get_args(Convention)
-_UNIT = {"relative": 1, "thousandths": 1000}
 _REMEDY = "correct it as docs/data/custom.md shows"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -70,7 +68,7 @@ class Declared:
 
     name: str
     box: Convention
-    frame: Frame
+    frame: str
     overhang: bool = False
     """Whether boxes may reach beyond their pictures, as some of benchmarks do: what ``export`` writes."""
 
@@ -108,7 +106,10 @@ def find(root: Path, name: str) -> Source | None:
 
 def read_declared(path: Path) -> Declared:
     """Name and box convention of a data set from its ``dataset.json``; DataError where they are not clear."""
-    example = 'it must hold {"name": "my-set", "box": "xyxy" or "xywh", "frame": "px", "relative" or "thousandths"}'
+    example = (
+        'it must hold {"name": "my-set", "box": "xyxy" or "xywh", "frame": "px", "relative" or "thousandths", or a '
+        "whole number such as 999}"
+    )
     content = read_json(path, example)
     if not isinstance(content, dict) or not {"name", "box", "frame"} <= content.keys():
         raise DataError(f"{path}: holds {short(content)}; {example}")
@@ -118,14 +119,17 @@ def read_declared(path: Path) -> Declared:
     overhang = content.get("overhang", False)
     if type(overhang) is not bool:
         raise DataError(f"{path}: overhang is {short(overhang)}, not true or false (may boxes leave their pictures?)")
-    for key, valid in (("box", _CONVENTIONS), ("frame", get_args(Frame))):
-        if content[key] not in valid:
-            raise DataError(f"{path}: {key} is {short(content[key])}, which is none of {', '.join(valid)}")
+    if content["box"] not in _CONVENTIONS:
+        raise DataError(f"{path}: box is {short(content['box'])}, which is none of {', '.join(_CONVENTIONS)}")
+    try:
+        frame_unit(content["frame"])
+    except ValueError as error:
+        raise DataError(f"{path}: frame is {short(content['frame'])}; {error}") from error
     try:
         name = check_name(content["name"])
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    return Declared(name, content["box"], content["frame"], overhang)
+    return Declared(name, content["box"], str(content["frame"]), overhang)
 
 
 def check_name(name: Any) -> str:
@@ -153,7 +157,7 @@ def _plain(name: str) -> str:
 def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox") -> Box:
     """A box as declared to xyxy relative to the picture.
 
-    Up to one pixel (one thousandth) outside the picture is taken for rounding; nothing is cut off.
+    Up to one pixel (one unit) outside the picture is taken for rounding; nothing is cut off.
 
     Args:
         bbox: what the line holds.
@@ -165,21 +169,21 @@ def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox
         BadRowError: as ``box_inside``; for a box that fits only in another frame it says which.
     """
     if declared.overhang:
-        unit = _UNIT.get(declared.frame)
+        unit = frame_unit(declared.frame)
         return relative_box(bbox, (unit, unit) if unit else size, declared.box, key)
     is_numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
     numbers: list[float] = bbox if is_numbers else []
     if declared.frame != "relative" and numbers and all(abs(value) <= 1 for value in numbers):
         raise BadRowError(
-            f"{key} {short(bbox)} lies within one {'pixel' if declared.frame == 'px' else 'thousandth'} of the corner; "
+            f"{key} {short(bbox)} lies within one {'pixel' if declared.frame == 'px' else 'unit'} of the corner; "
             "it would fit as 'relative': is the declared frame wrong?"
         )
-    if declared.frame == "px":
+    unit = frame_unit(declared.frame)
+    if unit is None:
         try:
             return box_inside(bbox, size, declared.box, key)
         except BadRowError as error:
             raise BadRowError(f"{error}{_other_frame(numbers, size, declared)}") from error
-    unit = _UNIT[declared.frame]
     try:
         box = box_inside(bbox, (unit, unit), declared.box, key)
         if declared.frame == "relative":
@@ -204,8 +208,8 @@ def _check_inside(numbers: list[float], size: tuple[int, int], convention: Conve
 
 
 def _other_frame(numbers: list[float], size: tuple[int, int], declared: Declared) -> str:
-    for frame in cast(tuple[Frame, ...], get_args(Frame)):
-        unit = _UNIT.get(frame)
+    for frame in FRAMES:
+        unit = frame_unit(frame)
         # What lies within one unit of the corner fits nearly everywhere and tells nothing.
         if frame == declared.frame or (frame != "relative" and all(abs(value) <= 1 for value in numbers)):
             continue

@@ -13,7 +13,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,7 @@ class Writer:
         for each, held in lines.items():
             written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in held)
             _write_text(self._out / f"{each}.jsonl", written)
-        declared = {"name": self.declared.name, "box": self.declared.box, "frame": self.declared.frame}
-        declared |= {"overhang": True} if self.declared.overhang else {}
+        declared = {key: value for key, value in asdict(self.declared).items() if key != "overhang" or value}
         _write_text(self._out / "dataset.json", json.dumps(declared) + "\n")
         for note, count in notes.items():
             _log.warning("%s: %s (%d)", self._out, note, count)

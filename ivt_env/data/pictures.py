@@ -117,14 +117,15 @@ def read_picture(source: str | os.PathLike[str] | bytes, where: str, size: tuple
         image.load()
         pixels = np.array(_to_rgb(image, where), dtype=np.uint8)  # (H, W, 3)
         is_upright = image.format == "TIFF"  # Pillow turns these alone while it decodes
-    if size is not None and not header.fits(tuple(size)):
+    size = None if size is None else (size[0], size[1])
+    if size is not None and not header.fits(size):
         height, width = header.stored
         raise DataError(
             f"{where}: the picture is {width} wide and {height} high, its annotation "
             f"says {size[1]} wide and {size[0]} high, so its boxes would be wrong; put the original file "
             "in its place (not resized, cropped or rotated), or correct the annotation"
         )
-    wanted = header.shown_upright(None if size is None else tuple(size))
+    wanted = header.shown_upright(size)
     if header.orientation == 1 or wanted == is_upright:
         return pixels
     turn = (_UPRIGHT if wanted else _STORED)[header.orientation]
