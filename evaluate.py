@@ -5,8 +5,9 @@
 The code is in ``agents/evaluation/evaluate.py``.
 """
 
-from ivt_agents.command import run_command
-from ivt_agents.evaluation.evaluate import Args, main
+import sys
+
+from ivt_agents.cli import main
 
 if __name__ == "__main__":
-    run_command(main, Args, section="evaluate")
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -5,8 +5,9 @@
 The code is in ``agents/grpo/train.py``.
 """
 
-from ivt_agents.command import run_command
-from ivt_agents.grpo.train import Args, main
+import sys
+
+from ivt_agents.cli import main
 
 if __name__ == "__main__":
-    run_command(main, Args, section="grpo")
+    sys.exit(main(["train-grpo", *sys.argv[1:]]))

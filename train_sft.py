@@ -5,8 +5,9 @@
 The code is in ``agents/sft/train.py``.
 """
 
-from ivt_agents.command import run_command
-from ivt_agents.sft.train import Args, main
+import sys
+
+from ivt_agents.cli import main
 
 if __name__ == "__main__":
-    run_command(main, Args, section="sft")
+    sys.exit(main(["train-sft", *sys.argv[1:]]))

@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 _STATUS = "exit status: 0 done, 1 data unfit for use, 2 an error to fix, 130 interrupted"
 _EXAMPLES = """examples:
@@ -117,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from ivt_env import failures
     except KeyboardInterrupt:  # Gymnasium takes a moment to import
+        print("\ninterrupted", file=sys.stderr)
         return 130
     return failures.run(lambda: _run(chosen, place, words))
 
@@ -147,26 +147,12 @@ def _run_script(name: str, script: Script, words: list[str]) -> int:
     """Run a script as ``python script.py WORDS`` would."""
     command = importlib.import_module("ivt_agents.command")
     module = importlib.import_module(script.module)
-    as_json = name == "evaluate" and "--json" in words
     given, sys.argv = sys.argv, [f"ivt {name}", *words]  # the name that help and errors show
     try:
-        if as_json:
-            return _evaluate_as_json(command, module, [word for word in words if word != "--json"])
         done = module.main(command.parse(module.Args, words, script.section))
         return done if type(done) is int else 0  # a training script returns where it wrote
     finally:
         sys.argv = given
-
-
-def _evaluate_as_json(command: Any, module: Any, words: list[str]) -> int:
-    """``evaluate`` with its tables on standard error and ``results.json`` on standard output."""
-    from contextlib import redirect_stdout
-
-    args = command.parse(module.Args, words, "evaluate")
-    with redirect_stdout(sys.stderr):
-        module.main(args)
-    print((args.out / "results.json").read_text(encoding="utf-8").rstrip("\n"))
-    return 0
 
 
 def _log(verbose: bool) -> None:

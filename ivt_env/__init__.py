@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ivt_env import failures  # noqa: F401  first: the others take a moment, in which Ctrl-C is quiet
+
+# isort: split
 import gymnasium as gym
 
 __version__ = "0.1.0"

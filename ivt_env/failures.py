@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 UNFIT, FAILED, INTERRUPTED, TERMINATED, UNREAD = 1, 2, 130, 143, 141
@@ -60,6 +60,17 @@ _log = logging.getLogger(__name__)
 
 class ReadError(ValueError):
     """Something that cannot be read. Names it, and the remedy."""
+
+
+def _quiet_interrupt(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, where)
+
+
+if sys.argv[:1] == ["-m"]:  # of `python -m`, until the module is imported that will call run
+    sys.excepthook = _quiet_interrupt
 
 
 def run(command: Callable[[], object], extra: str = "train") -> int:

@@ -172,10 +172,23 @@ def test_without_the_training_install_the_remedy_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == 'error: tyro is not installed: pip install "ivt-env[train]"\n'
 
 
-def test_evaluate_prints_its_results_as_json_and_everything_else_elsewhere(tmp_path, monkeypatch):
-    words = ["evaluate", "--policies", "a=random", "b=centre", "--samples", "6", "--num-envs", "3", "--json"]
+@pytest.mark.parametrize("script", [True, False])
+def test_evaluate_prints_its_results_as_json_and_everything_else_elsewhere(script, tmp_path):
+    words = [
+        "--out",
+        str(tmp_path),
+        "--policies",
+        "a=random",
+        "b=centre",
+        "--samples",
+        "6",
+        "--num-envs",
+        "3",
+        "--json",
+    ]
     ended = subprocess.run(
-        [sys.executable, "-m", "ivt_agents.cli", *words, "--out", str(tmp_path)],
+        [sys.executable, *(["evaluate.py"] if script else ["-m", "ivt_agents.cli", "evaluate"]), *words],
+        cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
         check=False,

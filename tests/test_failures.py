@@ -126,6 +126,42 @@ def test_a_signal_cleans_up_and_is_quiet(number, status, said, tmp_path):
     assert (tmp_path / "note").read_text() == "cleaned up"
 
 
+INTERRUPTS = """
+import importlib.abc, os, signal, sys
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == os.environ.get("INTERRUPT_AT"):
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "at"),
+    [
+        (["evaluate.py"], "gymnasium"),
+        (["evaluate.py"], "torch"),
+        (["train_sft.py"], "accelerate"),
+        (["train_grpo.py"], "tyro"),
+        (["-m", "ivt_agents.cli", "data", "check", "photos"], "numpy"),
+        (["-m", "ivt_agents.evaluation.swaps"], "gymnasium"),
+        (["-m", "ivt_agents.sb3.train"], "torch"),
+        (["-m", "experiments.study"], "numpy"),
+        (["-m", "ivt_env.server"], "websockets"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_ctrl_c_is_quiet_while_a_command_is_still_being_imported(words, at, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS)
+    environment = os.environ | {"INTERRUPT_AT": at, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode in (130, -signal.SIGINT)  # a shell says 130 for both
+    assert (ended.stdout, ended.stderr) == ("", "\ninterrupted\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
 @pytest.mark.parametrize("where", ["stdout", "both"])
 def test_an_output_that_is_full_is_one_line(where):

@@ -19,6 +19,7 @@ episodes: ``ivt_env.metrics.audit``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
@@ -106,6 +107,8 @@ class Args:
     """Episodes played side by side."""
     seed: int = 0
     """Of agents that draw, and of the intervals."""
+    json: bool = False
+    """Print what `results.json` holds and nothing else; the table goes to standard error."""
 
 
 @dataclass
@@ -277,7 +280,8 @@ def _write(
         },
     )
     _plot(args, played)
-    print(report)
+    told = sys.stderr if args.json else sys.stdout
+    print(report, file=told)
     episodes = {name: one.runs[0].episodes for name, one in played.items()}
     picture_of: Callable[[Episode], Picture]
     if dataset is None:
@@ -295,7 +299,9 @@ def _write(
         title=f"Episodes: {', '.join(played)} on {served}",
     )
     write_report(args.out, episodes, picture_of)
-    print(f"\nwritten to {args.out}: table.txt, results.json, report.html, episodes.html, *.png")
+    print(f"\nwritten to {args.out}: table.txt, results.json, report.html, episodes.html, *.png", file=told)
+    if args.json:
+        print((args.out / "results.json").read_text(encoding="utf-8").rstrip("\n"))
 
 
 def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comparison]) -> list[str]:
