@@ -22,7 +22,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,sb3,human,quantize,server,docs,dev]"
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,sb3,human,quantize,openenv,docs,dev]"
+	$(RUN) -m pip install --quiet -c constraints.txt --no-deps openenv
 	touch $@
 
 train: $(VENV)/.installed

@@ -12,6 +12,7 @@ machine does, and the rate does.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -45,14 +46,23 @@ def play(env: gym.Env, seconds: float) -> tuple[int, float, float]:
     return done, time.perf_counter() - start, time.process_time() - cpu
 
 
-def client(address: str, env_id: str, canvas: int, encoding: str, seconds: float) -> None:
+def client(address: str, encoding: str, seconds: float) -> None:
     """One client's process: waits for a line, plays, prints what it did."""
-    env = RemoteEnv(address, env_id, encoding=encoding, canvas=canvas, max_steps=STEPS)
+    env = RemoteEnv(address, encoding=encoding)
     env.reset(seed=0)
     print("ready", flush=True)
     sys.stdin.readline()
     print(*play(env, seconds), flush=True)
     env.close()
+
+
+def serve(env_id: str, canvas: int) -> tuple[subprocess.Popen[str], str]:
+    """A server's process and its address."""
+    options = ["--env", env_id, "--kwargs", json.dumps({"canvas": canvas, "max_steps": STEPS})]
+    command = [sys.executable, "-m", "ivt_env.server", "--port", "0", *options]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    server.stdout.readline()
+    return server, server.stdout.readline().removeprefix("at ").strip()
 
 
 def cpu_of(pid: int) -> float:
@@ -61,11 +71,9 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def through_server(
-    server: int, address: str, case: tuple[str, int], encoding: str, clients: int, seconds: float
-) -> Rate:
+def through_server(server: int, address: str, encoding: str, clients: int, seconds: float) -> Rate:
     """All clients together."""
-    options = ["--client", address, case[0], str(case[1]), encoding, "--seconds", str(seconds)]
+    options = ["--client", address, encoding, "--seconds", str(seconds)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([sys.executable, __file__, *options], **pipes) for _ in range(clients)]
     for process in started:
@@ -86,30 +94,27 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each case (default: %(default)s)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4], help="at once (default: %(default)s)")
-    parser.add_argument("--client", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--client", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client:
-        address, env_id, canvas, encoding = args.client
-        client(address, env_id, int(canvas), encoding, args.seconds)
+        client(*args.client, args.seconds)
         return
-    serve = [sys.executable, "-m", "ivt_env.server", "--port", "0"]
-    server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    servers = {case: serve(*case) for case in CASES}
     found: dict[tuple[str, int, str, int], list[Rate]] = {}
     try:
-        server.stdout.readline()
-        address = server.stdout.readline().removeprefix("at ").strip()
         for _ in range(args.rounds):
-            for case in CASES:
+            for case, (server, address) in servers.items():
                 local = gym.make(case[0], canvas=case[1], max_steps=STEPS, disable_env_checker=True).unwrapped
                 done, seconds, cpu = play(local, args.seconds)
                 found.setdefault((*case, "none", 1), []).append((done / seconds, 1e3 * cpu / done, 0.0))
                 for encoding in ("png", "raw"):
                     for clients in args.clients:
-                        rate = through_server(server.pid, address, case, encoding, clients, args.seconds)
+                        rate = through_server(server.pid, address, encoding, clients, args.seconds)
                         found.setdefault((*case, encoding, clients), []).append(rate)
     finally:
-        server.terminate()
-        server.wait(20)
+        for server, _ in servers.values():
+            server.terminate()
+            server.wait(20)
     print("| environment | pixels | way | clients | steps/s | CPU ms here | CPU ms in the server |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for (env_id, canvas, encoding, clients), rates in sorted(found.items()):

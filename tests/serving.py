@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import socket as sockets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
-from ivt_env.server.app import GroundingServer, Settings
-from ivt_env.server.protocol import Limits
-from ivt_env.server.session import Offer
+from ivt_env.server.app import make_server
+from ivt_env.server.environment import Served
+from ivt_env.server.gate import Limits
+
+CANVAS = {"canvas": 64}
 
 
 @contextmanager
-def serving(*, envs: tuple[str, ...] | None = None, allow_data_root: bool = False, **limits: Any) -> Iterator[Any]:
-    """A running ``GroundingServer``."""
-    given = {} if envs is None else {"envs": envs}
-    settings = Settings(port=0, offer=Offer(allow_data_root=allow_data_root, limits=Limits(**limits), **given))
-    started, ended = threading.Event(), asyncio.Event()
-    held: dict[str, Any] = {}
-
-    async def serve() -> None:
-        async with GroundingServer(settings) as server:
-            held.update(server=server, loop=asyncio.get_running_loop())
-            started.set()
-            await ended.wait()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+def serving(env: str = "IVT-Scenes-v0", kwargs: dict[str, Any] | None = None, **limits: Any) -> Iterator[Any]:
+    """A running server: ``address`` of its sessions, ``url`` of its routes, ``place`` for plain sockets."""
+    listening = sockets.create_server(("127.0.0.1", 0), backlog=128)
+    server = make_server(Served(env, kwargs=kwargs), Limits(**limits), origins=["https://allowed.example"])
+    thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
-    assert started.wait(20)
+    place = listening.getsockname()
+    held = SimpleNamespace(
+        place=place,
+        url=f"http://127.0.0.1:{place[1]}",
+        address=f"ws://127.0.0.1:{place[1]}/ws",
+        uvicorn=server,
+        sessions=lambda: sum(server.config.app._clients.values()),
+    )
     try:
-        yield held["server"]
+        assert until(lambda: server.started)
+        yield held
     finally:
-        held["loop"].call_soon_threadsafe(ended.set)
+        server.should_exit = True
         thread.join(20)
         assert not thread.is_alive(), "the server did not stop"
 
@@ -56,7 +58,7 @@ def say(socket: ClientConnection, message: Any) -> dict[str, Any]:
 def plays(address: str) -> bool:
     """Whether a new client can play a whole episode of one action."""
     with raw(address) as socket:
-        begun = say(socket, {"type": "reset", "data": {"seed": 1, "kwargs": {"canvas": 64}}})
+        begun = say(socket, {"type": "reset", "data": {"seed": 1}})
         ended = say(socket, {"type": "step", "data": {"stop": 1}})
         socket.send('{"type": "close"}')
     return begun["type"] == ended["type"] == "observation" and ended["data"]["done"]

@@ -1,10 +1,9 @@
-"""The environment over a WebSocket: a server, and a client that is an environment again.
+"""The environment on OpenEnv's server, and a client that is a Gymnasium environment again.
 
     python -m ivt_env.server --port 8765
-    env = RemoteEnv("ws://127.0.0.1:8765/ws", "IVT-Scenes-v0", max_steps=3)
+    env = RemoteEnv("http://127.0.0.1:8765")
 
-The messages have the shapes of OpenEnv's: its generic client can drive this server. ``docs/server.md`` lists them.
-Both sides need the ``server`` extra.
+``docs/server.md`` describes routes, messages and limits. Both sides need the ``server`` extra.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "websockets":
         raise
     raise ModuleNotFoundError(
-        'the server and its client need websockets: pip install "ivt-env[server]"', name="websockets"
+        'the server and its client need openenv and websockets: pip install "ivt-env[server]"', name="websockets"
     ) from error
 
 __all__ = ["RemoteEnv", "RemoteError"]
