@@ -214,7 +214,6 @@ def _play(
         sft.env,
         args.split,
         range(count),
-        ignore_stop=True,
         num_envs=args.num_envs,
         agent_name=name,
         on_progress=on_progress,

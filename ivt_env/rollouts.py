@@ -1,18 +1,26 @@
-"""Plays episodes with any agent and records them."""
+"""Plays episodes with any agent and records them.
+
+``play`` is the loop. Whatever plays episodes here, in training, in evaluation, in the checks for authors, takes its
+steps from there, so that a stop, an answer without a box and an episode that is over mean one thing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from ivt_env import boxes
 from ivt_env.episodes import Box, Episode, Step
+from ivt_env.game import Game
+from ivt_env.grounding import Observation
 from ivt_env.vector_env import GroundingVectorEnv
+
+T = TypeVar("T")
 
 
 class Agent(Protocol):
@@ -34,6 +42,97 @@ class Agent(Protocol):
     def reset(self, mask: NDArray[np.bool_]) -> None:
         """New episodes begin where ``mask`` (N,) is true; agents with memory forget there."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One action in each of N environments, and what came of it."""
+
+    active: NDArray[np.bool_]
+    """Whose episode was running. Only these rows mean anything. (N,)"""
+    actions: Mapping[str, Any]
+    """What the agent said."""
+    boxes: NDArray[np.float32]
+    """What was put forward. (N, 4)"""
+    stops: NDArray[np.bool_]
+    """Who stopped. (N,)"""
+    unparsable: NDArray[np.bool_]
+    """Whose text held no usable action. (N,)"""
+    invalid: list[str | None]
+    """Why the environment refused a box, length N."""
+    rewards: NDArray[np.float64]
+    """(N,)"""
+    ended: NDArray[np.bool_]
+    """Whose episode is over now. (N,)"""
+
+    def said(self, i: int) -> dict[str, Any]:
+        """What the agent of environment ``i`` said beside its action, as fields of a ``Step``."""
+        stated = {key: self.actions.get(key) for key in ("stop_probability", "confidence")}
+        return {key: None if values is None else float(values[i]) for key, values in stated.items()} | {
+            "text": str(self.actions["text"][i]) if "text" in self.actions else "",
+            "parse_failure": bool(self.unparsable[i]),
+        }
+
+
+def play(
+    env: GroundingVectorEnv,
+    agent: Agent,
+    *,
+    seed: int | Sequence[int] | None = None,
+    options: dict[str, Any] | None = None,
+    active: NDArray[np.bool_] | None = None,
+    ignore_stop: bool = False,
+) -> Iterator[Moment]:
+    """Begin an episode in each environment at once, and play them to their end as moments are asked for.
+
+    Args:
+        env: a vector environment with ``autoreset_mode="Disabled"``.
+        agent: is reset, and asked for every action.
+        seed: of ``env.reset``.
+        options: of ``env.reset``.
+        active: where to play, (N,); None: everywhere.
+        ignore_stop: a stop is replaced by proposing the current box again (while there is none, by no box), and
+            the agent's wish is kept in what it said only. An agent that has no stop to begin with needs none of
+            this: its ``stop`` is always 0, and a stop that it spells out is an answer without a usable action.
+    """
+    if env.autoreset_mode != AutoresetMode.DISABLED:
+        raise ValueError('episodes are played in a vector environment made with autoreset_mode="Disabled"')
+    observations, _ = env.reset(seed=seed, options=options)
+    everyone = np.ones(env.num_envs, dtype=bool)
+    agent.reset(everyone.copy())
+    return _moments(env, agent, observations, everyone if active is None else active, ignore_stop)
+
+
+def _moments(
+    env: GroundingVectorEnv, agent: Agent, observations: Observation, active: NDArray[np.bool_], ignore_stop: bool
+) -> Iterator[Moment]:
+    none = np.zeros(env.num_envs, dtype=bool)
+    while active.any():
+        actions = agent.act({**observations, "active": active.copy()})
+        stops = np.asarray(actions["stop"]).astype(bool)
+        boxes = np.asarray(actions["box"], dtype=np.float32)
+        if ignore_stop:
+            boxes, stops = np.where(stops[:, None], observations["box"], boxes), none
+        observations, rewards, terminated, truncated, infos = env.step({"box": boxes, "stop": stops})
+        refused = infos.get("_invalid", none)
+        yield Moment(
+            active,
+            actions,
+            boxes,
+            stops,
+            np.asarray(actions.get("parse_failure", none), dtype=bool),
+            [str(infos["invalid"][i]) if refused[i] else None for i in range(env.num_envs)],
+            rewards,
+            active & (terminated | truncated),
+        )
+        active = active & ~(terminated | truncated)
+
+
+def waves(items: Sequence[T], size: int) -> Iterator[tuple[list[T], NDArray[np.bool_]]]:
+    """``size`` items at a time, and which of them count: the last wave is filled up with its first item."""
+    for start in range(0, len(items), size):
+        wave = list(items[start : start + size])
+        yield wave + [wave[0]] * (size - len(wave)), np.arange(size) < len(wave)
 
 
 def rollout(
@@ -59,53 +158,82 @@ def rollout(
             of environments does not change the result.
         indices: play these samples instead, one per episode.
         initial_boxes: start boxes, one per episode (None: no box).
-        ignore_stop: forced refinement: a stop is replaced by proposing the current box again, and
-            the agent's wish is kept in ``stop_probability`` only. Gives the columns that need every step.
+        ignore_stop: forced refinement, as in ``play``. Gives the columns that need every step.
         agent_name: written into the records.
         on_progress: called with the number of episodes finished in each wave.
 
     Returns:
         ``episodes`` records, in order.
     """
-    if env.autoreset_mode != AutoresetMode.DISABLED:
-        raise ValueError('rollout() needs a vector environment made with autoreset_mode="Disabled"')
-    if indices is not None and len(indices) != episodes:
-        raise ValueError(f"{len(indices)} indices for {episodes} episodes")
-    if initial_boxes is not None and len(initial_boxes) != episodes:
-        raise ValueError(f"{len(initial_boxes)} initial boxes for {episodes} episodes")
+    for name, given in (("indices", indices), ("initial boxes", initial_boxes)):
+        if given is not None and len(given) != episodes:
+            raise ValueError(f"{len(given)} {name} for {episodes} episodes")
     records: list[Episode] = []
-    n = env.num_envs
-    for start in range(0, episodes, n):
-        wave = range(start, min(start + n, episodes))
-        # The last wave may be short: its spare environments repeat the wave's first episode.
-        rows = [*wave, *[start] * (n - len(wave))]
+    for rows, active in waves(range(episodes), env.num_envs):
         options: dict[str, Any] = {}
         if indices is not None:
             options["index"] = [int(indices[r]) for r in rows]
         if initial_boxes is not None:
             options["initial_box"] = [initial_boxes[r] for r in rows]
         seeds = None if seed is None else [seed + r for r in rows]
-        observations, _ = env.reset(seed=seeds, options=options)
-        agent.reset(np.ones(n, dtype=bool))
-        live = [_record(env, i, agent_name, None if seeds is None else seeds[i]) for i in range(len(wave))]
-        active = np.arange(n) < len(wave)
-        while active.any():
-            actions = agent.act({**observations, "active": active.copy()})
-            stops = np.asarray(actions["stop"]).astype(np.int64)
-            proposals = np.asarray(actions["box"], dtype=np.float32)
-            if ignore_stop:
-                proposals = np.where(stops[:, None] == 1, observations["box"], proposals)
-                stops = np.zeros_like(stops)
-            observations, rewards, terminated, truncated, infos = env.step({"box": proposals, "stop": stops})
-            for i in np.flatnonzero(active).tolist():
-                step = _step(env, i, proposals[i], bool(stops[i]), rewards[i], infos, actions)
-                live[i].steps.append(step)
-                live[i].terminated, live[i].truncated = bool(terminated[i]), bool(truncated[i])
-            active &= ~(terminated | truncated)
+        moments = play(env, agent, seed=seeds, options=options, active=active, ignore_stop=ignore_stop)
+        games, count = env.games, int(active.sum())
+        live = [begin_record(games[i], agent_name, None if seeds is None else seeds[i]) for i in range(count)]
+        for moment in moments:
+            for i in np.flatnonzero(moment.active).tolist():
+                stop, box = bool(moment.stops[i]), moment.boxes[i]
+                record_action(live[i], games[i], box, stop, moment.invalid[i], **moment.said(i))
         records += live
         if on_progress is not None:
-            on_progress(len(wave))
+            on_progress(count)
     return records
+
+
+def begin_record(game: Game, agent: str, seed: int | None) -> Episode:
+    """The record of a game that begins."""
+    sample = game.sample
+    return Episode(
+        sample_id=sample.sample_id,
+        picture_id=sample.picture_id,
+        dataset=sample.dataset,
+        split=sample.split,
+        expression=sample.expression,
+        target=box_tuple(sample.box),
+        size=sample.size,
+        steps=[],
+        initial_box=None if game.box is None else box_tuple(game.box),
+        agent=agent,
+        seed=seed,
+        siblings=[box_tuple(b) for b in sample.siblings],
+    )
+
+
+def record_action(
+    episode: Episode, game: Game, proposal: NDArray[np.float32], stop: bool, invalid: str | None, **said: Any
+) -> None:
+    """Add the action that ``game`` has just taken to its record.
+
+    Args:
+        episode: of ``begin_record``.
+        game: after the action.
+        proposal: the box (4,) put forward; none where it is not finite.
+        stop: whether the action was a stop.
+        invalid: why the box was refused.
+        **said: other fields of ``Step``.
+    """
+    usable = not stop and bool(np.isfinite(proposal).all())
+    episode.steps.append(
+        Step(
+            proposal=box_tuple(proposal) if usable else None,
+            stop=stop,
+            box=None if game.box is None else box_tuple(game.box),
+            iou=game.iou,
+            reward=float(game.last_reward),
+            invalid=invalid,
+            **said,
+        )
+    )
+    episode.terminated, episode.truncated = game.terminated, game.truncated
 
 
 def make_vector_env(env_id: str, num_envs: int, **kwargs: Any) -> GroundingVectorEnv:
@@ -122,51 +250,7 @@ def make_vector_env(env_id: str, num_envs: int, **kwargs: Any) -> GroundingVecto
     return unwrapped
 
 
-def _tuple(box: Any) -> Box:
+def box_tuple(box: Any) -> Box:
+    """A box as a record holds it."""
     x1, y1, x2, y2 = (float(v) for v in box)
     return (x1, y1, x2, y2)
-
-
-def _record(env: GroundingVectorEnv, i: int, agent: str, seed: int | None) -> Episode:
-    sample, box = env.samples[i], env.games[i].box
-    return Episode(
-        sample_id=sample.sample_id,
-        picture_id=sample.picture_id,
-        dataset=sample.dataset,
-        split=sample.split,
-        expression=sample.expression,
-        target=_tuple(sample.box),
-        size=sample.size,
-        steps=[],
-        initial_box=None if box is None else _tuple(box),
-        agent=agent,
-        seed=seed,
-        siblings=[_tuple(b) for b in sample.siblings],
-    )
-
-
-def _step(
-    env: GroundingVectorEnv,
-    i: int,
-    proposal: NDArray[np.float32],
-    stop: bool,
-    reward: float,
-    infos: Mapping[str, Any],
-    actions: Mapping[str, Any],
-) -> Step:
-    game = env.games[i]
-    said = infos["invalid"][i] if "invalid" in infos and infos["_invalid"][i] else None
-    usable = not stop and bool(np.isfinite(proposal).all())
-    probability, confidence = actions.get("stop_probability"), actions.get("confidence")
-    return Step(
-        proposal=_tuple(proposal) if usable else None,
-        stop=stop,
-        box=None if game.box is None or boxes.is_no_box(game.box) else _tuple(game.box),
-        iou=game.iou,
-        reward=float(reward),
-        invalid=said,
-        text=str(actions["text"][i]) if "text" in actions else "",
-        parse_failure=bool(actions["parse_failure"][i]) if "parse_failure" in actions else False,
-        stop_probability=None if probability is None else float(probability[i]),
-        confidence=None if confidence is None else float(confidence[i]),
-    )

@@ -22,7 +22,7 @@ from ivt_env import boxes
 from ivt_env.data.sample import DataError, Dataset, Picture, Sample
 from ivt_env.env import GroundingEnv
 from ivt_env.expression_space import MAX_EXPRESSION
-from ivt_env.rollouts import Agent, make_vector_env
+from ivt_env.rollouts import Agent, make_vector_env, play, waves
 from ivt_env.vector_env import GroundingVectorEnv
 
 Randomness = Literal["none", "seeded", "free"]
@@ -299,28 +299,32 @@ def _compare(expected: Played, found: Played, tolerance: float, message: str) ->
 
 
 def _play(env: GroundingVectorEnv, agent: Agent, seeds: Sequence[int], spoil: bool = False) -> Played:
-    """Play an episode for each seed, in waves, and check every answer.
-
-    With ``spoil`` the pictures of environments whose episode is over are blackened.
-    """
-    n = env.num_envs
+    """Play an episode for each seed, in waves, and check every answer."""
     played: Played = []
-    for start in range(0, len(seeds), n):
-        wave = list(seeds[start : start + n])
-        observations, _ = env.reset(seed=[*wave, *[wave[0]] * (n - len(wave))])
-        agent.reset(np.ones(n, dtype=bool))
-        active = np.arange(n) < len(wave)
+    for wave, active in waves(seeds, env.num_envs):
         live: Played = [[] for _ in wave]
-        while active.any():
-            if spoil:
-                observations["image"][~active] = 0
-            proposals, stops = _answer(agent, observations, active)
-            for i in np.flatnonzero(active).tolist():
-                live[i].append((np.zeros(4) if stops[i] else proposals[i].astype(float), bool(stops[i])))
-            observations, _, terminated, truncated, _ = env.step({"box": proposals, "stop": stops})
-            active &= ~(terminated | truncated)
-        played += live
+        for moment in play(env, _Checked(agent, spoil), seed=wave, active=active):
+            for i in np.flatnonzero(moment.active).tolist():
+                stop = bool(moment.stops[i])
+                live[i].append((np.zeros(4) if stop else moment.boxes[i].astype(float), stop))
+        played += live[: int(active.sum())]
     return played
+
+
+class _Checked:
+    """An agent all of whose answers are checked. With ``spoil`` it sees black where an episode is over."""
+
+    def __init__(self, agent: Agent, spoil: bool) -> None:
+        self.agent, self.spoil, self.reset = agent, spoil, agent.reset
+
+    def act(self, observations: Mapping[str, Any]) -> Mapping[str, Any]:
+        active = observations["active"]
+        if self.spoil:
+            image = observations["image"].copy()
+            image[~active] = 0
+            observations = {**observations, "image": image}
+        box, stop = _answer(self.agent, observations, active)
+        return {"box": box, "stop": stop}
 
 
 def _check_partial_reset(env: GroundingVectorEnv, agent: Agent, seed: int) -> None:

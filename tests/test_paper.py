@@ -29,6 +29,7 @@ from experiments.paper_tables import (
 )
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.collect import collect
+from ivt_agents.play.on_split import play
 from ivt_agents.sft import train as train_sft
 from ivt_agents.sft.demonstrations import load_demonstrations, save_demonstrations, teach_as_the_paper
 from ivt_agents.sft.trainer import to_turns
@@ -138,11 +139,31 @@ def test_a_forbidden_stop_cannot_be_sampled_and_is_not_scored_as_possible():
     assert stop is not None and policy.tokenizer.decode([stop]) == STOP_TEXT
     forbid_stop(policy)
     env = make_vector_env("IVT-Scenes-v0", 2, split="train", max_steps=1)
-    turns = [t for episode in collect(env, policy, [1], 2, may_stop=False).turns for t in episode]
+    turns = [t for episode in collect(env, policy, [1], 2).turns for t in episode]
     with torch.no_grad():
         after = TokenScorer(policy.model, policy.sampling, True).distributions(turns)
     assert torch.isneginf(after[:, stop]).all() and torch.allclose(after.exp().sum(-1), torch.ones(len(after)))
     assert all(t.stop_probability is None for t in turns)
+
+
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_a_stop_that_is_spelt_out_means_the_same_in_training_and_in_evaluation(forbidden, monkeypatch):
+    policy = load_policy("tiny", temperature=1.0)
+    if forbidden:
+        forbid_stop(policy)
+    monkeypatch.setattr(policy, "text", lambda turn: 'It fits. {"stop": true}')
+    env = make_vector_env("IVT-Scenes-v0", 4, split="train", max_steps=3)
+    groups = collect(env, policy, [1, 2], 2)
+    assert all(turn.finished for episode in groups.turns for turn in episode)
+    episodes = play(policy, "IVT-Scenes-v0", "train", [1, 2], max_steps=3)
+    steps = [step for episode in episodes for step in episode.steps]
+    if forbidden:
+        assert groups.taken.all() and not groups.stopped.any() and groups.parse_failures == 12
+        assert len(steps) == 6 and all(s.parse_failure and s.invalid and not s.stop for s in steps)
+    else:
+        assert groups.taken.sum() == 4 and groups.stopped.all() and groups.parse_failures == 0
+        assert len(steps) == 2 and all(s.stop and not s.parse_failure for s in steps)
+    assert all(step.box is None for step in steps) and not groups.ious.any()
 
 
 class Scripted:
@@ -173,27 +194,26 @@ HERE, BAD = (0.1, 0.1, 0.4, 0.4), (0.5, 0.5, 0.2, 0.9)
 
 
 @pytest.mark.parametrize(
-    ("script", "may_stop", "bonus", "length", "failures"),
+    ("script", "bonus", "length", "failures"),
     [
-        ([HERE, HERE, HERE], False, 0.1, 3, 0),
-        ([HERE, "stop", HERE], False, 0.0, 3, 1),
-        ([HERE, "stop", HERE], True, 0.1, 2, 0),
-        ([HERE, None, HERE], False, 0.0, 3, 1),
-        ([HERE, BAD, HERE], False, 0.0, 3, 0),  # parsed, and refused by the environment
-        ([HERE, HERE, None], False, 0.0, 3, 1),
+        ([HERE, HERE, HERE], 0.1, 3, 0),
+        ([HERE, "stop", HERE], 0.1, 2, 0),
+        ([HERE, None, HERE], 0.0, 3, 1),
+        ([HERE, BAD, HERE], 0.0, 3, 0),  # parsed, and refused by the environment
+        ([HERE, HERE, None], 0.0, 3, 1),
     ],
 )
-def test_the_format_bonus_is_paid_once_and_for_whole_episodes_only(script, may_stop, bonus, length, failures):
+def test_the_format_bonus_is_paid_once_and_for_whole_episodes_only(script, bonus, length, failures):
     reward = {"kind": "final"}
     env = make_vector_env("IVT-Scenes-v0", 2, split="train", max_steps=3, reward=reward)
-    paid = collect(env, Scripted(script), [4], 2, may_stop=may_stop, format_bonus=0.1)
-    plain = collect(env, Scripted(script), [4], 2, may_stop=may_stop)
+    paid = collect(env, Scripted(script), [4], 2, format_bonus=0.1)
+    plain = collect(env, Scripted(script), [4], 2)
     assert paid.taken.sum(-1).tolist() == [[length, length]]
     assert np.allclose((paid.rewards - plain.rewards).sum(-1), bonus)
     assert np.allclose(np.delete(paid.rewards, length - 1, -1), 0)
     assert np.allclose(plain.rewards.sum(-1), paid.ious[:, :, -1])
     assert paid.parse_failures == 2 * failures
-    strict = collect(env, Scripted(script), [4], 2, may_stop=may_stop, format_bonus=0.1, require_format=True)
+    strict = collect(env, Scripted(script), [4], 2, format_bonus=0.1, require_format=True)
     assert np.array_equal(strict.rewards, paid.rewards if bonus else np.zeros_like(paid.rewards))
     assert np.array_equal(strict.ious, paid.ious)
 

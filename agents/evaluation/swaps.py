@@ -9,8 +9,9 @@ answer is taken for each. The definitions stand in ``ivt_env/metrics/swaps.py`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,9 @@ from ivt_agents.play.by_name import load_agent
 from ivt_agents.training.run import check_least, write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, Picture, Sample
+from ivt_env.episodes import Box
 from ivt_env.files import write_whole
+from ivt_env.game import Game
 from ivt_env.metrics.swaps import (
     BAD_BELOW,
     VARIANTS,
@@ -35,10 +38,8 @@ from ivt_env.metrics.swaps import (
     swap_table,
 )
 from ivt_env.metrics.table import as_json
-from ivt_env.rollouts import Agent, make_vector_env
+from ivt_env.rollouts import Agent, box_tuple, make_vector_env, play, waves
 from ivt_env.vector_env import GroundingVectorEnv
-
-Box = tuple[float, float, float, float]
 
 MOVED_IOU = (0.3, 0.8)
 """IoU of a moved box (``shifted``, ``near``) with the box that it was."""
@@ -156,9 +157,10 @@ def play_swaps(
         )
         for step in sorted(set(steps)):
             # Answers about one sample side by side: its picture is decoded, and a model's prompt computed, once.
-            for wave in _waves([j for j in jobs if j.step == step and (j.variant == "blank") == blank], env.num_envs):
-                found = _answers(env, stage, agent, wave, replay, agent_name)
-                answers |= {(j.step, j.index, j.variant): swap for j, swap in zip(wave, found, strict=True)}
+            chosen = [j for j in jobs if j.step == step and (j.variant == "blank") == blank]
+            for wave, active in waves(chosen, env.num_envs):
+                for job, swap in _answers(env, stage, agent, wave, active, replay, agent_name):
+                    answers[job.step, job.index, job.variant] = swap
                 if on_progress is not None:
                     on_progress(len(answers), len(jobs))
         stage.close()
@@ -194,8 +196,6 @@ def elsewhere(target: ArrayLike, rng: np.random.Generator) -> NDArray[np.float64
 
 
 def _check(env: GroundingVectorEnv, indices: Sequence[int], variants: Sequence[str], steps: Sequence[int]) -> None:
-    if env.autoreset_mode != AutoresetMode.DISABLED:
-        raise ValueError('play_swaps() needs a vector environment made with autoreset_mode="Disabled"')
     if not len(indices) or len(set(indices)) != len(indices):
         raise ValueError(f"indices: give each sample once, and at least one; these are {len(indices)}")
     unknown = [v for v in variants if v not in VARIANTS]
@@ -225,11 +225,11 @@ def _box_of(
     if variant == "target":
         return True, boxes.visible_part(sample.box)
     if variant == "random":
-        return True, _tuple(elsewhere(boxes.visible_part(sample.box), rng))
+        return True, box_tuple(elsewhere(boxes.visible_part(sample.box), rng))
     if variant == "near":
-        return True, _tuple(moved(boxes.visible_part(sample.box), rng))
+        return True, box_tuple(moved(boxes.visible_part(sample.box), rng))
     if variant == "shifted":
-        return own is not None, None if own is None else _tuple(moved(own, rng))
+        return own is not None, None if own is None else box_tuple(moved(own, rng))
     apart = [boxes.visible_part(b) for b in sample.siblings if float(boxes.iou(b, sample.box)) < BAD_BELOW]
     return bool(apart), apart[int(rng.integers(len(apart)))] if apart else None
 
@@ -237,96 +237,87 @@ def _box_of(
 def _own_plays(env: GroundingVectorEnv, agent: Agent, indices: Sequence[int], actions: int) -> list[_OwnPlay]:
     """The agent's own first actions on each sample, a stop replaced by keeping the box."""
     plays = []
-    for wave in _waves(list(indices), env.num_envs):
-        rows = _filled([int(i) for i in wave], env.num_envs)
-        active = np.arange(env.num_envs) < len(wave)
-        observations, _ = env.reset(options={"index": rows})
-        agent.reset(np.ones(env.num_envs, dtype=bool))
-        held: list[list[Box | None]] = [[] for _ in wave]
-        stops: list[list[bool]] = [[] for _ in wave]
-        for _ in range(actions):
-            said = agent.act({**observations, "active": active.copy()})
-            stop = np.asarray(said["stop"]).astype(bool)
-            proposals = np.where(stop[:, None], observations["box"], np.asarray(said["box"], dtype=np.float32))
-            observations, *_ = env.step({"box": proposals, "stop": np.zeros(env.num_envs, dtype=np.int64)})
-            for i in range(len(wave)):
-                box = env.games[i].box
-                held[i].append(None if box is None else _tuple(box))
-                stops[i].append(bool(stop[i]))
-        plays += [_OwnPlay(tuple(h), tuple(s)) for h, s in zip(held, stops, strict=True)]
+    for wave, active in waves(list(indices), env.num_envs):
+        moments = play(env, agent, options={"index": wave}, active=active, ignore_stop=True)
+        held: list[list[Box | None]] = []
+        wishes: list[NDArray[np.bool_]] = []
+        for moment in islice(moments, actions):
+            held.append([_held(game) for game in env.games])
+            wishes.append(np.asarray(moment.actions["stop"], dtype=bool))
+        plays += [
+            _OwnPlay(tuple(boxes[i] for boxes in held), tuple(bool(stops[i]) for stops in wishes))
+            for i in range(int(active.sum()))
+        ]
     return plays
+
+
+class _Given:
+    """Makes given proposals first; then, or if it is asked all along, the agent answers."""
+
+    def __init__(self, agent: Agent, given: Sequence[NDArray[np.float32]], ask: bool) -> None:
+        self.agent, self.given, self.ask = agent, list(given), ask
+
+    def act(self, observations: Mapping[str, Any]) -> Mapping[str, Any]:
+        said = self.agent.act(observations) if self.ask or not self.given else {}
+        if not self.given:
+            return said
+        return {"box": self.given.pop(0), "stop": np.zeros(len(observations["active"]), dtype=np.int64)}
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        if self.ask:
+            self.agent.reset(mask)
 
 
 def _answers(
     env: GroundingVectorEnv,
     stage: GroundingVectorEnv,
     agent: Agent,
-    wave: Sequence[_Job],
+    jobs: Sequence[_Job],
+    active: NDArray[np.bool_],
     replay: bool,
     agent_name: str,
-) -> list[Swap]:
+) -> Iterator[tuple[_Job, Swap]]:
     """One answer for each job of a wave; all have the same step."""
-    n, step = env.num_envs, wave[0].step
-    jobs = _filled(list(wave), n)
-    active = np.arange(n) < len(wave)
-    going_on = np.zeros(n, dtype=np.int64)
+    step, options = jobs[0].step, {"index": [j.index for j in jobs]}
     # The agent's environment shows the same samples all along: an oracle looks there.
-    observations, _ = env.reset(options={"index": [j.index for j in jobs]})
-    agent.reset(np.ones(n, dtype=bool))
-    for t in range(step if replay else 0):
-        agent.act({**observations, "active": active.copy()})
-        observations, *_ = env.step({"box": _stack([j.own.boxes[t] for j in jobs]), "stop": going_on})
-    shown, _ = stage.reset(options={"index": [j.index for j in jobs]})
+    own = _Given(agent, [_stack([j.own.boxes[t] for j in jobs]) for t in range(step)], ask=True)
+    for _ in islice(play(env, own, options=options, active=active), step if replay else 0):
+        pass
     # Refused proposals use up steps and draw nothing, so that the box appears at its step, or none does.
-    for t in range(step):
-        drawn = [j.box if t == step - 1 else None for j in jobs]
-        shown, *_ = stage.step({"box": _stack(drawn), "stop": going_on})
-    before = [(_held(stage, i), stage.games[i].iou) for i in range(n)]
-    said = agent.act({**shown, "active": active.copy()})
-    stops = np.asarray(said["stop"]).astype(np.int64)
-    _, _, _, _, infos = stage.step({"box": np.asarray(said["box"], dtype=np.float32), "stop": stops})
-    refused = infos.get("_invalid", np.zeros(n, dtype=bool))
-    unparsable = np.asarray(said.get("parse_failure", np.zeros(n, dtype=bool)))
-    probability = said.get("stop_probability")
-    swaps = []
-    for i, job in enumerate(wave):
-        sample, (box, iou) = stage.samples[i], before[i]
-        if stops[i]:
+    drawn = [_stack([None] * len(jobs))] * (step - 1) + [_stack([j.box for j in jobs])]
+    moments = play(stage, _Given(agent, drawn, ask=False), options=options, active=active)
+    for _ in islice(moments, step):
+        pass
+    before = [(_held(game), game.iou) for game in stage.games]
+    moment = next(moments)
+    for i, job in enumerate(jobs[: int(active.sum())]):
+        game, (box, iou) = stage.games[i], before[i]
+        if moment.stops[i]:
             action = "stop"
-        elif unparsable[i]:
+        elif moment.unparsable[i]:
             action = "unparsable"
         else:
-            action = "refused" if refused[i] else "propose"
-        swaps.append(
+            action = "refused" if moment.invalid[i] is not None else "propose"
+        yield (
+            job,
             Swap(
-                sample_id=sample.sample_id,
-                picture_id=sample.picture_id,
+                sample_id=game.sample.sample_id,
+                picture_id=game.sample.picture_id,
                 variant=job.variant,
                 step=step,
                 shown=box,
                 shown_iou=iou,
-                target=_tuple(sample.box),
+                target=box_tuple(game.sample.box),
                 action=action,
-                new_box=_held(stage, i),
-                new_iou=stage.games[i].iou,
-                stop_probability=None if probability is None else float(probability[i]),
+                new_box=_held(game),
+                new_iou=game.iou,
+                stop_probability=moment.said(i)["stop_probability"],
                 reached=not any(job.own.stopped[:step]),
                 agent=agent_name,
-                dataset=sample.dataset,
-                split=sample.split,
-            )
+                dataset=game.sample.dataset,
+                split=game.sample.split,
+            ),
         )
-    return swaps
-
-
-def _waves(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _filled(items: list[Any], size: int) -> list[Any]:
-    """Spare places repeat the first item; their answers are not asked for."""
-    return items + [items[0]] * (size - len(items))
 
 
 def _stack(wanted: Sequence[Box | None]) -> NDArray[np.float32]:
@@ -334,14 +325,8 @@ def _stack(wanted: Sequence[Box | None]) -> NDArray[np.float32]:
     return np.stack([_NAN if b is None else np.asarray(b, dtype=np.float32) for b in wanted])
 
 
-def _held(env: GroundingVectorEnv, i: int) -> Box | None:
-    box = env.games[i].box
-    return None if box is None else _tuple(box)
-
-
-def _tuple(box: Any) -> Box:
-    x1, y1, x2, y2 = (float(v) for v in box)
-    return x1, y1, x2, y2
+def _held(game: Game) -> Box | None:
+    return None if game.box is None else box_tuple(game.box)
 
 
 @dataclass

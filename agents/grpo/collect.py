@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from ivt_agents.training.run import Stopwatch
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.turns import Turn
+from ivt_env.rollouts import play
 from ivt_env.vector_env import GroundingVectorEnv
 
 
@@ -38,13 +40,12 @@ def collect(
     group_size: int,
     watch: Stopwatch | None = None,
     *,
-    may_stop: bool = True,
     format_bonus: float = 0.0,
     require_format: bool = False,
 ) -> Groups:
     """Play ``group_size`` episodes of each sample to their end.
 
-    All members of a group start alike: same picture, expression and initial box; they differ by the
+    All members of a group start alike: same image, expression and initial box; they differ by the
     policy's sampling alone.
 
     Args:
@@ -53,7 +54,6 @@ def collect(
         indices: P samples of the environment's split.
         group_size: G.
         watch: gets the seconds of ``rollout_model`` and ``rollout_environment``.
-        may_stop: False counts a stop as an unusable answer: it keeps the box, and the episode goes on.
         format_bonus: added to the last reward of an episode all of whose answers were usable.
         require_format: an episode with an unusable answer earns nothing.
     """
@@ -61,37 +61,24 @@ def collect(
     count = len(indices) * group_size
     if env.num_envs != count:
         raise ValueError(f"{env.num_envs} environments for {len(indices)} groups of {group_size}")
-    observations, _ = env.reset(seed=0, options={"index": [int(i) for i in indices for _ in range(group_size)]})
-    policy.reset(np.ones(count, dtype=bool))
     horizon = env.max_steps
     rewards, taken = np.zeros((count, horizon)), np.zeros((count, horizon), dtype=bool)
     ious = np.zeros((count, horizon))
     turns: list[list[Turn]] = [[] for _ in range(count)]
-    active, failures, usable = np.ones(count, dtype=bool), 0, np.ones(count, dtype=bool)
-    for step in range(horizon):
-        watch.lap("rollout_environment")
-        actions = policy.act({**observations, "active": active})
-        watch.lap("rollout_model")
-        stop, failed = np.asarray(actions["stop"]), np.asarray(actions["parse_failure"])
-        if not may_stop:
-            # The box of a stop is not a number, so the environment refuses it and keeps the one in force.
-            failed = failed | (stop == 1)
-            stop = np.zeros_like(stop)
-        observations, reward, terminated, truncated, infos = env.step({"box": actions["box"], "stop": stop})
-        rewards[active, step], taken[:, step] = reward[active], active
-        failures += int(failed[active].sum())
-        usable &= ~(failed | np.asarray(infos.get("_invalid", False))) | ~active
-        ended = active & (terminated | truncated)
-        rewards[ended & usable, step] += format_bonus
+    failures, usable = 0, np.ones(count, dtype=bool)
+    options = {"index": [int(i) for i in indices for _ in range(group_size)]}
+    for step, moment in enumerate(play(env, _Timed(policy, watch), seed=0, options=options)):
+        active = moment.active
+        rewards[active, step], taken[:, step] = moment.rewards[active], active
+        failures += int(moment.unparsable[active].sum())
+        refused = np.array([why is not None for why in moment.invalid])
+        usable &= ~(moment.unparsable | refused) | ~active
+        rewards[moment.ended & usable, step] += format_bonus
         for i in np.flatnonzero(active):
             turn = policy.turns[i]
             assert turn is not None
             turns[i].append(turn)
-        ious[:, step] = [game.iou for game in env.games]
-        active = active & ~(terminated | truncated)
-        if not active.any():
-            ious[:, step + 1 :] = ious[:, step : step + 1]
-            break
+        ious[:, step:] = np.array([game.iou for game in env.games])[:, None]
     if require_format:
         rewards[~usable] = 0.0
     policy.reset(np.ones(count, dtype=bool))  # conversations are over; their caches would stay for the update
@@ -99,3 +86,16 @@ def collect(
     shape = (len(indices), group_size, horizon)
     stopped = np.array([game.terminated for game in env.games]).reshape(shape[:2])
     return Groups(turns, rewards.reshape(shape), taken.reshape(shape), ious.reshape(shape), stopped, failures)
+
+
+class _Timed:
+    """The policy, with the time that it takes told apart from the environment's."""
+
+    def __init__(self, policy: VLMPolicy, watch: Stopwatch) -> None:
+        self.policy, self.watch, self.reset = policy, watch, policy.reset
+
+    def act(self, observations: Mapping[str, Any]) -> dict[str, Any]:
+        self.watch.lap("rollout_environment")
+        actions = self.policy.act(observations)
+        self.watch.lap("rollout_model")
+        return actions

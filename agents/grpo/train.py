@@ -369,7 +369,6 @@ def _evaluate(policy: VLMPolicy, args: Args, step: int) -> dict[str, float]:
         args.env,
         args.eval_split,
         range(count),
-        ignore_stop=not args.stop,
         max_steps=args.max_steps,
         data_root=args.data_root,
         strict=True,

@@ -63,7 +63,6 @@ class GRPOConfig:
     scale: str = "none"
     scale_floor: float = 1e-3
     kl_in: str = "loss"
-    stop: bool = True
     format_bonus: float = 0.0
     require_format: bool = False
     discount: float = 1.0
@@ -237,7 +236,6 @@ class GRPOTrainer:
                 indices.tolist(),
                 config.group,
                 watch,
-                may_stop=config.stop,
                 format_bonus=config.format_bonus,
                 require_format=config.require_format,
             )

@@ -19,7 +19,7 @@ def play(
     split: str,
     indices: Sequence[int],
     *,
-    ignore_stop: bool,
+    ignore_stop: bool = False,
     seed: int = 0,
     num_envs: int = 100,
     agent_name: str = "",

@@ -37,10 +37,7 @@ def compare(agent: Agent, split: str, *, easy: bool, samples: int, max_steps: in
     dataset = load_dataset("scenes", split)
     indices = easy_indices(dataset, samples) if easy else list(range(min(samples, len(dataset))))
     agents: dict[str, Agent] = {"ppo": agent, "random": RandomAgent(seed), "centre": CentreAgent()}
-    played = {
-        name: play(one, ENV_ID, split, indices, ignore_stop=False, seed=seed, max_steps=max_steps)
-        for name, one in agents.items()
-    }
+    played = {name: play(one, ENV_ID, split, indices, seed=seed, max_steps=max_steps) for name, one in agents.items()}
     pictures = [e.picture_id for e in played["ppo"]]
     final = {name: _final(episodes) for name, episodes in played.items()}
     return {

@@ -370,7 +370,6 @@ def _measure(policy: VLMPolicy, args: Args, progress: Progress, name: str) -> di
         args.env,
         args.eval_split,
         range(args.eval_samples),
-        ignore_stop=args.lessons == "paper",
         data_root=args.data_root,
         strict=True,
         view=policy.view,

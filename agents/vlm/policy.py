@@ -81,6 +81,8 @@ class VLMPolicy:
         """Around every forward pass of sampling: a learner sets its own, so that both compute alike."""
         self.decode = fixed_decoder(core_of(model))
         """What grows the completions; None: the loop of ``generate``."""
+        self.may_stop = True
+        """False: a stop is no action of this policy (``forbid_stop``), and one that it spells out is unusable."""
         self.turns: list[Turn | None] = []
         """What the last ``act`` did, one entry per environment; None where it was not active."""
         ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in _VISION_TOKENS}
@@ -134,10 +136,10 @@ class VLMPolicy:
             self.turns[row] = turn
             text = self.text(turn)
             action = parse_action(text) if turn.finished else parse_action("")
-            box = self.dialogue.box_of(action, turn.prompt)
+            box, stop = self.dialogue.box_of(action, turn.prompt), action.stop and self.may_stop
             actions["text"][row] = text
-            actions["stop"][row] = int(action.stop)
-            actions["parse_failure"][row] = box is None and not action.stop
+            actions["stop"][row] = int(stop)
+            actions["parse_failure"][row] = box is None and not stop
             actions["confidence"][row] = float(np.exp(np.mean(turn.log_probs)))
             if turn.stop_probability is not None:
                 actions["stop_probability"][row] = turn.stop_probability

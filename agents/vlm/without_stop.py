@@ -38,13 +38,14 @@ def without_stop(prompts: Prompts) -> Prompts:
 def forbid_stop(policy: VLMPolicy) -> None:
     """Make a policy play without the stop, in place.
 
-    Where the stop is one token it cannot be sampled any more, in rollouts and in the scores of an update
-    alike, and no probability of it is stated. Where it is several it can still be spelt out; whoever plays
-    the policy must then refuse it (``collect(..., may_stop=False)``, ``rollout(..., ignore_stop=True)``).
+    It is not asked for one, and where the stop is one token it cannot be sampled any more, in rollouts and in the
+    scores of an update alike, and no probability of it is stated. Where it is spelt out all the same, that is an
+    answer without a usable action, in training and in evaluation: the box stays.
 
     Args:
-        policy: changed in what it asks and what it samples; its weights stay.
+        policy: changed in what it asks, samples and understands; its weights stay.
     """
+    policy.may_stop = False
     policy.dialogue.prompts = without_stop(policy.dialogue.prompts)
     stop = policy.sampling.stop_id
     if stop is not None:

@@ -20,8 +20,9 @@ from PIL import Image
 
 from ivt_env.data.sample import DataError, Picture
 from ivt_env.env import GroundingEnv
-from ivt_env.episodes import Box, Episode, Step, load_episodes, picture_file, save_episodes, save_picture
+from ivt_env.episodes import Box, Episode, load_episodes, picture_file, save_episodes, save_picture
 from ivt_env.files import write_whole
+from ivt_env.rollouts import begin_record, box_tuple, record_action
 from ivt_env.viewer.page import page_parts
 from ivt_env.viewer.rows import details, where_of
 from ivt_env.viewer.server import Refused, Reply, ViewApp
@@ -94,21 +95,9 @@ class PlayApp(ViewApp):
                 return self._standing()
             seed = self.seed + len(self.episodes)
             self.env.reset(seed=seed, options={"index": self._index(seed)})
-            sample = self.env.sample
-            self._live = Episode(
-                sample_id=sample.sample_id,
-                picture_id=sample.picture_id,
-                dataset=sample.dataset,
-                split=sample.split,
-                expression=sample.expression,
-                target=_box(sample.box),
-                size=sample.size,
-                steps=[],
-                initial_box=self._box_now(),
-                agent=HUMAN,
-                seed=seed,
-                siblings=[_box(b) for b in sample.siblings],
-            )
+            sample, game = self.env.sample, self.env.game
+            assert game is not None
+            self._live = begin_record(game, HUMAN, seed)
             self._shown[sample.dataset, sample.picture_id] = self.env.dataset.picture(sample)
         episode = self._live
         return {
@@ -141,22 +130,13 @@ class PlayApp(ViewApp):
         if (message.get("number"), message.get("step")) != (len(self.episodes) + 1, len(episode.steps)):
             raise Refused(409, "This action belongs to another step, perhaps of another window: reload the page.")
         stop = message.get("stop") is True
-        proposal = None if stop else _proposal(message.get("box"))
-        action = {"box": np.zeros(4, np.float32) if proposal is None else proposal, "stop": int(stop)}
-        _, reward, terminated, truncated, info = self.env.step(action)
-        episode.steps.append(
-            Step(
-                proposal=None if proposal is None else _box(proposal),
-                stop=stop,
-                box=self._box_now(),
-                iou=float(info["iou"]),
-                reward=float(reward),
-                invalid=info.get("invalid"),
-            )
-        )
-        episode.terminated, episode.truncated = bool(terminated), bool(truncated)
-        if not (terminated or truncated):
-            return {"over": False, "invalid": info.get("invalid"), **self._progress()}
+        box = np.zeros(4, np.float32) if stop else _proposal(message.get("box"))
+        info = self.env.step({"box": box, "stop": int(stop)})[-1]
+        game, invalid = self.env.game, info.get("invalid")
+        assert game is not None
+        record_action(episode, game, box, stop, invalid)
+        if not game.over:
+            return {"over": False, "invalid": invalid, **self._progress()}
         return self._finished(episode)
 
     def _finished(self, episode: Episode) -> dict[str, Any]:
@@ -202,7 +182,7 @@ class PlayApp(ViewApp):
 
     def _box_now(self) -> Box | None:
         game = self.env.game
-        return None if game is None or game.box is None else _box(game.box)
+        return None if game is None or game.box is None else box_tuple(game.box)
 
     def _picture_of(self, episode: Episode) -> Picture:
         known = self._shown.get((episode.dataset, episode.picture_id))
@@ -270,11 +250,6 @@ def _proposal(box: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     if not numbers or not all(type(v) in (int, float) and abs(v) <= _LARGEST for v in box):
         raise Refused(400, f"box is {json.dumps(box)[:80]}: give four numbers x1, y1, x2, y2 from 0 to 1, or stop.")
     return np.array(box, dtype=np.float32)
-
-
-def _box(box: Any) -> Box:
-    x1, y1, x2, y2 = (float(v) for v in box)
-    return (x1, y1, x2, y2)
 
 
 def _json(value: Any) -> Reply:
