@@ -24,10 +24,11 @@ def policy() -> VLMPolicy:
     model = build_model(tokenizer, seed=3).eval()
     # An untrained model hardly ever samples one of two ids, so two hundred numbers end its turns, too.
     ends = [*tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), *number_ids(tokenizer)[:200]]
-    model.generation_config.eos_token_id = ends
-    return VLMPolicy(
+    policy = VLMPolicy(
         model, tokenizer, build_image_processor(), TINY, BoxCodec(), max_new_tokens=12, temperature=1.0, seed=0
     )
+    policy.sampling = replace(policy.sampling, end_ids=tuple(ends))
+    return policy
 
 
 @pytest.fixture(scope="module")

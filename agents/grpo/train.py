@@ -253,7 +253,7 @@ def main(args: Args) -> Path:
         if args.lora_rank:
             drop_reference(policy.model)
             if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
-                policy.model.save_pretrained(args.out / "adapter")
+                policy.save(args.out / "adapter")
             policy.model = merged(policy.model)
         if args.start_share:
             start = load_policy(str(args.model), device=str(accelerator.device), **args.loading())

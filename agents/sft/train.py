@@ -261,6 +261,7 @@ def _plan(args: Args) -> Plan:
         micro_batch=args.micro_batch,
         lora_rank=args.lora_rank,
         autocast=args.mixed_precision == "bf16",
+        pixels=args.pixels,
     )
 
 

@@ -17,6 +17,7 @@ These are third parties' copies: no configuration was read from Qwen's own pages
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 
-from ivt_agents.vlm.load import TINY_NAME, PolicyError, base_of
-from ivt_agents.vlm.tiny import weights_folder
+from ivt_agents.vlm.sources import AGAIN, CONFIG, PROCESSOR, PolicyError, find_source, pixel_limits, scaled
+from ivt_env.failures import reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,25 +163,20 @@ def find_config(name: str) -> tuple[Any, str]:
     Raises:
         PolicyError: where it is neither on disk nor among the shipped shapes, or is no Qwen-VL model.
     """
-    folder = weights_folder() if name == TINY_NAME else Path(name)
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
-        return find_config(base_of(adapter))
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise PolicyError(f"{folder} holds no config.json: it is no model folder")
-        config, source = AutoConfig.from_pretrained(str(folder), local_files_only=True), str(folder)
-    else:
+    base = find_source(name).base
+    with reading(Path(base) / CONFIG, AGAIN, PolicyError):
         try:
-            config = AutoConfig.from_pretrained(name, local_files_only=True)
-            source = "the hub's cache on this machine"
+            config = AutoConfig.from_pretrained(base, local_files_only=True)
+            source = base if Path(base).exists() else "the hub's cache on this machine"
         except OSError as error:
-            if name not in KNOWN:
+            if Path(base).exists():
+                raise
+            if base not in KNOWN:
                 raise PolicyError(
-                    f"the shape of {name} is not known without its config.json: give a folder that holds one, or one "
+                    f"the shape of {base} is not known without its config.json: give a folder that holds one, or one "
                     f"of {', '.join(KNOWN)}"
                 ) from error
-            config, source = shipped_config(name), "shapes shipped with this project (see agents/vlm/architectures.py)"
+            config, source = shipped_config(base), "shapes shipped with this project (see agents/vlm/architectures.py)"
     if config.model_type not in _CLASSES:
         raise PolicyError(f"{name} is a {config.model_type!r}; a dry run knows {sorted(_CLASSES)}")
     return config, source
@@ -197,12 +194,14 @@ def build_without_weights(config: Any) -> Any:
     return model
 
 
-def pixel_limits(config: Any, name: str) -> tuple[int, int]:
-    """Smallest and largest number of pixels that the model's image processor hands on."""
-    folder = weights_folder() if name == TINY_NAME else Path(name)
-    if (folder / "preprocessor_config.json").exists():
-        from transformers import AutoImageProcessor
-
-        size = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True).size
-        return int(size["shortest_edge"]), int(size["longest_edge"])
-    return QWEN3_PIXELS if config.model_type == "qwen3_vl" else QWEN25_PIXELS
+def picture_limits(config: Any, name: str, pixels: float | None = None) -> tuple[int, int]:
+    """Smallest and largest number of pixels that the model's image processor hands on, ``pixels`` times the most."""
+    source = find_source(name)
+    folder = source.find(*PROCESSOR)
+    limits = QWEN3_PIXELS if config.model_type == "qwen3_vl" else QWEN25_PIXELS
+    if folder is not None:
+        with reading(f"image processor of {folder}", AGAIN, PolicyError), suppress(OSError):  # a hub name: not here
+            limits = pixel_limits(
+                AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True), folder
+            )
+    return limits if pixels is None else scaled(limits, pixels, folder or source.base)

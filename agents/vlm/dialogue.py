@@ -30,7 +30,7 @@ View = tuple[Picture, Box]
 class Dialogue:
     """Speaks a model's chat template, token by token."""
 
-    def __init__(self, tokenizer: Any, image_processor: Any, prompts: Prompts, codec: BoxCodec, end_id: int) -> None:
+    def __init__(self, tokenizer: Any, image_processor: Any, prompts: Prompts, codec: BoxCodec) -> None:
         """Wrap a tokenizer and an image processor.
 
         Args:
@@ -38,13 +38,17 @@ class Dialogue:
             image_processor: of the Qwen-VL family.
             prompts: what is asked.
             codec: how boxes are written.
-            end_id: the id that ends a turn.
+
+        Raises:
+            ValueError: for a chat template that does not end an answer with a special token.
         """
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.prompts, self.codec, self.end_id = prompts, codec, end_id
+        self.prompts, self.codec = prompts, codec
         self.image_token: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self._frames: dict[tuple[int, bool], tuple[str, str]] = {}
         self._token_cache: dict[str, list[int]] = {}
+        self.end_id = self._end()
+        """The token with which the chat template ends an answer."""
 
     def process(self, images: Sequence[NDArray[np.uint8]]) -> list[Picture]:
         """Pictures (height, width, 3) as the image processor hands them to the model."""
@@ -121,6 +125,8 @@ class Dialogue:
             if token == self.image_token:
                 merged = int(np.prod(next(queue)[0].grid)) // self.image_processor.merge_size**2
             ids += [token] * merged
+        if next(queue, None) is not None:
+            raise ValueError("the chat template leaves pictures out (chat_template.jinja)")
         return [*ids, *self._tokens(text, special=False), *self._tokens(after, special=True)]
 
     def _frame(self, pictures: int, later: bool) -> tuple[str, str]:
@@ -128,16 +134,9 @@ class Dialogue:
         key = (pictures, later)
         if key in self._frames:
             return self._frames[key]
-
-        def user(mark: str) -> dict[str, Any]:
-            return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": mark}]}
-
-        def rendered(messages: list[dict[str, Any]]) -> str:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-        opening = rendered([user("\x00")])
+        opening = self._rendered([_user("\x00", pictures)])
         if later:
-            whole = rendered([user("\x00"), {"role": "assistant", "content": "\x01"}, user("\x02")])
+            whole = self._rendered([_user("\x00", pictures), _answer("\x01"), _user("\x02", pictures)])
             head, _, rest = whole.partition("\x01")
             end = self.tokenizer.convert_ids_to_tokens(self.end_id)
             if head != opening or not rest.startswith(end):
@@ -151,6 +150,24 @@ class Dialogue:
         self._frames[key] = (before, after)
         return before, after
 
+    def _end(self) -> int:
+        """The special token right behind an answer in the chat template."""
+        whole = self._rendered([_user("\x00", 1), _answer("\x01")], add_generation_prompt=False)
+        _, answered, rest = whole.partition("\x01")
+        ids = self._tokens(rest.lstrip(), special=True)
+        if not answered or not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
+            raise ValueError(
+                f"the chat template (chat_template.jinja) ends an answer with {rest[:40]!r}, which begins with no"
+                " special token: where an answer ends could be neither taught nor seen; write one there"
+            )
+        return ids[0]
+
+    def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Messages as the chat template writes them."""
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+
     def _tokens(self, text: str, special: bool) -> list[int]:
         key = f"{special}{text}"
         if key not in self._token_cache:
@@ -159,6 +176,14 @@ class Dialogue:
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
             self._token_cache[key] = list(encoded["input_ids"])
         return self._token_cache[key]
+
+
+def _user(text: str, pictures: int) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
+
+
+def _answer(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
 
 
 _CHUNK = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ivt_agents.vlm.architectures import build_without_weights, find_config, pixel_limits
+from ivt_agents.vlm.architectures import build_without_weights, find_config, picture_limits
 from ivt_agents.vlm.footprint import (
     CONTEXT_BYTES,
     USABLE,
@@ -56,6 +56,8 @@ class Plan:
     """The update runs in bf16."""
     reference_copy: bool = False
     """A frozen copy of all weights is kept for the KL divergence."""
+    pixels: float | None = None
+    """Times the most pixels that the model may be shown of a picture."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
@@ -70,7 +72,7 @@ def dry_run(plan: Plan) -> str:
     config, source = find_config(plan.model)
     model = build_without_weights(config)
     parts, lora = count_parts(model), lora_parameters(model, plan.lora_rank)
-    shape, limits = Shape.of(config), pixel_limits(config, plan.model)
+    shape, limits = Shape.of(config), picture_limits(config, plan.model, plan.pixels)
     size = resized(*plan.picture, shape.patch, shape.merge, limits)
     tokens = visual_tokens(*plan.picture, shape.patch, shape.merge, limits)
     work = Workload(tokens, TEXT_TOKENS, plan.new_tokens, plan.turns)

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import importlib.util
-import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from ivt_agents.vlm.codec import FRAMES, BoxCodec
+from ivt_agents.vlm.codec import BoxCodec
+from ivt_agents.vlm.dialogue import LAYOUTS
 from ivt_agents.vlm.generation import core_of
-from ivt_agents.vlm.policy import POLICY_FILE, VLMPolicy
-from ivt_agents.vlm.precision import DTYPES, use_float32_head
-from ivt_agents.vlm.prompts import QWEN, Prompts
-from ivt_agents.vlm.tiny import weights_folder
-from ivt_env.failures import read_json, reading
+from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.precision import DTYPES, can_merge, stored_as, use_float32_head
+from ivt_agents.vlm.prompts import Prompts
+from ivt_agents.vlm.sources import (
+    AGAIN,
+    CONFIG,
+    TINY_NAME,
+    PolicyError,
+    Source,
+    check_config,
+    find_source,
+    load_image_processor,
+    load_tokenizer,
+    read_settings,
+)
+from ivt_env.failures import reading
 
-TINY_NAME = "tiny"
-"""The name of the shipped model, wherever a model folder or hub name is taken."""
-
+__all__ = ["ATTENTION", "TINY_NAME", "PolicyError", "check_weights", "load_policy", "nf4_config"]
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
-
-
-class PolicyError(ValueError):
-    """A model folder that cannot be used. Says which file, and what to do."""
 
 
 def load_policy(
@@ -49,8 +54,10 @@ def load_policy(
 ) -> VLMPolicy:
     """Load a policy: the shipped ``tiny`` model, a folder, or a model of the hub by name.
 
-    A folder may hold a whole model or a peft adapter, which is put on the base that it names. The
-    tokenizer and the image processor are loaded apart: the combined processor needs torchvision.
+    A folder may hold a whole model or a peft adapter, which is put on the base that it names (a model, or an
+    adapter again); what an adapter's folder does not hold is that of its base. The tokenizer and the image
+    processor are loaded apart: the combined processor needs torchvision. What is handed to the libraries is read
+    back from what they do, and one answer is asked for, so that a folder that cannot be played is refused here.
 
     Args:
         name: of the model.
@@ -70,100 +77,74 @@ def load_policy(
             the policy. A picture that is smaller than that as it is is not enlarged. None: as the folder says.
 
     Raises:
-        PolicyError: for a folder that is not there, is no model, or does not fit its own weights; for
-            ``pixels`` that leave fewer than the processor's least.
+        PolicyError: for a folder that is not there, is no model, is incomplete or does not fit its own weights;
+            for ``pixels`` that leave fewer than the processor's least, or that it does not heed.
     """
-    folder = weights_folder() if str(name) == TINY_NAME else Path(name)
-    source: str = str(folder) if folder.exists() else str(name)
-    looks_like_path = folder.is_absolute() or str(name).startswith((".", "runs")) or str(name).count("/") != 1
-    if not folder.exists() and looks_like_path:
+    if layout not in (None, *LAYOUTS):
+        raise PolicyError(f"layout {layout!r}: choose {' or '.join(LAYOUTS)}")
+    source = find_source(name)
+    with reading(Path(source.base) / CONFIG, AGAIN, PolicyError):
+        config = AutoConfig.from_pretrained(source.base)
+    settings = read_settings(source, config.model_type)
+    quantize = quantize or settings.get("quantize", "none")
+    if quantize == "none" and settings.get("quantize") == "nf4":
         raise PolicyError(
-            f"no model at {name}: give a folder that holds one, 'tiny', or a hub name like Qwen/Qwen3-VL-4B-Instruct"
+            f"quantize none: {source.name} is an adapter that was trained on NF4 weights, which differ from the others"
+            " by their rounding; on those it would be another policy. Leave quantize out"
         )
-    if folder.exists() and not any((folder / f).exists() for f in ("config.json", "adapter_config.json")):
-        raise PolicyError(f"{folder} holds neither config.json nor adapter_config.json: it is no model folder")
-    adapter = folder / "adapter_config.json"
-    base = source
-    if folder.exists() and adapter.exists():
-        base = base_of(adapter)
-        base = str(weights_folder()) if base == TINY_NAME else base
-    recorded = _recorded(folder)
-    quantize = quantize or recorded.get("quantize", "none")
-    if quantize == "none" and recorded.get("quantize") == "nf4":
-        raise PolicyError(
-            f"quantize none: {folder} is an adapter that was trained on NF4 weights, which differ from the others by"
-            " their rounding; on those it would be another policy. Leave quantize out"
-        )
-    usual = "bfloat16" if quantize == "nf4" else recorded.get("dtype", "float32")
+    usual = "bfloat16" if quantize == "nf4" else settings.get("dtype", "float32")
     dtype = str(dtype or usual).removeprefix("torch.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The fused attention kernel's backward pass takes twice as long as plain matrix products at the
     # sizes that a CPU can train.
     attention = attention or ("eager" if device == "cpu" else "sdpa")
     check_weights(dtype, quantize, attention, device)
-    model = _load_model(base, dtype, quantize, device)
-    if base != source:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, source)
+    with reading(Path(source.base) / CONFIG, AGAIN, PolicyError):
+        check_config(source, config, _without_weights)
+    tokenizer = load_tokenizer(source, config)
+    processor = load_image_processor(source, config, pixels)
+    model = _load_model(source, dtype, quantize, device)
     if quantize == "none":  # quantised weights were made where they are to stay
         model.to(device)
-    core_of(model).set_attn_implementation(attention)
-    use_float32_head(model)
-    settings: dict[str, Any] = {"frame": FRAMES.get(model.config.model_type), "layout": "fresh", "view": "overlay"}
-    settings |= {"prompt": QWEN.text, "closeup": QWEN.closeup, "with_closeup": QWEN.with_closeup}
-    settings |= recorded
-    if settings["frame"] is None:
-        raise PolicyError(f"{name}: model type {model.config.model_type!r} has no box codec; known: {sorted(FRAMES)}")
-    whole_words = model.config.get_text_config().vocab_size < 10_000
-    return VLMPolicy(
-        model,
-        AutoTokenizer.from_pretrained(source, padding_side="left"),
-        _image_processor(source, pixels),
-        Prompts(settings["prompt"], settings["closeup"], settings["with_closeup"]),
-        BoxCodec(settings["frame"]),
-        max_new_tokens=max_new_tokens or (48 if whole_words else 160),
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-        layout=layout or settings["layout"],
-        view=view or settings["view"],
-        reuse=reuse,
-    )
-
-
-def _image_processor(source: str, pixels: float | None) -> Any:
-    """The image processor of a model, with ``pixels`` times its budget.
-
-    Pillow's, also where torchvision is installed: its resizing gives other pixels, so the same model would
-    see other images on another machine.
-    """
-    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-    if pixels is None:
-        return processor
-    # "Edges" by name, areas by meaning: the least and the most pixels of a picture after resizing.
-    least, most = int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
-    wanted = round(most * pixels) if math.isfinite(pixels) else 0
-    if wanted < least:
-        raise PolicyError(
-            f"pixels {pixels:g}: {source} takes at most {most} pixels of a picture and never fewer than {least};"
-            f" give at least {least / most:g}"
+    with reading(source.name, AGAIN, PolicyError):
+        core_of(model).set_attn_implementation(attention)
+        use_float32_head(model)
+        _read_back(model, source, {"dtype": dtype, "quantize": quantize}, attention)
+        whole_words = config.get_text_config().vocab_size < 10_000
+        policy = VLMPolicy(
+            model,
+            tokenizer,
+            processor,
+            Prompts(settings["prompt"], settings["closeup"], settings["with_closeup"]),
+            BoxCodec(settings["frame"]),
+            max_new_tokens=max_new_tokens or (48 if whole_words else 160),
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            layout=layout or settings["layout"],
+            view=view or settings["view"],
+            reuse=reuse,
         )
-    return AutoImageProcessor.from_pretrained(
-        source, backend="pil", size={"shortest_edge": least, "longest_edge": wanted}
-    )
+        policy.check()
+    return policy
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
-    """What ``VLMPolicy.save`` wrote about a policy; empty for any other model."""
-    path = folder / POLICY_FILE
-    return read_json(path, kind=PolicyError) if path.exists() else {}
+def _without_weights(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
 
 
-def base_of(adapter: Path) -> str:
-    """The base model that an ``adapter_config.json`` names."""
-    with reading(adapter, kind=PolicyError):
-        return str(read_json(adapter)["base_model_name_or_path"])
+def _read_back(model: Any, source: Source, held: dict[str, str], attention: str) -> None:
+    """Refuse a model that is not held and computed as it was asked for, or whose weights are not finite."""
+    core = core_of(model)
+    parts = (core.config, core.config.get_text_config(), core.config.vision_config)
+    found = stored_as(model) | {"attention": "/".join(sorted({str(part._attn_implementation) for part in parts}))}
+    for key, wanted in (held | {"attention": attention}).items():
+        if found[key] != wanted:
+            raise PolicyError(f"{source.name}: {key} {wanted} was asked for, and it is {found[key]}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise PolicyError(f"{source.name}: weight {name} is not finite (NaN or infinity); {AGAIN}")
 
 
 def check_weights(dtype: str, quantize: str, attention: str | None, device: str) -> None:
@@ -190,33 +171,55 @@ def check_weights(dtype: str, quantize: str, attention: str | None, device: str)
         raise PolicyError(f"attention flash_attention_2 with dtype {dtype}: it needs 16 bits; add --dtype bfloat16")
 
 
-def _load_model(source: str, dtype: str, quantize: str, device: str) -> Any:
-    """The model, refusing weights that do not fit their own configuration."""
-    if Path(source).exists():
+def _load_model(source: Source, dtype: str, quantize: str, device: str) -> Any:
+    """The model with its adapters, refusing weights that do not fit their own configuration."""
+    if Path(source.base).exists():
         transformers_logging.disable_progress_bar()  # a local file is read in a blink
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True}
     if quantize == "nf4":
         options |= {"quantization_config": nf4_config(), "device_map": {"": device}}
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise PolicyError(
-            f"{source} could not be loaded ({first}). Is it complete, and do weights and config.json belong together?"
-        ) from error
+    with reading(source.base, f"is it complete, and do weights and {CONFIG} belong together? {AGAIN}", PolicyError):
+        model, report = AutoModelForImageTextToText.from_pretrained(source.base, **options)
     wrong = {
         k: sorted(map(str, report[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]
     }
     if wrong:
         kind, keys = next(iter(wrong.items()))
         raise PolicyError(
-            f"{source}: weights and config.json do not belong together: {kind.replace('_', ' ')} {keys[:3]}"
+            f"{source.base}: weights and {CONFIG} do not belong together: {kind.replace('_', ' ')} {keys[:3]}; {AGAIN}"
         )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On some CPUs bitsandbytes lays out the weights anew at the first pass in eval mode, for a
             # kernel without a backward pass: every gradient that passes through them would be lost.
             module.support_avx512bf16_for_cpu = False
+    for folder in reversed(source.adapters):
+        if hasattr(model, "merge_and_unload"):
+            if not can_merge(model):
+                raise PolicyError(
+                    f"{folder} is an adapter on an adapter, whose merging into weights in {dtype}, quantize {quantize}"
+                    " would change the policy: load it with dtype float32 and quantize none"
+                )
+            model = model.merge_and_unload()
+        model = _put_on(model, folder)
+    return model
+
+
+def _put_on(model: Any, folder: Path) -> Any:
+    """A model with the adapter of a folder, all of which must have found its place."""
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    with reading(folder, f"does the adapter belong to this base? {AGAIN}", PolicyError), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*missing adapter keys.*")  # compared below
+        model = PeftModel.from_pretrained(model, str(folder))
+        stored = {key for key in load_peft_weights(str(folder), device="cpu") if "lora_" in key}
+    held = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
+    if held != stored:
+        raise PolicyError(
+            f"{folder}: adapter_config.json and weights do not belong together: {len(held - stored)} matrices have no"
+            f" weights, and {len(stored - held)} weights have no matrix; {AGAIN}"
+        )
     return model
 
 

@@ -24,7 +24,7 @@ from ivt_agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
 from ivt_agents.vlm.generation import Sampling, core_of, generate
 from ivt_agents.vlm.precision import stored_as
 from ivt_agents.vlm.prompts import Prompts
-from ivt_agents.vlm.turns import Prompt, Turn
+from ivt_agents.vlm.turns import WHOLE, Prompt, Turn
 from ivt_env.files import whole_folder, write_whole
 
 POLICY_FILE = "policy.json"
@@ -88,16 +88,17 @@ class VLMPolicy:
         ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in _VISION_TOKENS}
         self.image_token = ids["image_pad"]
         stop_ids = tokenizer(STOP_TEXT, add_special_tokens=False)["input_ids"]
-        end_ids = model.generation_config.eos_token_id
+        self.dialogue = Dialogue(tokenizer, image_processor, prompts, codec)
+        # The end that the template writes is the one that is taught; the model may know more.
+        ends = dict.fromkeys((self.dialogue.end_id, *_more_ends(model, tokenizer)))
         self.sampling = Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             suppressed=tuple(i for i in ids.values() if i is not None),
-            end_ids=tuple(end_ids) if isinstance(end_ids, list | tuple) else (end_ids,),
-            pad_id=tokenizer.pad_token_id,
+            end_ids=tuple(ends),
+            pad_id=self.dialogue.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             stop_id=stop_ids[0] if len(stop_ids) == 1 else None,
         )
-        self.dialogue = Dialogue(tokenizer, image_processor, prompts, codec, self.sampling.end_ids[0])
         self._said: dict[int, tuple[Turn, Memory | None]] = {}
         """In the prefix layout: each environment's conversation so far."""
 
@@ -212,6 +213,19 @@ class VLMPolicy:
                 made[whole] = self.dialogue.prompt(*question)
         return [made[whole] for whole, _ in named]
 
+    def check(self) -> None:
+        """Ask for one token about a blank picture.
+
+        Raises:
+            ValueError: where what comes back is no number. What a model raises that cannot be run is its own.
+        """
+        (picture,) = self.dialogue.process([np.zeros((48, 64, 3), dtype=np.uint8)])
+        prompt = self.dialogue.prompt("x", (0.25, 0.25, 0.75, 0.75), [(picture, WHOLE)])
+        once = replace(self.sampling, max_new_tokens=1, temperature=0.0)
+        (turn,) = generate(self.core, [prompt], once, None, False)
+        if not np.isfinite(turn.log_probs).all():
+            raise ValueError("its answers are not finite (NaN or infinity)")
+
     def save(self, folder: str | Path, made_for: Mapping[str, Any] | None = None) -> None:
         """Write everything that ``load_policy`` needs: the model (or its adapter) and its helpers.
 
@@ -227,6 +241,20 @@ class VLMPolicy:
             self.tokenizer.save_pretrained(partial)
             self.image_processor.save_pretrained(partial)
             write_whole(partial / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
+
+
+def _more_ends(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a turn by ``generation_config.json``, all of which must be tokens that no text holds."""
+    found = model.generation_config.eos_token_id
+    ends = found if isinstance(found, list | tuple) else [] if found is None else [found]
+    for end in ends:
+        if type(end) is not int or end not in tokenizer.added_tokens_decoder:
+            said = repr(tokenizer.decode([end])) if type(end) is int and 0 <= end < len(tokenizer) else "no token"
+            raise ValueError(
+                f"generation_config.json: eos_token_id {end!r} is {said}, not a special token: an answer would end"
+                " wherever it is written; correct it"
+            )
+    return list(ends)
 
 
 _VISION_TOKENS = ("image_pad", "video_pad", "vision_start", "vision_end")
