@@ -15,7 +15,8 @@ from ivt_agents.vlm.packing import pack
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.prompts import TINY
 from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, number_ids
-from ivt_agents.vlm.turns import WHOLE, encode_pictures
+from ivt_agents.vlm.turns import WHOLE
+from ivt_agents.vlm.vision import encode_pictures
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from ivt_agents.vlm.cache import Memory, make_cache, recall, refuse_inexact_cache, remember
+from ivt_agents.vlm.mrope import mrope_positions
 from ivt_agents.vlm.packing import break_even, pack
-from ivt_agents.vlm.turns import Picture, Prompt, Turn, encode_pictures, mrope_positions, pictures_in
+from ivt_agents.vlm.turns import Picture, Prompt, Turn, pictures_in
+from ivt_agents.vlm.vision import encode_pictures
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ivt_agents.vlm.turns import Picture, Turn, mrope_positions, pictures_in
+from ivt_agents.vlm.mrope import mrope_positions
+from ivt_agents.vlm.turns import Picture, Turn, pictures_in
 
 
 @dataclass(slots=True, eq=False)

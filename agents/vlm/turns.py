@@ -6,13 +6,10 @@ decoded and tokenised again, and the loss mask is laid down as the ids are appen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
@@ -66,32 +63,6 @@ class Turn:
     """The highest probability that the stop had at any place of the answer; None where it is not one token."""
 
 
-def mrope_positions(ids: Sequence[int], pictures: Sequence[Picture], image_token: int, merge: int) -> np.ndarray:
-    """M-RoPE positions of one sequence, (3, L); equals the model's own ``get_rope_index``.
-
-    Text counts up on all three axes; a picture keeps its frame index on the first axis and spreads
-    over rows and columns on the others, and the text after it goes on behind the longer side.
-    """
-    array = np.asarray(ids)
-    out = np.empty((3, len(array)), dtype=np.int64)
-    placeholders = np.flatnonzero(array == image_token)
-    at = position = used = 0
-    for picture in pictures:
-        start = int(placeholders[used])
-        out[:, at:start] = position + np.arange(start - at)
-        position += start - at
-        _, rows, columns = picture.grid
-        rows, columns = rows // merge, columns // merge
-        cells = np.arange(rows * columns)
-        at = start + len(cells)
-        out[:, start:at] = position + np.stack([cells * 0, cells // columns, cells % columns])
-        position, used = position + max(rows, columns), used + len(cells)
-    if used != len(placeholders):
-        raise ValueError(f"{len(placeholders)} picture placeholders for {len(pictures)} pictures of {used} tokens")
-    out[:, at:] = position + np.arange(len(array) - at)
-    return out
-
-
 def pictures_in(prompt: Prompt, length: int, image_token: int, merge: int) -> int:
     """How many of a prompt's pictures stand, whole, in its first ``length`` ids."""
     left, count = int((np.asarray(prompt.ids[:length]) == image_token).sum()), 0
@@ -101,38 +72,3 @@ def pictures_in(prompt: Prompt, length: int, image_token: int, merge: int) -> in
             break
         count += 1
     return count
-
-
-def encode_pictures(model: Any, pictures: Sequence[Picture], keep: bool) -> BaseModelOutputWithDeepstackFeatures:
-    """The vision tower's output for a batch's pictures; each distinct picture is encoded once.
-
-    Args:
-        model: a Qwen-VL model for conditional generation (adapters allowed).
-        pictures: in the order of the batch; an object may stand there many times.
-        keep: store the result on the pictures and use what is stored. Right only while the vision
-            tower is frozen.
-    """
-    distinct = list({id(p): p for p in pictures}.values())
-    missing = [p for p in distinct if not (keep and p.features is not None)]
-    made: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
-    if missing:
-        device = model.device
-        patches = torch.cat([p.patches for p in missing]).to(device)
-        grids = torch.tensor([p.grid for p in missing], device=device)
-        out = model.get_image_features(patches, grids, return_dict=True)
-        layers = getattr(out, "deepstack_features", None) or []
-        for k, picture in enumerate(missing):
-            made[id(picture)] = (out.pooler_output[k], [layer[k] for layer in layers])
-            if keep:
-                picture.features = out.pooler_output[k].detach()
-                picture.deepstack = [layer[k].detach() for layer in layers]
-    for picture in distinct:
-        if id(picture) not in made:
-            assert picture.features is not None and picture.deepstack is not None
-            made[id(picture)] = (picture.features, picture.deepstack)
-    rows = [made[id(p)] for p in pictures]
-    depth = len(rows[0][1])
-    return BaseModelOutputWithDeepstackFeatures(
-        pooler_output=[features for features, _ in rows],
-        deepstack_features=[[layers[d] for _, layers in rows] for d in range(depth)],
-    )

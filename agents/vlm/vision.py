@@ -1,0 +1,46 @@
+"""The vision tower: what it makes of a batch's images, each encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from ivt_agents.vlm.turns import Picture
+
+
+def encode_pictures(model: Any, pictures: Sequence[Picture], keep: bool) -> BaseModelOutputWithDeepstackFeatures:
+    """The vision tower's output for a batch's pictures; each distinct picture is encoded once.
+
+    Args:
+        model: a Qwen-VL model for conditional generation (adapters allowed).
+        pictures: in the order of the batch; an object may stand there many times.
+        keep: store the result on the pictures and use what is stored. Right only while the vision
+            tower is frozen.
+    """
+    distinct = list({id(p): p for p in pictures}.values())
+    missing = [p for p in distinct if not (keep and p.features is not None)]
+    made: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+    if missing:
+        device = model.device
+        patches = torch.cat([p.patches for p in missing]).to(device)
+        grids = torch.tensor([p.grid for p in missing], device=device)
+        out = model.get_image_features(patches, grids, return_dict=True)
+        layers = getattr(out, "deepstack_features", None) or []
+        for k, picture in enumerate(missing):
+            made[id(picture)] = (out.pooler_output[k], [layer[k] for layer in layers])
+            if keep:
+                picture.features = out.pooler_output[k].detach()
+                picture.deepstack = [layer[k].detach() for layer in layers]
+    for picture in distinct:
+        if id(picture) not in made:
+            assert picture.features is not None and picture.deepstack is not None
+            made[id(picture)] = (picture.features, picture.deepstack)
+    rows = [made[id(p)] for p in pictures]
+    depth = len(rows[0][1])
+    return BaseModelOutputWithDeepstackFeatures(
+        pooler_output=[features for features, _ in rows],
+        deepstack_features=[[layers[d] for _, layers in rows] for d in range(depth)],
+    )
