@@ -114,6 +114,16 @@ def test_the_page_of_the_environments_lists_every_id_key_and_argument():
         assert f"(data/{kwargs['dataset']}.md)" in line
 
 
+def test_the_map_answers_its_questions_with_files_and_names_that_exist():
+    text = (DOCS / "map.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"`([a-z_0-9/]+/)`", text)
+    assert rooms and [room for room in rooms if not (ROOT / room).is_dir()] == []
+    answers = re.findall(r"^\| .+\? \| `([^`]+)` \| `([^`]+)` \|$", text, re.MULTILINE)
+    assert len(answers) == 20
+    for file, name in answers:
+        assert re.search(rf"^(?:def |class )?{name}\b", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
+
+
 def test_the_gallery_is_what_the_renderer_draws(tmp_path):
     """Letters differ a little from one version of FreeType to the next; everything else may not."""
     make_gallery.main(make_gallery.Args(out=tmp_path))
