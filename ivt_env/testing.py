@@ -137,11 +137,12 @@ def _check_sample(sample: Sample, at: str, split: str) -> None:
     for name, box in [("box", sample.box), *(("a sibling", sibling) for sibling in sample.siblings)]:
         if not isinstance(box, tuple) or not all(isinstance(v, int | float) for v in box):
             _fail(f"{at}: {name} is {box!r}; give a tuple of 4 floats (float() of NumPy's)")
-        # In float32 as well: so it stands in info["target"].
-        # What goes beyond the picture is a target all the same, if some of it is to be seen.
+        # In float32 as well: so it stands in info["target"]. What goes beyond the image is a target all the same, if
+        # some of it is to be seen.
         why = None
         for held in (box, np.array(box, dtype=np.float32)):
-            why = why or boxes.invalid_reason(boxes.clip(held) if np.isfinite(held).all() else held)
+            if not np.isfinite(held).all() or boxes.invalid_reason(boxes.clip(held)):
+                why = why or boxes.invalid_reason(held)
         if why is not None:
             _fail(f"{at}: {name} {box}: {why}; boxes are x1, y1, x2, y2 relative to the picture")
     if sample.box in sample.siblings:

@@ -94,7 +94,7 @@ def written(value: Any) -> bytes:
         elif isinstance(one, int) and abs(one) > 10**300:
             pieces.append(("-" if one < 0 else "") + "1" + "0" * 400)
         else:
-            pieces.append(json.dumps(one))
+            pieces.append(json.dumps(one, default=str))
     return "".join(pieces).encode("utf-8", "surrogatepass")
 
 

@@ -16,16 +16,12 @@ A row is an object with one or more sentences. A file's split is the beginning o
 ``testB``; a row that states another split is a bad row. Only splits whose files are there are
 served. The files know the objects that somebody described, not the others of a picture, and
 categories by COCO's number alone: ``siblings`` are empty and ``meta`` has ``category_id``.
-
-The pieces that readers of such files share (``shards``, ``typed_rows``, ``coco_image_id``) are here too.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial as bound
 from pathlib import Path
@@ -33,7 +29,7 @@ from typing import Any, TypeGuard
 
 import pyarrow as pa
 
-from ivt_env.data import refer
+from ivt_env.data import hub, refer
 from ivt_env.data.checked import (
     BadRowError,
     BadRows,
@@ -44,7 +40,6 @@ from ivt_env.data.checked import (
     short,
     text,
 )
-from ivt_env.data.parquet_rows import parquet_rows, parquet_schema, require_columns
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
@@ -74,43 +69,25 @@ _TOLERANCE = 1e-4  # px, between a box and its other form: what float64 -> text 
 _STATED = {"val": ("val", "validation"), "testA": ("testA", "test")}
 """Split -> what its rows may say, where that is not only the split itself."""
 
-Columns = Mapping[str, tuple[str, Callable[[Any], bool]]]
-"""Column -> what it holds, in words, and whether an Arrow type is that."""
-
-
-def is_text(kind: Any) -> bool:
-    """Whether an Arrow type is one of text."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def is_list_of(inner: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Test for Arrow types: a list, whose values pass ``inner``."""
-
-    def test(kind: Any) -> bool:
-        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        return listed and inner(kind.value_type)
-
-    return test
-
 
 def _is_sentence(kind: Any) -> bool:
     fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-    return fields.keys() >= {"sent", "sent_id"} and is_text(fields["sent"]) and pa.types.is_integer(fields["sent_id"])
+    return (
+        fields.keys() >= {"sent", "sent_id"} and hub.is_text(fields["sent"]) and pa.types.is_integer(fields["sent_id"])
+    )
 
 
-_INTEGER = ("whole numbers", pa.types.is_integer)
-_TEXT = ("texts", is_text)
-_COLUMNS: Columns = {
-    "ref_id": _INTEGER,
-    "ann_id": _INTEGER,
-    "image_id": _INTEGER,
-    "category_id": _INTEGER,
-    "split": _TEXT,
-    "sent_ids": ("lists of whole numbers", is_list_of(pa.types.is_integer)),
-    "sentences": ("lists of structs with sent and sent_id", is_list_of(_is_sentence)),
-    "bbox": ("lists of floating-point numbers", is_list_of(pa.types.is_floating)),
-    "raw_anns": _TEXT,
-    "raw_image_info": _TEXT,
+_COLUMNS: hub.Columns = {
+    "ref_id": hub.INTEGER,
+    "ann_id": hub.INTEGER,
+    "image_id": hub.INTEGER,
+    "category_id": hub.INTEGER,
+    "split": hub.TEXT,
+    "sent_ids": ("lists of whole numbers", hub.is_list_of(pa.types.is_integer)),
+    "sentences": ("lists of structs with sent and sent_id", hub.is_list_of(_is_sentence)),
+    "bbox": hub.BOX,
+    "raw_anns": hub.TEXT,
+    "raw_image_info": hub.TEXT,
 }
 
 
@@ -121,7 +98,7 @@ def find(root: Path, name: str) -> Source | None:
     REFER layout, so that the two can be compared sample for sample.
     """
     folder = root / "jxu124" / name
-    found = shards(folder / "data") if name in SPLITS else {}
+    found = hub.shards(folder / "data") if name in SPLITS else {}
     files = {split: found[prefix] for split, prefix in SPLITS.get(name, {}).items() if prefix in found}
     if not files:
         return None
@@ -145,9 +122,9 @@ def _read(files: Mapping[str, Sequence[Path]], remedy: str, bad: BadRows, _folde
     """One row per sentence."""
     for split, paths in files.items():
         bad.split = split
-        check_shards(paths, remedy)
+        hub.check_shards(paths, remedy)
         for path in paths:
-            for number, held in typed_rows(path, _COLUMNS, remedy):
+            for number, held in hub.typed_rows(path, _COLUMNS, remedy):
                 sentences = held["sentences"] or [None]
                 here = f"{number} of {path.name}"
                 _refuse_other_convention(held, f"{path}: row {number}", remedy)
@@ -190,7 +167,7 @@ def _object(held: dict[str, Any], split: str) -> Callable[..., Row]:
     if not _four_numbers(annotation.get("bbox")):  # the convention of the row's box is then unproved
         raise BadRowError(f"{here}: bbox in raw_anns is {short(annotation.get('bbox'))}, not four finite numbers")
     file_name = plain_file_name(text(image, "file_name"))
-    if coco_image_id(file_name) != image_id:
+    if hub.coco_image_id(file_name) != image_id:
         raise BadRowError(f"{here}: its picture is called {file_name!r}, but its image_id is {image_id}")
     size = picture_size(image)
     return bound(
@@ -240,66 +217,3 @@ def _json(held: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BadRowError(f"{key} is {short(found)}, not a JSON object")
     return found
-
-
-# --- What readers of Hub files share ------------------------------------------------------------
-
-
-def coco_image_id(file_name: str) -> int:
-    """581857 of ``COCO_train2014_000000581857.jpg`` (or ``..._16.jpg``); else BadRowError."""
-    found = re.fullmatch(r"COCO_train2014_([0-9]{12})(?:_[0-9]+)?\.jpg", file_name)
-    if found is None:
-        raise BadRowError(f"file name {file_name!r} is not that of a COCO train2014 picture")
-    return int(found[1])
-
-
-def shards(folder: Path) -> dict[str, list[Path]]:
-    """The Parquet files of a folder by the word that their names begin with (the split)."""
-    found: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(folder.glob("*.parquet")) if folder.is_dir() else ():
-        # At once "train.parquet" and "train-00000-of-00001-<hash>.parquet"; not "._train..." (macOS).
-        named = re.match(r"[A-Za-z]+", path.name)
-        if named:
-            found[named[0]].append(path)
-    return dict(found)
-
-
-def check_shards(paths: Sequence[Path], remedy: str) -> None:
-    """DataError where a part of a split is missing or there twice, as the names (``-00000-of-00002``) tell."""
-    numbered = [(path, re.search(r"-([0-9]{5})-of-([0-9]{5})", path.name)) for path in paths]
-    if len(paths) == 1 and numbered[0][1] is None:
-        return
-    parts: dict[int, Path] = {}
-    wanted = {int(found[2]) for _, found in numbered if found}
-    for path, found in numbered:
-        if found is None or len(wanted) != 1 or int(found[1]) in parts:
-            raise DataError(
-                f"{path}: a second edition of this split lies beside it ({', '.join(p.name for p in paths)}), and "
-                f"its rows would be read twice; delete all of them and {remedy}"
-            )
-        parts[int(found[1])] = path
-    missing = sorted(set(range(wanted.pop())) - parts.keys())
-    if missing:
-        raise DataError(f"{paths[0]}: of its split, part {missing[0]} (counted from 0) is not there; {remedy}")
-
-
-def typed_rows(
-    path: Path, columns: Columns, remedy: str, rows_at_once: int = 1024
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 0, row) of each row of a Parquet file, once its columns hold what they must.
-
-    Args:
-        path: the file.
-        columns: which columns to read, and what they must hold.
-        remedy: what to do where the file is broken, as an imperative without a full stop.
-        rows_at_once: how many rows are in memory; few, where each holds a picture.
-
-    Raises:
-        DataError: for a file that is cut off or damaged, lacks a column, or holds another type in one.
-    """
-    schema = parquet_schema(path, remedy)
-    require_columns(path, schema, list(columns), remedy)
-    for name, (wanted, fits) in columns.items():
-        if not fits(schema.field(name).type):
-            raise DataError(f"{path}: column {name!r} is {schema.field(name).type}, not {wanted}; {remedy}")
-    yield from parquet_rows(path, list(columns), remedy, rows_at_once)

@@ -26,7 +26,6 @@ The files know neither the other objects of a picture nor categories: ``siblings
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial as bound
@@ -34,23 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from ivt_env.data.checked import BadRowError, BadRows, plain_file_name, relative_box, short, text
-from ivt_env.data.jxu124 import (
-    PUBLISHED,
-    Columns,
-    check_shards,
-    coco_image_id,
-    is_list_of,
-    is_text,
-    shards,
-    typed_rows,
-)
-from ivt_env.data.pictures import read_header
-from ivt_env.data.sample import DataError
+from ivt_env.data import hub
+from ivt_env.data.checked import BadRowError, BadRows, plain_file_name, relative_box, text
+from ivt_env.data.jxu124 import PUBLISHED
 from ivt_env.data.table import Row, Source
-from ivt_env.files import write_whole
 
 FOLDERS = {"refcocog": "RefCOCOg", "refcoco": "RefCOCO", "refcocoplus": "RefCOCOplus"}
 """Data set name -> its folder under ``lmms/``."""
@@ -64,25 +51,14 @@ PLACES: dict[str, tuple[str, ...]] = {
 """Data set name -> what is looked for under the root."""
 
 _ROWS_AT_ONCE = 16  # of about 150 kB each
-_WRITTEN = "pictures"
 
 
-def _is_binary(kind: Any) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _is_picture(kind: Any) -> bool:
-    return _is_binary(kind) or (
-        pa.types.is_struct(kind) and any(field.name == "bytes" and _is_binary(field.type) for field in kind)
-    )
-
-
-_COLUMNS: Columns = {
-    "question_id": ("texts", is_text),
-    "image": ("pictures (binary, or a struct with binary bytes)", _is_picture),
-    "answer": ("lists of texts", is_list_of(is_text)),
-    "bbox": ("lists of floating-point numbers", is_list_of(pa.types.is_floating)),
-    "file_name": ("texts", is_text),
+_COLUMNS: hub.Columns = {
+    "question_id": hub.TEXT,
+    "image": hub.PICTURE,
+    "answer": ("lists of texts", hub.is_list_of(hub.is_text)),
+    "bbox": hub.BOX,
+    "file_name": hub.TEXT,
 }
 
 
@@ -95,7 +71,7 @@ def find(root: Path, name: str) -> Source | None:
     if name not in FOLDERS:
         return None
     folder = root / "lmms" / FOLDERS[name]
-    found = shards(folder / "data")
+    found = hub.shards(folder / "data")
     files = {split: found[split] for split in SPLITS[name] if split in found}
     if not files:
         return None
@@ -117,29 +93,19 @@ def find(root: Path, name: str) -> Source | None:
 
 def _read(files: Mapping[str, Sequence[Path]], name: str, remedy: str, bad: BadRows, folder: Path) -> Iterator[Row]:
     """One row per answer; the pictures of good rows are written out."""
-    pictures = folder / _WRITTEN
-    try:
-        pictures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{pictures}: cannot be made ({error.strerror}), and the pictures belong there") from error
-    written: dict[str, bytes] = {}
+    pictures = hub.EmbeddedPictures(folder / "pictures")
     for split, paths in files.items():
         bad.split = split
-        check_shards(paths, remedy)
+        hub.check_shards(paths, remedy)
         for path in paths:
-            for number, held in typed_rows(path, _COLUMNS, remedy, _ROWS_AT_ONCE):
+            for number, held in hub.typed_rows(path, _COLUMNS, remedy, _ROWS_AT_ONCE):
                 answers = held["answer"] or [None]
                 here = f"{number} of {path.name}"
                 try:
-                    row, content = _object(held, name, split)
-                    # The same picture id must mean the same pixels; most pictures come in several rows.
-                    digest = hashlib.sha256(content).digest()
-                    if written.setdefault(row["file_name"], digest) != digest:
-                        raise BadRowError(f"holds another picture than an earlier row with {row['picture_id']}")
+                    row = _object(held, name, split, pictures)
                 except BadRowError as error:
                     bad.add(here, error, len(answers))
                     continue
-                _write_once(pictures / row["file_name"], content)
                 for count, answer in enumerate(answers):
                     try:
                         expression = text({"answer": answer}, "answer").strip()
@@ -149,30 +115,20 @@ def _read(files: Mapping[str, Sequence[Path]], name: str, remedy: str, bad: BadR
                     yield Row(sample_id=f"{row['meta']['ann_id']}-{count}", expression=expression, **row)
 
 
-def _object(held: dict[str, Any], name: str, split: str) -> tuple[dict[str, Any], bytes]:
-    """Check a row; what its expressions share, and the picture's bytes."""
+def _object(held: dict[str, Any], name: str, split: str, pictures: hub.EmbeddedPictures) -> dict[str, Any]:
+    """Check a row and write its picture out; what its expressions share."""
     question_id, file_name = text(held, "question_id"), plain_file_name(text(held, "file_name"))
     if not re.fullmatch("[0-9]{1,18}", question_id):
         raise BadRowError(f"question_id is {question_id!r}, not the number of an annotation")
-    image_id = coco_image_id(file_name)
-    here = f"question_id {question_id}"
+    image_id = hub.coco_image_id(file_name)
     # RefCOCOg's names end in the annotation's number, those of the other two in a small running number.
     if name == "refcocog" and not file_name.endswith(f"_{question_id}.jpg"):
-        raise BadRowError(f"{here}: file_name {file_name!r} is of another annotation")
-    content = held["image"].get("bytes") if isinstance(held["image"], dict) else held["image"]
-    if not content:
-        raise BadRowError(f"{here}: the picture is not in the file (image is {short(held['image'])})")
-    size = read_header(content, f"{here}: image").stored
+        raise BadRowError(f"question_id {question_id}: file_name {file_name!r} is of another annotation")
+    row = {"picture_id": f"coco-{image_id}", "file_name": f"COCO_train2014_{image_id:012d}.jpg"}
+    size = pictures.put(held["image"], **row).stored
     bbox = held["bbox"]
     box = relative_box(list(map(_as_written, bbox)) if isinstance(bbox, list) else bbox, size, "xywh")
-    return {
-        "split": split,
-        "picture_id": f"coco-{image_id}",
-        "file_name": f"COCO_train2014_{image_id:012d}.jpg",
-        "size": size,
-        "box": box,
-        "meta": {"ann_id": int(question_id), "image_id": image_id},
-    }, content
+    return row | {"split": split, "size": size, "box": box, "meta": {"ann_id": int(question_id), "image_id": image_id}}
 
 
 def _as_written(value: Any) -> Any:
@@ -181,16 +137,3 @@ def _as_written(value: Any) -> Any:
         return value
     narrow = np.float32(value)
     return float(str(narrow)) if float(narrow) == value else value
-
-
-def _write_once(path: Path, content: bytes) -> None:
-    """Write a file unless it is there already; it appears whole or not at all."""
-    try:
-        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
-            return
-        write_whole(path, content, sync=False)
-    except OSError as error:
-        raise DataError(
-            f"{path}: the picture cannot be written ({error.strerror}); make room on that disk, or make the folder "
-            "writable, and open the data set again"
-        ) from error

@@ -38,7 +38,8 @@ from ivt_env.data.checked import (
     short,
     text,
 )
-from ivt_env.data.jxu124 import PICTURE_FOLDERS, PICTURE_REMEDY, PUBLISHED, SPLITS, coco_image_id
+from ivt_env.data.hub import coco_image_id
+from ivt_env.data.jxu124 import PICTURE_FOLDERS, PICTURE_REMEDY, PUBLISHED, SPLITS
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 

@@ -14,16 +14,15 @@ Rows share pictures and even boxes, so confidence intervals must be clustered by
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
+from ivt_env.data import hub
 from ivt_env.data.checked import (
     BadRowError,
     BadRows,
@@ -35,20 +34,25 @@ from ivt_env.data.checked import (
     short,
     text,
 )
-from ivt_env.data.parquet_rows import parquet_rows, parquet_schema, require_columns
-from ivt_env.data.pictures import Header, read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
-from ivt_env.files import write_whole
 
 PLACES = {"refadv": ("refadv/*.parquet", "refadv/data/*.parquet")}
 """Data set name -> what is looked for under the root."""
 
 PUBLISHED_COUNTS = {"test": 1_142}
-COLUMNS = (
-    "image", "file_name", "normal_caption", "solution", "width", "height", "image_source", "human_authored",
-    "use_negation", "distractors",
-)  # fmt: skip
+COLUMNS: hub.Columns = {
+    "image": hub.PICTURE,
+    "file_name": hub.TEXT,
+    "normal_caption": hub.TEXT,
+    "solution": ("lists of numbers", hub.is_list_of(hub.NUMBER[1])),
+    "width": hub.INTEGER,
+    "height": hub.INTEGER,
+    "image_source": hub.TEXT,
+    "human_authored": hub.FLAG,
+    "use_negation": hub.FLAG,
+    "distractors": ("counts", hub.anything),
+}
 ROWS_IN_MEMORY = 16
 
 _REMEDY = "fetch the Parquet file of dddraxxx/ref-adv-s again"
@@ -92,26 +96,15 @@ def find(root: Path, name: str) -> Source | None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Written:
-    file_name: str
-    digest: bytes
-    header: Header
-    place: str
-
-
 def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
-    written: dict[str, _Written] = {}
+    pictures = hub.EmbeddedPictures(folder / "pictures")
     bad.split = "test"
     total = 0
     for path in paths:
-        names = parquet_schema(path, _REMEDY).names
-        require_columns(path, parquet_schema(path, _REMEDY), COLUMNS, _REMEDY)
-        columns = COLUMNS + ("row_idx",) * ("row_idx" in names)
-        for number, values in parquet_rows(path, columns, _REMEDY, ROWS_IN_MEMORY):
+        for number, values in hub.typed_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, {"row_idx": hub.INTEGER}):
             try:
                 sample_id = integer(values, "row_idx") if "row_idx" in values else total
-                row = _row(values, str(sample_id), f"{path} row {number}", folder / "pictures", written)
+                row = _row(values, str(sample_id), pictures)
             except BadRowError as error:
                 bad.add(f"{number} of {path.name}", error)
             else:
@@ -119,7 +112,7 @@ def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
             total += 1
 
 
-def _row(values: dict[str, Any], sample_id: str, place: str, pictures: Path, written: dict[str, _Written]) -> Row:
+def _row(values: dict[str, Any], sample_id: str, pictures: hub.EmbeddedPictures) -> Row:
     file_name, source = plain_file_name(text(values, "file_name")), text(values, "image_source")
     size = picture_size(values)
     box = relative_box(values["solution"], size, "xyxy", "solution")
@@ -131,7 +124,7 @@ def _row(values: dict[str, Any], sample_id: str, place: str, pictures: Path, wri
         "image_source": source,
     }
     picture_id = _picture_id(file_name, source)
-    header = _write_out(values["image"], file_name, picture_id, place, pictures, written)
+    header = pictures.put(values["image"], picture_id, file_name)
     if not header.fits(size):
         raise BadRowError(
             f"{file_name} is {header.stored[1]} wide and {header.stored[0]} high, but the row says "
@@ -143,43 +136,6 @@ def _row(values: dict[str, Any], sample_id: str, place: str, pictures: Path, wri
 def _picture_id(file_name: str, source: str) -> str:
     coco = _COCO_FILE.fullmatch(file_name) if source.startswith("coco") else None
     return f"coco-{int(coco[1])}" if coco else f"oi-{Path(file_name).stem}"
-
-
-def _write_out(
-    image: Any, file_name: str, picture_id: str, place: str, pictures: Path, written: dict[str, _Written]
-) -> Header:
-    """Write the row's picture unless that is done; its header."""
-    content = image.get("bytes") if isinstance(image, dict) else image
-    if not isinstance(content, bytes) or not content:
-        raise BadRowError(
-            f"image holds {short(content)}, not the bytes of a picture (a file that holds only paths is of no use)"
-        )
-    digest = hashlib.sha256(content).digest()
-    known = written.get(picture_id)
-    if known is None:
-        header = read_header(content, f"image {file_name}")
-        _write(pictures / file_name, content)
-        known = written[picture_id] = _Written(file_name, digest, header, place)
-    elif (known.file_name, known.digest) != (file_name, digest):
-        # No telling which of the two a box belongs to, so this is no matter of one bad row.
-        raise DataError(
-            f"{place}: its picture {file_name!r} is another than that of {known.place} ({known.file_name!r}), and "
-            f"both are {picture_id}; {_REMEDY}"
-        )
-    return known.header
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; one that is there with this content is left alone."""
-    try:
-        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
-            return
-        write_whole(path, content, sync=False)
-    except OSError as error:
-        raise DataError(
-            f"{path}: the picture cannot be written ({error.strerror}); free some space (255 MB in all), or make the "
-            "folder writable"
-        ) from error
 
 
 def _count(value: Any) -> int:

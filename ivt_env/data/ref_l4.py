@@ -25,8 +25,7 @@ from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
+from ivt_env.data import hub
 from ivt_env.data.checked import (
     BadRowError,
     BadRows,
@@ -38,8 +37,6 @@ from ivt_env.data.checked import (
     short,
     text,
 )
-from ivt_env.data.parquet_rows import parquet_rows, parquet_schema, require_columns
-from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
 SPLITS = ("val", "test")
@@ -48,14 +45,27 @@ PLACES = {"refl4": tuple(f"refl4/{file}" for file in FILES)}
 """Data set name -> what is looked for under the root."""
 
 PUBLISHED_COUNTS = {"val": 13_420, "test": 31_921}
-COLUMNS = (
-    "id", "caption", "bbox", "bbox_area", "bbox_id", "ori_category_id", "image_id", "height", "width",
-    "file_name", "is_rewrite", "split",
-)  # fmt: skip
+COLUMNS: hub.Columns = {
+    "id": hub.INTEGER,
+    "caption": hub.TEXT,
+    "bbox": ("lists of numbers", hub.is_list_of(hub.NUMBER[1])),
+    "bbox_area": hub.NUMBER,
+    "bbox_id": hub.TEXT,
+    "ori_category_id": hub.TEXT,
+    "image_id": hub.TEXT,
+    "height": hub.INTEGER,
+    "width": hub.INTEGER,
+    "file_name": hub.TEXT,
+    "is_rewrite": hub.FLAG,
+    "split": hub.TEXT,
+}
 AREA_TOLERANCE = 0.01
 """By what share ``bbox_area`` may differ from width times height (or by 2 square pixels)."""
 
-_REMEDY = "fetch the Parquet files of JierunChen/Ref-L4 again, at the newest revision"
+_REMEDY = (
+    "fetch the Parquet files of JierunChen/Ref-L4 again, at the newest revision (an old one has ann_id in the place of "
+    "id, and no published prediction agrees with it)"
+)
 _IMAGE_ID = re.compile(r"(coco|o365)_(\d+)")
 _LAST_NUMBER = re.compile(r"(\d+)\.[^.]+$")
 
@@ -96,12 +106,12 @@ def _below(folder: Path) -> list[Path]:
 
 def _read(paths: dict[str, Path], bad: BadRows, _folder: Path) -> Iterator[Row]:
     for path in paths.values():  # both before the first row: a wrong revision is said at once
-        _check_columns(path)
+        hub.check_columns(path, COLUMNS, _REMEDY)
     place_of: dict[int, str] = {}
     file_of: dict[str, tuple[str, tuple[int, int]]] = {}
     for split, path in paths.items():
         bad.split = split
-        for number, values in parquet_rows(path, COLUMNS, _REMEDY):
+        for number, values in hub.typed_rows(path, COLUMNS, _REMEDY):
             place = f"{path.name} row {number}"
             try:
                 row = _row(values, split)
@@ -120,21 +130,6 @@ def _read(paths: dict[str, Path], bad: BadRows, _folder: Path) -> Iterator[Row]:
             if why := _area_misfit(values):
                 bad.suspicions.append(f"{place}: id {values['id']}: {why}")
             yield row
-
-
-def _check_columns(path: Path) -> None:
-    schema = parquet_schema(path, _REMEDY)
-    if "id" not in schema.names and "ann_id" in schema.names:
-        raise DataError(
-            f"{path}: has the column 'ann_id' and no 'id', so it is of an old revision, with whose ids no "
-            f"published prediction agrees; {_REMEDY}"
-        )
-    require_columns(path, schema, COLUMNS, _REMEDY)
-    if not pa.types.is_integer(schema.field("id").type):
-        raise DataError(
-            f"{path}: the column 'id' is of type {schema.field('id').type}; published ids are whole numbers, and "
-            f"predictions would match none of these; {_REMEDY}"
-        )
 
 
 def _row(values: dict[str, Any], split: str) -> Row:

@@ -45,7 +45,8 @@ from ivt_env.data.checked import (
     short,
     text,
 )
-from ivt_env.data.jxu124 import PICTURE_REMEDY, PUBLISHED, coco_image_id
+from ivt_env.data.hub import coco_image_id
+from ivt_env.data.jxu124 import PICTURE_REMEDY, PUBLISHED
 from ivt_env.data.pictures import read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source

@@ -1,0 +1,224 @@
+"""What the readers of Parquet files from the Hub share: columns by specification, shards, pictures inside.
+
+A reader states its columns (``Columns``): which there must be, and what they hold. A file is refused by name where
+it lacks one or holds another type; ``typed_rows`` then gives plain Python values, a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ivt_env.data.checked import BadRowError, short
+from ivt_env.data.pictures import Header, read_header
+from ivt_env.data.sample import DataError
+from ivt_env.files import write_whole
+
+Columns = Mapping[str, tuple[str, Callable[[Any], bool]]]
+"""Column -> what it holds, in words, and whether an Arrow type is that."""
+
+
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type is one of text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def is_list_of(inner: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Test for Arrow types: a list, whose values pass ``inner``."""
+
+    def test(kind: Any) -> bool:
+        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        return listed and inner(kind.value_type)
+
+    return test
+
+
+def _is_binary(kind: Any) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_picture(kind: Any) -> bool:
+    return _is_binary(kind) or (
+        pa.types.is_struct(kind) and any(field.name == "bytes" and _is_binary(field.type) for field in kind)
+    )
+
+
+def _is_flag(kind: Any) -> bool:
+    return pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _is_number(kind: Any) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+
+def anything(_kind: Any) -> bool:
+    """Test for Arrow types: every one."""
+    return True
+
+
+INTEGER = ("whole numbers", pa.types.is_integer)
+TEXT = ("texts", is_text)
+NUMBER = ("numbers", _is_number)
+FLAG = ("true and false (or 1 and 0)", _is_flag)
+BOX = ("lists of floating-point numbers", is_list_of(pa.types.is_floating))
+PICTURE = ("pictures (binary, or a struct with binary bytes)", _is_picture)
+
+_BUFFER = 2**20  # bytes per column
+
+
+def coco_image_id(file_name: str) -> int:
+    """581857 of ``COCO_train2014_000000581857.jpg`` (or ``..._16.jpg``); else BadRowError."""
+    found = re.fullmatch(r"COCO_train2014_([0-9]{12})(?:_[0-9]+)?\.jpg", file_name)
+    if found is None:
+        raise BadRowError(f"file name {file_name!r} is not that of a COCO train2014 picture")
+    return int(found[1])
+
+
+def shards(folder: Path) -> dict[str, list[Path]]:
+    """The Parquet files of a folder by the word that their names begin with (the split)."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.glob("*.parquet")) if folder.is_dir() else ():
+        # At once "train.parquet" and "train-00000-of-00001-<hash>.parquet"; not "._train..." (macOS).
+        named = re.match(r"[A-Za-z]+", path.name)
+        if named:
+            found[named[0]].append(path)
+    return dict(found)
+
+
+def check_shards(paths: Sequence[Path], remedy: str) -> None:
+    """DataError where a part of a split is missing or there twice, as the names (``-00000-of-00002``) tell."""
+    numbered = [(path, re.search(r"-([0-9]{5})-of-([0-9]{5})", path.name)) for path in paths]
+    if len(paths) == 1 and numbered[0][1] is None:
+        return
+    parts: dict[int, Path] = {}
+    wanted = {int(found[2]) for _, found in numbered if found}
+    for path, found in numbered:
+        if found is None or len(wanted) != 1 or int(found[1]) in parts:
+            raise DataError(
+                f"{path}: a second edition of this split lies beside it ({', '.join(p.name for p in paths)}), and "
+                f"its rows would be read twice; delete all of them and {remedy}"
+            )
+        parts[int(found[1])] = path
+    missing = sorted(set(range(wanted.pop())) - parts.keys())
+    if missing:
+        raise DataError(f"{paths[0]}: of its split, part {missing[0]} (counted from 0) is not there; {remedy}")
+
+
+def typed_rows(
+    path: Path, columns: Columns, remedy: str, rows_at_once: int = 1024, optional: Columns | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 0, row) of each row of a Parquet file, once its columns hold what they must.
+
+    Args:
+        path: the file.
+        columns: which columns to read, and what they must hold.
+        remedy: what to do where the file is broken, as an imperative without a full stop.
+        rows_at_once: how many rows are in memory; few, where each holds a picture.
+        optional: columns that are read where the file has them.
+
+    Raises:
+        DataError: for a file that is cut off or damaged, lacks a column, or holds another type in one.
+    """
+    yield from _rows(path, check_columns(path, columns, remedy, optional), remedy, rows_at_once)
+
+
+def check_columns(path: Path, columns: Columns, remedy: str, optional: Columns | None = None) -> list[str]:
+    """The names of the columns to read; DataError as ``typed_rows`` raises it."""
+    schema = _schema(path, remedy)
+    missing = [name for name in columns if name not in schema.names]
+    if missing:
+        raise DataError(
+            f"{path}: has no column {', '.join(map(repr, missing))} (it has {', '.join(schema.names)[:500]}); {remedy}"
+        )
+    wanted = {**columns, **{name: held for name, held in (optional or {}).items() if name in schema.names}}
+    for name, (what, fits) in wanted.items():
+        if not fits(schema.field(name).type):
+            raise DataError(f"{path}: column {name!r} is {str(schema.field(name).type)[:200]}, not {what}; {remedy}")
+    return list(wanted)
+
+
+def _schema(path: Path, remedy: str) -> pa.Schema:
+    """The columns of a Parquet file; DataError where it is missing, cut off or no Parquet file."""
+    try:
+        return pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error, remedy) from error
+
+
+def _rows(
+    path: Path, columns: Sequence[str], remedy: str, batch_size: int = 1024
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 0, row) of each row, as plain Python values.
+
+    Args:
+        path: the file.
+        columns: what is read; the file must have them.
+        remedy: what to do where the file is broken, as an imperative without a full stop.
+        batch_size: rows in memory at once; few where a row holds a picture.
+
+    Raises:
+        DataError: for a file that is missing, cut off or damaged, also in the middle.
+    """
+    number = 0
+    try:
+        # Pre-buffering, and reading without a buffer, would hold all pictures of a row group at once.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
+            for batch in file.iter_batches(batch_size, columns=list(columns), use_threads=False):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise _unreadable(path, error, remedy, f" after row {number - 1}" if number else "") from error
+
+
+def _unreadable(path: Path, error: Exception, remedy: str, place: str = "") -> DataError:
+    return DataError(f"{path}: not a whole Parquet file{place} ({str(error).splitlines()[0]}); {remedy}")
+
+
+class EmbeddedPictures:
+    """The pictures inside Parquet files: each is written out once, byte for byte."""
+
+    def __init__(self, folder: Path) -> None:
+        """``folder``: where they go; made with the first."""
+        self._folder = folder
+        self._known: dict[str, tuple[str, bytes, Header]] = {}
+
+    def put(self, image: Any, picture_id: str, file_name: str) -> Header:
+        """Write a row's picture unless that is done; its header.
+
+        Raises:
+            BadRowError: for a row without a picture, with one that cannot be read, or with another than an earlier
+                row of the same id.
+            DataError: where it cannot be written.
+        """
+        content = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(content, bytes) or not content:
+            raise BadRowError(f"the picture is not in the file (image is {short(image)})")
+        digest = hashlib.sha256(content).digest()
+        known = self._known.get(picture_id)
+        if known is None:
+            header = read_header(content, f"image {file_name}")
+            self._write(self._folder / file_name, content)
+            known = self._known[picture_id] = file_name, digest, header
+        elif known[:2] != (file_name, digest):
+            raise BadRowError(f"holds another picture than an earlier row with {picture_id}")
+        return known[2]
+
+    @staticmethod
+    def _write(path: Path, content: bytes) -> None:
+        try:
+            if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+                return
+            write_whole(path, content, sync=False)
+        except OSError as error:
+            raise DataError(
+                f"{path}: the picture cannot be written ({error.strerror}); make room on that disk, or make the folder "
+                "writable, and open the data set again"
+            ) from error
