@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -111,12 +112,12 @@ def is_expected(error: BaseException) -> bool:
     if isinstance(error, ImportError):
         return _missing(error) is not None
     # A library that cannot write often raises its own kind of error while it handles that of the disk.
-    return bool(_kinds(error) & _EXPECTED) or _disk_error(error) is not None
+    return bool(_kinds(error) & _EXPECTED) or system_error(error) is not None
 
 
 def line_of(error: BaseException, extra: str = "train") -> str:
     """What is wrong, in one line that a terminal can show."""
-    found = _disk_error(error) or error
+    found = system_error(error) or error
     words = str(found)
     if isinstance(found, ImportError) and (missing := _missing(found)):
         words = f'{missing} is not installed: pip install "ivt-env[{extra}]"'
@@ -178,13 +179,17 @@ def _kinds(error: BaseException) -> set[tuple[str, str]]:
     return {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
 
 
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The failure of the system below ``error`` that has a remedy."""
+def system_error(error: BaseException | None) -> OSError | None:
+    """The failure of the system below ``error`` that has a remedy, such as a full disk."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in _REMEDIES:
             return error
+        # Libraries in Rust, such as safetensors, give the number in their text only.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is not None and int(number[1]) in _REMEDIES:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
         error = error.__cause__ or error.__context__
     return None
 

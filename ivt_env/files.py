@@ -24,6 +24,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from ivt_env.failures import system_error
+
 ASKED = "asked.json"
 """What a folder was asked for; written by ``whole_folder``."""
 LOCK = ".lock"
@@ -55,7 +57,7 @@ def whole_file(path: str | Path, mode: str = "wb", *, sync: bool = True, **kwarg
     path = Path(path)
     if "b" not in mode:
         kwargs = {"encoding": "utf-8", "newline": "\n"} | kwargs
-    with _naming(path):
+    with naming(path):
         _check_target(path, stat.S_ISREG)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial, handle = _open_partial(path)
@@ -96,7 +98,7 @@ def whole_folder(path: str | Path, asked: Mapping[str, Any]) -> Iterator[Path]:
         OSError: for what cannot be written; what was there before still is.
     """
     path = Path(path)
-    with _naming(path):
+    with naming(path):
         _check_target(path, stat.S_ISDIR)
         if path.exists() and not (path / ASKED).exists() and any(path.iterdir()):
             raise FileError(f"{path} holds other files and would be replaced: give another folder, or delete it")
@@ -339,11 +341,15 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Errors name what the user named: that of a full disk names nothing, and the name while writing tells little."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None or (error.filename is not None and not _PARTIAL.search(str(error.filename))):
+    except ValueError:
+        raise
+    except Exception as caught:  # some libraries raise an error of their own for that of the disk
+        error = caught if isinstance(caught, OSError) else system_error(caught)
+        named = error is not None and error.filename is not None and not _PARTIAL.search(str(error.filename))
+        if error is None or error.errno is None or named:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from caught

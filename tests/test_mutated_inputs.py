@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import copied, forked, mutate_folder, number
+from changes import copied, forked, mutate_folder, number
 
 import train_grpo  # noqa: F401
 from agents import cli

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 
 from ivt_agents.training.tracking import open_tracker
 from ivt_env.failures import reading
-from ivt_env.files import forget, whole_folder, write_whole
+from ivt_env.files import forget, naming, whole_folder, write_whole
 
 
 class RunError(ValueError):
@@ -122,8 +122,9 @@ class MetricsLog:
         if not values:
             return
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            with naming(Path(self._file.name)):
+                self._file.write(json.dumps({"step": step, **values}) + "\n")
+                self._file.flush()
         if self._tracker is not None:
             self._tracker.log(values, step=step)
 
@@ -216,7 +217,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     """
     final = folder / "checkpoints" / f"step-{step:06d}"
     with whole_folder(final, {"step": step}) as partial:
-        torch.save({"step": step, **state}, partial / "state.pt")
+        with (partial / "state.pt").open("wb") as file:  # by name, torch does not say why it could not be written
+            torch.save({"step": step, **state}, file)
     for old in checkpoints(folder)[:-keep]:
         forget(old)
     return final

@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from mutations import copied, forked, mutate, mutate_folder
+from changes import copied, forked, mutate, mutate_folder
 
 CONTENT = {
     "json": json.dumps({"a": [1, 2.5, {"b": "text"}], "c": None}).encode(),
