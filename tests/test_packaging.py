@@ -17,6 +17,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 
 import ivt_env
@@ -124,3 +125,44 @@ def test_the_installed_wheel_plays_from_another_folder_and_the_command_answers(b
             command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
         assert run.returncode == 0 and expected in run.stdout, run.stderr[-2000:]
+
+
+def test_what_the_pages_say_about_installing_works_in_an_empty_environment(built, tmp_path):
+    """The packages that it needs are lent from here, so that pip finds them there and nothing is fetched."""
+    home, elsewhere = tmp_path / "venv", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True, timeout=600)
+    lent = {str(Path(found.__file__).parents[1]) for found in (gym, pytest)}
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "lent.pth").write_text("\n".join(sorted(lent)), encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "IVT_DATA")}
+    environment |= {"PATH": f"{home / 'bin'}{os.pathsep}{environment['PATH']}", "PIP_NO_INDEX": "1", "PIP_QUIET": "1"}
+    for command, expected in (
+        (["pip", "uninstall", "--yes", "setuptools"], ""),  # a venv's own is too old for torch; the lent one counts
+        (["pip", "install", f"{built[0]}[train]"], ""),
+        (["pip", "install", "ivt-env[train]"], ""),  # as messages say, once it is installed
+        (["ivt", "--help"], "train-sft"),
+        (["ivt", "envs"], "IVT-Scenes-v0"),
+        (["ivt", "rollout", "--agent", "random", "--episodes", "2"], ""),
+        (["ivt", "train-sft", "--dry-run", "--picture", "384", "384"], "visual tokens"),
+    ):
+        run = subprocess.run(
+            command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert run.returncode == 0 and expected in run.stdout, (command, run.stdout[-500:], run.stderr[-2000:])
+    where = subprocess.run(["python", "-c", "import ivt_env; print(ivt_env.__file__)"], cwd=elsewhere, env=environment,
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    assert str(home) in where.stdout
+
+
+def test_no_page_or_message_names_what_a_wheel_does_not_hold_or_an_index_that_has_no_ivt_env():
+    """The scripts are for a checkout (`accelerate launch`); the command `ivt` is everywhere."""
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("agents/**/*.py"), *ROOT.glob("configs/*.yaml")]
+    found = [
+        f"{page.relative_to(ROOT)}: {line.strip()}"
+        for page in pages
+        if page.name != "command_line.md"
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if re.search(r"python (train_sft|train_grpo|evaluate)\.py|^pip install \"?ivt-env", line)
+    ]
+    assert not found

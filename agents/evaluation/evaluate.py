@@ -1,9 +1,9 @@
 """Plays policies on one split, or reads saved episodes, and puts the columns side by side.
 
-    python evaluate.py --policies base=tiny sft=runs/sft/policy grpo=runs/grpo/policy
-    python evaluate.py --policies floor=random ceiling=my_module:MyAgent --samples 200
-    python evaluate.py --policies base=tiny loop=runs/s0/policy loop=runs/s1/policy loop=runs/s2/policy
-    python evaluate.py --episodes base=runs/evaluation/episodes/base loop=runs/other/episodes/loop
+    ivt evaluate --policies base=tiny sft=runs/sft/policy grpo=runs/grpo/policy
+    ivt evaluate --policies floor=random ceiling=my_module:MyAgent --samples 200
+    ivt evaluate --policies base=tiny loop=runs/s0/policy loop=runs/s1/policy loop=runs/s2/policy
+    ivt evaluate --episodes base=runs/evaluation/episodes/base loop=runs/other/episodes/loop
 
 Each policy is played twice on the same samples: with its stop honoured, and forced to make every
 refinement (``--no-forced`` leaves this out and halves the time). From these come step 0, the last

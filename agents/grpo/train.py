@@ -1,8 +1,8 @@
 """Multi-turn GRPO in the environment.
 
-    python train_grpo.py                                     # tiny model, its own warm start, 2 cores
-    python train_grpo.py --model runs/sft/policy             # from a warm start made before
-    python train_grpo.py --out runs/grpo --resume            # go on where a run was cut off
+    ivt train-grpo                                     # tiny model, its own warm start, 2 cores
+    ivt train-grpo --model runs/sft/policy             # from a warm start made before
+    ivt train-grpo --out runs/grpo --resume            # go on where a run was cut off
     accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 train_grpo.py   # several GPUs
     torchrun --standalone --nproc_per_node 2 train_grpo.py   # the same on several processes without a GPU
 

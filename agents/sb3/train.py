@@ -2,7 +2,7 @@
 
     python -m ivt_agents.sb3.train                       # a few minutes on two cores
     python -m ivt_agents.sb3.train --no-easy --steps 400000 --out runs/sb3-all
-    python evaluate.py --policies random=random centre=centre ppo=sb3:runs/sb3
+    ivt evaluate --policies random=random centre=centre ppo=sb3:runs/sb3
 
 Easy scenes have two objects and an expression that names what one of them looks like. The reward is the gain
 in a potential, GIoU by default: IoU is 0 wherever a box misses, and at first almost all do. With `--gamma 0`,

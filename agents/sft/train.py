@@ -1,10 +1,10 @@
 """Supervised warm start: teaches a policy to correct its own boxes, and to stop.
 
-    python train_sft.py                                    # the tiny model on the embedded scenes
-    python train_sft.py --demonstrations traces.jsonl      # demonstrations made elsewhere
-    python train_sft.py --teacher openai:http://127.0.0.1:8000/v1   # a model writes the traces
-    python train_sft.py --config configs/paper_qwen3vl_4b.yaml --dry-run   # what it would need
-    python train_sft.py --single-shot --steps 500          # the control: single shots only
+    ivt train-sft                                    # the tiny model on the embedded scenes
+    ivt train-sft --demonstrations traces.jsonl      # demonstrations made elsewhere
+    ivt train-sft --teacher openai:http://127.0.0.1:8000/v1   # a model writes the traces
+    ivt train-sft --config configs/paper_qwen3vl_4b.yaml --dry-run   # what it would need
+    ivt train-sft --single-shot --steps 500          # the control: single shots only
     accelerate launch --num_processes 2 train_sft.py       # the same on several processes
 
 1. Harvest: the student plays one step on samples of the training split.
