@@ -465,7 +465,8 @@ def dropped(connection: sockets.socket) -> bool:
 def test_those_who_say_nothing_or_next_to_nothing_keep_nobody_out_and_are_cut_off():
     head = b"GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\n"
     body = b"POST /reset HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n"
-    with started("--reply-seconds", "1.5") as (process, place):
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"  # open files
+    with started("--reply-seconds", "1.5", patch=few) as (process, place):
         silent = [sockets.create_connection(place) for _ in range(200)]
         trickling = [sockets.create_connection(place) for _ in range(64)]
         for connection, start in zip(trickling, [head, body] * 32, strict=True):

@@ -76,6 +76,7 @@ def make_server(
         # What compresses well here, images, is compressed already; and a small message could swell.
         ws_per_message_deflate=False,
         headers=[("connection", "close")],
+        backlog=64,  # so many are let in at once, before the oldest of those who wait can be closed
         timeout_graceful_shutdown=1,
         proxy_headers=False,  # anybody on this machine could claim any address
         server_header=False,

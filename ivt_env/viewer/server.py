@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import secrets
+import socket
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +32,8 @@ _MOST_CONNECTIONS = 64
 _LONGEST_QUERY = 1000
 _LONGEST_BODY = 10_000
 """Bytes of a request's body: a box is a hundred."""
+_LONGEST_HEAD = 65_536
+"""Bytes of a request's first line and headers together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,7 @@ class LocalServer(ThreadingHTTPServer):
         """
         self.app = app
         self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._moved: dict[Any, None] = {}
         try:
             super().__init__((_ADDRESS, port), _Handler)
         except (OSError, OverflowError) as error:
@@ -174,17 +179,29 @@ class LocalServer(ThreadingHTTPServer):
         return f"http://{_ADDRESS}:{self.server_port}/"
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a connection to a thread, or close it where there are too many."""
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        """Hand a connection to a thread; where there are too many, the one that stood still for longest is closed."""
+        if not self._free.acquire(blocking=False):
+            with suppress(StopIteration, RuntimeError, OSError):  # its thread may end it at the same time
+                stillest = next(iter(self._moved))
+                self._moved.pop(stillest, None)
+                stillest.shutdown(socket.SHUT_RDWR)
+            if not self._free.acquire(timeout=0.5):
+                self.shutdown_request(request)
+                return
+        self.moves(request)
+        super().process_request(request, client_address)
+
+    def moves(self, request: Any) -> None:
+        """A connection was opened, its request has arrived, or its answer has been received."""
+        self._moved.pop(request, None)
+        self._moved[request] = None
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer on a connection until it ends."""
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._moved.pop(request, None)
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -193,11 +210,35 @@ class LocalServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class _Head:
+    """What a connection sends, read as far as a request's head may be long."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.left = file, 0
+        self.read, self.close = file.read, file.close
+
+    def readline(self, limit: int) -> bytes:
+        line: bytes = self._file.readline(min(limit, self.left))
+        self.left -= len(line)
+        if not self.left:
+            raise ConnectionError("a request's head is too long")
+        return line
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: LocalServer  # type: ignore[assignment]
     protocol_version = "HTTP/1.1"
-    timeout = 60  # seconds without a word from the other side
+    timeout = 20  # seconds without a word from the other side, or to receive an answer
     server_version, sys_version = "ivt", ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile: Any = _Head(self.rfile)
+
+    def handle_one_request(self) -> None:
+        self.rfile.left = _LONGEST_HEAD
+        self.server.moves(self.connection)
+        super().handle_one_request()
 
     def do_GET(self) -> None:
         self._answer(self._get)
@@ -206,6 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def _get(self) -> Reply:
+        self.server.moves(self.connection)
         parts = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(parts.query, max_num_fields=10).items()}
         return self.server.app.get(parts.path, query)
@@ -216,6 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # its body is still on the way
             raise Refused(413, f"Send at most {_LONGEST_BODY} bytes and say how many.")
         body = self.rfile.read(int(length))
+        self.server.moves(self.connection)
         if self.headers.get_content_type() != "application/json":
             raise Refused(415, "Send JSON.")
         try:
