@@ -26,7 +26,9 @@ Columns = Mapping[str, tuple[str, Callable[[Any], bool]]]
 
 
 def is_text(kind: Any) -> bool:
-    """Whether an Arrow type is one of text."""
+    """Whether an Arrow type is one of text, also where each text is written once and numbered."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
