@@ -131,7 +131,7 @@ NESTED = [
 
 @pytest.mark.parametrize("part", NESTED)
 def test_reading_takes_time_in_proportion_to_the_length(part):
-    """Measured: at most 0.3 s for the longest answer; trying every brace anew took minutes."""
+    """Measured: at most 0.3 s for 60,000 characters."""
     action = '{"bbox_2d": [1, 2, 3, 4]}'
     text = action + part * (LONGEST_ANSWER // len(part))
     begun = time.process_time()
