@@ -32,7 +32,7 @@ def test_every_part_runs_on_a_cpu_and_the_table_has_its_figures(out, capsys):
         "sdpa, fixed, prefix",
         "utilisation of update",
         "growing / fixed",
-        "grounding steps a second",
+        "images a second",
         "Acc@0.5",
     ):
         assert words in said

@@ -27,8 +27,8 @@ import pytest
 import ivt_env
 from ivt_env.data import DataError, Dataset, load_dataset, splits
 from ivt_env.data.scenes import LENGTHS, QUESTIONS, SPLITS, Scene, Scenes, make_scene
-from ivt_env.data.scenes.drawing import draw, shape_mask
-from ivt_env.data.scenes.world import Thing
+from ivt_env.data.scenes.drawing import draw, mark_mask, shape_mask
+from ivt_env.data.scenes.world import MARKS, Thing
 
 SIDE = 384
 SMALL_UP_TO, LARGE_FROM = 0.16, 0.32
@@ -55,7 +55,8 @@ _SENTENCE = re.compile(
     + "|".join(SHAPES)
     + r")|striped|spotted|"
     + "|".join(COLOURS)
-    + r"))?"
+    + r")"
+    + r"| marked with a (?P<mark>dot|bar|pipe|plus|cross|hoop))?"
 )
 _DIRECTION = {
     "leftmost": (0, 1),
@@ -75,12 +76,12 @@ _DIRECTION = {
 
 def _sides(thing: Thing) -> tuple[float, float]:
     x1, y1, x2, y2 = thing.box_px
-    return (x2 - x1) / SIDE, (y2 - y1) / SIDE
+    return (x2 - x1) / thing.image_side, (y2 - y1) / thing.image_side
 
 
 def _centre(thing: Thing) -> tuple[float, float]:
     x1, y1, x2, y2 = thing.box_px
-    return (x1 + x2) / 2 / SIDE, (y1 + y2) / 2 / SIDE
+    return (x1 + x2) / 2 / thing.image_side, (y1 + y2) / 2 / thing.image_side
 
 
 def _size_of(thing: Thing) -> float:
@@ -116,6 +117,8 @@ def fitting(text: str, things: Sequence[Thing]) -> list[int]:
     if said["not"]:
         value = said["not"].removeprefix("a ")
         return [i for i in named if value not in (things[i].shape, things[i].colour, things[i].texture)]
+    if said["mark"]:
+        return [i for i in named if things[i].mark and things[i].mark.kind == said["mark"]]
     if said["pick"] in ("largest", "smallest"):
         power = 1 if said["pick"] == "largest" else -1
         size = {i: _size_of(things[i]) ** power for i in named}
@@ -196,6 +199,9 @@ def test_an_expression_fits_its_target_and_nothing_else(scenes, split):
         found = fitting(scene.expression.text, scene.things)
         assert found == [scene.expression.target], f"{split} {index}: {scene.expression} fits {found}"
         kinds[scene.expression.kind] += 1
+    if split.endswith("_search"):
+        assert set(kinds) == {"mark"}
+        return
     everything = {"attributes", "extreme", "ordinal", "size", "relation", "closest", "negation"}
     assert set(kinds) == everything - ({"attributes"} if split.endswith("_distractors") else set())
 
@@ -265,6 +271,53 @@ def test_no_object_is_nearly_small_or_nearly_large(scenes):
                 assert abs(longest - SMALL_UP_TO) > 0.008 and abs(longest - LARGE_FROM) > 0.015
 
 
+# ---- search scenes ---------------------------------------------------------------------------
+
+
+def test_the_objects_of_a_search_scene_are_alike_in_all_but_their_marks(scenes):
+    counts = Counter()
+    for scene in [*scenes["val_search"], *scenes["test_search"]]:
+        assert len({(t.shape, t.colour, t.texture) for t in scene.things}) == 1
+        assert len({t.mark.kind for t in scene.things}) == len(scene.things)
+        counts[len(scene.things)] += 1
+        for thing in scene.things:
+            assert 0.085 < max(_sides(thing)) < 0.135
+            x1, y1, x2, y2 = thing.mark.box_px
+            assert x2 - x1 == y2 - y1 == 20
+            assert thing.box_px[0] < x1 and thing.box_px[1] < y1 and x2 < thing.box_px[2] and y2 < thing.box_px[3]
+    assert set(counts) == {3, 4, 5, 6}
+    samples = Scenes("val_search")
+    assert all(len(samples[i].siblings) == samples[i].meta["things"] - 1 for i in range(50))
+
+
+def test_the_size_in_a_splits_name_changes_the_marks_and_nothing_else():
+    for index in range(20):
+        small, usual, named = (Scenes(f"test_search{size}") for size in ("_8", "", "_20"))
+        assert usual[index].expression == small[index].expression and usual[index].box == small[index].box
+        pictures = [d.picture(d[index]).astype(int) for d in (small, usual, named)]
+        assert np.array_equal(pictures[1], pictures[2])
+        changed = np.abs(pictures[0] - pictures[1]).max(-1) > 0
+        for thing in make_scene("test_search", index).things:
+            x1, y1, x2, y2 = thing.mark.box_px
+            assert changed[y1:y2, x1:x2].any()
+            changed[y1:y2, x1:x2] = False
+        assert not changed.any()
+
+
+@pytest.mark.parametrize("side", [8, 12, 20, 40])
+def test_all_marks_are_drawn_with_about_as_much_ink(side):
+    ink = [np.asarray(mark_mask(kind, side)).mean() / 255 for kind in MARKS]
+    assert 0.27 < min(ink) and max(ink) < 0.34
+
+
+def test_search_scenes_are_the_ones_that_published_numbers_refer_to():
+    splits = ("train_search", "val_search", "test_search")
+    words = [f"{s} {i} {make_scene(s, i).expression}" for s in splits for i in range(20)]
+    things = [(t.box_px, t.mark) for s in splits for i in range(20) for t in make_scene(s, i).things]
+    assert hashlib.sha256("\n".join(words).encode()).hexdigest()[:16] == "214947328890eb54"
+    assert hashlib.sha256(repr(things).encode()).hexdigest()[:16] == "33bf0ebd4d663fc1"
+
+
 # ---- determinism and splits ------------------------------------------------------------------
 
 _DIGEST = """
@@ -324,19 +377,29 @@ def test_an_index_outside_the_split_is_an_index_error_that_gives_the_length(inde
 
 
 def test_an_unknown_split_is_a_data_error_that_lists_the_splits():
-    with pytest.raises(DataError, match="'dev'.*train, val, test, test_distractors, test_small"):
-        Scenes("dev")
+    for split in (
+        "dev",
+        "val_search_0",
+        "val_search_5",
+        "val_search_49",
+        "val_search_100",
+        "train_asked_20",
+        "a_search",
+    ):
+        with pytest.raises(DataError, match=f"'{split}'.*train, val, test, test_distractors, test_small"):
+            Scenes(split)
 
 
 # ---- pictures --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", LENGTHS)
-def test_a_picture_is_384_pixels_square_rgb_and_the_callers_own(split):
+def test_a_picture_is_384_or_768_pixels_square_rgb_and_the_callers_own(split):
     dataset = Scenes(split)
     sample = dataset[5]
     picture = dataset.picture(sample)
-    assert (picture.shape, picture.dtype) == ((SIDE, SIDE, 3), np.uint8)
+    side = 768 if split.endswith("_search") else SIDE
+    assert (picture.shape, picture.dtype, sample.size) == ((side, side, 3), np.uint8, (side, side))
     picture[...] = 0
     assert dataset.picture(sample).any()
 
@@ -365,7 +428,7 @@ def test_the_pixels_of_a_lone_object_fill_its_box_and_nothing_outside(shape):
             assert np.array_equal(drawn[outside], empty[outside])
 
 
-@pytest.mark.parametrize("split", LENGTHS)
+@pytest.mark.parametrize("split", [s for s in LENGTHS if not s.endswith("_search")])
 def test_no_object_is_covered_on_more_than_a_quarter_of_its_box(scenes, split):
     overlaps = 0
     for scene in scenes[split]:

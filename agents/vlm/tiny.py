@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from ivt_agents.sft.teacher.template import teacher_words
 from ivt_agents.vlm.prompts import NO_BOX_TEXT, TINY
-from ivt_env.data.scenes.language import vocabulary
+from ivt_env.data.scenes.language import search_vocabulary, vocabulary
 
 INPUT_SIDE = 96
 """A square picture reaches the model as 96 x 96 pixels: 36 merged tokens."""
@@ -34,6 +34,8 @@ SPECIALS = (
 )
 _LITERALS = ('{"bbox_2d": [', "]}", '{"stop": true}', ", ", "\n", ".", ";", ":", ",", " [", "].", "]", " ")
 _CLOSEUP_BOX = '{"picture": 2, "bbox_2d": ['
+_WORDS_ABOUT_MARKS = ("mark", "Mark", "Marked", "This", "Not", "Next")
+"""That a reasoning text may use, in an order that stays."""
 _SPLIT = (
     r'\{"picture": 2, "bbox_2d": \[|\{"bbox_2d": \[|\{"stop": true\}|\]\}|\p{N}+|, | ?\p{L}+|\n| ?[^\s\p{L}\p{N}]+|\s+'
 )
@@ -47,8 +49,12 @@ _CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, made in code: specials, 256 bytes, words, literals, and 0..1000."""
+def build_tokenizer(*, marks: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer, made in code: specials, 256 bytes, words, literals, and 0..1000.
+
+    Args:
+        marks: the words of search scenes behind all others, so that no other id moves.
+    """
     words = {"user", "assistant", "system", NO_BOX_TEXT, *re.findall(r"[A-Za-z]+", TINY.text)}
     words |= {*vocabulary(), *teacher_words()} - {"expression", "box}"}
     pieces = list(SPECIALS) + sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -59,6 +65,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     pieces += [w for w in dict.fromkeys(byte_level) if w not in set(pieces)]
     # Last, because it came when the shipped weights had been trained: no other id has moved.
     pieces.append(_CLOSEUP_BOX.replace(" ", "Ġ"))
+    if marks:
+        more = [*search_vocabulary(), *_WORDS_ABOUT_MARKS]
+        pieces += [f"{space}{w}" for w in more for space in ("", "Ġ") if f"{space}{w}" not in set(pieces)]
     # ignore_merges: a pre-token in the vocabulary is one token; anything else falls into bytes.
     tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -13,8 +13,9 @@ import numpy as np
 
 from ivt_env.data.sample import DataError, Picture, Sample
 from ivt_env.data.scenes.drawing import draw
-from ivt_env.data.scenes.language import Expression, ask
-from ivt_env.data.scenes.world import DISTRACTORS, SIDE, SMALL, STANDARD, Recipe, Thing, place_things
+from ivt_env.data.scenes.language import Expression, ask, marked
+from ivt_env.data.scenes.search import place_alike, search_split
+from ivt_env.data.scenes.world import DISTRACTORS, SMALL, STANDARD, Recipe, Thing, place_things
 
 LENGTHS = {
     "train": 10_000_000,
@@ -25,8 +26,11 @@ LENGTHS = {
     # Later ones come last: a split's place decides its pictures.
     "val_distractors": 10_000,
     "val_small": 10_000,
+    "train_search": 10_000_000,
+    "val_search": 10_000,
+    "test_search": 10_000,
 }
-"""Scenes, and samples, of each split."""
+"""Scenes, and samples, of each split. ``search.py`` says which others there are: the size of a mark in the name."""
 QUESTIONS = 6
 """Samples about each picture of ``train_asked``: the pictures of ``train``, each asked about several times, as
 in RefCOCOg. A learner encodes a picture once for all of them."""
@@ -49,14 +53,21 @@ class Scene:
     expression: Expression
     seed: tuple[int, ...]
 
+    @property
+    def side(self) -> int:
+        """Of the image in pixels: 384, in search scenes 768."""
+        return self.things[0].image_side
+
     def picture(self) -> Picture:
-        """RGB uint8 (384, 384, 3)."""
-        return draw(list(self.things), np.random.default_rng((*self.seed, 1)))
+        """RGB uint8 (side, side, 3)."""
+        return draw(list(self.things), np.random.default_rng((*self.seed, 1)), self.side)
 
     def questions(self, count: int) -> list[Expression]:
         """The scene's own expression first, then up to ``count - 1`` different others about any object."""
         rng = np.random.default_rng((*self.seed, 2))
         found = {self.expression.text: self.expression}
+        if self.expression.kind == "mark":
+            found |= {e.text: e for e in (marked(list(self.things), i) for i in range(len(self.things)))}
         for _ in range(3 * count):
             if len(found) >= count:
                 break
@@ -71,10 +82,16 @@ class Scene:
 @lru_cache(maxsize=4096)  # a sample and its picture are asked for one after the other
 def make_scene(split: str, index: int) -> Scene:
     """The scene at ``index`` of ``split``; the same on every machine."""
-    code = _SPLIT_CODE[split]
+    search = search_split(split)
+    code = _SPLIT_CODE[search[0] if search else split]
     for attempt in range(1000):
         seed = (_SALT, code, index, attempt)
         rng = np.random.default_rng((*seed, 0))
+        if search:
+            alike = place_alike(rng, search[1])
+            if alike is not None:
+                return Scene(tuple(alike), STANDARD, marked(alike, int(rng.integers(len(alike)))), seed)
+            continue
         recipe = _recipe(split, rng)
         things = place_things(rng, recipe)
         if things is None:
@@ -117,13 +134,17 @@ class Scenes:
         Raises:
             DataError: for an unknown split, listing the known ones.
         """
-        if split not in SPLITS:
-            raise DataError(f"scenes have no split {split!r}; choose one of {', '.join(SPLITS)}")
+        search = search_split(split)
+        if (search[0] if search else split) not in SPLITS:
+            raise DataError(
+                f"scenes have no split {split!r}; choose one of {', '.join(SPLITS)} (val_search_12: marks of 12 pixels)"
+            )
         self.split = split
+        self._length = SPLITS[search[0] if search else split]
 
     def __len__(self) -> int:
         """Number of samples (each with its own picture; in ``train_asked`` six to a picture)."""
-        return SPLITS[self.split]
+        return self._length
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``; IndexError outside the range."""
@@ -144,7 +165,7 @@ class Scenes:
             picture_id=f"scenes-{drawn}-{number}",
             expression=expression.text,
             box=target.box,
-            size=(SIDE, SIDE),
+            size=(scene.side, scene.side),
             dataset=self.name,
             split=self.split,
             siblings=siblings,
@@ -152,7 +173,7 @@ class Scenes:
         )
 
     def picture(self, sample: Sample) -> Picture:
-        """The sample's picture, drawn anew, RGB uint8 (384, 384, 3)."""
+        """The sample's picture, drawn anew, RGB uint8 (384, 384, 3), in search scenes 768 pixels a side."""
         drawn, number, _ = self._place(sample.meta["index"])
         return make_scene(drawn, number).picture()
 

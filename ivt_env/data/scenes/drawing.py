@@ -30,16 +30,56 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
     "cross": [(a / 3, b / 3) for a, b in _CROSS],
 }
 _OVERSAMPLING = 2
+_MARK_OVERSAMPLING = 8
 
 
-def draw(things: list[Thing], rng: np.random.Generator) -> Picture:
-    """The picture of ``things``, RGB uint8 (SIDE, SIDE, 3)."""
-    picture = _background(rng)
+def draw(things: list[Thing], rng: np.random.Generator, side: int = SIDE) -> Picture:
+    """The picture of ``things``, RGB uint8 (side, side, 3)."""
+    picture = _background(rng, side)
     for thing in things:
         x1, y1, x2, y2 = thing.box_px
         fill, mask = _fill(thing, rng), shape_mask(thing.shape, x2 - x1, y2 - y1)
         picture.paste(fill, (x1, y1), mask)
+        if thing.mark is not None:
+            left, top, right, _ = thing.mark.box_px
+            ink = 245 if np.mean(_RGB[thing.colour]) < 120 else 20
+            picture.paste((ink, ink, ink), (left, top), mark_mask(thing.mark.kind, right - left))
     return np.asarray(picture).copy()
+
+
+def mark_mask(kind: str, side: int) -> Image.Image:
+    """The mark as an 'L' image of (side, side) pixels. All kinds cover three tenths of it, give or take little.
+
+    Equal ink: shrunk to a blot, the kinds do not differ in darkness.
+    """
+    n = side * _MARK_OVERSAMPLING
+    mask = Image.new("L", (n, n), 0)
+    pen = ImageDraw.Draw(mask)
+
+    def disc(radius: float, fill: int) -> None:
+        low, high = (0.5 - radius) * n, (0.5 + radius) * n - 1
+        pen.ellipse((low, low, high, high), fill=fill)
+
+    def stroke(x: float, y: float, width: float, height: float) -> None:
+        pen.rectangle((x * n, y * n, (x + width) * n - 1, (y + height) * n - 1), fill=255)
+
+    if kind == "dot":
+        disc(0.31, 255)
+    elif kind == "hoop":
+        disc(0.44, 255)
+        disc(0.312, 0)
+    elif kind == "bar":
+        stroke(0, 0.35, 1, 0.3)
+    elif kind == "pipe":
+        stroke(0.35, 0, 0.3, 1)
+    elif kind == "plus":
+        stroke(0, 0.4185, 1, 0.163)
+        stroke(0.4185, 0, 0.163, 1)
+    else:
+        for flipped in (False, True):
+            points = [(0.0, 0.085), (0.085, 0.0), (1.0, 0.915), (0.915, 1.0)]
+            pen.polygon([((1 - x if flipped else x) * (n - 1), y * (n - 1)) for x, y in points], fill=255)
+    return mask.resize((side, side), Image.Resampling.BOX)
 
 
 def shape_mask(shape: str, width: int, height: int) -> Image.Image:
@@ -95,22 +135,22 @@ def _fill(thing: Thing, rng: np.random.Generator) -> Image.Image:
     return tile
 
 
-def _background(rng: np.random.Generator) -> Image.Image:
+def _background(rng: np.random.Generator, side: int) -> Image.Image:
     """A muted gradient, sometimes with a grid or bars, always with soft noise."""
     lightness = rng.uniform(105, 190)
     corners = np.clip(lightness + rng.normal(0, 14, (2, 2, 3)), 80, 215)
-    small = Image.fromarray(corners.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    small = Image.fromarray(corners.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     style = rng.random()
     if style < 0.45:
         pen = ImageDraw.Draw(small)
         tone = tuple(int(v) for v in np.clip(corners.mean((0, 1)) + rng.choice([-16, 16]), 0, 255))
         step = int(rng.integers(24, 80))
-        for at in range(int(rng.integers(0, step)), SIDE, step):
+        for at in range(int(rng.integers(0, step)), side, step):
             if style < 0.3:
-                pen.line((at, 0, at, SIDE), fill=tone, width=2)
+                pen.line((at, 0, at, side), fill=tone, width=2)
             if style < 0.15 or style >= 0.3:
-                pen.line((0, at, SIDE, at), fill=tone, width=2 if style < 0.3 else 10)
+                pen.line((0, at, side, at), fill=tone, width=2 if style < 0.3 else 10)
     cells = int(rng.choice([24, 48, 96]))
     noise = Image.fromarray(rng.integers(108, 149, (cells, cells), dtype=np.uint8))
-    noise = noise.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    noise = noise.resize((side, side), Image.Resampling.BILINEAR)
     return ImageChops.add(small, Image.merge("RGB", [noise] * 3), scale=1.0, offset=-128)

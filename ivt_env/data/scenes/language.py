@@ -78,6 +78,13 @@ def expressions(things: list[Thing], kind: str, target: int) -> Iterator[Express
             yield Expression(text, kind, target)
 
 
+def marked(things: list[Thing], target: int) -> Expression:
+    """The expression that names an object by its mark: ``the blue circle marked with a plus``."""
+    thing = things[target]
+    assert thing.mark is not None
+    return Expression(f"the {thing.colour} {thing.shape} marked with a {thing.mark.kind}", "mark", target)
+
+
 def ask(things: list[Thing], recipe: Recipe, rng: np.random.Generator, targets: list[int]) -> Expression | None:
     """One random expression about one of ``targets``; None if no kind has any.
 
@@ -184,8 +191,15 @@ _KINDS = {
 }
 
 
+def search_vocabulary() -> list[str]:
+    """Words that only search scenes use, in an order that stays."""
+    from ivt_env.data.scenes.world import MARKS
+
+    return ["marked", "with", *(kind for kind in MARKS if kind not in vocabulary())]
+
+
 def vocabulary() -> list[str]:
-    """Every word that an expression can hold, sorted; the tiny model's tokenizer knows them whole."""
+    """Every word of an expression about any scene but a search scene, sorted; the tiny model's tokenizer knows them."""
     from ivt_env.data.scenes.world import COLOURS, SHAPES, TEXTURES
 
     articles = "the object small large largest smallest that is not a"

@@ -12,6 +12,8 @@ SIDE = 384
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "star")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "black", "white")
 TEXTURES = ("plain", "striped", "spotted")
+MARKS = ("dot", "bar", "pipe", "plus", "cross", "hoop")
+"""Signs on the objects of search scenes, drawn with equal amounts of ink."""
 
 SMALL_UP_TO = 0.16
 LARGE_FROM = 0.32
@@ -33,6 +35,14 @@ _KINDS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """A small sign in the middle of an object; ``box_px`` is xyxy in whole pixels."""
+
+    kind: str
+    box_px: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Thing:
     """One object; ``box_px`` is xyxy in whole pixels and is touched by the shape on all sides."""
 
@@ -40,12 +50,16 @@ class Thing:
     colour: str
     texture: str
     box_px: tuple[int, int, int, int]
+    mark: Mark | None = None
+    image_side: int = SIDE
+    """Of the image that the object is in, in pixels."""
 
     @property
     def box(self) -> tuple[float, float, float, float]:
         """The box relative to the picture."""
+        side = self.image_side
         x1, y1, x2, y2 = self.box_px
-        return (x1 / SIDE, y1 / SIDE, x2 / SIDE, y2 / SIDE)
+        return (x1 / side, y1 / side, x2 / side, y2 / side)
 
     @property
     def centre(self) -> tuple[float, float]:

@@ -1,0 +1,208 @@
+"""Pretraining shows the model what it is asked later, and computes what the library computes.
+
+Silent when false: a question that reads otherwise than the policy's prompt, or a pass that differs from the model
+that is saved, gives weights that are worse for reasons that no loss curve shows.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ivt_agents.command import progress_bars
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.pretrain import Args, train
+from ivt_agents.vlm.pretrain_model import SlotModel, grid_of, patchify, words_of
+from ivt_agents.vlm.pretrain_pool import (
+    ANSWER,
+    KINDS,
+    LEGIBLE,
+    QUESTIONS,
+    SLOT,
+    Drawing,
+    cell_labels,
+    search_views,
+    standard_views,
+)
+from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, number_ids
+from ivt_agents.vlm.turns import WHOLE
+from ivt_env import boxes
+from ivt_env.data.scenes import make_scene
+from ivt_env.data.scenes.world import MARKS
+
+ASKED = [("the red ring", (0.1, 0.2, 0.3, 0.4)), ("the blue star marked with a hoop", (0.0, 0.5, 0.2, 1.0))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(marks=True)
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer):
+    return words_of(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    model = build_model(tokenizer, seed=1).eval()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def test_the_words_of_marks_move_no_other_token():
+    with_marks, plain = build_tokenizer(marks=True).get_vocab(), build_tokenizer().get_vocab()
+    assert plain.items() <= with_marks.items()
+    assert {f"{space}{w}" for w in (*MARKS, "marked", "with") for space in ("", "Ġ")} <= with_marks.keys()
+
+
+def test_a_slot_reads_as_the_policys_prompt_and_answer(words, tokenizer):
+    policy = load_policy("tiny")
+    image = policy.dialogue.process([np.zeros((96, 96, 3), np.uint8)])[0]
+    prompt = policy.dialogue.prompt("the red ring", None, [(image, WHOLE)])
+    ids, length = words.slot(*ASKED[0])
+    assert prompt.ids[-length:] == ids[:length]
+    answer = policy.dialogue.completion(policy.codec.action_text(np.array(ASKED[0][1], np.float32), (96, 96)))
+    assert ids[length:] == answer and len(answer) == ANSWER
+
+
+def test_every_expression_of_the_scenes_fits_its_slot_and_is_read_back_as_it_was(words, tokenizer):
+    longest = 0
+    for split in ("train", "test_distractors", "train_search"):
+        for index in range(60):
+            for question in make_scene(split, index).questions(QUESTIONS):
+                ids, length = words.slot(question.text, (0, 0, 1, 1))
+                wanted = f"Locate {question.text}. Current box: none.<|im_end|>\n<|im_start|>assistant\n"
+                assert tokenizer(wanted)["input_ids"] == ids[:length]
+                longest = max(longest, len(ids))
+    assert SLOT - 8 <= longest <= SLOT
+
+
+def test_images_are_cut_into_patches_as_the_image_processor_does():
+    images = np.random.default_rng(0).integers(0, 255, (3, 96, 96, 3), dtype=np.uint8)
+    wanted = build_image_processor()(images=list(images), return_tensors="pt")
+    assert torch.equal(wanted["pixel_values"], patchify(torch.from_numpy(images)))
+    assert torch.equal(wanted["image_grid_thw"], grid_of(3))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_pass_over_slots_equals_the_models_own_over_each_question_alone(model, tokenizer, words, attention):
+    model.set_attn_implementation(attention)
+    slots = SlotModel(model, tokenizer, len(ASKED))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 96, 96, 3), dtype=np.uint8))
+    filled = torch.zeros(3, len(ASKED), SLOT, dtype=torch.long)
+    lengths = torch.zeros(3, len(ASKED), dtype=torch.long)
+    for number, asked in enumerate(ASKED):
+        ids, lengths[:, number] = words.slot(*asked)
+        filled[:, number, : len(ids)] = torch.tensor(ids)
+    with torch.no_grad():
+        merged, deep = slots.see(images)
+        hidden, told = slots.answer(merged, deep, filled, lengths)
+    own = model.model.visual(patchify(images), grid_of(3))
+    assert (own.pooler_output - merged.flatten(0, 1)).abs().max() < 1e-4
+    assert (own.deepstack_features[0] - deep[0].flatten(0, 1)).abs().max() < 1e-4
+    for row in range(3):
+        for number in range(len(ASKED)):
+            ids = [*slots.prefix.tolist(), *filled[row, number].tolist()]
+            length = len(slots.prefix) + int(lengths[row, number])
+            ids = torch.tensor([ids[: length + ANSWER]])
+            kinds = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
+            with torch.no_grad():
+                alone = model.model(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    mm_token_type_ids=kinds,
+                    pixel_values=patchify(images[row : row + 1]),
+                    image_grid_thw=grid_of(1),
+                ).last_hidden_state[0]
+            assert torch.equal(told[row, number], ids[0, length:])
+            assert (alone[length - 1 : -1] - hidden[row, number]).abs().max() < 1e-4
+
+
+def test_a_close_up_is_what_the_window_says_and_its_questions_are_about_what_it_shows():
+    closeups = asked = 0
+    for index in range(25):
+        for view in (*standard_views("train", index), *search_views("train", index)):
+            x1, y1, x2, y2 = (np.array(view.window) * view.scene.side).round().astype(int).tolist()
+            assert x2 - x1 == y2 - y1 and 0 <= x1 < x2 <= view.scene.side and 0 <= y1 < y2 <= view.scene.side
+            mean = view.scene.picture()[y1:y2, x1:x2].mean((0, 1))
+            assert np.abs(mean - view.image.mean((0, 1))).max() < 2
+            closeups += view.window != (0, 0, 1, 1)
+    with Drawing(words_of(build_tokenizer(marks=True)), 12, 12, 1) as drawing:
+        drawing.until(1.0)
+        pool, number = drawing.pool, number_ids(build_tokenizer())
+        for kind in range(len(KINDS)):
+            for scene in range(12):
+                row = pool.row(kind, scene)
+                view = (search_views if kind >= 2 else standard_views)("train", scene)[kind - 2 if kind >= 2 else kind]
+                assert np.array_equal(pool.images[row], view.image)
+                for slot, length in zip(pool.slots[row], pool.lengths[row], strict=True):
+                    if length:
+                        box = [number.index(int(slot[length + k])) / 1000 for k in (1, 3, 5, 7)]
+                        things = [boxes.clip(boxes.into_window(t.box, view.window)) for t in view.scene.things]
+                        assert min(np.abs(t - box).max() for t in things) < 1e-3, "a box that is no object's"
+                        asked += 1
+                assert (pool.lengths[row] > 0).any(), "an image that nothing is asked about"
+    assert closeups > 60 and asked > 150
+
+
+def test_a_mark_is_a_label_of_the_cells_that_it_lies_in_and_only_where_it_is_legible():
+    read = 0
+    for index in range(60):
+        for view in search_views("train", index):
+            labels = cell_labels(view.scene.things, view.window)
+            for cell in np.flatnonzero(labels[:, 8] >= 0):
+                x, y = (cell % 6 + 0.5) / 6, (cell // 6 + 0.5) / 6
+                kind = MARKS[int(labels[cell, 8])]
+                (thing,) = [t for t in view.scene.things if t.mark.kind == kind]
+                mark = boxes.into_window(np.array(thing.mark.box_px) / thing.image_side, view.window)
+                assert (mark[2] - mark[0]) * 96 >= LEGIBLE
+                assert mark[0] - 1 / 12 <= x <= mark[2] + 1 / 12 and mark[1] - 1 / 12 <= y <= mark[3] + 1 / 12
+                read += 1
+    assert read > 60
+
+
+def test_cell_labels_put_every_object_somewhere_it_is():
+    for index in range(50):
+        scene = make_scene("train", index)
+        labels = cell_labels(scene.things)
+        found = {tuple(np.float32(v) for v in row[4:8]) for row in labels if row[0] > 0}
+        known = {tuple(np.float32(v) for v in t.box) for t in scene.things}
+        assert found <= known and len(found) >= 0.8 * len(known)
+
+
+SHRUNKEN = {
+    "scenes": 40,
+    "search_scenes": 20,
+    "vision_steps": 3,
+    "vision_batch": 4,
+    "steps": 3,
+    "batch": 4,
+    "workers": 1,
+}
+
+
+def run(out, **options):
+    args = Args(out=out, **{**SHRUNKEN, **options})
+    words = words_of(build_tokenizer(marks=True))
+    with Drawing(words, 0, 12, 1, split="val") as held_out, Drawing(words, 40, 20, 1) as drawing:
+        with progress_bars(note=True, disable=True) as progress:
+            train(args, drawing, held_out, progress)
+    return (out / "model.safetensors").read_bytes(), json.loads((out / "training.json").read_text())
+
+
+def test_one_seed_gives_the_same_weights_twice_and_a_policy_that_loads(tmp_path):
+    first, record = run(tmp_path / "a")
+    assert first == run(tmp_path / "b")[0]
+    assert first != run(tmp_path / "c", seed=1)[0]
+    assert set(record["marks read"]) <= set(KINDS[2:]) and record["args"]["steps"] == 3
+    assert sum(f.stat().st_size for f in (tmp_path / "a").iterdir()) <= 8_000_000
+    assert load_policy(str(tmp_path / "a")).core is not None
+
+
+def test_a_time_limit_becomes_a_number_of_steps_that_the_record_holds(tmp_path):
+    _, record = run(tmp_path / "a", seconds=25.0)
+    assert record["args"]["steps"] >= 1 and record["log"][-1]["step"] == record["args"]["steps"] - 1
