@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
@@ -156,8 +157,8 @@ def test_what_the_pages_say_about_installing_works_in_an_empty_environment(built
 
 
 def test_no_page_or_message_names_what_a_wheel_does_not_hold_or_an_index_that_has_no_ivt_env():
-    """The scripts are for a checkout (`accelerate launch`); the command `ivt` is everywhere."""
-    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("agents/**/*.py"), *ROOT.glob("configs/*.yaml")]
+    """The scripts are for a clone, of which README speaks; the command `ivt` is everywhere."""
+    pages = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("agents/**/*.py"), *ROOT.glob("configs/*.yaml")]
     found = [
         f"{page.relative_to(ROOT)}: {line.strip()}"
         for page in pages
@@ -166,3 +167,30 @@ def test_no_page_or_message_names_what_a_wheel_does_not_hold_or_an_index_that_ha
         if re.search(r"python (train_sft|train_grpo|evaluate)\.py|^pip install \"?ivt-env", line)
     ]
     assert not found
+
+
+@pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "theirs first"])
+def test_it_works_beside_evaluate_and_openai_agents_whatever_was_installed_first(built, ours_first, tmp_path):
+    """Hugging Face's ``evaluate`` and OpenAI's ``agents`` have the names of a script and a folder of this checkout."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    theirs = [f"{name}=={version(name)}" for name in ("evaluate", "openai-agents")]
+    download = [*pip, "download", "--no-deps", "--dest", str(tmp_path), *theirs]
+    run = subprocess.run(download, capture_output=True, text=True, timeout=300, check=False)
+    if run.returncode:
+        pytest.skip(f"the package index cannot be reached: {run.stderr.strip()[-200:]}")
+    wheels = [str(built[0]), *map(str, tmp_path.glob("*.whl"))]
+    site = tmp_path / "site"
+    for wheel in wheels if ours_first else wheels[::-1]:
+        install = [*pip, "install", "--no-deps", "--no-index", "--target", str(site), wheel]
+        subprocess.run(install, check=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    code = "import agents, evaluate, ivt_agents; agents.Runner, evaluate.load, ivt_agents; print(agents.__file__)"
+    for command, expected in (
+        ([sys.executable, "-c", code], str(site)),
+        # pip keeps the first package's bin in a target folder, so the command is called by its module
+        ([sys.executable, "-m", "ivt_agents.cli", "evaluate", "--help"], "--policies"),
+    ):
+        run = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert run.returncode == 0 and expected in run.stdout, run.stderr[-2000:]
