@@ -24,7 +24,6 @@ from ivt_env.metrics.scores import (
     rollout_summary,
     scores,
     step_changes,
-    step_curve,
 )
 from ivt_env.metrics.stopping import (
     calibration,
@@ -150,14 +149,6 @@ def test_failures_stay_in_every_denominator_and_are_counted() -> None:
     assert found.episodes_with_failure.value == pytest.approx(2 / 3)
     assert found.episodes_without_box.value == pytest.approx(1 / 3)
     assert found.stopped.value == pytest.approx(2 / 3)
-
-
-def test_step_curve_starts_at_step_0_and_ends_at_the_last_step() -> None:
-    forced, _ = random_pair(50, 2)
-    found, curve = columns(episodes_forced=forced), step_curve(outcomes(forced))
-    assert len(curve) == 4
-    assert curve[0] == scores(found["step_0"])
-    assert curve[-1] == scores(found["last_step"])
 
 
 def test_stop_precision_and_recall_by_hand() -> None:

@@ -18,7 +18,6 @@ from ivt_env.metrics.statistics import (
     bootstrap_mean,
     clustered_se,
     mcnemar,
-    minimum_detectable_difference,
     paired_bootstrap,
     wilson,
 )
@@ -149,7 +148,9 @@ def test_mcnemar_holds_for_thousands_of_pairs() -> None:
 
 def test_a_difference_of_the_detectable_size_is_found_four_times_in_five() -> None:
     rng, n, trials = np.random.default_rng(10), 100, 2000
-    size = minimum_detectable_difference(rng.normal(size=100_000), range(100_000)) * math.sqrt(100_000 / n)
+    size = paired_bootstrap(
+        rng.normal(size=100_000), np.zeros(100_000), range(100_000), n_boot=1
+    ).detectable * math.sqrt(100_000 / n)
     assert size == pytest.approx(2.8016 / math.sqrt(n), rel=0.02)
     d = rng.normal(size, 1, (trials, n))
     found = np.abs(d.mean(axis=1) / (d.std(axis=1, ddof=1) / math.sqrt(n))) > 1.96

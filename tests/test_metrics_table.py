@@ -7,6 +7,7 @@ while every figure in it is right.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,15 +31,22 @@ FOUND = columns(episodes_forced=FORCED, episodes_stopping=STOPPING)
 PICTURES = outcomes(FORCED).picture_ids
 
 
-def test_a_difference_whose_interval_holds_zero_is_printed_as_not_shown() -> None:
+def test_a_difference_whose_interval_holds_zero_is_printed_as_not_significant() -> None:
     same = compare("a", FOUND["step_0"], "b", FOUND["step_0"], PICTURES)
     better = compare("oracle", FOUND["oracle_best"], "step 0", FOUND["step_0"], PICTURES, "mIoU")
     assert better.oracle
     lines = difference_table([same, better]).splitlines()
-    assert "not shown" in lines[2]
+    assert "+0.0 n.s." in lines[2]
     assert "[+0.0, +0.0]" in lines[2]
-    assert "not shown" not in lines[3]
+    assert "n.s." not in lines[3]
     assert f"{better.difference.diff:+.3f}" in lines[3]
+
+
+def test_a_difference_over_few_images_is_not_called_insignificant() -> None:
+    best, first = (replace(c, ious=c.ious[:9], weights=c.weights[:9]) for c in (FOUND["oracle_best"], FOUND["step_0"]))
+    found = compare("a", best, "b", first, [str(k) for k in range(9)], "mIoU")
+    line = difference_table([found]).splitlines()[2]
+    assert f"{found.difference.diff:+.3f} n too small" in line and "n.s." not in line
 
 
 def test_the_oracle_is_marked_and_explained_wherever_it_is_printed() -> None:

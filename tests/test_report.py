@@ -13,6 +13,7 @@ import pytest
 from browser import Page, chromium
 from shown_episodes import HOSTILE
 
+import ivt_env
 from experiments.study import Args, _reporting
 from ivt_agents.command import parse
 from ivt_agents.evaluation import evaluate, report, swaps
@@ -41,10 +42,64 @@ def test_the_verdict_is_the_difference_of_the_tables(played):
         for c in results["comparisons"]
         if (c["a"], c["b"], c["metric"]) == ("floor learned_stop", "floor step_0", "mIoU")
     )
-    row = page[page.index('<td class="text">floor</td>') :]
+    row = page[page.index('<td class="text" data-name="policy">floor</td>') :]
     row = row[: row.index("</tr>")]
-    value = f"{gain['diff']:+.3f}" if gain["shown"] else "not shown"
+    value = f"{gain['diff']:+.3f}{'' if gain['shown'] else ' n.s.'}"
     assert f"{value} <small>[{gain['low']:+.3f}, {gain['high']:+.3f}]</small>" in row
+
+
+def test_the_page_says_where_its_figures_come_from(played):
+    page, results = page_of(played), json.loads((played / "results.json").read_text())
+    provenance = re.sub(r"<[^>]+>", "|", page[page.index("Provenance") : page.index("Every rule")])
+    for name, value in {
+        "policy floor": "random",
+        "policy ceiling": "oracle",
+        "environment": "IVT-Scenes-v0, split val, at most 3 actions, view own",
+        "served": "scenes/val",
+        "samples": "40",
+        "seed": "0",
+        "version": f"ivt-env {ivt_env.__version__}",
+        "date": results["date"],
+    }.items():
+        assert re.search(rf"\|{name}\|+{re.escape(value)}\|", provenance), name
+
+
+def test_too_few_images_are_told_apart_from_no_difference(tmp_path):
+    out = tmp_path / "five"
+    evaluate.main(evaluate.Args(policies=["floor=random"], samples=5, split="val", out=out))
+    page, table = page_of(out), (out / "table.txt").read_text()
+    assert "n too small" in page and "n too small" in table
+    assert "n.s." not in table and "not shown" not in page + table
+
+
+def test_agents_without_probabilities_get_no_empty_diagram(played):
+    assert not (played / "reliability.png").exists() and (played / "accuracy_by_step.png").exists()
+    assert page_of(played).count("<figure>") == 3
+
+
+def test_whatever_a_results_file_holds_is_text(played, tmp_path):
+    folder, hostile = tmp_path / "hostile", "<b class=element>x</b>"
+
+    def spoil(value):
+        if isinstance(value, dict):
+            return {k: v if k in ("metric", "column", "a", "b") else spoil(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [spoil(v) for v in value]
+        return hostile if isinstance(value, str) else value
+
+    swapped = tmp_path / "swaps"
+    swaps.main(swaps.Args(policies=["ceiling=oracle"], samples=12, split="val", steps=[1], out=swapped))
+    for place in (played, swapped):
+        results = json.loads((place / "results.json").read_text())
+        args = results.pop("args")
+        results = spoil(results) | {"args": args | {"env": hostile}}
+        for row in results.get("variants", []) + results.get("dependence", []):
+            row |= {"step": hostile, "num": hostile} if "num" in row else {"step": hostile}
+        (folder / place.name).mkdir(parents=True)
+        (folder / place.name / "results.json").write_text(json.dumps(results))
+    page = report.write_report(folder / "evaluation", {}, lambda _: None, swaps=folder / "swaps")
+    text = page.read_text(encoding="utf-8")
+    assert "<b " not in text and text.count("&lt;b class=element&gt;") > 50
 
 
 def test_every_column_of_the_tables_is_explained_and_the_oracle_is_marked(played):
@@ -134,6 +189,33 @@ def test_in_a_browser_pictures_are_drawn_and_boxes_lie_where_they_belong(driver,
     assert page.run("return [...document.querySelectorAll('.panel svg')].every(s => s.querySelector('image, use'))")
     names = page.run("return [...document.querySelectorAll('.panel image')].map(i => i.id)")
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_on_a_phone_nothing_is_cut_without_a_sign(driver, played, dark):
+    page = Page(driver)
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        driver.get(f"file://{played}/report.html")
+        page.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert page.run("return document.documentElement.scrollWidth") <= 400
+        key = page.run("const k = document.querySelector('.key'); return [k.scrollWidth, k.clientWidth]")
+        assert key[0] <= key[1], "the key table is cut"
+        assert page.run("return [...document.querySelectorAll('.key td')].every(d => d.dataset.name)")
+        script = "return [...document.querySelectorAll('.wide')].filter(w => w.scrollWidth > w.clientWidth)"
+        script += ".map(w => getComputedStyle(w, '::before').content)"
+        hints = page.run(script)
+        assert len(hints) > 5 and all("scroll sideways" in hint for hint in hints)
+        assert "hover" not in page.text("body").lower()
+        assert page.run("return document.querySelectorAll('body [title]').length") == 0
+        inverted = page.run("return getComputedStyle(document.querySelector('figure img')).filter")
+        assert ("invert" in inverted) == dark
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_a_jpeg_of_the_page_is_the_picture_that_was_played(played):

@@ -9,7 +9,7 @@ Each policy is played twice on the same samples: with its stop honoured, and for
 refinement (``--no-forced`` leaves this out and halves the time). From these come step 0, the last
 step, the learned stop, the other label-free rules, a random step and the oracle's best step. Only
 the last of them looks at the target; it is there to be distrusted. Differences are paired over
-pictures; one whose 95 % interval holds zero is printed as *not shown*.
+images; beside one whose 95 % interval holds zero stands *n.s.*, or *n too small* with fewer than 10 images.
 
 A name that is given several times is one policy of several seeds: its scores are means over them.
 
@@ -23,9 +23,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import ivt_env
 from ivt_agents.command import progress_bars
 from ivt_agents.evaluation.plots import (
     plot_accuracy_by_step,
@@ -270,6 +272,8 @@ def _write(
         args.out / "results.json",
         {
             "args": asdict(args),
+            "version": ivt_env.__version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "policies": dict(sources),
             "served": served,
             "rows": as_json(rows),
@@ -376,12 +380,14 @@ def _plot(args: Args, played: Mapping[str, Played]) -> None:
     plot_before_after(stopping, args.out / "before_after.png")
     plot_groups({name: one.audit.groups for name, one in played.items()}, args.out / "groups.png")
     found = {name: outcomes(episodes, verify=False) for name, episodes in stopping.items()}
-    plot_reliability(
-        {
-            "stop probability, of the box that is shown": {k: stop_calibration(v) for k, v in found.items()},
-            "confidence, in the box that is given": {k: confidence_calibration(v) for k, v in found.items()},
-        },
-        args.out / "reliability.png",
-    )
+    stated = {
+        "stop probability, of the box that is shown": {k: stop_calibration(v) for k, v in found.items()},
+        "confidence, in the box that is given": {k: confidence_calibration(v) for k, v in found.items()},
+    }
+    stated = {title: {k: c for k, c in of.items() if c.num} for title, of in stated.items()}
+    path = args.out / "reliability.png"
+    path.unlink(missing_ok=True)
+    if any(stated.values()):  # agents without probabilities have nothing to draw
+        plot_reliability({title: of for title, of in stated.items() if of}, path)
     if args.runs:
         plot_training(args.runs, args.out / "training.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from ivt_agents.training.run import read_metrics
 from ivt_env.episodes import Episode
 from ivt_env.files import whole_file
 from ivt_env.metrics.breakdown import GroupRow
@@ -19,21 +19,28 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-_STYLE: Any = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "figure.dpi": 130,
-    "font.size": 9,
+    "font.size": 10,
 }
 
 
-def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG file whole or not at all, and close the figure."""
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")
+    plt.close(figure)
+
+
+def _series(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and values of every metric of a run folder."""
     found: dict[str, tuple[list[int], list[float]]] = {}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_metrics(run / "metrics.jsonl"):
         step = int(row.pop("step"))
         for key, value in row.items():
             steps, values = found.setdefault(key, ([], []))
@@ -42,11 +49,13 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     return found
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG file whole or not at all, and close the figure."""
-    with whole_file(path) as file:
-        figure.savefig(file, format="png")
-    plt.close(figure)
+_DASHES: Any = ("-", (0, (5, 3)), (0, (2, 2)), (0, (7, 2, 2, 2)))
+
+
+def line_style(number: int, count: int) -> dict[str, Any]:
+    """How the line of one of ``count`` policies is drawn: later ones thinner and dashed, so that equal ones show."""
+    width = 1.8 + 2.4 * (count - 1 - number) / max(1, count - 1)
+    return {"color": f"C{number}", "linewidth": width, "linestyle": _DASHES[number % len(_DASHES)]}
 
 
 def smooth(values: Sequence[float], span: int = 9) -> np.ndarray:
@@ -64,11 +73,11 @@ def plot_training(runs: Sequence[Path], path: Path) -> None:
         ("behaviour", (("rollout/stop_rate", "stop rate"), ("rollout/parse_failure_rate", "unparsable"))),
         ("entropy of a token", (("train/entropy", "entropy"),)),
     )
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), constrained_layout=True)
         for axis, (title, series) in zip(axes, panels, strict=True):
             for number, run in enumerate(runs):
-                metrics = read_metrics(run)
+                metrics = _series(run)
                 for line, (key, label) in enumerate(series):
                     if key not in metrics:
                         continue
@@ -91,7 +100,7 @@ def plot_training(runs: Sequence[Path], path: Path) -> None:
 
 def plot_accuracy_by_step(forced: Mapping[str, Sequence[Episode]], path: Path) -> None:
     """Accuracy after each action when every refinement is made, and what an oracle would pick."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True, sharex=True)
         for axis, threshold in zip(axes, (0.5, 0.9), strict=True):
             for number, (name, episodes) in enumerate(forced.items()):
@@ -99,8 +108,10 @@ def plot_accuracy_by_step(forced: Mapping[str, Sequence[Episode]], path: Path) -
                 ious = np.array([[e.steps[min(t, len(e.steps) - 1)].iou for t in range(longest)] for e in episodes])
                 accuracy = 100 * (ious >= threshold).mean(axis=0)
                 oracle = 100 * (ious.max(axis=1) >= threshold).mean()
-                axis.plot(range(longest), accuracy, "o-", color=f"C{number}", label=name, markersize=4)
-                axis.plot([longest - 0.8], [oracle], "x", color=f"C{number}")
+                style = line_style(number, len(forced))
+                size = 3 + style["linewidth"]
+                axis.plot(range(longest), accuracy, marker="o", label=name, markersize=size, **style)
+                axis.plot([longest - 0.8], [oracle], "x", color=style["color"], markersize=3 + size, zorder=3)
             axis.set_title(f"Acc@{threshold} (%), forced to refine")
             axis.set_xlabel("step;  x: oracle's best step (uses the target)")
             axis.set_xticks(range(longest))
@@ -120,7 +131,7 @@ def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> 
     """
     wide = min(len(episodes), 4)
     high = -(-len(episodes) // wide)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             high, wide, figsize=(3.5 * wide + 1, 3.7 * high), constrained_layout=True, squeeze=False
         )
@@ -158,7 +169,7 @@ def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: 
         statements: by what is stated (a panel each) and by policy (a line each).
         path: the PNG file.
     """
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             2, len(statements), figsize=(4.6 * len(statements), 5.4), sharex=True, squeeze=False,
             constrained_layout=True, height_ratios=(3, 1),
@@ -171,11 +182,14 @@ def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: 
                 if not used:
                     continue
                 label = f"{name}: ECE {found.ece:.2f}, r {found.pearson:.2f}"
-                upper.plot([b.stated for b in used], [100 * b.right for b in used], "o-", color=f"C{number}",
-                           markersize=4, label=label)  # fmt: skip
+                style = line_style(number, len(by_policy))
+                right = [100 * b.right for b in used]
+                upper.plot(
+                    [b.stated for b in used], right, marker="o", markersize=3 + style["linewidth"], label=label, **style
+                )
                 share = [100 * b.num / found.num for b in found.bins]
                 edges = [b.low for b in found.bins] + [1.0]
-                lower.stairs(share, edges, color=f"C{number}", linewidth=1.4)
+                lower.stairs(share, edges, **style)
             upper.set_title(title)
             upper.set_ylabel("right (IoU >= 0.5), %")
             upper.set_ylim(-3, 103)
@@ -204,28 +218,22 @@ def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path, metric: str 
         "side": "box, share of the side",
         "siblings": "siblings",
     }
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         found = {name: _by_group(of_policy) for name, of_policy in rows.items()}
         groups = list(dict.fromkeys(group for by_group in found.values() for group in by_group))
         of_kind = {kind: [g for g in groups if g.startswith(f"{kind}:")] for kind in kinds}
-        width = sum(1.6 + 0.75 * len(members) for members in of_kind.values())
+        # Two panels side by side, so that the text keeps its size on a page.
         figure, axes = plt.subplots(
-            len(found),
-            len(kinds),
-            figsize=(width, 0.8 + 2.4 * len(found)),
-            sharey=True,
-            squeeze=False,
-            constrained_layout=True,
-            width_ratios=[1.2 + len(members) for members in of_kind.values()],
+            2 * len(found), 2, figsize=(9, 0.8 + 4.6 * len(found)), sharey=True, squeeze=False, constrained_layout=True
         )
-        for axis, title in zip(axes[0], kinds.values(), strict=True):
-            axis.set_title(title)
-        for line, (name, by_group) in zip(axes, found.items(), strict=True):
-            for axis, members in zip(line, of_kind.values(), strict=True):
+        for place_of_policy, (name, by_group) in enumerate(found.items()):
+            panels = axes[2 * place_of_policy : 2 * place_of_policy + 2].flat
+            for axis, (kind, members) in zip(panels, of_kind.items(), strict=True):
+                axis.set_title(f"{name}: {kinds[kind]}")
                 for place, group in enumerate(members):
                     for side, row in enumerate(by_group.get(group, ())):
                         score = row.scores[metric]
-                        # No interval on a single picture; rounding may put one a hair inside the mean.
+                        # No interval on a single image; rounding may put one a hair inside the mean.
                         below, above = np.nan_to_num([score.value - score.low, score.high - score.value])
                         axis.bar(
                             place + 0.4 * side - 0.2,
@@ -238,13 +246,11 @@ def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path, metric: str 
                             label=row.column if place == 0 else None,
                         )
                 counts = [by_group[g][0].episodes if by_group.get(g) else 0 for g in members]
-                names = [g.partition(":")[2] for g in members]
-                axis.set_xticks(
-                    range(len(members)), [f"{n}\nn={c}" for n, c in zip(names, counts, strict=True)], fontsize=8
-                )
+                names = [f"{g.partition(':')[2]}\nn={c}" for g, c in zip(members, counts, strict=True)]
+                axis.set_xticks(range(len(members)), names)
                 axis.set_xlim(-0.6, max(len(members), 1) - 0.4)
                 axis.grid(axis="x", visible=False)
-            line[0].set_ylabel(f"{name}\n{metric} (%)")
+                axis.set_ylabel(f"{metric} (%)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         save_figure(figure, path)

@@ -23,13 +23,14 @@ from ivt_env.data.sample import DataError, DataMissingError, Picture
 from ivt_env.episodes import Episode, Step, load_episodes
 from ivt_env.failures import read_json
 from ivt_env.files import write_whole
+from ivt_env.metrics.text import difference, interval, number, verdict
 from ivt_env.viewer.page import picture_jpeg
 
 RIGHT = 0.5
 """A box counts as right from this IoU on."""
 KINDS: tuple[tuple[str, str, Callable[[Episode], bool]], ...] = (
     ("corrected", "the first box was wrong, the answer is right", lambda e: _first(e) < RIGHT <= e.final_iou),
-    ("broken", "the first box was right, the answer is wrong", lambda e: e.final_iou < RIGHT <= _first(e)),
+    ("regressed", "the first box was correct, the answer is wrong", lambda e: e.final_iou < RIGHT <= _first(e)),
     ("refined", "right from the start, and closer at the end", lambda e: RIGHT <= _first(e) < e.final_iou - 0.02),
     ("stopped too early", "stopped on a wrong box", lambda e: e.terminated and e.final_iou < RIGHT),
     ("missed", "the oracle's best box was right, the answer is not", lambda e: e.final_iou < RIGHT <= _best(e)),
@@ -124,123 +125,141 @@ def write_report(
         DataError: where a folder holds no results, or an episode cannot be shown.
     """
     results = _read(folder / "results.json", "evaluate.py")
-    policies = ", ".join(results["policies"])
-    parts = [_verdicts(results), _scores(results), _behaviour(results), _plots(folder, PLOTS)]
+    parts = [_verdicts(results), _made_of(results), _scores(results), _behaviour(results), _plots(folder, PLOTS)]
     if swaps is not None:
         parts.append(_swaps(swaps))
     parts += [_examples(episodes, picture_of, examples), _methods()]
     count = results["audits"][next(iter(results["audits"]))]["episodes"]
-    head = f"served: {results['served']}, n = {count} samples. Intervals: 95 %, over pictures."
-    title = f"Evaluation: {policies}"
+    head = f"served: {results['served']}, n = {count} samples. Intervals: 95 %, over images."
+    title = f"Evaluation: {', '.join(results['policies'])}"
     page = _PAGE.format(title=_text(title), head=_text(head), style=_STYLE, parts="\n".join(parts))
     path = out or folder / "report.html"
     write_whole(path, page.encode("utf-8", "xmlcharrefreplace"))
     return path
 
 
-def _verdicts(results: Mapping[str, Any]) -> str:
-    """What a reader wants to know first: does the loop pay, without labels?"""
-    rows = []
+def _verdicts(results: Mapping[str, Any]) -> Html:
+    """What a reader wants to know first: does refinement help, without labels?"""
+    rows: list[list[Any]] = []
     for name, audit in results["audits"].items():
         rule = "learned_stop" if any(r["column"] == "learned_stop" for r in audit["rows"]) else "last_step"
         gains = {g["metric"]: g for g in audit["gains"] if g["a"].endswith(rule)}
-        broke = [100 * run["broke"][rule]["value"] for run in audit["runs"] if run["broke"][rule]["value"] is not None]
+        broke = [run["broke"][rule]["value"] for run in audit["runs"] if run["broke"][rule]["value"] is not None]
         best = [g for g in audit["gains"] if g["oracle"] and g["metric"] == "Acc@0.5"]
-        cells = [_text(name), _text(rule)]
-        cells += [_difference(gains[m]) for m in ("Acc@0.5", "Acc@0.9", "mIoU")]
-        cells.append(f"{sum(broke) / len(broke):.1f} %" if broke else "-")
-        cells.append(f'<span class="oracle">{_difference(best[0])}</span>' if best else "-")
-        rows.append(cells)
-    head = ["policy", "its answer", "Acc@0.5", "Acc@0.9", "mIoU", "right boxes broken", "oracle, Acc@0.5 *"]
+        rows.append(
+            [
+                name,
+                rule,
+                *(_difference(gains[m]) for m in ("Acc@0.5", "Acc@0.9", "mIoU")),
+                number(sum(broke) / len(broke)) if broke else "-",
+                Html(f'<span class="oracle">{_difference(best[0])}</span>') if best else "-",
+            ]
+        )
+    head = ["policy", "its answer", "Acc@0.5", "Acc@0.9", "mIoU", "regressed, % of correct", "oracle, Acc@0.5 *"]
     note = (
-        "Each policy's answer minus its own first box, in points (IoU: as it is). A difference whose interval holds "
-        "zero is not shown. * The oracle chooses with the target: the distance to it is what choosing costs, and it "
-        "is never a result."
+        "Each policy's answer minus its own first box, in points (IoU: as it is). n.s.: not significant, the interval "
+        "holds zero. n too small: fewer than 10 images, too few to tell. * The oracle chooses with the target: the "
+        "distance to it is what choosing costs, and it is never a result."
     )
-    return _section("Does the loop pay?", _table(head, rows, left=2), note)
+    return _section("Does refinement help?", _table(head, rows, left=2, key=True), note)
 
 
-def _scores(results: Mapping[str, Any]) -> str:
+def _made_of(results: Mapping[str, Any]) -> Html:
+    """Where the figures come from: enough to make them again."""
+    args = results["args"]
+    played = [
+        f"{args['env']}, split {args['split']}, at most {args['max_steps']} actions, view {args['view'] or 'own'}"
+    ]
+    lines = [
+        *([f"policy {name}", ", ".join(sources)] for name, sources in results["policies"].items()),
+        ["environment", "saved episodes" if args["episodes"] else played[0]],
+        ["served", results["served"]],
+        ["samples", str(results["audits"][next(iter(results["audits"]))]["episodes"])],
+        ["seed", str(args["seed"])],
+        ["version", f"ivt-env {results.get('version', '-')}"],
+        ["date", results.get("date", "-")],
+    ]
+    return _section("Provenance", _table(["", ""], lines, left=2))
+
+
+def _scores(results: Mapping[str, Any]) -> Html:
     rows: list[dict[str, Any]] = results["rows"]
     rules = list(dict.fromkeys(r["column"] for r in rows))
     policies = list(dict.fromkeys(r["policy"] for r in rows))
     tables = []
     for metric in rows[0]["scores"]:
         found = {(r["policy"], r["column"]): r for r in rows}
-        lines = []
-        for policy in policies:
-            cells = [_text(policy)]
-            for rule in rules:
-                row = found.get((policy, rule))
-                cells.append("-" if row is None else _score(row, metric))
-            lines.append(cells)
-        headings = [f"{r} *" if r == "oracle_best" else r for r in rules]
-        body = _table([metric, *headings], lines)
+        lines = [
+            [name, *(_value(found[name, r]["scores"][metric], metric) if (name, r) in found else "-" for r in rules)]
+            for name in policies
+        ]
+        body = _table([metric, *(f"{r} *" if r == "oracle_best" else r for r in rules)], lines)
         shown = " open" if metric in ("Acc@0.5", "Acc@0.9") else ""
         tables.append(f"<details{shown}><summary>{_text(metric)}</summary>{body}</details>")
     against = [
-        [_text(c["a"]), _text(c["b"]), _text(c["metric"]), _difference(c), _p(c["mcnemar"]), _seeds(c)]
+        [c["a"], c["b"], c["metric"], _difference(c), number(c["difference"]["detectable"], c["metric"])]
+        + ["<0.0001" if c["mcnemar"] is not None and c["mcnemar"] < 1e-4 else number(c["mcnemar"], "IoU", digits=4)]
+        + [" ".join(number(v, c["metric"], sign=True) for v in c["by_seed"]) if len(c["by_seed"]) > 1 else "-"]
         for c in results["comparisons"]
         if not c["oracle"]
     ]
-    head = ["a", "b", "metric", "a - b", "McNemar p", "each seed"]
+    head = ["a", "b", "metric", "a - b", "detectable", "McNemar p", "each seed"]
     tables.append(f"<details><summary>All paired differences</summary>{_table(head, against, left=3)}</details>")
-    note = "Hover over a score to see its interval. * Chosen with the target box."
-    return _section("Every rule", "".join(tables), note)
+    note = "In percent (mIoU: as it is), with 95 % intervals. * Chosen with the target box."
+    return _section("Every rule", Html("".join(tables)), note)
 
 
-def _behaviour(results: Mapping[str, Any]) -> str:
-    lines = [[_text(cell) for cell in line] for line in results["behaviour"]]
-    return _section("How the steps are used", _table(["figure", *map(_text, results["audits"])], lines))
+def _behaviour(results: Mapping[str, Any]) -> Html:
+    return _section("How the steps are used", _table(["figure", *results["audits"]], results["behaviour"]))
 
 
-def _plots(folder: Path, plots: Sequence[tuple[str, str]]) -> str:
+def _plots(folder: Path, plots: Sequence[tuple[str, str]]) -> Html:
     figures = []
     for name, caption in plots:
         if (folder / name).exists():
             encoded = base64.b64encode((folder / name).read_bytes()).decode("ascii")
             image = f'<img src="data:image/png;base64,{encoded}" alt="{_text(caption)}">'
-            figures.append(f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>")
-    return _section("Plots", "".join(figures))
+            scrolled = f'<div class="wide many">{image}</div>'
+            figures.append(f"<figure>{scrolled}<figcaption>{_text(caption)}</figcaption></figure>")
+    return _section("Plots", Html("".join(figures)))
 
 
-def _swaps(folder: Path) -> str:
+def _swaps(folder: Path) -> Html:
     results = _read(folder / "results.json", "python -m ivt_agents.evaluation.swaps")
-    lines = []
-    for row in results["variants"]:
-        cells = [_text(row["policy"]), str(row["step"]), _text(row["variant"]), str(row["num"])]
-        cells.append("-" if row["shown_iou"] is None else f"{row['shown_iou']:.2f}")
-        cells += [_share(row[key]) for key in ("stopped", "kept", "left", "towards", "right")]
-        lines.append(cells)
-    head = ["policy", "step", "box drawn", "n", "its IoU", "stops", "keeps", "leaves", "towards target", "then right"]
+    lines = [
+        [row["policy"], row["step"], row["variant"], row["num"], number(row["shown_iou"], "IoU", digits=2)]
+        + [_value(row[key], "share", digits=0) for key in ("stopped", "kept", "left", "towards", "right")]
+        for row in results["variants"]
+    ]
+    head = ["policy", "step", "box drawn", "n", "its IoU", "stops", "keeps", "leaves", "towards target", "then correct"]
     depends = [
-        [_text(d["policy"]), str(d["step"]), _text(d["name"]), _text(d["measure"]), _interval(d["value"], 1, 2)]
-        + [f"{d['null']:g}", "shown" if d["shown"] else "not shown"]
+        [d["policy"], d["step"], d["name"], d["measure"], _value(d["value"], "IoU", digits=2)]
+        + [number(d["null"], "IoU", digits=1), verdict(d["shown"], d["value"]["num_clusters"]) or "significant"]
         for d in results["dependence"]
     ]
-    body = _table(head, lines, left=3)
+    body: str = _table(head, lines, left=3)
     body += "<h3>Does the answer depend on how good the drawn box is?</h3>"
     body += _table(["policy", "step", "statistic", "of", "value", "if it did not", ""], depends, left=4)
     body += _plots(folder, [("swaps.png", "What the policy does, by the box that is drawn for it.")])
     note = f"Another box is drawn for one action; served: {results['served']}. Shares in percent with 95 % intervals."
-    return _section("Overlay swaps", body, note)
+    return _section("Overlay swaps", Html(body), note)
 
 
-def _examples(episodes: Mapping[str, Sequence[Episode]], picture_of: Callable[[Episode], Picture], count: int) -> str:
+def _examples(episodes: Mapping[str, Sequence[Episode]], picture_of: Callable[[Episode], Picture], count: int) -> Html:
     blocks = []
-    for number, (name, played) in enumerate(episodes.items()):
+    for place, (name, played) in enumerate(episodes.items()):
         found = []
         for kind, meaning, is_of in KINDS:
             of_kind = [e for e in played if is_of(e)]
             if not of_kind:
                 continue
             share = f"{len(of_kind)} of {len(played)}"
-            strips = "".join(_strip(e, picture_of, f"p{number}-{kind}-{k}") for k, e in enumerate(of_kind[:count]))
+            strips = "".join(_strip(e, picture_of, f"p{place}-{kind}-{k}") for k, e in enumerate(of_kind[:count]))
             found.append(f"<h4>{_text(kind)}: {share}</h4><p>{_text(meaning)}</p>{strips}")
-        shown = " open" if number == min(1, len(episodes) - 1) else ""  # the first that is not the base
+        shown = " open" if place == min(1, len(episodes) - 1) else ""  # the first that is not the base
         blocks.append(f"<details{shown}><summary>{_text(name)}</summary>{''.join(found)}</details>")
     note = "The first episodes of each outcome in the order of the split; nobody has chosen them. Green: the target."
-    return _section("Episodes", "".join(blocks), note)
+    return _section("Episodes", Html("".join(blocks)), note)
 
 
 def _strip(episode: Episode, picture_of: Callable[[Episode], Picture], name: str) -> str:
@@ -254,11 +273,11 @@ def _strip(episode: Episode, picture_of: Callable[[Episode], Picture], name: str
     name = "".join(c if c.isalnum() else "-" for c in name)
     source = f'<image id="{name}" width="{width}" height="{height}" href="data:image/jpeg;base64,{jpeg}"/>'
     panels, before = [], episode.initial_box
-    for number, step in enumerate(episode.steps):
-        picture = source if number == 0 else f'<use href="#{name}"/>'
+    for place, step in enumerate(episode.steps):
+        picture = source if place == 0 else f'<use href="#{name}"/>'
         drawn = _rectangle(episode.target, episode.size, "target")
         drawn += _rectangle(before, episode.size, "before") + _rectangle(step.box, episode.size, "after")
-        label = f"step {number}: {_said(step)}, IoU {step.iou:.2f}"
+        label = f"step {place}: {_said(step)}, IoU {step.iou:.2f}"
         panels.append(
             f'<figure class="panel"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}">'
             f"{picture}{drawn}</svg><figcaption>{_text(label)}</figcaption></figure>"
@@ -284,20 +303,20 @@ def _rectangle(box: Sequence[float] | None, size: tuple[int, int], kind: str) ->
     return f'<rect class="{kind}" {place}/>'
 
 
-def _methods() -> str:
-    lines = [[f"<code>{name}</code>", *map(_text, said)] for name, said in COLUMNS.items()]
-    body = _table(["column", "the answer", "use it for", "not for"], lines, left=4)
+def _methods() -> Html:
+    lines = [[Html(f"<code>{_text(name)}</code>"), *said] for name, said in COLUMNS.items()]
+    body: str = _table(["column", "the answer", "use it for", "not for"], lines, left=4)
     body += (
         "<p>Every policy is played twice on the same samples: with its stop honoured, and made to take every "
         "refinement. A box is right from IoU 0.5 on, unless a metric names another threshold. An action that cannot "
         "be parsed or whose box is refused keeps the box in force and uses up the action; no episode is left out. "
-        "<em>Right boxes broken</em>: of the right first boxes, the answers that are wrong. Intervals are "
+        "<em>Regressed</em>: of the correct first boxes, the answers that are wrong. Intervals are "
         "percentile bootstraps over whole pictures, paired for differences; of several seeds the mean is taken "
         "first, so the interval is for these seeds on other pictures, and how seeds differ stands under <em>each "
         "seed</em>. McNemar's test takes samples as independent: where several share a picture, go by the interval. "
         "Many comparisons stand on this page without correction: name beforehand the one that matters.</p>"
     )
-    return _section("What each column may be used for", body)
+    return _section("What each column may be used for", Html(body))
 
 
 def _episode_folders(folder: Path, results: Mapping[str, Any]) -> dict[str, Path]:
@@ -326,91 +345,91 @@ def _best(episode: Episode) -> float:
     return max((s.iou for s in episode.steps), default=0.0)
 
 
-def _score(row: Mapping[str, Any], metric: str) -> str:
-    value = row["scores"][metric]
-    return f'<span title="{_interval(value, *_unit(metric))}">{_number(value["value"], *_unit(metric))}</span>'
+def _value(value: Mapping[str, Any], metric: str, digits: int | None = None) -> Html:
+    """A score, its interval below it."""
+    ends = interval(value["low"], value["high"], metric, digits=digits)
+    return Html(f"{number(value['value'], metric, digits=digits)} <small>{'' if ends == '-' else ends}</small>")
 
 
-def _difference(comparison: Mapping[str, Any]) -> str:
-    """The difference with its interval, or *not shown* with it."""
-    d, (factor, digits) = comparison["difference"], _unit(comparison["metric"])
-    low, high = _number(d["low"], factor, digits, True), _number(d["high"], factor, digits, True)
+def _difference(comparison: Mapping[str, Any]) -> Html:
+    """A difference with its verdict and interval."""
+    d, metric = comparison["difference"], comparison["metric"]
     kind = ("gain" if d["diff"] > 0 else "loss") if d["shown"] else "open"
-    value = _number(d["diff"], factor, digits, True) if d["shown"] else "not shown"
-    detectable = _number(d["detectable"], factor, digits)
-    return f'<span class="{kind}" title="detectable: {detectable}">{value} <small>[{low}, {high}]</small></span>'
+    value = difference(d["diff"], d["shown"], d["num_clusters"], metric)
+    return Html(
+        f'<span class="{kind}">{value} <small>{interval(d["low"], d["high"], metric, sign=True)}</small></span>'
+    )
 
 
-def _unit(metric: str) -> tuple[float, int]:
-    """Factor and digits that a metric is printed with: IoU as it is, accuracies in percent."""
-    return (1.0, 3) if metric == "mIoU" else (100.0, 1)
+class Html(str):
+    """Markup. Whatever else reaches the page is text, and ``_text`` escapes it."""
 
 
-def _number(value: float | None, factor: float, digits: int, sign: bool = False) -> str:
-    return "-" if value is None else format(factor * value, f"{'+' if sign else ''}.{digits}f")
+def _text(value: Any) -> str:
+    return value if isinstance(value, Html) else html.escape(str(value))
 
 
-def _interval(value: Mapping[str, Any], factor: float, digits: int) -> str:
-    low, high = _number(value["low"], factor, digits), _number(value["high"], factor, digits)
-    return f"{_number(value['value'], factor, digits)} [{low}, {high}]"
-
-
-def _share(value: Mapping[str, Any]) -> str:
-    return _interval(value, 100, 0)
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else "&lt;0.0001" if value < 1e-4 else f"{value:.4f}"
-
-
-def _seeds(comparison: Mapping[str, Any]) -> str:
-    values = comparison["by_seed"]
-    return " ".join(_number(v, *_unit(comparison["metric"]), True) for v in values) if len(values) > 1 else "-"
-
-
-def _text(value: str) -> str:
-    return html.escape(value)
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table of cells that are HTML already; the first ``left`` columns are text."""
+def _table(head: Sequence[Any], lines: Sequence[Sequence[Any]], left: int = 1, key: bool = False) -> Html:
+    """A table; the first ``left`` columns are text. On a phone a ``key`` table stands as cards, others scroll."""
     kinds = ["text" if k < left else "number" for k in range(len(head))]
+    names = [_text(name) for name in head]
+    top = "".join(f'<th class="{kind}">{name}</th>' for kind, name in zip(kinds, names, strict=True))
+    rows = [
+        "".join(
+            f'<td class="{kind}" data-name="{name}">{_text(cell)}</td>'
+            for kind, name, cell in zip(kinds, names, cells, strict=True)
+        )
+        for cells in lines
+    ]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    kind = "key" if key else "wide many" if len(head) > 3 else "wide"
+    return Html(f'<div class="{kind}">{table}</div>')
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "".join(f'<{tag} class="{kind}">{cell}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))
 
-    body = "".join(f"<tr>{line(cells, 'td')}</tr>" for cells in lines)
-    return f'<div class="wide"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _section(title: str, body: str, note: str = "") -> str:
+def _section(title: str, body: Html, note: str = "") -> Html:
     under = f"<p>{_text(note)}</p>" if note else ""
-    return f"<section><h2>{_text(title)}</h2>{under}{body}</section>"
+    return Html(f"<section><h2>{_text(title)}</h2>{under}{_text(body)}</section>")
 
 
-_STYLE = """
+_STYLE = r"""
 :root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --line: #d9dde3; --ink: #1b2430; --soft: #566172;
-  --gain: #11652f; --loss: #a11b1b; }
+  --gain: #11652f; --loss: #a11b1b; --edge: #7f8b9a; }
 @media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1a2028; --line: #333d4a; --ink: #e6eaf0;
-  --soft: #a3afbf; --gain: #8fe3ac; --loss: #ffb3ad; } }
+  --soft: #a3afbf; --edge: #4a5666; --gain: #8fe3ac; --loss: #ffb3ad; } }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--page); color: var(--ink);
   font: 0.9375rem/1.5 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.25rem;
   margin: 1rem 0; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin: 0 0 0.5rem; } h3, h4 { margin: 1rem 0 0.25rem; }
 p { margin: 0.25rem 0 0.75rem; color: var(--soft); max-width: 60rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; background:
+  linear-gradient(to right, var(--card) 40%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--card) 40%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--edge), transparent) left / 1rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--edge), transparent) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; white-space: nowrap; } .number small { display: block; }
 .gain { color: var(--gain); font-weight: 600; } .loss { color: var(--loss); font-weight: 600; }
 .open, small { color: var(--soft); font-weight: 400; } .oracle * { color: var(--soft); font-weight: 400; }
 summary { cursor: pointer; font-weight: 600; padding: 0.25rem 0; }
-figure { margin: 0.75rem 0; } figure img { max-width: 100%; height: auto; background: #fff; }
+figure { margin: 0.75rem 0; } figure img { max-width: 100%; height: auto; }
+@media (prefers-color-scheme: dark) { figure img { filter: invert(0.9) hue-rotate(180deg); } }
 figcaption { color: var(--soft); font-size: 0.85rem; }
 .strip { display: flex; flex-wrap: wrap; gap: 0.75rem; } .panel { width: 15rem; margin: 0; }
 .episode { margin: 0 0 1rem; } .episode > p { margin: 0; color: var(--ink); } .missing { color: var(--loss); }
+@media (max-width: 40rem) {
+  body { padding: 0.5rem; } section { padding: 0.75rem; } td.text { min-width: 5rem; }
+  .wide > img { max-width: none; width: 46rem; }
+  .many::before { content: "\21C6 scroll sideways"; position: sticky; left: 0; font-size: 0.8rem; color: var(--soft); }
+  .key thead { display: none; } .key table, .key tbody { display: block; }
+  .key tr { display: block; border: 1px solid var(--line); border-radius: 6px; margin: 0.5rem 0; padding: 0.25rem; }
+  .key td { display: flex; justify-content: space-between; gap: 1rem; text-align: right; border: 0; }
+  .key td::before { content: attr(data-name); color: var(--soft); text-align: left; }
+  .key .number { white-space: normal; }
+}
 svg { width: 100%; height: auto; display: block; }
 rect { fill: none; stroke-width: 3; vector-effect: non-scaling-stroke; }
 .target { stroke: #12a150; } .before { stroke: #e5261f; stroke-dasharray: 5 4; stroke-width: 2; opacity: 0.7; }

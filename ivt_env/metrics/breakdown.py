@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ivt_env.episodes import Episode
+from ivt_env.metrics import text
 from ivt_env.metrics.columns import Array, Column, select, strata
 from ivt_env.metrics.scores import Share, per_episode
 from ivt_env.metrics.statistics import Interval, bootstrap_mean
@@ -102,7 +103,7 @@ def group_table(rows: Mapping[str, Sequence[GroupRow]], *, markdown: bool = Fals
     metrics = list(flat[0][1].scores)
     header = ["policy", "group", "column", "episodes", "pictures", "unparsable"]
     for metric in metrics:
-        header += [metric if metric == "mIoU" else f"{metric} (%)", "95% interval"]
+        header += [text.title(metric), "95% interval"]
     lines = []
     for policy, row in flat:
         if list(row.scores) != metrics:
@@ -110,12 +111,10 @@ def group_table(rows: Mapping[str, Sequence[GroupRow]], *, markdown: bool = Fals
         column = f"{row.column} *" if row.oracle else row.column
         line = [policy, row.group, column, str(row.episodes), str(row.pictures), f"{row.parse_failures.count:g}"]
         for metric, score in row.scores.items():
-            scale, digits = (1.0, 3) if metric == "mIoU" else (100.0, 1)
-            interval = f"[{scale * score.low:.{digits}f}, {scale * score.high:.{digits}f}]"
-            line += [f"{scale * score.value:.{digits}f}", "-" if math.isnan(score.low) else interval]
+            line += [text.number(score.value, metric), text.interval(score.low, score.high, metric)]
         lines.append(line)
-    text = render(header, lines, markdown=markdown, left=3)
-    return with_note(text, any(row.oracle for _, row in flat), markdown)
+    table = render(header, lines, markdown=markdown, left=3)
+    return with_note(table, any(row.oracle for _, row in flat), markdown)
 
 
 def _interval(values: Array, pictures: Sequence[str], *, n_boot: int, seed: int) -> Interval:

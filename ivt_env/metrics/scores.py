@@ -217,13 +217,6 @@ def rollout_summary(played: Outcomes) -> RolloutSummary:
     )
 
 
-def step_curve(played: Outcomes, metrics: Sequence[str] = METRICS) -> list[dict[str, float]]:
-    """The scores after each of the T actions, an ended episode keeping its last box."""
-    ones = np.ones((len(played.iou), 1))
-    steps = (Column(f"step_{t}", played.iou[:, [t]], ones, False, "forced") for t in range(played.iou.shape[1]))
-    return [scores(step, metrics) for step in steps]
-
-
 def _right(iou: Array, threshold: float, strict: bool) -> Array:
     if not 0 <= threshold <= 1:
         raise ValueError(f"an IoU threshold lies in [0, 1], this one is {threshold}")

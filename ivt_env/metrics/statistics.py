@@ -142,26 +142,6 @@ def clustered_se(values: ArrayLike, clusters: Sequence[object]) -> float:
     return _clustered_se(*_checked(values, clusters))
 
 
-def minimum_detectable_difference(
-    differences: ArrayLike, clusters: Sequence[object], *, power: float = 0.8, alpha: float = 0.05
-) -> float:
-    """Smallest true mean difference that a two-sided test would find with the given power.
-
-    (z of 1 - alpha / 2, plus z of the power) times the clustered standard error of the paired
-    difference: 2.80 standard errors at the defaults.
-
-    Args:
-        differences: One paired difference per episode, shape (n,).
-        clusters: The picture of each episode, length n.
-        power: Probability of finding it.
-        alpha: Two-sided error rate.
-
-    Raises:
-        ValueError: As in ``bootstrap_mean``, and for a power or alpha outside (0, 1).
-    """
-    return _power_factor(power, alpha) * clustered_se(differences, clusters)
-
-
 def mcnemar(a: ArrayLike, b: ArrayLike) -> tuple[float, int, int]:
     """Exact two-sided McNemar test of paired rights and wrongs (Psychometrika 1947, binomial form).
 

@@ -11,17 +11,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ivt_env import boxes
-from ivt_env.data.sample import DataError
-from ivt_env.failures import reading
 from ivt_env.files import whole_file
+from ivt_env.metrics import text
 from ivt_env.metrics.statistics import MIN_CLUSTERS, Interval, bootstrap_mean, clustered_se, wilson
 from ivt_env.metrics.table import render
 
@@ -324,8 +322,8 @@ def swap_table(rows: Sequence[VariantScores], *, markdown: bool = False) -> str:
     header = ["policy", "step", "shown", "n", "IoU shown", "stopped %", "left %", "towards %", "right after %"]
     lines = []
     for r in rows:
-        left = "-" if r.variant == "none" else _percent(r.left)
-        cells = [_percent(r.stopped), left, _percent(r.towards), _percent(r.right), _plain(r.change, sign=True)]
+        left = "-" if r.variant == "none" else _cell(r.left)
+        cells = [_cell(r.stopped), left, _cell(r.towards), _cell(r.right), _cell(r.change, "IoU", sign=True)]
         lines.append([r.policy, str(r.step), r.variant, str(r.num), f"{r.shown_iou:.3f}", *cells, str(r.failed)])
     return render([*header, "IoU change", "failed"], lines, markdown=markdown, left=3)
 
@@ -342,14 +340,19 @@ def dependence_table(rows: Sequence[Dependence], *, markdown: bool = False) -> s
     lines = []
     for r in rows:
         v = r.value
-        interval = "-" if math.isnan(v.low) else f"[{v.low:.3f}, {v.high:.3f}]"
-        value = "-" if math.isnan(v.value) else f"{v.value:.3f}"
-        verdict = "yes" if r.shown else "not shown"
+        value, interval = text.number(v.value, "IoU"), text.interval(v.low, v.high, "IoU")
+        verdict = text.verdict(r.shown, v.num_clusters) or "yes"
         of = r.measure.replace("_", " ")
         lines.append(
             [r.policy, str(r.step), r.name, of, value, interval, str(v.num_clusters), f"{r.null:.1f}", verdict]
         )
     return render(header, lines, markdown=markdown, left=4)
+
+
+def _cell(value: Interval, metric: str = "share", sign: bool = False) -> str:
+    """A value with its interval, where it has one."""
+    ends = text.interval(value.low, value.high, metric, sign=sign)
+    return f"{text.number(value.value, metric, sign=sign)} {'' if ends == '-' else ends}".rstrip()
 
 
 def save_swaps(path: str | Path, swaps: Iterable[Swap]) -> Path:
@@ -359,80 +362,6 @@ def save_swaps(path: str | Path, swaps: Iterable[Swap]) -> Path:
         for swap in swaps:
             file.write(json.dumps(asdict(swap), allow_nan=False) + "\n")
     return path
-
-
-def load_swaps(path: str | Path) -> list[Swap]:
-    """Read what ``save_swaps`` wrote.
-
-    Raises:
-        DataError: for a file that is not there, and a line that is no swap, contradicts itself (an IoU
-            that its boxes do not have) or repeats another; names file and line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no swaps at {path}: give a .jsonl file that `python -m ivt_agents.evaluation.swaps` wrote")
-    swaps: list[Swap] = []
-    seen: dict[tuple[str, ...], int] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            with reading(f"{path}:{number}", "was the file cut off or edited?", DataError, "not a swap"):
-                swap = _parsed(json.loads(line.decode("utf-8")))
-            key = (swap.agent, swap.dataset, swap.split, swap.sample_id, swap.variant, str(swap.step))
-            if seen.setdefault(key, number) != number:
-                raise DataError(
-                    f"{path}:{number}: {swap.variant} at step {swap.step} of {swap.sample_id!r} stands in line "
-                    f"{seen[key]} already; keep one of them"
-                )
-            swaps.append(swap)
-    return swaps
-
-
-def _parsed(row: Mapping[str, Any]) -> Swap:
-    known = {f.name for f in fields(Swap)}
-    if not isinstance(row, dict) or set(row) - known:
-        raise ValueError(f"unknown field {sorted(set(row) - known)[0]!r}" if isinstance(row, dict) else "no object")
-    named = {name: _box(name, row[name]) for name in ("shown", "target", "new_box")}
-    swap = Swap(**{**row, **named})
-    for name in ("sample_id", "picture_id", "agent", "dataset", "split"):
-        if not isinstance(getattr(swap, name), str):
-            raise ValueError(f"{name} is {getattr(swap, name)!r}, not a text")
-    if swap.variant not in VARIANTS:
-        raise ValueError(f"variant {swap.variant!r} is none of {', '.join(VARIANTS)}")
-    if swap.action not in ACTIONS:
-        raise ValueError(f"action {swap.action!r} is none of {', '.join(ACTIONS)}")
-    if type(swap.step) is not int or swap.step < 1:
-        raise ValueError(f"step is {swap.step!r}, not an integer of at least 1")
-    if type(swap.reached) is not bool:
-        raise ValueError(f"reached is {swap.reached!r}, not true or false")
-    if swap.target is None:
-        raise ValueError("target is null")
-    if (swap.shown is None) != (swap.variant == "none"):
-        raise ValueError(f"variant {swap.variant!r} with shown {swap.shown}")
-    if swap.action == "propose" and swap.new_box is None:
-        raise ValueError("action 'propose' without a new_box")
-    if swap.action != "propose" and swap.new_box != swap.shown:
-        raise ValueError(f"action {swap.action!r}, but new_box is not the shown box")
-    for name, box in (("shown_iou", swap.shown), ("new_iou", swap.new_box)):
-        stated, real = getattr(swap, name), 0.0 if box is None else float(boxes.iou(box, swap.target))
-        if type(stated) not in (int, float) or not abs(stated - real) < 1e-4:
-            raise ValueError(f"{name} is {stated!r}, but its boxes have {real:.6f}")
-    p = swap.stop_probability
-    if p is not None and (type(p) not in (int, float) or not 0 <= p <= 1):
-        raise ValueError(f"stop_probability is {p!r}, not a number from 0 to 1")
-    return swap
-
-
-def _box(name: str, values: Any) -> Box | None:
-    if values is None:
-        return None
-    if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
-        raise ValueError(f"{name} is {values!r}, not four numbers")
-    if (why := boxes.invalid_reason(values)) is not None:
-        raise ValueError(f"{name}: {why}")
-    x1, y1, x2, y2 = map(float, values)
-    return x1, y1, x2, y2
 
 
 def _by_step(swaps: Sequence[Swap]) -> dict[int, list[Swap]]:
@@ -536,14 +465,3 @@ def _weighted_auroc(scores: Array, good: NDArray[np.bool_], weights: ArrayLike) 
     low = np.bincount(place, weights=w * ~good, minlength=len(levels))
     below = np.cumsum(low) - low
     return float((high * (below + low / 2)).sum() / (high.sum() * low.sum()))
-
-
-def _percent(value: Interval) -> str:
-    return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-
-
-def _plain(value: Interval, sign: bool = False) -> str:
-    plus = "+" if sign else ""
-    if math.isnan(value.low):
-        return format(value.value, f"{plus}.3f")
-    return f"{value.value:{plus}.3f} [{value.low:{plus}.3f}, {value.high:{plus}.3f}]"

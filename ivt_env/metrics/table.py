@@ -1,7 +1,8 @@
 """Scores and differences as text, Markdown and JSON.
 
 Accuracies are printed in percent and their differences in points; IoUs as they are. Rows of the
-oracle are marked, and a difference whose interval holds 0 is printed as ``not shown``.
+oracle are marked, and beside a difference whose interval holds 0 stands ``n.s.`` (not significant), or ``n too small``
+where there are fewer than ``MIN_CLUSTERS`` images.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ivt_env.metrics import text
 from ivt_env.metrics.columns import Column
 from ivt_env.metrics.scores import METRICS, Share, per_episode
 from ivt_env.metrics.statistics import Difference, Interval, bootstrap_mean, mcnemar, paired_bootstrap
@@ -140,14 +142,14 @@ def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
     metrics = _shared_metrics(rows)
     header = ["policy", "column", "episodes", "pictures"]
     for metric in metrics:
-        header += [_title(metric), f"{rows[0].scores[metric].level:.0%} interval"]
+        header += [text.title(metric), f"{rows[0].scores[metric].level:.0%} interval"]
     lines = []
     for row in rows:
         first = row.scores[metrics[0]]
         line = [row.policy, _marked(row.column, row.oracle), str(first.num), str(first.num_clusters)]
         for metric in metrics:
             score = row.scores[metric]
-            line += [_number(score.value, metric), _interval(score.low, score.high, metric)]
+            line += [text.number(score.value, metric), text.interval(score.low, score.high, metric)]
         lines.append(line)
     return with_note(render(header, lines, markdown=markdown, left=2), any(r.oracle for r in rows), markdown)
 
@@ -165,17 +167,17 @@ def policy_table(rows: Sequence[Row], metric: str, *, markdown: bool = False) ->
     rules = list(dict.fromkeys(_marked(r.column, r.oracle) for r in rows))
     cells: dict[str, dict[str, str]] = {}
     for r in rows:
-        cells.setdefault(r.policy, {})[_marked(r.column, r.oracle)] = _number(r.scores[metric].value, metric)
+        cells.setdefault(r.policy, {})[_marked(r.column, r.oracle)] = text.number(r.scores[metric].value, metric)
     lines = [[policy, *(found.get(rule, "-") for rule in rules)] for policy, found in cells.items()]
-    text = render([f"policy, {_title(metric)}", *rules], lines, markdown=markdown, left=1)
-    return with_note(text, any(r.oracle for r in rows), markdown)
+    found = render([f"policy, {text.title(metric)}", *rules], lines, markdown=markdown, left=1)
+    return with_note(found, any(r.oracle for r in rows), markdown)
 
 
 def difference_table(comparisons: Sequence[Comparison], *, markdown: bool = False) -> str:
-    """One line per comparison: the difference, or ``not shown`` where the interval holds 0.
+    """One line per comparison: the difference with its verdict (``text.verdict``) and interval.
 
     ``detectable`` is the smallest true difference that these data would have shown with 80 %
-    power: what "not shown" leaves open. ``each seed`` appears where a comparison has several.
+    power: what "n.s." leaves open. ``each seed`` appears where a comparison has several.
 
     Raises:
         ValueError: For no comparisons.
@@ -192,24 +194,24 @@ def difference_table(comparisons: Sequence[Comparison], *, markdown: bool = Fals
         line = [
             c.a,
             c.b,
-            _marked(_title(c.metric), c.oracle),
-            _number(d.diff, c.metric, sign=True) if d.shown else "not shown",
-            _interval(d.low, d.high, c.metric, sign=True),
+            _marked(text.title(c.metric), c.oracle),
+            text.difference(d.diff, d.shown, d.num_clusters, c.metric),
+            text.interval(d.low, d.high, c.metric, sign=True),
             str(d.num_clusters),
-            _number(d.detectable, c.metric),
+            text.number(d.detectable, c.metric),
             "-" if c.mcnemar is None else "<0.0001" if c.mcnemar < 1e-4 else f"{c.mcnemar:.4f}",
         ]
-        each = " ".join(_number(v, c.metric, sign=True) for v in c.by_seed) if len(c.by_seed) > 1 else "-"
+        each = " ".join(text.number(v, c.metric, sign=True) for v in c.by_seed) if len(c.by_seed) > 1 else "-"
         lines.append([*line, each] if seeds else line)
-    text = with_note(render(header, lines, markdown=markdown, left=3), any(c.oracle for c in comparisons), markdown)
+    found = with_note(render(header, lines, markdown=markdown, left=3), any(c.oracle for c in comparisons), markdown)
     clustered = [c for c in comparisons if c.mcnemar is not None and c.difference.num > c.difference.num_clusters]
     if clustered:
         d = clustered[0].difference
-        text += (
+        found += (
             f"\n\nMcNemar's test takes the {d.num} episodes as independent; they show {d.num_clusters} pictures: "
             "go by the interval"
         )
-    return text
+    return found
 
 
 def seed_table(rows: Sequence[Row], metric: str, *, markdown: bool = False) -> str:
@@ -226,11 +228,11 @@ def seed_table(rows: Sequence[Row], metric: str, *, markdown: bool = False) -> s
     lines = []
     for r in several:
         values = r.by_seed[metric]
-        each = " ".join(_number(v, metric) for v in values)
+        each = " ".join(text.number(v, metric) for v in values)
         lines.append(
-            [r.policy, _marked(r.column, r.oracle), str(len(values)), _number(r.scores[metric].value, metric), each]
+            [r.policy, _marked(r.column, r.oracle), str(len(values)), text.number(r.scores[metric].value, metric), each]
         )
-    header = ["policy", "column", "seeds", f"mean, {_title(metric)}", "each seed"]
+    header = ["policy", "column", "seeds", f"mean, {text.title(metric)}", "each seed"]
     return with_note(render(header, lines, markdown=markdown, left=2), any(r.oracle for r in several), markdown)
 
 
@@ -308,29 +310,12 @@ def _shared_metrics(rows: Sequence[Row]) -> list[str]:
     return metrics
 
 
-def _is_iou(metric: str) -> bool:
-    return metric == "mIoU"
-
-
-def _title(metric: str) -> str:
-    return metric if _is_iou(metric) else f"{metric} (%)"
-
-
-def _number(value: float, metric: str, sign: bool = False) -> str:
-    plus = "+" if sign else ""
-    return format(value, f"{plus}.3f") if _is_iou(metric) else format(100 * value, f"{plus}.1f")
-
-
-def _interval(low: float, high: float, metric: str, sign: bool = False) -> str:
-    return f"[{_number(low, metric, sign)}, {_number(high, metric, sign)}]"
-
-
 def _marked(name: str, oracle: bool) -> str:
     return f"{name} *" if oracle else name
 
 
-def with_note(text: str, oracle: bool, markdown: bool) -> str:
-    """``text`` with ``ORACLE_NOTE`` under it where one of its rows is the oracle's."""
+def with_note(table: str, oracle: bool, markdown: bool) -> str:
+    """``table`` with ``ORACLE_NOTE`` under it where one of its rows is the oracle's."""
     if not oracle:
-        return text
-    return f"{text}\n\n" + (ORACLE_NOTE.replace("*", "\\*") if markdown else ORACLE_NOTE)
+        return table
+    return f"{table}\n\n" + (ORACLE_NOTE.replace("*", "\\*") if markdown else ORACLE_NOTE)
