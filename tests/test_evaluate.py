@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,11 @@ def test_saved_episodes_give_the_same_scores_without_a_model(evaluated, tmp_path
     for key in ("rows", "comparisons", "audits", "served"):
         assert again[key] == fresh[key], key
     for page in ("episodes.html", "report.html"):
-        assert (tmp_path / page).read_text() == (out / page).read_text(), "pictures are found again"
+        found, made = (
+            re.sub(r"<section><h2>Provenance.*?</section>", "", (folder / page).read_text(), flags=re.S)
+            for folder in (tmp_path, out)
+        )
+        assert found == made, "images are found again; only where the figures come from differs"
     first, second = ((folder / "table.txt").read_text() for folder in (out, tmp_path))
     scores, _, cost = first.partition("\nwhat an episode cost")
     assert second.splitlines()[1:] == scores.splitlines()[1:], "the first line says what was read"

@@ -17,6 +17,7 @@ import ivt_env
 from experiments.study import Args, _reporting
 from ivt_agents.command import parse
 from ivt_agents.evaluation import evaluate, report, swaps
+from ivt_agents.evaluation.plots import plot_training
 from ivt_agents.evaluation.report import COLUMNS, KINDS
 from ivt_env.data.sample import DataError, DataMissingError
 from ivt_env.episodes import load_episodes, save_episodes
@@ -105,7 +106,7 @@ def test_whatever_a_results_file_holds_is_text(played, tmp_path):
 def test_every_column_of_the_tables_is_explained_and_the_oracle_is_marked(played):
     results, page = json.loads((played / "results.json").read_text()), page_of(played)
     assert {row["column"] for row in results["rows"]} <= set(COLUMNS)
-    methods = (evaluate.Path(evaluate.__file__).parent / "docs" / "methods.md").read_text()
+    methods = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
     listed = set(re.findall(r"^\| `(\w+)` ?\*? \|", methods, re.M))
     assert set(COLUMNS) == listed, "docs/methods.md and the page explain different columns"
     assert "oracle_best *" in page and "never a result" in page
@@ -228,3 +229,12 @@ def test_a_jpeg_of_the_page_is_the_picture_that_was_played(played):
     with Image.open(BytesIO(base64.b64decode(encoded[1]))) as image:
         height, width = load_episodes(played / "episodes" / "floor")[0].size
         assert image.width / image.height == pytest.approx(width / height, rel=0.02)
+
+
+def test_a_killed_runs_half_written_line_does_not_stop_the_plot(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = [{"step": k, "rollout/final_iou": 0.1 * k} for k in range(4)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "rollo')
+    plot_training([run], tmp_path / "training.png")
+    assert (tmp_path / "training.png").stat().st_size > 1000
