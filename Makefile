@@ -27,17 +27,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 train: $(VENV)/.installed
-	$(RUN) train_sft.py --out $(OUT)/sft --steps $(SFT_STEPS)
+	$(RUN) train_sft.py --out $(OUT)/sft --steps $(SFT_STEPS) --overwrite
 	$(RUN) train_grpo.py --model $(OUT)/sft/policy --out $(OUT)/grpo --steps $(GRPO_STEPS) --overwrite
-	$(RUN) train_sft.py --single-shot --out $(OUT)/control --steps $(CONTROL_STEPS) --samples 20000
-	$(RUN) evaluate.py --out $(OUT)/evaluation --runs $(OUT)/grpo --policies \
+	$(RUN) train_sft.py --single-shot --out $(OUT)/control --steps $(CONTROL_STEPS) --samples 20000 --overwrite
+	$(RUN) evaluate.py --out $(OUT)/evaluation --overwrite --runs $(OUT)/grpo --policies \
 		base=tiny sft=$(OUT)/sft/policy sft+grpo=$(OUT)/grpo/policy control=$(OUT)/control/policy
 
 # Two more seeds of GRPO from the warm start of `make train`, and all three curves in one plot.
 seeds: $(VENV)/.installed
 	for seed in 1 2; do $(RUN) train_grpo.py --model $(OUT)/sft/policy --out $(OUT)/grpo-seed$$seed \
 		--steps $(GRPO_STEPS) --seed $$seed --overwrite || exit 1; done
-	$(RUN) evaluate.py --out $(OUT)/seeds --runs $(OUT)/grpo $(OUT)/grpo-seed1 $(OUT)/grpo-seed2 --policies \
+	$(RUN) evaluate.py --out $(OUT)/seeds --overwrite --runs $(OUT)/grpo $(OUT)/grpo-seed1 $(OUT)/grpo-seed2 --policies \
 		base=tiny sft=$(OUT)/sft/policy grpo=$(OUT)/grpo/policy grpo=$(OUT)/grpo-seed1/policy \
 		grpo=$(OUT)/grpo-seed2/policy
 

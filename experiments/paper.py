@@ -30,11 +30,12 @@ from ivt_agents.config import has_section, load_config
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.play.on_split import play
 from ivt_agents.sft import train as train_sft
-from ivt_agents.training.run import RunError, check_least, checkpoints, write_json
+from ivt_agents.training.checkpoints import CONFIG, checkpoints
+from ivt_agents.training.run import RunError, check_least, write_json
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.without_stop import forbid_stop
 from ivt_env.episodes import Episode, save_episodes
-from ivt_env.files import write_whole
+from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
 from ivt_env.metrics.columns import columns
 from ivt_env.rollouts import make_vector_env
 
@@ -98,10 +99,19 @@ def main(args: Args) -> dict[str, Any]:
     for stage in recipe.stages.values():
         stage.check_model(stage.lora_rank)
     count = _count(args, recipe)
-    _once(recipe.sft, lambda: train_sft.main(recipe.sft))
+    with lock_folder(args.out):
+        return _run(args, recipe, count)
+
+
+def _run(args: Args, recipe: Recipe, count: int) -> dict[str, Any]:
+    if made := asked_of(args.out, "results.json"):
+        shown = {"samples": args.samples, "split": args.split}
+        refuse_other(args.out, made.get("args", {}), shown, "give another --out")
+    going_on = replace(recipe.sft, resume=(recipe.sft.out / CONFIG).exists())
+    _once(recipe.sft, lambda: train_sft.main(going_on))
     for stage in recipe.stages.values():
-        going_on = replace(stage, resume=bool(checkpoints(stage.out)))
-        _once(stage, lambda going_on=going_on: train_grpo.main(going_on))  # type: ignore[misc]
+        again = replace(stage, resume=bool(checkpoints(stage.out)))
+        _once(stage, lambda again=again: train_grpo.main(again))  # type: ignore[misc]
     played = evaluate(args, recipe, count)
     found = results(played)
     text = report(played, f"{recipe.sft.env}, split {args.split}, n = {len(played['base'].episodes)}")
@@ -227,18 +237,13 @@ def _play(
 def _once(stage: train_sft.Args | train_grpo.Args, train: Callable[[], object]) -> None:
     """Run a stage unless it is done; refuse one that was done with other options."""
     options = {k: v for k, v in asdict(stage).items() if k not in NOT_DECISIVE}
-    wanted = json.loads(json.dumps(options, default=str))
-    path = stage.out / STAGE_FILE
-    if path.exists():
-        done = json.loads(path.read_text(encoding="utf-8"))
-        other = [f"{k}: {done.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if done.get(k) != v]
-        if other:
-            raise RunError(f"{stage.out} was trained with other options ({'; '.join(other)}): give another --out")
+    if (done := asked_of(stage.out, STAGE_FILE)) is not None:
+        refuse_other(stage.out, done, options, "give another --out")
         print(f"{stage.out} is done already")
         return
     print(f"training {stage.out}")
     train()
-    write_json(path, wanted)
+    write_json(stage.out / STAGE_FILE, options)
 
 
 if __name__ == "__main__":

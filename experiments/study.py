@@ -13,10 +13,12 @@ and the overlay of the loop is swapped. Each part is a command of the project, p
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -27,8 +29,9 @@ from threading import Lock
 
 from experiments.study_tables import summary
 from ivt_agents.command import run_command
+from ivt_agents.training.checkpoints import CONFIG
 from ivt_agents.training.run import RunError, check_least, write_json
-from ivt_env.files import write_whole
+from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
 
 SPLITS = ("test", "test_distractors", "test_small")
 
@@ -78,11 +81,13 @@ def main(args: Args) -> None:
     """Run what is missing, stage by stage."""
     numbers = ("seeds", "scenes", "steps", "batch", "samples", "max_steps", "swap_samples", "jobs")
     check_least(args, dict.fromkeys(numbers, 1) | {"max_steps": 2, "batch": 2})
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
-    for stage in (_training, _playing, _scoring, _reporting):
-        run_jobs(stage(args), args.out, args.jobs)
-    write_whole(args.out / "summary.md", summary(args.out, SPLITS))
+    with lock_folder(args.out):
+        if made := asked_of(args.out, "study.json"):
+            refuse_other(args.out, made, asdict(args), "give another --out", may_differ={"out", "jobs"})
+        write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
+        for stage in (_training, _playing, _scoring, _reporting):
+            run_jobs(stage(args), args.out, args.jobs)
+        write_whole(args.out / "summary.md", summary(args.out, SPLITS))
     print(f"tables: {args.out}/summary.md")
     print(f"reports: {args.out}/report.html ({SPLITS[0]}, with swaps), {', '.join(f'{s}/report.html' for s in SPLITS)}")
 
@@ -133,7 +138,7 @@ def _playing(args: Args) -> list[Job]:
             # What every step would have given is asked once, of the policies that are to take several.
             forced = split == SPLITS[0] and (name == "base" or name.startswith("loop-"))
             options += [] if forced else ["--no-forced"]
-            jobs.append(_job(args, f"played/{split}/{name}", "evaluate", options))
+            jobs.append(_job(args, f"played/{split}/{name}", "evaluate", options, "report.html"))
     return jobs
 
 
@@ -146,7 +151,7 @@ def _scoring(args: Args) -> list[Job]:
         names += ["large-0"] if args.large else []
         names += args.answers
         folders = [f"{_policy(name)}={args.out}/played/{split}/{name}/episodes/{name}" for name in names]
-        jobs.append(_job(args, split, "evaluate", ["--episodes", *folders]))
+        jobs.append(_job(args, split, "evaluate", ["--episodes", *folders], "report.html"))
     return jobs
 
 
@@ -166,7 +171,8 @@ def _policy(name: str) -> str:
 def _job(args: Args, where: str, module: str, options: list[object], made: str = "results.json") -> Job:
     out = args.out / where
     name = where.replace("/", "-")
-    return Job(name, (sys.executable, "-m", module, "--out", str(out), *map(str, options)), out / made)
+    again = ["--resume"] if (out / CONFIG).exists() else []  # it was cut off
+    return Job(name, (sys.executable, "-m", module, "--out", str(out), *map(str, options), *again), out / made)
 
 
 def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
@@ -181,6 +187,7 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
     lock = Lock()
+    running: list[subprocess.Popen[bytes]] = []
 
     def run(job: Job) -> Job | None:
         log, started = out / f"{job.name}.log", time.time()
@@ -188,7 +195,11 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
         with lock, (out / "commands.txt").open("a", encoding="utf-8") as file:
             file.write(f"python {shlex.join(job.command[1:])}\n")
         with log.open("w", encoding="utf-8") as file:
-            status = subprocess.run(job.command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+            process = subprocess.Popen(
+                job.command, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=_die_with_parent
+            )
+            running.append(process)
+            status = process.wait()
         print(f"{job.name}: status {status} after {(time.time() - started) / 60:.1f} minutes", flush=True)
         with lock:  # commands end at any moment, two at once too
             times = out / "minutes.json"
@@ -197,9 +208,24 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
         return job if status else None
 
     with ThreadPoolExecutor(workers) as pool:
-        failed = [job for job in pool.map(run, missing) if job is not None]
+        try:
+            failed = [job for job in pool.map(run, missing) if job is not None]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
     if failed:
         raise RunError(f"{failed[0].name} failed; its log: {out / failed[0].name}.log. Mend it and run this again")
+
+
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
+
+
+def _die_with_parent() -> None:
+    """In a child: end when the study does, SIGKILL included. The system counts the thread that waits as the parent."""
+    if _PRCTL is not None:  # Linux
+        _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _machine() -> str:

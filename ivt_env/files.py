@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ivt_env.failures import system_error
+from ivt_env.failures import read_json, system_error
 
 ASKED = "asked.json"
 """What a folder was asked for; written by ``whole_folder``."""
@@ -147,15 +147,7 @@ def asked_of(path: str | Path, name: str = ASKED) -> dict[str, Any] | None:
         FileError: where that cannot be read.
     """
     path = Path(path) / name
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} cannot be read ({error}): delete {path.parent}, or give another folder") from error
-    if not isinstance(found, dict):
-        raise FileError(f"{path} holds {type(found).__name__}, no options: delete {path.parent}, or give another one")
-    return found
+    return read_json(path, f"delete {path.parent}, or give another folder", FileError) if path.exists() else None
 
 
 def first_difference(made: Mapping[str, Any], asked: Mapping[str, Any], may_differ: Collection[str] = ()) -> str | None:

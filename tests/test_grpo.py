@@ -18,7 +18,8 @@ from refer_layout import write_refer_folder
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.losses import CLIPS, LOSSES, denominator
 from ivt_agents.grpo.trainer import _states
-from ivt_agents.training.run import RunError, load_checkpoint
+from ivt_agents.training.checkpoints import load_checkpoint
+from ivt_agents.training.run import RunError
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy
 from ivt_env.rollouts import make_vector_env

@@ -20,17 +20,16 @@ from killed_run import run, with_out
 from learner import small_trainer
 
 from ivt_agents.grpo import train as train_grpo
-from ivt_agents.grpo.checks import MAY_CHANGE, PROCESSES, check_resume, recorded_options
+from ivt_agents.grpo.checks import MAY_CHANGE, check_run
 from ivt_agents.grpo.train import Args
-from ivt_agents.training.run import (
-    MetricsLog,
-    RunError,
+from ivt_agents.training.checkpoints import (
+    PROCESSES,
     checkpoints,
     load_checkpoint,
-    read_metrics,
+    recorded_options,
     save_checkpoint,
-    write_json,
 )
+from ivt_agents.training.run import MetricsLog, RunError, read_metrics, write_json
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.load import load_policy
 from ivt_env.files import lock_folder
@@ -63,7 +62,7 @@ def assert_same_state(one: Path, two: Path, kept: tuple[str, ...] = ("exp_avg", 
     a, b = load_checkpoint(one), load_checkpoint(two)
     assert a["step"] == b["step"] and a["parameters"].keys() == b["parameters"].keys()
     assert a["parameters"] and all(torch.equal(v, b["parameters"][n]) for n, v in a["parameters"].items())
-    mine, other = a["optimizer"]["state"], b["optimizer"]["state"]
+    ((mine, other),) = [(x["state"], y["state"]) for x, y in zip(a["optimizers"], b["optimizers"], strict=True)]
     assert mine and mine.keys() == other.keys()
     for i, state in mine.items():
         assert set(kept) <= state.keys() == other[i].keys()
@@ -186,7 +185,8 @@ def write_a_run(folder: Path, begun: int) -> None:
         for step in range(begun + 1, 6):
             log.write(step, {"train/loss": float(step)})
             log.sync()
-            save_checkpoint(folder, step, {"parameters": torch.full((50,), float(step))})
+            state = {"parameters": torch.full((50,), float(step)), "optimizers": None}
+            save_checkpoint(folder, step, state)
         log.close()
 
 
@@ -241,7 +241,7 @@ def test_a_last_line_that_was_cut_off_is_dropped_and_a_broken_one_in_the_middle_
 
 def test_checkpoints_are_ordered_by_number_and_not_by_name(tmp_path):
     for step in (999_999, 1_000_000):
-        save_checkpoint(tmp_path, step, {})
+        save_checkpoint(tmp_path, step, {"parameters": {}, "optimizers": []})
     assert load_checkpoint(tmp_path)["step"] == 1_000_000
 
 
@@ -280,10 +280,10 @@ def test_an_option_that_decides_the_result_cannot_change_and_others_can(name):
     was = recorded()
     given = was | {name: another(was[name])}
     if name in MAY_CHANGE:
-        check_resume(was, given, Path("runs/x"))
+        check_run(was, given, Path("runs/x"))
         return
     with pytest.raises(RunError) as caught:
-        check_resume(was, given, Path("runs/x"))
+        check_run(was, given, Path("runs/x"))
     told = str(caught.value)
     assert f"{name}: the run has {was[name]!r}, this command {given[name]!r}" in told
     assert "new --out" in told and "\n" not in told
@@ -318,7 +318,7 @@ def test_a_command_that_would_make_another_run_of_it_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "no config.json"), ("{", "cannot be read"), ("3", "holds int")]
+    ("content", "message"), [(None, "no config.json"), ("{", "cannot be read"), ("3", "holds a int")]
 )
 def test_a_run_whose_options_are_not_known_is_not_gone_on_with(tmp_path, content, message):
     save_checkpoint(tmp_path, 1, {})

@@ -180,6 +180,8 @@ def test_training_lowers_the_loss_on_its_demonstrations(tmp_path, dataset):
         [d.index for d in made],
         Accelerator(cpu=True),
         MetricsLog(Path(tmp_path)),
+        Path(tmp_path),
+        save_every=20,
         steps=12,
         batch=len(turns),
         micro_batch=8,

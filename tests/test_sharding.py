@@ -24,7 +24,8 @@ from test_resume import TINY, assert_same_state, lines, with_out
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.train import Args
-from ivt_agents.training.run import RunError, load_checkpoint, make_accelerator
+from ivt_agents.training.checkpoints import load_checkpoint
+from ivt_agents.training.run import RunError, make_accelerator
 from ivt_agents.training.sharding import check_shareable, gathered
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.speed import checkpoint_layers

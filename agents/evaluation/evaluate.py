@@ -39,11 +39,13 @@ from ivt_agents.evaluation.plots import (
 from ivt_agents.evaluation.report import write_report
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.cost import Cost, Metered
+from ivt_agents.training.checkpoints import CONFIG, check_new, check_resume, forget_run, recorded_options
 from ivt_agents.training.run import check_least, write_json
 from ivt_agents.vlm.load import TINY_NAME
 from ivt_env.data.sample import Picture
 from ivt_env.episodes import Episode, load_episodes, save_episodes
-from ivt_env.files import write_whole
+from ivt_env.failures import read_json
+from ivt_env.files import asked_of, lock_folder, whole_folder, write_whole
 from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_lines, behaviour_table
 from ivt_env.metrics.breakdown import group_table
 from ivt_env.metrics.columns import check_same_samples, outcomes
@@ -65,8 +67,15 @@ from ivt_env.vector_env import GroundingVectorEnv
 from ivt_env.viewer import write_page
 from ivt_env.viewer.pictures import PictureFinder
 
+MAY_CHANGE = frozenset({"out", "config", "resume", "overwrite", "margin", "guard", "runs", "page_episodes"})
+"""Options that an evaluation that goes on may change: nothing that is played depends on them."""
+_PLOTS = ("accuracy_by_step.png", "before_after.png", "groups.png", "reliability.png", "training.png")
+RESULTS = ("results.json", "table.txt", "report.html", "episodes.html", *_PLOTS, "episodes")
+"""What an evaluation writes; one anew removes it in this order."""
 DEFAULT_POLICY = "base=tiny"
 RESAMPLES = 1000
+COST = "cost.json"
+"""What an episode cost, beside the episodes."""
 
 
 @dataclass
@@ -101,6 +110,10 @@ class Args:
     """Smallest IoU of a later box with the kept one (`verifier_gated`); None: no such guard."""
     out: Path = Path("runs/evaluation")
     """Folder for the tables, episodes, plots and the page."""
+    resume: bool = False
+    """Go on where an evaluation in `out` was cut off: policies that were played to the end are not played again."""
+    overwrite: bool = False
+    """Begin anew where `out` already holds an evaluation, which is lost."""
     runs: list[Path] = field(default_factory=list)
     """Run folders whose training curves are plotted beside."""
     page_episodes: int = 200
@@ -136,6 +149,21 @@ def main(args: Args) -> dict[str, Played]:
     check_least(args, {"samples": 1, "num_envs": 1, "page_episodes": 0, "seed": 0})
     if args.policies and args.episodes:
         raise ValueError("policies and episodes: give one of them; play first, then score all that is saved")
+    with lock_folder(args.out):
+        if args.resume:
+            check_resume(recorded_options(args.out), asdict(args), args.out, MAY_CHANGE)
+        elif not args.overwrite:  # episodes that are scored may lie in this folder
+            check_new(args.out, RESULTS[:1] if args.episodes else RESULTS)
+        return _evaluate(args)
+
+
+def _begin(args: Args) -> None:
+    """Remove what another evaluation made, once it is known that this one can be."""
+    forget_run(args.out, [name for name in RESULTS if name != "episodes" or not (args.resume or args.episodes)])
+    write_json(args.out / CONFIG, asdict(args))
+
+
+def _evaluate(args: Args) -> dict[str, Played]:
     dataset = None
     costs: dict[str, list[dict[str, float]]] = {}
     if args.episodes:
@@ -159,6 +187,8 @@ def main(args: Args) -> dict[str, Played]:
             verifier_guard=args.guard,
         )
         played[name] = Played(of_policy, found)
+    if args.episodes or args.resume:
+        _begin(args)
     _write(args, played, sources, costs, dataset)
     return played
 
@@ -212,6 +242,7 @@ def _play(
     env_kwargs |= {"split": args.split, "max_steps": args.max_steps}
     dataset = make_vector_env(args.env, 1, **env_kwargs).dataset
     count = min(args.samples, len(dataset))
+    begun = False
     envs: dict[str, GroundingVectorEnv] = {}
 
     def env_of(view: str) -> GroundingVectorEnv:
@@ -225,6 +256,12 @@ def _play(
         for (name, number), folder in folders.items():
             found: list[list[Episode]] = []
             for forced in (False, True) if args.forced else (False,):
+                saved = args.out / "episodes" / f"{folder}{'-forced' if forced else ''}"
+                if args.resume and asked_of(saved) is not None:  # complete: only then it has its name
+                    found.append(load_episodes(saved))
+                    if (saved / COST).exists() and not forced:
+                        costs.setdefault(name, []).append(read_json(saved / COST, f"remove {saved}"))
+                    continue
                 task = progress.add_task(f"{folder}{', forced' if forced else ''}", total=count)
                 # A fresh agent for each rollout: one that draws then draws the same. Its view is known once
                 # it is there, and the oracle is given the environment before: only it, and it looks at no picture.
@@ -243,9 +280,14 @@ def _play(
                         on_progress=lambda n, task=task: progress.advance(task, n),  # type: ignore[misc]
                     )
                 )
-                save_episodes(args.out / "episodes" / f"{folder}{'-forced' if forced else ''}", found[-1])
-                if agent.cost is not None and not forced:
-                    costs.setdefault(name, []).append(agent.cost.per_episode(count))
+                if not begun:  # a policy that cannot be played costs nothing of what is there
+                    _begin(args)
+                    begun = True
+                with whole_folder(saved, asdict(args) | {"policy": spec, "ignore_stop": forced}) as partial:
+                    save_episodes(partial, found[-1])
+                    if agent.cost is not None and not forced:
+                        costs.setdefault(name, []).append(agent.cost.per_episode(count))
+                        write_json(partial / COST, costs[name][-1])
             runs.setdefault(name, []).append(Run(found[0], found[1] if args.forced else None))
     return runs, costs, dataset
 

@@ -21,11 +21,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from ivt_agents.command import progress_bars, run_command
 from ivt_agents.play.by_name import load_agent
-from ivt_agents.training.run import check_least, write_json
+from ivt_agents.training.run import RunError, check_least, write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, Picture, Sample
 from ivt_env.episodes import Box
-from ivt_env.files import write_whole
+from ivt_env.files import forget, lock_folder, write_whole
 from ivt_env.game import Game
 from ivt_env.metrics.swaps import (
     BAD_BELOW,
@@ -329,6 +329,10 @@ def _held(game: Game) -> Box | None:
     return None if game.box is None else box_tuple(game.box)
 
 
+RESULTS = ("results.json", "table.txt", "swaps.png", "swaps")
+"""What is written; swaps anew remove it in this order."""
+
+
 @dataclass
 class Args:
     """Show policies other boxes than their own."""
@@ -351,6 +355,8 @@ class Args:
     """What a box is shown on, for every policy. None: what each was trained for (`overlay` where it does not say)."""
     out: Path = Path("runs/swaps")
     """Folder for the records, tables and plot."""
+    overwrite: bool = False
+    """Begin anew where `out` already holds swaps, which are lost."""
     num_envs: int = 100
     """Answers taken side by side."""
     seed: int = 0
@@ -363,10 +369,19 @@ def main(args: Args) -> dict[str, list[Swap]]:
     if len(names) != len(args.policies):
         raise ValueError(f"policies: every name must be given once, not {args.policies}")
     check_least(args, {"samples": 1, "num_envs": 1, "seed": 0})
+    with lock_folder(args.out):
+        if not args.overwrite and (args.out / RESULTS[0]).exists():
+            raise RunError(f"{args.out} holds swaps: add --overwrite to lose them, or give another --out")
+        return _swap(args, names)
+
+
+def _swap(args: Args, names: dict[str, str]) -> dict[str, list[Swap]]:
     # Named real data must be there: what is measured never falls back.
     env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
     env_kwargs |= {"split": args.split, "max_steps": args.max_steps}
     count = min(args.samples, len(make_vector_env(args.env, 1, **env_kwargs).dataset))
+    for name in RESULTS:
+        forget(args.out / name)
     envs: dict[str, GroundingVectorEnv] = {}
 
     def env_of(view: str) -> GroundingVectorEnv:
@@ -424,9 +439,9 @@ def _write(args: Args, played: dict[str, list[Swap]], names: dict[str, str], cou
         ]
     )
     write_whole(args.out / "table.txt", report + "\n")
+    plot_swaps(scores, played, args.out / "swaps.png")
     results = {"args": asdict(args), "policies": names, "served": served}
     write_json(args.out / "results.json", results | {"variants": as_json(scores), "dependence": as_json(depends)})
-    plot_swaps(scores, played, args.out / "swaps.png")
     print(report)
     print(f"\nwritten to {args.out}: table.txt, results.json, swaps.png, swaps/*.jsonl")
 

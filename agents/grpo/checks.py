@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivt_agents.grpo.trainer import GRPOConfig
+from ivt_agents.training.checkpoints import check_resume
 from ivt_agents.training.run import RunError, check_least, check_rate
 from ivt_agents.training.tracking import check_tracker
-from ivt_env.failures import read_json
 
 if TYPE_CHECKING:  # the script imports this module; only its type is needed here
     from ivt_agents.grpo.train import Args
@@ -39,60 +38,8 @@ MAY_CHANGE = frozenset(
 )
 """Options that a resumed run may change: no step's gradient depends on them. All others are refused."""
 
-PROCESSES = "processes"
-"""Key of the recorded configuration that is no option: each process samples with a seed of its own."""
-
-
-def recorded_options(out: Path) -> dict[str, Any]:
-    """What ``config.json`` of a run holds.
-
-    Raises:
-        RunError: where it is missing or cannot be read.
-    """
-    path = out / "config.json"
-    if not path.exists():
-        raise RunError(f"nothing to resume in {out}: no config.json; start without --resume")
-    return read_json(path, "what the run was is not known; start another one", RunError)
-
-
-def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:
-    """Refuse to go on with a run under other options than it was begun with.
-
-    The result would be a run that no command describes: its first half is one experiment and its second
-    another, under one name.
-
-    Args:
-        recorded: of the run, from its ``config.json``.
-        given: of this command, with ``processes``; what None stood for is filled in.
-        out: folder of the run.
-
-    Raises:
-        RunError: names each option with both values, and what to give.
-    """
-    now = json.loads(json.dumps(dict(given), default=str))  # as it would be read back
-    # A rate that falls to 0 at the last step depends on which that is.
-    may_change = MAY_CHANGE - ({"steps"} if recorded.get("cooldown") else set())
-    different = {k: v for k, v in now.items() if k not in may_change and (k not in recorded or recorded[k] != v)}
-    if not different:
-        return
-    told = [f"{k}: the run has {recorded.get(k)!r}, this command {v!r}" for k, v in different.items()]
-    flags = [_flag(k, recorded.get(k)) for k in different if k != PROCESSES and recorded.get(k) is not None]
-    advice = []
-    if flags:
-        advice.append(f"give {' '.join(flags)} to go on")
-    if PROCESSES in different:
-        advice.append(f"start {recorded.get(PROCESSES)} processes to go on")
-    advice.append("or begin another run with a new --out")
-    raise RunError(f"{out} is a run with other options. {'; '.join(told)}. {', '.join(advice)}".replace("\n", " "))
-
-
-def _flag(name: str, value: Any) -> str:
-    """The option as it is written on the command line."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-
+RESULTS = ("policy", "adapter", "before_after.json", "checkpoints", "episodes", "metrics.jsonl")
+"""What a run makes; a run anew removes it in this order."""
 
 _LEAST = {
     "steps": 0,
@@ -104,6 +51,12 @@ _LEAST = {
     "seed": 0,
     "max_steps": 1,
 }
+
+
+def check_run(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:
+    """Refuse to go on with a run under other options (``check_resume``)."""
+    # A rate that falls to 0 at the last step depends on which that is.
+    check_resume(recorded, given, out, MAY_CHANGE - ({"steps"} if recorded.get("cooldown") else set()))
 
 
 def check_options(args: Args, processes: int = 1) -> None:

@@ -17,28 +17,22 @@ other are refused before anything is loaded. `docs/pitfalls.md` says which test 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from accelerate import Accelerator
 
 from ivt_agents.command import progress_bars
-from ivt_agents.grpo.checks import PROCESSES, check_options, check_resume, recorded_options
+from ivt_agents.grpo.checks import RESULTS, check_options, check_run
 from ivt_agents.grpo.losses import CLIPS
 from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
 from ivt_agents.play.on_split import play, summary
 from ivt_agents.sft import train as train_sft
-from ivt_agents.training.run import (
-    MetricsLog,
-    RunError,
-    checkpoints,
-    forget_run,
-    make_accelerator,
-    read_metrics,
-    seed_everything,
-    write_json,
-)
+from ivt_agents.training.checkpoints import CONFIG, PROCESSES, check_new, forget_run, recorded_options
+from ivt_agents.training.run import MetricsLog, RunError, make_accelerator, read_metrics, seed_everything, write_json
 from ivt_agents.training.sharding import check_shareable, fill_parameters, gathered_parameters
 from ivt_agents.training.tracking import TrackerName
 from ivt_agents.vlm.adapters import blend, drop_reference, layer_matrices, make_trainable, merged
@@ -49,6 +43,7 @@ from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.precision import can_merge
 from ivt_agents.vlm.without_stop import forbid_stop
 from ivt_env.episodes import save_episodes
+from ivt_env.files import asked_of, lock_folder, refuse_other
 from ivt_env.rollouts import make_vector_env
 
 
@@ -71,7 +66,7 @@ class Recipe:
     resume: bool = False
     """Go on from the newest checkpoint in `out`; what decides the result must be as it was."""
     overwrite: bool = False
-    """Begin anew where `out` already holds the checkpoints of a run, which are lost."""
+    """Begin anew where `out` already holds a run, which is lost."""
     steps: int = 60
     """Training steps: a rollout and an update each."""
     prompts: int = 16
@@ -183,13 +178,18 @@ def main(args: Args) -> Path:
         return args.out
     args.check_model(args.lora_rank)
     accelerator = make_accelerator(args.mixed_precision)
+    with lock_folder(args.out) if accelerator.is_main_process else contextlib.nullcontext():
+        return _train(args, accelerator)
+
+
+def _train(args: Args, accelerator: Accelerator) -> Path:
     chief = accelerator.is_main_process
     check_options(args, accelerator.num_processes)
     low, high = CLIPS[args.loss]
     args.clip_low = low if args.clip_low is None else args.clip_low
     args.clip_high = high if args.clip_high is None else args.clip_high
     options = _begin(args, accelerator.num_processes)
-    args.model = args.model or _warm_start(args)
+    args.model = args.model or _warm_start(args, accelerator)
     seed_everything(args.seed)
     policy = _load(args, str(accelerator.device))
     check_shareable(policy.model, args.compile, accelerator, args.optimizer)
@@ -218,9 +218,8 @@ def main(args: Args) -> Path:
     options |= {"model": args.model, "view": policy.view, "layout": policy.layout}
     if chief:
         if not args.resume:
-            # Else the checkpoints of the run before would be newer than those of this one.
-            forget_run(args.out)
-        write_json(args.out / "config.json", options)
+            forget_run(args.out, RESULTS)
+        write_json(args.out / CONFIG, options)
     keep_until = trainer.step if args.resume else None
     trainer.log = log = MetricsLog(args.out, chief, args.tracker, keep_until, config=options)
 
@@ -253,14 +252,14 @@ def main(args: Args) -> Path:
         if args.lora_rank:
             drop_reference(policy.model)
             if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
-                policy.save(args.out / "adapter")
+                policy.save(args.out / "adapter", options)
             policy.model = merged(policy.model)
         if args.start_share:
             start = load_policy(str(args.model), device=str(accelerator.device), **args.loading())
             blend(policy.model, merged(start.model), args.start_share)
             if args.eval_samples:  # what was measured last is not what is saved
                 saved = _evaluate(policy, args, args.steps)
-        policy.save(folder)
+        policy.save(folder, options)
     log.close()
     accelerator.wait_for_everyone()
     if chief:
@@ -283,12 +282,9 @@ def _begin(args: Args, processes: int) -> dict[str, Any]:
         # The run recorded what its policy said; that folder may say something else by now.
         args.view = given["view"] = args.view or recorded.get("view")
         args.layout = given["layout"] = args.layout or recorded.get("layout")
-        check_resume(recorded, given, args.out)
-    elif checkpoints(args.out) and not args.overwrite:
-        raise RunError(
-            f"{args.out} holds a run of {int(checkpoints(args.out)[-1].name[5:])} steps: add --resume to go on with"
-            " it, --overwrite to lose it, or give another --out"
-        )
+        check_run(recorded, given, args.out)
+    elif not args.overwrite:
+        check_new(args.out, ("checkpoints", "policy"))
     return given
 
 
@@ -331,7 +327,7 @@ def _plan(args: Args) -> Plan:
     )
 
 
-def _warm_start(args: Args) -> str:
+def _warm_start(args: Args, accelerator: Accelerator) -> str:
     """The SFT policy beside this run, made now unless a finished one is there."""
     out = args.out.with_name(args.out.name + "-sft")
     wanted = train_sft.Args(
@@ -344,16 +340,15 @@ def _warm_start(args: Args) -> str:
         layout=args.layout,
         lessons="walks" if args.stop else "paper",
     )
-    if not (out / "policy" / "policy.json").exists():
+    made = asked_of(out / "policy")
+    wanted.resume = made is None and (out / CONFIG).exists()  # one that was cut off goes on
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if made is None:
         print("warm start: none given, training one (pass --model to use your own)")
         return str(train_sft.main(wanted))
-    recorded = recorded_options(out)
-    for name in ("env", "split", "data_root", "seed", "view", "layout", "lessons"):
-        if recorded.get(name) != getattr(wanted, name):
-            raise RunError(
-                f"{out} holds a warm start with {name} {recorded.get(name)!r}, this run has {getattr(wanted, name)!r}:"
-                f" remove it, give another --out, or say --model {out / 'policy'} to use it all the same"
-            )
+    same = {name: getattr(wanted, name) for name in ("env", "split", "data_root", "seed", "view", "layout", "lessons")}
+    remedy = f"remove {out}, give another --out, or say --model {out / 'policy'} to use it all the same"
+    refuse_other(out / "policy", made, same, remedy)
     print(f"warm start: using {out / 'policy'}")
     return str(out / "policy")
 

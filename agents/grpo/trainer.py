@@ -19,14 +19,9 @@ from ivt_agents.grpo.advantages import advantages as advantages_of
 from ivt_agents.grpo.advantages import spread, zero_variance
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.losses import LOSSES, PER_SEQUENCE, clipped_sides, denominator, k3, kl_loss, kl_penalty
-from ivt_agents.training.run import MetricsLog, RunError, Stopwatch, derived_seed, load_checkpoint, save_checkpoint
-from ivt_agents.training.sharding import (
-    fill_optimizer,
-    fill_parameters,
-    gathered_optimizer,
-    gathered_parameters,
-    whole_weights,
-)
+from ivt_agents.training.checkpoints import load_state, save_state
+from ivt_agents.training.run import MetricsLog, Stopwatch, derived_seed
+from ivt_agents.training.sharding import whole_weights
 from ivt_agents.vlm.adapters import has_reference, reference_adapter
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.packing import micro_batches
@@ -182,34 +177,12 @@ class GRPOTrainer:
         Raises:
             RunError: where it does not fit, or where processes see different checkpoints.
         """
-        state = load_checkpoint(self.folder)
-        steps = torch.tensor([int(state["step"])], device=self.accelerator.device)
-        found = sorted(set(self.accelerator.gather(steps).tolist()))
-        if len(found) > 1:
-            raise RunError(
-                f"processes found checkpoints of steps {found} in {self.folder}: several machines need one folder that"
-                " all of them see"
-            )
-        named = [n for n, p in self.policy.model.named_parameters() if p.requires_grad]
-        if set(named) != set(state["parameters"]):
-            raise RunError(f"the checkpoint in {self.folder} was written with another --model or other LoRA options")
-        if state["optimizer"] is None:
-            raise RunError(f"the checkpoint in {self.folder} holds no optimizer state: DeepSpeed runs cannot go on")
-        fill_parameters(self.policy.model, state["parameters"])
-        fill_optimizer(self.optimizer, state["optimizer"])
-        self.step = int(state["step"])
+        config, model = self.config, self.policy.model
+        self.step = load_state(self.folder, model, [self.optimizer], self.accelerator, config.steps, config.iterations)
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
-        # Randomness needs no saving: each step is seeded by (seed, step, process).
-        parameters = gathered_parameters(self.policy.model)
-        # DeepSpeed spreads the optimizer in a way of its own; a part of it would be a wrong whole.
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        optimizer = None if deepspeed else gathered_optimizer(self.optimizer)
-        if self.accelerator.is_main_process:
-            self.log.sync()
-            save_checkpoint(self.folder, self.step, {"parameters": parameters, "optimizer": optimizer})
-        self.accelerator.wait_for_everyone()
+        save_state(self.folder, self.step, self.policy.model, [self.optimizer], self.accelerator, self.log)
 
     def train(self, on_step: Callable[[int, dict[str, float]], None]) -> None:
         """Run the remaining steps; ``on_step`` gets the step's number and metrics."""

@@ -29,6 +29,7 @@ from ivt_agents.command import progress_bars, run_command
 from ivt_agents.play.by_name import Agent, load_agent
 from ivt_env.data.sample import Picture, Sample
 from ivt_env.episodes import Box, Episode, Step, save_episodes
+from ivt_env.files import forget, lock_folder
 from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
 from ivt_env.viewer import write_page
@@ -72,6 +73,11 @@ class Args:
 def main(args: Args) -> None:
     """Play, print and save."""
     env, agent = _set_up(args)
+    with lock_folder(args.out):
+        _play_and_save(args, env, agent)
+
+
+def _play_and_save(args: Args, env: GroundingVectorEnv, agent: Agent) -> None:
     played, samples = [], {}
     asked = ivt_env.IDS[args.env]["dataset"]
     for episode in _with_progress(args, _play(args, env, agent)):
@@ -106,7 +112,6 @@ def _set_up(args: Args) -> tuple[GroundingVectorEnv, Agent]:
     view = args.view or str(getattr(agent, "view", "overlay"))
     if view != env.screen.view:
         env = make_vector_env(args.env, num_envs=1, view=view, **options)
-    args.out.mkdir(parents=True, exist_ok=True)
     return env, agent
 
 
@@ -137,6 +142,11 @@ def _save(args: Args, env: GroundingVectorEnv, played: list[Episode], samples: d
     def picture_of(episode: Episode) -> Picture:
         return env.dataset.picture(samples[episode.sample_id])
 
+    older = args.out / "episodes.jsonl"
+    if older.exists():
+        count = sum(1 for _ in older.open("rb"))
+        print(f"replaces {count} episode(s) that were there; --out names another folder", file=sys.stderr)
+    forget(args.out / "page.html")  # never beside other episodes than its own
     saved = save_episodes(args.out, played, picture_of)
     page = write_page(args.out / "page.html", played, picture_of, title=f"{args.agent} on {args.env}")
     # With --json the output belongs to the program that reads it.

@@ -37,11 +37,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from ivt_agents.command import run_command
 from ivt_agents.sb3.compare import compare, table
 from ivt_agents.sb3.easy import SmallPictures, easy_indices
-from ivt_agents.sb3.load import SB3Agent, save_sb3
+from ivt_agents.sb3.load import CONFIG_FILE, WEIGHTS_FILE, SB3Agent, save_sb3
 from ivt_agents.sb3.network import POLICY_OPTIONS, begin_with_what_is_seen
 from ivt_env.data import load_dataset
 from ivt_env.env import GroundingEnv
-from ivt_env.files import write_whole
+from ivt_env.files import forget, lock_folder, write_whole
 from ivt_env.wrappers import SB3Wrapper
 
 UPDATES_A_LINE = 4
@@ -54,6 +54,8 @@ class Args:
 
     out: Path = Path("runs/sb3")
     """Folder for the policy, `config.json` and `results.json`."""
+    overwrite: bool = False
+    """Begin anew where `out` already holds a policy, which is lost."""
     steps: int = 50_000
     """Actions in the environment."""
     easy: bool = True
@@ -104,6 +106,13 @@ def one_thread() -> Iterator[None]:
 def main(args: Args) -> dict[str, Any]:
     """Train, save, compare; returns what `results.json` holds."""
     _check(args)
+    with lock_folder(args.out):
+        if not args.overwrite and (args.out / CONFIG_FILE).exists():
+            raise ValueError(f"{args.out} holds a policy: add --overwrite to lose it, or give another --out")
+        return _train(args)
+
+
+def _train(args: Args) -> dict[str, Any]:
     started, computed = time.perf_counter(), time.process_time()
     dataset = load_dataset("scenes", "train")
     indices = easy_indices(dataset, args.samples) if args.easy else list(range(args.samples))
@@ -123,6 +132,8 @@ def main(args: Args) -> dict[str, Any]:
         device="cpu",
     )
     begin_with_what_is_seen(model.policy)
+    for name in ("results.json", CONFIG_FILE, WEIGHTS_FILE):
+        forget(args.out / name)
     wrapper = envs.envs[0].env  # type: ignore[attr-defined]  # behind _LimitIsEnd
     assert isinstance(wrapper, SB3Wrapper)
     shape = {

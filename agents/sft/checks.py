@@ -11,10 +11,22 @@ from ivt_agents.training.tracking import check_tracker
 if TYPE_CHECKING:  # the script imports this module; only its type is needed here
     from ivt_agents.sft.train import Args
 
+MAY_CHANGE = frozenset(
+    {"save_every", "out", "tracker", "config", "resume", "overwrite", "dry_run", "gpu_memory_gb", "picture"}
+    | {"teacher_cache", "teacher_max_requests", "teacher_max_tokens"}
+)
+"""Options that a resumed run may change: neither the policy nor the table depends on them."""
+
+RESULTS = ("policy", "before_after.json", "checkpoints", "before.json", "demonstrations.jsonl", "metrics.jsonl")
+"""What a run makes; a run anew removes it in this order."""
+HARVEST = ("harvest.jsonl", "harvest.json", "first_boxes.json")
+"""What a model teacher wrote. It says by itself whom it is of, so that a run that was cut off finds it again."""
+
 _LEAST = {
     "samples": 1,
     "neighbours": 1,
     "steps": 0,
+    "save_every": 1,
     "batch": 1,
     "micro_batch": 1,
     "lora_rank": 0,

@@ -18,18 +18,20 @@ It ends with a table of before and after, label-free, on the validation split.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from rich.progress import Progress
 
 from ivt_agents.command import progress_bars
 from ivt_agents.play.on_split import play, summary
-from ivt_agents.sft.checks import check_options
+from ivt_agents.sft.checks import HARVEST, MAY_CHANGE, RESULTS, check_options
 from ivt_agents.sft.demonstrations import (
     Demonstration,
     can_be_said,
@@ -43,6 +45,15 @@ from ivt_agents.sft.lessons import LessonPlan, teach_to_verify
 from ivt_agents.sft.teacher.load import Teacher, load_teacher
 from ivt_agents.sft.teacher.openai import Budget
 from ivt_agents.sft.trainer import to_turns, train
+from ivt_agents.training.checkpoints import (
+    CONFIG,
+    PROCESSES,
+    check_new,
+    check_resume,
+    checkpoints,
+    forget_run,
+    recorded_options,
+)
 from ivt_agents.training.run import MetricsLog, RunError, make_accelerator, seed_everything, write_json
 from ivt_agents.training.tracking import TrackerName
 from ivt_agents.vlm.adapters import make_trainable, merged
@@ -54,6 +65,7 @@ from ivt_agents.vlm.turns import Turn
 from ivt_agents.vlm.without_stop import forbid_stop
 from ivt_env.data.sample import Dataset
 from ivt_env.failures import read_json
+from ivt_env.files import lock_folder
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env
 
@@ -74,6 +86,10 @@ class Recipe:
     """Folder of real data sets."""
     out: Path = Path("runs/sft")
     """Run folder: configuration, metrics, demonstrations, the policy, samples."""
+    resume: bool = False
+    """Go on where a run in `out` was cut off; what decides the result must be as it was."""
+    overwrite: bool = False
+    """Begin anew where `out` already holds a run, which is lost."""
     samples: int = 3000
     """Samples to harvest (all of the split if it has fewer)."""
     neighbours: int = 1
@@ -128,6 +144,8 @@ class Recipe:
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     seed: int = 0
     """Decides the samples and their order."""
+    save_every: int = 50
+    """Steps between checkpoints."""
     eval_samples: int = 300
     """Validation samples of the table of before and after; 0 leaves it out."""
     eval_split: str = "val"
@@ -167,8 +185,19 @@ def main(args: Args) -> Path:
     if teacher is not None and accelerator.num_processes > 1:
         raise RunError(
             f"{accelerator.num_processes} processes would each ask {args.teacher}: run one process with --steps 0, "
-            f"then this with --teacher template --demonstrations {args.out / 'demonstrations.jsonl'}"
+            f"then this with --teacher template --demonstrations {args.out / 'demonstrations.jsonl'} and another --out"
         )
+    with lock_folder(args.out) if accelerator.is_main_process else contextlib.nullcontext():
+        return _train(args, teacher, accelerator)
+
+
+def _train(args: Args, teacher: Teacher | None, accelerator: Accelerator) -> Path:
+    options: dict[str, Any] = {**asdict(args), PROCESSES: accelerator.num_processes}
+    if args.resume:
+        check_resume(recorded_options(args.out), options, args.out, MAY_CHANGE)
+    elif not args.overwrite:
+        check_new(args.out, ("checkpoints", "policy"))
+    accelerator.wait_for_everyone()  # all have looked before one writes
     seed_everything(args.seed)
     policy = load_policy(
         args.model,
@@ -185,12 +214,23 @@ def main(args: Args) -> Path:
     env = make_vector_env(args.env, 1, **env_kwargs)
     dataset = env.dataset
     chief = accelerator.is_main_process
-    log = MetricsLog(args.out, chief, args.tracker, config=asdict(args))
     if chief:
-        write_json(args.out / "config.json", asdict(args))
+        if not args.resume:
+            made = (*RESULTS, *(HARVEST if args.overwrite else ()))
+            given = None if args.demonstrations is None else args.demonstrations.resolve()
+            forget_run(args.out, [name for name in made if (args.out / name).resolve() != given])
+        write_json(args.out / CONFIG, options)
+    found = checkpoints(args.out) if args.resume else []
+    keep_until = (int(found[-1].name[5:]) if found else 0) if args.resume else None
+    log = MetricsLog(args.out, chief, args.tracker, keep_until, config=asdict(args))
     with progress_bars(note=True, disable=not chief) as progress:
-        before = _measure(policy, args, progress, "before") if chief else {}
-        demonstrations = _demonstrations(args, policy, dataset, env_kwargs, teacher, progress)
+        before = _before(policy, args, progress) if chief else {}
+        taught = args.out / "demonstrations.jsonl"
+        if args.resume and taught.exists():
+            demonstrations = load_demonstrations(taught, dataset)
+        else:
+            demonstrations = _demonstrations(args, policy, dataset, env_kwargs, teacher, progress)
+        accelerator.wait_for_everyone()  # all have looked before one writes
         teacher = None  # a local model's memory is needed for the training
         usable = [d for d in demonstrations if can_be_said(d, policy.view)]
         if len(usable) < len(demonstrations) and chief:
@@ -200,7 +240,7 @@ def main(args: Args) -> Path:
             )
         demonstrations = usable
         if chief:
-            save_demonstrations(args.out / "demonstrations.jsonl", demonstrations)
+            save_demonstrations(taught, demonstrations)
         _prepare_parameters(policy, args)
         task = progress.add_task("training", total=args.steps, note="")
 
@@ -216,6 +256,9 @@ def main(args: Args) -> Path:
             [dataset[d.index].picture_id for d in demonstrations],
             accelerator,
             log,
+            args.out,
+            save_every=args.save_every,
+            resume=bool(found),
             steps=args.steps,
             batch=args.batch,
             micro_batch=args.micro_batch,
@@ -230,7 +273,7 @@ def main(args: Args) -> Path:
         if chief:
             if args.lora_rank:
                 policy.model = merged(policy.model)
-            policy.save(folder)
+            policy.save(folder, options)
             after = _measure(policy, args, progress, "after")
     log.close()
     accelerator.wait_for_everyone()
@@ -295,7 +338,7 @@ def _demonstrations(
     indices = [int(p) * args.neighbours + k for p in places for k in range(args.neighbours)][:size]
     if args.single_shot:
         samples = [(i, dataset[i]) for i in indices]
-        return [Demonstration(s.dataset, s.split, i, s.sample_id, None, s.box) for i, s in samples]
+        return [Demonstration(dataset.name, dataset.split, i, s.sample_id, None, s.box) for i, s in samples]
     asked = _asked(args, indices)
     boxes_file = args.out / "first_boxes.json"
     made_for = {"model": args.model, "dataset": dataset.name, "split": dataset.split, "indices": indices}
@@ -360,6 +403,14 @@ def _saved_boxes(path: Path, made_for: dict[str, Any]) -> list[Sequence[float] |
         return None
     saved = read_json(path, "remove it")
     return saved["boxes"] if all(saved.get(k) == v for k, v in made_for.items()) else None
+
+
+def _before(policy: VLMPolicy, args: Args, progress: Progress) -> dict[str, float]:
+    """What the student does before it is taught; measured once, however often the run is cut off."""
+    path = args.out / "before.json"
+    if not (args.resume and path.exists()):
+        write_json(path, _measure(policy, args, progress, "before"))
+    return read_json(path, f"remove {path} to measure it again", RunError)
 
 
 def _measure(policy: VLMPolicy, args: Args, progress: Progress, name: str) -> dict[str, float]:

@@ -7,6 +7,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ivt_agents.sft.demonstrations import Demonstration
+from ivt_agents.training.checkpoints import load_state, save_state
 from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.adapters import layer_matrices
 from ivt_agents.vlm.codec import STOP_TEXT
@@ -195,7 +198,10 @@ def train(
     samples: Sequence[Hashable],
     accelerator: Accelerator,
     log: MetricsLog,
+    folder: Path,
     *,
+    save_every: int,
+    resume: bool = False,
     steps: int,
     batch: int,
     micro_batch: int,
@@ -214,6 +220,9 @@ def train(
         samples: see ``batches``.
         accelerator: from accelerate; each process takes its share of every batch.
         log: receives the loss.
+        folder: of the run, for checkpoints.
+        save_every: steps between checkpoints.
+        resume: go on from the newest of them.
         steps: optimizer steps.
         batch: demonstrations in a step, over all processes.
         micro_batch: demonstrations in one forward pass.
@@ -227,11 +236,14 @@ def train(
     answer_loss: Any = AnswerLoss(policy, not _trains_vision(policy), smoothing, decision_weight)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizers = [(accelerator.prepare(o), share) for o, share in make_optimizers(policy, optimizer)]
+    kept = [one for one, _ in optimizers]
     worth = answer_loss.worth
     answer_loss = accelerator.prepare(answer_loss)
+    begun = load_state(folder, policy.model, kept, accelerator, steps, 1) if resume else 0
     policy.model.train()
     rng = np.random.default_rng((seed, 11))
-    for step, turns in enumerate(_prepared(batches(samples, batch, steps, rng), make_turns, accelerator)):
+    left = islice(batches(samples, batch, steps, rng), begun, None)
+    for step, turns in enumerate(_prepared(left, make_turns, accelerator), begun):
         rate = learning_rate(step, steps, peak_lr, warmup=min(20, max(1, steps // 10)))
         for one, share in optimizers:
             for group in one.param_groups:
@@ -254,6 +266,8 @@ def train(
             one.zero_grad(set_to_none=True)
         value = float(accelerator.reduce(torch.tensor(loss_sum, device=accelerator.device), "sum"))
         log.write(step + 1, {"sft/loss": value, "sft/grad_norm": float(norm), "sft/tokens": float(total)})
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            save_state(folder, step + 1, policy.model, kept, accelerator, log)
         on_step(step + 1, value)
     policy.model.eval()
 

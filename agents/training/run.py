@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 
 from ivt_agents.training.tracking import open_tracker
 from ivt_env.failures import reading
-from ivt_env.files import forget, naming, whole_folder, write_whole
+from ivt_env.files import naming, write_whole
 
 
 class RunError(ValueError):
@@ -191,49 +191,3 @@ def derived_seed(*parts: int) -> int:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     write_whole(path, json.dumps(value, indent=1, default=str) + "\n")
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [p for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
-
-
-def forget_run(folder: Path) -> None:
-    """Remove the checkpoints of a run, newest last, so that being killed in between leaves one to resume from."""
-    for old in checkpoints(folder):
-        forget(old)
-    forget(folder / "checkpoints")
-
-
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write ``checkpoints/step-N`` whole or not at all, and forget all but the last ``keep``.
-
-    Args:
-        folder: of the run.
-        step: number of finished training steps.
-        state: what ``torch.load(weights_only=True)`` can read back.
-        keep: how many checkpoints to keep.
-    """
-    final = folder / "checkpoints" / f"step-{step:06d}"
-    with whole_folder(final, {"step": step}) as partial:
-        with (partial / "state.pt").open("wb") as file:  # by name, torch does not say why it could not be written
-            torch.save({"step": step, **state}, file)
-    for old in checkpoints(folder)[:-keep]:
-        forget(old)
-    return final
-
-
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run.
-
-    Raises:
-        RunError: where there is none, or it cannot be read.
-    """
-    found = checkpoints(folder)
-    if not found:
-        raise RunError(f"nothing to resume in {folder}: no checkpoints/step-*; start without --resume")
-    path = found[-1] / "state.pt"
-    with reading(path, f"remove {found[-1]} to resume from the one before", RunError):
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from ivt_env.commands.view import serve
+from ivt_env.files import lock_folder
 
 DESCRIPTION = (
     "Serves a page on this machine on which a person plays: draw a box with the mouse or the keyboard, refine it or "
@@ -60,10 +61,11 @@ def run(args: argparse.Namespace) -> int:
     options = {"split": args.split, "data_root": root, "strict": True, "max_steps": args.max_steps}
     env = gym.make(args.env, disable_env_checker=True, **options).unwrapped
     assert isinstance(env, GroundingEnv)
-    app = PlayApp(env, args.out, args.episodes, args.seed, title=f"Play {args.env}")
-    before = len(app.episodes)
-    known = f", {before} played before" if before else ""
-    serve(LocalServer(app, args.port), f"{args.episodes} episodes of {env.dataset.name}/{env.dataset.split}{known}")
+    with lock_folder(args.out):
+        app = PlayApp(env, args.out, args.episodes, args.seed, title=f"Play {args.env}")
+        before = len(app.episodes)
+        known = f", {before} played before" if before else ""
+        serve(LocalServer(app, args.port), f"{args.episodes} episodes of {env.dataset.name}/{env.dataset.split}{known}")
     if app.episodes:
         ious = [episode.final_iou for episode in app.episodes]
         right = sum(iou >= 0.5 for iou in ious)

@@ -49,8 +49,9 @@ class PictureFinder:
         """The picture at full resolution.
 
         Raises:
-            DataMissingError: where neither the run nor this machine's data sets hold it; says what was tried.
-            DataError: for a saved picture or a data set that is there and broken.
+            DataMissingError: where neither the run nor this machine's data sets hold it, or what the run saved is
+                broken; says what was tried.
+            DataError: for a data set that is there and broken.
         """
         for folder in self._folders.get((episode.dataset, episode.picture_id), ()):
             path = folder / "pictures" / picture_file(episode.picture_id)
@@ -119,6 +120,6 @@ def _read(path: Path) -> Picture:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
+        raise DataMissingError(
             f"{path} is no picture ({error}); delete it to have it taken from the data set, or play again"
         ) from error

@@ -1,0 +1,296 @@
+"""Run folders that can be gone on with: what a run was begun with, and checkpoints that are complete and fit.
+
+A run's folder holds ``config.json``, which says what was asked for. A command that finds one goes on with it
+(``--resume``, the same options), begins anew (``--overwrite``: what the run made goes first, so that nothing of it
+ever lies beside another configuration) or is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from ivt_agents.training.run import MetricsLog, RunError
+from ivt_agents.training.sharding import fill_optimizer, fill_parameters, gathered_optimizer, gathered_parameters
+from ivt_env.failures import reading
+from ivt_env.files import as_read, asked_of, forget, whole_folder
+
+CONFIG = "config.json"
+"""What a run was asked for."""
+
+PROCESSES = "processes"
+"""Key of the recorded configuration that is no option: each process samples with a seed of its own."""
+
+_MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+"""What each optimizer keeps of a parameter that it has moved."""
+
+
+# --- what was asked for ---------------------------------------------------------------------------------------
+
+
+def check_new(folder: Path, results: Sequence[str]) -> None:
+    """Refuse to begin a run where the results of another lie.
+
+    Args:
+        folder: of the run.
+        results: names of what cannot be made again without loss.
+
+    Raises:
+        RunError: says what is there, and what to give.
+    """
+    there = [name for name in results if (folder / name).exists()]
+    if there:
+        found = checkpoints(folder)
+        run = f"a run of {_number(found[-1])} steps" if found else f"the results of another run ({', '.join(there)})"
+        raise RunError(
+            f"{folder} holds {run}: add --resume to go on with it, --overwrite to lose it, or give another --out"
+        )
+
+
+def recorded_options(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` of a run holds.
+
+    Raises:
+        RunError: where it is missing.
+        FileError: where it cannot be read.
+    """
+    if (recorded := asked_of(folder, CONFIG)) is None:
+        raise RunError(f"nothing to resume in {folder}: no {CONFIG}; start without --resume")
+    return recorded
+
+
+def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path, may_change: Collection[str]) -> None:
+    """Refuse to go on with a run under other options than it was begun with.
+
+    The result would be a run that no command describes: its first half is one experiment and its second
+    another, under one name.
+
+    Args:
+        recorded: of the run, from its ``config.json``.
+        given: of this command, with ``processes``; what None stood for is filled in.
+        out: folder of the run.
+        may_change: options on which no result depends.
+
+    Raises:
+        RunError: names each option with both values, and what to give.
+    """
+    now = as_read(given)
+    different = {k: v for k, v in now.items() if k not in may_change and (k not in recorded or recorded[k] != v)}
+    if not different:
+        return
+    told = [f"{k}: the run has {recorded.get(k)!r}, this command {v!r}" for k, v in different.items()]
+    flags = [_flag(k, recorded.get(k)) for k in different if k != PROCESSES and recorded.get(k) is not None]
+    advice = []
+    if flags:
+        advice.append(f"give {' '.join(flags)} to go on")
+    if PROCESSES in different:
+        advice.append(f"start {recorded.get(PROCESSES)} processes to go on")
+    advice.append("or begin another run with a new --out")
+    raise RunError(f"{out} is a run with other options. {'; '.join(told)}. {', '.join(advice)}".replace("\n", " "))
+
+
+def _flag(name: str, value: Any) -> str:
+    """The option as it is written on the command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def forget_run(folder: Path, results: Sequence[str]) -> None:
+    """Remove what a run made, in this order, and at last what it was asked for.
+
+    Whenever this is cut off, what is left belongs to the configuration that is left.
+    """
+    for name in (*results, CONFIG):
+        forget(folder / name)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [p for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
+    return sorted(found, key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write ``checkpoints/step-N`` whole or not at all, and forget all but the last ``keep``.
+
+    Args:
+        folder: of the run.
+        step: number of finished training steps.
+        state: what ``torch.load(weights_only=True)`` can read back.
+        keep: how many checkpoints to keep.
+    """
+    final = folder / "checkpoints" / f"step-{step:06d}"
+    with whole_folder(final, {"step": step}) as partial:
+        with (partial / "state.pt").open("wb") as file:  # by name, torch does not say why it could not be written
+            torch.save({"step": step, **state}, file)
+    for old in checkpoints(folder)[:-keep]:
+        forget(old)
+    return final
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run.
+
+    Raises:
+        RunError: where there is none, or it cannot be read.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise RunError(f"nothing to resume in {folder}: no checkpoints/step-*; start without --resume")
+    path = found[-1] / "state.pt"
+    with reading(path, f"remove {found[-1]} to resume from the one before", RunError):
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    wanted = {"step", "parameters", "optimizers"}
+    if not isinstance(state, dict) or not wanted <= state.keys() or state["step"] != _number(found[-1]):
+        raise RunError(
+            f"{path} is no checkpoint of step {_number(found[-1])} as this version writes them; remove {found[-1]} to"
+            " resume from the one before"
+        )
+    return state
+
+
+def save_state(
+    folder: Path, step: int, model: nn.Module, optimizers: Sequence[Any], accelerator: Accelerator, log: MetricsLog
+) -> None:
+    """Write a checkpoint of everything that the next step depends on. All processes must call it."""
+    # Randomness needs no saving: each step is seeded by (seed, step, process).
+    parameters = gathered_parameters(model)
+    # DeepSpeed spreads the optimizer in a way of its own; a part of it would be a wrong whole.
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    states = None if deepspeed else [gathered_optimizer(one) for one in optimizers]
+    if accelerator.is_main_process:
+        log.sync()
+        save_checkpoint(folder, step, {"parameters": parameters, "optimizers": states})
+    accelerator.wait_for_everyone()
+
+
+def load_state(
+    folder: Path, model: nn.Module, optimizers: Sequence[Any], accelerator: Accelerator, most_steps: int, updates: int
+) -> int:
+    """Go on from the newest checkpoint of a run's folder; exact to the bit on one machine.
+
+    Everything is checked before anything is changed.
+
+    Args:
+        folder: of the run.
+        model: as training begins with it: what is trained requires gradients.
+        optimizers: in the order in which they were saved.
+        accelerator: from accelerate.
+        most_steps: that the run is to have at its end.
+        updates: of each optimizer in a step, at most.
+
+    Returns:
+        The number of finished steps.
+
+    Raises:
+        RunError: where it does not fit, or where processes see different checkpoints.
+    """
+    state = load_checkpoint(folder)
+    steps = torch.tensor([int(state["step"])], device=accelerator.device)
+    found = sorted(set(accelerator.gather(steps).tolist()))
+    if len(found) > 1:
+        raise RunError(
+            f"processes found checkpoints of steps {found} in {folder}: several machines need one folder that"
+            " all of them see"
+        )
+    if state["optimizers"] is None:
+        raise RunError(f"the checkpoint in {folder} holds no optimizer state: DeepSpeed runs cannot go on")
+    step: int = state["step"]
+    if step > most_steps:
+        raise RunError(f"{folder} has made {step} steps already, more than --steps {most_steps}: give at least {step}")
+    _Fit(checkpoints(folder)[-1], model).check(state, optimizers, step * updates)
+    fill_parameters(model, state["parameters"])
+    for one, values in zip(optimizers, state["optimizers"], strict=True):
+        fill_optimizer(one, values)
+    return step
+
+
+class _Fit:
+    """Whether a checkpoint is one of this model and its optimizers."""
+
+    def __init__(self, checkpoint: Path, model: nn.Module) -> None:
+        self._checkpoint = checkpoint
+        self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._before = gathered_parameters(model)
+
+    def _refuse(self, what: str) -> NoReturn:
+        path = self._checkpoint
+        raise RunError(f"{path / 'state.pt'}: {what}; remove {path} to resume from the one before")
+
+    def check(self, state: Mapping[str, Any], optimizers: Sequence[Any], most_updates: int) -> None:
+        """Raise ``RunError`` for the first thing that does not fit."""
+        values, saved = state["parameters"], state["optimizers"]
+        if not isinstance(values, dict) or set(values) != set(self._named):
+            folder = self._checkpoint.parent.parent
+            raise RunError(f"the checkpoint in {folder} was written with another --model or other LoRA options")
+        for name, parameter in self._named.items():
+            self._tensor(name, values[name], parameter)
+        if not isinstance(saved, list) or len(saved) != len(optimizers):
+            self._refuse("it was written with another --optimizer")
+        names = {id(p): n for n, p in self._named.items()}
+        for one, its in zip(optimizers, saved, strict=True):
+            self._optimizer(one, its, names, values, most_updates)
+
+    def _optimizer(
+        self, optimizer: Any, saved: Any, names: Mapping[int, str], values: Mapping[str, Any], most_updates: int
+    ) -> None:
+        kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+        groups = optimizer.state_dict()["param_groups"]
+        if not isinstance(saved, dict) or saved.keys() != {"state", "param_groups"}:
+            self._refuse("its optimizer state is none")
+        theirs, moments = saved["param_groups"], saved["state"]
+        if not isinstance(theirs, list) or [_settings(g) for g in theirs] != [_settings(g) for g in groups]:
+            self._refuse("it was written with another --optimizer, or with other settings of it")
+        if not all(isinstance(g["lr"], float) and math.isfinite(g["lr"]) for g in theirs):
+            self._refuse("a learning rate is not a finite number")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not isinstance(moments, dict) or not moments.keys() <= set(range(len(parameters))):
+            self._refuse("its optimizer state is none")
+        for number, parameter in enumerate(parameters):
+            name = names[id(parameter)]
+            if number not in moments:  # right where no step has moved it
+                if not torch.equal(values[name], self._before[name]):
+                    self._refuse(f"the optimizer knows nothing of {name}, which was trained")
+                continue
+            kept = moments[number]
+            if not isinstance(kept, dict) or kept.keys() != _MOMENTS[kind]:
+                self._refuse(f"the optimizer's state of {name} is not that of {kind}")
+            for key, value in kept.items():
+                if key != "step":
+                    self._tensor(f"{key} of {name}", value, parameter)
+                    continue
+                count = float(value) if isinstance(value, torch.Tensor) and value.numel() == 1 else math.nan
+                if not (1 <= count <= most_updates and count.is_integer()):
+                    self._refuse(f"step {value!r} of the optimizer for {name} is none of 1 to {most_updates}")
+            if kind == "AdamW" and bool((kept["exp_avg_sq"] < 0).any()):
+                self._refuse(f"exp_avg_sq of {name} is negative")
+
+    def _tensor(self, name: str, value: Any, like: torch.Tensor) -> None:
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            self._refuse(f"{name} is no tensor")
+        if value.shape != like.shape or value.dtype != like.dtype:
+            found, wanted = (f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in (value, like))
+            self._refuse(f"{name} is {found}, and the model has {wanted} there")
+        if not bool(torch.isfinite(value).all()):
+            self._refuse(f"{name} is not finite")
+
+
+def _settings(group: Any) -> Any:
+    """Of a group of parameters: all but the rate, which each step sets."""
+    return {k: v for k, v in group.items() if k != "lr"} | {"lr": "lr" in group} if isinstance(group, dict) else None

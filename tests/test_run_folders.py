@@ -1,0 +1,417 @@
+"""What lies in a folder is what was asked for, and what was asked for is what lies there.
+
+If this is false, a command trains on another seed's policy, prints another run's table or loses a finished
+evaluation, and ends with status 0.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from killed_run import with_out
+from learner import small_policy, small_trainer
+
+from experiments import study
+from ivt_agents.evaluation import evaluate
+from ivt_agents.evaluation.report import Args as ReportArgs
+from ivt_agents.evaluation.report import main as report
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.grpo.trainer import GRPOTrainer
+from ivt_agents.sft import train as train_sft
+from ivt_agents.training.checkpoints import checkpoints, load_checkpoint
+from ivt_agents.training.run import RunError, read_metrics
+from ivt_agents.vlm.load import load_policy
+from ivt_env.episodes import Episode, Step, load_episodes, picture_file, save_episodes
+from ivt_env.files import FileError, asked_of, lock_folder, whole_folder
+
+GRPO = {"model": "tiny", "prompts": 1, "group": 2, "max_new_tokens": 14, "lora_rank": 4, "lr": 5e-3, "warmup": 1}
+GRPO |= {"eval_samples": 0, "tracker": "none", "save_every": 1, "steps": 1}
+SFT = {"samples": 6, "steps": 3, "batch": 4, "micro_batch": 4, "eval_samples": 3, "tracker": "none", "save_every": 1}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_policy(str(folder)).model.named_parameters())
+
+
+# --- SFT ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [{"lora_rank": 4}, {"optimizer": "muon"}])
+def test_sft_that_was_cut_off_ends_as_the_run_that_was_not(tmp_path, kind, monkeypatch):
+    options = SFT | kind
+    train_sft.main(train_sft.Args(**with_out(options, tmp_path / "whole")))
+    played: list[int] = []
+    real = train_sft.play
+    monkeypatch.setattr(train_sft, "play", lambda *a, **k: played.append(1) or real(*a, **k))
+    for cut in ("taught", "trained"):
+        out = tmp_path / cut
+        shutil.copytree(tmp_path / "whole", out)
+        for name in ("policy", "before_after.json"):
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+        if cut == "taught":
+            shutil.rmtree(out / "checkpoints")
+        else:
+            shutil.rmtree(checkpoints(out)[-1])
+            assert load_checkpoint(out)["step"] == 2
+        played.clear()
+        train_sft.main(train_sft.Args(**with_out(options, out, resume=True)))
+        assert len(played) == 1, "the table's second column; what was measured and harvested before is kept"
+        one, other = weights(tmp_path / "whole" / "policy"), weights(out / "policy")
+        assert all(torch.equal(v, other[n]) for n, v in one.items())
+        same = ("before_after.json", "demonstrations.jsonl", "metrics.jsonl", "before.json")
+        assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in same)
+    assert [row["step"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_finished_warm_start_is_neither_replaced_nor_used_for_another_seed(tmp_path, monkeypatch):
+    out = tmp_path / "run-sft"
+    train_sft.main(train_sft.Args(**with_out(SFT, out, seed=0)))
+    before = files_of(out)
+    with pytest.raises(RunError, match="holds a run of 3 steps: add --resume .*--overwrite"):
+        train_sft.main(train_sft.Args(**with_out(SFT, out, seed=1)))
+    with pytest.raises(RunError, match="seed: the run has 0, this command 1"):
+        train_sft.main(train_sft.Args(**with_out(SFT, out, seed=1, resume=True)))
+    with pytest.raises(FileError, match="policy was made with seed 0, not 1"):
+        train_grpo.main(train_grpo.Args(**with_out(GRPO, tmp_path / "run", model=None, seed=1)))
+    assert files_of(out) == before
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_sft, "play", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_sft.main(train_sft.Args(**with_out(SFT, out, seed=1, overwrite=True)))
+    assert asked_of(out, "config.json")["seed"] == 1
+    assert sorted(files_of(out)) == ["config.json", "metrics.jsonl"], "nothing of seed 0 lies beside it"
+
+
+def test_demonstrations_of_the_run_that_is_overwritten_can_be_learned_from(tmp_path):
+    out = tmp_path / "run"
+    train_sft.main(train_sft.Args(**with_out(SFT, out, steps=0, eval_samples=0)))
+    own = out / "demonstrations.jsonl"
+    before = own.read_bytes()
+    changes = {"steps": 1, "eval_samples": 0, "demonstrations": own, "overwrite": True}
+    train_sft.main(train_sft.Args(**with_out(SFT, out, **changes)))
+    assert own.read_bytes() == before
+
+
+# --- GRPO ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_anew_that_is_cut_off_leaves_nothing_of_the_old_one_beside_its_configuration(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train_grpo.main(train_grpo.Args(**with_out(GRPO, out)))
+    assert asked_of(out / "policy")["seed"] == 0 and asked_of(out / "adapter")["seed"] == 0
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GRPOTrainer, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_grpo.main(train_grpo.Args(**with_out(GRPO, out, seed=7, overwrite=True)))
+    assert asked_of(out, "config.json")["seed"] == 7
+    assert sorted(files_of(out)) == ["config.json", "metrics.jsonl"]
+
+
+def test_a_mistake_in_a_run_anew_costs_nothing_of_the_old_one(tmp_path):
+    out = tmp_path / "run"
+    train_grpo.main(train_grpo.Args(**with_out(GRPO, out)))
+    before = files_of(out)
+    for wrong in ({"env": "IVT-Nothing-v0"}, {"model": str(tmp_path / "nothing")}, {"group": 1}):
+        with pytest.raises(Exception, match="IVT-Nothing|tmp.*nothing|group 1"):
+            train_grpo.main(train_grpo.Args(**with_out(GRPO, out, overwrite=True, **wrong)))
+    assert files_of(out) == before
+
+
+def test_two_runs_in_one_folder_are_refused_by_name(tmp_path):
+    commands = [
+        lambda out: train_grpo.main(train_grpo.Args(**with_out(GRPO, out, resume=True))),
+        lambda out: train_sft.main(train_sft.Args(**with_out(SFT, out))),
+        lambda out: evaluate.main(evaluate.Args(out=out, samples=1)),
+    ]
+    with lock_folder(tmp_path):
+        for command in commands:
+            with pytest.raises(FileError, match="in use by process"):
+                command(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    small_trainer(folder, steps=2, iterations=2, save_every=1).train(lambda *_: None)
+    return folder, small_policy()
+
+
+def change(state, of, value):
+    """``value`` in the place of the first parameter, or of ``of`` of the optimizer's first state."""
+    where = state["parameters"] if of is None else state["optimizers"][0]["state"][0]
+    name = next(iter(where)) if of is None else of
+    where[name] = value(where[name])
+
+
+MUTATIONS = {
+    "shape": (lambda s: change(s, None, lambda v: torch.zeros(1, 1)), r"is float32 \(1, 1\), and the model has"),
+    "broadcast": (lambda s: change(s, None, lambda v: v[:1]), "and the model has float32"),
+    "type": (lambda s: change(s, None, lambda v: v.to(torch.int8)), "is int8 .* and the model has float32"),
+    "double": (lambda s: change(s, None, lambda v: v.double()), "is float64"),
+    "nan": (lambda s: change(s, None, lambda v: v * float("nan")), "is not finite"),
+    "infinite": (lambda s: change(s, None, lambda v: v + float("inf")), "is not finite"),
+    "no tensor": (lambda s: change(s, None, lambda v: v.tolist()), "is no tensor"),
+    "sparse": (lambda s: change(s, None, lambda v: v.to_sparse()), "is no tensor"),
+    "names": (lambda s: s["parameters"].popitem(), "another --model or other LoRA options"),
+    "parameters": (lambda s: s.update(parameters=[1]), "another --model or other LoRA options"),
+    "moments gone": (lambda s: s["optimizers"][0]["state"].clear(), "the optimizer knows nothing of"),
+    "one moment gone": (lambda s: s["optimizers"][0]["state"][0].pop("exp_avg"), "is not that of AdamW"),
+    "moment shape": (lambda s: change(s, "exp_avg", lambda v: v[:1, :1]), "exp_avg of .* and the model has"),
+    "moment nan": (lambda s: change(s, "exp_avg", lambda v: v * float("nan")), "exp_avg of .* is not finite"),
+    "moment negative": (lambda s: change(s, "exp_avg_sq", lambda v: v - 1), "exp_avg_sq of .* is negative"),
+    "moment type": (lambda s: change(s, "exp_avg_sq", lambda v: v.half()), "is float16"),
+    "updates": (lambda s: change(s, "step", lambda v: v * 0 + 1e9), "is none of 1 to 4"),
+    "updates nan": (lambda s: change(s, "step", lambda v: v * float("nan")), "is none of 1 to 4"),
+    "updates text": (lambda s: change(s, "step", lambda v: "many"), "is none of 1 to 4"),
+    "betas": (lambda s: s["optimizers"][0]["param_groups"][0].update(betas=(0.0, 2.0)), "with other settings of it"),
+    "rate": (lambda s: s["optimizers"][0]["param_groups"][0].update(lr=float("nan")), "not a finite number"),
+    "groups": (lambda s: s["optimizers"][0].update(param_groups=None), "another --optimizer"),
+    "group": (lambda s: s["optimizers"][0].update(param_groups=[3]), "another --optimizer"),
+    "optimizer": (lambda s: s.update(optimizers=[]), "another --optimizer"),
+    "optimizer text": (lambda s: s.update(optimizers=["adam"]), "optimizer state is none"),
+    "optimizer of DeepSpeed": (lambda s: s.update(optimizers=None), "DeepSpeed runs cannot go on"),
+    "step": (lambda s: s.update(step=10**9), "no checkpoint of step 2"),
+    "step text": (lambda s: s.update(step="2"), "no checkpoint of step 2"),
+    "no step": (lambda s: s.pop("step"), "no checkpoint of step 2"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_runs(tmp_path, checkpoint, name):
+    folder, policy = checkpoint
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    path = checkpoints(tmp_path)[-1] / "state.pt"
+    state = torch.load(path, weights_only=True)
+    mutate, message = MUTATIONS[name]
+    mutate(state)
+    torch.save(state, path)
+    trainer = small_trainer(tmp_path, policy, steps=2, iterations=2)
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    with pytest.raises(RunError, match=message):
+        trainer.resume()
+    assert trainer.step == 0 and not trainer.optimizer.state_dict()["state"]
+    assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
+
+
+def test_a_checkpoint_under_another_number_or_of_too_many_steps_is_refused(tmp_path, checkpoint):
+    folder, policy = checkpoint
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(RunError, match="has made 2 steps already, more than --steps 1: give at least 2"):
+        small_trainer(tmp_path, policy, steps=1, iterations=2).resume()
+    checkpoints(tmp_path)[-1].rename(tmp_path / "checkpoints" / "step-1000000000")
+    with pytest.raises(RunError, match="no checkpoint of step 1000000000"):
+        small_trainer(tmp_path, policy, steps=2, iterations=2).resume()
+
+
+# --- evaluations --------------------------------------------------------------------------------------
+
+EVALUATION = {"policies": ["base=random", "centre=centre"], "samples": 4, "page_episodes": 1, "num_envs": 4}
+
+
+def same_scores(one: Path, other: Path) -> bool:
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (one, other))
+    return a["rows"] == b["rows"] and a["comparisons"] == b["comparisons"]
+
+
+def test_an_evaluation_is_not_overwritten_without_a_word(tmp_path):
+    evaluate.main(evaluate.Args(out=tmp_path, **EVALUATION))
+    before = files_of(tmp_path)
+    fewer = EVALUATION | {"samples": 2}
+    with pytest.raises(RunError, match=r"results of another run .*--resume .*--overwrite"):
+        evaluate.main(evaluate.Args(out=tmp_path, **fewer))
+    with pytest.raises(RunError, match="samples: the run has 4, this command 2"):
+        evaluate.main(evaluate.Args(out=tmp_path, resume=True, **fewer))
+    for wrong in ({"env": "IVT-Nothing-v0"}, {"policies": ["base=nothing"]}):
+        with pytest.raises((ValueError, gymnasium.error.Error), match="(?i)nothing"):
+            evaluate.main(evaluate.Args(out=tmp_path, overwrite=True, **EVALUATION | wrong))
+    assert files_of(tmp_path) == before
+    evaluate.main(evaluate.Args(out=tmp_path, overwrite=True, **fewer))
+    assert len(load_episodes(tmp_path / "episodes" / "base")) == 2
+    assert asked_of(tmp_path / "episodes" / "base")["samples"] == 2
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_and_never_lies_beside_old_tables(tmp_path, monkeypatch):
+    evaluate.main(evaluate.Args(out=tmp_path / "whole", **EVALUATION))
+    evaluate.main(evaluate.Args(out=tmp_path / "cut", **EVALUATION | {"samples": 2}))
+    real, played = evaluate.rollout, []
+
+    def until(limit: int):
+        def some(*arguments: object, **options: object) -> list[Episode]:
+            if len(played) == limit:
+                raise KeyboardInterrupt
+            played.append(options["agent_name"])
+            return real(*arguments, **options)
+
+        return some
+
+    monkeypatch.setattr(evaluate, "rollout", until(3))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(evaluate.Args(out=tmp_path / "cut", overwrite=True, **EVALUATION))
+    assert not (tmp_path / "cut" / "results.json").exists() and not (tmp_path / "cut" / "table.txt").exists()
+    with pytest.raises(ValueError, match="results.json is not there"):
+        report(ReportArgs(folder=tmp_path / "cut"))
+    played.clear()
+    monkeypatch.setattr(evaluate, "rollout", until(9))
+    evaluate.main(evaluate.Args(out=tmp_path / "cut", resume=True, **EVALUATION))
+    assert played == ["centre"], "the forced episodes of the second policy were missing, and nothing else"
+    assert same_scores(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_saved_episodes_are_scored_where_they_lie_and_stay(tmp_path):
+    evaluate.main(evaluate.Args(out=tmp_path, **EVALUATION))
+    kept = files_of(tmp_path / "episodes")
+    given = [f"base={tmp_path / 'episodes' / 'base'}"]
+    with pytest.raises(RunError, match="results of another run"):
+        evaluate.main(evaluate.Args(out=tmp_path, episodes=given))
+    evaluate.main(evaluate.Args(out=tmp_path, episodes=given, overwrite=True))
+    assert files_of(tmp_path / "episodes") == kept
+
+
+# --- studies ------------------------------------------------------------------------------------------
+
+
+def test_a_study_begun_again_with_other_numbers_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_jobs", lambda *_: None)
+    monkeypatch.setattr(study, "summary", lambda *_: "table")
+    args = study.Args(out=tmp_path, seeds=1)
+    study.main(args)
+    study.main(replace(args, jobs=1))
+    with pytest.raises(FileError, match="was made with samples 2000, not 5: give another --out"):
+        study.main(replace(args, samples=5))
+    assert asked_of(tmp_path, "study.json")["samples"] == 2000
+
+
+SLEEPER = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+from pathlib import Path
+from experiments.study import Job, run_jobs
+from ivt_env.failures import run
+out = Path(sys.argv[1])
+child = f"import os,time,pathlib; pathlib.Path({str(out)!r}, 'pid').write_text(str(os.getpid())); time.sleep(60)"
+jobs = [Job(name, (sys.executable, "-c", child), out / "never") for name in ("a", "b")]
+sys.exit(run(lambda: run_jobs(jobs, out, 1)))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(9, -9), (15, 143), (2, 130)])
+def test_the_children_of_a_study_die_with_it(tmp_path, number, status):
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], cwd=Path(__file__).parent.parent)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    child = Path("/proc") / (tmp_path / "pid").read_text()
+    assert child.exists()
+    process.send_signal(number)
+    assert process.wait(60) == status
+    while child.exists() and "Z" not in (child / "stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "the child lives on"
+        time.sleep(0.05)
+    assert len((tmp_path / "commands.txt").read_text().splitlines()) == 1, "the second was never begun"
+
+
+# --- images -------------------------------------------------------------------------------------------
+
+
+def episode(picture_id: str) -> Episode:
+    box = (0.1, 0.1, 0.5, 0.5)
+    steps = [Step(proposal=box, stop=False, box=box, iou=1.0, reward=1.0)]
+    return Episode(f"s-{picture_id}", picture_id, "scenes", "val", "the cup", box, (20, 30), steps)
+
+
+def test_long_ids_become_short_names_that_stay_apart(tmp_path):
+    ids = ["x" * 1000, "x" * 999 + "y", "ü" * 300, "a/" * 400, "x" * 200, "x" * 201, "ok"]
+    found = [picture_file(one) for one in ids]
+    assert len(set(found)) == len(ids) and max(len(name.encode()) for name in found) <= 255
+    assert found[-1] == "ok.png"
+    save_episodes(tmp_path, [episode(one) for one in ids], lambda e: np.zeros((20, 30, 3), np.uint8))
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == set(found)
+
+
+def test_a_broken_image_is_named_and_the_others_are_shown(tmp_path, capsys):
+    from ivt_agents.cli import main
+
+    save_episodes(tmp_path, [episode("a"), episode("b")], lambda e: np.full((20, 30, 3), 200, np.uint8))
+    whole = (tmp_path / "pictures" / "a.png").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"GIF89a"):
+        (tmp_path / "pictures" / "a.png").write_bytes(content)
+        assert main(["view", str(tmp_path)]) == 0
+        assert "1 picture(s) are not on the page" in (told := capsys.readouterr().err) and "a.png is no picture" in told
+    assert (tmp_path / "view.html").read_text().count("data:image/jpeg;base64") >= 1
+
+
+def test_a_device_is_not_replaced(tmp_path, capsys):
+    from ivt_agents.cli import main
+
+    save_episodes(tmp_path, [episode("a")], lambda e: np.zeros((20, 30, 3), np.uint8))
+    assert main(["view", str(tmp_path), "--out", "/dev/null"]) == 2
+    assert "/dev/null is a device" in capsys.readouterr().err
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_policy_folder_is_complete_or_absent(tmp_path, monkeypatch):
+    policy = load_policy("tiny")
+    policy.save(tmp_path / "policy", {"seed": 0})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(policy.image_processor), "save_pretrained", killed)
+    for name in ("policy", "other"):
+        with pytest.raises(KeyboardInterrupt):
+            policy.save(tmp_path / name, {"seed": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"] and asked_of(tmp_path / "policy") == {"seed": 0}
+    load_policy(str(tmp_path / "policy"))
+
+
+def test_two_people_cannot_play_in_one_folder(tmp_path, capsys):
+    from ivt_agents.cli import main
+
+    with lock_folder(tmp_path):
+        assert main(["play", "--out", str(tmp_path)]) == 2
+    assert "in use by process" in capsys.readouterr().err
+
+
+def test_a_rollout_says_what_it_replaces(tmp_path, capsys):
+    from ivt_agents.cli import main
+
+    assert main(["rollout", "--episodes", "2", "--out", str(tmp_path)]) == 0
+    assert "replaces" not in capsys.readouterr().err
+    assert main(["rollout", "--out", str(tmp_path)]) == 0
+    assert "replaces 2 episode(s)" in capsys.readouterr().err
+
+
+def test_a_warm_start_of_the_same_options_is_used(tmp_path, capsys):
+    same = train_sft.Args()
+    asked = {k: getattr(same, k) for k in ("env", "split", "data_root", "seed", "view", "layout", "lessons")}
+    with whole_folder(tmp_path / "run-sft" / "policy", asked):
+        pass
+    from accelerate import Accelerator
+
+    args = train_grpo.Args(out=tmp_path / "run")
+    assert train_grpo._warm_start(args, Accelerator(cpu=True)) == str(tmp_path / "run-sft" / "policy")
+    for name, other in (("env", "IVT-Photos-v0"), ("view", "both"), ("stop", False)):
+        with pytest.raises(FileError, match=f"was made with {'lessons' if name == 'stop' else name} "):
+            train_grpo._warm_start(replace(args, **{name: other}), Accelerator(cpu=True))
