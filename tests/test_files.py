@@ -150,7 +150,8 @@ def test_what_lies_at_the_name_of_a_half_written_file_is_never_written_through(t
 
 
 KILLED = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 from ivt_env.files import *
 what, path = sys.argv[1:]
 if what == "lock":

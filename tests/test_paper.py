@@ -419,7 +419,7 @@ def test_the_command_trains_plays_and_takes_up_what_is_done(tmp_path, capsys):
     before = weights.stat().st_mtime_ns
     assert paper.main(args)["policies"] == found["policies"]
     assert capsys.readouterr().out.count("is done already") == 4 and weights.stat().st_mtime_ns == before
-    with pytest.raises(RunError, match="trained with other options.*seed: 0 there, 1 asked for"):
+    with pytest.raises(ValueError, match="was made with seed 0, not 1: give another --out"):
         paper.main(replace(args, seed=1))
 
 
