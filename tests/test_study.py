@@ -47,13 +47,14 @@ def test_every_command_of_the_study_is_one_that_its_script_takes(tmp_path, seeds
     for job in [*_training(args), *_playing(args), *_scoring(args)]:
         _, minus_m, module, *options = job.command
         assert minus_m == "-m"
-        tyro.cli(importlib.import_module(module).Args, args=options)
+        scripts = {"train_sft": "ivt_agents.sft.train", "evaluate": "ivt_agents.evaluation.evaluate"}
+        tyro.cli(importlib.import_module(scripts.get(module, module)).Args, args=options)
 
 
 def test_the_control_gets_the_steps_and_the_demonstrations_of_the_loop(tmp_path):
     """And the same seed, rate, optimizer and numbers: only what is taught differs."""
     args = Args(out=tmp_path, seeds=2)
-    train = importlib.import_module("train_sft").Args
+    train = importlib.import_module("ivt_agents.sft.train").Args
     parsed = {job.name: tyro.cli(train, args=list(job.command[3:])) for job in _training(args)}
     for seed in range(2):
         loop, control = parsed[f"loop-{seed}"], parsed[f"control-{seed}"]
