@@ -44,23 +44,23 @@ class Args:
 def write_set(root: Path) -> None:
     """80,512 expressions in the REFER layout; pictures are hard links to 50 JPEG files of 640 x 480."""
     rng = np.random.default_rng(0)
-    pictures = root / "images" / "mscoco" / "images" / "train2014"
-    pictures.mkdir(parents=True)
+    folder = root / "images" / "mscoco" / "images" / "train2014"
+    folder.mkdir(parents=True)
     (root / "refcocog").mkdir()
     originals = []
     for number in range(50):
         # Smooth noise: it compresses about as a photograph does (some 80 KB).
         noise = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
         detail = rng.normal(0, 12, (*SIZE, 3))
-        picture = np.asarray(Image.fromarray(noise).resize(SIZE[::-1], Image.Resampling.BICUBIC)) + detail
+        pixels = np.asarray(Image.fromarray(noise).resize(SIZE[::-1], Image.Resampling.BICUBIC)) + detail
         path = root / f"original{number}.jpg"
-        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=85)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=85)
         originals.append(path)
     images, annotations, refs = [], [], []
     objects = EXPRESSIONS // 2
     for image in range(PICTURES + 2):  # the last two are val and test
         name = f"COCO_train2014_{image + 1:012d}.jpg"
-        os.link(originals[image % len(originals)], pictures / name)
+        os.link(originals[image % len(originals)], folder / name)
         images.append({"id": image + 1, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
     for number in range(objects + 2):
         image = number % PICTURES + 1 if number < objects else PICTURES + 1 + number - objects

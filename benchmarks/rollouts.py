@@ -94,13 +94,13 @@ def _library_turn(policy: VLMPolicy, observations: Any, count: int) -> None:
     pad = policy.sampling.pad_id
     ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in prompts])
     mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts])
-    pictures = [picture for p in prompts for picture in p.pictures]
+    encoded = [one for p in prompts for one in p.pictures]
     out = policy.core.generate(
         input_ids=ids,
         attention_mask=mask,
         mm_token_type_ids=(ids == policy.image_token).int(),
-        pixel_values=torch.cat([p.patches for p in pictures]),
-        image_grid_thw=torch.tensor([p.grid for p in pictures]),
+        pixel_values=torch.cat([p.patches for p in encoded]),
+        image_grid_thw=torch.tensor([p.grid for p in encoded]),
         do_sample=True,
         top_k=0,
         temperature=1.0,

@@ -149,9 +149,9 @@ def row(pictures: Sequence[Picture], names: Sequence[str], gap: int = 8, line: i
     return np.asarray(page)
 
 
-def write_png(path: Path, picture: Picture) -> None:
+def write_png(path: Path, pixels: Picture) -> None:
     """Write a PNG of 256 colours: a third of the size, and nothing that matters here is lost."""
-    image = Image.fromarray(picture).quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image = Image.fromarray(pixels).quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
     print(path)
 

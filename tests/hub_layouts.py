@@ -114,7 +114,7 @@ def things_of(refer: ReferFolder) -> list[Thing]:
     names = {entry["id"]: entry["name"] for entry in refer.instances["categories"]}
     found = []
     for ref in refer.refs:
-        image = refer.image_of(ref)
+        image = refer.annotated_image(ref)
         found.append(
             Thing(
                 ref["split"], ref["image_id"], ref["ann_id"], ref["ref_id"],

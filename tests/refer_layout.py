@@ -46,11 +46,11 @@ class ReferFolder:
     def annotation_of(self, ref: dict[str, Any]) -> dict[str, Any]:
         return next(a for a in self.instances["annotations"] if a["id"] == ref["ann_id"])
 
-    def image_of(self, ref: dict[str, Any]) -> dict[str, Any]:
+    def annotated_image(self, ref: dict[str, Any]) -> dict[str, Any]:
         return next(i for i in self.instances["images"] if i["id"] == ref["image_id"])
 
     def picture_of(self, ref: dict[str, Any]) -> Path:
-        return self.pictures / self.image_of(ref)["file_name"]
+        return self.pictures / self.annotated_image(ref)["file_name"]
 
     def refs_of(self, split: str) -> list[dict[str, Any]]:
         return [ref for ref in self.refs if ref["split"] == split]

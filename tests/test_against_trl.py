@@ -317,8 +317,8 @@ def replay(env, policy: Any, index: int, texts: list[str], ids: list[int]) -> tu
     prompt, turn, total, first = None, None, 0.0, 0
     for text in texts:
         shown = images_of(observations, 0)
-        pictures = policy.dialogue.process([image for image, _ in shown])
-        views = [(picture, window) for picture, (_, window) in zip(pictures, shown, strict=True)]
+        encoded = policy.dialogue.process([image for image, _ in shown])
+        views = [(one, window) for one, (_, window) in zip(encoded, shown, strict=True)]
         box = observations["box"][0]
         question = (observations["expression"][0], box if box.any() else None, views)
         prompt = policy.dialogue.following(turn, *question) if turn else policy.dialogue.prompt(*question)

@@ -61,10 +61,10 @@ def test_boxes_in_pixels_are_the_boxes_as_drawn():
 def test_pictures_have_the_annotated_size_and_the_pixels_of_the_file():
     photos = Photos()
     for i, row in enumerate(ROWS):
-        picture = photos.picture(photos[i])
-        assert picture.shape == (*photos[i].size, 3)
+        pixels = photos.picture(photos[i])
+        assert pixels.shape == (*photos[i].size, 3)
         with Image.open(FOLDER / row["image"]) as image:
-            assert np.array_equal(picture, np.asarray(image.convert("RGB")))
+            assert np.array_equal(pixels, np.asarray(image.convert("RGB")))
 
 
 def test_only_the_two_eyes_are_siblings():

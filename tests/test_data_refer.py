@@ -84,7 +84,7 @@ def test_every_expression_is_served_once_with_its_box_and_picture(tmp_path, name
 def test_record_of_the_published_annotations_converts_as_stated(layout):
     """RefCOCO ref 0, as VLM-R1 prints it: xyxy 103.93, 299.99, 238.15, 477.41 in 427x640."""
     ref = layout.refs[0]
-    image = layout.image_of(ref)
+    image = layout.annotated_image(ref)
     image["height"], image["width"] = 640, 427
     for other in layout.refs[1:]:  # its neighbours lie outside the new size
         if other["image_id"] == ref["image_id"]:
@@ -169,7 +169,7 @@ def test_missing_pictures_are_named_with_the_archive_that_holds_them(layout):
 
 def test_exif_rotation_does_not_move_a_picture_under_its_boxes(layout):
     """The boxes refer to the annotated 600x400; a rotation note would give 400x600."""
-    ref = next(r for r in layout.refs if layout.image_of(r)["width"] == 600)
+    ref = next(r for r in layout.refs if layout.annotated_image(r)["width"] == 600)
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(layout.picture_of(ref)) as image:
@@ -317,7 +317,7 @@ def set_sentence(key, value):
 
 
 def set_image(**entries):
-    return lambda layout, ref: layout.image_of(ref).update(entries)
+    return lambda layout, ref: layout.annotated_image(ref).update(entries)
 
 
 def drop(where, key):
@@ -333,7 +333,7 @@ def remove_annotation(layout, ref):
 
 
 def remove_image(layout, ref):
-    layout.instances["images"].remove(layout.image_of(ref))
+    layout.instances["images"].remove(layout.annotated_image(ref))
 
 
 def remove_category(layout, ref):
@@ -438,8 +438,8 @@ def test_pictures_of_other_kinds_come_back_as_rgb_with_their_boxes(layout, kind)
         for index in range(len(dataset)):
             sample = dataset[index]
             assert sample == before[sample.sample_id]
-            picture = dataset.picture(sample)
-            assert picture.shape == (*sample.size, 3) and picture.std() > 10
+            pixels = dataset.picture(sample)
+            assert pixels.shape == (*sample.size, 3) and pixels.std() > 10
     assert len(before) == len(layout.known)
 
 

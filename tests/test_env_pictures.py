@@ -146,8 +146,8 @@ def test_a_closeup_shows_its_window_cut_from_the_full_resolution_picture(view):
     for index in (0, 6, 12, 15):
         first, _ = env.reset(options={"index": index})
         assert first["window"].tolist() == [0, 0, 1, 1]
-        picture = env.dataset.picture(env.sample)
-        canvas, extent = place_on_canvas(picture, 200)
+        pixels = env.dataset.picture(env.sample)
+        canvas, extent = place_on_canvas(pixels, 200)
         np.testing.assert_array_equal(first[image], canvas)
         assert tuple(first[extent_key]) == extent
         box = np.float32([0.4, 0.35, 0.52, 0.5])
@@ -155,13 +155,13 @@ def test_a_closeup_shows_its_window_cut_from_the_full_resolution_picture(view):
         window, (height, width) = seen["window"], seen[extent_key]
         assert max(height, width) == 200
         assert (window[:2] < box[:2]).all() and (window[2:] > box[2:]).all()
-        x1, y1, x2, y2 = (window * np.array([*picture.shape[1::-1]] * 2)).round().astype(int)
+        x1, y1, x2, y2 = (window * np.array([*pixels.shape[1::-1]] * 2)).round().astype(int)
         # Smaller than the canvas, so it was enlarged; the whole canvas would be too blurred to match.
         assert max(x2 - x1, y2 - y1) < 200
         back = np.array([y1, x1]) + np.indices((y2 - y1, x2 - x1)).reshape(2, -1).T
         places = ((back - (y1, x1) + 0.5) * ((height / (y2 - y1)), (width / (x2 - x1)))).astype(int)
         shown = seen[image][places[:, 0], places[:, 1]].astype(float)
-        true = picture[back[:, 0], back[:, 1]].astype(float)
+        true = pixels[back[:, 0], back[:, 1]].astype(float)
         assert np.median(np.abs(shown - true)) <= 4
         # The box is drawn where it lies within the window.
         red = np.argwhere((seen[image] == (255, 0, 0)).all(-1))

@@ -404,7 +404,7 @@ def test_pictures_that_are_not_cocos_are_not_asked_for(tmp_path):
     assert command.picture_names("refcocog", "val", tmp_path) == sorted(
         {layout.picture_of(ref).name for ref in layout.refs_of("val")}
     )
-    layout.image_of(layout.refs_of("val")[0])["file_name"] = "holiday.jpg"
+    layout.annotated_image(layout.refs_of("val")[0])["file_name"] = "holiday.jpg"
     layout.save()
     with pytest.raises(DataError, match=r"refcocog val names the picture 'holiday\.jpg'"):
         command.picture_names("refcocog", "val", tmp_path)

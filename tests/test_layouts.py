@@ -103,16 +103,16 @@ def test_memories_of_unlike_lengths_side_by_side_change_nothing():
     whole = (0.0, 0.0, 1.0, 1.0)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (*s, 3), dtype=np.uint8) for s in ((96, 96), (64, 96), (96, 96), (80, 64))]
-    pictures = policy.dialogue.process(images)
+    encoded = policy.dialogue.process(images)
     asked = ["the ring", "the second large striped circle from the left"]
-    prompts = [policy.dialogue.prompt(e, None, [(p, whole)]) for e, p in zip(asked, pictures[:2], strict=True)]
+    prompts = [policy.dialogue.prompt(e, None, [(p, whole)]) for e, p in zip(asked, encoded[:2], strict=True)]
     greedy = replace(policy.sampling, temperature=0.0)
     memories: list[Memory | None] = [None, None]
     turns = generate(policy.core.eval(), prompts, greedy, None, True, memories)
     assert [m.length for m in memories if m] == [len(t.prompt.ids) + len(t.completion) - 1 for t in turns]
     later = [
         policy.dialogue.following(t, e, (0.1, 0.2, 0.6, 0.9), [(p, whole)])
-        for t, e, p in zip(turns, asked, pictures[2:], strict=True)
+        for t, e, p in zip(turns, asked, encoded[2:], strict=True)
     ]
     assert len(later[0].ids) != len(later[1].ids)
     # One of them has forgotten everything and is computed anew beside the other.

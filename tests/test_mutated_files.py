@@ -79,15 +79,15 @@ def parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> Mutate:
 
 
 def exports(root: Path) -> Iterator[Case]:
-    pictures = root / "pictures"
-    pictures.mkdir(parents=True)
+    folder = root / "pictures"
+    folder.mkdir(parents=True)
     for name in ("a.jpg", "b.jpg"):
-        Image.new("RGB", (40, 30), (9, 99, 200)).save(pictures / name)
+        Image.new("RGB", (40, 30), (9, 99, 200)).save(folder / name)
 
     def converts(convert: Callable[..., Any], file: Path) -> Callable[[], Any]:
         def run() -> None:
             shutil.rmtree(root / "out", ignore_errors=True)
-            convert(file, pictures, root / "out", "my-set")
+            convert(file, folder, root / "out", "my-set")
             opens(root / "out", "custom", "train")()
 
         return run

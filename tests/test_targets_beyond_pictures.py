@@ -62,7 +62,7 @@ def test_nothing_is_clipped_or_dropped_in_any_layout_of_the_refcoco_family(tmp_p
 def test_nothing_is_clipped_or_dropped_in_the_refer_layout(tmp_path):
     layout = write_refer_folder(tmp_path, "refcocog")
     ref = layout.refs_of("train")[-1]
-    height, width = layout.image_of(ref)["height"], layout.image_of(ref)["width"]
+    height, width = layout.annotated_image(ref)["height"], layout.annotated_image(ref)["width"]
     for bbox in ([-1, -0.5, width + 2, height + 1.5], [-40.5, 3, 60, 20], [width - 5, height - 9, 30, 30]):
         layout.annotation_of(ref)["bbox"] = bbox
         layout.save()

@@ -58,8 +58,8 @@ def to_turns(
             names = [(sample.picture_id, box, k) for k in range(len(seen))]
             images |= {name: image for name, (image, _) in zip(names, seen, strict=True)}
             shown.append([(name, window) for name, (_, window) in zip(names, seen, strict=True)])
-    pictures = dict(zip(images, dialogue.process(list(images.values())), strict=True))
-    views = iter([[(pictures[name], window) for name, window in one] for one in shown])
+    encoded = dict(zip(images, dialogue.process(list(images.values())), strict=True))
+    views = iter([[(encoded[name], window) for name, window in one] for one in shown])
     turns = []
     for demonstration, boxes_shown in zip(demonstrations, states, strict=True):
         expression = dataset[demonstration.index].expression

@@ -238,11 +238,11 @@ class RolloutProcessor(PictureProcessor):
         """
         if not images or not all(isinstance(room, RolloutPictures) and len(room) for room in images):
             raise ValueError("rollouts without pictures: give the trainer rollout_func=TRLRollout(...)")
-        pictures = [picture for room in images for picture in room]
+        encoded = [one for room in images for one in room]
         return BatchFeature(
             {
-                "pixel_values": torch.cat([p.patches for p in pictures]),
-                "image_grid_thw": torch.tensor([p.grid for p in pictures]),
+                "pixel_values": torch.cat([p.patches for p in encoded]),
+                "image_grid_thw": torch.tensor([p.grid for p in encoded]),
             }
         )
 

@@ -199,13 +199,13 @@ class VLMPolicy:
             ]
             images |= {name: image for name, (image, _) in zip(names, shown, strict=True)}
             named.append(((key, *names), names))
-        pictures = dict(zip(images, self.dialogue.process(list(images.values())), strict=True))
+        encoded = dict(zip(images, self.dialogue.process(list(images.values())), strict=True))
         made: dict[Hashable, Prompt] = {}
         for (row, shown), (whole, names) in zip(asked, named, strict=True):
             if whole in made:
                 continue
             box = observations["box"][row]
-            views = [(pictures[name], window) for name, (_, window) in zip(names, shown, strict=True)]
+            views = [(encoded[name], window) for name, (_, window) in zip(names, shown, strict=True)]
             question = (observations["expression"][row], box if box.any() else None, views)
             if row in self._said:
                 made[whole] = self.dialogue.following(self._said[row][0], *question)

@@ -40,7 +40,7 @@ _COCO_FILE = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})\.\w+")
 
 def from_coco(
     annotations: str | os.PathLike[str],
-    pictures: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
     name: str,
     expression_key: str = "caption",
@@ -56,7 +56,7 @@ def from_coco(
 
     Args:
         annotations: the JSON file with ``images``, ``annotations`` and ``categories``.
-        pictures: the folder that the ``file_name`` of the images are in.
+        image_folder: the folder that the ``file_name`` of the images are in.
         out: the folder to write; it must not hold a data set.
         name: the label of the data set.
         expression_key: the key of an annotation that holds its expression (a text, or a list of
@@ -70,7 +70,7 @@ def from_coco(
         DataError: for files that are missing or broken, too many unusable annotations, an ``out``
             that holds a data set, shares that do not work out, and pictures that cannot be written.
     """
-    source, folder = Path(annotations), Path(pictures)
+    source, folder = Path(annotations), Path(image_folder)
     remedy = "correct the file, or export it again"
     writer = Writer(Path(out), Declared(name, "xywh", "px"), copy)
     content = read_json(source, remedy)

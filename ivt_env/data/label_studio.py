@@ -41,7 +41,7 @@ _NO_BOX = re.compile("(polygon|ellipse|keypoint|brush|vector|bitmask)(labels)?")
 
 def from_label_studio(
     export_file: str | os.PathLike[str],
-    pictures: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
     name: str,
     expression_key: str | None = None,
@@ -59,7 +59,7 @@ def from_label_studio(
 
     Args:
         export_file: the JSON export (not JSON-MIN).
-        pictures: the folder that holds the pictures: the uploaded files, or what
+        image_folder: the folder that holds the pictures: the uploaded files, or what
             ``/data/local-files/?d=`` is relative to.
         out: the folder to write; it must not hold a data set.
         name: the label of the data set.
@@ -74,7 +74,7 @@ def from_label_studio(
     Raises:
         DataError: as ``from_coco``.
     """
-    source, folder = Path(export_file), Path(pictures)
+    source, folder = Path(export_file), Path(image_folder)
     if expression_key is not None and not expression_key.startswith("data."):
         raise DataError(f"expression_key {expression_key!r} is not 'data.<field>'; name a field of the task's data")
     writer = Writer(Path(out), Declared(name, "xywh", "relative"), copy)

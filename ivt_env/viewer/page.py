@@ -132,16 +132,16 @@ def script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def picture_jpeg(picture: Picture, episode: Episode, max_side: int) -> bytes:
+def picture_jpeg(pixels: Picture, episode: Episode, max_side: int) -> bytes:
     """The picture as a JPEG file, at most ``max_side`` pixels on its longer side.
 
     Raises:
         DataError: for what is no picture, and for one of another shape than the episode was played on.
     """
     where = f"picture {episode.picture_id!r} of {where_of(episode)}"
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise DataError(f"{where} is {picture.dtype} {picture.shape}, it must be uint8 (height, width, 3)")
-    shown_height, shown_width = picture.shape[:2]
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise DataError(f"{where} is {pixels.dtype} {pixels.shape}, it must be uint8 (height, width, 3)")
+    shown_height, shown_width = pixels.shape[:2]
     height, width = episode.size
     # A picture scaled to whole pixels is off by less than one pixel a side; more is another picture.
     if abs(shown_width * height - width * shown_height) > width + height:
@@ -149,7 +149,7 @@ def picture_jpeg(picture: Picture, episode: Episode, max_side: int) -> bytes:
             f"{where} is {shown_width}x{shown_height} pixels, the episode says {width}x{height}: "
             "the shapes differ, so its boxes would be drawn in the wrong place"
         )
-    image = Image.fromarray(picture)
+    image = Image.fromarray(pixels)
     image.thumbnail((max_side, max_side))
     encoded = io.BytesIO()
     # 4:4:4, because shared colour samples smear the edges of small coloured shapes.
