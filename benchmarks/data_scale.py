@@ -2,7 +2,7 @@
 
     python benchmarks/data_scale.py
 
-Writes 80,512 expressions on 20,000 pictures in the REFER layout (each picture is a link to one of a
+Writes 80,512 expressions on 20,000 images in the REFER layout (each image is a link to one of a
 few real JPEG files, so the disk is spared), converts them, and measures in fresh processes. Times are
 given beside another way of doing the same in the same run: the JPEG decode alone, and the reading of
 the annotations without the converted form.
@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-EXPRESSIONS, PICTURES, SIZE = 80_512, 20_000, (480, 640)
+EXPRESSIONS, IMAGES, SIZE = 80_512, 20_000, (480, 640)
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Args:
     folder: Path | None = None
     """Where to write the set; None: a temporary folder that is removed afterwards."""
     samples: int = 2000
-    """Samples read at random, picture included."""
+    """Samples read at random, image included."""
     workers: int = 4
     """Processes that open the set at once."""
     json: bool = False
@@ -42,7 +42,7 @@ class Args:
 
 
 def write_set(root: Path) -> None:
-    """80,512 expressions in the REFER layout; pictures are hard links to 50 JPEG files of 640 x 480."""
+    """80,512 expressions in the REFER layout; images are hard links to 50 JPEG files of 640 x 480."""
     rng = np.random.default_rng(0)
     folder = root / "images" / "mscoco" / "images" / "train2014"
     folder.mkdir(parents=True)
@@ -58,15 +58,15 @@ def write_set(root: Path) -> None:
         originals.append(path)
     images, annotations, refs = [], [], []
     objects = EXPRESSIONS // 2
-    for image in range(PICTURES + 2):  # the last two are val and test
+    for image in range(IMAGES + 2):  # the last two are val and test
         name = f"COCO_train2014_{image + 1:012d}.jpg"
         os.link(originals[image % len(originals)], folder / name)
         images.append({"id": image + 1, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
     for number in range(objects + 2):
-        image = number % PICTURES + 1 if number < objects else PICTURES + 1 + number - objects
+        image = number % IMAGES + 1 if number < objects else IMAGES + 1 + number - objects
         box = [float(v) for v in (*rng.uniform(0, 300, 2).round(2), *rng.uniform(20, 180, 2).round(2))]
         annotations.append({"id": number + 1, "image_id": image, "category_id": 1 + number % 80, "bbox": box})
-        split = "train" if image <= PICTURES else ("val" if image == PICTURES + 1 else "test")
+        split = "train" if image <= IMAGES else ("val" if image == IMAGES + 1 else "test")
         texts = [f"the thing of kind {number % 80} number {number} {k}" for k in range(2)]
         sentences = [{"tokens": [], "raw": t, "sent": t, "sent_id": 2 * number + k} for k, t in enumerate(texts)]
         refs.append(
@@ -111,7 +111,7 @@ def _open(root: Path, samples: int) -> dict[str, float]:
 
 
 def _read(root: Path, samples: int) -> dict[str, float]:
-    """Random samples with their pictures, and the same files decoded by Pillow alone, in turns."""
+    """Random samples with their images, and the same files decoded by Pillow alone, in turns."""
     from ivt_env.data import load_dataset
 
     dataset = load_dataset("refcocog", "train", root, strict=True)
@@ -122,9 +122,9 @@ def _read(root: Path, samples: int) -> dict[str, float]:
         start = time.perf_counter()
         sample = dataset[number]
         index += time.perf_counter() - start
-        dataset.picture(sample)
+        dataset.image(sample)
         ours += time.perf_counter() - start
-        path = dataset.picture_path(sample)
+        path = dataset.image_path(sample)
         start = time.perf_counter()
         with Image.open(path) as image:
             np.asarray(image.convert("RGB"))
@@ -175,7 +175,7 @@ def main(args: Args) -> None:
         "first_over_later": first["seconds"] / later["seconds"],
         "later_opening_added_mb": later["mb"],
         "later_opening_process_mb": later["whole_mb"],
-        "sample_and_picture_ms": read["ms"],
+        "sample_and_image_ms": read["ms"],
         "decode_alone_ms": read["decode_ms"],
         "sample_over_decode": read["ms"] / read["decode_ms"],
         "sample_alone_ms": read["index_ms"],

@@ -2,13 +2,13 @@
 
     python benchmarks/env_speed.py
 
-Everything runs in this process on the same made-up pictures of 640 x 480 and the same random boxes, and
+Everything runs in this process on the same made-up images of 640 x 480 and the same random boxes, and
 in turns: each repetition measures every way once, and medians over the repetitions are printed. The
 ratios to the plain Pillow loop are what counts; absolute times depend on the machine. Beside the wall
 time stands the CPU time of the process, which other programs on the machine disturb less.
 
-Steps are proposals of valid boxes. The first rows know no resets, as the plain loop opens its picture once;
-rows named "episodes" are episodes of 3 steps with their resets (the picture is placed on a new canvas; the
+Steps are proposals of valid boxes. The first rows know no resets, as the plain loop opens its image once;
+rows named "episodes" are episodes of 3 steps with their resets (the image is placed on a new canvas; the
 vector environment plays groups of 8 on one sample and places it once for them). The last columns compare
 with one environment at the same work. The close-up's time is given separately: nearly all of it is Pillow's
 bicubic resize of the region, which the plain loop lacks.
@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ivt_agents.command import run_command
-from ivt_env.data.sample import Picture, Sample
+from ivt_env.data.sample import ImageArray, Sample
 from ivt_env.env import GroundingEnv
 from ivt_env.vector_env import GroundingVectorEnv
 
@@ -65,7 +65,7 @@ class Args:
 
 
 class MadeUp:
-    """Eight pictures of 640 x 480 in memory, four samples on each."""
+    """Eight images of 640 x 480 in memory, four samples on each."""
 
     name, split = "made-up", "train"
 
@@ -73,7 +73,7 @@ class MadeUp:
         rng = np.random.default_rng(0)
         coarse = rng.integers(0, 256, (8, 12, 16, 3), dtype=np.uint8)
         large = [Image.fromarray(c).resize(SIZE[::-1], Image.Resampling.BICUBIC) for c in coarse]
-        self.pictures = [np.asarray(picture) for picture in large]
+        self.images = [np.asarray(image) for image in large]
         self.boxes = random_boxes(len(self), seed=1).astype(float).tolist()
 
     def __len__(self) -> int:
@@ -82,20 +82,20 @@ class MadeUp:
     def __getitem__(self, index: int) -> Sample:
         return Sample(f"s{index}", f"p{index // 4}", "the thing", tuple(self.boxes[index]), SIZE, self.name, self.split)
 
-    def picture(self, sample: Sample) -> Picture:
+    def image(self, sample: Sample) -> ImageArray:
         """One of the eight, shared."""
-        return self.pictures[int(sample.picture_id[1:])]
+        return self.images[int(sample.image_id[1:])]
 
 
 def random_boxes(count: int, seed: int = 0) -> np.ndarray:
-    """Valid boxes (count, 4), float32: two uniform corners, a ninth of the picture on average."""
+    """Valid boxes (count, 4), float32: two uniform corners, a ninth of the image on average."""
     corners = np.sort(np.random.default_rng(seed).random((count, 2, 2)), axis=1)
     return corners.reshape(count, 4).astype(np.float32)
 
 
-def plain(picture: Picture, boxes: np.ndarray) -> Way:
+def plain(image: ImageArray, boxes: np.ndarray) -> Way:
     """The loop as one would write it with Pillow: paste, draw in RGBA, composite, to an array."""
-    opened = Image.fromarray(picture)
+    opened = Image.fromarray(image)
 
     def play() -> int:
         for x1, y1, x2, y2 in boxes:
@@ -210,7 +210,7 @@ def main(args: Args) -> None:
     """Measure and print."""
     dataset, boxes = MadeUp(), random_boxes(args.steps)
     ways: dict[str, Way] = {
-        "plain Pillow": plain(dataset.pictures[0], boxes),
+        "plain Pillow": plain(dataset.images[0], boxes),
         "one environment": single(dataset, boxes),
     }
     for number in args.num_envs:

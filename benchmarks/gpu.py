@@ -179,7 +179,7 @@ def against_cpu(turns: list[Turn], scorer: TokenScorer, core: Any) -> dict[str, 
 def forget(turns: list[Turn]) -> None:
     """Drop kept encodings: they lie on the other device."""
     for turn in turns:
-        for image in turn.prompt.pictures:
+        for image in turn.prompt.images:
             image.features = image.deepstack = None
 
 

@@ -12,9 +12,9 @@ divergence to the reference. What is not as in a real run, and why:
 - Random weights neither stop nor write boxes. Every answer has exactly `--tokens` tokens, no end token is
   known, and the box of the next overlay is drawn at random.
 - The tokenizer is the tiny model's. The prompt is padded with words to `--text-tokens` tokens, and every
-  picture is resized to about `--pixels` pixels.
-- Only five photographs exist, so at the first turn members of different groups share pictures that in a
-  real run would be encoded separately (one picture in twenty of all that are shown).
+  image is resized to about `--pixels` pixels.
+- Only five photographs exist, so at the first turn members of different groups share images that in a
+  real run would be encoded separately (one image in twenty of all that are shown).
 
 **Phases** are exclusive and end with a synchronisation of the device; `sampling, parsing` holds all of a
 rollout that is not a forward pass. The first step warms up and is left out.
@@ -23,7 +23,7 @@ rollout that is not a forward pass. The first step warms up and is left out.
 hidden and q query width, V vocabulary, l layers; padding is not counted:
 
     prefill, decode     2 (N + A) n + 2 l q sum(L^2 of new, 2 past new)     + 2 h V per vocabulary row
-    vision tower        2 N_v p + 4 l_v h_v sum(p_i^2)                      p patches, p_i of one picture
+    vision tower        2 N_v p + 4 l_v h_v sum(p_i^2)                      p patches, p_i of one image
     update forward      as prefill, once for the policy and once for the reference
     update backward     2 N n + 4 A n + 4 l q sum(L^2) + 2 h V per vocabulary row
 
@@ -93,9 +93,9 @@ class Args:
     tokens: int = 40
     """Tokens of every answer."""
     text_tokens: int = 160
-    """Tokens of a prompt beside its picture, about."""
+    """Tokens of a prompt beside its image, about."""
     pixels: int = 480 * 640
-    """Pixels of a picture after the image processor, about."""
+    """Pixels of an image after the image processor, about."""
     layout: Literal["fresh", "prefix"] = "fresh"
     """A prompt of its own each step, or one growing conversation."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
@@ -317,7 +317,7 @@ class Counter:
             self.phases.tokens[phase] += len(rows)
 
     def tower(self, phase: str, _: Any, grid: torch.Tensor, *__: Any, **___: Any) -> None:
-        """A pass of the vision tower; ``grid`` (pictures, 3)."""
+        """A pass of the vision tower; ``grid`` (images, 3)."""
         patches = grid.prod(1).double().cpu()
         attention = 4 * self.shape.vision_layers * self.shape.vision_hidden * float((patches**2).sum())
         self.phases.flops[phase] += 2 * self.vision * float(patches.sum()) + attention
@@ -347,7 +347,7 @@ def instrument(phases: Phases, trainer: GRPOTrainer) -> None:
     phases.watch(trainer.env, "reset", "environment")
     phases.watch(trainer.env, "step", "environment")
     phases.watch(policy, "act", "sampling, parsing")
-    phases.watch(policy.dialogue, "process", "picture processing")
+    phases.watch(policy.dialogue, "process", "image processing")
     phases.watch(core, "get_image_features", "vision tower", count.tower)
     phases.watch(core.model, "forward", during, count.decoder)
     phases.watch(core.lm_head, "forward", head, count.head)

@@ -3,9 +3,9 @@
     python benchmarks/rollouts.py
 
 The same episodes three ways, in turn, in this process: with everything shared (equal prompts computed
-once, picture encodings kept, conversations continued on their caches), without any of it (the policy's
+once, image encodings kept, conversations continued on their caches), without any of it (the policy's
 own ``reuse=False``: every member of a group runs its own prompt, every turn runs the whole conversation and
-all its pictures again), and with the library's ``generate`` on the whole conversation, its pictures prepared
+all its images again), and with the library's ``generate`` on the whole conversation, its images prepared
 anew each turn, which is what one writes first. Answers are cut off
 at a fixed length and boxes are drawn at random, so that all ways play three turns of equally many tokens.
 The ratios are what counts: absolute times depend on the machine.
@@ -84,7 +84,7 @@ def play(env: GroundingVectorEnv, policy: VLMPolicy, args: Args, generated: bool
 
 
 def _library_turn(policy: VLMPolicy, observations: Any, count: int) -> None:
-    """One turn by the model's own ``generate``: whole conversations, all pictures."""
+    """One turn by the model's own ``generate``: whole conversations, all images."""
     prompts = policy.prompts_for(observations, range(count))
     for before in policy.seen:  # type: ignore[attr-defined]
         policy.dialogue.process(before)
@@ -94,7 +94,7 @@ def _library_turn(policy: VLMPolicy, observations: Any, count: int) -> None:
     pad = policy.sampling.pad_id
     ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in prompts])
     mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts])
-    encoded = [one for p in prompts for one in p.pictures]
+    encoded = [one for p in prompts for one in p.images]
     out = policy.core.generate(
         input_ids=ids,
         attention_mask=mask,

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import ivt_env  # noqa: E402, F401  (registers the ids)
 from ivt_agents.command import run_command  # noqa: E402
 from ivt_env.data import load_dataset  # noqa: E402
-from ivt_env.data.sample import Picture  # noqa: E402
+from ivt_env.data.sample import ImageArray  # noqa: E402
 from ivt_env.data.sheet import contact_sheet  # noqa: E402
 from ivt_env.env import GroundingEnv  # noqa: E402
 from ivt_env.rendering import caption_font  # noqa: E402
@@ -37,14 +37,14 @@ _BACKGROUND, _INK = (24, 26, 30), (235, 235, 235)
 
 @dataclass
 class Args:
-    """Draw the pictures of the gallery."""
+    """Draw the images of the gallery."""
 
     out: Path = Path(__file__).parent / "gallery"
-    """Folder of the pictures."""
+    """Folder of the images."""
 
 
 def main(args: Args) -> None:
-    """Draw and write every picture."""
+    """Draw and write every image."""
     args.out.mkdir(parents=True, exist_ok=True)
     photo = dict(env_id="IVT-Photos-v0", index=EYE, canvas=451)
     corrected = [near(photo, (-0.45, -0.5, 0.15, -0.1)), near(photo, (-0.06, -0.06, 0.05, 0.06)), None]
@@ -73,13 +73,15 @@ def near(where: Mapping[str, Any], by: Sequence[float]) -> list[float]:
     return np.clip(box + np.array(by) * np.tile(box[2:] - box[:2], 2), 0, 1).tolist()
 
 
-def episode(where: Mapping[str, Any], actions: Sequence[list[float] | None], crop: int | None = None) -> list[Picture]:
+def episode(
+    where: Mapping[str, Any], actions: Sequence[list[float] | None], crop: int | None = None
+) -> list[ImageArray]:
     """The frames of an episode, the one before the first action included.
 
     Args:
         where: ``env_id``, ``index`` and ``canvas``.
         actions: boxes; None is a stop.
-        crop: rows of the picture on the canvas, where there is an empty margin below it.
+        crop: rows of the image on the canvas, where there is an empty margin below it.
     """
     env, _ = make(**where, render_mode="rgb_array")
     frames = [env.render()]
@@ -92,8 +94,8 @@ def episode(where: Mapping[str, Any], actions: Sequence[list[float] | None], cro
     return frames
 
 
-def views() -> Picture:
-    """What an agent sees of one box with each view: the picture, and the region around the box."""
+def views() -> ImageArray:
+    """What an agent sees of one box with each view: the image, and the region around the box."""
     env, _ = make("IVT-Photos-v0", EYE, view="both", canvas=451)
     box = near({"env_id": "IVT-Photos-v0", "index": EYE}, (0.2, -0.1, 0.15, 0.2))
     observation = env.step({"box": box, "stop": 0})[0]
@@ -104,7 +106,7 @@ def views() -> Picture:
     return row(shown, ["overlay (the default)", 'closeup; "both" shows the two'])
 
 
-def overlays() -> Picture:
+def overlays() -> ImageArray:
     """The styles in which a box can be drawn for an agent."""
     options: list[dict[str, Any]] = [
         {},
@@ -119,7 +121,7 @@ def overlays() -> Picture:
     return row(shown, ["default: style fill, opacity 0.35", "style outline", "style both, another colour"])
 
 
-def splits() -> Picture:
+def splits() -> ImageArray:
     """A sample of each kind of scene with its target."""
     shown = []
     for split, index in (("test", 0), ("test_distractors", 1), ("test_small", 2)):
@@ -130,34 +132,34 @@ def splits() -> Picture:
     return row(shown, ["test", "test_distractors", "test_small"])
 
 
-def scaled(picture: Picture, height: int) -> Picture:
-    """A picture at another height."""
-    width = round(picture.shape[1] * height / picture.shape[0])
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
+def scaled(image: ImageArray, height: int) -> ImageArray:
+    """An image at another height."""
+    width = round(image.shape[1] * height / image.shape[0])
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def row(pictures: Sequence[Picture], names: Sequence[str], gap: int = 8, line: int = 24) -> Picture:
-    """Pictures of one height side by side, a name above each."""
-    height = pictures[0].shape[0]
-    width = sum(picture.shape[1] + gap for picture in pictures) + gap
+def row(images: Sequence[ImageArray], names: Sequence[str], gap: int = 8, line: int = 24) -> ImageArray:
+    """Images of one height side by side, a name above each."""
+    height = images[0].shape[0]
+    width = sum(image.shape[1] + gap for image in images) + gap
     page = Image.new("RGB", (width, height + line + 2 * gap), _BACKGROUND)
     pen, left = ImageDraw.Draw(page), gap
-    for picture, name in zip(pictures, names, strict=True):
+    for image, name in zip(images, names, strict=True):
         pen.text((left, gap // 2 + 2), name, font=caption_font(14), fill=_INK)
-        page.paste(Image.fromarray(picture), (left, line + gap))
-        left += picture.shape[1] + gap
+        page.paste(Image.fromarray(image), (left, line + gap))
+        left += image.shape[1] + gap
     return np.asarray(page)
 
 
-def write_png(path: Path, pixels: Picture) -> None:
+def write_png(path: Path, pixels: ImageArray) -> None:
     """Write a PNG of 256 colours: a third of the size, and nothing that matters here is lost."""
     image = Image.fromarray(pixels).quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
     print(path)
 
 
-def write_gif(path: Path, frames: Sequence[Picture], milliseconds: int) -> None:
-    """Write a moving picture that repeats; its last frame stays twice as long."""
+def write_gif(path: Path, frames: Sequence[ImageArray], milliseconds: int) -> None:
+    """Write a moving image that repeats; its last frame stays twice as long."""
     # One palette for all frames, so that colours do not flicker.
     strip = Image.fromarray(np.concatenate(list(frames)))
     palette = strip.quantize(256, method=Image.Quantize.MEDIANCUT)

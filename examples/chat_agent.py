@@ -2,7 +2,7 @@
 
     python examples/chat_agent.py http://127.0.0.1:8000/v1 --model X --episodes 3
 
-At every step the model is sent the picture with its current box drawn and the question, in a new conversation, and
+At every step the model is sent the image with its current box drawn and the question, in a new conversation, and
 its answer is played as it is. Without ``--model`` the server's only model is taken. A key, where one is needed, comes
 from the variable OPENAI_API_KEY. docs/text_actions.md shows what it prints.
 """
@@ -21,8 +21,8 @@ from PIL import Image
 import ivt_env  # noqa: F401  registers the ids
 from ivt_agents.command import run_command
 from ivt_agents.sft.teacher.openai import Budget, OpenAITeacher
-from ivt_env.data.sample import Picture
-from ivt_env.wrappers import TextActions, visible_picture
+from ivt_env.data.sample import ImageArray
+from ivt_env.wrappers import TextActions, visible_image
 
 
 @dataclass
@@ -48,12 +48,12 @@ class Args:
 
 
 class ChatModel(OpenAITeacher):
-    """The project's client, asked about one picture at a time."""
+    """The project's client, asked about one image at a time."""
 
-    def answer(self, picture: Picture, question: str, max_tokens: int) -> str:
+    def answer(self, image: ImageArray, question: str, max_tokens: int) -> str:
         """The model's text; an empty one where it said nothing."""
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, "PNG")
+        Image.fromarray(image).save(file, "PNG")
         shown = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
         content = [{"type": "image_url", "image_url": {"url": shown}}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
@@ -82,7 +82,7 @@ def main(args: Args) -> None:
         print(f"  {observation['text'].splitlines()[0]}")
         over = False
         while not over:
-            text = model.answer(visible_picture(observation), observation["text"], args.max_reply_tokens)
+            text = model.answer(visible_image(observation), observation["text"], args.max_reply_tokens)
             observation, reward, terminated, truncated, info = env.step(text)
             over, steps, failures = terminated or truncated, steps + 1, failures + info["parse_failure"]
             said = printable(" ".join(text.split()))

@@ -3,7 +3,7 @@
     python examples/trl_environment.py
 
 TRL's ``GRPOTrainer`` makes one environment for each rollout (``environment_factory``), generates an answer, hands
-it to the environment's tool and goes on with the picture that comes back. docs/trl.md compares this way with the
+it to the environment's tool and goes on with the image that comes back. docs/trl.md compares this way with the
 other one. Needs the train extra and TRL.
 """
 

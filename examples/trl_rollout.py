@@ -4,7 +4,7 @@
 
 TRL's ``GRPOTrainer`` asks a ``rollout_func`` for whole episodes; ``ivt_agents.trl.rollout`` plays them in the
 environment with the trainer's model and hands back token ids, log-probabilities, a mask of the sampled tokens,
-the pictures and the rewards. docs/trl.md compares this way with the other one. Needs the train extra and TRL.
+the images and the rewards. docs/trl.md compares this way with the other one. Needs the train extra and TRL.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from ivt_env.rollouts import make_vector_env
 STAGE_FILE = "stage.json"
 """Written into a stage's folder when it is done: the options that it was run with."""
 
-NOT_DECISIVE = frozenset({"out", "config", "resume", "overwrite", "tracker", "dry_run", "gpu_memory_gb", "picture"})
+NOT_DECISIVE = frozenset({"out", "config", "resume", "overwrite", "tracker", "dry_run", "gpu_memory_gb", "image"})
 """Options of a stage that may differ from those it was done with: they change no policy."""
 
 

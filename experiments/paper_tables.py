@@ -122,7 +122,7 @@ def version_1(played: Mapping[str, Played], *, markdown: bool = False) -> str:
 
 def version_2(played: Mapping[str, Played], *, markdown: bool = False) -> str:
     """The paper's second table: what each rule makes of the same rollouts, and what it gains on step 0."""
-    clusters = outcomes(played["base"].episodes).picture_ids
+    clusters = outcomes(played["base"].episodes).image_ids
     base = played["base"].columns["step_0"]
     lines = []
     for name in (n for n in ("base", "sft", "grpo", "own_gain", "single") if n in played):
@@ -141,7 +141,7 @@ def version_2(played: Mapping[str, Played], *, markdown: bool = False) -> str:
 
 def claims(played: Mapping[str, Played]) -> list[Claim]:
     """What the paper says of its recipe, held against these rollouts."""
-    clusters = outcomes(played["base"].episodes).picture_ids
+    clusters = outcomes(played["base"].episodes).image_ids
     base, sft, grpo = (rules(played[name]) for name in ("base", "sft", "grpo"))
     made = []
     fall = _compare("last", base["last_step"], base["step_0"], clusters)
@@ -191,7 +191,7 @@ def _what_grpo_did(
 def report(played: Mapping[str, Played], what: str) -> str:
     """Both tables and what came out, as text."""
     text = [what, "", version_1(played), "", NOTE, "", version_2(played), "", NOTE, REPORTED_2, ""]
-    text += ["Differences are paired over pictures, in points; the 95 % bootstrap interval of a difference that is"]
+    text += ["Differences are paired over images, in points; the 95 % bootstrap interval of a difference that is"]
     text += ["'not shown' holds zero. Boxes that no answer could be read from:"]
     text += [
         f"  {name}: {100 * rollout_summary(outcomes(p.episodes)).parse_failures.value:.1f} % of actions"

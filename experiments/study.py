@@ -6,7 +6,7 @@
 For each seed a policy is trained to refine (close-ups, lessons in verifying) and a control: the same base, the same
 number of gradient steps and demonstrations, all of them single shots. In the loop the base gives the first box and the
 policy goes on. Three more controls spend their compute on several
-answers, and with ``--large`` one on a larger picture. Then every policy answers the same samples of every test split,
+answers, and with ``--large`` one on a larger image. Then every policy answers the same samples of every test split,
 and the overlay of the loop is swapped. Each part is a command of the project, printed before it runs and written to
 ``commands.txt``; what is done is not done again, so a study that was cut off goes on.
 """
@@ -47,7 +47,7 @@ class Args:
     seeds: int = 3
     """Seeds of the loop and of its control."""
     scenes: int = 20_000
-    """Training pictures of the loop; each is asked about six times."""
+    """Training images of the loop; each is asked about six times."""
     steps: int = 600
     """Gradient steps of each policy."""
     batch: int = 240
@@ -63,7 +63,7 @@ class Args:
     alone: bool = False
     """Also play each trained policy by itself, from its own first box."""
     large: bool = False
-    """Train one more control, whose picture has twice the pixels: half an hour more on two cores."""
+    """Train one more control, whose image has twice the pixels: half an hour more on two cores."""
     jobs: int = 2
     """Commands at a time, one core each."""
 

@@ -1,4 +1,4 @@
-"""Where the pictures of a batch of observations stand: memory that is used again, and paint that is spared."""
+"""Where the images of a batch of observations stand: memory that is used again, and paint that is spared."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ivt_env.data.sample import Picture
+from ivt_env.data.sample import ImageArray
 from ivt_env.rendering import Sheet, pixel_rectangle
 
-Layer = tuple[Picture, Sheet | None, NDArray[np.float32] | None]
-"""What a row shows: a picture (S, S, 3) and, if a box (4,) is to be drawn, the sheet whose canvas that is. What was
+Layer = tuple[ImageArray, Sheet | None, NDArray[np.float32] | None]
+"""What a row shows: an image (S, S, 3) and, if a box (4,) is to be drawn, the sheet whose canvas that is. What was
 once given is never changed: the same object looks the same."""
 
 _SPARE = 2
@@ -24,7 +24,7 @@ _SPARE = 2
 class RecycledMemory:
     """Arrays whose memory is given out again once nobody holds them, or a view of them, any more.
 
-    A batch of pictures is so large that the allocator returns it to the system each time, and to fetch
+    A batch of images is so large that the allocator returns it to the system each time, and to fetch
     its pages again takes several times as long as to write into them.
     """
 
@@ -54,7 +54,7 @@ class RecycledMemory:
 
 
 class Batch:
-    """Paints one picture of each of N environments into an array (N, S, S, 3)."""
+    """Paints one image of each of N environments into an array (N, S, S, 3)."""
 
     def __init__(self, num_envs: int, side: int, copy: bool) -> None:
         """Set up.
@@ -71,7 +71,7 @@ class Batch:
         self._painted: list[Layer | None] = [None] * num_envs
 
     def paint(self, layers: Sequence[Layer]) -> NDArray[np.uint8]:
-        """The pictures (N, S, S, 3) of N canvases with a box drawn on each."""
+        """The images (N, S, S, 3) of N canvases with a box drawn on each."""
         if self.copy:
             array = self._memory.array(self._shape)
             for row, layer in zip(array, layers, strict=True):
@@ -86,7 +86,7 @@ class Batch:
         given.flags.writeable = False  # a caller's paint would show in all later steps
         return given
 
-    def _repaint(self, row: Picture, before: Layer | None, layer: Layer) -> None:
+    def _repaint(self, row: ImageArray, before: Layer | None, layer: Layer) -> None:
         """Turn a row that shows ``before`` into one that shows ``layer``."""
         canvas, sheet, box = layer
         if before is None or before[0] is not canvas:

@@ -1,7 +1,7 @@
 """Box arithmetic on arrays of any leading shape.
 
 A box is ``(x1, y1, x2, y2)``: left, top, right, bottom. Unless a name says ``_px``, coordinates
-are relative to the picture (0 = left or top edge, 1 = right or bottom edge). Areas are
+are relative to the image (0 = left or top edge, 1 = right or bottom edge). Areas are
 continuous: a box has width ``x2 - x1``, never ``x2 - x1 + 1``.
 """
 
@@ -19,16 +19,16 @@ NO_BOX = np.zeros(4, dtype=np.float32)
 
 
 FRAMES = {
-    "px": "pixels of the original picture",
-    "relative": "0 to 1, relative to the picture",
-    "thousandths": "0 to 1000, relative to the picture",
+    "px": "pixels of the original image",
+    "relative": "0 to 1, relative to the image",
+    "thousandths": "0 to 1000, relative to the image",
 }
 """What the numbers of a box can be measured in; beside these, a whole number N stands for 0 to N, relative to the
-picture (999, 1024, ...)."""
+image (999, 1024, ...)."""
 
 
 def frame_unit(frame: str | int) -> int | None:
-    """What the width and the height of a picture are in a frame (of ``FRAMES``, or N); None for pixels.
+    """What the width and the height of an image are in a frame (of ``FRAMES``, or N); None for pixels.
 
     Raises:
         ValueError: for a frame that there is not.
@@ -127,12 +127,12 @@ def to_pixels(boxes: ArrayLike, size: Sequence[int]) -> Array:
 
 
 def clip(boxes: ArrayLike) -> Array:
-    """Boxes clipped to the picture, shape (..., 4)."""
+    """Boxes clipped to the image, shape (..., 4)."""
     return np.clip(np.asarray(boxes, dtype=np.float64), 0.0, 1.0)
 
 
 def visible_part(box: Sequence[float]) -> tuple[float, float, float, float]:
-    """What of a single box lies inside the picture: all that a proposal can reach of a target that goes beyond it.
+    """What of a single box lies inside the image: all that a proposal can reach of a target that goes beyond it.
 
     Of a box that lies outside altogether, a sliver at the nearest edge: it has an area, as every proposal must.
     """
@@ -144,7 +144,7 @@ def visible_part(box: Sequence[float]) -> tuple[float, float, float, float]:
 
 
 def into_window(boxes: ArrayLike, window: ArrayLike) -> Array:
-    """Relative to the whole picture -> relative to ``window`` (itself relative to the picture)."""
+    """Relative to the whole image -> relative to ``window`` (itself relative to the image)."""
     b, w = np.asarray(boxes, dtype=np.float64), np.asarray(window, dtype=np.float64)
     origin = np.concatenate([w[..., :2], w[..., :2]], axis=-1)
     extent = np.concatenate([w[..., 2:] - w[..., :2]] * 2, axis=-1)
@@ -152,7 +152,7 @@ def into_window(boxes: ArrayLike, window: ArrayLike) -> Array:
 
 
 def out_of_window(boxes: ArrayLike, window: ArrayLike) -> Array:
-    """Relative to ``window`` -> relative to the whole picture; undoes ``into_window``."""
+    """Relative to ``window`` -> relative to the whole image; undoes ``into_window``."""
     b, w = np.asarray(boxes, dtype=np.float64), np.asarray(window, dtype=np.float64)
     origin = np.concatenate([w[..., :2], w[..., :2]], axis=-1)
     extent = np.concatenate([w[..., 2:] - w[..., :2]] * 2, axis=-1)
@@ -160,10 +160,10 @@ def out_of_window(boxes: ArrayLike, window: ArrayLike) -> Array:
 
 
 def closeup_window(box: ArrayLike, margin: float = 0.5, smallest: float = 0.25) -> Array:
-    """The region that a close-up around ``box`` (4,) shows, relative to the picture.
+    """The region that a close-up around ``box`` (4,) shows, relative to the image.
 
     The box grown by ``margin`` of its own size on each side, never smaller than ``smallest`` of
-    the picture, and shifted so that it stays inside it.
+    the image, and shifted so that it stays inside it.
     """
     b = np.asarray(box, dtype=np.float64)
     size = np.clip((b[2:] - b[:2]) * (1 + 2 * margin), smallest, 1.0)

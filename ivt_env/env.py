@@ -19,19 +19,19 @@ class GroundingEnv(Stateful, gym.Env[Observation, Action]):
     """Iterative visual grounding of one referring expression an episode.
 
     ## Description
-    The agent sees a picture and a referring expression and proposes a box. From then on it sees its
-    own box drawn on the picture, and refines it or stops.
+    The agent sees an image and a referring expression and proposes a box. From then on it sees its
+    own box drawn on the image, and refines it or stops.
 
     ## Action space
     `Dict(box: Box(0, 1, (4,), float32), stop: Discrete(2))`. `box` is `x1, y1, x2, y2` relative to
-    the whole picture (also where a close-up is shown). With `stop=1` the episode ends with the box
+    the whole image (also where a close-up is shown). With `stop=1` the episode ends with the box
     in force and `box` is ignored.
 
     ## Observation space
     | key | space | meaning |
     | --- | --- | --- |
-    | `image` | `Box(0, 255, (S, S, 3), uint8)` | canvas, the picture at its top left, the current box drawn |
-    | `extent` | `Box((2,), int32)` | height and width of the picture on the canvas, pixels |
+    | `image` | `Box(0, 255, (S, S, 3), uint8)` | canvas, the image at its top left, the current box drawn |
+    | `extent` | `Box((2,), int32)` | height and width of the image on the canvas, pixels |
     | `expression` | `Text` | what to find |
     | `box` | `Box(0, 1, (4,), float32)` | the current box; all zeros: none yet |
     | `step` | `Discrete(max_steps + 1)` | actions made so far |

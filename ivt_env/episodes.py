@@ -1,8 +1,8 @@
 """Episode records: what an agent did, step by step, and what it earned.
 
 An ``Episode`` is plain data. It can be saved, read back, scored and drawn without the model that
-made it. The file format is JSON lines, one episode a line, with the pictures beside it (``pictures/``,
-one file per distinct picture).
+made it. The file format is JSON lines, one episode a line, with the images beside it (``images/``,
+one file per distinct image).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 from PIL import Image
 
-from ivt_env.data.sample import DataError, Picture
+from ivt_env.data.sample import DataError, ImageArray
 from ivt_env.failures import reading
 from ivt_env.files import whole_file
 
 Box = tuple[float, float, float, float]
 
 _LONGEST_NAME = 200
-"""Of a picture's file, in bytes, before what tells it from others; file systems allow 255."""
+"""Of an image's file, in bytes, before what tells it from others; file systems allow 255."""
 
 
 @dataclass(slots=True)
@@ -57,14 +57,14 @@ class Episode:
     """One sample played to its end."""
 
     sample_id: str
-    picture_id: str
+    image_id: str
     dataset: str
     """What was really served, never merely asked for."""
     split: str
     expression: str
     target: Box
     size: tuple[int, int]
-    """(height, width) of the picture in pixels."""
+    """(height, width) of the image in pixels."""
     steps: list[Step]
     initial_box: Box | None = None
     """The box the episode started from, when it did not start from none."""
@@ -90,28 +90,28 @@ class Episode:
         return float(sum(s.reward for s in self.steps))
 
 
-def picture_file(picture_id: str) -> str:
-    """File name (inside ``pictures/``) of a picture id: safe on every file system."""
-    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", picture_id).lstrip(".") or "picture"
-    if safe != picture_id or len(safe) > _LONGEST_NAME:
+def image_file(image_id: str) -> str:
+    """File name (inside ``images/``) of an image id: safe on every file system."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", image_id).lstrip(".") or "image"
+    if safe != image_id or len(safe) > _LONGEST_NAME:
         # Ids that differ only in what was replaced or cut off must not share a file.
-        safe = safe[:_LONGEST_NAME] + "-" + hashlib.sha256(picture_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        safe = safe[:_LONGEST_NAME] + "-" + hashlib.sha256(image_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return safe + ".png"
 
 
 def save_episodes(
     folder: str | Path,
     episodes: Sequence[Episode],
-    picture_of: Callable[[Episode], Picture] | None = None,
+    image_of: Callable[[Episode], ImageArray] | None = None,
 ) -> Path:
-    """Write ``episodes.jsonl`` and, with ``picture_of``, each distinct picture; returns the file.
+    """Write ``episodes.jsonl`` and, with ``image_of``, each distinct image; returns the file.
 
     Each file appears whole or not at all, the episodes last.
     """
     folder = Path(folder)
-    if picture_of is not None:
-        for episode in {e.picture_id: e for e in episodes}.values():
-            save_picture(folder / "pictures" / picture_file(episode.picture_id), picture_of(episode))
+    if image_of is not None:
+        for episode in {e.image_id: e for e in episodes}.values():
+            save_image(folder / "images" / image_file(episode.image_id), image_of(episode))
     path = folder / "episodes.jsonl"
     with whole_file(path, "w") as file:
         for episode in episodes:
@@ -119,10 +119,10 @@ def save_episodes(
     return path
 
 
-def save_picture(path: Path, picture: Picture) -> None:
+def save_image(path: Path, image: ImageArray) -> None:
     """Write a PNG file whole or not at all."""
-    with whole_file(path, sync=False) as file:  # a power cut may cost a picture, which is named and taken from the data
-        Image.fromarray(picture).save(file, "PNG")
+    with whole_file(path, sync=False) as file:  # a power cut may cost an image, which is named and taken from the data
+        Image.fromarray(image).save(file, "PNG")
 
 
 def load_episodes(path: str | Path) -> list[Episode]:

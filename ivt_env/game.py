@@ -122,7 +122,7 @@ def iou_of_two(a: Sequence[float], b: Sequence[float]) -> float:
     """``boxes.iou`` of two single boxes, bit for bit, in a twentieth of the time.
 
     The same operations in the same order on plain floats; one step of an episode needs one number,
-    and NumPy's cost per call would exceed that of drawing the picture.
+    and NumPy's cost per call would exceed that of drawing the image.
     """
     ax1, ay1, ax2, ay2 = a
     bx1, by1, bx2, by2 = b

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ivt_env import boxes, rendering
 from ivt_env.batches import Layer
 from ivt_env.data import load_dataset
-from ivt_env.data.sample import Dataset, Picture, Sample
+from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.expression_space import Expression
 from ivt_env.game import Game
 from ivt_env.rendering import Overlay, Sheet
@@ -24,9 +24,9 @@ from ivt_env.rewards import RewardConfig
 Observation = dict[str, Any]
 Action = Mapping[str, Any]
 
-Loaded = tuple[Picture, Sheet]
+Loaded = tuple[ImageArray, Sheet]
 """A sample's image at full resolution, and on the canvas."""
-Closeup = tuple[Picture, tuple[int, int], NDArray[np.float32]]
+Closeup = tuple[ImageArray, tuple[int, int], NDArray[np.float32]]
 
 VIEWS = ("overlay", "closeup", "both")
 WHOLE = np.array([0, 0, 1, 1], dtype=np.float32)
@@ -37,11 +37,11 @@ DTYPES = {"box": np.float32, "step": np.int64, "extent": np.int32, "closeup_exte
 
 def observation_space(view: str, canvas: int, max_steps: int) -> spaces.Dict:
     """The observation space of one environment; see ``GroundingEnv``."""
-    picture = spaces.Box(0, 255, (canvas, canvas, 3), np.uint8)
+    image = spaces.Box(0, 255, (canvas, canvas, 3), np.uint8)
     extent = spaces.Box(0, canvas, (2,), np.int32)
     relative_box = spaces.Box(0.0, 1.0, (4,), np.float32)
     parts: dict[str, spaces.Space[Any]] = {
-        "image": picture,
+        "image": image,
         "extent": extent,
         "expression": Expression(),
         "box": relative_box,
@@ -50,7 +50,7 @@ def observation_space(view: str, canvas: int, max_steps: int) -> spaces.Dict:
     if view != "overlay":
         parts["window"] = relative_box
     if view == "both":
-        parts |= {"closeup": picture, "closeup_extent": extent}
+        parts |= {"closeup": image, "closeup_extent": extent}
     return spaces.Dict(parts)
 
 
@@ -71,8 +71,8 @@ class Screen:
 
     def load(self, sample: Sample) -> Loaded:
         """Decode a sample's image and place it on the canvas."""
-        picture = self.dataset.picture(sample)
-        return picture, Sheet(*rendering.place_on_canvas(picture, self.side), self.overlay)
+        image = self.dataset.image(sample)
+        return image, Sheet(*rendering.place_on_canvas(image, self.side), self.overlay)
 
     def closeup(self, loaded: Loaded, box: NDArray[np.float32] | None) -> Closeup:
         """The close-up of a box, or the whole canvas where there is none.
@@ -81,10 +81,10 @@ class Screen:
             image (S, S, 3), which is the cached canvas itself where there is no box; extent (height,
             width) on it; window (4,), xyxy relative to the whole image.
         """
-        picture, sheet = loaded
+        image, sheet = loaded
         if box is None:
             return sheet.canvas, sheet.extent, WHOLE
-        return rendering.closeup(picture, box, self.side, self.overlay)
+        return rendering.closeup(image, box, self.side, self.overlay)
 
     def look(self, loaded: Loaded, game: Game, closeup: Closeup | None = None) -> tuple[Observation, dict[str, Layer]]:
         """What an observation holds: the expression and the numbers, and for each image what to paint.
@@ -149,7 +149,7 @@ class LiveEpisode:
             f"box {box}   {game.sample.dataset}/{game.sample.split} {game.sample.sample_id}",
         ]
 
-    def frame(self) -> Picture:
+    def frame(self) -> ImageArray:
         """A captioned frame, RGB."""
         sheet, game = self.loaded[1], self.game
         return rendering.frame(sheet.canvas, sheet.extent, game.box, game.sample.box, self.caption())

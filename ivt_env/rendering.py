@@ -1,4 +1,4 @@
-"""Pictures on a canvas, overlays, close-ups and captioned frames. NumPy and Pillow only."""
+"""Images on a canvas, overlays, close-ups and captioned frames. NumPy and Pillow only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ivt_env import boxes
-from ivt_env.data.sample import Picture
+from ivt_env.data.sample import ImageArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +64,28 @@ class Overlay:
         return cls(**values)
 
 
-def place_on_canvas(picture: Picture, side: int) -> tuple[Picture, tuple[int, int]]:
-    """The picture at the top left of a black canvas.
+def place_on_canvas(image: ImageArray, side: int) -> tuple[ImageArray, tuple[int, int]]:
+    """The image at the top left of a black canvas.
 
     Args:
-        picture: RGB (height, width, 3); scaled down to fit if larger than the canvas, never enlarged.
+        image: RGB (height, width, 3); scaled down to fit if larger than the canvas, never enlarged.
         side: S, the canvas's side in pixels.
 
     Returns:
-        canvas (S, S, 3) and the extent (height, width) of the picture on it.
+        canvas (S, S, 3) and the extent (height, width) of the image on it.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     scale = min(1.0, side / max(height, width))
     if scale < 1:
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     canvas = np.zeros((side, side, 3), dtype=np.uint8)
-    canvas[:height, :width] = picture
+    canvas[:height, :width] = image
     return canvas, (height, width)
 
 
 def pixel_rectangle(box: ArrayLike, extent: Sequence[int]) -> tuple[int, int, int, int]:
-    """Integer pixels (x1, y1, x2, y2) of a relative box on a picture, within it; at least one pixel each way."""
+    """Integer pixels (x1, y1, x2, y2) of a relative box on an image, within it; at least one pixel each way."""
     # Plain floats: at every step of an episode, arrays of four numbers would take longer than drawing.
     x1, y1, x2, y2 = np.asarray(box, dtype=np.float64).tolist()
     height, width = extent
@@ -93,7 +93,7 @@ def pixel_rectangle(box: ArrayLike, extent: Sequence[int]) -> tuple[int, int, in
     return left, top, min(width, max(left + 1, round(x2 * width))), min(height, max(top + 1, round(y2 * height)))
 
 
-def draw_overlay(canvas: Picture, extent: Sequence[int], box: ArrayLike, overlay: Overlay) -> None:
+def draw_overlay(canvas: ImageArray, extent: Sequence[int], box: ArrayLike, overlay: Overlay) -> None:
     """Draw a relative box into ``canvas`` in place. Only the box's rectangle is touched."""
     x1, y1, x2, y2 = pixel_rectangle(box, extent)
     if overlay.style in ("fill", "both"):
@@ -112,22 +112,22 @@ def draw_overlay(canvas: Picture, extent: Sequence[int], box: ArrayLike, overlay
 
 
 class Sheet:
-    """A picture on its canvas, ready to be shown with one box after another.
+    """An image on its canvas, ready to be shown with one box after another.
 
     Where many boxes are drawn (a group of episodes, a long episode), the fill is blended once for the whole
-    picture, and a box is then a copy of its rectangle: the same pixels, several times as fast.
+    image, and a box is then a copy of its rectangle: the same pixels, several times as fast.
     """
 
     _BLENDED_SINGLY = 6
-    """Boxes, a ninth of the picture each on average, that cost about as much as blending the picture."""
+    """Boxes, a ninth of the image each on average, that cost about as much as blending the image."""
 
-    def __init__(self, canvas: Picture, extent: tuple[int, int], overlay: Overlay) -> None:
-        """Hold a canvas (S, S, 3) with a picture of ``extent`` (height, width); neither is ever changed."""
+    def __init__(self, canvas: ImageArray, extent: tuple[int, int], overlay: Overlay) -> None:
+        """Hold a canvas (S, S, 3) with an image of ``extent`` (height, width); neither is ever changed."""
         self.canvas, self.extent, self.overlay = canvas, extent, overlay
         self._drawn = 0
-        self._filled: Picture | None = None
+        self._filled: ImageArray | None = None
 
-    def draw(self, target: Picture, box: ArrayLike) -> None:
+    def draw(self, target: ImageArray, box: ArrayLike) -> None:
         """Draw a relative box into ``target`` (S, S, 3), a copy of the canvas, as ``draw_overlay`` does."""
         overlay = self.overlay
         if overlay.style == "outline":
@@ -146,11 +146,11 @@ class Sheet:
             _frame(target, rectangle, overlay.colour, overlay.width)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the blended picture: it can be made again."""
+        """Without the blended image: it can be made again."""
         return self.__dict__ | {"_filled": None}
 
 
-def _frame(canvas: Picture, rectangle: tuple[int, int, int, int], colour: Sequence[int], width: int) -> None:
+def _frame(canvas: ImageArray, rectangle: tuple[int, int, int, int], colour: Sequence[int], width: int) -> None:
     x1, y1, x2, y2 = rectangle
     w = min(width, max(1, (x2 - x1) // 2), max(1, (y2 - y1) // 2))
     for part in (
@@ -163,30 +163,30 @@ def _frame(canvas: Picture, rectangle: tuple[int, int, int, int], colour: Sequen
 
 
 def closeup(
-    picture: Picture, box: ArrayLike, side: int, overlay: Overlay
-) -> tuple[Picture, tuple[int, int], NDArray[np.float32]]:
-    """The region around a box, cut from the full-resolution picture and enlarged, the box drawn on it.
+    image: ImageArray, box: ArrayLike, side: int, overlay: Overlay
+) -> tuple[ImageArray, tuple[int, int], NDArray[np.float32]]:
+    """The region around a box, cut from the full-resolution image and enlarged, the box drawn on it.
 
     Returns:
         canvas (S, S, 3), the extent (height, width) of the region on it, and the window: the
-        region's box relative to the whole picture, (4,).
+        region's box relative to the whole image, (4,).
     """
     window = boxes.closeup_window(box)
-    x1, y1, x2, y2 = pixel_rectangle(window, picture.shape[:2])
-    region = Image.fromarray(picture[y1:y2, x1:x2])
+    x1, y1, x2, y2 = pixel_rectangle(window, image.shape[:2])
+    region = Image.fromarray(image[y1:y2, x1:x2])
     scale = side / max(x2 - x1, y2 - y1)
     width, height = max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale))
     canvas = np.zeros((side, side, 3), dtype=np.uint8)
     canvas[:height, :width] = np.asarray(region.resize((width, height), Image.Resampling.BICUBIC))
     # The window is what was really cut, after rounding to pixels.
-    window = boxes.to_relative([x1, y1, x2, y2], picture.shape[:2])
+    window = boxes.to_relative([x1, y1, x2, y2], image.shape[:2])
     draw_overlay(canvas, (height, width), boxes.clip(boxes.into_window(box, window)), overlay)
     return canvas, (height, width), window.astype(np.float32)
 
 
 def frame(
-    canvas: Picture, extent: Sequence[int], box: ArrayLike | None, target: ArrayLike, lines: Sequence[str]
-) -> Picture:
+    canvas: ImageArray, extent: Sequence[int], box: ArrayLike | None, target: ArrayLike, lines: Sequence[str]
+) -> ImageArray:
     """A frame for people: proposal (red, filled), target (green outline) and a caption below.
 
     Returns:
@@ -194,16 +194,16 @@ def frame(
         depends on S and the number of lines only; long lines are cut with an ellipsis.
     """
     side = canvas.shape[1]
-    picture = canvas.copy()
+    image = canvas.copy()
     if box is not None:
-        draw_overlay(picture, extent, box, Overlay(style="both", width=2))
-    _frame(picture, pixel_rectangle(target, extent), (0, 220, 90), 2)
+        draw_overlay(image, extent, box, Overlay(style="both", width=2))
+    _frame(image, pixel_rectangle(target, extent), (0, 220, 90), 2)
     size = max(11, side // 32)
     font = caption_font(size)
     line_height = round(size * 1.45)
     width, height = (v + v % 2 for v in (side, side + line_height * len(lines) + size // 2))
     page = Image.new("RGB", (width, height), (24, 26, 30))
-    page.paste(Image.fromarray(picture), (0, 0))
+    page.paste(Image.fromarray(image), (0, 0))
     pen = ImageDraw.Draw(page)
     for number, line in enumerate(lines):
         shown = _cut(" ".join(line.split()), side - size, lambda text: pen.textlength(text, font=font))

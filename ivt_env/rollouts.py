@@ -194,7 +194,7 @@ def begin_record(game: Game, agent: str, seed: int | None) -> Episode:
     sample = game.sample
     return Episode(
         sample_id=sample.sample_id,
-        picture_id=sample.picture_id,
+        image_id=sample.image_id,
         dataset=sample.dataset,
         split=sample.split,
         expression=sample.expression,

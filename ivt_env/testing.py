@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ivt_env import boxes
-from ivt_env.data.sample import DataError, Dataset, Picture, Sample
+from ivt_env.data.sample import DataError, Dataset, ImageArray, Sample
 from ivt_env.env import GroundingEnv
 from ivt_env.expression_space import MAX_EXPRESSION
 from ivt_env.rollouts import Agent, make_vector_env, play, waves
@@ -34,8 +34,8 @@ def check_dataset(dataset: Dataset, samples: int = 100) -> None:
     """Whether a data set keeps what ``Dataset`` and ``Sample`` promise, on some of its samples.
 
     Checked: the fields of each sample, boxes and siblings, unique ids, errors outside the range, the same
-    sample and picture at every reading, pictures (RGB uint8 of the stated size; one picture for one
-    ``picture_id``; none that a caller could draw on for all), pickling, and that a perfect box earns 1.
+    sample and image at every reading, images (RGB uint8 of the stated size; one image for one
+    ``image_id``; none that a caller could draw on for all), pickling, and that a perfect box earns 1.
 
     Args:
         dataset: to check.
@@ -50,7 +50,7 @@ def check_dataset(dataset: Dataset, samples: int = 100) -> None:
     size = len(dataset)
     indices = sorted({round(i) for i in np.linspace(0, size - 1, min(samples, size)).tolist()})
     seen: dict[str, int] = {}
-    pictures: dict[str, tuple[int, str]] = {}
+    images: dict[str, tuple[int, str]] = {}
     first: dict[int, Sample] = {}
     for index in indices:
         sample = first[index] = dataset[index]
@@ -59,18 +59,18 @@ def check_dataset(dataset: Dataset, samples: int = 100) -> None:
         if sample.sample_id in seen:
             _fail(f"{at} has the sample_id {sample.sample_id!r} of index {seen[sample.sample_id]}; ids must be unique")
         seen[sample.sample_id] = index
-        digest = _check_picture(dataset, sample, at)
-        other, known = pictures.setdefault(sample.picture_id, (index, digest))
+        digest = _check_image(dataset, sample, at)
+        other, known = images.setdefault(sample.image_id, (index, digest))
         if known != digest:
-            _fail(f"{at} and index {other} share the picture_id {sample.picture_id!r}, and their pictures differ")
+            _fail(f"{at} and index {other} share the image_id {sample.image_id!r}, and their images differ")
     # In another order than before: what a data set remembers of the last reading must not show.
     copied = pickle.loads(_pickled(dataset, where))
     for index in reversed(indices):
         for name, again in (("read again", dataset[index]), ("read from a pickled copy", copied[index])):
             if again != first[index]:
                 _fail(f"{where}[{index}], {name}, is another sample: {again} instead of {first[index]}")
-        if _digest(copied.picture(first[index])) != pictures[first[index].picture_id][1]:
-            _fail(f"{where}[{index}]: the picture that a pickled copy gives is another one")
+        if _digest(copied.image(first[index])) != images[first[index].image_id][1]:
+            _fail(f"{where}[{index}]: the image that a pickled copy gives is another one")
     env = GroundingEnv(dataset, canvas=64)
     for index in indices[:: max(1, len(indices) // 5)]:
         observation, info = env.reset(options={"index": index})
@@ -96,9 +96,9 @@ def _check_whole(dataset: Dataset) -> str:
         value = getattr(dataset, name, None)
         if not isinstance(value, str) or not value:
             _fail(f"{kind}.{name} is {value!r}: give a text")
-    for name in ("__len__", "__getitem__", "picture"):
+    for name in ("__len__", "__getitem__", "image"):
         if not callable(getattr(dataset, name, None)):
-            _fail(f"{kind} has no method {name}; a data set has __len__, __getitem__ and picture")
+            _fail(f"{kind} has no method {name}; a data set has __len__, __getitem__ and image")
     where = f"{dataset.name} {dataset.split}"
     size = len(dataset)
     if size < 1:
@@ -117,7 +117,7 @@ def _check_whole(dataset: Dataset) -> str:
 def _check_sample(sample: Sample, at: str, split: str) -> None:
     if not isinstance(sample, Sample):
         _fail(f"{at} is a {type(sample).__name__}, not an ivt_env.data.sample.Sample")
-    for name in ("sample_id", "picture_id", "expression", "dataset", "split"):
+    for name in ("sample_id", "image_id", "expression", "dataset", "split"):
         value = getattr(sample, name)
         if not isinstance(value, str) or not value.strip():
             _fail(f"{at}: {name} is {value!r}, not a text")
@@ -144,7 +144,7 @@ def _check_sample(sample: Sample, at: str, split: str) -> None:
             if not np.isfinite(held).all() or boxes.invalid_reason(boxes.clip(held)):
                 why = why or boxes.invalid_reason(held)
         if why is not None:
-            _fail(f"{at}: {name} {box}: {why}; boxes are x1, y1, x2, y2 relative to the picture")
+            _fail(f"{at}: {name} {box}: {why}; boxes are x1, y1, x2, y2 relative to the image")
     if sample.box in sample.siblings:
         _fail(f"{at}: the target {sample.box} is among its own siblings")
     if not isinstance(sample.meta, Mapping):
@@ -155,27 +155,27 @@ def _check_sample(sample: Sample, at: str, split: str) -> None:
         raise DataError(f"{at}: meta {dict(sample.meta)} cannot be written as JSON ({error})") from error
 
 
-def _check_picture(dataset: Dataset, sample: Sample, at: str) -> str:
-    """One picture, read twice; gives its digest."""
-    picture = dataset.picture(sample)
-    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8:
-        _fail(f"{at}: its picture is {getattr(picture, 'dtype', type(picture).__name__)}; give an array of uint8")
-    if picture.shape != (*sample.size, 3):
-        _fail(f"{at}: its picture has shape {picture.shape}, its size says {(*sample.size, 3)} (height, width, RGB)")
-    digest = _digest(picture)
-    again = dataset.picture(sample)
+def _check_image(dataset: Dataset, sample: Sample, at: str) -> str:
+    """One image, read twice; gives its digest."""
+    image = dataset.image(sample)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        _fail(f"{at}: its image is {getattr(image, 'dtype', type(image).__name__)}; give an array of uint8")
+    if image.shape != (*sample.size, 3):
+        _fail(f"{at}: its image has shape {image.shape}, its size says {(*sample.size, 3)} (height, width, RGB)")
+    digest = _digest(image)
+    again = dataset.image(sample)
     if _digest(again) != digest:
-        _fail(f"{at}: its picture differs from one reading to the next")
-    if np.shares_memory(picture, again) and again.flags.writeable:
+        _fail(f"{at}: its image differs from one reading to the next")
+    if np.shares_memory(image, again) and again.flags.writeable:
         _fail(
-            f"{at}: its picture is kept and can be drawn on, which would show in every later reading; "
-            "give a copy, or picture.setflags(write=False)"
+            f"{at}: its image is kept and can be drawn on, which would show in every later reading; "
+            "give a copy, or image.setflags(write=False)"
         )
     return digest
 
 
-def _digest(picture: Picture) -> str:
-    return hashlib.sha256(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()
+def _digest(image: ImageArray) -> str:
+    return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
 def _pickled(dataset: Dataset, where: str) -> bytes:
@@ -197,14 +197,14 @@ class _OtherTargets:
     def __getitem__(self, index: int) -> Sample:
         sample = self.dataset[index]
         x1, y1, x2, y2 = sample.box
-        # Mirrored, and where that changes little, one corner of the picture.
+        # Mirrored, and where that changes little, one corner of the image.
         other = (1 - x2, 1 - y2, 1 - x1, 1 - y1)
         if boxes.iou(other, sample.box) > 0.3:
             other = (0.0, 0.0, 0.125, 0.125)
         return replace(sample, box=other, siblings=())
 
-    def picture(self, sample: Sample) -> Picture:
-        return self.dataset.picture(sample)
+    def image(self, sample: Sample) -> ImageArray:
+        return self.dataset.image(sample)
 
 
 def check_agent(

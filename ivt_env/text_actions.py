@@ -2,7 +2,7 @@
 
     {"bbox_2d": [x1, y1, x2, y2]}      {"stop": true}
 
-What the four numbers mean is the reader's business: ``THOUSANDTHS`` of the picture here, and each model
+What the four numbers mean is the reader's business: ``THOUSANDTHS`` of the image here, and each model
 family's own frame in ``ivt_agents.vlm.codec``.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 STOP_TEXT = '{"stop": true}'
 
 THOUSANDTHS = 1000
-"""The right and the bottom edge of the picture, where numbers are relative to it."""
+"""The right and the bottom edge of the image, where numbers are relative to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class ParsedAction:
 
     numbers: tuple[float, ...] | None = None
     stop: bool = False
-    picture: int = 1
-    """Which of the pictures shown the numbers are relative to, from 1."""
+    image: int = 1
+    """Which of the images shown the numbers are relative to, from 1."""
 
     @property
     def failed(self) -> bool:
@@ -46,18 +46,18 @@ def parse_action(text: str) -> ParsedAction:
     """The action in a model's text: the last complete JSON object with a box or a stop.
 
     Reasoning around it, a Markdown fence, a surrounding list or object, other keys with any text in them and an
-    object that is cut off do no harm. A box may say which picture it is relative to (``"picture": 2``). Two
+    object that is cut off do no harm. A box may say which image it is relative to (``"picture": 2``). Two
     different actions in one object, four things that are not numbers, or no such object at all count as a failure;
     no text raises an error.
     """
     action = _last_object(text[-LONGEST_ANSWER:])
-    stop, numbers, picture = action.get("stop"), action.get("bbox_2d"), action.get("picture", 1)
-    if not isinstance(picture, int) or isinstance(picture, bool) or picture < 1:
+    stop, numbers, image = action.get("stop"), action.get("bbox_2d"), action.get("picture", 1)
+    if not isinstance(image, int) or isinstance(image, bool) or image < 1:
         return ParsedAction()
     if stop is True and numbers is None:
         return ParsedAction(stop=True)
     if stop in (None, False) and isinstance(numbers, list) and len(numbers) == 4 and all(map(_is_number, numbers)):
-        return ParsedAction(numbers=tuple(float(v) for v in numbers), picture=picture)
+        return ParsedAction(numbers=tuple(float(v) for v in numbers), image=image)
     return ParsedAction()
 
 

@@ -15,7 +15,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ivt_env.batches import Batch
-from ivt_env.data.sample import Dataset, Picture, Sample
+from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.game import Game
 from ivt_env.grounding import (
     DTYPES,
@@ -32,7 +32,7 @@ from ivt_env.states import Stateful
 class GroundingVectorEnv(Stateful, gym.vector.VectorEnv[Observation, Mapping[str, Any], NDArray[Any]]):
     """Steps ``num_envs`` episodes of ``GroundingEnv`` in one process.
 
-    Equal to ``SyncVectorEnv`` of the single environment for equal seeds and actions, but a picture
+    Equal to ``SyncVectorEnv`` of the single environment for equal seeds and actions, but an image
     that several episodes share is decoded once.
 
     ``reset`` options: ``index`` and ``initial_box`` as lists with one entry per environment (None
@@ -41,7 +41,7 @@ class GroundingVectorEnv(Stateful, gym.vector.VectorEnv[Observation, Mapping[str
     With ``autoreset_mode="Disabled"`` an episode that has ended stays as it is: its actions are
     ignored, its reward is 0 and its flags stay up, so that groups finish in mid-flight undisturbed.
 
-    With ``copy=False`` the pictures of all steps stand in the same arrays, of which only what has changed
+    With ``copy=False`` the images of all steps stand in the same arrays, of which only what has changed
     is painted: fastest, and an observation holds only until the next ``reset`` or ``step``. These arrays
     are read-only.
     """
@@ -74,7 +74,7 @@ class GroundingVectorEnv(Stateful, gym.vector.VectorEnv[Observation, Mapping[str
             if key in self.single_observation_space.spaces
         }
         self._rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
-        self._pictures: OrderedDict[str, Loaded] = OrderedDict()
+        self._images: OrderedDict[str, Loaded] = OrderedDict()
 
     @cached_property
     def observation_space(self) -> spaces.Dict:  # type: ignore[override]
@@ -145,7 +145,7 @@ class GroundingVectorEnv(Stateful, gym.vector.VectorEnv[Observation, Mapping[str
                 infos = self._add_info(infos, {"invalid": why}, i)
         return self._observe(), rewards, terminated, truncated, infos | self._scores()
 
-    def render(self) -> tuple[Picture, ...] | None:  # type: ignore[override]
+    def render(self) -> tuple[ImageArray, ...] | None:  # type: ignore[override]
         """A captioned frame for each environment, as the single environment draws it."""
         return None if self.render_mode is None else tuple(live.frame() for live in self.playing())
 
@@ -163,12 +163,12 @@ class GroundingVectorEnv(Stateful, gym.vector.VectorEnv[Observation, Mapping[str
 
     def _load(self, sample: Sample) -> Loaded:
         """Decoded image of a sample; as many are kept as there are environments."""
-        if sample.picture_id not in self._pictures:
-            self._pictures[sample.picture_id] = super()._load(sample)
-            while len(self._pictures) > self.num_envs:
-                self._pictures.popitem(last=False)
-        self._pictures.move_to_end(sample.picture_id)
-        return self._pictures[sample.picture_id]
+        if sample.image_id not in self._images:
+            self._images[sample.image_id] = super()._load(sample)
+            while len(self._images) > self.num_envs:
+                self._images.popitem(last=False)
+        self._images.move_to_end(sample.image_id)
+        return self._images[sample.image_id]
 
     def _observe(self) -> Observation:
         """All environments as they stand, with a leading axis; expressions as a tuple of str."""

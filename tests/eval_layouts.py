@@ -58,8 +58,8 @@ def photo_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (PHOTOS / "annotations.jsonl").read_text("utf-8").splitlines()]
 
 
-def picture_bytes(size: tuple[int, int], mode: str = "RGB", orientation: int = 1) -> bytes:
-    """A whole picture of (height, width) as stored: a gradient, so that turning it shows."""
+def image_bytes(size: tuple[int, int], mode: str = "RGB", orientation: int = 1) -> bytes:
+    """A whole image of (height, width) as stored: a gradient, so that turning it shows."""
     height, width = size
     ramp = np.linspace(0, 255, height * width).reshape(height, width).astype(np.uint8)
     image = Image.fromarray(ramp).convert("RGB" if mode == "P" else mode)
@@ -86,7 +86,7 @@ class Folder:
     """What was written; change ``rows`` (by file) and ``save()`` to break something."""
 
     root: Path
-    pictures: Path
+    images: Path
     rows: dict[Path, list[dict[str, Any]]]
     schema: pa.Schema
     row_group_size: int = 1000
@@ -103,16 +103,16 @@ class Folder:
 
 def write_ref_l4(root: Path, below: str = "") -> Folder:
     """Val: three photographs, as COCO's; test: the other two, as Objects365's."""
-    pictures = root / "refl4" / "images" / below
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = root / "refl4" / "images" / below
+    images.mkdir(parents=True, exist_ok=True)
     val, test = (root / "refl4" / f"ref-l4-{split}.parquet" for split in ("val", "test"))
-    folder = Folder(root, pictures, {val: [], test: []}, REF_L4)
+    folder = Folder(root, images, {val: [], test: []}, REF_L4)
     numbers: dict[str, int] = {}
     for number, row in enumerate(photo_rows()):
-        picture = numbers.setdefault(row["image"], 128974 + len(numbers))
+        image = numbers.setdefault(row["image"], 128974 + len(numbers))
         coco = len(numbers) <= 3
-        file_name = f"COCO_train2014_{picture:012d}.jpg" if coco else f"objects365_v2_{picture:08d}.jpg"
-        (pictures / file_name).write_bytes((PHOTOS / row["image"]).read_bytes())
+        file_name = f"COCO_train2014_{image:012d}.jpg" if coco else f"objects365_v2_{image:08d}.jpg"
+        (images / file_name).write_bytes((PHOTOS / row["image"]).read_bytes())
         x1, y1, x2, y2 = row["bbox"]
         folder.rows[val if coco else test].append(
             {
@@ -122,7 +122,7 @@ def write_ref_l4(root: Path, below: str = "") -> Folder:
                 "bbox_area": float((x2 - x1) * (y2 - y1)),
                 "bbox_id": f"{'coco' if coco else 'o365'}_{500000 + number}",
                 "ori_category_id": "refcoco_1" if coco else "o365_64",
-                "image_id": f"{'coco' if coco else 'o365'}_{picture}",
+                "image_id": f"{'coco' if coco else 'o365'}_{image}",
                 "height": row["height"],
                 "width": row["width"],
                 "file_name": file_name,
@@ -137,15 +137,15 @@ def write_ref_l4(root: Path, below: str = "") -> Folder:
 def write_ref_adv(root: Path, below: str = "") -> Folder:
     """The photographs; the first three as COCO's, the others as Open Images'."""
     path = root / "refadv" / below / "train-00000-of-00001.parquet"
-    folder = Folder(root, root / "refadv" / ".ivt_index" / "pictures", {path: []}, REF_ADV, row_group_size=5)
+    folder = Folder(root, root / "refadv" / ".ivt_index" / "images", {path: []}, REF_ADV, row_group_size=5)
     numbers: dict[str, int] = {}
     for number, row in enumerate(photo_rows()):
-        picture = numbers.setdefault(row["image"], 547144 + len(numbers))
+        image = numbers.setdefault(row["image"], 547144 + len(numbers))
         coco = len(numbers) <= 3
         folder.rows[path].append(
             {
                 "image": {"bytes": (PHOTOS / row["image"]).read_bytes(), "path": None},
-                "file_name": f"{picture:012d}.jpg" if coco else f"{picture:016x}.jpg",
+                "file_name": f"{image:012d}.jpg" if coco else f"{image:016x}.jpg",
                 "normal_caption": row["expression"] if number else EXPRESSIONS[1],
                 "solution": [float(value) for value in row["bbox"]],
                 "width": row["width"],
@@ -173,7 +173,7 @@ def in_frame(corners: list[float], size: tuple[int, int], box: str, frame: str) 
 def write_custom(
     root: Path, lines: list[dict[str, Any]], split: str = "train", box: str = "xyxy", frame: str = "px"
 ) -> Path:
-    """``dataset.json`` and one split; pictures are the caller's. Gives the file of lines."""
+    """``dataset.json`` and one split; images are the caller's. Gives the file of lines."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "dataset.json").write_text(json.dumps({"name": "my-set", "box": box, "frame": frame}), "utf-8")
     path = root / f"{split}.jsonl"

@@ -89,7 +89,7 @@ class Thing:
     """(height, width)."""
     sentences: tuple[tuple[int, str], ...]
     """(sent_id, expression)."""
-    picture: bytes
+    image: bytes
     category_id: int = 1
     category: str = "person"
 
@@ -104,7 +104,7 @@ class Thing:
 
     @property
     def relative(self) -> tuple[float, ...]:
-        """xyxy, relative to the picture."""
+        """xyxy, relative to the image."""
         height, width = self.size
         return tuple(v / s for v, s in zip(self.xyxy, (width, height, width, height), strict=True))
 
@@ -119,7 +119,7 @@ def things_of(refer: ReferFolder) -> list[Thing]:
             Thing(
                 ref["split"], ref["image_id"], ref["ann_id"], ref["ref_id"],
                 tuple(refer.annotation_of(ref)["bbox"]), (image["height"], image["width"]),
-                tuple((s["sent_id"], s["sent"]) for s in ref["sentences"]), refer.picture_of(ref).read_bytes(),
+                tuple((s["sent_id"], s["sent"]) for s in ref["sentences"]), refer.image_of(ref).read_bytes(),
                 ref["category_id"], names[ref["category_id"]],
             )
         )  # fmt: skip
@@ -127,10 +127,10 @@ def things_of(refer: ReferFolder) -> list[Thing]:
 
 
 @functools.cache
-def picture_bytes(
+def image_bytes(
     width: int, height: int, mode: str = "RGB", kind: str = "JPEG", orientation: int = 1, shade: int = 128
 ) -> bytes:
-    """A small picture; ``orientation`` is an EXIF note."""
+    """A small image; ``orientation`` is an EXIF note."""
     if mode == "P":
         image = Image.new("P", (width, height), shade % 3)
         image.putpalette([200, 30, 30, 30, 200, 30, 30, 30, 200])
@@ -151,14 +151,14 @@ def record(split: str = "train") -> Thing:
     """RefCOCO's first object, as published: xyxy 103.93, 299.99, 238.15, 477.41 in 427x640."""
     return Thing(
         split, 581857, 1719310, 0, (103.93, 299.99, 134.22, 177.42), (640, 427),
-        ((0, "the lady with the blue shirt"), (1, "lady with back to us"), (2, "blue shirt")), picture_bytes(427, 640),
+        ((0, "the lady with the blue shirt"), (1, "lady with back to us"), (2, "blue shirt")), image_bytes(427, 640),
     )  # fmt: skip
 
 
 def is_the_record(sample: Sample) -> None:
     """Assert that a sample is the published record's first sentence."""
     assert sample.expression == "the lady with the blue shirt"
-    assert (sample.size, sample.picture_id, sample.meta["image_id"]) == ((640, 427), "coco-581857", 581857)
+    assert (sample.size, sample.image_id, sample.meta["image_id"]) == ((640, 427), "coco-581857", 581857)
     pixels = np.multiply(sample.box, [427, 640, 427, 640])
     assert np.allclose(pixels, RECORD_PIXELS, rtol=0, atol=1e-9)
     # What VLM-R1's files state as its box from 0 to 1000.
@@ -166,35 +166,35 @@ def is_the_record(sample: Sample) -> None:
 
 
 def odd_things(split: str) -> list[Thing]:
-    """Odd sizes, expressions beyond ASCII, and pictures of every kind; each picture has one object."""
-    pictures = [
-        ("el niño à gauche", (333, 77), picture_bytes(333, 77)),
-        ("左边的猫 🐈", (31, 501), picture_bytes(31, 501, "L")),
-        ("der größte Bär", (64, 48), picture_bytes(64, 48, "P", "PNG")),
-        ("кот", (97, 101), picture_bytes(97, 101, "CMYK")),
-        # A quarter turn: as a viewer shows it, the picture is 50 wide and 120 high.
-        ('the "red" one', (120, 50), picture_bytes(120, 50, orientation=6)),
+    """Odd sizes, expressions beyond ASCII, and images of every kind; each image has one object."""
+    images = [
+        ("el niño à gauche", (333, 77), image_bytes(333, 77)),
+        ("左边的猫 🐈", (31, 501), image_bytes(31, 501, "L")),
+        ("der größte Bär", (64, 48), image_bytes(64, 48, "P", "PNG")),
+        ("кот", (97, 101), image_bytes(97, 101, "CMYK")),
+        # A quarter turn: as a viewer shows it, the image is 50 wide and 120 high.
+        ('the "red" one', (120, 50), image_bytes(120, 50, orientation=6)),
         # Half a turn and square: no size tells the frames apart, only that boxes are in the stored one.
-        ("a\tb \\ c", (88, 88), picture_bytes(88, 88, orientation=3)),
-        ("l'été", (640, 427), picture_bytes(640, 427, "L", "PNG")),
+        ("a\tb \\ c", (88, 88), image_bytes(88, 88, orientation=3)),
+        ("l'été", (640, 427), image_bytes(640, 427, "L", "PNG")),
     ]
     return [
         Thing(
             split, 100 + number, 7000 + number, 500 + number,
             (1.25, 2.5 + number, (width - 3.75) / 2, (height - 12.5) / 3), (height, width),
-            ((900 + number, expression),), picture,
+            ((900 + number, expression),), image,
         )
-        for number, (expression, (width, height), picture) in enumerate(pictures)
+        for number, (expression, (width, height), image) in enumerate(images)
     ]  # fmt: skip
 
 
 def many(split: str, objects: int = 40) -> list[Thing]:
-    """Objects with one expression each, in one picture per split; enough to break some."""
+    """Objects with one expression each, in one image per split; enough to break some."""
     image_id = 1000 + sum(map(ord, split))
     return [
         Thing(
             split, image_id, 10 * image_id + n, image_id + n, (1.5 + n, 2.25, 30.75, 20.5), (80, 120),
-            ((10 * image_id + n, f"thing {n} of {split}"),), picture_bytes(120, 80, shade=len(split)),
+            ((10 * image_id + n, f"thing {n} of {split}"),), image_bytes(120, 80, shade=len(split)),
         )
         for n in range(objects)
     ]  # fmt: skip
@@ -222,7 +222,7 @@ class Hub:
     def open(self, split: str) -> Table:
         source = self.module.find(self.root, self.name)
         assert source is not None
-        return open_table(source, split, need_pictures=False)
+        return open_table(source, split, need_images=False)
 
     def samples(self, split: str) -> list[Sample]:
         table = self.open(split)
@@ -259,11 +259,11 @@ class Hub:
         return found
 
 
-def put_pictures(folder: Path, things: list[Thing]) -> None:
-    """Write the objects' pictures under COCO's names."""
+def put_images(folder: Path, things: list[Thing]) -> None:
+    """Write the objects' images under COCO's names."""
     folder.mkdir(parents=True, exist_ok=True)
     for thing in things:
-        (folder / thing.file_name).write_bytes(thing.picture)
+        (folder / thing.file_name).write_bytes(thing.image)
 
 
 def _by_split(things: list[Thing]) -> dict[str, list[Thing]]:
@@ -331,12 +331,12 @@ def write_jxu124(root: Path, name: str, things: list[Thing]) -> Hub:
 
 
 def write_lmms(root: Path, name: str, things: list[Thing]) -> Hub:
-    """``lmms/<Name>/data/<split>-00000-of-00001.parquet``, pictures inside; one row per object."""
+    """``lmms/<Name>/data/<split>-00000-of-00001.parquet``, images inside; one row per object."""
     rows = {
         split: [
             {
                 "question_id": str(t.ann_id),
-                "image": {"bytes": t.picture, "path": t.file_name},
+                "image": {"bytes": t.image, "path": t.file_name},
                 "question": "Please carefully observe the area circled in the image and come up with a caption.",
                 "answer": [s for _, s in t.sentences],
                 "segmentation": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
@@ -431,9 +431,9 @@ def _write_jsonl(hub: Hub) -> None:
 
 
 def write_vlm_r1_jsonl(root: Path, name: str, things: list[Thing], as_text: bool = False) -> Hub:
-    """``vlm_r1/rec_jsons_processed/<set>_train.jsonl`` and the pictures, below ``vlm_r1/``."""
+    """``vlm_r1/rec_jsons_processed/<set>_train.jsonl`` and the images, below ``vlm_r1/``."""
     things = [replace(t, split="train") for t in things]
-    put_pictures(root / "vlm_r1" / "train2014", things)
+    put_images(root / "vlm_r1" / "train2014", things)
     rows = [
         {
             "id": running,
@@ -457,12 +457,12 @@ def write_vlm_r1_jsonl(root: Path, name: str, things: list[Thing], as_text: bool
 def same_objects(found: list[Sample], expected: list[Sample], shared_meta: tuple[str, ...]) -> None:
     """Assert that two layouts give the same samples, but for their ids, siblings and the rest of ``meta``.
 
-    Box, size, picture, expression and label must be equal to the last bit.
+    Box, size, image, expression and label must be equal to the last bit.
     """
 
     def plain(samples: list[Sample]) -> list[tuple[Any, ...]]:
         return sorted(
-            (s.picture_id, s.expression, s.box, s.size, s.dataset, s.split, *(s.meta[key] for key in shared_meta))
+            (s.image_id, s.expression, s.box, s.size, s.dataset, s.split, *(s.meta[key] for key in shared_meta))
             for s in samples
         )
 
@@ -472,7 +472,7 @@ def same_objects(found: list[Sample], expected: list[Sample], shared_meta: tuple
 
 
 @st.composite
-def boxes_in_pictures(draw: Any) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
+def boxes_in_images(draw: Any) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
     """(xywh in pixels, (height, width)): any size, any box in it, in hundredths of a pixel as COCO has them."""
     width, height = draw(st.integers(2, 2000)), draw(st.integers(2, 2000))
     x, y = draw(st.integers(0, 100 * width - 1)), draw(st.integers(0, 100 * height - 1))
@@ -481,6 +481,6 @@ def boxes_in_pictures(draw: Any) -> tuple[tuple[float, float, float, float], tup
 
 
 def thing_at(xywh: tuple[float, float, float, float], size: tuple[int, int], split: str) -> Thing:
-    """An object for ``boxes_in_pictures``; its picture has one bit per pixel, so is quickly made."""
-    picture = picture_bytes(size[1], size[0], "1", "PNG")
-    return Thing(split, 77, 88, 99, xywh, size, ((1, "it"),), picture)
+    """An object for ``boxes_in_images``; its image has one bit per pixel, so is quickly made."""
+    image = image_bytes(size[1], size[0], "1", "PNG")
+    return Thing(split, 77, 88, 99, xywh, size, ((1, "it"),), image)

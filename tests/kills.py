@@ -67,7 +67,7 @@ COMMANDS = {
             "{run}/coco.json",
             "--from",
             "coco",
-            "--pictures",
+            "--images",
             "{run}/coco",
             "--expression-key",
             "caption",

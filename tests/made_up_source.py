@@ -18,7 +18,7 @@ from ivt_env.data.table import Row, Source, Table
 SPLIT_OF = {"p0.png": "train", "p1.png": "train", "p2.png": "train", "p3.png": "val", "p4.png": "test"}
 SIZE = (20, 30)
 REMEDY = "make the set again"
-PICTURE_REMEDY = "copy the pictures there"
+IMAGE_REMEDY = "copy the images there"
 
 
 @dataclass
@@ -27,7 +27,7 @@ class MadeUp:
 
     root: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """``split``, ``id``, ``picture``, ``box`` (xyxy, px); ``bad`` makes a row one to be left out."""
+    """``split``, ``id``, ``image``, ``box`` (xyxy, px); ``bad`` makes a row one to be left out."""
     texts: dict[str, str] = field(default_factory=dict)
     """id -> expression."""
     reads: int = 0
@@ -46,8 +46,8 @@ class MadeUp:
         return self.folder / "texts.json"
 
     @property
-    def pictures(self) -> Path:
-        return self.root / "pictures"
+    def images(self) -> Path:
+        return self.root / "images"
 
     @property
     def index(self) -> Path:
@@ -59,17 +59,17 @@ class MadeUp:
         self.texts_path.write_text(json.dumps(self.texts), encoding="utf-8")
 
     def many(self, count: int) -> None:
-        """``count`` further rows on one picture."""
+        """``count`` further rows on one image."""
         for number in range(count):
-            self.rows.append({"split": "train", "id": f"m{number}", "picture": "p0.png", "box": [1, 2, 11, 12]})
+            self.rows.append({"split": "train", "id": f"m{number}", "image": "p0.png", "box": [1, 2, 11, 12]})
             self.texts[f"m{number}"] = f"thing {number}"
 
     def source(self, **changes: Any) -> Source:
         """Where it lies and how it is read."""
         usual: dict[str, Any] = {
             "name": "made-up", "layout": "layout", "folder": self.folder, "files": (self.rows_path, self.texts_path),
-            "splits": ("train", "val", "test"), "read": self._read, "picture_folders": [self.pictures],
-            "remedy": REMEDY, "picture_remedy": PICTURE_REMEDY,
+            "splits": ("train", "val", "test"), "read": self._read, "image_folders": [self.images],
+            "remedy": REMEDY, "image_remedy": IMAGE_REMEDY,
         }  # fmt: skip
         return Source(**usual | changes)
 
@@ -84,8 +84,8 @@ class MadeUp:
             yield Row(
                 split=row["split"],
                 sample_id=row["id"],
-                picture_id=row["picture"],
-                file_name=row["picture"],
+                image_id=row["image"],
+                file_name=row["image"],
                 size=size,
                 expression=texts[row["id"]],
                 box=relative_box(row["box"], size, "xyxy"),
@@ -95,18 +95,18 @@ class MadeUp:
 
 
 def write_made_up(root: Path) -> MadeUp:
-    """Five pictures (train, train, train, val, test), three expressions each."""
+    """Five images (train, train, train, val, test), three expressions each."""
     made = MadeUp(root)
     made.folder.mkdir(parents=True)
-    made.pictures.mkdir(parents=True)
+    made.images.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name, split in SPLIT_OF.items():
-        Image.fromarray(rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)).save(made.pictures / name)
+        Image.fromarray(rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)).save(made.images / name)
         for number in range(3):
             key = f"{name[:2]}-{number}"
             box = [number, 2.5, number + 10, 18.25]
             siblings = [[n, 2.5, n + 10, 18.25] for n in range(number)]
-            made.rows.append({"split": split, "id": key, "picture": name, "box": box, "siblings": siblings})
+            made.rows.append({"split": split, "id": key, "image": name, "box": box, "siblings": siblings})
             made.texts[key] = f"thing {number} of {name} — Größe"
     made.save()
     return made
@@ -129,6 +129,6 @@ def refuse_writing(monkeypatch: Any, *folders: Path) -> None:
 
 
 def read_in_another_process(table: Table) -> tuple[list[Sample], list[int]]:
-    """The samples, and the sum of each one's picture."""
+    """The samples, and the sum of each one's image."""
     samples = samples_of(table)
-    return samples, [int(table.picture(sample).sum()) for sample in samples]
+    return samples, [int(table.image(sample).sum()) for sample in samples]

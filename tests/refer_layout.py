@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 FOLDERS = {"refcocog": "refcocog", "refcoco": "refcoco", "refcocoplus": "refcoco+"}
-PICTURES = "images/mscoco/images/train2014"
+IMAGES = "images/mscoco/images/train2014"
 PHOTOS = Path(__file__).resolve().parent.parent / "ivt_env" / "assets" / "photos"
 EYES = ("the eye on the left", "the eye on the right")
 
-# Every picture lies in one split, as in the umd and unc partitions.
+# Every image lies in one split, as in the umd and unc partitions.
 _SPLIT_OF = {
     "umd": {"rocket.jpg": "val", "camera.jpg": "test"},
     "google": {"rocket.jpg": "val"},
@@ -31,7 +31,7 @@ class ReferFolder:
     folder: Path
     refs_path: Path
     instances_path: Path
-    pictures: Path
+    images: Path
     refs: list[dict[str, Any]]
     instances: dict[str, Any]
     protocol: int = 2
@@ -49,8 +49,8 @@ class ReferFolder:
     def annotated_image(self, ref: dict[str, Any]) -> dict[str, Any]:
         return next(i for i in self.instances["images"] if i["id"] == ref["image_id"])
 
-    def picture_of(self, ref: dict[str, Any]) -> Path:
-        return self.pictures / self.annotated_image(ref)["file_name"]
+    def image_of(self, ref: dict[str, Any]) -> Path:
+        return self.images / self.annotated_image(ref)["file_name"]
 
     def refs_of(self, split: str) -> list[dict[str, Any]]:
         return [ref for ref in self.refs if ref["split"] == split]
@@ -61,23 +61,23 @@ def write_refer_folder(
     dataset: str = "refcocog",
     partition: str | None = None,
     protocol: int = 2,
-    pictures: str = PICTURES,
+    images: str = IMAGES,
 ) -> ReferFolder:
-    """Write ``<root>/<folder>/{instances.json, refs(<partition>).p}`` and the pictures.
+    """Write ``<root>/<folder>/{instances.json, refs(<partition>).p}`` and the images.
 
     Each box of the photographs becomes an annotation and a ref of its own category (the cat's two
     eyes share one); every third ref has a second sentence.
     """
     root = Path(root)
     partition = partition or ("umd" if dataset == "refcocog" else "unc")
-    folder, picture_folder = root / FOLDERS[dataset], root / pictures
+    folder, image_folder = root / FOLDERS[dataset], root / images
     folder.mkdir(parents=True, exist_ok=True)
-    picture_folder.mkdir(parents=True, exist_ok=True)
+    image_folder.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in (PHOTOS / "annotations.jsonl").read_text("utf-8").splitlines()]
     image_ids: dict[str, int] = {}
     categories: dict[str, int] = {}
     layout = ReferFolder(
-        root, folder, folder / f"refs({partition}).p", folder / "instances.json", picture_folder, [],
+        root, folder, folder / f"refs({partition}).p", folder / "instances.json", image_folder, [],
         {"info": {}, "images": [], "licenses": [], "annotations": [], "categories": []}, protocol,
     )  # fmt: skip
     sent_id = 0
@@ -98,7 +98,7 @@ def write_refer_folder(
                     "id": image_ids[photo],
                 }
             )
-            shutil.copyfile(PHOTOS / photo, picture_folder / file_name)
+            shutil.copyfile(PHOTOS / photo, image_folder / file_name)
         category = "eye" if row["expression"] in EYES else row["expression"].split()[-1]
         category_id = categories.setdefault(category, len(categories) + 1)
         x1, y1, x2, y2 = row["bbox"]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import ivt_env
 from ivt_env import boxes
-from ivt_env.data.sample import Picture
+from ivt_env.data.sample import ImageArray
 from ivt_env.episodes import Box, Episode, Step
 
 PHOTOS = Path(ivt_env.__path__[0]) / "assets" / "photos"
@@ -21,14 +21,14 @@ SEPARATORS = "a\u2028b\u2029c & <b>bold</b> <!-- "
 
 
 @cache
-def photo(name: str) -> Picture:
+def photo(name: str) -> ImageArray:
     if name.startswith("portrait-"):  # the photographs are square or wide; this is a tall piece of one
         return np.ascontiguousarray(photo(name.removeprefix("portrait-"))[:, 100:330])
     return np.asarray(Image.open(PHOTOS / name).convert("RGB"))
 
 
-def photo_of(episode: Episode) -> Picture:
-    return photo(episode.picture_id)
+def photo_of(episode: Episode) -> ImageArray:
+    return photo(episode.image_id)
 
 
 def play(target: Box, proposals: list[Box | None], **fields: Any) -> Episode:
@@ -43,12 +43,12 @@ def play(target: Box, proposals: list[Box | None], **fields: Any) -> Episode:
         steps.append(Step(proposal, False, current, overlap, overlap - before, parse_failure=proposal is None))
         before = overlap
     defaults: dict[str, Any] = {
-        "sample_id": "s0", "picture_id": "coffee.jpg", "dataset": "photos", "split": "all",
+        "sample_id": "s0", "image_id": "coffee.jpg", "dataset": "photos", "split": "all",
         "expression": "the cup", "agent": "made-up",
     }  # fmt: skip
     defaults |= fields
     if "size" not in defaults:
-        defaults["size"] = photo(defaults["picture_id"]).shape[:2]
+        defaults["size"] = photo(defaults["image_id"]).shape[:2]
     return Episode(target=target, steps=steps, truncated=True, **defaults)
 
 
@@ -78,7 +78,7 @@ def made_up_episodes(seed: int = 0) -> list[Episode]:
         proposals: list[Box | None] = [shifted(target, d * (target[2] - target[0]) * 2, d / 4) for d in path]
         episode = play(
             target, proposals[: 2 + number % 2],
-            sample_id=f"photos-{number}", picture_id=row["image"], expression=row["expression"], seed=seed,
+            sample_id=f"photos-{number}", image_id=row["image"], expression=row["expression"], seed=seed,
             size=(row["height"], row["width"]),
         )  # fmt: skip
         for index, step in enumerate(episode.steps):
@@ -115,6 +115,6 @@ def made_up_episodes(seed: int = 0) -> list[Episode]:
         stopping(play(cup, [cup], sample_id="started", expression="given a box", initial_box=(0.5, 0.5, 0.9, 0.9))),
         play(
             (0.3, 0.15, 0.85, 0.9), [(0.1, 0.1, 0.6, 0.5), (0.3, 0.2, 0.9, 0.9)],
-            sample_id="tall", picture_id="portrait-astronaut.jpg", expression="the tall picture",
+            sample_id="tall", image_id="portrait-astronaut.jpg", expression="the tall image",
         ),
     ]  # fmt: skip

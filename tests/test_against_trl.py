@@ -12,7 +12,7 @@ Conventions that had to be matched, because they differ by intention:
   tokens of the rollout there and by those of one answer here, so they are the same for rollouts of one
   answer only, and a test says that they differ for longer ones.
 - dr_grpo's constant is rows x ``max_completion_length`` there, and episodes x actions x token limit here.
-- TRL never samples a picture placeholder, but scores with the whole vocabulary; here the scorer leaves
+- TRL never samples an image placeholder, but scores with the whole vocabulary; here the scorer leaves
   out what the sampler leaves out. The comparison scores with the whole vocabulary.
 """
 
@@ -108,7 +108,7 @@ def as_trl(rollouts: Rollouts, advantages: list[list[float]], pad: int, image_to
         rollouts: the turns of each conversation; each prompt begins with the turn before it.
         advantages: of each turn.
         pad: fills up.
-        image_token: id of a picture placeholder.
+        image_token: id of an image placeholder.
     """
     fields = ("tool_mask", "old_per_token_logps", "ref_per_token_logps", "advantages")
     ends = [turns[-1].prompt.ids + turns[-1].completion for turns in rollouts]
@@ -131,16 +131,16 @@ def as_trl(rollouts: Rollouts, advantages: list[list[float]], pad: int, image_to
             values["advantages"][i, at] = advantage
     if all(len(set(a)) == 1 for a in advantages):
         values["advantages"] = torch.tensor([a[0] for a in advantages])
-    pictures = [p for turns in rollouts for p in turns[-1].prompt.pictures]
+    images = [p for turns in rollouts for p in turns[-1].prompt.images]
     return values | {
         "prompt_ids": ids[:, :most],
         "prompt_mask": mask[:, :most],
         "completion_ids": ids[:, most:],
         "completion_mask": mask[:, most:],
         "num_items_in_batch": values["tool_mask"].sum(),
-        "pixel_values": torch.cat([p.patches for p in pictures]),
-        "image_grid_thw": torch.tensor([p.grid for p in pictures]),
-        "num_images": [len(turns[-1].prompt.pictures) for turns in rollouts],
+        "pixel_values": torch.cat([p.patches for p in images]),
+        "image_grid_thw": torch.tensor([p.grid for p in images]),
+        "num_images": [len(turns[-1].prompt.images) for turns in rollouts],
         "mm_token_type_ids": (ids == image_token).long(),
     }
 
@@ -354,13 +354,13 @@ def test_a_stop_ends_the_rollout_and_anything_else_is_played():
 
 def test_an_unreadable_answer_costs_a_step_and_a_played_out_episode_refuses_more():
     environment = TRLGrounding(load_policy("tiny"), "IVT-Scenes-v0", split="train", max_steps=2)
-    picture, question = environment.reset(index=3, prompt=[])
-    assert picture["image"].size[0] > 16 and "Current box: none" in question["text"]
+    image, question = environment.reset(index=3, prompt=[])
+    assert image["image"].size[0] > 16 and "Current box: none" in question["text"]
     _, question = environment.answer("a square")
     assert "Current box: none" in question["text"]
     after, question = environment.answer('{"bbox_2d": [100, 200, 600, 700]}')
     assert "Current box: [100, 200, 600, 700]" in question["text"]
-    assert np.asarray(after["image"]).tolist() != np.asarray(picture["image"]).tolist(), "the box is not drawn"
+    assert np.asarray(after["image"]).tolist() != np.asarray(image["image"]).tolist(), "the box is not drawn"
     with pytest.raises(RuntimeError, match="max_tool_calling_iterations"):
         environment.answer('{"stop": true}')
 
@@ -376,7 +376,7 @@ def test_the_last_answer_is_played_by_the_reward_and_only_once():
 
 def test_what_the_adapter_cannot_express_is_refused():
     policy = load_policy("tiny")
-    with pytest.raises(ValueError, match="only the whole picture"):
+    with pytest.raises(ValueError, match="only the whole image"):
         TRLGrounding(policy, "IVT-Scenes-v0", view="closeup")
     policy.codec = BoxCodec("resized_pixels")
     with pytest.raises(ValueError, match="0..1000"):

@@ -19,7 +19,7 @@ import pytest
 from ivt_agents.play.by_name import BUILT_IN, Agent, load_agent
 from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
 from ivt_env import boxes
-from ivt_env.data.sample import Picture, Sample
+from ivt_env.data.sample import ImageArray, Sample
 from ivt_env.data.scenes import Scenes
 from ivt_env.episodes import Episode
 from ivt_env.rollouts import make_vector_env, rollout
@@ -30,7 +30,7 @@ BLIND += ["medoid-2:vlm:tiny", "best-of-2:vlm:tiny", "second-shot:vlm:tiny"]
 
 
 class TargetsElsewhere:
-    """The scenes with the same pictures and expressions, and another target in each."""
+    """The scenes with the same images and expressions, and another target in each."""
 
     name, split = "scenes", "val"
 
@@ -45,8 +45,8 @@ class TargetsElsewhere:
         x1, y1, x2, y2 = sample.box
         return replace(sample, box=(1 - x2, 1 - y2, 1 - x1, 1 - y1), siblings=(), meta={"index": index})
 
-    def picture(self, sample: Sample) -> Picture:
-        return self.scenes.picture(sample)
+    def image(self, sample: Sample) -> ImageArray:
+        return self.scenes.image(sample)
 
 
 def environment(num_envs: int = 8, **kwargs: Any) -> GroundingVectorEnv:

@@ -23,7 +23,7 @@ from ivt_env.data import archives
 from ivt_env.data.archives import unpack
 from ivt_env.data.sample import DataError
 
-FILES = {"set/a.json": b"[1, 2]" * 50, "set/pictures/b.jpg": bytes(range(256)) * 9, "set/empty.txt": b""}
+FILES = {"set/a.json": b"[1, 2]" * 50, "set/images/b.jpg": bytes(range(256)) * 9, "set/empty.txt": b""}
 
 
 def make_zip(path, files, **attributes):

@@ -51,7 +51,7 @@ def reference_giou(p: tuple[int, ...], t: tuple[int, ...]) -> Fraction:
 
 @st.composite
 def answered(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Predictions and targets in whole pixels of a 640 x 427 picture, many of them close."""
+    """Predictions and targets in whole pixels of a 640 x 427 image, many of them close."""
     predicted, targets = [], []
     for _ in range(draw(st.integers(1, 12))):
         x, y = draw(st.integers(0, 500)), draw(st.integers(0, 300))
@@ -63,7 +63,7 @@ def answered(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], list[tuple[int, ..
 
 
 def test_an_overlap_equal_to_any_threshold_counts_only_where_the_rule_says_so() -> None:
-    # 20 x 100 target, the prediction covers k rows of it: IoU is k / 100 exactly, in odd picture sizes.
+    # 20 x 100 target, the prediction covers k rows of it: IoU is k / 100 exactly, in odd image sizes.
     for percent in PERCENTS:
         target = (304, 28, 324, 128)
         samples = [sample(0, target)]
@@ -233,7 +233,7 @@ def test_a_box_without_area_is_a_miss(name: str) -> None:
         assert value(b.score(name, [[200, 200, 100, 100]], samples), "Acc@0.5") == 0
 
 
-def test_intervals_cluster_by_picture_and_fit_the_subset() -> None:
+def test_intervals_cluster_by_image_and_fit_the_subset() -> None:
     samples = [sample(i, (0, 0, 50 + 20 * i, 100), size=(600, 600)) for i in range(12)]
     predicted = b.targets_px(samples)
     predicted[::3] = np.nan
@@ -246,7 +246,7 @@ def test_intervals_cluster_by_picture_and_fit_the_subset() -> None:
     by_name = {row.metric: row for row in result.rows}
     assert by_name["Acc@0.5"].low is not None
     assert by_name["Acc@0.5, large: over 256 px"].n == 0 and by_name["Acc@0.5, large: over 256 px"].low is None
-    assert b.common(predicted[:2], samples[:2], resamples=200).rows[0].low is None  # one picture
+    assert b.common(predicted[:2], samples[:2], resamples=200).rows[0].low is None  # one image
     assert b.common(predicted, samples).rows[0].low is None
 
 

@@ -23,7 +23,7 @@ unit = st.integers(0, GRID).map(lambda k: k / GRID)
 
 @st.composite
 def valid_boxes(draw: st.DrawFn) -> tuple[float, float, float, float]:
-    """A box inside the picture with a positive area."""
+    """A box inside the image with a positive area."""
     x1, x2 = sorted(draw(st.lists(st.integers(0, GRID), min_size=2, max_size=2, unique=True)))
     y1, y2 = sorted(draw(st.lists(st.integers(0, GRID), min_size=2, max_size=2, unique=True)))
     return x1 / GRID, y1 / GRID, x2 / GRID, y2 / GRID
@@ -92,7 +92,7 @@ def test_pixels_and_relative_coordinates_convert_back_and_forth(box, size):
     np.testing.assert_allclose(boxes.to_relative(boxes.to_pixels(box, size), size), box, atol=1e-12)
 
 
-def test_the_size_of_a_picture_is_height_then_width():
+def test_the_size_of_a_image_is_height_then_width():
     np.testing.assert_array_equal(boxes.to_pixels([0.5, 0.5, 1, 1], (100, 400)), [200, 50, 400, 100])
     np.testing.assert_array_equal(boxes.to_relative([200, 50, 400, 100], (100, 400)), [0.5, 0.5, 1, 1])
 
@@ -108,7 +108,7 @@ def test_xywh_and_xyxy_convert_back_and_forth(box):
 
 @prop()
 @given(any_box)
-def test_clip_moves_only_what_is_outside_the_picture(box):
+def test_clip_moves_only_what_is_outside_the_image(box):
     clipped = boxes.clip(box)
     for before, after in zip(box, clipped, strict=True):
         assert after == (0 if before < 0 else 1 if before > 1 else before)
@@ -116,7 +116,7 @@ def test_clip_moves_only_what_is_outside_the_picture(box):
 
 @prop()
 @given(any_box.map(lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))))
-def test_a_closeup_window_lies_inside_the_picture_and_holds_the_box(box):
+def test_a_closeup_window_lies_inside_the_image_and_holds_the_box(box):
     clipped = boxes.clip(box)
     window = boxes.closeup_window(clipped)
     assert (window[:2] >= 0).all() and (window[2:] <= 1 + 1e-12).all()
@@ -141,7 +141,7 @@ def test_into_window_gives_the_place_of_a_box_within_a_window(box, window):
 
 @prop()
 @given(valid_boxes())
-def test_a_box_with_an_area_inside_the_picture_is_valid(box):
+def test_a_box_with_an_area_inside_the_image_is_valid(box):
     assert boxes.invalid_reason(box) is None
     assert boxes.invalid_reason(np.array(box, dtype=np.float32)) is None
 
@@ -156,7 +156,7 @@ def test_a_box_with_a_number_that_is_not_finite_is_invalid(box, place, value):
 
 @prop()
 @given(valid_boxes(), st.integers(0, 3), st.floats(1e-3, 1e6))
-def test_a_box_that_leaves_the_picture_is_invalid(box, place, beyond):
+def test_a_box_that_leaves_the_image_is_invalid(box, place, beyond):
     for value in (-beyond, 1 + beyond):
         broken = np.array(box)
         broken[place] = value

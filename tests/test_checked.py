@@ -23,8 +23,8 @@ from ivt_env.data.checked import (
     BadRowError,
     BadRows,
     box_inside,
+    image_size,
     integer,
-    picture_size,
     plain_file_name,
     read_json,
     relative_box,
@@ -119,12 +119,12 @@ def test_anything_but_four_finite_numbers_is_refused_with_its_value(bbox, messag
         ([10, 10, 0, 5], "xywh", "bbox [10, 10, 0, 5] (x, y, width, height) has no area"),
         ([10, 10, 5, 0.0], "xywh", "has no area"),
         ([10, 10, -5, 5], "xywh", "has no area"),
-        ([-0.9, 10, 0.5, 5], "xywh", "has no area inside the picture"),
+        ([-0.9, 10, 0.5, 5], "xywh", "has no area inside the image"),
         ([10, 10, 10, 50], "xyxy", "[10, 10, 10, 50] (x1, y1, x2, y2) has its corners in the wrong order or no area"),
         ([50, 10, 10, 50], "xyxy", "has its corners in the wrong order"),
-        ([-0.9, 10, -0.5, 50], "xyxy", "has no area inside the picture"),
-        ([10, 10, 900, 50], "xyxy", "leaves the picture, which is 120 wide and 100 high"),
-        ([10, 10, 900, 50], "xywh", "leaves the picture, which is 120 wide and 100 high"),
+        ([-0.9, 10, -0.5, 50], "xyxy", "has no area inside the image"),
+        ([10, 10, 900, 50], "xyxy", "leaves the image, which is 120 wide and 100 high"),
+        ([10, 10, 900, 50], "xywh", "leaves the image, which is 120 wide and 100 high"),
     ],
 )  # fmt: skip
 def test_impossible_box_is_refused_with_its_value_and_what_it_was_taken_for(bbox, convention, message):
@@ -168,7 +168,7 @@ def test_other_convention_is_proposed_only_where_the_box_fits_it_and_whenever_it
 
 
 @pytest.mark.parametrize(("bbox", "convention"), [([300, 100, 300, 200], "xywh"), ([300, 100, 600, 300], "xyxy")])
-def test_swapped_width_and_height_are_suspected_where_the_box_fits_the_turned_picture(bbox, convention):
+def test_swapped_width_and_height_are_suspected_where_the_box_fits_the_turned_image(bbox, convention):
     assert reason(box_inside, bbox, (427, 640), convention) is None
     assert reason(box_inside, bbox, (640, 427), convention).endswith("(are width and height swapped?)")
     assert "swapped" not in reason(box_inside, bbox, (200, 250), convention)
@@ -238,11 +238,11 @@ def test_row_without_the_key_is_told_so_by_both(row):
 
 
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (2**31, 5), (5, 2**31)])
-def test_picture_has_a_height_and_a_width(sizes):
+def test_image_has_a_height_and_a_width(sizes):
     height, width = sizes
-    found = reason(picture_size, {"height": height, "width": width})
-    assert found == f"height {height} and width {width} are not a picture's"
-    assert picture_size({"h": 480, "w": 640}, "h", "w") == (480, 640)
+    found = reason(image_size, {"height": height, "width": width})
+    assert found == f"height {height} and width {width} are not an image's"
+    assert image_size({"h": 480, "w": 640}, "h", "w") == (480, 640)
 
 
 def test_value_of_any_size_and_depth_is_shown_in_a_line():

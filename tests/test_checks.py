@@ -1,6 +1,6 @@
 """What ``ivt data check`` says about a damaged data set, and what ``show`` draws.
 
-A check that overlooks a leak or an unreadable picture is worse than none: it was asked, and said all was well.
+A check that overlooks a leak or an unreadable image is worse than none: it was asked, and said all was well.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def test_whole_set_is_found_whole(made):
     report = check_source(made.source())
     assert report.ok and not report.findings
     assert report.samples == {"train": 9, "val": 3, "test": 3}
-    assert report.pictures == {"train": 3, "val": 1, "test": 1}
-    assert report.pictures_read == 5
+    assert report.images == {"train": 3, "val": 1, "test": 1}
+    assert report.images_read == 5
     assert "whole and readable" in str(report)
 
 
@@ -47,21 +47,21 @@ def test_counts_other_than_the_published_are_an_error(made):
     assert found(report, "error") == ["holds 9 expressions, published are 10"]
 
 
-def test_every_unreadable_picture_is_found_and_named(made):
-    (made.pictures / "p3.png").write_bytes((made.pictures / "p3.png").read_bytes()[:200])
-    (made.pictures / "p4.png").unlink()
+def test_every_unreadable_image_is_found_and_named(made):
+    (made.images / "p3.png").write_bytes((made.images / "p3.png").read_bytes()[:200])
+    (made.images / "p4.png").unlink()
     report = check_source(made.source())
-    assert not report.ok and report.pictures_read == 3
+    assert not report.ok and report.images_read == 3
     (finding,) = report.findings
     assert finding.count == 2 and finding.level == "error"
     assert any("p3.png" in example and "cut off" in example for example in finding.examples)
     assert any("p4.png" in example and "missing" in example for example in finding.examples)
     assert "NOT fit for use" in str(report)
-    assert check_source(made.source(), read_pictures=False).ok, "pictures were not to be looked at"
+    assert check_source(made.source(), read_images=False).ok, "images were not to be looked at"
 
 
 def test_same_file_under_two_ids_in_train_and_test_is_a_leak(made):
-    shutil.copyfile(made.pictures / "p0.png", made.pictures / "p4.png")
+    shutil.copyfile(made.images / "p0.png", made.images / "p4.png")
     report = check_source(made.source())
     assert not report.ok
     (finding,) = report.findings
@@ -69,17 +69,17 @@ def test_same_file_under_two_ids_in_train_and_test_is_a_leak(made):
 
 
 def test_same_file_twice_in_train_is_only_noted(made):
-    shutil.copyfile(made.pictures / "p0.png", made.pictures / "p1.png")
+    shutil.copyfile(made.images / "p0.png", made.images / "p1.png")
     report = check_source(made.source())
     assert report.ok and [f.level for f in report.findings] == ["note"]
 
 
-def test_shared_pictures_are_a_warning_where_the_division_is_known_to_share_them(made):
+def test_shared_images_are_a_warning_where_the_division_is_known_to_share_them(made):
     made.rows[0]["split"] = "val"
     made.save()
-    with pytest.raises(DataError, match="train and val share 1 pictures"):
+    with pytest.raises(DataError, match="train and val share 1 images"):
         check_source(made.source())
-    report = check_source(made.source(may_share_pictures=True))
+    report = check_source(made.source(may_share_images=True))
     assert [f.level for f in report.findings] == ["warning"] and report.findings[0].examples == ("p0.png",)
 
 
@@ -130,7 +130,7 @@ def test_what_play_refuses_the_check_names_by_row_and_by_the_same_limit(tmp_path
     env = gym.make("IVT-Custom-v0", split="val", data_root=str(tmp_path))
     with pytest.raises(DataError, match=said):
         env.reset(options={"index": 5})
-    for options in ([], ["--no-pictures"]):
+    for options in ([], ["--no-images"]):
         assert main(["data", "check", "custom", "--data-root", str(tmp_path), *options]) == 1
         printed = capsys.readouterr().out
         assert "ERROR    val: rows cannot be played (1)" in printed and f"6: {said}" in printed
@@ -139,7 +139,7 @@ def test_what_play_refuses_the_check_names_by_row_and_by_the_same_limit(tmp_path
 
 
 def write_custom_set(root, counts, changes, sizes=None):
-    """Splits of so many lines, a picture each; (split, number) -> what a line says instead, or its picture's size."""
+    """Splits of so many lines, an image each; (split, number) -> what a line says instead, or its image's size."""
     (root / "images").mkdir(parents=True)
     (root / "dataset.json").write_text('{"name": "my-set", "box": "xyxy", "frame": "px"}')
     for split, count in counts.items():
@@ -152,14 +152,14 @@ def write_custom_set(root, counts, changes, sizes=None):
         (root / f"{split}.jsonl").write_text("\n".join(lines))
 
 
-def test_leak_across_data_sets_is_found_by_the_picture_id(tmp_path):
+def test_leak_across_data_sets_is_found_by_the_image_id(tmp_path):
     write_refer_folder(tmp_path, "refcocog")
     write_refer_folder(tmp_path, "refcoco")
     tables = {(n, s): load_dataset(n, s, tmp_path) for n in ("refcocog", "refcoco") for s in ("train", "val")}
     assert not list(checks.leaks(tables)), "the same photographs are in val of both"
     tables["refcoco", "testB"] = load_dataset("refcoco", "testB", tmp_path)
     (finding,) = checks.leaks(tables)
-    assert finding.level == "warning" and "refcocog train shares pictures with refcoco testB" in finding.text
+    assert finding.level == "warning" and "refcocog train shares images with refcoco testB" in finding.text
 
 
 def test_check_command_prints_json_and_fails_on_wrong_counts(tmp_path, capsys):
@@ -169,16 +169,16 @@ def test_check_command_prints_json_and_fails_on_wrong_counts(tmp_path, capsys):
     assert status == 1, "22 expressions are not the published 95,010"
     (report,) = printed["data_sets"]
     assert report["ok"] is False and report["samples"] == {"train": 15, "val": 3, "test": 4}
-    assert report["pictures_read"] == 5
+    assert report["images_read"] == 5
 
 
 def test_check_command_on_two_sets_names_the_leak(tmp_path, capsys):
     for name in ("refcocog", "refcoco"):
         write_refer_folder(tmp_path, name)
-    main(["data", "check", "refcocog", "refcoco", "--data-root", str(tmp_path), "--no-pictures"])
+    main(["data", "check", "refcocog", "refcoco", "--data-root", str(tmp_path), "--no-images"])
     printed = capsys.readouterr().out
-    assert "refcocog train shares pictures with refcoco testB" in printed
-    assert "pictures not read" in printed
+    assert "refcocog train shares images with refcoco testB" in printed
+    assert "images not read" in printed
 
 
 def test_check_command_says_why_a_set_cannot_be_looked_at(tmp_path, capsys):
@@ -199,8 +199,8 @@ def test_sheet_draws_each_box_where_it_belongs(tmp_path):
     assert (columns.max() - 9, rows.max() - 9) == pytest.approx((x2, y2), abs=1.5)
 
 
-def test_sheet_shows_what_it_can_where_a_picture_is_broken(made):
-    (made.pictures / "p1.png").write_bytes(b"no picture")
+def test_sheet_shows_what_it_can_where_a_image_is_broken(made):
+    (made.images / "p1.png").write_bytes(b"no image")
     table = checks.open_table(made.source(), "train")
     sheet = contact_sheet(table, range(9), columns=3, side=120)
     assert sheet.shape[1] == 3 * 140
@@ -239,7 +239,7 @@ def test_convert_command_reads_once_and_writes_plain_jsonl(tmp_path, capsys):
         own, original = load_dataset("custom", split, out), load_dataset("refcocog", split, tmp_path / "data")
         assert [own[i].expression for i in range(len(own))] == [original[i].expression for i in range(len(original))]
         assert [own[i].box for i in range(len(own))] == [original[i].box for i in range(len(original))]
-        assert np.array_equal(own.picture(own[0]), original.picture(original[0]))
+        assert np.array_equal(own.image(own[0]), original.image(original[0]))
     capsys.readouterr()
     assert main([*words, "--out", str(out)]) == 2
     assert "give both --out FOLDER and --name LABEL" in capsys.readouterr().err
@@ -250,7 +250,7 @@ def test_convert_command_takes_a_coco_file(tmp_path, capsys):
     for annotation in layout.instances["annotations"]:
         annotation["caption"] = f"thing {annotation['id']}"
     layout.save()
-    words = ["data", "convert", str(layout.instances_path), "--pictures", str(layout.pictures), "--out"]
+    words = ["data", "convert", str(layout.instances_path), "--images", str(layout.images), "--out"]
     words += [str(tmp_path / "mine"), "--name", "mine"]
     assert main(words) == 2 and "say what it is with --from" in capsys.readouterr().err
     assert main([*words, "--from", "coco"]) == 0
@@ -273,7 +273,7 @@ def test_source_of_refer_is_what_check_reads(tmp_path):
 def test_a_leak_across_data_sets_is_named_in_full_as_json(tmp_path, capsys):
     for name in ("refcocog", "refcoco"):
         write_refer_folder(tmp_path, name)
-    main(["data", "check", "refcocog", "refcoco", "--data-root", str(tmp_path), "--no-pictures", "--json"])
+    main(["data", "check", "refcocog", "refcoco", "--data-root", str(tmp_path), "--no-images", "--json"])
     across = json.loads(capsys.readouterr().out)["across"]
     assert across and all(len(finding["examples"]) == finding["count"] for finding in across)
 
@@ -289,15 +289,15 @@ def test_a_set_with_rows_left_out_is_not_called_whole(made):
     ("words", "said"),
     [
         (["check", "custom", "--workers", "0"], "--workers 0: give 1 to 256"),
-        (["show", "photos", "--out", "sheet.xyz"], "sheet.xyz: is no name of a picture"),
-        (["show", "photos", "--out", "sheet"], "sheet: is no name of a picture"),
+        (["show", "photos", "--out", "sheet.xyz"], "sheet.xyz: is no name of an image"),
+        (["show", "photos", "--out", "sheet"], "sheet: is no name of an image"),
         (["show", "photos", "--out", "sheet.mpg"], "sheet.mpg: cannot be written"),
         (["show", "photos", "--side", "100000"], "pixels is too large; give a smaller --side"),
         (["convert", "refcocog", "--shares", "0.8", "0.1", "0.1"], "--shares belongs to --from"),
-        (["convert", "refcocog", "--pictures", "here"], "--pictures belongs to --from"),
+        (["convert", "refcocog", "--images", "here"], "--images belongs to --from"),
         (["convert", "refcocog", "--expression-key", "caption"], "--expression-key belongs to --from"),
         (
-            ["convert", "a.json", "--from", "coco", "--pictures", ".", "--out", "o", "--name", "n",
+            ["convert", "a.json", "--from", "coco", "--images", ".", "--out", "o", "--name", "n",
              "--shares", "0", "0", "0"],
             "--shares 0 0 0: the three shares add up to 1",
         ),

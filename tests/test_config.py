@@ -28,7 +28,7 @@ class Args:
     out: Path = Path("runs")
     name: str | None = None
     precision: Literal["no", "bf16"] = "no"
-    picture: tuple[int, int] = (1, 2)
+    image: tuple[int, int] = (1, 2)
     board: bool = True
 
 
@@ -92,7 +92,7 @@ def test_a_flag_overrides_the_file_and_the_file_the_default(tmp_path):
 
 
 def test_values_become_what_the_fields_are(tmp_path):
-    text = "grpo: {lr: 2, out: a/b, name: null, precision: no, picture: [3, 4], board: false}"
+    text = "grpo: {lr: 2, out: a/b, name: null, precision: no, image: [3, 4], board: false}"
     args = load_config(written(tmp_path, text), Args, "grpo")
     assert args == Args(None, 3, 2.0, Path("a/b"), None, "no", (3, 4), False)
     assert isinstance(args.lr, float)
@@ -111,7 +111,7 @@ def test_values_become_what_the_fields_are(tmp_path):
         ("sft: {board: 1}", "board: 1; expected bool"),
         ("sft: {steps: null}", "steps: None"),
         ("sft: {precision: fp8}", "'fp8'; choose from 'no', 'bf16'"),
-        ("sft: {picture: [1]}", "expected a list of 2"),
+        ("sft: {image: [1]}", "expected a list of 2"),
         ("sft: [1]", "expected a mapping"),
         ("", "expected a mapping"),
         ("sft: {", "cannot be read as YAML"),

@@ -157,7 +157,7 @@ def test_a_conversation_that_the_policy_had_before_is_not_gone_on_with() -> None
     policy.act(observations)
     control = PickOfShots(policy, 1, medoid, 0.0)
     control.act(observations)
-    assert all(t is not None and len(t.prompt.pictures) == 1 for t in control.turns)
+    assert all(t is not None and len(t.prompt.images) == 1 for t in control.turns)
 
 
 def test_a_control_leaves_the_policy_as_it_was() -> None:
@@ -261,13 +261,13 @@ class Watched:
     """Counts what goes through the vision tower and the language model, by hooks on them."""
 
     def __init__(self, policy: VLMPolicy) -> None:
-        self.pictures = self.patches = self.prefilled = self.decoded = 0
+        self.images = self.patches = self.prefilled = self.decoded = 0
         policy.core.model.visual.register_forward_pre_hook(self.see, with_kwargs=True)
         policy.core.model.register_forward_pre_hook(self.read, with_kwargs=True)
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-        self.pictures += len(grids)
+        self.images += len(grids)
         self.patches += int(grids.prod(-1).sum())
 
     def read(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -303,13 +303,13 @@ def test_the_counted_cost_is_what_the_model_computed(spec: str, options: Any, en
     seen = Watched(policy)
     rollout(environment(2, **env_options), agent, 3, seed=0, indices=range(3))  # the last wave is short
     cost = agent.cost
-    counted = (cost.pictures, cost.patches, cost.prefilled, cost.sampled - cost.answers)
+    counted = (cost.images, cost.patches, cost.prefilled, cost.sampled - cost.answers)
     # The token that is sampled last is never run through the model.
-    assert counted == (seen.pictures, seen.patches, seen.prefilled, seen.decoded)
-    assert cost.pictures > 0 and cost.answers > 0
+    assert counted == (seen.images, seen.patches, seen.prefilled, seen.decoded)
+    assert cost.images > 0 and cost.answers > 0
 
 
-def test_any_number_of_shots_shares_one_picture_and_one_prefill() -> None:
+def test_any_number_of_shots_shares_one_image_and_one_prefill() -> None:
     costs = {}
     for spec in ("stop-after-1:vlm:tiny", "medoid-5:vlm:tiny"):
         agent = Metered(load_agent(spec, batch_size=8))  # 8 is no multiple of 5
@@ -317,7 +317,7 @@ def test_any_number_of_shots_shares_one_picture_and_one_prefill() -> None:
         costs[spec] = agent.cost
     one, five = costs.values()
     assert one is not None and five is not None
-    assert (five.pictures, five.prefilled) == (one.pictures, one.prefilled)
+    assert (five.images, five.prefilled) == (one.images, one.prefilled)
     assert five.answers == 5 * one.answers == 15
 
 
@@ -344,15 +344,15 @@ def test_a_conversation_that_was_joined_halfway_is_not_guessed_at() -> None:
 def test_means_are_over_episodes() -> None:
     total = Cost(1, 2, 3, 4, 5) + Cost(1, 0, 1, 0, 1)
     found = total.per_episode(2)
-    assert found == {"answers": 1.0, "pictures": 1.0, "patches": 2.0, "prefilled": 2.0, "sampled": 3.0}
+    assert found == {"answers": 1.0, "images": 1.0, "patches": 2.0, "prefilled": 2.0, "sampled": 3.0}
     with pytest.raises(ValueError, match="0 episodes"):
         total.per_episode(0)
 
 
-# ---- larger pictures -------------------------------------------------------------------------
+# ---- larger images -------------------------------------------------------------------------
 
 
-def test_a_policy_with_more_pixels_sees_larger_pictures_and_keeps_them_when_saved(tmp_path: Any) -> None:
+def test_a_policy_with_more_pixels_sees_larger_images_and_keeps_them_when_saved(tmp_path: Any) -> None:
     image = [np.zeros((384, 384, 3), dtype=np.uint8)]
     grids = {k: load_policy("tiny", pixels=k).dialogue.process(image)[0].grid for k in (None, 1.0, 2.0, 4.0)}
     assert grids == {None: (1, 12, 12), 1.0: (1, 12, 12), 2.0: (1, 16, 16), 4.0: (1, 24, 24)}
@@ -363,7 +363,7 @@ def test_a_policy_with_more_pixels_sees_larger_pictures_and_keeps_them_when_save
     assert twice.dialogue.process(image)[0].grid == (1, 24, 24), "the factor is on what the folder says"
 
 
-def test_the_larger_picture_can_be_trained_on_and_is_what_the_trained_policy_is_shown(tmp_path: Any) -> None:
+def test_the_larger_image_can_be_trained_on_and_is_what_the_trained_policy_is_shown(tmp_path: Any) -> None:
     args = train_sft.Args(
         single_shot=True, pixels=2.0, samples=4, steps=1, batch=4, eval_samples=0, tracker="none", out=tmp_path / "run"
     )

@@ -1,6 +1,6 @@
-"""What a converter writes is what the other tool's file says: boxes, expressions, pictures, siblings.
+"""What a converter writes is what the other tool's file says: boxes, expressions, images, siblings.
 
-Silent when false: percent taken for pixels, the wrong one of two annotations, a picture in train
+Silent when false: percent taken for pixels, the wrong one of two annotations, an image in train
 and test, or a name that fits two objects all give a data set that opens and trains.
 """
 
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from eval_layouts import EXPRESSIONS, PHOTOS, bomb_bytes, opened, photo_rows, picture_bytes, write_ref_l4
+from eval_layouts import EXPRESSIONS, PHOTOS, bomb_bytes, image_bytes, opened, photo_rows, write_ref_l4
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivt_env.data import DataError, custom, ref_l4
 from ivt_env.data.converters import CATEGORY_NAME, export, from_coco
+from ivt_env.data.images import read_image
 from ivt_env.data.label_studio import from_label_studio
-from ivt_env.data.pictures import read_picture
 
 
 @pytest.fixture(autouse=True)
@@ -58,15 +58,15 @@ def coco(images, annotations, categories=("cat", "dog")):
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder with one picture of 30 x 40 and a place for the rest."""
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.jpg").write_bytes(picture_bytes((30, 40)))
+    """A folder with one image of 30 x 40 and a place for the rest."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(image_bytes((30, 40)))
     return tmp_path
 
 
 def convert(place, content, **options):
     source = write(place / "instances.json", content)
-    return from_coco(source, place / "pictures", place / "out", "my-set", **options)
+    return from_coco(source, place / "images", place / "out", "my-set", **options)
 
 
 ONE = {"bbox": [5, 6, 10, 12], "caption": "the cat"}
@@ -81,21 +81,21 @@ def test_coco_photographs_come_back_exactly(place, copy):
         x1, y1, x2, y2 = row["bbox"]
         if photos[row["image"]] not in {image[0] for image in images}:
             images.append((photos[row["image"]], f"deep/{row['image']}", row["height"], row["width"]))
-            target = place / "pictures" / "deep" / row["image"]
+            target = place / "images" / "deep" / row["image"]
             target.parent.mkdir(exist_ok=True)
             target.write_bytes((PHOTOS / row["image"]).read_bytes())
         annotations.append({"image_id": photos[row["image"]], "bbox": [x1, y1, x2 - x1, y2 - y1],
                             "caption": row["expression"] + EXPRESSIONS[0]})  # fmt: skip
     done = convert(place, coco(images, annotations), copy=copy)
-    assert (done.counts, done.pictures, done.left_out) == ({"train": 16}, 5, ())
+    assert (done.counts, done.images, done.left_out) == ({"train": 16}, 5, ())
     table = opened(custom.find, place / "out", "custom", "train")
     for n, row in enumerate(photo_rows()):
         sample, height, width = table[n], row["height"], row["width"]
         assert sample.box == tuple(np.array(row["bbox"], float) / [width, height, width, height])
         assert (sample.expression, sample.dataset) == (row["expression"] + EXPRESSIONS[0], "my-set")
         assert len(sample.siblings) == sum(other["image"] == row["image"] for other in photo_rows()) - 1
-        assert np.array_equal(table.picture(sample), read_picture(PHOTOS / row["image"], "photo"))
-        assert table.picture_path(sample).is_symlink() != copy
+        assert np.array_equal(table.image(sample), read_image(PHOTOS / row["image"], "photo"))
+        assert table.image_path(sample).is_symlink() != copy
 
 
 @st.composite
@@ -139,9 +139,9 @@ def test_coco_to_custom_equals_a_plain_reference(drawn, by_category):
             expected[key] = (each, relative(entry["bbox"]), tuple(relative(o["bbox"]) for o in others))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (root / "pictures").mkdir()
+        (root / "images").mkdir()
         for n, size in enumerate(sizes, 1):
-            (root / "pictures" / f"{n}.jpg").write_bytes(picture_bytes(size))
+            (root / "images" / f"{n}.jpg").write_bytes(image_bytes(size))
         options = {"expression_key": CATEGORY_NAME} if by_category else {}
         if not expected:
             with pytest.raises(DataError):
@@ -159,7 +159,7 @@ def test_category_name_takes_only_objects_alone_of_their_category(place):
         expression_key=CATEGORY_NAME,
     )
     assert [(s.sample_id, s.expression) for s in samples(place / "out")] == [("2", "dog")]
-    assert done.notes == {"objects that share their category with another in the picture are no targets": 2}
+    assert done.notes == {"objects that share their category with another in the image are no targets": 2}
 
 
 def test_a_crowd_makes_its_category_ambiguous_and_is_no_target(place):
@@ -169,19 +169,19 @@ def test_a_crowd_makes_its_category_ambiguous_and_is_no_target(place):
     assert [s.expression for s in samples(place / "out")] == ["dog"]
 
 
-def test_cocos_own_pictures_keep_cocos_id(place):
+def test_cocos_own_images_keep_cocos_id(place):
     names = ("COCO_train2014_000000581857.jpg", "000000000139.jpg", "000000000285.jpg")
     for name in names:
-        (place / "pictures" / name).write_bytes(picture_bytes((30, 40)))
+        (place / "images" / name).write_bytes(image_bytes((30, 40)))
     images = [(581857, names[0], 30, 40), (139, names[1], 30, 40), (7, names[2], 30, 40)]
     convert(place, coco(images, [ONE | {"image_id": image[0]} for image in images]))
-    assert [s.picture_id for s in samples(place / "out")] == ["coco-581857", "coco-139", names[2]]
+    assert [s.image_id for s in samples(place / "out")] == ["coco-581857", "coco-139", names[2]]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_shares_divide_pictures_and_a_seed_gives_the_same_again(place, seed):
+def test_shares_divide_images_and_a_seed_gives_the_same_again(place, seed):
     for n in range(20):
-        (place / "pictures" / f"{n}.jpg").write_bytes(picture_bytes((30, 40)))
+        (place / "images" / f"{n}.jpg").write_bytes(image_bytes((30, 40)))
     images = [(n + 1, f"{n}.jpg", 30, 40) for n in range(20)]
     content = coco(images, [ONE | {"image_id": n % 20 + 1} for n in range(60)])
     shares = {"train": 0.7, "val": 0.2, "test": 0.1}
@@ -189,8 +189,8 @@ def test_shares_divide_pictures_and_a_seed_gives_the_same_again(place, seed):
     for again in range(2):
         source = write(place / "instances.json", content)
         out = place / f"out{again}"
-        assert from_coco(source, place / "pictures", out, "my-set", split=shares, seed=seed).pictures == 20
-        found.append({split: {s.picture_id for s in samples(out, split)} for split in shares})
+        assert from_coco(source, place / "images", out, "my-set", split=shares, seed=seed).images == 20
+        found.append({split: {s.image_id for s in samples(out, split)} for split in shares})
     assert found[0] == found[1]
     assert {split: len(held) for split, held in found[0].items()} == {"train": 14, "val": 4, "test": 2}
     assert len(set.union(*found[0].values())) == 20
@@ -221,7 +221,7 @@ def test_shares_that_do_not_work_out_are_refused(place, split, said):
         ({"bbox": [20, 20, 30, 29]}, "it would fit as xyxy"),
         ({"bbox": None}, "bbox None is not four numbers"),
         ({"image_id": 9}, "image_id 9 is not in 'images'"),
-        ({"image_id": 2}, "no such picture"),
+        ({"image_id": 2}, "no such image"),
         ({"image_id": 3}, "is not a path inside the folder"),
         ({"image_id": 4}, "is 40 wide and 30 high, image 4 says 30 wide and 41 high"),
         ({"image_id": 5}, "too large"),
@@ -233,8 +233,8 @@ def test_shares_that_do_not_work_out_are_refused(place, split, said):
     ],
 )
 def test_unusable_annotation_is_left_out_with_its_reason(place, annotation, said):
-    (place / "pictures" / "b.jpg").write_bytes(picture_bytes((30, 40)))
-    (place / "pictures" / "bomb.png").write_bytes(bomb_bytes())
+    (place / "images" / "b.jpg").write_bytes(image_bytes((30, 40)))
+    (place / "images" / "bomb.png").write_bytes(bomb_bytes())
     images = [A, (2, "gone.jpg", 30, 40), (3, "../a.jpg", 30, 40), (4, "b.jpg", 41, 30), (5, "bomb.png", 30, 40)]
     done = convert(place, coco(images, [ONE, ONE | annotation]))
     assert done.counts == {"train": 1}
@@ -267,7 +267,7 @@ def test_other_files_are_refused(place, content, said):
 def test_broken_json_is_refused_with_the_file(place):
     (place / "instances.json").write_text('{"images": [')
     with pytest.raises(DataError, match=r"instances\.json: not whole JSON"):
-        from_coco(place / "instances.json", place / "pictures", place / "out", "my-set")
+        from_coco(place / "instances.json", place / "images", place / "out", "my-set")
 
 
 def test_nothing_is_overwritten_and_known_names_are_refused(place):
@@ -277,13 +277,13 @@ def test_nothing_is_overwritten_and_known_names_are_refused(place):
         convert(place, coco([A], [ONE | {"caption": "other"}]))
     assert {path.name: path.read_bytes() for path in (place / "out").glob("*.json*")} == before
     with pytest.raises(DataError, match="is that of a known data set"):
-        from_coco(place / "instances.json", place / "pictures", place / "out2", "refcoco")
+        from_coco(place / "instances.json", place / "images", place / "out2", "refcoco")
 
 
-def test_another_picture_in_the_place_of_one_is_not_overwritten(place):
+def test_another_image_in_the_place_of_one_is_not_overwritten(place):
     (place / "out" / "images").mkdir(parents=True)
     (place / "out" / "images" / "a.jpg").write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"a\.jpg: another picture is there already"):
+    with pytest.raises(DataError, match=r"a\.jpg: another image is there already"):
         convert(place, coco([A], [ONE]))
     assert (place / "out" / "images" / "a.jpg").read_bytes() == b"mine"
 
@@ -292,7 +292,7 @@ def test_another_picture_in_the_place_of_one_is_not_overwritten(place):
 
 
 def region(name, x, y, w, h, texts=("the cat",), label="cat", size=(30, 40), **more):
-    """The results of one rectangle, as Label Studio exports them: percent of the picture."""
+    """The results of one rectangle, as Label Studio exports them: percent of the image."""
     value = {"x": x, "y": y, "width": w, "height": h, "rotation": 0}
     base = {"id": name, "to_name": "image", "original_height": size[0], "original_width": size[1], "image_rotation": 0}
     box = {"type": "rectanglelabels", "from_name": "label", "value": value | {"rectanglelabels": [label]}}
@@ -309,7 +309,7 @@ def task(*regions, image="/data/upload/3/a.jpg", number=11, data=None, annotatio
 
 def studio(place, tasks, **options):
     source = write(place / "project.json", tasks)
-    return from_label_studio(source, place / "pictures", place / "out", "my-set", **options)
+    return from_label_studio(source, place / "images", place / "out", "my-set", **options)
 
 
 GOOD = region("r1", 12.5, 20.0, 25.0, 40.0)
@@ -336,8 +336,8 @@ def test_label_studio_percent_become_the_box_and_texts_the_expressions(place):
 def test_label_studio_to_custom_equals_a_plain_reference(size, boxes):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (root / "pictures").mkdir()
-        (root / "pictures" / "a.jpg").write_bytes(picture_bytes(size))
+        (root / "images").mkdir()
+        (root / "images" / "a.jpg").write_bytes(image_bytes(size))
         studio(root, [task(*[region(f"r{n}", *box, size=size) for n, box in enumerate(boxes)])])
         found = [s.box for s in samples(root / "out")]
     assert found == [
@@ -346,11 +346,11 @@ def test_label_studio_to_custom_equals_a_plain_reference(size, boxes):
 
 
 @pytest.mark.parametrize("orientation", [6, 8])
-def test_label_studio_boxes_refer_to_the_upright_picture(place, orientation):
-    (place / "pictures" / "a.jpg").write_bytes(picture_bytes((30, 40), orientation=orientation))
+def test_label_studio_boxes_refer_to_the_upright_image(place, orientation):
+    (place / "images" / "a.jpg").write_bytes(image_bytes((30, 40), orientation=orientation))
     studio(place, [task(region("r1", 10, 20, 30, 40, size=(40, 30)))])
     table = opened(custom.find, place / "out", "custom", "train")
-    assert np.array_equal(table.picture(table[0]), read_picture(place / "pictures" / "a.jpg", "a"))
+    assert np.array_equal(table.image(table[0]), read_image(place / "images" / "a.jpg", "a"))
     assert table[0].size == (40, 30)
 
 
@@ -360,16 +360,16 @@ def test_label_studio_boxes_refer_to_the_upright_picture(place, orientation):
      "http://localhost:8080/data/upload/12/a%20b.jpg", "https://here/data/local-files/?d=a b.jpg"],
 )  # fmt: skip
 def test_label_studio_prefixes_are_taken_off_the_path(place, image):
-    (place / "pictures" / "a b.jpg").write_bytes(picture_bytes((30, 40)))
+    (place / "images" / "a b.jpg").write_bytes(image_bytes((30, 40)))
     studio(place, [task(GOOD, image=image)])
-    assert samples(place / "out")[0].picture_id == "a b.jpg"
+    assert samples(place / "out")[0].image_id == "a b.jpg"
 
 
 def test_local_files_keep_their_folders(place):
-    (place / "pictures" / "deep").mkdir()
-    (place / "pictures" / "deep" / "a.jpg").write_bytes(picture_bytes((30, 40)))
+    (place / "images" / "deep").mkdir()
+    (place / "images" / "deep" / "a.jpg").write_bytes(image_bytes((30, 40)))
     studio(place, [task(GOOD, image="/data/local-files/?d=deep/a.jpg")])
-    assert samples(place / "out")[0].picture_id == "deep/a.jpg"
+    assert samples(place / "out")[0].image_id == "deep/a.jpg"
 
 
 def test_first_annotation_that_was_not_cancelled_counts_and_that_is_said(place):
@@ -400,15 +400,15 @@ def test_expression_of_the_task_goes_to_its_only_rectangle(place):
          "rotation is 30, and a turned rectangle is no box"),
         (task(region("r9", 10, 10, 20, 20, image_rotation=90)), "image_rotation is 90"),
         (task(region("r9", 10, 10, 0, 20)), "has no area"),
-        (task(region("r9", 10, 10, 120, 20)), "leaves the picture"),
+        (task(region("r9", 10, 10, 120, 20)), "leaves the image"),
         (task(region("r9", 10, float("nan"), 20, 20)), "is not four finite numbers"),
         (task(region("r9", 10, None, 20, 20)), "is not four finite numbers"),
         (task(region("r9", 10, 10, 20, 20, size=(31, 40))), "but was 40 wide and 31 high when it was annotated"),
         (task(region("r9", 10, 10, 20, 20, [""])), "text is '', not a text"),
-        (task(GOOD, image="/data/upload/3/gone.jpg"), "no such picture"),
+        (task(GOOD, image="/data/upload/3/gone.jpg"), "no such image"),
         (task(GOOD, image="/data/local-files/?d=../a.jpg"), "is not a path inside the folder"),
-        (task(GOOD, image="s3://bucket/a.jpg"), "lies elsewhere; fetch the pictures"),
-        (task(GOOD, image="https://example.org/a.jpg"), "lies elsewhere; fetch the pictures"),
+        (task(GOOD, image="s3://bucket/a.jpg"), "lies elsewhere; fetch the images"),
+        (task(GOOD, image="https://example.org/a.jpg"), "lies elsewhere; fetch the images"),
         (task(GOOD, image="/data/upload/3/turned.jpg"), "orientation 3"),
         (task(annotations="none"), "annotations is 'none'"),
         (task(annotations=[{"result": None}]), "result is None"),
@@ -416,7 +416,7 @@ def test_expression_of_the_task_goes_to_its_only_rectangle(place):
     ],
 )  # fmt: skip
 def test_unusable_task_or_region_is_left_out_with_its_reason(place, bad, said):
-    (place / "pictures" / "turned.jpg").write_bytes(picture_bytes((30, 40), orientation=3))
+    (place / "images" / "turned.jpg").write_bytes(image_bytes((30, 40), orientation=3))
     if isinstance(bad, dict):
         bad["id"] = 77
     done = studio(place, [task(GOOD), bad])
@@ -467,10 +467,8 @@ def test_ocr_template_is_read_and_its_polygons_are_counted(place):
     assert done.notes == {"regions that are no rectangles (polygon) were passed over": 1} and not done.left_out
 
 
-def test_picture_that_no_field_names_is_said_with_the_fields(place):
-    with pytest.raises(
-        DataError, match=r"data has no field 'image', and 2 of its fields name a picture \(\['a', 'b'\]"
-    ):
+def test_image_that_no_field_names_is_said_with_the_fields(place):
+    with pytest.raises(DataError, match=r"data has no field 'image', and 2 of its fields name an image \(\['a', 'b'\]"):
         exported = task(GOOD)
         studio(place, [exported | {"data": {"a": "x.jpg", "b": "y.png"}}])
 
@@ -508,7 +506,7 @@ def test_export_of_which_nothing_is_left_says_every_reason_and_the_remedy(place)
 
 
 @pytest.mark.parametrize("convert_from", ["coco", "label-studio"])
-def test_missing_pictures_are_counted_and_the_remedy_names_their_folder(place, convert_from):
+def test_missing_images_are_counted_and_the_remedy_names_their_folder(place, convert_from):
     names = [f"gone{n}.jpg" for n in range(12)]
     with pytest.raises(DataError) as caught:
         if convert_from == "coco":
@@ -516,9 +514,7 @@ def test_missing_pictures_are_counted_and_the_remedy_names_their_folder(place, c
             convert(place, coco(images, [ONE, *({**ONE, "image_id": n + 2} for n in range(12))]))
         else:
             studio(place, [task(GOOD), *(task(GOOD, image=name, number=n + 20) for n, name in enumerate(names))])
-    said = (
-        f"12 of 13 pictures are not in {place / 'pictures'} (the first: gone0.jpg): put them there, or name the folder"
-    )
+    said = f"12 of 13 images are not in {place / 'images'} (the first: gone0.jpg): put them there, or name the folder"
     assert said in str(caught.value)
 
 
@@ -526,7 +522,7 @@ def test_missing_pictures_are_counted_and_the_remedy_names_their_folder(place, c
 
 
 @pytest.mark.parametrize("copy", [True, False])
-def test_exported_table_gives_the_same_samples_and_pictures(tmp_path, copy):
+def test_exported_table_gives_the_same_samples_and_images(tmp_path, copy):
     write_ref_l4(tmp_path / "root")
     for split in ("val", "test"):
         before = opened(ref_l4.find, tmp_path / "root", "refl4", split)
@@ -535,11 +531,11 @@ def test_exported_table_gives_the_same_samples_and_pictures(tmp_path, copy):
         after = opened(custom.find, tmp_path / "out", "custom", split)
         assert len(after) == len(before) > 0
         for a, b in zip(list(before), list(after), strict=True):
-            same = ("sample_id", "picture_id", "expression", "box", "size", "split", "siblings", "meta")
+            same = ("sample_id", "image_id", "expression", "box", "size", "split", "siblings", "meta")
             assert [getattr(a, key) for key in same] == [getattr(b, key) for key in same]
             assert (a.dataset, b.dataset) == ("refl4", "my-refl4")
-            assert np.array_equal(before.picture(a), after.picture(b))
-            assert after.picture_path(b).is_symlink() != copy
+            assert np.array_equal(before.image(a), after.image(b))
+            assert after.image_path(b).is_symlink() != copy
     assert len(list((tmp_path / "out" / "images").iterdir())) == 5
 
 
@@ -551,15 +547,15 @@ def test_links_are_relative_and_survive_a_move_of_both(tmp_path):
         assert not os.path.isabs(os.readlink(path))
     (tmp_path / "all").rename(tmp_path / "moved")
     after = opened(custom.find, tmp_path / "moved" / "out", "custom", "val")
-    assert after.picture(after[0]).shape == (*after[0].size, 3)
+    assert after.image(after[0]).shape == (*after[0].size, 3)
 
 
-def test_pictures_of_one_name_in_two_folders_stay_apart(tmp_path):
+def test_images_of_one_name_in_two_folders_stay_apart(tmp_path):
     lines = []
     for folder, size in (("x", (30, 40)), ("y", (50, 60))):
         path = tmp_path / "set" / folder / "a.jpg"
         path.parent.mkdir(parents=True)
-        path.write_bytes(picture_bytes(size))
+        path.write_bytes(image_bytes(size))
         lines.append({"image": f"{folder}/a.jpg", "expression": folder, "bbox": [2, 2, 9, 9]})
     write(tmp_path / "set" / "dataset.json", {"name": "a-set", "box": "xyxy", "frame": "px"})
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -582,10 +578,10 @@ def test_export_overwrites_nothing_and_says_which_split_or_name_is_wrong(tmp_pat
         export(val, tmp_path / "out2", "refl4")
 
 
-def test_export_of_a_missing_picture_is_an_error(tmp_path):
+def test_export_of_a_missing_image_is_an_error(tmp_path):
     layout = write_ref_l4(tmp_path / "root")
     val = opened(ref_l4.find, tmp_path / "root", "refl4", "val")
-    (layout.pictures / layout.all_rows[0]["file_name"]).unlink()
+    (layout.images / layout.all_rows[0]["file_name"]).unlink()
     with pytest.raises(DataError, match="is missing; unpack Ref-L4's"):
         export(val, tmp_path / "out", "my-set")
     assert not (tmp_path / "out" / "dataset.json").exists()

@@ -1,4 +1,4 @@
-"""A data set of one's own is read in the convention it declares, from the pictures it means, under its own name.
+"""A data set of one's own is read in the convention it declares, from the images it means, under its own name.
 
 Silent when false: boxes in another convention or frame train a model that looks merely weak; a
 turned photograph has every box beside its object; a set that calls itself RefCOCOg makes a number
@@ -22,10 +22,10 @@ from eval_layouts import (
     PHOTOS,
     bomb_bytes,
     failure,
+    image_bytes,
     in_frame,
     opened,
     photo_rows,
-    picture_bytes,
     write_custom,
 )
 from hypothesis import HealthCheck, given, settings
@@ -36,7 +36,7 @@ from ivt_env.data import DataError, DataMissingError, load_dataset
 from ivt_env.data import custom as module
 from ivt_env.data.checked import BadRowError
 from ivt_env.data.custom import Declared
-from ivt_env.data.pictures import read_picture
+from ivt_env.data.images import read_image
 
 BOXES = ("xyxy", "xywh")
 FRAMES = ("px", "relative", "thousandths")
@@ -78,7 +78,7 @@ def line(**values):
 def one_bad(root, values, caplog, box="xyxy", frame="px"):
     """The log of opening a set whose second line is bad."""
     if not (root / "images" / "a.jpg").exists():
-        put(root, "images/a.jpg", picture_bytes((30, 40)))
+        put(root, "images/a.jpg", image_bytes((30, 40)))
     good = line(bbox=in_frame([5, 6, 20, 25], (30, 40), box, frame))
     write_custom(root, [good, good | values, good], box=box, frame=frame)
     with caplog.at_level(logging.WARNING):
@@ -92,7 +92,7 @@ def one_bad(root, values, caplog, box="xyxy", frame="px"):
 
 @pytest.mark.parametrize(("frame", "unit"), [(999, 999), ("999", 999), ("1024ths", 1024)])
 def test_boxes_may_be_in_any_whole_number_of_parts(root, frame, unit):
-    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    put(root, "images/a.jpg", image_bytes((30, 40)))
     write_custom(root, [line(bbox=[unit // 4, 0, unit, unit // 2])], box="xyxy", frame=frame)
     assert table(root)[0].box == (unit // 4 / unit, 0, 1, unit // 2 / unit)
 
@@ -140,17 +140,17 @@ def test_photographs_are_served_in_every_convention_and_frame(root, box, frame):
     for number, row in enumerate(rows):
         sample = served[number]
         height, width = row["height"], row["width"]
-        assert (sample.dataset, sample.sample_id, sample.picture_id) == ("my-set", str(number + 1), row["image"])
+        assert (sample.dataset, sample.sample_id, sample.image_id) == ("my-set", str(number + 1), row["image"])
         assert (sample.expression, sample.size) == (EXPRESSIONS[number % 3], (height, width))
         expected = np.array(row["bbox"]) / [width, height, width, height]
         assert np.allclose(sample.box, expected, rtol=0, atol=1e-15 if frame == "px" else 1e-12)
         assert np.allclose(sample.siblings, [[1 / width, 2 / height, 30 / width, 40 / height]], rtol=0, atol=1e-12)
         path = PHOTOS / row["image"]
-        assert np.array_equal(served.picture(sample), read_picture(path, str(path)))
+        assert np.array_equal(served.image(sample), read_image(path, str(path)))
 
 
 @st.composite
-def boxes_in_pictures(draw):
+def boxes_in_images(draw):
     height, width = draw(st.integers(8, 3000)), draw(st.integers(8, 3000))
     x1, y1 = draw(st.floats(0, width - 4)), draw(st.floats(0, height - 4))
     x2, y2 = draw(st.floats(x1 + 2, width)), draw(st.floats(y1 + 2, height))
@@ -158,7 +158,7 @@ def boxes_in_pictures(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(boxes_in_pictures(), st.sampled_from(BOXES), st.sampled_from(FRAMES))
+@given(boxes_in_images(), st.sampled_from(BOXES), st.sampled_from(FRAMES))
 def test_any_box_round_trips_in_every_convention_and_frame(drawn, box, frame):
     size, corners = drawn
     written = in_frame(corners, size, box, frame)
@@ -188,7 +188,7 @@ def test_whatever_a_box_holds_it_is_a_box_inside_or_a_reason(values, box, frame)
 )
 def test_any_expression_comes_back(expressions):
     with tempfile.TemporaryDirectory() as folder:
-        put(Path(folder), "images/a.jpg", picture_bytes((30, 40)))
+        put(Path(folder), "images/a.jpg", image_bytes((30, 40)))
         write_custom(Path(folder), [line(expression=each) for each in expressions])
         served = table(Path(folder))
         assert [served[i].expression for i in range(len(served))] == [each.strip() for each in expressions]
@@ -198,7 +198,7 @@ def test_any_expression_comes_back(expressions):
 @pytest.mark.parametrize("frame", FRAMES)
 def test_odd_sizes_come_back_exactly(root, size, frame):
     height, width = size
-    put(root, "images/a.png", picture_bytes(size, "RGBA"))
+    put(root, "images/a.png", image_bytes(size, "RGBA"))
     unit = {"px": (width, height), "relative": (1, 1), "thousandths": (1000, 1000)}[frame]
     stated = {"width": width, "height": height} if frame == "px" else {}
     if frame == "px" and size == (1, 1):
@@ -206,24 +206,24 @@ def test_odd_sizes_come_back_exactly(root, size, frame):
     write_custom(root, [line(image="a.png", bbox=[0, 0, *unit], **stated)], frame=frame)
     served = table(root)
     assert (served[0].box, served[0].size) == ((0.0, 0.0, 1.0, 1.0), size)
-    assert served.picture(served[0]).shape == (height, width, 3)
+    assert served.image(served[0]).shape == (height, width, 3)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "RGB"])
-def test_picture_of_any_kind_is_read_in_its_size(root, mode):
-    path = put(root, "images/a.jpg", picture_bytes((37, 53), mode))
+def test_image_of_any_kind_is_read_in_its_size(root, mode):
+    path = put(root, "images/a.jpg", image_bytes((37, 53), mode))
     write_custom(root, [line()])
     served = table(root)
     assert served[0].size == (37, 53)
-    assert np.array_equal(served.picture(served[0]), read_picture(path, "a"))
+    assert np.array_equal(served.image(served[0]), read_image(path, "a"))
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_turned_photograph_is_read_upright_and_as_stated(root, orientation):
-    path = put(root, "images/a.jpg", picture_bytes((30, 40), orientation=orientation))
-    upright, stored = read_picture(path, "a"), read_picture(path, "a", (30, 40))
+    path = put(root, "images/a.jpg", image_bytes((30, 40), orientation=orientation))
+    upright, stored = read_image(path, "a"), read_image(path, "a", (30, 40))
     assert upright.shape == (40, 30, 3)
-    for stated, size, picture in (
+    for stated, size, image in (
         ({}, (40, 30), upright),
         ({"width": 30, "height": 40}, (40, 30), upright),
         ({"width": 40, "height": 30}, (30, 40), stored),
@@ -234,22 +234,22 @@ def test_turned_photograph_is_read_upright_and_as_stated(root, orientation):
         served = table(root)
         height, width = size
         assert (served[0].size, served[0].box) == (size, (3 / width, 6 / height, 15 / width, 24 / height))
-        assert np.array_equal(served.picture(served[0]), picture)
+        assert np.array_equal(served.image(served[0]), image)
 
 
 @pytest.mark.parametrize(("size", "orientation"), [((30, 40), 2), ((30, 40), 3), ((30, 40), 4), ((30, 30), 6)])
 def test_photograph_whose_frame_is_unclear_is_refused_unless_stated(root, size, orientation):
-    path = put(root, "images/a.jpg", picture_bytes(size, orientation=orientation))
+    path = put(root, "images/a.jpg", image_bytes(size, orientation=orientation))
     write_custom(root, [line()])
     message = refusal(root)
     assert f"{path}: its EXIF note says" in message and "mogrify -auto-orient" in message
     write_custom(root, [line(width=size[1], height=size[0])])
     served = table(root)
-    assert np.array_equal(served.picture(served[0]), read_picture(path, "a", size))
+    assert np.array_equal(served.image(served[0]), read_image(path, "a", size))
 
 
 def test_lines_may_be_blank_and_the_file_may_start_with_a_mark(root):
-    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    put(root, "images/a.jpg", image_bytes((30, 40)))
     path = write_custom(root, [])
     text = f"\ufeff{json.dumps(line())}\r\n\r\n   \n{json.dumps(line(expression='the dog'))}"
     path.write_bytes(text.encode())
@@ -258,23 +258,23 @@ def test_lines_may_be_blank_and_the_file_may_start_with_a_mark(root):
 
 
 def test_ids_category_and_meta_are_kept(root):
-    put(root, "images/deep/a.jpg", picture_bytes((30, 40)))
-    write_custom(root, [line(image="deep/a.jpg", id=7, picture_id="coco-5", category="猫", meta={"by": [1, None]})])
+    put(root, "images/deep/a.jpg", image_bytes((30, 40)))
+    write_custom(root, [line(image="deep/a.jpg", id=7, image_id="coco-5", category="猫", meta={"by": [1, None]})])
     sample = table(root)[0]
-    assert (sample.sample_id, sample.picture_id) == ("7", "coco-5")
+    assert (sample.sample_id, sample.image_id) == ("7", "coco-5")
     assert sample.meta == {"by": [1, None], "category": "猫"}
 
 
-def test_pictures_may_lie_beside_dataset_json(root):
-    put(root, "a.jpg", picture_bytes((30, 40)))
+def test_images_may_lie_beside_dataset_json(root):
+    put(root, "a.jpg", image_bytes((30, 40)))
     write_custom(root, [line()])
     served = table(root)
-    assert served.picture_path(served[0]) == root / "a.jpg"
+    assert served.image_path(served[0]) == root / "a.jpg"
 
 
 def test_splits_are_those_whose_file_is_there(root):
-    put(root, "images/a.jpg", picture_bytes((30, 40)))
-    put(root, "images/b.jpg", picture_bytes((30, 40)))
+    put(root, "images/a.jpg", image_bytes((30, 40)))
+    put(root, "images/b.jpg", image_bytes((30, 40)))
     write_custom(root, [line()])
     write_custom(root, [line(image="b.jpg")], "test")
     assert module.find(root, "custom").splits == ("train", "test")
@@ -343,7 +343,7 @@ def test_other_names_are_not(name):
     [
         ({"bbox": [20, 10, 10, 12]}, r"corners in the wrong order or no area; it would fit as xywh"),
         ({"bbox": [5, 6, 5, 25]}, "wrong order or no area"),
-        ({"bbox": [5, 6, 90, 25]}, "leaves the picture, which is 40 wide and 30 high"),
+        ({"bbox": [5, 6, 90, 25]}, "leaves the image, which is 40 wide and 30 high"),
         ({"bbox": [5, 6, 25, 39]}, "are width and height swapped?"),
         ({"bbox": [0.1, 0.2, 0.5, 0.9]}, "it would fit as 'relative': is the declared frame wrong?"),
         ({"bbox": [100, 200, 500, 900]}, "it would fit as 'thousandths'"),
@@ -356,23 +356,23 @@ def test_other_names_are_not(name):
         ({"image": "../a.jpg"}, "is not a path inside the folder"),
         ({"image": "/etc/passwd"}, "is not a path inside the folder"),
         ({"image": "C:\\a.jpg"}, "is not a path inside the folder"),
-        ({"image": "b.jpg"}, "image 'b.jpg': no such picture, neither"),
+        ({"image": "b.jpg"}, "image 'b.jpg': no such image, neither"),
         ({"image": 5}, "image is 5, not a text"),
         ({"expression": "  "}, "expression is '  ', not a text"),
         ({"expression": "\ud800"}, "not valid Unicode"),
         ({"width": 40}, "height is None"),
-        ({"width": 0, "height": 30}, "height 30 and width 0 are not a picture's"),
+        ({"width": 0, "height": 30}, "height 30 and width 0 are not an image's"),
         ({"box": [1, 2, 3, 4]}, "unknown key 'box' (did you mean 'bbox'?)"),
         ({"meta": [1]}, "meta is [1], not a JSON object"),
         ({"meta": {"a": "\ud800"}}, "not valid Unicode"),
         ({"meta": {"category": "dog"}, "category": "cat"}, "category is 'cat', but in meta it is 'dog'"),
         ({"id": ""}, "id is '', not a text"),
         ({"id": 1.5}, "id is 1.5, not a text"),
-        ({"picture_id": "other"}, "'a.jpg' has the picture_id 'a.jpg' in a line before, here 'other'"),
+        ({"image_id": "other"}, "'a.jpg' has the image_id 'a.jpg' in a line before, here 'other'"),
     ],
 )
 def test_bad_line_is_left_out_with_its_number_and_reason(root, caplog, values, said):
-    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    put(root, "images/a.jpg", image_bytes((30, 40)))
     good = line()
     path = write_custom(root, [])
     path.write_text("".join(json.dumps(each) + "\n" for each in (good, good | values, good)))
@@ -387,10 +387,10 @@ def test_bad_line_is_left_out_with_its_number_and_reason(root, caplog, values, s
         ("xywh", "px", [20, 20, 30, 29], "it would fit as xyxy"),
         ("xywh", "relative", [0.5, 0.5, 0.9, 0.9], "it would fit as xyxy"),
         ("xyxy", "relative", [5, 6, 20, 25], "it would fit as 'px'"),
-        ("xyxy", "relative", [0.5, 0.5, 1.2, 0.9], "leaves the picture by more than a pixel"),
+        ("xyxy", "relative", [0.5, 0.5, 1.2, 0.9], "leaves the image by more than a pixel"),
         ("xyxy", "relative", [0.5, 0.5, 0.2, 0.3], "it would fit as xywh"),
         ("xyxy", "thousandths", [0.5, 0.5, 0.9, 0.9], "it would fit as 'relative'"),
-        ("xyxy", "thousandths", [5, 6, 2000, 25], "leaves the picture, which is 1000 wide"),
+        ("xyxy", "thousandths", [5, 6, 2000, 25], "leaves the image, which is 1000 wide"),
     ],
 )
 def test_box_of_another_convention_or_frame_is_recognised(root, caplog, box, frame, bbox, said):
@@ -408,7 +408,7 @@ def test_box_of_another_convention_or_frame_is_recognised(root, caplog, box, fra
     ],
 )
 def test_broken_line_is_left_out_with_its_number(root, caplog, content, said):
-    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    put(root, "images/a.jpg", image_bytes((30, 40)))
     path = write_custom(root, [line()])
     path.write_bytes(path.read_bytes() + b"\n" + content + b"\n" + json.dumps(line()).encode())
     with caplog.at_level(logging.WARNING):
@@ -417,7 +417,7 @@ def test_broken_line_is_left_out_with_its_number(root, caplog, content, said):
 
 
 def test_duplicate_id_is_left_out_and_named(root, caplog):
-    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    put(root, "images/a.jpg", image_bytes((30, 40)))
     write_custom(root, [line(), line(id="1")])
     with caplog.at_level(logging.WARNING):
         assert table(root).skipped == 1
@@ -425,7 +425,7 @@ def test_duplicate_id_is_left_out_and_named(root, caplog):
 
 
 def test_all_lines_bad_is_an_error_with_file_line_value_and_remedy(root):
-    put(root, "images/a.jpg", picture_bytes((30, 40)))
+    put(root, "images/a.jpg", image_bytes((30, 40)))
     write_custom(root, [line(bbox=[5, 6, 4, 25])] * 3)
     message = refusal(root)
     for part in ("train.jsonl line 1", "[5, 6, 4, 25]", "3 of 3 rows are unusable", "docs/data/custom.md"):
@@ -437,31 +437,31 @@ def test_empty_file_is_an_error(root):
     assert "holds no rows" in refusal(root)
 
 
-def test_picture_in_train_and_test_is_refused_however_it_is_spelt(root):
-    put(root, "images/a.jpg", picture_bytes((30, 40)))
+def test_image_in_train_and_test_is_refused_however_it_is_spelt(root):
+    put(root, "images/a.jpg", image_bytes((30, 40)))
     write_custom(root, [line()])
     write_custom(root, [line(image="./a.jpg")], "test")
-    assert "train and test share 1 pictures (a.jpg is one)" in refusal(root)
+    assert "train and test share 1 images (a.jpg is one)" in refusal(root)
 
 
-def test_one_id_for_two_pictures_is_left_out(root, caplog):
-    put(root, "images/b.jpg", picture_bytes((30, 40)))
-    assert "picture_id 'a.jpg' is that of 'a.jpg'" in one_bad(root, {"image": "b.jpg", "picture_id": "a.jpg"}, caplog)
+def test_one_id_for_two_images_is_left_out(root, caplog):
+    put(root, "images/b.jpg", image_bytes((30, 40)))
+    assert "image_id 'a.jpg' is that of 'a.jpg'" in one_bad(root, {"image": "b.jpg", "image_id": "a.jpg"}, caplog)
 
 
-def test_huge_picture_is_refused_before_it_is_decoded(root, caplog):
+def test_huge_image_is_refused_before_it_is_decoded(root, caplog):
     put(root, "images/b.jpg", bomb_bytes())
-    assert "picture refused because it is too large" in one_bad(root, {"image": "b.jpg"}, caplog)
+    assert "image refused because it is too large" in one_bad(root, {"image": "b.jpg"}, caplog)
 
 
-def test_no_picture_at_all_is_said(root, caplog):
+def test_no_image_at_all_is_said(root, caplog):
     put(root, "images/b.jpg", b"text")
-    assert "not a whole picture that can be read" in one_bad(root, {"image": "b.jpg"}, caplog)
+    assert "not a whole image that can be read" in one_bad(root, {"image": "b.jpg"}, caplog)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P"])
-def test_cut_off_picture_is_refused_when_it_is_read(root, caplog, mode):
-    whole = picture_bytes((300, 400), mode)
+def test_cut_off_image_is_refused_when_it_is_read(root, caplog, mode):
+    whole = image_bytes((300, 400), mode)
     if mode == "P":  # a PNG is decoded for its EXIF block, so the cut is seen at once
         put(root, "images/b.jpg", whole[: len(whole) // 2])
         assert "cut off" in one_bad(root, {"image": "b.jpg"}, caplog)
@@ -470,28 +470,28 @@ def test_cut_off_picture_is_refused_when_it_is_read(root, caplog, mode):
     write_custom(root, [line()])
     served = table(root)
     with pytest.raises(DataError, match="cut off") as caught:
-        served.picture(served[0])
+        served.image(served[0])
     assert "a.jpg" in str(caught.value)
 
 
-def test_stated_size_that_the_picture_has_not_is_refused_when_it_is_read(root):
-    put(root, "images/a.jpg", picture_bytes((30, 40)))
+def test_stated_size_that_the_image_has_not_is_refused_when_it_is_read(root):
+    put(root, "images/a.jpg", image_bytes((30, 40)))
     write_custom(root, [line(width=41, height=30)])
     served = table(root)
-    with pytest.raises(DataError, match="the picture is 40 wide and 30 high, its annotation says 41"):
-        served.picture(served[0])
+    with pytest.raises(DataError, match="the image is 40 wide and 30 high, its annotation says 41"):
+        served.image(served[0])
 
 
-def test_picture_that_has_gone_is_said_with_a_remedy(root):
-    path = put(root, "images/a.jpg", picture_bytes((30, 40)))
+def test_image_that_has_gone_is_said_with_a_remedy(root):
+    path = put(root, "images/a.jpg", image_bytes((30, 40)))
     write_custom(root, [line()])
     served = table(root)
     os.unlink(path)
     with pytest.raises(DataError, match="is missing; put it there, or correct 'image'"):
-        served.picture(served[0])
+        served.image(served[0])
 
 
-def test_a_picture_name_no_disk_takes_costs_its_line_only(root, caplog):
+def test_a_image_name_no_disk_takes_costs_its_line_only(root, caplog):
     assert "cannot be looked for (File name too long)" in one_bad(root, {"image": "x" * 300}, caplog)
 
 

@@ -12,11 +12,11 @@ import json
 import numpy as np
 import pytest
 from hub_layouts import (
-    boxes_in_pictures,
+    boxes_in_images,
     is_the_record,
     many,
     odd_things,
-    put_pictures,
+    put_images,
     record,
     same_objects,
     thing_at,
@@ -75,32 +75,32 @@ def test_samples_are_those_of_the_refer_layout(tmp_path, name):
         same_objects(found, expected, ("ann_id", "ref_id", "image_id"))
         assert [s.sample_id for s in found] == [s.sample_id for s in expected]
         table = hub.open(split)
-        assert np.array_equal(table.picture(table[0]), original.picture(original[0]))
+        assert np.array_equal(table.image(table[0]), original.image(original[0]))
 
 
-def test_odd_sizes_texts_and_pictures_round_trip(tmp_path):
+def test_odd_sizes_texts_and_images_round_trip(tmp_path):
     things = odd_things("val")
-    put_pictures(tmp_path / "train2014", things)
+    put_images(tmp_path / "train2014", things)
     table = write_jxu124(tmp_path, "refcoco", things).open("val")
     for sample, thing in zip([table[i] for i in range(len(table))], things, strict=True):
         assert (sample.expression, sample.size) == (thing.sentences[0][1], thing.size)
         assert np.allclose(sample.box, thing.relative, rtol=0, atol=1e-15)
-        assert table.picture(sample).shape == (*thing.size, 3)
+        assert table.image(sample).shape == (*thing.size, 3)
 
 
-@pytest.mark.parametrize("place", jxu124.PICTURE_FOLDERS)
-def test_pictures_are_found_in_every_documented_place(tmp_path, place):
+@pytest.mark.parametrize("place", jxu124.IMAGE_FOLDERS)
+def test_images_are_found_in_every_documented_place(tmp_path, place):
     things = things_of(write_refer_folder(tmp_path / "elsewhere"))
-    put_pictures(tmp_path / place, things)
+    put_images(tmp_path / place, things)
     write_jxu124(tmp_path, "refcocog", things)
     table = open_table(jxu124.find(tmp_path, "refcocog"), "train")
     with Image.open(PHOTOS / "astronaut.jpg") as image:
-        assert np.array_equal(table.picture(table[0]), np.asarray(image))
+        assert np.array_equal(table.image(table[0]), np.asarray(image))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(boxes_in_pictures())
-def test_any_box_in_any_picture_comes_back(tmp_path, drawn):
+@given(boxes_in_images())
+def test_any_box_in_any_image_comes_back(tmp_path, drawn):
     thing = thing_at(*drawn, "train")
     (box,) = write_jxu124(tmp_path, "refcoco", [thing]).boxes()
     assert np.allclose(box, thing.relative, rtol=0, atol=1e-9)
@@ -156,13 +156,13 @@ BAD_ROWS = {
     "zero area": (lambda row: set_box(row, [5.0, 6.0, 0.0, 9.0]), "bbox [5.0, 6.0, 5.0, 15.0] (x1, y1, x2, y2) has"),
     "xywh unreadable": (lambda row: set_json(row, "raw_anns", bbox=None), "bbox in raw_anns is None"),
     "other object": (lambda row: set_json(row, "raw_anns", id=5), "id in raw_anns is 5, and"),
-    "other picture": (lambda row: set_json(row, "raw_image_info", id=5), "id in raw_image_info is 5, and"),
-    "file of another picture": (
+    "other image": (lambda row: set_json(row, "raw_image_info", id=5), "id in raw_image_info is 5, and"),
+    "file of another image": (
         lambda row: set_json(row, "raw_image_info", file_name="COCO_train2014_000000000005.jpg"),
-        "its picture is called 'COCO_train2014_000000000005.jpg', but its image_id is",
+        "its image is called 'COCO_train2014_000000000005.jpg', but its image_id is",
     ),
     "path": (lambda row: set_json(row, "raw_image_info", file_name="../x.jpg"), "'../x.jpg' is not the plain name"),
-    "no size": (lambda row: set_json(row, "raw_image_info", height=0), "height 0 and width 120 are not a picture's"),
+    "no size": (lambda row: set_json(row, "raw_image_info", height=0), "height 0 and width 120 are not an image's"),
     "cut JSON": (lambda row: row.update(raw_anns=row["raw_anns"][:30]), "not whole JSON"),
     "JSON list": (lambda row: row.update(raw_image_info="[1]"), "raw_image_info is [1], not a JSON object"),
     "other split": (lambda row: row.update(split="testB"), "says split 'testB' in a file of train"),

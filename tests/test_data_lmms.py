@@ -1,8 +1,8 @@
-"""The Hub files of lmms-lab give REFER's samples and their own pictures, or an error with a remedy.
+"""The Hub files of lmms-lab give REFER's samples and their own images, or an error with a remedy.
 
-Silent when false: the mixed val splits hold pictures of the train splits, so that a score on them is
-too good; a picture that is encoded again, turned by its EXIF note or taken from another row has
-boxes that no longer fit; a picture cut off in writing is served for ever after.
+Silent when false: the mixed val splits hold images of the train splits, so that a score on them is
+too good; an image that is encoded again, turned by its EXIF note or taken from another row has
+boxes that no longer fit; an image cut off in writing is served for ever after.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_layouts import (
-    boxes_in_pictures,
+    boxes_in_images,
+    image_bytes,
     is_the_record,
     many,
     odd_things,
-    picture_bytes,
     record,
     same_objects,
     thing_at,
@@ -47,7 +47,7 @@ def hub(tmp_path):
 
 
 def written(hub):
-    return hub.path_of("testA").parent.parent / ".ivt_index" / "pictures"
+    return hub.path_of("testA").parent.parent / ".ivt_index" / "images"
 
 
 # --- What is read ---------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_published_record_is_reproduced(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["refcocog", "refcoco", "refcocoplus"])
-def test_samples_and_pictures_are_those_of_the_refer_layout(tmp_path, name):
+def test_samples_and_images_are_those_of_the_refer_layout(tmp_path, name):
     folder = write_refer_folder(tmp_path, name)
     hub = write_lmms(tmp_path, name, [t for t in things_of(folder) if t.split in lmms.SPLITS[name]])
     assert lmms.find(tmp_path, name).splits == lmms.SPLITS[name]
@@ -71,37 +71,37 @@ def test_samples_and_pictures_are_those_of_the_refer_layout(tmp_path, name):
         expected, found = [original[i] for i in range(len(original))], hub.samples(split)
         same_objects(found, expected, ("ann_id", "image_id"))
         table = hub.open(split)
-        assert np.array_equal(table.picture(table[0]), original.picture(original[0]))
-        # Byte for byte: a JPEG that is encoded again is another picture.
-        assert table.picture_path(table[0]).read_bytes() == original.picture_path(original[0]).read_bytes()
+        assert np.array_equal(table.image(table[0]), original.image(original[0]))
+        # Byte for byte: a JPEG that is encoded again is another image.
+        assert table.image_path(table[0]).read_bytes() == original.image_path(original[0]).read_bytes()
 
 
-def test_odd_sizes_texts_and_pictures_round_trip_in_the_stored_frame(tmp_path):
+def test_odd_sizes_texts_and_images_round_trip_in_the_stored_frame(tmp_path):
     things = odd_things("val")
     table = write_lmms(tmp_path, "refcocoplus", things).open("val")
     for sample, thing in zip([table[i] for i in range(len(table))], things, strict=True):
         assert (sample.expression, sample.size) == (thing.sentences[0][1], thing.size)
         assert np.allclose(sample.box, thing.relative, rtol=0, atol=3e-7)  # a third of a pixel is no short decimal
-        assert table.picture_path(sample).read_bytes() == thing.picture
-        with Image.open(io.BytesIO(thing.picture)) as image:  # no EXIF turn, also where the picture is square
-            assert np.array_equal(table.picture(sample), np.asarray(image.convert("RGB")))
+        assert table.image_path(sample).read_bytes() == thing.image
+        with Image.open(io.BytesIO(thing.image)) as image:  # no EXIF turn, also where the image is square
+            assert np.array_equal(table.image(sample), np.asarray(image.convert("RGB")))
 
 
-def test_plain_binary_pictures_are_read_too(tmp_path):
+def test_plain_binary_images_are_read_too(tmp_path):
     hub = write_lmms(tmp_path, "refcoco", many("testA"))
     for row in hub.rows["testA"]:
         row["image"] = row["image"]["bytes"]
     hub.schema = hub.schema.set(1, pa.field("image", pa.binary()))
     hub.save()
     table = hub.open("testA")
-    assert table.picture(table[0]).shape == (80, 120, 3)
+    assert table.image(table[0]).shape == (80, 120, 3)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(boxes_in_pictures())
-def test_any_box_in_any_picture_comes_back(tmp_path, drawn):
+@given(boxes_in_images())
+def test_any_box_in_any_image_comes_back(tmp_path, drawn):
     thing = thing_at(*drawn, "testA")
-    (tmp_path / "written" / "pictures" / thing.file_name).unlink(missing_ok=True)
+    (tmp_path / "written" / "images" / thing.file_name).unlink(missing_ok=True)
     (box,) = write_lmms(tmp_path, "refcoco", [thing]).boxes()
     assert np.allclose(box, thing.relative, rtol=0, atol=1e-9)
     assert 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
@@ -119,7 +119,7 @@ def test_every_answer_is_a_sample_of_its_own(tmp_path):
     samples = write_lmms(tmp_path, "refcoco", [record("testB")]).samples("testB")
     assert [s.sample_id for s in samples] == ["1719310-0", "1719310-1", "1719310-2"]
     assert [s.expression for s in samples] == [text for _, text in record().sentences]
-    assert len({(s.box, s.picture_id) for s in samples}) == 1
+    assert len({(s.box, s.image_id) for s in samples}) == 1
 
 
 # --- Splits ---------------------------------------------------------------------------------------
@@ -147,10 +147,10 @@ def test_folder_with_refused_splits_alone_is_no_source(tmp_path):
     assert lmms.find(tmp_path, "refcoco") is lmms.find(tmp_path, "refcocog") is lmms.find(tmp_path, "photos") is None
 
 
-# --- Pictures -------------------------------------------------------------------------------------
+# --- Images -------------------------------------------------------------------------------------
 
 
-def test_picture_of_several_rows_is_written_once_and_then_left_alone(hub, tmp_path):
+def test_image_of_several_rows_is_written_once_and_then_left_alone(hub, tmp_path):
     hub.open("testA")
     files = {path: path.stat().st_mtime_ns for path in written(hub).iterdir()}
     assert sorted(path.name for path in files) == sorted(
@@ -164,39 +164,39 @@ def test_picture_of_several_rows_is_written_once_and_then_left_alone(hub, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["cut off", "other bytes", "gone"])
-def test_damaged_picture_is_written_again_with_the_index(hub, damage):
+def test_damaged_image_is_written_again_with_the_index(hub, damage):
     table = hub.open("testA")
-    path = table.picture_path(table[0])
+    path = table.image_path(table[0])
     content = path.read_bytes()
     path.unlink()
     if damage != "gone":
         path.write_bytes(content[:100] if damage == "cut off" else bytes(len(content)))
-    with pytest.raises(DataError, match=r"refcoco-lmms.arrow|not a whole picture"):
-        table.picture(table[0])
+    with pytest.raises(DataError, match=r"refcoco-lmms.arrow|not a whole image"):
+        table.image(table[0])
     (written(hub).parent / "refcoco-lmms.arrow").unlink()
     table = hub.open("testA")
-    assert table.picture(table[0]).shape == (80, 120, 3)
+    assert table.image(table[0]).shape == (80, 120, 3)
     assert path.read_bytes() == content
 
 
-def test_interrupted_writing_leaves_no_half_picture(hub, monkeypatch):
+def test_interrupted_writing_leaves_no_half_image(hub, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     message = hub.error("testA")
-    assert "the picture cannot be written (No space left on device); make room" in message
+    assert "the image cannot be written (No space left on device); make room" in message
     assert list(written(hub).iterdir()) == []
 
 
-def test_rows_with_one_number_and_two_pictures_are_not_mixed_up(hub, caplog):
-    hub.rows["testA"][5]["image"] = {"bytes": picture_bytes(120, 80, shade=9), "path": None}
+def test_rows_with_one_number_and_two_images_are_not_mixed_up(hub, caplog):
+    hub.rows["testA"][5]["image"] = {"bytes": image_bytes(120, 80, shade=9), "path": None}
     hub.save()
     log = hub.left_out("testA", caplog)
-    assert "row 5 of testA-00000-of-00001.parquet: holds another picture than an earlier row with coco-" in log
+    assert "row 5 of testA-00000-of-00001.parquet: holds another image than an earlier row with coco-" in log
 
 
-def test_few_pictures_are_in_memory_at_once(tmp_path):
+def test_few_images_are_in_memory_at_once(tmp_path):
     rng = np.random.default_rng(0)
     row = write_lmms(tmp_path, "refcoco", many("testA", 1)).rows["testA"][0]
     rows = [row | {"image": {"bytes": rng.bytes(100_000), "path": "x"}} for _ in range(200)]
@@ -218,14 +218,14 @@ BAD_ROWS = {
     "zero area": ({"bbox": [5.0, 6.0, 0.0, 9.0]}, "bbox [5.0, 6.0, 0.0, 9.0] (x, y, width, height) has no area"),
     "no number": ({"question_id": "12a"}, "question_id is '12a', not the number of an annotation"),
     "null id": ({"question_id": None}, "question_id is None"),
-    "no COCO name": ({"file_name": "17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 picture"),
+    "no COCO name": ({"file_name": "17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 image"),
     "path": ({"file_name": "../x.jpg"}, "file_name '../x.jpg' is not the plain name of a file"),
     "no answer": ({"answer": []}, "answer is None, not a text"),
     "null answers": ({"answer": None}, "answer is None, not a text"),
     "blank answer": ({"answer": [" "]}, "answer is ' ', not a text"),
-    "no picture": ({"image": None}, "the picture is not in the file (image is None)"),
-    "picture elsewhere": ({"image": {"bytes": None, "path": "x.jpg"}}, "the picture is not in the file (image is {"),
-    "no image": ({"image": {"bytes": b"no picture", "path": "x"}}, "holds another picture than an earlier row with"),
+    "no image": ({"image": None}, "the image is not in the file (image is None)"),
+    "image elsewhere": ({"image": {"bytes": None, "path": "x.jpg"}}, "the image is not in the file (image is {"),
+    "broken image": ({"image": {"bytes": b"no image", "path": "x"}}, "holds another image than an earlier row with"),
 }
 
 
@@ -260,8 +260,7 @@ def test_file_of_xyxy_boxes_is_refused_and_said_to_be_so(hub):
     hub.save()
     message = hub.error("testA")
     assert (
-        "boxes do not fit their pictures as they are read (the limit is 10)" in message
-        and "would fit as xyxy" in message
+        "boxes do not fit their images as they are read (the limit is 10)" in message and "would fit as xyxy" in message
     )
     assert "lmms-lab-encoder/RefCOCO again" in message and str(hub.path_of("testB")) in message
 
@@ -291,7 +290,7 @@ def test_missing_column_is_named(hub, column):
     [
         ("bbox", [1, 2, 3, 4], "column 'bbox' is list<element: int64>, not lists of floating-point numbers"),
         ("answer", "the cat", "column 'answer' is string, not lists of texts"),
-        ("image", {"path": "x.jpg"}, "column 'image' is struct<path: string>, not pictures"),
+        ("image", {"path": "x.jpg"}, "column 'image' is struct<path: string>, not images"),
         ("question_id", 5, "column 'question_id' is int64, not texts"),
     ],
 )

@@ -1,7 +1,7 @@
 """MDETR's files give REFER's samples, or an error that names the file, the row and a remedy.
 
 Silent when false: ``id`` and ``image_id`` are running numbers in these files, and taken for COCO's
-they join every expression with a box of another picture, of which each number looks right.
+they join every expression with a box of another image, of which each number looks right.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import json
 import numpy as np
 import pytest
 from hub_layouts import (
-    boxes_in_pictures,
+    boxes_in_images,
     is_the_record,
     many,
     odd_things,
-    put_pictures,
+    put_images,
     record,
     same_objects,
     thing_at,
@@ -63,32 +63,32 @@ def test_samples_are_those_of_the_refer_layout(tmp_path, name):
         expected, found = [original[i] for i in range(len(original))], hub.samples(split)
         same_objects(found, expected, ("ann_id", "image_id", "category"))
         table = hub.open(split)
-        assert np.array_equal(table.picture(table[0]), original.picture(original[0]))
+        assert np.array_equal(table.image(table[0]), original.image(original[0]))
 
 
-def test_odd_sizes_texts_and_pictures_round_trip(tmp_path):
+def test_odd_sizes_texts_and_images_round_trip(tmp_path):
     things = odd_things("val")
-    put_pictures(tmp_path / "train2014", things)
+    put_images(tmp_path / "train2014", things)
     table = write_mdetr(tmp_path, "refcoco", things).open("val")
     for sample, thing in zip([table[i] for i in range(len(table))], things, strict=True):
         assert (sample.expression, sample.size) == (thing.sentences[0][1], thing.size)
         assert np.allclose(sample.box, thing.relative, rtol=0, atol=1e-15)
-        assert table.picture(sample).shape == (*thing.size, 3)
+        assert table.image(sample).shape == (*thing.size, 3)
 
 
-@pytest.mark.parametrize("place", mdetr.PICTURE_FOLDERS)
-def test_pictures_are_found_in_every_documented_place(tmp_path, place):
+@pytest.mark.parametrize("place", mdetr.IMAGE_FOLDERS)
+def test_images_are_found_in_every_documented_place(tmp_path, place):
     things = things_of(write_refer_folder(tmp_path / "elsewhere"))
-    put_pictures(tmp_path / place, things)
+    put_images(tmp_path / place, things)
     write_mdetr(tmp_path, "refcocog", things)
     table = open_table(mdetr.find(tmp_path, "refcocog"), "train")
     with Image.open(PHOTOS / "astronaut.jpg") as image:
-        assert np.array_equal(table.picture(table[0]), np.asarray(image))
+        assert np.array_equal(table.image(table[0]), np.asarray(image))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(boxes_in_pictures())
-def test_any_box_in_any_picture_comes_back(tmp_path, drawn):
+@given(boxes_in_images())
+def test_any_box_in_any_image_comes_back(tmp_path, drawn):
     thing = thing_at(*drawn, "train")
     (box,) = write_mdetr(tmp_path, "refcoco", [thing]).boxes()
     assert np.allclose(box, thing.relative, rtol=0, atol=1e-9)
@@ -147,8 +147,8 @@ BAD_ROWS = {
     "zero area": (annotation(bbox=[5, 6, 0, 9]), "bbox [5, 6, 0, 9] (x, y, width, height) has no area"),
     "other set": (image(dataset_name="refcoco"), "dataset_name is 'refcoco', not 'refcoco+'"),
     "no set": (image(dataset_name=None), "dataset_name is None"),
-    "other picture": (image(original_id=4), "but its original_id is 4"),
-    "no COCO name": (image(file_name="17.jpg"), "file name '17.jpg' is not that of a COCO train2014 picture"),
+    "other image": (image(original_id=4), "but its original_id is 4"),
+    "no COCO name": (image(file_name="17.jpg"), "file name '17.jpg' is not that of a COCO train2014 image"),
     "path": (image(file_name="/etc/COCO_train2014_000000000004.jpg"), "is not the plain name of a file"),
     "no size": (image(width=None), "width is None"),
     "negative size": (image(height=-80), "height is -80"),
@@ -200,8 +200,7 @@ def test_file_of_xyxy_boxes_is_refused_and_said_to_be_so(hub):
     hub.save()
     message = hub.error("train")
     assert (
-        "boxes do not fit their pictures as they are read (the limit is 10)" in message
-        and "would fit as xyxy" in message
+        "boxes do not fit their images as they are read (the limit is 10)" in message and "would fit as xyxy" in message
     )
     assert "zenodo.org/record/4729015" in message and str(hub.path_of("train")) in message
 
@@ -237,8 +236,8 @@ def test_text_that_is_no_utf_8_is_named(hub):
     assert f"{path}: not whole JSON" in hub.error("train")
 
 
-def test_picture_shared_by_train_and_test_is_refused(tmp_path):
+def test_image_shared_by_train_and_test_is_refused(tmp_path):
     shared = [record("train"), record("testA")]
-    assert "train and testA share 1 pictures (coco-581857 is one)" in write_mdetr(tmp_path, "refcoco", shared).error(
+    assert "train and testA share 1 images (coco-581857 is one)" in write_mdetr(tmp_path, "refcoco", shared).error(
         "testA"
     )

@@ -1,6 +1,6 @@
 """The five photographs are served whole, in one frame, with the boxes as drawn.
 
-Silent when false: demonstrations show boxes beside the objects, or a shared picture that one
+Silent when false: demonstrations show boxes beside the objects, or a shared image that one
 caller has drawn on.
 """
 
@@ -42,11 +42,11 @@ def test_splits_are_the_documented_ones():
     assert splits("photos") == ("train", "val", "test", "all")
 
 
-def test_sample_ids_are_unique_and_pictures_are_five():
+def test_sample_ids_are_unique_and_images_are_five():
     photos = Photos()
     samples = [photos[i] for i in range(len(photos))]
     assert len({s.sample_id for s in samples}) == 16
-    assert {s.picture_id for s in samples} == {"astronaut", "coffee", "rocket", "chelsea", "camera"}
+    assert {s.image_id for s in samples} == {"astronaut", "coffee", "rocket", "chelsea", "camera"}
 
 
 def test_boxes_in_pixels_are_the_boxes_as_drawn():
@@ -58,10 +58,10 @@ def test_boxes_in_pixels_are_the_boxes_as_drawn():
         assert all(type(v) is float and 0 <= v <= 1 for v in photos[i].box)
 
 
-def test_pictures_have_the_annotated_size_and_the_pixels_of_the_file():
+def test_images_have_the_annotated_size_and_the_pixels_of_the_file():
     photos = Photos()
     for i, row in enumerate(ROWS):
-        pixels = photos.picture(photos[i])
+        pixels = photos.image(photos[i])
         assert pixels.shape == (*photos[i].size, 3)
         with Image.open(FOLDER / row["image"]) as image:
             assert np.array_equal(pixels, np.asarray(image.convert("RGB")))
@@ -78,12 +78,12 @@ def test_only_the_two_eyes_are_siblings():
     assert all(s.siblings == () for s in others)
 
 
-def test_shared_picture_cannot_be_drawn_on():
+def test_shared_image_cannot_be_drawn_on():
     photos = Photos()
-    picture = photos.picture(photos[0])
-    assert picture is Photos("val").picture(Photos("val")[0])
+    image = photos.image(photos[0])
+    assert image is Photos("val").image(Photos("val")[0])
     with pytest.raises(ValueError, match="read-only"):
-        picture[0, 0] = 0
+        image[0, 0] = 0
 
 
 @pytest.mark.parametrize("index", [16, 10**9, -1])
@@ -97,10 +97,10 @@ def test_unknown_split_lists_the_valid_ones():
         Photos("testA")
 
 
-def test_sample_of_another_data_set_has_no_picture_here():
+def test_sample_of_another_data_set_has_no_image_here():
     scenes = load_dataset("scenes")
     with pytest.raises(DataError, match="is of 'scenes', not of photos"):
-        Photos().picture(scenes[0])
+        Photos().image(scenes[0])
 
 
 def test_damaged_installation_is_a_clear_error(tmp_path, monkeypatch):

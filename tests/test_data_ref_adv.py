@@ -1,6 +1,6 @@
-"""Ref-Adv-s is read as published, its embedded pictures are written out byte for byte, and it stays a test set.
+"""Ref-Adv-s is read as published, its embedded images are written out byte for byte, and it stays a test set.
 
-Silent when false: a picture of another row under a box makes that row wrong for ever after; a
+Silent when false: an image of another row under a box makes that row wrong for ever after; a
 count of distractors that is misread moves rows between the bins of the published table; a test set
 served as train is trained on.
 """
@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from eval_layouts import PHOTOS, REF_ADV, bomb_bytes, failure, opened, photo_rows, picture_bytes, write_ref_adv
+from eval_layouts import PHOTOS, REF_ADV, bomb_bytes, failure, image_bytes, opened, photo_rows, write_ref_adv
 
 import ivt_env.data as data
 from ivt_env.data import DataError, load_dataset
 from ivt_env.data import ref_adv as module
 from ivt_env.data.checked import BadRowError, BadRows
-from ivt_env.data.pictures import read_picture
+from ivt_env.data.images import read_image
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def only_file(layout):
 
 
 @pytest.mark.parametrize("below", ["", "data"])
-def test_every_expression_is_served_with_its_box_and_picture(tmp_path, below):
+def test_every_expression_is_served_with_its_box_and_image(tmp_path, below):
     layout = write_ref_adv(tmp_path, below)
     served = load_dataset("refadv", "test", data_root=tmp_path, strict=True)
     photos = photo_rows()
@@ -65,25 +65,25 @@ def test_every_expression_is_served_with_its_box_and_picture(tmp_path, below):
             "human_authored": row["human_authored"], "image_source": row["image_source"],
         }  # fmt: skip
         path = PHOTOS / photo["image"]
-        assert np.array_equal(served.picture(sample), read_picture(path, str(path)))
+        assert np.array_equal(served.image(sample), read_image(path, str(path)))
 
 
-def test_picture_ids_are_cocos_own_or_those_of_open_images(layout):
+def test_image_ids_are_cocos_own_or_those_of_open_images(layout):
     served = table(layout)
-    ids = list(dict.fromkeys(served[i].picture_id for i in range(len(served))))
+    ids = list(dict.fromkeys(served[i].image_id for i in range(len(served))))
     assert ids == ["coco-547144", "coco-547145", "coco-547146", "oi-000000000008594b", "oi-000000000008594c"]
 
 
-def test_pictures_are_written_once_as_they_are(layout):
+def test_images_are_written_once_as_they_are(layout):
     table(layout)
-    written = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in layout.pictures.iterdir()}
+    written = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in layout.images.iterdir()}
     assert written == {r["file_name"]: hashlib.sha256(r["image"]["bytes"]).digest() for r in layout.all_rows}
     assert len(written) == 5
 
 
-def test_pictures_that_are_there_are_left_alone_and_damaged_ones_replaced(layout):
+def test_images_that_are_there_are_left_alone_and_damaged_ones_replaced(layout):
     table(layout)
-    kept, damaged = sorted(layout.pictures.iterdir())[:2]
+    kept, damaged = sorted(layout.images.iterdir())[:2]
     before, content = kept.stat().st_mtime_ns, damaged.read_bytes()
     damaged.write_bytes(content[:-1] + b"?")
     (layout.root / "refadv" / ".ivt_index" / "refadv-ref-adv.arrow").unlink()
@@ -92,14 +92,14 @@ def test_pictures_that_are_there_are_left_alone_and_damaged_ones_replaced(layout
     assert damaged.read_bytes() == content
 
 
-def test_interrupted_writing_leaves_no_part_of_a_picture(layout, monkeypatch):
+def test_interrupted_writing_leaves_no_part_of_a_image(layout, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         table(layout)
-    assert list(layout.pictures.iterdir()) == []
+    assert list(layout.images.iterdir()) == []
 
 
 def test_memory_holds_a_few_rows_only(tmp_path):
@@ -107,7 +107,7 @@ def test_memory_holds_a_few_rows_only(tmp_path):
     rng = np.random.default_rng(0)
     layout = write_ref_adv(tmp_path)
     row = layout.all_rows[0]
-    content = picture_bytes((30, 40)) + rng.bytes(100_000)
+    content = image_bytes((30, 40)) + rng.bytes(100_000)
     rows = [row | {"image": {"bytes": content + rng.bytes(20), "path": None}, "solution": [1.0, 1.0, 5.0, 5.0],
                    "width": 40, "height": 30, "file_name": f"{n:012d}.jpg"} for n in range(240)]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows, REF_ADV), only_file(layout), write_batch_size=8, row_group_size=1000)
@@ -151,7 +151,7 @@ def test_row_idx_is_the_id_where_the_file_has_it(layout):
     assert table(layout)[3].sample_id == "997"
 
 
-def test_picture_as_plain_bytes_is_read_too(layout):
+def test_image_as_plain_bytes_is_read_too(layout):
     for row in layout.all_rows:
         row["image"] = row["image"]["bytes"]
     layout.schema = REF_ADV.set(0, pa.field("image", pa.binary()))
@@ -160,14 +160,14 @@ def test_picture_as_plain_bytes_is_read_too(layout):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA"])
-def test_picture_of_any_kind_comes_back_in_its_size(layout, mode):
-    content = picture_bytes((37, 53), mode)
+def test_image_of_any_kind_comes_back_in_its_size(layout, mode):
+    content = image_bytes((37, 53), mode)
     for row in layout.all_rows:
         row.update(image={"bytes": content, "path": None}, width=53, height=37, solution=[1.0, 2.0, 52.5, 36.25])
     layout.save()
     served = table(layout)
     assert served[0].box == (1 / 53, 2 / 37, 52.5 / 53, 36.25 / 37)
-    assert served.picture(served[0]).shape == (37, 53, 3)
+    assert served.image(served[0]).shape == (37, 53, 3)
 
 
 def test_it_is_a_test_set_only(layout):
@@ -184,12 +184,12 @@ def test_absent_and_of_another_name_is_none(tmp_path):
 # --- Broken input ---------------------------------------------------------------------------------
 
 
-def test_second_picture_of_one_name_is_a_bad_row(layout, caplog):
+def test_second_image_of_one_name_is_a_bad_row(layout, caplog):
     layout.all_rows[1]["image"] = layout.all_rows[-1]["image"]
     layout.save()
     with caplog.at_level(logging.WARNING):
         assert table(layout).skipped == 1
-    assert "holds another picture than an earlier row with coco-547144" in caplog.text
+    assert "holds another image than an earlier row with coco-547144" in caplog.text
 
 
 def test_files_in_both_places_are_refused(layout):
@@ -228,10 +228,10 @@ def test_missing_column_is_named(layout, column):
         ({"normal_caption": ""}, "normal_caption is '', not a text"),
         ({"distractors": "many"}, "distractors is 'many'"),
         ({"use_negation": None}, "use_negation is None"),
-        ({"image": {"bytes": None, "path": "a.jpg"}}, "the picture is not in the file (image is {"),
+        ({"image": {"bytes": None, "path": "a.jpg"}}, "the image is not in the file (image is {"),
         (
-            {"image": {"bytes": b"no picture", "path": None}, "file_name": "x.jpg"},
-            "not a whole picture that can be read",
+            {"image": {"bytes": b"no image", "path": None}, "file_name": "x.jpg"},
+            "not a whole image that can be read",
         ),
         ({"image": {"bytes": bomb_bytes(), "path": None}, "file_name": "x.png"}, "too large"),
     ],
@@ -243,7 +243,7 @@ def test_bad_row_is_left_out_with_its_reason(layout, caplog, values, said):
         served = table(layout)
     assert served.skipped == 1
     assert f"row 2 of {only_file(layout).name}: " in caplog.text and said in caplog.text
-    assert "x.jpg" not in {path.name for path in layout.pictures.iterdir()}
+    assert "x.jpg" not in {path.name for path in layout.images.iterdir()}
 
 
 def test_all_rows_bad_is_an_error_with_file_row_value_and_remedy(layout):
@@ -255,7 +255,7 @@ def test_all_rows_bad_is_an_error_with_file_row_value_and_remedy(layout):
         assert part in message
 
 
-def test_picture_cut_off_after_its_header_is_refused_when_asked_for(layout):
+def test_image_cut_off_after_its_header_is_refused_when_asked_for(layout):
     content = layout.all_rows[0]["image"]["bytes"]
     for row in layout.all_rows:
         if row["image"]["bytes"] == content:
@@ -263,11 +263,11 @@ def test_picture_cut_off_after_its_header_is_refused_when_asked_for(layout):
     layout.save()
     served = table(layout)
     with pytest.raises(DataError, match="cut off"):
-        served.picture(served[0])
+        served.image(served[0])
 
 
-def test_written_picture_that_was_deleted_is_said_with_a_remedy(layout):
+def test_written_image_that_was_deleted_is_said_with_a_remedy(layout):
     served = table(layout)
-    served.picture_path(served[0]).unlink()
+    served.image_path(served[0]).unlink()
     with pytest.raises(DataError, match=r"is missing; it was written out of the Parquet file: delete the folder"):
-        served.picture(served[0])
+        served.image(served[0])

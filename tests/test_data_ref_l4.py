@@ -1,7 +1,7 @@
-"""Ref-L4 is read as published: xywh, ids of predictions, picture ids that show leaks; else it is refused.
+"""Ref-L4 is read as published: xywh, ids of predictions, image ids that show leaks; else it is refused.
 
 Silent when false: xyxy taken for xywh scores a good model near zero; ids of another revision match
-no prediction; a picture id that differs from RefCOCO's hides that a model was trained on the test.
+no prediction; an image id that differs from RefCOCO's hides that a model was trained on the test.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def break_all(layout, **values):
 
 
 @pytest.mark.parametrize("below", ["", "ref_l4_images"])
-def test_every_expression_is_served_with_its_box_ids_and_picture(tmp_path, below):
+def test_every_expression_is_served_with_its_box_ids_and_image(tmp_path, below):
     layout = write_ref_l4(tmp_path, below)
     photos = photo_rows()
     seen = 0
@@ -59,20 +59,20 @@ def test_every_expression_is_served_with_its_box_ids_and_picture(tmp_path, below
             height, width = sample.size
             assert (sample.dataset, sample.split, sample.expression) == ("refl4", split, row["caption"])
             assert sample.box == tuple(np.array(photo["bbox"], float) / [width, height, width, height])
-            assert sample.picture_id == row["image_id"].replace("_", "-")
+            assert sample.image_id == row["image_id"].replace("_", "-")
             assert json.loads(json.dumps(sample.meta)) == {
                 "id": row["id"], "category": row["ori_category_id"], "bbox_id": row["bbox_id"],
                 "is_rewrite": row["is_rewrite"], "source": row["image_id"][:4],
             }  # fmt: skip
-            assert served.picture(sample).shape == (photo["height"], photo["width"], 3)
+            assert served.image(sample).shape == (photo["height"], photo["width"], 3)
             seen += 1
     assert seen == len(photos)
     assert EXPRESSIONS[0] in {row["caption"] for row in layout.all_rows}
 
 
-def test_coco_pictures_have_the_id_that_the_refcoco_sets_give_them(layout):
+def test_coco_images_have_the_id_that_the_refcoco_sets_give_them(layout):
     first = table(layout)[0]
-    assert first.picture_id == "coco-128974"
+    assert first.image_id == "coco-128974"
 
 
 def test_fractional_boxes_come_back_exactly(layout):
@@ -166,7 +166,7 @@ def test_id_in_both_files_is_left_out_and_named(layout, caplog):
         ({"bbox": None}, "bbox None is not four numbers"),
         ({"bbox": [10.0, 10.0, 0.0, 5.0]}, "has no area"),
         ({"image_id": "128974"}, "image_id is '128974', not like 'coco_128974'"),
-        ({"image_id": "coco_5"}, "name different pictures"),
+        ({"image_id": "coco_5"}, "name different images"),
         ({"file_name": "../../000000128974.jpg"}, "is not the plain name of a file"),
         ({"split": "train"}, "split is 'train' in the file of val"),
         ({"caption": "  "}, "caption is '  ', not a text"),
@@ -204,19 +204,19 @@ def test_one_image_id_with_two_sizes_is_a_bad_row(layout, caplog):
     ("content", "said"),
     [(None, "is missing"), (b"cut", "cut off"), (bomb_bytes(), "too large"), ("truncated", "cut off")],
 )
-def test_broken_picture_is_refused_when_asked_for(layout, content, said):
+def test_broken_image_is_refused_when_asked_for(layout, content, said):
     served = table(layout)
-    path = served.picture_path(served[0])
+    path = served.image_path(served[0])
     if content is None:
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:9000] if content == "truncated" else content)
     with pytest.raises(DataError, match=said) as caught:
-        served.picture(served[0])
+        served.image(served[0])
     assert path.name in str(caught.value)
 
 
-def test_pictures_not_unpacked_is_said_with_the_archive(layout):
-    layout.pictures.rename(layout.root / "elsewhere")
+def test_images_not_unpacked_is_said_with_the_archive(layout):
+    layout.images.rename(layout.root / "elsewhere")
     message = refusal(layout)
-    assert "its pictures are not" in message and "unpack Ref-L4's images.tar.gz" in message
+    assert "its images are not" in message and "unpack Ref-L4's images.tar.gz" in message

@@ -1,7 +1,7 @@
 """A REFER folder is read exactly and safely, or refused with the file, the row and a remedy.
 
-Silent when false: boxes joined to the wrong picture or read in the wrong convention train a model
-that looks merely weak; a leaked picture or a partition served under another's name makes a number
+Silent when false: boxes joined to the wrong image or read in the wrong convention train a model
+that looks merely weak; a leaked image or a partition served under another's name makes a number
 that is a lie.
 """
 
@@ -58,7 +58,7 @@ def samples_of(dataset):
         ("refcocoplus", "unc", "refcocoplus"),
     ],
 )
-def test_every_expression_is_served_once_with_its_box_and_picture(tmp_path, name, partition, label, protocol):
+def test_every_expression_is_served_once_with_its_box_and_image(tmp_path, name, partition, label, protocol):
     layout = write_refer_folder(tmp_path, name, partition, protocol)
     found = {}
     for split in module.PARTITIONS[name][partition]:
@@ -68,7 +68,7 @@ def test_every_expression_is_served_once_with_its_box_and_picture(tmp_path, name
         for sample in samples_of(dataset):
             assert (sample.dataset, sample.split) == (label, split)
             found[sample.sample_id] = sample
-            assert dataset.picture(sample).shape == (*sample.size, 3)
+            assert dataset.image(sample).shape == (*sample.size, 3)
     assert found.keys() == layout.known.keys()
     for sample_id, known in layout.known.items():
         sample = found[sample_id]
@@ -97,12 +97,12 @@ def test_record_of_the_published_annotations_converts_as_stated(layout):
     assert np.floor(np.multiply(sample.box, 1000)).tolist() == [243, 468, 557, 745]
 
 
-def test_siblings_are_the_other_objects_of_the_category_in_the_picture(layout):
+def test_siblings_are_the_other_objects_of_the_category_in_the_image(layout):
     by_text = {s.expression: s for s in samples_of(opened(layout.root))}
     left, right = by_text["the eye on the left"], by_text["the eye on the right"]
     assert (left.siblings, right.siblings) == ((right.box,), (left.box,))
     assert by_text["the cat's nose"].siblings == ()
-    # Same category in another picture is no sibling; an annotation nobody asks for is one.
+    # Same category in another image is no sibling; an annotation nobody asks for is one.
     eye = layout.annotation_of(next(r for r in layout.refs if r["sentences"][0]["sent"] == left.expression))
     layout.instances["annotations"] += [
         eye | {"id": 5, "image_id": layout.refs[0]["image_id"]},
@@ -119,65 +119,65 @@ def test_ids_and_meta_are_json_able_and_join_back(layout):
         ref = next(r for r in layout.refs if r["ref_id"] == meta["ref_id"])
         assert meta.keys() == {"ann_id", "ref_id", "image_id", "category"}
         assert (meta["ann_id"], meta["image_id"]) == (ref["ann_id"], ref["image_id"])
-        assert sample.picture_id == f"coco-{ref['image_id']}"
+        assert sample.image_id == f"coco-{ref['image_id']}"
         assert sample.sample_id in {f"{ref['ref_id']}-{sent_id}" for sent_id in ref["sent_ids"]}
 
 
-def test_splits_share_no_picture(layout):
-    pictures = {s: {x.picture_id for x in samples_of(opened(layout.root, split=s))} for s in ("train", "val", "test")}
-    assert all(pictures.values())
-    assert len(set.union(*pictures.values())) == sum(map(len, pictures.values())) == 5
+def test_splits_share_no_image(layout):
+    images = {s: {x.image_id for x in samples_of(opened(layout.root, split=s))} for s in ("train", "val", "test")}
+    assert all(images.values())
+    assert len(set.union(*images.values())) == sum(map(len, images.values())) == 5
 
 
-def test_google_partition_may_share_pictures_and_is_named_so(tmp_path):
+def test_google_partition_may_share_images_and_is_named_so(tmp_path):
     layout = write_refer_folder(tmp_path, "refcocog", "google")
     layout.refs[0]["split"] = "val"
     layout.save()
     train, val = (opened(tmp_path, split=s, partition="google") for s in ("train", "val"))
-    assert {s.picture_id for s in samples_of(train)} & {s.picture_id for s in samples_of(val)}
+    assert {s.image_id for s in samples_of(train)} & {s.image_id for s in samples_of(val)}
     assert train.name == train[0].dataset == "refcocog-google"
 
 
-def test_picture_shared_by_train_and_test_is_refused(layout):
+def test_image_shared_by_train_and_test_is_refused(layout):
     layout.refs[0]["split"] = "test"
     layout.save()
-    with pytest.raises(DataError, match=r"refs\(umd\)\.p.*: train and test share 1 pictures \(coco-581857 is one\)"):
+    with pytest.raises(DataError, match=r"refs\(umd\)\.p.*: train and test share 1 images \(coco-581857 is one\)"):
         opened(layout.root)
 
 
-# --- Pictures -------------------------------------------------------------------------------------
+# --- Images -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", module.PICTURE_FOLDERS)
-def test_pictures_are_found_in_every_documented_place(tmp_path, place):
-    layout = write_refer_folder(tmp_path, pictures=place)
+@pytest.mark.parametrize("place", module.IMAGE_FOLDERS)
+def test_images_are_found_in_every_documented_place(tmp_path, place):
+    layout = write_refer_folder(tmp_path, images=place)
     dataset = opened(tmp_path)
     photo = layout.known[dataset[0].sample_id]["photo"]
     with Image.open(PHOTOS / photo) as image:
-        assert np.array_equal(dataset.picture(dataset[0]), np.asarray(image))
+        assert np.array_equal(dataset.image(dataset[0]), np.asarray(image))
 
 
-def test_missing_pictures_are_named_with_the_archive_that_holds_them(layout):
-    layout.picture_of(layout.refs[0]).unlink()
+def test_missing_images_are_named_with_the_archive_that_holds_them(layout):
+    layout.image_of(layout.refs[0]).unlink()
     dataset = opened(layout.root)
     with pytest.raises(DataError, match="train2014.COCO_train2014_000000581857.jpg.*missing.*train2014.zip"):
-        dataset.picture(dataset[0])
-    layout.pictures.rename(layout.root / "elsewhere")
-    with pytest.raises(DataError, match="refcocog is here but its pictures are not.*; unpack COCO's train2014.zip"):
+        dataset.image(dataset[0])
+    layout.images.rename(layout.root / "elsewhere")
+    with pytest.raises(DataError, match="refcocog is here but its images are not.*; unpack COCO's train2014.zip"):
         opened(layout.root)
 
 
-def test_exif_rotation_does_not_move_a_picture_under_its_boxes(layout):
+def test_exif_rotation_does_not_move_a_image_under_its_boxes(layout):
     """The boxes refer to the annotated 600x400; a rotation note would give 400x600."""
     ref = next(r for r in layout.refs if layout.annotated_image(r)["width"] == 600)
     exif = Image.Exif()
     exif[0x0112] = 6
-    with Image.open(layout.picture_of(ref)) as image:
+    with Image.open(layout.image_of(ref)) as image:
         pixels = np.asarray(image)
-    Image.fromarray(pixels).save(layout.picture_of(ref), "PNG", exif=exif)
+    Image.fromarray(pixels).save(layout.image_of(ref), "PNG", exif=exif)
     dataset = opened(layout.root)
     sample = next(s for s in samples_of(dataset) if s.meta["ref_id"] == ref["ref_id"])
-    assert np.array_equal(dataset.picture(sample), pixels)
+    assert np.array_equal(dataset.image(sample), pixels)
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ DAMAGES = {
     "not a dict": (lambda layout, ref: layout.refs.append([1]), "a ref is a dict"),
     "path as file name": (set_image(file_name="../../secret.jpg"), "not the plain name"),
     "windows path as file name": (set_image(file_name="..\\secret.jpg"), "not the plain name"),
-    "empty picture": (set_image(height=0), "are not a picture's"),
+    "empty image": (set_image(height=0), "are not an image's"),
 }
 
 
@@ -418,18 +418,18 @@ def test_counts_other_than_the_published_ones_are_logged(layout, caplog):
     assert "published are {'train': 80512, 'val': 4896, 'test': 9602}" in caplog.text
 
 
-def test_jpeg_helper_pictures_are_whole(layout):
-    """The helper itself: a broken picture there would make the tests above pass for a wrong reason."""
-    for path in sorted(layout.pictures.iterdir()):
+def test_jpeg_helper_images_are_whole(layout):
+    """The helper itself: a broken image there would make the tests above pass for a wrong reason."""
+    for path in sorted(layout.images.iterdir()):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             image.load()
 
 
 @pytest.mark.parametrize("kind", ["grayscale", "palette", "CMYK", "grayscale with alpha"])
-def test_pictures_of_other_kinds_come_back_as_rgb_with_their_boxes(layout, kind):
+def test_images_of_other_kinds_come_back_as_rgb_with_their_boxes(layout, kind):
     mode = {"grayscale": "L", "palette": "P", "CMYK": "CMYK", "grayscale with alpha": "LA"}[kind]
     before = {s.sample_id: s for split in ("train", "val", "test") for s in load(layout, split)}
-    for path in layout.pictures.iterdir():
+    for path in layout.images.iterdir():
         with Image.open(path) as image:
             converted = image.convert(mode)
         converted.save(path, format="JPEG" if mode in ("L", "CMYK") else "PNG")
@@ -438,7 +438,7 @@ def test_pictures_of_other_kinds_come_back_as_rgb_with_their_boxes(layout, kind)
         for index in range(len(dataset)):
             sample = dataset[index]
             assert sample == before[sample.sample_id]
-            pixels = dataset.picture(sample)
+            pixels = dataset.image(sample)
             assert pixels.shape == (*sample.size, 3) and pixels.std() > 10
     assert len(before) == len(layout.known)
 

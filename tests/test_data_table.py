@@ -2,7 +2,7 @@
 
 Silent when false: yesterday's annotations are trained on after today's download, one data set is
 served from another's index, a broken file loses half its rows and the rest looks like a small data
-set, or train and test share pictures.
+set, or train and test share images.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_every_row_is_served_as_the_reader_gave_it(made):
         rows = [row for row in made.rows if row["split"] == split]
         for sample, row in zip(samples_of(table), rows, strict=True):
             scale = np.array([30, 20, 30, 20])
-            assert (sample.sample_id, sample.picture_id) == (row["id"], row["picture"])
+            assert (sample.sample_id, sample.image_id) == (row["id"], row["image"])
             assert (sample.dataset, sample.split, sample.size) == ("made-up", split, (20, 30))
             assert sample.expression == made.texts[row["id"]]
             assert sample.box == tuple(row["box"] / scale)
@@ -59,8 +59,8 @@ def test_every_row_is_served_as_the_reader_gave_it(made):
             assert sample.meta == {"number": made.rows.index(row), "ä": [None, 0.5]}
             assert all(type(value) is float for value in sample.box)
         assert table.sample_ids() == [row["id"] for row in rows]
-        assert table.picture_ids() == [row["picture"] for row in rows]
-        assert table.file_names() == sorted({row["picture"] for row in rows})
+        assert table.image_ids() == [row["image"] for row in rows]
+        assert table.file_names() == sorted({row["image"] for row in rows})
 
 
 @pytest.mark.parametrize("index", [-1, 10**6])
@@ -80,14 +80,14 @@ def test_unknown_split_lists_the_valid_ones(made):
         open_table(made.source(), "dev")
 
 
-def test_picture_shared_by_train_and_another_split_is_refused_unless_the_set_is_known_for_it(made):
+def test_image_shared_by_train_and_another_split_is_refused_unless_the_set_is_known_for_it(made):
     made.rows[0]["split"] = "test"
     made.save()
-    message = rf"rows\.json.*: train and test share 1 pictures \(p0\.png is one\), so scores on test .*: {REMEDY}$"
+    message = rf"rows\.json.*: train and test share 1 images \(p0\.png is one\), so scores on test .*: {REMEDY}$"
     with pytest.raises(DataError, match=message):
         open_table(made.source(), "val")
-    allowed = made.source(may_share_pictures=True)
-    assert set(open_table(allowed, "train").picture_ids()) & set(open_table(allowed, "test").picture_ids())
+    allowed = made.source(may_share_images=True)
+    assert set(open_table(allowed, "train").image_ids()) & set(open_table(allowed, "test").image_ids())
 
 
 def test_empty_split_is_refused_with_the_counts_of_the_others(made):
@@ -156,17 +156,17 @@ def test_file_without_one_good_row_is_refused_however_small(made):
 
 
 def test_id_that_occurs_twice_in_a_split_is_left_out_and_named(made, caplog):
-    made.rows.append(made.rows[4] | {"picture": "p0.png"})
+    made.rows.append(made.rows[4] | {"image": "p0.png"})
     made.save()
     with caplog.at_level(logging.WARNING):
         table = open_table(made.source(), "train")
     assert (table.skipped, len(table), len(set(table.sample_ids()))) == (1, 9, 9)
     assert "left out row p1-1: the id p1-1 occurs twice in train" in caplog.text
-    assert table[4].picture_id == "p1.png", "the first one is kept"
+    assert table[4].image_id == "p1.png", "the first one is kept"
 
 
 def test_equal_ids_in_two_splits_are_two_samples(made):
-    made.rows.append({"split": "val", "id": "p0-0", "picture": "p3.png", "box": [0, 0, 5, 5]})
+    made.rows.append({"split": "val", "id": "p0-0", "image": "p3.png", "box": [0, 0, 5, 5]})
     made.save()
     for split in ("train", "val"):
         table = open_table(made.source(), split)
@@ -246,7 +246,7 @@ def test_missing_or_unreadable_source_is_named_with_the_remedy(made, monkeypatch
 
     with monkeypatch.context() as patched, pytest.raises(DataError) as caught:
         patched.setattr(Path, "stat", refused)
-        open_table(made.source(), "train", need_pictures=False)
+        open_table(made.source(), "train", need_images=False)
     assert str(caught.value) == f"{made.rows_path}: cannot be read (Permission denied); {REMEDY}"
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hub_layouts import (
     PROMPT,
-    boxes_in_pictures,
+    boxes_in_images,
     is_the_record,
     many,
     odd_things,
-    put_pictures,
+    put_images,
     record,
     same_objects,
     thing_at,
@@ -83,33 +83,33 @@ def test_samples_are_those_of_the_refer_layout(tmp_path, name, write):
         expected, found = [original[i] for i in range(len(original))], hub.samples(split)
         same_objects(found, expected, ("ann_id", "image_id") if write is write_vlm_r1 else ("image_id",))
         table = hub.open(split)
-        assert np.array_equal(table.picture(table[0]), original.picture(original[0]))
+        assert np.array_equal(table.image(table[0]), original.image(original[0]))
 
 
 @pytest.mark.parametrize("write", [write_vlm_r1, write_vlm_r1_jsonl])
-def test_odd_sizes_texts_and_pictures_round_trip_in_the_stored_frame(tmp_path, write):
+def test_odd_sizes_texts_and_images_round_trip_in_the_stored_frame(tmp_path, write):
     things = odd_things("train")
-    put_pictures(tmp_path / "train2014", things)
+    put_images(tmp_path / "train2014", things)
     table = write(tmp_path, "refcoco", things).open("train")
     for sample, thing in zip([table[i] for i in range(len(table))], things, strict=True):
         assert (sample.expression, sample.size) == (thing.sentences[0][1], thing.size)
         assert np.allclose(sample.box, thing.relative, rtol=0, atol=1e-15)
-        assert table.picture(sample).shape == (*thing.size, 3)
+        assert table.image(sample).shape == (*thing.size, 3)
 
 
-@pytest.mark.parametrize("place", vlm_r1.PICTURE_FOLDERS)
-def test_pictures_are_found_in_every_documented_place(tmp_path, place):
+@pytest.mark.parametrize("place", vlm_r1.IMAGE_FOLDERS)
+def test_images_are_found_in_every_documented_place(tmp_path, place):
     things = [t for t in things_of(write_refer_folder(tmp_path / "elsewhere")) if t.split == "train"]
-    put_pictures(tmp_path / place / "train2014", things)
+    put_images(tmp_path / place / "train2014", things)
     write_vlm_r1(tmp_path, "refcocog", things)
     table = open_table(vlm_r1.find(tmp_path, "refcocog"), "train")
     with Image.open(PHOTOS / "astronaut.jpg") as image:
-        assert np.array_equal(table.picture(table[0]), np.asarray(image))
+        assert np.array_equal(table.image(table[0]), np.asarray(image))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(boxes_in_pictures())
-def test_any_box_in_any_picture_comes_back_from_both_files(tmp_path, drawn):
+@given(boxes_in_images())
+def test_any_box_in_any_image_comes_back_from_both_files(tmp_path, drawn):
     thing = thing_at(*drawn, "train")
     for root, write in (("json", write_vlm_r1), ("jsonl", write_vlm_r1_jsonl)):
         (box,) = write(tmp_path / root, "refcoco", [thing]).boxes()
@@ -164,10 +164,10 @@ BAD_ROWS = {
     "zero area": ({"solution": [5, 6, 5, 9]}, "solution [5, 6, 5, 9] (x1, y1, x2, y2) has its corners in the wrong"),
     "xywh": ({"solution": [60, 40, 20, 30]}, "it would fit as xywh (x, y, width, height)"),
     "other set": ({"dataset_name": "refcocog"}, "dataset_name is 'refcocog' in a file of refcocoplus"),
-    "no COCO name": ({"image": "train2014/17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 picture"),
-    "path": ({"image": "../COCO_train2014_000000000004.jpg"}, "is not a path inside the folder of the pictures"),
+    "no COCO name": ({"image": "train2014/17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 image"),
+    "path": ({"image": "../COCO_train2014_000000000004.jpg"}, "is not a path inside the folder of the images"),
     "absolute path": ({"image": "/COCO_train2014_000000000004.jpg"}, "is not a path inside the folder"),
-    "several pictures": ({"image": ["a.jpg", "b.jpg"]}, "image is ['a.jpg', 'b.jpg'], not a text"),
+    "several images": ({"image": ["a.jpg", "b.jpg"]}, "image is ['a.jpg', 'b.jpg'], not a text"),
     "no size": ({"height": None}, "height is None"),
     "blank": ({"normal_caption": ""}, "normal_caption is '', not a text"),
     "half a letter": ({"normal_caption": "\ud800"}, "not valid Unicode"),
@@ -212,8 +212,8 @@ BAD_LINES = {
     "no turns": ({"conversations": None}, "conversations is None"),
     "turn is a text": ({"conversations": [GOOD, "[1, 2, 3, 4]"]}, "not one turn of human and one of gpt"),
     "no id": ({"id": None}, "id is None"),
-    "two pictures": ({"image": ["a.jpg", "b.jpg"]}, "image is ['a.jpg', 'b.jpg'], not a text"),
-    "missing picture": (
+    "two images": ({"image": ["a.jpg", "b.jpg"]}, "image is ['a.jpg', 'b.jpg'], not a text"),
+    "missing image": (
         {"image": "train2014/COCO_train2014_000000000004.jpg"},
         "image 'train2014/COCO_train2014_000000000004.jpg', whose size is needed, is in none of",
     ),
@@ -229,15 +229,15 @@ def test_bad_line_is_named_and_left_out_and_the_rest_is_served(lines, caplog, wh
     assert "row 3 of refcoco_train.jsonl: " in log and reason in log
 
 
-def test_line_whose_picture_is_no_picture_names_the_picture(lines, caplog):
+def test_line_whose_image_is_no_image_names_the_image(lines, caplog):
     path = lines.root / "vlm_r1" / "train2014" / "COCO_train2014_000000000004.jpg"
     path.write_bytes(b"half a pict")
     lines.rows["train"][3]["image"] = f"train2014/{path.name}"
     lines.save()
-    assert f"{path}: not a whole picture that can be read" in lines.left_out("train", caplog)
+    assert f"{path}: not a whole image that can be read" in lines.left_out("train", caplog)
 
 
-def test_lines_without_any_picture_are_refused_with_the_remedy(lines):
+def test_lines_without_any_image_are_refused_with_the_remedy(lines):
     (lines.root / "vlm_r1" / "train2014").rename(lines.root / "elsewhere")
     message = lines.error("train")
     assert "40 of 40 rows are unusable" in message and "unpack COCO's train2014.zip" in message
@@ -312,8 +312,6 @@ def test_text_that_is_no_utf_8_is_named(request, which):
     assert "not whole JSON" in written.error("train")
 
 
-def test_picture_shared_by_train_and_val_is_refused(tmp_path):
+def test_image_shared_by_train_and_val_is_refused(tmp_path):
     shared = [record("train"), record("val")]
-    assert "train and val share 1 pictures (coco-581857 is one)" in write_vlm_r1(tmp_path, "refcoco", shared).error(
-        "val"
-    )
+    assert "train and val share 1 images (coco-581857 is one)" in write_vlm_r1(tmp_path, "refcoco", shared).error("val")

@@ -63,7 +63,7 @@ def test_sampled_log_probabilities_are_those_of_the_scorer_in_both_layouts(polic
     memories = [None] * 6
     first = grown(policy, prompts, sampling, decode_fixed, memories)
     again = [
-        policy.dialogue.following(turn, "the red ring", (0.1, 0.2, 0.5, 0.6), [(turn.prompt.pictures[0], (0, 0, 1, 1))])
+        policy.dialogue.following(turn, "the red ring", (0.1, 0.2, 0.5, 0.6), [(turn.prompt.images[0], (0, 0, 1, 1))])
         for turn in first
     ]
     assert len({m.length for m in memories}) > 1

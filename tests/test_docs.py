@@ -139,22 +139,22 @@ def test_the_gallery_is_what_the_renderer_draws(tmp_path):
 
 
 def test_the_gallery_weighs_at_most_a_megabyte_and_its_page_shows_all_of_it():
-    pictures = [path for path in (DOCS / "gallery").iterdir() if path.suffix in (".png", ".gif")]
-    assert 0 < sum(path.stat().st_size for path in pictures) <= 1_000_000
+    images = [path for path in (DOCS / "gallery").iterdir() if path.suffix in (".png", ".gif")]
+    assert 0 < sum(path.stat().st_size for path in images) <= 1_000_000
     page = (DOCS / "gallery" / "index.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page)
-    assert {name for _, name in shown} == {path.name for path in pictures}
-    assert all(len(words) > 20 for words, _ in shown), "every picture is described in words"
+    assert {name for _, name in shown} == {path.name for path in images}
+    assert all(len(words) > 20 for words, _ in shown), "every image is described in words"
 
 
-def test_the_moving_picture_shows_a_proposal_a_correction_and_a_stop():
+def test_the_moving_image_shows_a_proposal_a_correction_and_a_stop():
     with Image.open(DOCS / "gallery" / "episode.gif") as gif:
         frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(gif)]
     assert len(frames) == 4
     red = [int(((f[..., 0] > 180) & (f[..., 1] < 90) & (f[..., 2] < 90)).sum()) for f in frames]
     assert red[0] < red[1] and red[0] < red[2], "a box is drawn from the first proposal on"
     changed = [np.abs(b[:300] - a[:300]).max(axis=-1).mean() for a, b in zip(frames, frames[1:], strict=False)]
-    assert changed[0] > 1 and changed[1] > 1 and changed[2] < 0.5, "a stop changes nothing on the picture"
+    assert changed[0] > 1 and changed[1] > 1 and changed[2] < 0.5, "a stop changes nothing on the image"
 
 
 def commands_of(page: Path) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ NOTEBOOK = Path(__file__).resolve().parent.parent / "docs" / "notebooks" / "tour
 
 
 def said(notebook):
-    """What every code cell printed or gave, in words; of a picture, that it was one.
+    """What every code cell printed or gave, in words; of an image, that it was one.
 
     A cell's prints are joined: how many messages they come in is a matter of time.
     """
@@ -25,7 +25,7 @@ def said(notebook):
         words = ""
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            words += "a picture" if "image/png" in data else output.get("text") or data.get("text/plain")
+            words += "an image" if "image/png" in data else output.get("text") or data.get("text/plain")
         told.append(words)
     return told
 
@@ -43,7 +43,7 @@ def test_the_notebook_runs_and_says_what_it_shows(tmp_path):
     before = said(nbformat.read(NOTEBOOK, as_version=4))
     client.execute()
     assert said(running) == before
-    assert before.count("a picture") == 3 and any("oracle" in words for words in before)
+    assert before.count("an image") == 3 and any("oracle" in words for words in before)
 
 
 def test_the_notebook_is_small_and_names_no_folder_of_a_machine():

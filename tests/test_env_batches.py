@@ -1,7 +1,7 @@
 """What makes the environment fast changes nothing that is seen or earned.
 
 Silent when false: an observation that changes after it was given out because its memory is used again,
-a rectangle of the last box that stays in the picture, or an IoU of its own in the reward.
+a rectangle of the last box that stays in the image, or an IoU of its own in the reward.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_saved_episodes_give_the_same_scores_without_a_model(evaluated, tmp_path
     scores, _, cost = first.partition("\nwhat an episode cost")
     assert second.splitlines()[1:] == scores.splitlines()[1:], "the first line says what was read"
     # The base answers every action; the stop of a centre box is scripted, so nothing is counted.
-    assert fresh["costs"].keys() == {"base"} and fresh["costs"]["base"][0]["pictures"] == 3.0
+    assert fresh["costs"].keys() == {"base"} and fresh["costs"]["base"][0]["images"] == 3.0
     assert "prefilled" in cost and again["costs"] == {}
 
 

@@ -1,6 +1,6 @@
 """A file under its own name is whole and the published one, however often the connection broke.
 
-Silent when false: half a picture folder or a parquet file mixed from two versions trains and scores
+Silent when false: half an image folder or a parquet file mixed from two versions trains and scores
 like a data set, only worse; a checksum that is not compared lets a mirror put anything in its place.
 """
 

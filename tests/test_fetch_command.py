@@ -71,18 +71,18 @@ def published(server, monkeypatch, tmp_path):
     layout = write_refer_folder(tmp_path / "published")
     files = {f"refcocog/{p.name}": p.read_bytes() for p in (layout.refs_path, layout.instances_path)}
     archive = zip_of(files)
-    pictures = {p.name: p.read_bytes() for p in sorted(layout.pictures.iterdir())}
+    images = {p.name: p.read_bytes() for p in sorted(layout.images.iterdir())}
     server.files[REFCOCOG_ZIP] = Served(archive)
-    server.files[TRAIN_ZIP] = Served(zip_of({f"train2014/{name}": content for name, content in pictures.items()}))
-    for name, content in pictures.items():
+    server.files[TRAIN_ZIP] = Served(zip_of({f"train2014/{name}": content for name, content in images.items()}))
+    for name, content in images.items():
         server.files[f"/train2014/{name}"] = Served(content)
     known = CATALOGUE["refcocog"]
     source = dataclasses.replace(
         COCO_TRAIN2014,
-        archive=dataclasses.replace(COCO_TRAIN2014.archive, must_hold=(COCO_TRAIN2014.folders[0], len(pictures))),
+        archive=dataclasses.replace(COCO_TRAIN2014.archive, must_hold=(COCO_TRAIN2014.folders[0], len(images))),
     )
     file = dataclasses.replace(known.files[0], bytes=len(archive), sha256=sha256(archive))
-    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, files=(file,), pictures=source))
+    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, files=(file,), images=source))
     return layout
 
 
@@ -113,37 +113,37 @@ def got(server):
 # --- What arrives ---------------------------------------------------------------------------------
 
 
-def test_a_split_needs_only_its_own_pictures_and_opens(server, published, fetch, tmp_path):
+def test_a_split_needs_only_its_own_images_and_opens(server, published, fetch, tmp_path):
     status, out, err = fetch("refcocog", "--split", "val")
     assert status == 0, err
     dataset = load_dataset("refcocog", "val", tmp_path / "root", strict=True)
     assert len(dataset) > 0
     for index in range(len(dataset)):
-        assert dataset.picture(dataset[index]).shape == (*dataset[index].size, 3)
-    needed = {published.picture_of(ref).name for ref in published.refs_of("val")}
-    everything = {path.name for path in published.pictures.iterdir()}
+        assert dataset.image(dataset[index]).shape == (*dataset[index].size, 3)
+    needed = {published.image_of(ref).name for ref in published.refs_of("val")}
+    everything = {path.name for path in published.images.iterdir()}
     assert 0 < len(needed) < len(everything)
     assert {PurePosixPath(path).name for path in got(server) if path.startswith("/train2014/")} == needed
     assert {p.name for p in (tmp_path / "root" / COCO_TRAIN2014.folders[0]).iterdir()} == needed
     requests = len(server.log)
     status, out, err = fetch("refcocog", "--split", "val")
     assert status == 0 and len(server.log) == requests  # a second time costs nothing
-    assert "0 pictures downloaded" in out
+    assert "0 images downloaded" in out
 
 
-def test_without_a_split_every_picture_that_is_named_comes(server, published, fetch, tmp_path):
-    assert fetch("refcocog", "--pictures", "single", "--workers", "2")[0] == 0
+def test_without_a_split_every_image_that_is_named_comes(server, published, fetch, tmp_path):
+    assert fetch("refcocog", "--images", "single", "--workers", "2")[0] == 0
     held = {p.name for p in (tmp_path / "root" / COCO_TRAIN2014.folders[0]).iterdir()}
-    assert held == {published.picture_of(ref).name for ref in published.refs}
+    assert held == {published.image_of(ref).name for ref in published.refs}
     assert TRAIN_ZIP not in got(server)
 
 
-def test_the_archive_of_pictures_is_unpacked_where_the_reader_looks(server, published, fetch, tmp_path):
+def test_the_archive_of_images_is_unpacked_where_the_reader_looks(server, published, fetch, tmp_path):
     status, out, err = fetch("refcocog", "--yes")
     assert status == 0, err
     for split in ("train", "val", "test"):
         dataset = load_dataset("refcocog", split, tmp_path / "root", strict=True)
-        assert dataset.picture(dataset[0]).shape == (*dataset[0].size, 3)
+        assert dataset.image(dataset[0]).shape == (*dataset[0].size, 3)
     downloads = tmp_path / "root" / "downloads"
     assert not list(downloads.glob("*.zip"))  # 13.5 GB need not be kept twice
     assert {p.name for p in downloads.iterdir()} == {
@@ -158,18 +158,18 @@ def test_the_archive_of_pictures_is_unpacked_where_the_reader_looks(server, publ
 
 
 def test_an_archive_can_be_kept_and_is_then_not_downloaded_again(server, published, fetch, tmp_path):
-    assert fetch("refcocog", "--pictures", "none", "--keep-archives")[0] == 0
+    assert fetch("refcocog", "--images", "none", "--keep-archives")[0] == 0
     assert (tmp_path / "root" / "downloads" / "refcocog.zip").is_file()
     shutil.rmtree(tmp_path / "root" / "refcocog")
-    status, out, _ = fetch("refcocog", "--pictures", "none")
-    assert status == 0 and "without pictures" in out
+    status, out, _ = fetch("refcocog", "--images", "none")
+    assert status == 0 and "without images" in out
     assert (tmp_path / "root" / "refcocog" / "instances.json").is_file()
     assert got(server) == [REFCOCOG_ZIP]
 
 
-def test_pictures_that_a_user_keeps_elsewhere_are_used(server, published, fetch, tmp_path):
+def test_images_that_a_user_keeps_elsewhere_are_used(server, published, fetch, tmp_path):
     elsewhere = tmp_path / "root" / "train2014"
-    shutil.copytree(published.pictures, elsewhere)
+    shutil.copytree(published.images, elsewhere)
     assert fetch("refcocog")[0] == 0
     assert fetch("refcocog", "--split", "val")[0] == 0
     assert got(server) == [REFCOCOG_ZIP]
@@ -178,7 +178,7 @@ def test_pictures_that_a_user_keeps_elsewhere_are_used(server, published, fetch,
 
 def test_the_data_folder_of_the_environment_is_used(server, published, tmp_path, monkeypatch):
     monkeypatch.setenv("IVT_DATA", str(tmp_path / "from-variable"))
-    assert cli.main(["data", "fetch", "refcocog", "--pictures", "none", "--mirror", server.url]) == 0
+    assert cli.main(["data", "fetch", "refcocog", "--images", "none", "--mirror", server.url]) == 0
     assert (tmp_path / "from-variable" / "refcocog" / "instances.json").is_file()
 
 
@@ -190,9 +190,9 @@ def test_an_interrupted_fetch_goes_on(server, published, fetch, monkeypatch, tmp
 
     with monkeypatch.context() as patched:
         patched.setattr(Patience, "wait", interrupt)
-        status, _, err = fetch("refcocog", "--pictures", "none")
+        status, _, err = fetch("refcocog", "--images", "none")
     assert status == 130 and "run the same command again" in err
-    assert fetch("refcocog", "--pictures", "none")[0] == 0
+    assert fetch("refcocog", "--images", "none")[0] == 0
     assert server.sent[REFCOCOG_ZIP] == len(server.files[REFCOCOG_ZIP].content)
 
 
@@ -212,10 +212,10 @@ def test_more_than_a_gigabyte_is_not_taken_unasked(server, published, fetch, mon
         assert (tmp_path / "root").exists() == (expected == 0)
 
 
-def test_many_single_pictures_are_asked_for_too(published, fetch, monkeypatch):
+def test_many_single_images_are_asked_for_too(published, fetch, monkeypatch):
     known = CATALOGUE["refcocog"]
-    pictures = dataclasses.replace(known.pictures, mean_bytes=2_000_000_000)
-    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, pictures=pictures))
+    images = dataclasses.replace(known.images, mean_bytes=2_000_000_000)
+    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, images=images))
     status, _, err = fetch("refcocog", "--split", "val")
     assert status == 2 and "about 2.0 GB" in err
 
@@ -224,10 +224,10 @@ def test_a_size_that_nobody_knows_is_asked_for(server, fetch, monkeypatch):
     known = CATALOGUE["mdetr"]
     url = "/record/4729015/files/mdetr_annotations.tar.gz"
     server.files[url] = Served(b"x" * 100, length=False)
-    status, _, err = fetch("mdetr", "--pictures", "none")
+    status, _, err = fetch("mdetr", "--images", "none")
     assert status == 2 and "size" in err
     server.files[url] = Served(b"x" * 100)  # the server says that it is small
-    status, _, err = fetch("mdetr", "--pictures", "none")
+    status, _, err = fetch("mdetr", "--images", "none")
     assert status == 2 and "neither a zip nor a tar" in err
     assert known.files[0].bytes is None
 
@@ -310,18 +310,18 @@ def test_a_split_of_a_hub_data_set_can_come_alone(server, fetch, tmp_path):
 
 def test_a_hub_data_set_that_was_rearranged_is_named(server, fetch):
     serve_hub(server, "jxu124/refcoco", {"data/train.json": b"{}"}, folder="data")
-    status, _, err = fetch("jxu124", "--pictures", "none")
+    status, _, err = fetch("jxu124", "--images", "none")
     assert status == 2 and r"jxu124/refcoco: its folder data at revision main holds no *.parquet" in err
 
 
-def test_ref_l4_gets_its_pictures_beside_its_annotations(server, fetch, monkeypatch, tmp_path):
+def test_ref_l4_gets_its_images_beside_its_annotations(server, fetch, monkeypatch, tmp_path):
     serve_hub(server, "JierunChen/Ref-L4", {"ref-l4-val.parquet": b"v", "ref-l4-test.parquet": b"t"})
     known = CATALOGUE["refl4"]
     archive = tgz_of({"images/COCO_train2014_000000128974.jpg": jpeg(1), "images/objects365_v2_00922765.jpg": jpeg(2)})
     server.files["/datasets/JierunChen/Ref-L4/resolve/main/images.tar.gz"] = Served(archive)
-    file = dataclasses.replace(known.pictures.archive, bytes=len(archive), sha256=sha256(archive))
+    file = dataclasses.replace(known.images.archive, bytes=len(archive), sha256=sha256(archive))
     monkeypatch.setitem(
-        CATALOGUE, "refl4", dataclasses.replace(known, pictures=dataclasses.replace(known.pictures, archive=file))
+        CATALOGUE, "refl4", dataclasses.replace(known, images=dataclasses.replace(known.images, archive=file))
     )
     root = tmp_path / "root"
     (root / "refl4" / "images").mkdir(parents=True)
@@ -332,7 +332,7 @@ def test_ref_l4_gets_its_pictures_beside_its_annotations(server, fetch, monkeypa
     requests = got(server)
     assert fetch("refl4")[0] == 0
     assert [path for path in got(server)[len(requests) :] if "/api/" not in path] == []
-    status, _, err = fetch("refl4", "--pictures", "single")
+    status, _, err = fetch("refl4", "--images", "single")
     assert status == 2 and "not served one by one" in err
 
 
@@ -340,7 +340,7 @@ def test_mdetr_gives_only_the_referring_sets(server, fetch, tmp_path):
     files = {f"OpenSource/{Path(path).name}": b"{}" for path in CATALOGUE["mdetr"].files[0].must_exist}
     archive = tgz_of(files | {"OpenSource/final_mixed_train.json": b"{}" * 100})
     server.files["/record/4729015/files/mdetr_annotations.tar.gz"] = Served(archive)
-    status, _, err = fetch("mdetr", "--pictures", "none")
+    status, _, err = fetch("mdetr", "--images", "none")
     assert status == 0, err
     assert {p.name for p in (tmp_path / "root" / "mdetr").iterdir()} == {Path(name).name for name in files}
 
@@ -354,23 +354,23 @@ def test_an_archive_of_another_layout_is_named(published, server, fetch, monkeyp
     known = CATALOGUE["refcocog"]
     file = dataclasses.replace(known.files[0], bytes=len(archive), sha256=sha256(archive))
     monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, files=(file,)))
-    status, _, err = fetch("refcocog", "--pictures", "none")
+    status, _, err = fetch("refcocog", "--images", "none")
     assert status == 2 and "refcocog.zip: was unpacked into" in err and "instances.json is not there" in err
 
 
-def test_a_missing_picture_ends_in_an_error_and_can_be_tried_again(server, published, fetch):
-    name = published.picture_of(published.refs_of("val")[0]).name
+def test_a_missing_image_ends_in_an_error_and_can_be_tried_again(server, published, fetch):
+    name = published.image_of(published.refs_of("val")[0]).name
     server.files[f"/train2014/{name}"].faults = [404]
     status, _, err = fetch("refcocog", "--split", "val")
     assert status == 2 and name in err and "404" in err and "run the same command again" in err
     assert fetch("refcocog", "--split", "val")[0] == 0
 
 
-def test_a_disk_without_room_for_single_pictures_is_told_first(server, published, fetch, monkeypatch):
-    assert fetch("refcocog", "--pictures", "none")[0] == 0
+def test_a_disk_without_room_for_single_images_is_told_first(server, published, fetch, monkeypatch):
+    assert fetch("refcocog", "--images", "none")[0] == 0
     known = CATALOGUE["refcocog"]
-    pictures = dataclasses.replace(known.pictures, mean_bytes=900_000_000)
-    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, pictures=pictures))
+    images = dataclasses.replace(known.images, mean_bytes=900_000_000)
+    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, images=images))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1 << 40, 0, 500_000_000))
     status, _, err = fetch("refcocog", "--split", "val")
     assert status == 2 and "only 500.0 MB are free" in err
@@ -384,8 +384,8 @@ def test_a_disk_without_room_for_single_pictures_is_told_first(server, published
         (["nothing-like-it"], "there are refcocog, refcoco,"),
         (["scenes"], "nothing to fetch"),
         (["refcocog", "--split", "testA"], "refcocog has no split 'testA'; it has train, val, test"),
-        (["refadv", "--pictures", "single"], "not served one by one"),
-        (["refcocog", "--pictures", "none", "--mirror", "nowhere"], "--mirror 'nowhere' is not an address"),
+        (["refadv", "--images", "single"], "not served one by one"),
+        (["refcocog", "--images", "none", "--mirror", "nowhere"], "--mirror 'nowhere' is not an address"),
     ],
 )
 def test_a_wrong_word_is_an_error_that_helps(tmp_path, capsys, words, expected):
@@ -399,26 +399,26 @@ def test_a_number_of_workers_that_is_none_is_refused(workers, capsys):
     assert "1 to 64" in capsys.readouterr().err
 
 
-def test_pictures_that_are_not_cocos_are_not_asked_for(tmp_path):
+def test_images_that_are_not_cocos_are_not_asked_for(tmp_path):
     layout = write_refer_folder(tmp_path)
-    assert command.picture_names("refcocog", "val", tmp_path) == sorted(
-        {layout.picture_of(ref).name for ref in layout.refs_of("val")}
+    assert command.image_names("refcocog", "val", tmp_path) == sorted(
+        {layout.image_of(ref).name for ref in layout.refs_of("val")}
     )
     layout.annotated_image(layout.refs_of("val")[0])["file_name"] = "holiday.jpg"
     layout.save()
-    with pytest.raises(DataError, match=r"refcocog val names the picture 'holiday\.jpg'"):
-        command.picture_names("refcocog", "val", tmp_path)
+    with pytest.raises(DataError, match=r"refcocog val names the image 'holiday\.jpg'"):
+        command.image_names("refcocog", "val", tmp_path)
     with pytest.raises(DataError, match="holds no annotations of refcoco"):
-        command.picture_names("refcoco", "val", tmp_path)
+        command.image_names("refcoco", "val", tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["jxu124", "mdetr", "vlm_r1"])
-def test_other_layouts_name_their_pictures_too(tmp_path, layout):
+def test_other_layouts_name_their_images_too(tmp_path, layout):
     published = write_refer_folder(tmp_path / "published")
     getattr(hub_layouts, f"write_{layout}")(tmp_path / "root", "refcocog", hub_layouts.things_of(published))
     for split in ("train", "val"):
-        assert command.picture_names(layout, split, tmp_path / "root") == sorted(
-            {published.picture_of(ref).name for ref in published.refs_of(split)}
+        assert command.image_names(layout, split, tmp_path / "root") == sorted(
+            {published.image_of(ref).name for ref in published.refs_of(split)}
         )
 
 
@@ -426,7 +426,7 @@ def test_other_layouts_name_their_pictures_too(tmp_path, layout):
 
 
 def test_places_agree_with_the_readers():
-    assert COCO_TRAIN2014.folders == refer.PICTURE_FOLDERS
+    assert COCO_TRAIN2014.folders == refer.IMAGE_FOLDERS
     for name, folder in refer.FOLDERS.items():
         found = CATALOGUE[name]
         partition, splits = next(iter(refer.PARTITIONS[name].items()))
@@ -439,7 +439,7 @@ def test_an_entry_holds_together(name):
     found = catalogue.entry(name)
     assert found.name == name and found.licence and found.homepage.startswith("https://")
     assert found.files or found.hub
-    archives = [found.pictures.archive] if found.pictures else []
+    archives = [found.images.archive] if found.images else []
     for file in (*found.files, *archives):
         places = [file.path, *file.must_exist, *([file.must_hold[0]] if file.must_hold else [])]
         assert all(not Path(place).is_absolute() and ".." not in Path(place).parts for place in places)
@@ -447,8 +447,8 @@ def test_an_entry_holds_together(name):
         assert file.sha256 is None or len(file.sha256) == 64
         assert (file.unpack_into is None) == (not file.must_exist and file.must_hold is None)
         assert file.path.startswith(f"{catalogue.DOWNLOADS}/") == (file.unpack_into is not None)
-    if found.pictures:
-        assert found.pictures.archive.must_hold[0] == found.pictures.folders[0]
+    if found.images:
+        assert found.images.archive.must_hold[0] == found.images.folders[0]
 
 
 # --- Saying how far it is -------------------------------------------------------------------------
@@ -480,10 +480,10 @@ def test_progress_of_something_unknown_or_never_begun_is_honest():
     stream = io.StringIO()
     command.ProgressLine("a", stream=stream).close()
     assert stream.getvalue() == ""
-    line = command.ProgressLine("pictures", "pictures", stream=stream)
+    line = command.ProgressLine("images", "images", stream=stream)
     line(3, None)
     line.close()
-    assert stream.getvalue().startswith("pictures: 3 pictures, ")
+    assert stream.getvalue().startswith("images: 3 images, ")
 
 
 def test_no_answer_is_a_no(server, published, fetch, monkeypatch, tmp_path):
@@ -498,13 +498,13 @@ def test_no_answer_is_a_no(server, published, fetch, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("mirror", ["http://[::1", "http://[bad"])
 def test_half_an_address_of_a_mirror_is_refused(tmp_path, capsys, mirror):
-    words = ["refcocog", "--pictures", "none", "--data-root", str(tmp_path), "--mirror", mirror]
+    words = ["refcocog", "--images", "none", "--data-root", str(tmp_path), "--mirror", mirror]
     assert cli.main(["data", "fetch", *words]) == 2
     assert f"error: --mirror {mirror!r} is not an address" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path, capsys):
     for root, said in (("x" * 300, "File name too long"), ("~no-such-user/x", "there is no such home folder")):
-        assert cli.main(["data", "fetch", "refcocog", "--pictures", "none", "--data-root", root]) == 2
+        assert cli.main(["data", "fetch", "refcocog", "--images", "none", "--data-root", root]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and said in err and err.count("\n") == 1

@@ -67,7 +67,7 @@ def tiny_shape(policy):
     return Shape.of(policy.model.config)
 
 
-WORK = Workload(picture_tokens=300, text_tokens=160, new_tokens=160, turns=3)
+WORK = Workload(image_tokens=300, text_tokens=160, new_tokens=160, turns=3)
 
 
 # --- Counts ---------------------------------------------------------------------------------------
@@ -160,8 +160,8 @@ def test_the_cache_takes_as_many_bytes_as_the_real_one(policy, tiny_shape, monke
 
     real = generation.make_cache
     monkeypatch.setattr(generation, "make_cache", lambda *given: made.append(real(*given)) or made[-1])
-    (picture,) = policy.dialogue.process([np.zeros((96, 96, 3), np.uint8)])
-    prompt = policy.dialogue.prompt("the small red ring", None, [(picture, WHOLE)])
+    (image,) = policy.dialogue.process([np.zeros((96, 96, 3), np.uint8)])
+    prompt = policy.dialogue.prompt("the small red ring", None, [(image, WHOLE)])
     sampling = replace(policy.sampling, max_new_tokens=5, end_ids=())
     generate(policy.model, [prompt, prompt, prompt], sampling, None, keep=False)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in made[0].layers)
@@ -202,8 +202,8 @@ def kept_bytes(rows, checkpointing=False, completion=20):
         model.enable_input_require_grads()
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    (picture,) = policy.dialogue.process([np.zeros((96, 96, 3), np.uint8)])
-    prompt = policy.dialogue.prompt("the small red ring", None, [(picture, WHOLE)])
+    (image,) = policy.dialogue.process([np.zeros((96, 96, 3), np.uint8)])
+    prompt = policy.dialogue.prompt("the small red ring", None, [(image, WHOLE)])
     turns = [Turn(prompt, [30 + i for i in range(completion)]) for _ in range(rows)]
     # The estimate is of turns that share nothing; sharing only saves.
     scorer = TokenScorer(model, policy.sampling, frozen_vision=True, packing=False)
@@ -267,7 +267,7 @@ def test_checkpointing_keeps_what_the_estimate_says_beside_the_layer_computed_ag
     assert found < kept_bytes(rows=4)[0]
 
 
-# --- Pictures -------------------------------------------------------------------------------------
+# --- Images -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("patch", "limits"), [(16, QWEN3_PIXELS), (14, QWEN25_PIXELS), (8, (2304, 9216))])
@@ -300,7 +300,7 @@ def test_known_sizes():
 )
 def test_more_of_anything_never_takes_less(numbers, which, turns, checkpointing, vision):
     shape = Shape.of(shipped_config("Qwen/Qwen3-VL-4B-Instruct"))
-    name = ("picture_tokens", "text_tokens", "new_tokens", "turns")[which]
+    name = ("image_tokens", "text_tokens", "new_tokens", "turns")[which]
     less = Workload(*numbers)
     more = replace(less, **{name: getattr(less, name) + 1})
 
@@ -377,7 +377,7 @@ def test_a_larger_gpu_never_fits_less_and_small_ones_are_told_so():
 def test_the_tiny_model_is_described_from_its_own_folder(policy, capsys):
     config, source = find_config("tiny")
     assert count_parts(build_without_weights(config)) == count_parts(policy.model) and "tiny_qwen3vl" in source
-    train_sft.main(train_sft.Args(dry_run=True, picture=(384, 384)))
+    train_sft.main(train_sft.Args(dry_run=True, image=(384, 384)))
     assert "36 visual tokens" in capsys.readouterr().out
 
 
@@ -399,7 +399,7 @@ def test_unknown_models_are_refused_with_what_is_known(tmp_path):
         find_config(str(tmp_path))
 
 
-@pytest.mark.parametrize("changes", [{"gpu_memory_gb": 0.0}, {"picture": (0, 10)}])
+@pytest.mark.parametrize("changes", [{"gpu_memory_gb": 0.0}, {"image": (0, 10)}])
 def test_senseless_numbers_are_refused(changes):
     with pytest.raises(ValueError, match="give"):
         train_sft.main(train_sft.Args(dry_run=True, **changes))

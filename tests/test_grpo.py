@@ -278,12 +278,12 @@ def test_states_are_equal_where_members_saw_the_same():
 
 
 def test_training_changes_no_prompt(tmp_path, rows):
-    before = [(list(t.prompt.ids), t.prompt.pictures[0].patches.clone(), list(t.completion)) for t in rows]
+    before = [(list(t.prompt.ids), t.prompt.images[0].patches.clone(), list(t.completion)) for t in rows]
     trainer = small_trainer(tmp_path, iterations=2, micro_batch=5, beta=0.1)
     trainer._update(rows, [1.0] * len(rows), rows[0], 100.0, True)
     for turn, (ids, patches, completion) in zip(rows, before, strict=True):
         assert turn.prompt.ids == ids and turn.completion == completion
-        assert torch.equal(turn.prompt.pictures[0].patches, patches)
+        assert torch.equal(turn.prompt.images[0].patches, patches)
 
 
 @pytest.mark.parametrize("place", ["attention", "layer"])

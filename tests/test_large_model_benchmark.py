@@ -27,7 +27,7 @@ def small(**changes) -> Args:
 def test_it_runs_to_its_end_on_a_cpu_and_every_phase_has_a_time(options, tmp_path, capsys):
     found = main(small(out=tmp_path / "found.json", **options))
     assert json.loads((tmp_path / "found.json").read_text()) == json.loads(json.dumps(found, default=str))
-    wanted = {"environment", "picture processing", "vision tower", "prefill", "decode", "output head"}
+    wanted = {"environment", "image processing", "vision tower", "prefill", "decode", "output head"}
     wanted |= {"sampling, parsing", "update forward", "update backward", "optimizer"}
     assert wanted <= found["seconds"].keys() and all(found["seconds"][k] > 0 for k in wanted)
     assert sum(found["seconds"].values()) == pytest.approx(found["step_seconds"])

@@ -1,6 +1,6 @@
 """One prompt a step, or one growing conversation. The layouts must differ in what the model sees of the
 past and in nothing else; a conversation continued on a cache must be the conversation computed anew.
-A wrong position or a forgotten picture shows nowhere but in worse answers.
+A wrong position or a forgotten image shows nowhere but in worse answers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_episodes_of_one_action_give_the_same_gradient_in_both_layouts(tmp_path)
         assert torch.equal(gradient, found["prefix"][name]), name
 
 
-def test_a_conversation_holds_what_was_sampled_and_every_picture_in_its_order():
+def test_a_conversation_holds_what_was_sampled_and_every_image_in_its_order():
     policy, groups = play("prefix")
     longer = [episode for episode in groups.turns if len(episode) == 3]
     assert longer, "no episode of three turns: nothing is tested"
@@ -65,7 +65,7 @@ def test_a_conversation_holds_what_was_sampled_and_every_picture_in_its_order():
         for before, after in zip(episode, episode[1:], strict=False):
             said = before.prompt.ids + before.completion
             assert after.prompt.ids[: len(said)] == said
-            assert after.prompt.pictures[:-1] == before.prompt.pictures
+            assert after.prompt.images[:-1] == before.prompt.images
         words = policy.tokenizer.decode(episode[2].prompt.ids)
         assert words.count("<|im_start|>user") == words.count("<|vision_start|>") == 3
         # An answer that ran into the limit gets its end from the template, and that token carries no loss.
@@ -152,7 +152,7 @@ def test_a_new_episode_begins_a_new_conversation():
     for _ in range(2):
         first = collect(env, policy, [1], 2).turns
     assert all(episode[0].prompt.ids == first[0][0].prompt.ids for episode in first)
-    assert len(first[0][0].prompt.pictures) == 1
+    assert len(first[0][0].prompt.images) == 1
     # rollout() plays in waves and resets between them, too.
     assert len(rollout(env, policy, 4, indices=[1, 2, 3, 4])) == 4
 
@@ -169,7 +169,7 @@ def test_a_demonstration_looks_like_the_rollout_it_teaches(layout, view):
     policy.reset(np.ones(1, dtype=bool))
     for box in boxes_said:
         (prompt,) = policy.prompts_for(observations, [0])
-        views = list(zip(prompt.pictures[-len(prompt.windows) :], prompt.windows, strict=True))
+        views = list(zip(prompt.images[-len(prompt.windows) :], prompt.windows, strict=True))
         (said,) = to_turns_like(policy, prompt, policy.dialogue.action_text(box, views))
         policy._said = {0: (said, None)} if layout == "prefix" else {}
         decoded = policy.dialogue.box_of(parse_action(policy.text(said)), prompt)
@@ -180,7 +180,7 @@ def test_a_demonstration_looks_like_the_rollout_it_teaches(layout, view):
     demonstration = Demonstration("scenes", "train", 5, "train-5", shown, dataset[5].box, before=(first,))
     (turn,) = to_turns(policy, env.screen, dataset, [demonstration])
     assert turn.prompt.ids == rolled.ids
-    for a, b in zip(turn.prompt.pictures, rolled.pictures, strict=True):
+    for a, b in zip(turn.prompt.images, rolled.images, strict=True):
         assert (a.patches == b.patches).all()
 
 
@@ -190,14 +190,14 @@ def to_turns_like(policy, prompt, text):
     return [Turn(prompt, policy.dialogue.completion(text), finished=True)]
 
 
-def test_an_answer_in_the_closeups_frame_is_a_box_of_the_whole_picture():
+def test_an_answer_in_the_closeups_frame_is_a_box_of_the_whole_image():
     policy = load_policy("tiny")
     env = make_vector_env("IVT-Scenes-v0", 1, split="train", view="both")
     box = (0.3, 0.4, 0.45, 0.6)
     observations, _ = env.reset(options={"index": [5], "initial_box": [box]})
     (prompt,) = policy.prompts_for(observations, [0])
-    assert len(prompt.pictures) == 2 and prompt.windows[0] == (0, 0, 1, 1)
-    views = list(zip(prompt.pictures, prompt.windows, strict=True))
+    assert len(prompt.images) == 2 and prompt.windows[0] == (0, 0, 1, 1)
+    views = list(zip(prompt.images, prompt.windows, strict=True))
     for number in (1, 2):
         text = policy.dialogue.action_text(box, views, number)
         back = policy.dialogue.box_of(parse_action(text), prompt)

@@ -1,5 +1,5 @@
 """The trainer learns. Every other test of it can pass while a sign, a mask or a credit is turned round and
-the policy drifts instead: here it must put a box on the only object of a picture, from a weak start.
+the policy drifts instead: here it must put a box on the only object of an image, from a weak start.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ivt_agents.training.run import MetricsLog, make_accelerator
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_env.data.sample import Picture, Sample
+from ivt_env.data.sample import ImageArray, Sample
 from ivt_env.data.scenes.drawing import draw
 from ivt_env.data.scenes.world import SIDE, Thing
 from ivt_env.rollouts import rollout
@@ -25,7 +25,7 @@ from ivt_env.vector_env import GroundingVectorEnv
 
 
 class OneObject:
-    """A data set of one picture with one object."""
+    """A data set of one image with one object."""
 
     name, split = "one-object", "train"
     thing = Thing("circle", "blue", "plain", (60, 110, 240, 330))
@@ -39,7 +39,7 @@ class OneObject:
     def __getitem__(self, index: int) -> Sample:
         return Sample("one", "one", "the blue circle", self.thing.box, (SIDE, SIDE), self.name, self.split)
 
-    def picture(self, sample: Sample) -> Picture:
+    def image(self, sample: Sample) -> ImageArray:
         return draw([self.thing], np.random.default_rng(0))
 
 

@@ -46,7 +46,7 @@ def asked():
 
 
 def taught_together(asked, plan: LessonPlan | None = None):
-    """Lessons about 20 pictures with six questions each; the student answers near the target."""
+    """Lessons about 20 images with six questions each; the student answers near the target."""
     rng = np.random.default_rng(0)
     own = [boxes.clip(np.asarray(asked[i].box) + rng.normal(0, 0.01, 4)) for i in range(120)]
     return teach_to_verify(asked, range(120), own, rng, view="both", plan=plan)
@@ -60,7 +60,7 @@ def test_the_answer_depends_on_how_good_the_box_is(dataset, closeups):
         target = dataset[d.index].box
         if d.shown is None:
             kinds["first"] += 1
-            assert d.answer is not None and d.picture == 1
+            assert d.answer is not None and d.image == 1
         elif float(boxes.iou(d.shown, target)) >= 0.92:
             kinds["stop"] += 1
             assert d.answer is None
@@ -71,7 +71,7 @@ def test_the_answer_depends_on_how_good_the_box_is(dataset, closeups):
             kinds["near" if near else "far"] += 1
             assert [number for number, _ in d.looks] == ([1] if closeups and near else [])
             assert np.allclose(d.answer, target, atol=1e-5)
-            assert d.picture == (2 if closeups and near else 1)
+            assert d.image == (2 if closeups and near else 1)
     assert all(kinds.values()), kinds
 
 
@@ -85,13 +85,13 @@ def test_boxes_of_other_objects_are_shown_where_there_are_any(dataset):
 
 
 def test_one_box_is_shown_with_what_it_is_about_and_with_what_it_is_not(asked):
-    """Otherwise the box alone, or the picture, could tell what to do."""
+    """Otherwise the box alone, or the image, could tell what to do."""
     plan = LessonPlan(first=0, own=1, sibling=0, random=0, shifted=1, good=1)
     made = taught_together(asked, plan)
     shown: dict[tuple[str, tuple[float, ...]], list[bool]] = {}
     for d in made:
         near = float(boxes.iou(d.shown, asked[d.index].box)) >= 0.3
-        shown.setdefault((asked[d.index].picture_id, d.shown), []).append(near)
+        shown.setdefault((asked[d.index].image_id, d.shown), []).append(near)
     mixed = sum(len(set(near)) == 2 for near in shown.values())
     assert mixed > 0.8 * len(shown), f"{mixed} of {len(shown)} boxes are shown with both"
     # The wrong ones are no more than the right ones, but for boxes that are about nothing.
@@ -104,22 +104,22 @@ def test_a_wrong_box_of_the_students_is_shown_more_often_than_a_right_one(asked)
     own = [wrong.get(k, asked[k].box) for k in range(120)]
     made = teach_to_verify(asked, range(120), own, np.random.default_rng(0), view="both", plan=plan)
     authors = [d for d in made if d.index in wrong and d.shown == pytest.approx(wrong[d.index], abs=1e-5)]
-    assert len(authors) / 20 > len(wrong) / 120, "one box is shown on each of the 20 pictures"
+    assert len(authors) / 20 > len(wrong) / 120, "one box is shown on each of the 20 images"
 
 
-def test_what_is_taught_about_one_picture_and_box_shares_its_pictures(asked):
-    """The encoding of pictures is most of the work; and one that is shared is the very same input."""
+def test_what_is_taught_about_one_image_and_box_shares_its_images(asked):
+    """The encoding of images is most of the work; and one that is shared is the very same input."""
     policy = load_policy("tiny", view="both")
     env = make_vector_env("IVT-Scenes-v0", 1, split="train_asked", view="both")
     made = taught_together(asked)[:40]
     together = to_turns(policy, env.screen, asked, made)
     alone = [to_turns(policy, env.screen, asked, [d])[0] for d in made]
-    distinct = {id(p) for turn in together for p in turn.prompt.pictures}
-    shows = {(asked[d.index].picture_id, d.shown) for d in made}
+    distinct = {id(p) for turn in together for p in turn.prompt.images}
+    shows = {(asked[d.index].image_id, d.shown) for d in made}
     assert len(distinct) == sum(1 if shown is None else 2 for _, shown in shows) < len(made)
     for a, b in zip(together, alone, strict=True):
         assert (a.prompt.ids, a.completion, a.prompt.windows) == (b.prompt.ids, b.completion, b.prompt.windows)
-        for x, y in zip(a.prompt.pictures, b.prompt.pictures, strict=True):
+        for x, y in zip(a.prompt.images, b.prompt.images, strict=True):
             assert torch.equal(x.patches, y.patches)
 
 
@@ -132,11 +132,11 @@ def test_a_near_box_is_mended_in_the_finer_frame(dataset):
     """The answer's numbers, read back through the close-up, are the target to a thousandth of the close-up."""
     policy = load_policy("tiny", view="both")
     env = make_vector_env("IVT-Scenes-v0", 1, split="train", view="both")
-    near = [d for d in taught(dataset, True) if d.picture == 2][:10]
+    near = [d for d in taught(dataset, True) if d.image == 2][:10]
     assert near
     for d, turn in zip(near, to_turns(policy, env.screen, dataset, near), strict=True):
         action = parse_action(policy.text(turn))
-        assert action.picture == 2
+        assert action.image == 2
         window = turn.prompt.windows[1]
         error = np.abs(np.array(policy.dialogue.box_of(action, turn.prompt)) - d.answer)
         assert (error <= 0.00051 * np.array([window[2] - window[0], window[3] - window[1]] * 2) + 1e-6).all()
@@ -168,7 +168,7 @@ def test_smoothing_is_the_cross_entropy_against_a_gaussian_over_the_numbers(turn
 
 
 def test_a_policy_writes_down_where_the_target_is_before_it_keeps_mends_or_leaves_a_box(dataset):
-    """The place is in the frame of the whole picture, then of the close-up; the action is what stands last."""
+    """The place is in the frame of the whole image, then of the close-up; the action is what stands last."""
     policy = load_policy("tiny", view="both")
     screen = make_vector_env("IVT-Scenes-v0", 1, split="train", view="both").screen
     made = [d for d in taught(dataset, True) if d.shown is not None]
@@ -177,9 +177,9 @@ def test_a_policy_writes_down_where_the_target_is_before_it_keeps_mends_or_leave
         text, action = policy.text(turn), parse_action(policy.text(turn))
         first = parse_action(text[: text.index("}") + 1])
         whole = np.array(policy.dialogue.box_of(first, turn.prompt))
-        assert first.picture == 1 and np.abs(whole - dataset[d.index].box).max() <= 0.00051
+        assert first.image == 1 and np.abs(whole - dataset[d.index].box).max() <= 0.00051
         assert action.stop == (d.answer is None) and text.count("bbox_2d") == len(d.looks) + (not action.stop)
-        seen.add((action.stop, action.picture, len(d.looks)))
+        seen.add((action.stop, action.image, len(d.looks)))
     assert seen == {(True, 1, 2), (False, 2, 1), (False, 1, 0)}
 
 
@@ -228,7 +228,7 @@ def test_every_trained_weight_has_one_optimizer_and_adapters_never_muon(lora, ki
     assert names == (["Muon", "AdamW"] if kind == "muon" and not lora else ["AdamW"])
 
 
-def test_an_answer_outside_the_picture_that_is_shown_is_refused_and_left_out(dataset):
+def test_an_answer_outside_the_image_that_is_shown_is_refused_and_left_out(dataset):
     """Clipped to the close-up it would be a line, or another box, and SFT would teach it."""
     policy = load_policy("tiny", view="closeup")
     screen = make_vector_env("IVT-Scenes-v0", 1, split="train", view="closeup").screen
@@ -240,11 +240,11 @@ def test_an_answer_outside_the_picture_that_is_shown_is_refused_and_left_out(dat
     with pytest.raises(ValueError, match="does not lie in"):
         to_turns(policy, screen, dataset, [far])
     assert to_turns(policy, screen, dataset, [near])
-    second = demonstration(dataset[index], dataset, index, (0.0, 0.0, 0.2, 0.2), dataset[index].box, picture=2)
+    second = demonstration(dataset[index], dataset, index, (0.0, 0.0, 0.2, 0.2), dataset[index].box, image=2)
     assert not can_be_said(second, "both") and not can_be_said(second, "overlay")
 
 
-def test_the_student_is_asked_about_some_of_each_picture_and_everything_else_is_taught_all_the_same(
+def test_the_student_is_asked_about_some_of_each_image_and_everything_else_is_taught_all_the_same(
     monkeypatch, tmp_path
 ):
     asked: list[int] = []

@@ -130,7 +130,7 @@ def test_data_set_of_ones_own_is_served_from_its_own_folder_under_its_own_name(t
             dataset = load_dataset("custom", split, data_root=tmp_path / "mine", strict=True)
             assert dataset.name == dataset[0].dataset == "my-photos"
             assert dataset[0].expression.endswith(split)
-            assert dataset.picture(dataset[0]).shape == (*dataset[0].size, 3)
+            assert dataset.image(dataset[0]).shape == (*dataset[0].size, 3)
 
 
 def test_first_layout_that_is_there_and_has_the_split_is_served(tmp_path, monkeypatch):
@@ -340,7 +340,7 @@ def test_every_name_opens_on_a_fresh_machine_with_each_of_its_splits():
                 dataset = load_dataset(name, split)
                 sample = dataset[0]
                 assert sample.dataset == dataset.name == (name if name in ("scenes", "photos") else "scenes")
-                assert dataset.picture(sample).shape == (*sample.size, 3)
+                assert dataset.image(sample).shape == (*sample.size, 3)
                 opened += 1
     assert opened >= 22
     assert {"train", "test"} <= set(data.splits("mixed"))

@@ -30,7 +30,7 @@ def seeds(count: int, n: int = 40) -> list[Run]:
 
 
 def varied(n: int, seed: int) -> list:
-    """Episodes of two data sets whose targets, pictures and siblings differ in size and number."""
+    """Episodes of two data sets whose targets, images and siblings differ in size and number."""
     rng = np.random.default_rng(seed)
     made = []
     for i, one in enumerate(random_pair(n, seed)[0]):
@@ -50,7 +50,7 @@ def test_an_audit_of_saved_episodes_equals_that_of_fresh_ones(tmp_path) -> None:
     saved = audit(stopping=load_episodes(tmp_path / "a"), forced=load_episodes(tmp_path / "a-forced"), n_boot=50)
     assert saved.as_json() == audit(stopping=run.stopping, forced=run.forced, n_boot=50).as_json()
     back = json.loads(json.dumps(saved.as_json(), allow_nan=False))
-    assert back["episodes"] == 40 and back["pictures"] == 20 and back["served"] == ["scenes/test"]
+    assert back["episodes"] == 40 and back["images"] == 20 and back["served"] == ["scenes/test"]
     assert {"rows", "gains", "groups", "runs"} <= set(back) and "columns" not in back
 
 
@@ -128,11 +128,11 @@ def test_the_groups_of_a_kind_add_up_to_the_whole() -> None:
     assert "side:tiny" in group_table({"mine": rows})
 
 
-def test_a_group_of_one_picture_has_no_interval_but_is_not_dropped() -> None:
+def test_a_group_of_one_image_has_no_interval_but_is_not_dropped() -> None:
     episodes = [*random_pair(20, 2)[0], episode([0.6] * 4, "alone", dataset="photos")]
     rows = breakdown({"step_0": columns(episodes_forced=episodes)["step_0"]}, [episodes], n_boot=20)
     alone = next(r for r in rows if r.group == "dataset:photos")
-    assert (alone.episodes, alone.pictures, alone.scores["Acc@0.5"].value) == (1, 1, 1.0)
+    assert (alone.episodes, alone.images, alone.scores["Acc@0.5"].value) == (1, 1, 1.0)
     assert np.isnan(alone.scores["Acc@0.5"].low)
     assert group_table({"a": [alone]}).splitlines()[2].split()[-1] == "-"
 
@@ -162,17 +162,17 @@ def test_a_seed_given_three_times_is_that_seed() -> None:
 
 
 def test_seeds_are_paired_in_order_and_uneven_numbers_against_the_mean() -> None:
-    runs, pictures = seeds(3), outcomes(seeds(1)[0].forced).picture_ids
+    runs, images = seeds(3), outcomes(seeds(1)[0].forced).image_ids
     last = [columns(episodes_forced=r.forced)["last_step"] for r in runs]
     first = [columns(episodes_forced=r.forced)["step_0"] for r in runs]
     means = [np.array([scores(c)["mIoU"] for c in part]) for part in (last, first)]
-    paired = compare("a", pool_seeds(last), "b", pool_seeds(first), pictures, "mIoU", n_boot=20)
+    paired = compare("a", pool_seeds(last), "b", pool_seeds(first), images, "mIoU", n_boot=20)
     assert paired.by_seed == pytest.approx(means[0] - means[1])
     assert paired.difference.diff == pytest.approx((means[0] - means[1]).mean())
     assert "each seed" in difference_table([paired])
-    alone = compare("a", first[0], "b", pool_seeds(last), pictures, "mIoU", n_boot=20)
+    alone = compare("a", first[0], "b", pool_seeds(last), images, "mIoU", n_boot=20)
     assert alone.by_seed == pytest.approx(means[1][0] - means[0])
-    two = compare("a", pool_seeds(last), "b", pool_seeds(first[:2]), pictures, "mIoU", n_boot=20)
+    two = compare("a", pool_seeds(last), "b", pool_seeds(first[:2]), images, "mIoU", n_boot=20)
     assert two.by_seed == pytest.approx(means[0] - means[1][:2].mean())
 
 
@@ -183,7 +183,7 @@ def test_mcnemar_is_given_only_for_rights_and_wrongs() -> None:
     assert given["last_step", "Acc@0.5"] and not given["last_step", "mIoU"] and not given["random_step", "Acc@0.5"]
     assert all(c.mcnemar is None for c in audit_runs([run, other], n_boot=20).gains)
     text = difference_table(found.gains)
-    assert "McNemar p" in text and "they show 20 pictures" in text
+    assert "McNemar p" in text and "they show 20 images" in text
 
 
 def test_runs_that_do_not_belong_together_are_refused() -> None:

@@ -55,7 +55,7 @@ def test_every_logged_key_has_an_entry_and_every_entry_is_logged(tmp_path, monke
     assert [k for k in sorted(logged) if not any(covers(e, k) for e in known)] == []
     assert [e for e in known if not any(covers(e, k) for k in logged)] == []
     shown = {k for row in read_metrics(tmp_path / "a" / "metrics.jsonl") for k in row}
-    assert {"rollout/final_iou", "train/entropy", "eval/final_iou", "speed/pictures_per_second"} <= shown
+    assert {"rollout/final_iou", "train/entropy", "eval/final_iou", "speed/images_per_second"} <= shown
 
 
 def described(tmp_path, ious: list[list[float]], stopped: list[bool], lengths: list[int]) -> dict[str, float]:
@@ -114,7 +114,7 @@ def test_the_phases_of_a_step_are_apart_and_add_up_to_it(tmp_path):
     assert set(phases) == {"time/rollout_model", "time/rollout_environment", "time/reward", "time/update"}
     assert all(v > 0 for v in phases.values())
     actions = 8 * metrics["rollout/actions_per_episode"]
-    assert metrics["speed/pictures_per_second"] * sum(phases.values()) == pytest.approx(actions)
+    assert metrics["speed/images_per_second"] * sum(phases.values()) == pytest.approx(actions)
     # The model's share is the model's: slow it down, and no other phase gets slower by as much.
     watch, act = Stopwatch(), trainer.policy.act
 

@@ -25,7 +25,7 @@ def episode(
     actions: Sequence[float | str],
     name: str = "s0",
     *,
-    picture: str | None = None,
+    image: str | None = None,
     start: float | None = None,
     stop_probability: Sequence[float | None] | None = None,
     confidence: Sequence[float | None] | None = None,
@@ -58,7 +58,7 @@ def episode(
         )
     return Episode(
         sample_id=name,
-        picture_id=picture or name,
+        image_id=image or name,
         dataset=dataset,
         split="test",
         expression="the left half",
@@ -81,10 +81,10 @@ def random_pair(n: int, seed: int, steps: int = 4) -> tuple[list[Episode], list[
         ]
         says = rng.random(steps).tolist()
         k = int(rng.integers(0, steps + 1))
-        name, picture = f"s{i}", f"p{i // 2}"
-        forced.append(episode(ious, name, picture=picture, stop_probability=says))
+        name, image = f"s{i}", f"p{i // 2}"
+        forced.append(episode(ious, name, image=image, stop_probability=says))
         cut = [*ious[:k], STOP] if k < steps else ious
-        stopping.append(episode(cut, name, picture=picture))
+        stopping.append(episode(cut, name, image=image))
     return forced, stopping
 
 

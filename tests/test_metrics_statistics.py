@@ -1,8 +1,8 @@
 """Intervals and tests against closed forms, other formulas and simulation.
 
-An interval that ignores shared pictures, or pairs the wrong episodes, is too narrow without any
+An interval that ignores shared images, or pairs the wrong episodes, is too narrow without any
 sign of it, and noise is then reported as a gain. The suite's own check: 4 correlated episodes per
-picture make the unclustered standard error about half of the true one.
+image make the unclustered standard error about half of the true one.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def test_the_interval_covers_the_truth_about_95_times_in_100() -> None:
         values, ids = correlated(rng, 80, 0.3)
         found = paired_bootstrap(values, np.zeros_like(values), ids, n_boot=400, seed=trial)
         covered += found.low <= 0.3 <= found.high
-    # Binomial standard deviation at 0.94: 0.012; four of them, around what 80 pictures allow.
+    # Binomial standard deviation at 0.94: 0.012; four of them, around what 80 images allow.
     assert 0.89 <= covered / trials <= 0.985
 
 
-def test_ignoring_the_pictures_would_cover_far_less() -> None:
+def test_ignoring_the_images_would_cover_far_less() -> None:
     """Guards the test above from passing for any wide interval."""
     rng, covered, trials = np.random.default_rng(1), 0, 200
     for _ in range(trials):
@@ -90,7 +90,7 @@ def test_one_seed_gives_one_answer_whatever_the_batching(monkeypatch: pytest.Mon
     batched = bootstrap_mean(values, ids, seed=1)
     assert (batched.low, batched.high) == pytest.approx((first.low, first.high), rel=1e-12)
     monkeypatch.undo()
-    assert bootstrap_mean(values, [f"picture {i}" for i in ids], seed=1) == first
+    assert bootstrap_mean(values, [f"image {i}" for i in ids], seed=1) == first
 
 
 def test_rounding_is_never_shown_as_a_difference() -> None:
@@ -102,7 +102,7 @@ def test_rounding_is_never_shown_as_a_difference() -> None:
     assert (found.diff, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
-def test_a_constant_has_no_width_however_unequal_the_pictures() -> None:
+def test_a_constant_has_no_width_however_unequal_the_images() -> None:
     ids = np.repeat(range(20), np.arange(1, 21)).tolist()
     found = bootstrap_mean(np.full(len(ids), 0.4), ids)
     assert (found.low, found.high) == (pytest.approx(0.4), pytest.approx(0.4))
@@ -117,7 +117,7 @@ def test_a_clear_difference_is_shown_and_keeps_its_sign() -> None:
     assert worse.high < 0
 
 
-def test_too_few_pictures_show_nothing() -> None:
+def test_too_few_images_show_nothing() -> None:
     for n, shown in ((MIN_CLUSTERS - 1, False), (MIN_CLUSTERS, True)):
         assert paired_bootstrap(np.ones(n), np.zeros(n), range(n)).shown is shown
 
@@ -171,11 +171,11 @@ def test_bad_input_is_refused_with_its_reason() -> None:
         bootstrap_mean([], [])
     with pytest.raises(ValueError, match=r"cannot pair \(3,\) with \(2,\)"):
         paired_bootstrap([1, 2, 3], [1, 2], range(3))
-    with pytest.raises(ValueError, match="3 values but 2 picture ids"):
+    with pytest.raises(ValueError, match="3 values but 2 image ids"):
         bootstrap_mean([1, 2, 3], range(2))
     with pytest.raises(ValueError, match="value 1 is nan"):
         bootstrap_mean([1, math.nan], range(2))
-    with pytest.raises(ValueError, match="all episodes show one picture"):
+    with pytest.raises(ValueError, match="all episodes show one image"):
         bootstrap_mean([1, 2], ["p", "p"])
     with pytest.raises(ValueError, match="level lies between 0 and 1, this one is 95"):
         bootstrap_mean([1, 2], range(2), level=95)

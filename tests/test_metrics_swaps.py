@@ -55,7 +55,7 @@ def swap(variant: str = "target", sample: int = 0, answer: Any = "stop", p: floa
     action, new = (answer, shown) if isinstance(answer, str) else ("propose", answer)
     return Swap(
         sample_id=f"s{sample}",
-        picture_id=more.pop("picture", f"p{sample}"),
+        image_id=more.pop("image", f"p{sample}"),
         variant=variant,
         step=1,
         shown=shown,
@@ -82,7 +82,7 @@ def test_a_perfect_verifier_scores_one() -> None:
     found = named(dependence("it", played(lambda v, q: "stop" if q >= 0.9 and v != "blank" else TARGET)))
     for name in ("AUROC good / bad", "AUROC target / near", "AUROC target / sibling", "AUROC target / random"):
         assert found[name].value.value == 1 and found[name].shown
-    for name in ("index", "presence", "picture"):
+    for name in ("index", "presence", "image"):
         assert found[name].value.value == 1 and found[name].shown
 
 
@@ -91,7 +91,7 @@ def test_a_policy_that_answers_every_box_alike_scores_nothing(answer: Any) -> No
     found = named(dependence("it", played(lambda v, q: answer)))
     for name in ("AUROC good / bad", "AUROC target / near", "AUROC target / sibling", "AUROC target / random"):
         assert found[name].value.value == 0.5 and not found[name].shown
-    for name in ("index", "presence", "picture"):
+    for name in ("index", "presence", "image"):
         assert found[name].value.value == 0 and not found[name].shown
 
 
@@ -99,7 +99,7 @@ def test_stopping_at_the_mere_presence_of_a_box_is_presence_and_nothing_else() -
     found = named(dependence("it", played(lambda v, q: TARGET if v == "none" else "stop")))
     assert found["presence"].value.value == 1
     assert found["index"].value.value == 0 and found["AUROC good / bad"].value.value == 0.5
-    assert found["picture"].value.value == 0
+    assert found["image"].value.value == 0
 
 
 def test_repeating_ones_own_right_answer_is_no_verifying_though_it_looks_like_keeping_good_boxes() -> None:
@@ -150,27 +150,27 @@ def test_own_right_against_wrong_goes_across_samples() -> None:
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     # Stops are drawn with chance 0.7 on good boxes and 0.4 on bad ones: index 0.3, AUROC 0.65. Two samples
-    # share each picture and its luck, so that intervals over samples would be too narrow.
+    # share each image and its luck, so that intervals over samples would be too narrow.
     truth = {"index": 0.3, "AUROC target / sibling": 0.65, "AUROC own right / wrong": 0.65}
     covered = dict.fromkeys(truth, 0)
     trials = 120
     for trial in range(trials):
         rng = np.random.default_rng(trial)
         swaps = []
-        for picture in range(50):
+        for image in range(50):
             luck = rng.random(3)
-            for k in (2 * picture, 2 * picture + 1):
+            for k in (2 * image, 2 * image + 1):
                 for v, u in zip(("target", "sibling", "own"), luck, strict=True):
-                    shown = FAR if v == "own" and picture % 2 == 1 else SHOWN[v]
+                    shown = FAR if v == "own" and image % 2 == 1 else SHOWN[v]
                     stop = u < (0.7 if iou(shown) >= 0.5 else 0.4)
-                    swaps.append(swap(v, k, "stop" if stop else TARGET, picture=f"p{picture}", shown=shown))
+                    swaps.append(swap(v, k, "stop" if stop else TARGET, image=f"p{image}", shown=shown))
         found = named(dependence("it", swaps, n_boot=150, seed=trial))
         for name, value in truth.items():
             covered[name] += found[name].value.low <= value <= found[name].value.high
     assert all(0.87 <= count / trials <= 0.995 for count in covered.values()), covered
 
 
-def test_shares_are_wilsons_and_widen_with_shared_pictures() -> None:
+def test_shares_are_wilsons_and_widen_with_shared_images() -> None:
     values = [1, 0, 1, 1, 0, 1, 1, 1, 0, 1] * 4
     alone = share(values, range(40))
     assert (alone.low, alone.high) == pytest.approx(wilson(28, 40), abs=0.01)
@@ -201,7 +201,7 @@ def test_a_row_counts_its_answers() -> None:
     assert row.change.value == pytest.approx((1 - 2 * iou(NEAR)) / 5)
 
 
-def test_one_sample_or_one_picture_is_printed_without_an_interval() -> None:
+def test_one_sample_or_one_image_is_printed_without_an_interval() -> None:
     swaps = [swap(v, 0) for v in SHOWN]
     text = dependence_table(dependence("it", swaps)) + swap_table(summarise("it", swaps), markdown=True)
     assert "nan" not in text.lower()

@@ -28,12 +28,12 @@ from ivt_env.metrics.table import (
 
 FORCED, STOPPING = random_pair(60, 0)
 FOUND = columns(episodes_forced=FORCED, episodes_stopping=STOPPING)
-PICTURES = outcomes(FORCED).picture_ids
+IMAGES = outcomes(FORCED).image_ids
 
 
 def test_a_difference_whose_interval_holds_zero_is_printed_as_not_significant() -> None:
-    same = compare("a", FOUND["step_0"], "b", FOUND["step_0"], PICTURES)
-    better = compare("oracle", FOUND["oracle_best"], "step 0", FOUND["step_0"], PICTURES, "mIoU")
+    same = compare("a", FOUND["step_0"], "b", FOUND["step_0"], IMAGES)
+    better = compare("oracle", FOUND["oracle_best"], "step 0", FOUND["step_0"], IMAGES, "mIoU")
     assert better.oracle
     lines = difference_table([same, better]).splitlines()
     assert "+0.0 n.s." in lines[2]
@@ -50,7 +50,7 @@ def test_a_difference_over_few_images_is_not_called_insignificant() -> None:
 
 
 def test_the_oracle_is_marked_and_explained_wherever_it_is_printed() -> None:
-    rows = score_rows("tiny", FOUND, PICTURES, n_boot=100)
+    rows = score_rows("tiny", FOUND, IMAGES, n_boot=100)
     for text in (score_table(rows), policy_table(rows, "Acc@0.5")):
         assert "oracle_best *" in text
         assert text.endswith(ORACLE_NOTE)
@@ -60,7 +60,7 @@ def test_the_oracle_is_marked_and_explained_wherever_it_is_printed() -> None:
 
 
 def test_the_score_table_gives_each_score_in_percent_with_its_interval() -> None:
-    rows = score_rows("tiny", FOUND, PICTURES, ["Acc@0.5", "mIoU"], n_boot=100)
+    rows = score_rows("tiny", FOUND, IMAGES, ["Acc@0.5", "mIoU"], n_boot=100)
     line = score_table(rows).splitlines()[2]
     score = rows[0].scores["Acc@0.5"]
     assert line.split()[:4] == ["tiny", "step_0", "60", "30"]
@@ -69,8 +69,8 @@ def test_the_score_table_gives_each_score_in_percent_with_its_interval() -> None
 
 
 def test_the_policy_table_has_a_dash_where_a_rollout_is_missing() -> None:
-    rows = score_rows("a", FOUND, PICTURES, n_boot=10)
-    rows += score_rows("b", columns(episodes_stopping=STOPPING), PICTURES, n_boot=10)
+    rows = score_rows("a", FOUND, IMAGES, n_boot=10)
+    rows += score_rows("b", columns(episodes_stopping=STOPPING), IMAGES, n_boot=10)
     lines = policy_table(rows, "mIoU").splitlines()
     assert lines[3].split().count("-") == 6
     assert lines[2].split().count("-") == 0
@@ -93,16 +93,16 @@ def test_nothing_to_print_is_refused() -> None:
         score_table([])
     with pytest.raises(ValueError, match="no comparisons"):
         difference_table([])
-    rows = score_rows("a", FOUND, PICTURES, ["mIoU"], n_boot=10)
+    rows = score_rows("a", FOUND, IMAGES, ["mIoU"], n_boot=10)
     with pytest.raises(ValueError, match="has the metrics"):
-        score_table([*rows, *score_rows("b", FOUND, PICTURES, ["mAcc"], n_boot=10)])
+        score_table([*rows, *score_rows("b", FOUND, IMAGES, ["mAcc"], n_boot=10)])
 
 
 def test_everything_has_a_json_form_without_nan() -> None:
     played = outcomes(FORCED)
     everything = {
-        "rows": score_rows("tiny", FOUND, PICTURES, n_boot=10),
-        "comparison": compare("a", FOUND["step_0"], "b", FOUND["last_step"], PICTURES),
+        "rows": score_rows("tiny", FOUND, IMAGES, n_boot=10),
+        "comparison": compare("a", FOUND["step_0"], "b", FOUND["last_step"], IMAGES),
         "summary": rollout_summary(played),
         "changes": step_changes(outcomes([episode([0.5])])),
         "rate": correction_rate(FOUND["step_0"], FOUND["last_step"]),

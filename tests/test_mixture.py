@@ -1,6 +1,6 @@
-"""The paper's mixture: full thirds, no picture in two splits, the same choice for everyone.
+"""The paper's mixture: full thirds, no image in two splits, the same choice for everyone.
 
-If pictures leaked between its splits, the score of a trained policy would be its memory; if the ids
+If images leaked between its splits, the score of a trained policy would be its memory; if the ids
 were not fixed, two people who say "the mixture" would mean different samples.
 """
 
@@ -24,21 +24,19 @@ from ivt_env.data.table import Row, open_table
 class Fake:
     """As much of a table as drawing looks at."""
 
-    def __init__(self, prefix: str, pictures: list[int], per_picture: list[int]):
-        pairs = [
-            (f"coco-{p}", f"{prefix}-{p}-{k}") for p, n in zip(pictures, per_picture, strict=True) for k in range(n)
-        ]
-        self._pictures, self._samples = [p for p, _ in pairs], [s for _, s in pairs]
+    def __init__(self, prefix: str, images: list[int], per_image: list[int]):
+        pairs = [(f"coco-{p}", f"{prefix}-{p}-{k}") for p, n in zip(images, per_image, strict=True) for k in range(n)]
+        self._images, self._samples = [p for p, _ in pairs], [s for _, s in pairs]
 
-    def picture_ids(self):
-        return self._pictures
+    def image_ids(self):
+        return self._images
 
     def sample_ids(self):
         return self._samples
 
 
 def published_sizes(overlap: int = 300) -> dict:
-    """Tables of the published sizes; Ref-L4 shares ``overlap`` pictures with each split of RefCOCOg."""
+    """Tables of the published sizes; Ref-L4 shares ``overlap`` images with each split of RefCOCOg."""
     rng = np.random.default_rng(0)
 
     def some(prefix, first, samples, most):
@@ -69,21 +67,21 @@ def test_every_split_has_the_papers_size_in_equal_thirds(seed):
         assert len(set(rows)) == len(rows)
 
 
-def test_no_picture_is_in_two_splits_whichever_data_set_it_came_through():
+def test_no_image_is_in_two_splits_whichever_data_set_it_came_through():
     tables = published_sizes()
-    picture_of = {
-        (*key, sample): picture
+    image_of = {
+        (*key, sample): image
         for key, t in tables.items()
-        for sample, picture in zip(t.sample_ids(), t.picture_ids(), strict=True)
+        for sample, image in zip(t.sample_ids(), t.image_ids(), strict=True)
     }
-    everywhere = [set(t.picture_ids()) for t in tables.values()]
+    everywhere = [set(t.image_ids()) for t in tables.values()]
     assert any(a & b for a in everywhere for b in everywhere if a is not b), (
         "the sets must overlap, or this shows nothing"
     )
-    pictures = {split: {picture_of[row] for row in rows} for split, rows in draw(tables, 0).items()}
-    assert not pictures["train"] & pictures["test"]
-    assert not pictures["train"] & pictures["val"]
-    assert not pictures["val"] & pictures["test"]
+    images = {split: {image_of[row] for row in rows} for split, rows in draw(tables, 0).items()}
+    assert not images["train"] & images["test"]
+    assert not images["train"] & images["val"]
+    assert not images["val"] & images["test"]
 
 
 def test_same_seed_same_choice_and_another_seed_another():
@@ -109,11 +107,11 @@ def parts(tmp_path, monkeypatch):
 
         def read(bad, folder, one=one, name=name):
             for row in one._read(bad, folder):
-                own = f"{name}-{row.picture_id}"  # every set its own pictures
-                yield Row(**{f: getattr(row, f) for f in Row.__dataclass_fields__} | {"picture_id": own})
-                if row.split != "train":  # one split may serve three of the mixture, from pictures of its own
+                own = f"{name}-{row.image_id}"  # every set its own images
+                yield Row(**{f: getattr(row, f) for f in Row.__dataclass_fields__} | {"image_id": own})
+                if row.split != "train":  # one split may serve three of the mixture, from images of its own
                     for copy in range(4):
-                        yield replace(row, sample_id=f"{row.sample_id}-{copy}", picture_id=f"{own}-{copy}")
+                        yield replace(row, sample_id=f"{row.sample_id}-{copy}", image_id=f"{own}-{copy}")
 
         made[name] = one.source(name=name, read=read)
     monkeypatch.setattr(mixture, "find_source", lambda name, split, root: made.get(name))
@@ -123,14 +121,14 @@ def parts(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_samples_keep_the_label_of_their_data_set_and_show_its_picture(parts):
+def test_samples_keep_the_label_of_their_data_set_and_show_its_image(parts):
     mixed = open_mixture(parts, "test")
     assert len(mixed) == 9
     assert Counter(mixed[i].dataset for i in range(9)) == {"refcocog": 3, "refadv": 3, "refl4": 3}
     for i in range(9):
         sample = mixed[i]
         assert sample.sample_id.startswith(sample.dataset + "/") and sample.split == "test"
-        assert mixed.picture(sample).shape == (*sample.size, 3)
+        assert mixed.image(sample).shape == (*sample.size, 3)
     with pytest.raises(IndexError, match="9 samples"):
         mixed[9]
 
@@ -187,7 +185,7 @@ def test_ids_of_a_table_are_those_of_its_samples(parts):
     table = open_table(mixture.find_source("refl4", "test", Path()), "test")
     samples = [table[i] for i in range(len(table))]
     assert table.sample_ids() == [sample.sample_id for sample in samples]
-    assert table.picture_ids() == [sample.picture_id for sample in samples]
+    assert table.image_ids() == [sample.image_id for sample in samples]
 
 
 def test_ids_are_kept_where_they_cannot_be_drawn_anew(tmp_path, capsys):

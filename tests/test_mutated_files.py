@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from eval_layouts import write_ref_adv, write_ref_l4
-from hub_layouts import many, put_pictures, write_jxu124, write_lmms, write_mdetr, write_vlm_r1, write_vlm_r1_jsonl
+from hub_layouts import many, put_images, write_jxu124, write_lmms, write_mdetr, write_vlm_r1, write_vlm_r1_jsonl
 from mutations import Mutate, of_bytes, of_json, of_value, written
 from PIL import Image
 from refer_layout import write_refer_folder
@@ -46,7 +46,7 @@ def opens(root: Path, name: str, split: str) -> Callable[[], Any]:
     def run() -> None:
         dataset = load_dataset(name, split, root, strict=True)
         for index in range(min(3, len(dataset))):
-            dataset.picture(dataset[index])
+            dataset.image(dataset[index])
 
     return run
 
@@ -79,7 +79,7 @@ def parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> Mutate:
 
 
 def exports(root: Path) -> Iterator[Case]:
-    folder = root / "pictures"
+    folder = root / "images"
     folder.mkdir(parents=True)
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (40, 30), (9, 99, 200)).save(folder / name)
@@ -111,7 +111,7 @@ def exports(root: Path) -> Iterator[Case]:
         for n, name in enumerate(("a.jpg", "b.jpg"))]  # fmt: skip
     yield root / "studio.json", of_json(tasks), converts(from_label_studio, root / "studio.json")
     own = root / "own"
-    shutil.copytree(pictures, own / "images")
+    shutil.copytree(images, own / "images")
     lines = [{"image": "a.jpg", "expression": f"thing {n}", "bbox": [1, 2, 20, 9.5], "siblings": [[1, 1, 9, 9]],
               "id": n, "category": "cat", "meta": {"a": [1]}} for n in range(6)]  # fmt: skip
     declared = {"name": "own", "box": "xyxy", "frame": "px"}
@@ -122,7 +122,7 @@ def exports(root: Path) -> Iterator[Case]:
     things = many("train", 6)
     for write, name in ((write_mdetr, "m"), (write_vlm_r1, "v"), (write_vlm_r1_jsonl, "j")):
         hub = write(root / name, "refcoco", things)
-        put_pictures(root / name / "train2014", things)
+        put_images(root / name / "train2014", things)
         path = hub.path_of("train")
         mutate = of_json(hub.rows["train"], lines=path.suffix == ".jsonl")
         yield path, mutate, opens(root / name, "refcoco", "train")
@@ -145,7 +145,7 @@ def parquets(root: Path) -> Iterator[Case]:
     things = many("testA", 12)
     for write, name in ((write_lmms, "l"), (write_jxu124, "j")):
         hub = write(root / name, "refcoco", things)
-        put_pictures(root / name / "train2014", things)
+        put_images(root / name / "train2014", things)
         yield hub.path_of("testA"), parquet(hub.rows["testA"], hub.schema), opens(root / name, "refcoco", "testA")
     for write, name, split in ((write_ref_l4, "refl4", "val"), (write_ref_adv, "refadv", "test")):
         layout = write(root / name)

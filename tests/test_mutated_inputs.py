@@ -37,7 +37,7 @@ grpo:
   lora_rank: 4
   lr: 1.0e-3
   view: overlay
-  picture: [480, 640]
+  image: [480, 640]
   beta: 0.04
   dtype: null
 rollout: {agent: centre, episodes: 1, seed: 3, max_steps: 2, json: true}

@@ -145,7 +145,7 @@ def test_what_the_pages_say_about_installing_works_in_an_empty_environment(built
         (["ivt", "--help"], "train-sft"),
         (["ivt", "envs"], "IVT-Scenes-v0"),
         (["ivt", "rollout", "--agent", "random", "--episodes", "2"], ""),
-        (["ivt", "train-sft", "--dry-run", "--picture", "384", "384"], "visual tokens"),
+        (["ivt", "train-sft", "--dry-run", "--image", "384", "384"], "visual tokens"),
     ):
         run = subprocess.run(
             command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=600, check=False

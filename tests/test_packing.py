@@ -1,4 +1,4 @@
-"""What turns share is computed once. If sharing changed a context, a position or a picture, every
+"""What turns share is computed once. If sharing changed a context, a position or an image, every
 gradient would be a little wrong and nothing would crash.
 """
 
@@ -112,25 +112,25 @@ def test_each_distinct_beginning_is_computed_once(played):
     computed = int((packed.attention_mask.diagonal(dim1=2, dim2=3) == 0).sum())
     beginnings = set()
     for turn in turns:
-        ids, pictures = turn.prompt.ids + turn.completion, iter(turn.prompt.pictures)
-        # Rows are made by first picture: what stands before it is computed once for each.
-        shown, seen = [], (id(turn.prompt.pictures[0]),)
+        ids, images = turn.prompt.ids + turn.completion, iter(turn.prompt.images)
+        # Rows are made by first image: what stands before it is computed once for each.
+        shown, seen = [], (id(turn.prompt.images[0]),)
         for k, token in enumerate(ids):
             if token == policy.image_token and (k == 0 or ids[k - 1] != token):
-                seen = (*seen, id(next(pictures)))
+                seen = (*seen, id(next(images)))
             shown.append(token)
             beginnings.add((tuple(shown), seen))
     alone = sum(len(t.prompt.ids) + len(t.completion) for t in turns)
     assert computed == len(beginnings) < 0.9 * alone
 
 
-def test_equal_ids_with_other_pictures_are_not_shared():
-    """The same words about another picture: placeholders are equal ids, what stands behind them is not."""
+def test_equal_ids_with_other_images_are_not_shared():
+    """The same words about another image: placeholders are equal ids, what stands behind them is not."""
     policy = small_policy()
-    pictures = policy.dialogue.process([np.full((96, 96, 3), v, dtype=np.uint8) for v in (10, 200)])
+    images = policy.dialogue.process([np.full((96, 96, 3), v, dtype=np.uint8) for v in (10, 200)])
     whole = (0.0, 0.0, 1.0, 1.0)
-    first = policy.dialogue.prompt("the ring", None, [(pictures[0], whole), (pictures[0], whole)])
-    second = policy.dialogue.prompt("the ring", None, [(pictures[0], whole), (pictures[1], whole)])
+    first = policy.dialogue.prompt("the ring", None, [(images[0], whole), (images[0], whole)])
+    second = policy.dialogue.prompt("the ring", None, [(images[0], whole), (images[1], whole)])
     assert first.ids == second.ids
     turns = [Turn(p, policy.dialogue.completion("x"), finished=True) for p in (first, second)]
     (row,) = plan_rows(turns, policy.image_token)

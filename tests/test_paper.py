@@ -109,14 +109,14 @@ def test_the_conversation_of_a_trajectory_holds_its_boxes_and_survives_the_file(
     assert load_demonstrations(tmp_path / "d.jsonl", dataset) == made
     screen = make_vector_env("IVT-Scenes-v0", 1, split="train").screen
     turns = to_turns(policy, screen, dataset, made)
-    assert [len(t.prompt.pictures) for t in turns] == [1, 2, 3]
+    assert [len(t.prompt.images) for t in turns] == [1, 2, 3]
     answers = [parse_action(policy.text(t)).numbers for t in turns]
     for d, numbers in zip(made, answers, strict=True):
         assert numbers == tuple(policy.codec.encode(d.answer, (96, 96)))
     # What a step answers stands in what the next one is asked.
     for earlier, later in zip(turns, turns[1:], strict=False):
         answer = made[turns.index(earlier)].answer
-        said = policy.dialogue.action_text(answer, [(earlier.prompt.pictures[-1], (0.0, 0.0, 1.0, 1.0))])
+        said = policy.dialogue.action_text(answer, [(earlier.prompt.images[-1], (0.0, 0.0, 1.0, 1.0))])
         assert said in policy.tokenizer.decode(later.prompt.ids)
 
 
@@ -310,7 +310,7 @@ SHAKEN = [[0.9, 0.3, 0.89]] * 40 + [[0.3, 0.6, 0.3]] * 30
 
 
 def story(grpo: list[list[float]] | None = None, sft: list[list[float]] | None = None) -> dict[str, Played]:
-    """The paper's, drawn sharply: 200 pictures, the base collapses, SFT spoils four in five and mends one."""
+    """The paper's, drawn sharply: 200 images, the base collapses, SFT spoils four in five and mends one."""
     half = 100
     return {
         "base": policy_of([[0.9, 0.1, 0.1]] * 160 + [[0.1, 0.1, 0.1]] * 40),

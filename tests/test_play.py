@@ -18,10 +18,10 @@ from ivt_agents.sft.demonstrations import load_demonstrations
 from ivt_env.data import load_dataset
 from ivt_env.data.sample import DataError
 from ivt_env.env import GroundingEnv
-from ivt_env.episodes import load_episodes, picture_file
+from ivt_env.episodes import image_file, load_episodes
 from ivt_env.metrics.columns import outcomes
 from ivt_env.rollouts import make_vector_env, rollout
-from ivt_env.viewer.pictures import PictureFinder
+from ivt_env.viewer.images import ImageFinder
 from ivt_env.viewer.play import PlayApp
 from ivt_env.viewer.server import Refused
 
@@ -84,7 +84,7 @@ def test_the_player_learns_neither_target_nor_score_before_the_end(tmp_path: Pat
     *before, after = said
     assert after["over"] and after["short"]["final"] == load_episodes(tmp_path)[0].final_iou
     (episode,) = load_episodes(tmp_path)
-    known = {"number", "total", "expression", "dataset", "split", "size", "picture", "max_steps", "step", "box"}
+    known = {"number", "total", "expression", "dataset", "split", "size", "image", "max_steps", "step", "box"}
     assert set(before[0]) == known | {"earlier"}
     for message in before[1:]:
         assert set(message) == {"over", "invalid", "step", "box", "earlier"}
@@ -158,7 +158,7 @@ def test_a_session_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
         play_one(together, boxes)
     for name in ("episodes.jsonl", "demonstrations.jsonl"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    assert later.get("/picture/0", {}).body[:2] == b"\xff\xd8"
+    assert later.get("/image/0", {}).body[:2] == b"\xff\xd8"
 
 
 def test_a_folder_with_other_episodes_is_left_alone(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_metrics_sft_and_the_viewer_read_what_was_played(tmp_path: Path) -> None
     for boxes in SCRIPT:
         play_one(app, boxes)
     episodes = load_episodes(tmp_path)
-    assert len(outcomes(episodes).picture_ids) == 4
+    assert len(outcomes(episodes).image_ids) == 4
     found = load_demonstrations(tmp_path / "demonstrations.jsonl", load_dataset("scenes", "val"))
     assert [d.answer is None for d in found] == [False, False, True, False, False, True, False, False, False]
     assert [len(d.before) for d in found] == [0, 0, 1, 0, 0, 0, 0, 0, 1]
@@ -195,18 +195,18 @@ def test_metrics_sft_and_the_viewer_read_what_was_played(tmp_path: Path) -> None
     refused = episodes[1].steps[1]
     assert refused.invalid and refused.proposal not in [d.answer for d in found]
     for episode in episodes:
-        assert (tmp_path / "pictures" / picture_file(episode.picture_id)).is_file()
-    finder = PictureFinder({"human": episodes}, {"human": tmp_path})
+        assert (tmp_path / "images" / image_file(episode.image_id)).is_file()
+    finder = ImageFinder({"human": episodes}, {"human": tmp_path})
     dataset = load_dataset("scenes", "val")
     sample = dataset[int(episodes[0].sample_id.split("-")[1])]
-    assert np.array_equal(finder(episodes[0]), dataset.picture(sample))
+    assert np.array_equal(finder(episodes[0]), dataset.image(sample))
 
 
-def test_the_player_sees_the_picture_at_the_size_that_an_agent_sees(tmp_path: Path) -> None:
+def test_the_player_sees_the_image_at_the_size_that_an_agent_sees(tmp_path: Path) -> None:
     import io
 
     from PIL import Image
 
     app = app_in(tmp_path, canvas=64)
-    number = tell(app, "/start", {})["picture"]
-    assert max(Image.open(io.BytesIO(app.get(f"/picture/{number}", {}).body)).size) == 64
+    number = tell(app, "/start", {})["image"]
+    assert max(Image.open(io.BytesIO(app.get(f"/image/{number}", {}).body)).size) == 64

@@ -32,8 +32,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     yield from chromium(tmp_path_factory.mktemp("browser"))
 
 
-class OnePicture:
-    """A data set of one picture, 200 wide and 100 high, under a hostile expression."""
+class OneImage:
+    """A data set of one image, 200 wide and 100 high, under a hostile expression."""
 
     name, split = "scenes", "val"
 
@@ -43,7 +43,7 @@ class OnePicture:
     def __getitem__(self, index: int) -> Sample:
         return Sample("s" + HOSTILE, "p", HOSTILE, (0.25, 0.25, 0.75, 0.75), (100, 200), "scenes", "val")
 
-    def picture(self, sample: Sample) -> Any:
+    def image(self, sample: Sample) -> Any:
         return np.full((100, 200, 3), 128, np.uint8)
 
 
@@ -135,14 +135,14 @@ def test_the_whole_game_can_be_played_without_a_mouse(open_play: Callable[..., P
         episode.steps[1].proposal, np.array([10, 20, 100, 120]) / [width, height, width, height], atol=1e-6
     )
     page.press("n")
-    page.until(lambda: "Picture 2 of 2" in page.text("#play-place"))
+    page.until(lambda: "Image 2 of 2" in page.text("#play-place"))
     page.press("s")
     page.until(lambda: "That was the last one" in page.text("#play-so-far"))
     assert len(load_episodes(tmp_path)) == 2
 
 
 def test_hostile_text_is_shown_and_not_run(open_play: Callable[..., Page]) -> None:
-    page = open_play(total=1, dataset=OnePicture())
+    page = open_play(total=1, dataset=OneImage())
     assert page.text("#play-expression") == HOSTILE and page.text("h1") == HOSTILE
     page.drag("#board", (0.25, 0.25), (0.75, 0.75))
     page.click("#play-propose")
@@ -171,17 +171,17 @@ def test_a_click_draws_no_box(open_play: Callable[..., Page]) -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 700, 360])
-def test_the_board_keeps_the_shape_of_its_picture_and_fits(
+def test_the_board_keeps_the_shape_of_its_image_and_fits(
     open_play: Callable[..., Page], driver: Any, width: int
 ) -> None:
-    page = open_play(dataset=OnePicture())
+    page = open_play(dataset=OneImage())
     override = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", override)
     try:
         x1, y1, x2, y2 = page.rect("#board")
         assert (x2 - x1) / (y2 - y1) == pytest.approx(2, rel=0.01)
         assert page.run("return document.documentElement.scrollWidth") <= width
-        np.testing.assert_allclose(page.rect("#board-picture"), [x1, y1, x2, y2], atol=0.5)
+        np.testing.assert_allclose(page.rect("#board-image"), [x1, y1, x2, y2], atol=0.5)
         np.testing.assert_allclose(page.rect("#board-boxes"), [x1, y1, x2, y2], atol=0.5)
         assert page.run("return document.querySelector('.side').offsetParent !== null") == (width > 800)
     finally:

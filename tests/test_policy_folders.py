@@ -26,7 +26,7 @@ from ivt_agents.vlm.generation import generate
 from ivt_agents.vlm.load import PolicyError, load_policy
 from ivt_agents.vlm.tiny import build_image_processor, weights_folder
 
-PICTURE = [np.zeros((384, 384, 3), np.uint8)]
+IMAGE = [np.zeros((384, 384, 3), np.uint8)]
 
 
 @pytest.fixture
@@ -59,13 +59,13 @@ def nested_edges(folder) -> None:
 @pytest.mark.parametrize("written", [edges, nested, nested_edges])
 def test_twice_the_pixels_are_64_visual_tokens_however_the_budget_is_written(folder, written, capsys):
     written(folder)
-    assert load_policy(folder).dialogue.process(PICTURE)[0].grid == (1, 12, 12)
+    assert load_policy(folder).dialogue.process(IMAGE)[0].grid == (1, 12, 12)
     policy = load_policy(folder, pixels=2.0)
-    assert policy.dialogue.process(PICTURE)[0].grid == (1, 16, 16)
+    assert policy.dialogue.process(IMAGE)[0].grid == (1, 16, 16)
     policy.save(folder.parent / "larger")
-    assert load_policy(folder.parent / "larger").dialogue.process(PICTURE)[0].grid == (1, 16, 16)
+    assert load_policy(folder.parent / "larger").dialogue.process(IMAGE)[0].grid == (1, 16, 16)
     for pixels, tokens in ((None, 36), (2.0, 64)):
-        train_sft(SftArgs(model=str(folder), dry_run=True, picture=(384, 384), pixels=pixels))
+        train_sft(SftArgs(model=str(folder), dry_run=True, image=(384, 384), pixels=pixels))
         assert f"{tokens} visual tokens" in capsys.readouterr().out
 
 
@@ -122,8 +122,8 @@ def adapter(base, folder, seed=0, scale=0.05) -> None:
 
 
 def said(policy) -> list[float]:
-    (picture,) = policy.dialogue.process(PICTURE)
-    prompt = policy.dialogue.prompt("the red ring", None, [(picture, (0.0, 0.0, 1.0, 1.0))])
+    (image,) = policy.dialogue.process(IMAGE)
+    prompt = policy.dialogue.prompt("the red ring", None, [(image, (0.0, 0.0, 1.0, 1.0))])
     (turn,) = generate(policy.core, [prompt], policy.sampling, None, False)
     return turn.log_probs
 

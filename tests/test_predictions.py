@@ -37,7 +37,7 @@ INPUT = (416, 640)
 def sample(number: int, box_px: tuple[float, ...] = (100, 100, 200, 200), size: tuple[int, int] = SIZE) -> Sample:
     height, width = size
     box = (box_px[0] / width, box_px[1] / height, box_px[2] / width, box_px[3] / height)
-    return Sample(f"ref-{number}", f"picture-{number}", "it", box, size, "made", "test")
+    return Sample(f"ref-{number}", f"image-{number}", "it", box, size, "made", "test")
 
 
 SAMPLES = [sample(i) for i in range(40)]

@@ -128,7 +128,7 @@ def test_a_close_up_is_what_the_window_says_and_its_questions_are_about_what_it_
         for view in (*standard_views("train", index), *search_views("train", index)):
             x1, y1, x2, y2 = (np.array(view.window) * view.scene.side).round().astype(int).tolist()
             assert x2 - x1 == y2 - y1 and 0 <= x1 < x2 <= view.scene.side and 0 <= y1 < y2 <= view.scene.side
-            mean = view.scene.picture()[y1:y2, x1:x2].mean((0, 1))
+            mean = view.scene.image()[y1:y2, x1:x2].mean((0, 1))
             assert np.abs(mean - view.image.mean((0, 1))).max() < 2
             closeups += view.window != (0, 0, 1, 1)
     with Drawing(words_of(build_tokenizer(marks=True)), 12, 12, 1) as drawing:

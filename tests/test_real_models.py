@@ -240,8 +240,8 @@ def drift(sampling, scoring, head: bool = True, attention: str = "sdpa") -> tupl
         turns += [t for t in policy.turns if t is not None]
         seen, *_ = env.step({"box": actions["box"], "stop": np.zeros(24, dtype=np.int64)})
     for turn in turns:
-        for picture in turn.prompt.pictures:
-            picture.features = None  # the update must not profit from what the rollout has kept
+        for image in turn.prompt.images:
+            image.features = None  # the update must not profit from what the rollout has kept
     with scoring():
         found = scored(policy, turns)
     difference = (found - torch.tensor([v for t in turns for v in t.log_probs])).abs()

@@ -146,7 +146,7 @@ def test_missing_and_broken_results_are_told(tmp_path):
         report.main(report.Args(folder=tmp_path))
 
 
-def test_text_of_a_data_set_is_text_and_a_missing_picture_is_told(played, tmp_path):
+def test_text_of_a_data_set_is_text_and_a_missing_image_is_told(played, tmp_path):
     folder = tmp_path / "hostile"
     shutil.copytree(played, folder)
     episodes = load_episodes(folder / "episodes" / "floor")
@@ -155,11 +155,11 @@ def test_text_of_a_data_set_is_text_and_a_missing_picture_is_told(played, tmp_pa
     save_episodes(folder / "episodes" / "floor", episodes)
 
     def nowhere(episode):
-        raise DataMissingError(f"no picture {HOSTILE}")
+        raise DataMissingError(f"no image {HOSTILE}")
 
     blank = np.zeros((*episodes[0].size, 3), np.uint8)
-    for picture_of in (nowhere, lambda episode: blank):
-        report.write_report(folder, {"floor": episodes}, picture_of)
+    for image_of in (nowhere, lambda episode: blank):
+        report.write_report(folder, {"floor": episodes}, image_of)
         page = page_of(folder)
         assert "<script" not in page and "<img src=x" not in page
         assert "&lt;/script&gt;" in page
@@ -170,7 +170,7 @@ def driver(tmp_path_factory):
     yield from chromium(tmp_path_factory.mktemp("profile"))
 
 
-def test_in_a_browser_pictures_are_drawn_and_boxes_lie_where_they_belong(driver, played):
+def test_in_a_browser_images_are_drawn_and_boxes_lie_where_they_belong(driver, played):
     page = Page(driver)
     driver.get(f"file://{played}/report.html")
     assert [e for e in driver.get_log("browser") if e["level"] == "SEVERE"] == []
@@ -186,7 +186,7 @@ def test_in_a_browser_pictures_are_drawn_and_boxes_lie_where_they_belong(driver,
     expected = np.array([left, top] * 2) + np.array(first.target) * sides
     # A rectangle's own box holds half of its line of three pixels on each side, or none.
     assert np.abs(page.rect(".panel rect.target") - expected).max() < 3
-    # Every panel shows the picture, the first as itself and the others by reference.
+    # Every panel shows the image, the first as itself and the others by reference.
     assert page.run("return [...document.querySelectorAll('.panel svg')].every(s => s.querySelector('image, use'))")
     names = page.run("return [...document.querySelectorAll('.panel image')].map(i => i.id)")
     assert len(names) == len(set(names))
@@ -219,7 +219,7 @@ def test_on_a_phone_nothing_is_cut_without_a_sign(driver, played, dark):
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_a_jpeg_of_the_page_is_the_picture_that_was_played(played):
+def test_a_jpeg_of_the_page_is_the_image_that_was_played(played):
     from io import BytesIO
 
     from PIL import Image

@@ -18,7 +18,7 @@ import ivt_env
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.rollout import Args, describe, main
 from ivt_env import failures
-from ivt_env.episodes import Episode, Step, load_episodes, picture_file
+from ivt_env.episodes import Episode, Step, image_file, load_episodes
 from ivt_env.rollouts import make_vector_env, rollout
 
 ROOT = Path(ivt_env.__path__[0]).parent
@@ -82,7 +82,7 @@ def test_the_default_run_shows_an_episode_and_writes_what_it_says(tmp_path: Path
     ):
         assert shown in done.stdout
     assert len(episode.steps) == 3 and done.stderr == ""
-    assert (folder / "pictures" / picture_file(episode.picture_id)).is_file()
+    assert (folder / "images" / image_file(episode.image_id)).is_file()
     assert episode.expression in (folder / "page.html").read_text(encoding="utf-8")
 
 

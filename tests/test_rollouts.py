@@ -21,7 +21,7 @@ from PIL import Image
 
 from ivt_env import boxes
 from ivt_env.data.sample import DataError
-from ivt_env.episodes import Episode, load_episodes, picture_file, save_episodes
+from ivt_env.episodes import Episode, image_file, load_episodes, save_episodes
 from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
 
@@ -29,7 +29,7 @@ NAN = float("nan")
 
 
 class Reader:
-    """Acts on what it sees alone: the expression, the picture, the box and the step."""
+    """Acts on what it sees alone: the expression, the image, the box and the step."""
 
     def act(self, observations: Mapping[str, Any]) -> dict[str, Any]:
         rows = [self._one(observations, i) for i in range(len(observations["expression"]))]
@@ -195,23 +195,23 @@ def test_a_rollout_refuses_what_would_mix_up_episodes():
 # ---- files -----------------------------------------------------------------------------------
 
 
-def picture_of(episode: Episode) -> np.ndarray:
+def image_of(episode: Episode) -> np.ndarray:
     from ivt_env.data import load_dataset
 
     dataset = load_dataset(episode.dataset, episode.split)
-    return dataset.picture(dataset[int(episode.sample_id.split("-")[1])])
+    return dataset.image(dataset[int(episode.sample_id.split("-")[1])])
 
 
-def test_episodes_and_their_pictures_are_read_back_as_they_were(tmp_path):
+def test_episodes_and_their_images_are_read_back_as_they_were(tmp_path):
     episodes = [*played()[:4], played()[0]]
-    path = save_episodes(tmp_path / "new" / "folder", episodes, picture_of)
+    path = save_episodes(tmp_path / "new" / "folder", episodes, image_of)
     assert load_episodes(path) == load_episodes(path.parent) == episodes
-    pictures = sorted((path.parent / "pictures").iterdir())
-    assert [p.name for p in pictures] == sorted({picture_file(e.picture_id) for e in episodes})
+    images = sorted((path.parent / "images").iterdir())
+    assert [p.name for p in images] == sorted({image_file(e.image_id) for e in episodes})
     for episode in episodes:
-        saved = Image.open(path.parent / "pictures" / picture_file(episode.picture_id))
-        np.testing.assert_array_equal(np.asarray(saved), picture_of(episode))
-    assert {p.name for p in path.parent.iterdir()} == {"episodes.jsonl", "pictures"}
+        saved = Image.open(path.parent / "images" / image_file(episode.image_id))
+        np.testing.assert_array_equal(np.asarray(saved), image_of(episode))
+    assert {p.name for p in path.parent.iterdir()} == {"episodes.jsonl", "images"}
 
 
 def test_text_in_any_script_and_with_line_breaks_is_read_back_as_it_was(tmp_path):
@@ -293,10 +293,10 @@ def test_no_file_is_an_error_that_names_the_place(tmp_path):
         load_episodes(tmp_path / "nowhere")
 
 
-def test_picture_files_stay_in_their_folder_and_differ_where_the_ids_differ():
+def test_image_files_stay_in_their_folder_and_differ_where_the_ids_differ():
     ids = ["a/b", "a_b", "a:b", "../../etc", "..", "", "é", "è", "COCO_train2014_000000000009", "scenes-val-3"]
-    files = [picture_file(i) for i in ids]
+    files = [image_file(i) for i in ids]
     assert len(set(files)) == len(ids)
     for file in files:
         assert Path(file).name == file and not file.startswith(".")
-    assert picture_file("scenes-val-3") == "scenes-val-3.png"
+    assert image_file("scenes-val-3") == "scenes-val-3.png"

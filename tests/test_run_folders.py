@@ -31,7 +31,7 @@ from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import checkpoints, load_checkpoint
 from ivt_agents.training.run import RunError, read_metrics
 from ivt_agents.vlm.load import load_policy
-from ivt_env.episodes import Episode, Step, load_episodes, picture_file, save_episodes
+from ivt_env.episodes import Episode, Step, image_file, load_episodes, save_episodes
 from ivt_env.files import FileError, asked_of, lock_folder, whole_folder
 
 GRPO = {"model": "tiny", "prompts": 1, "group": 2, "max_new_tokens": 14, "lora_rank": 4, "lr": 5e-3, "warmup": 1}
@@ -335,30 +335,30 @@ def test_the_children_of_a_study_die_with_it(tmp_path, number, status):
 # --- images -------------------------------------------------------------------------------------------
 
 
-def episode(picture_id: str) -> Episode:
+def episode(image_id: str) -> Episode:
     box = (0.1, 0.1, 0.5, 0.5)
     steps = [Step(proposal=box, stop=False, box=box, iou=1.0, reward=1.0)]
-    return Episode(f"s-{picture_id}", picture_id, "scenes", "val", "the cup", box, (20, 30), steps)
+    return Episode(f"s-{image_id}", image_id, "scenes", "val", "the cup", box, (20, 30), steps)
 
 
 def test_long_ids_become_short_names_that_stay_apart(tmp_path):
     ids = ["x" * 1000, "x" * 999 + "y", "ü" * 300, "a/" * 400, "x" * 200, "x" * 201, "ok"]
-    found = [picture_file(one) for one in ids]
+    found = [image_file(one) for one in ids]
     assert len(set(found)) == len(ids) and max(len(name.encode()) for name in found) <= 255
     assert found[-1] == "ok.png"
     save_episodes(tmp_path, [episode(one) for one in ids], lambda e: np.zeros((20, 30, 3), np.uint8))
-    assert {p.name for p in (tmp_path / "pictures").iterdir()} == set(found)
+    assert {p.name for p in (tmp_path / "images").iterdir()} == set(found)
 
 
 def test_a_broken_image_is_named_and_the_others_are_shown(tmp_path, capsys):
     from ivt_agents.cli import main
 
     save_episodes(tmp_path, [episode("a"), episode("b")], lambda e: np.full((20, 30, 3), 200, np.uint8))
-    whole = (tmp_path / "pictures" / "a.png").read_bytes()
+    whole = (tmp_path / "images" / "a.png").read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"GIF89a"):
-        (tmp_path / "pictures" / "a.png").write_bytes(content)
+        (tmp_path / "images" / "a.png").write_bytes(content)
         assert main(["view", str(tmp_path)]) == 0
-        assert "1 picture(s) are not on the page" in (told := capsys.readouterr().err) and "a.png is no picture" in told
+        assert "1 image(s) are not on the page" in (told := capsys.readouterr().err) and "a.png is no image" in told
     assert (tmp_path / "view.html").read_text().count("data:image/jpeg;base64") >= 1
 
 

@@ -1,6 +1,6 @@
 """A PPO trained here is saved, loaded and played as what it was trained as.
 
-Silent when false: the loaded agent sees other pictures or words than in training and scores as if it had learned
+Silent when false: the loaded agent sees other images or words than in training and scores as if it had learned
 nothing, or a downloaded run folder runs code.
 """
 
@@ -23,7 +23,7 @@ from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.scripted import CentreAgent
 from ivt_agents.sb3 import train
 from ivt_agents.sb3.compare import compare, table
-from ivt_agents.sb3.easy import SmallPictures, easy_indices, is_easy
+from ivt_agents.sb3.easy import SmallImages, easy_indices, is_easy
 from ivt_agents.sb3.load import SB3Agent, SB3Error, load_sb3
 from ivt_agents.sb3.network import begin_with_what_is_seen, make_policy
 from ivt_env.data import load_dataset
@@ -164,10 +164,10 @@ def test_easy_scenes_have_two_objects_and_compare_nothing():
         easy_indices(load_dataset("photos", "test"), 1)
 
 
-def test_held_pictures_are_a_data_set_like_any_other():
+def test_held_images_are_a_data_set_like_any_other():
     scenes = load_dataset("scenes", "val")
-    check_dataset(SmallPictures(scenes, [3, 1, 4], 36), samples=3)
-    assert SmallPictures(scenes, [3, 1, 4], 36)[1].expression == scenes[1].expression
+    check_dataset(SmallImages(scenes, [3, 1, 4], 36), samples=3)
+    assert SmallImages(scenes, [3, 1, 4], 36)[1].expression == scenes[1].expression
 
 
 def test_the_comparison_of_an_agent_with_itself_shows_no_difference():
@@ -194,7 +194,7 @@ def test_options_that_cannot_work_are_refused_before_anything_is_made(tmp_path, 
 
 def test_the_limit_of_actions_earns_nothing_that_was_not_played(monkeypatch):
     """A truncated episode's last reward would be raised by the value of a step that never comes."""
-    small = SmallPictures(load_dataset("scenes", "val"), [0, 1], 36)
+    small = SmallImages(load_dataset("scenes", "val"), [0, 1], 36)
     env = train._maker(small, train.Args(max_steps=2))()
     env.reset(seed=0)
     action = encode_box([0.2, 0.2, 0.6, 0.6])

@@ -2,7 +2,7 @@
 
 Silent when false: a model is trained and scored on questions with two right answers or with a box
 that is not the object's, so its ceiling is below 1 for reasons that no curve shows; or val holds
-pictures that were trained on.
+images that were trained on.
 
 The judge in this file reads the English with a regular expression and looks at the objects' boxes.
 It shares no code with the module that writes the English, and it is stricter than a reader: where a
@@ -232,22 +232,22 @@ def test_the_samples_of_a_split_are_its_scenes():
         same_shape = {t.box for t in scene.things if t.shape == target.shape and t is not target}
         assert set(sample.siblings) == same_shape
         assert (sample.dataset, sample.split, sample.size) == ("scenes", "val", (SIDE, SIDE))
-        assert np.array_equal(dataset.picture(sample), scene.picture())
+        assert np.array_equal(dataset.image(sample), scene.image())
 
 
-def test_the_samples_of_a_picture_asked_several_times_are_questions_about_one_scene_of_the_training_split():
+def test_the_samples_of_a_image_asked_several_times_are_questions_about_one_scene_of_the_training_split():
     dataset, plain = Scenes("train_asked"), Scenes("train")
     for number in (0, 3, 9_999_999):
         scene = make_scene("train", number)
         samples = [dataset[QUESTIONS * number + k] for k in range(QUESTIONS)]
         assert samples[0].expression == plain[number].expression
-        assert {s.picture_id for s in samples} == {plain[number].picture_id}, "the same picture as in train"
+        assert {s.image_id for s in samples} == {plain[number].image_id}, "the same image as in train"
         assert len({s.sample_id for s in samples}) == QUESTIONS
         assert len({s.expression for s in samples}) == len(scene.questions(QUESTIONS))
         for sample in samples:
             (target,) = fitting(sample.expression, scene.things)
             assert sample.box == scene.things[target].box
-            assert np.array_equal(dataset.picture(sample), scene.picture())
+            assert np.array_equal(dataset.image(sample), scene.image())
 
 
 def test_targets_among_distractors_have_3_siblings_of_their_shape_and_the_shape_is_said(scenes):
@@ -294,9 +294,9 @@ def test_the_size_in_a_splits_name_changes_the_marks_and_nothing_else():
     for index in range(20):
         small, usual, named = (Scenes(f"test_search{size}") for size in ("_8", "", "_20"))
         assert usual[index].expression == small[index].expression and usual[index].box == small[index].box
-        pictures = [d.picture(d[index]).astype(int) for d in (small, usual, named)]
-        assert np.array_equal(pictures[1], pictures[2])
-        changed = np.abs(pictures[0] - pictures[1]).max(-1) > 0
+        images = [d.image(d[index]).astype(int) for d in (small, usual, named)]
+        assert np.array_equal(images[1], images[2])
+        changed = np.abs(images[0] - images[1]).max(-1) > 0
         for thing in make_scene("test_search", index).things:
             x1, y1, x2, y2 = thing.mark.box_px
             assert changed[y1:y2, x1:x2].any()
@@ -328,7 +328,7 @@ for split in LENGTHS:
     for index in (0, 1, 2, 3, 4321):
         scene = make_scene(split, index)
         digest.update(repr((scene.things, scene.expression, scene.questions(6))).encode())
-        digest.update(scene.picture().tobytes())
+        digest.update(scene.image().tobytes())
 print(digest.hexdigest())
 """
 
@@ -357,9 +357,9 @@ def test_no_two_scenes_are_the_same_within_or_across_splits(scenes):
     assert len({scene.things for scene in everything}) == len(everything)
 
 
-def test_pictures_of_different_splits_have_different_backgrounds():
-    pictures = [make_scene(split, index).picture() for split in LENGTHS for index in range(3)]
-    assert len({p[:4, :4].tobytes() for p in pictures}) == len(pictures)
+def test_images_of_different_splits_have_different_backgrounds():
+    images = [make_scene(split, index).image() for split in LENGTHS for index in range(3)]
+    assert len({p[:4, :4].tobytes() for p in images}) == len(images)
 
 
 def test_the_splits_are_the_ones_that_the_package_lists():
@@ -390,18 +390,18 @@ def test_an_unknown_split_is_a_data_error_that_lists_the_splits():
             Scenes(split)
 
 
-# ---- pictures --------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", LENGTHS)
-def test_a_picture_is_384_or_768_pixels_square_rgb_and_the_callers_own(split):
+def test_a_image_is_384_or_768_pixels_square_rgb_and_the_callers_own(split):
     dataset = Scenes(split)
     sample = dataset[5]
-    picture = dataset.picture(sample)
+    image = dataset.image(sample)
     side = 768 if split.endswith("_search") else SIDE
-    assert (picture.shape, picture.dtype, sample.size) == ((side, side, 3), np.uint8, (side, side))
-    picture[...] = 0
-    assert dataset.picture(sample).any()
+    assert (image.shape, image.dtype, sample.size) == ((side, side, 3), np.uint8, (side, side))
+    image[...] = 0
+    assert dataset.image(sample).any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -65,7 +65,7 @@ def values(found: dict[str, Any], rule: str = "common") -> dict[str, float]:
 def test_perfect_predictions_score_100(capsys: pytest.CaptureFixture[str], perfect: Path) -> None:
     found = record(capsys, perfect, "--dataset", "photos", "--split", "test", *PX)
     assert values(found) == {"Acc@0.5": 1, "Acc@0.75": 1, "Acc@0.9": 1, "mAcc": 1, "mIoU": 1}
-    assert {row["n"] for row in found["rules"]["common"]["rows"]} == {16} and found["pictures"] == 5
+    assert {row["n"] for row in found["rules"]["common"]["rows"]} == {16} and found["images"] == 5
     assert (found["missing"], found["parse_failures"], found["without_area"], found["ignored"]) == (0, 0, 0, 0)
     assert found["rules"]["common"]["rows"][0]["low"] == found["rules"]["common"]["rows"][0]["high"] == 1
     assert found["dataset"] == "photos" and found["declared"] == "xyxy px"
@@ -75,7 +75,7 @@ def test_shifted_boxes_score_what_hand_arithmetic_says(capsys: pytest.CaptureFix
     shifted = [[b[0] + (b[2] - b[0]) / 2, b[1], b[2] + (b[2] - b[0]) / 2, b[3]] for b in targets_px(PHOTOS).tolist()]
     path = save(tmp_path / "shifted.jsonl", PHOTOS, shifted)
     on_photos = ("--dataset", "photos", "--split", "test", *PX)
-    assert "reach far outside their picture" in refused(capsys, path, *on_photos)
+    assert "reach far outside their image" in refused(capsys, path, *on_photos)
     found = values(record(capsys, path, *on_photos, "--trust-declaration"))
     assert found == {"Acc@0.5": 0, "Acc@0.75": 0, "Acc@0.9": 0, "mAcc": 0, "mIoU": pytest.approx(1 / 3)}
 

@@ -143,7 +143,7 @@ def test_a_demonstration_looks_exactly_like_the_rollout_it_teaches(dataset):
     demonstration = Demonstration("scenes", "train", 5, "train-5", shown, dataset[5].box, "Too high; move down.")
     (turn,) = to_turns(policy, env.screen, dataset, [demonstration])
     assert turn.prompt.ids == rolled.ids
-    assert (turn.prompt.pictures[0].patches == rolled.pictures[0].patches).all()
+    assert (turn.prompt.images[0].patches == rolled.images[0].patches).all()
 
 
 def test_the_answer_ends_with_the_end_of_turn_and_parses(dataset):
@@ -160,7 +160,7 @@ def test_batches_show_every_demonstration_once_an_epoch():
     samples = [7, 7, 3, 3, 3, 5, 1, 1, 1, 1]
     seen = np.concatenate(list(batches(samples, 4, 5, np.random.default_rng(0))))
     assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
-    # Those of one sample stand together: its picture is decoded once.
+    # Those of one sample stand together: its image is decoded once.
     for epoch in (seen[:10], seen[10:]):
         changes = sum(samples[a] != samples[b] for a, b in zip(epoch, epoch[1:], strict=False))
         assert changes == len(set(samples)) - 1

@@ -108,7 +108,7 @@ def scored(tmp_path_factory):
     swaps.main(swaps.Args(policies=["loop-0=oracle"], samples=10, split="val", steps=[1], out=out / "swaps"))
     # Costs are of models alone; one stands for all.
     path = out / "played" / "val" / "loop-0" / "results.json"
-    costs = {"loop-0": [{"answers": 2.0, "pictures": 2.0}]}
+    costs = {"loop-0": [{"answers": 2.0, "images": 2.0}]}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"costs": costs}))
     return out
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ivt_agents.evaluation.swaps import MOVED_IOU, Args, BlankPictures, elsewhere, main, moved, play_swaps
+from ivt_agents.evaluation.swaps import MOVED_IOU, Args, BlankImages, elsewhere, main, moved, play_swaps
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.scripted import CentreAgent
 from ivt_agents.vlm.load import load_policy
@@ -92,7 +92,7 @@ def test_a_policy_that_stops_at_any_box_is_found_out_as_one() -> None:
     found = judged(lambda quality, there: there)
     for step in (1, 2):
         assert found[step, "index"] == 0 and found[step, "AUROC good / bad"] == 0.5
-        assert found[step, "presence"] == 1 and found[step, "picture"] == 0
+        assert found[step, "presence"] == 1 and found[step, "image"] == 0
 
 
 @pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
@@ -124,11 +124,11 @@ def test_blank_is_the_own_box_on_grey() -> None:
     assert swap.shown == pytest.approx(OWN_FIRST) and swap.target == pytest.approx(env.dataset[7].box)
 
 
-def test_a_blank_data_set_differs_in_its_pictures_only() -> None:
+def test_a_blank_data_set_differs_in_its_images_only() -> None:
     scenes = Scenes("val")
-    blank = BlankPictures(scenes)
+    blank = BlankImages(scenes)
     assert (blank.name, blank.split, len(blank), blank[4]) == (scenes.name, scenes.split, len(scenes), scenes[4])
-    assert blank.picture(blank[4]).shape == scenes.picture(scenes[4]).shape and np.ptp(blank.picture(blank[4])) == 0
+    assert blank.image(blank[4]).shape == scenes.image(scenes[4]).shape and np.ptp(blank.image(blank[4])) == 0
 
 
 @pytest.mark.parametrize("replay, heard", [(True, [0, 1, 2]), (False, [2])])

@@ -66,19 +66,19 @@ def test_opened_and_received_tables_map_the_index_and_copy_nothing(large):
     assert all(table[80_000].expression == "thing 79991" for table in tables)
 
 
-def test_table_travels_without_the_pictures_it_has_read(made):
+def test_table_travels_without_the_images_it_has_read(made):
     table = open_table(made.source(), "train")
-    pictures = [table.picture(sample) for sample in samples_of(table)]
+    images = [table.image(sample) for sample in samples_of(table)]
     sent = pickle.dumps(table)
     assert len(sent) < 4096
     there = pickle.loads(sent)
     assert samples_of(there) == samples_of(table)
-    for sample, picture in zip(samples_of(there), pictures, strict=True):
-        assert there.picture(sample) is not picture
-        assert np.array_equal(there.picture(sample), picture)
+    for sample, image in zip(samples_of(there), images, strict=True):
+        assert there.image(sample) is not image
+        assert np.array_equal(there.image(sample), image)
 
 
-def test_processes_opened_on_one_table_see_equal_samples_and_pictures(made):
+def test_processes_opened_on_one_table_see_equal_samples_and_images(made):
     table = open_table(made.source(), "train")
     expected = read_in_another_process(table)
     with multiprocessing.get_context("spawn").Pool(3) as pool:

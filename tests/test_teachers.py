@@ -71,17 +71,17 @@ def harvest(tmp_path, drafts, dataset, teacher, name="harvest.jsonl", **options)
 # --- What is sent ---------------------------------------------------------------------------------
 
 
-def test_the_request_holds_the_drawn_picture_the_expression_and_the_key_in_its_header(chat, dataset, drafts):
+def test_the_request_holds_the_drawn_image_the_expression_and_the_key_in_its_header(chat, dataset, drafts):
     draft = next(d for d in drafts if d.trace)
     teacher_of(chat).write([trace_request(dataset, draft.index, draft.shown)])
     ((path, headers, body),) = chat.seen
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}" and body["model"] == "m"
-    picture, text = body["messages"][1]["content"]
+    image, text = body["messages"][1]["content"]
     sample = dataset[draft.index]
     assert sample.expression in text["text"] and critique(draft.shown, sample.box) in text["text"]
-    encoded = picture["image_url"]["url"].removeprefix("data:image/png;base64,")
+    encoded = image["image_url"]["url"].removeprefix("data:image/png;base64,")
     sent = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))).astype(int)
-    plain = dataset.picture(sample).astype(int)
+    plain = dataset.image(sample).astype(int)
     assert sent.shape == plain.shape
     differs = np.abs(sent - plain).sum(-1) > 0
     ys, xs = np.nonzero(differs)
@@ -96,15 +96,15 @@ def test_the_request_holds_the_drawn_picture_the_expression_and_the_key_in_its_h
     assert not any(n in text["text"] for n in numbers if len(n) > 1), "the teacher is not shown coordinates"
 
 
-def test_large_pictures_are_sent_smaller():
+def test_large_images_are_sent_smaller():
     class Large:
         def __getitem__(self, index):
             return Scenes("train")[0]
 
-        def picture(self, sample):
+        def image(self, sample):
             return np.zeros((1000, 2000, 3), np.uint8)
 
-    assert trace_request(Large(), 0, (0.1, 0.1, 0.5, 0.5)).picture.shape == (384, prompts.PICTURE_SIDE, 3)
+    assert trace_request(Large(), 0, (0.1, 0.1, 0.5, 0.5)).image.shape == (384, prompts.IMAGE_SIDE, 3)
 
 
 def test_a_server_of_one_model_needs_no_name_and_of_several_does(chat, dataset, drafts, tmp_path):
@@ -320,7 +320,7 @@ def test_a_second_run_sends_no_request(chat, dataset, drafts, tmp_path):
     assert (tmp_path / "elsewhere.jsonl").read_bytes() == (tmp_path / "harvest.jsonl").read_bytes()
 
 
-def test_another_model_prompt_or_picture_is_asked_anew(chat, dataset, drafts, tmp_path, monkeypatch):
+def test_another_model_prompt_or_image_is_asked_anew(chat, dataset, drafts, tmp_path, monkeypatch):
     harvest(tmp_path, drafts[:2], dataset, teacher_of(chat), "a.jsonl")
     harvest(tmp_path, drafts[:2], dataset, teacher_of(chat, model="#other"), "b.jsonl")
     monkeypatch.setattr(prompts, "QUESTION", prompts.QUESTION + " Be kind.")

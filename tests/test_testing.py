@@ -1,6 +1,6 @@
 """The checks for authors of data sets and agents pass what is right and name what is wrong.
 
-Silent when false: a data set whose pictures are of another size than its boxes, or an agent that reads
+Silent when false: a data set whose images are of another size than its boxes, or an agent that reads
 the target or mixes up its environments, passes as checked.
 """
 
@@ -21,14 +21,14 @@ from ivt_env.testing import check_agent, check_dataset
 
 
 class Notes:
-    """Six samples on three pictures, right in everything."""
+    """Six samples on three images, right in everything."""
 
     name, split = "notes", "train"
 
     def __init__(self) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
         noise.setflags(write=False)
-        self.pictures = noise
+        self.images = noise
 
     def __len__(self) -> int:
         return 6
@@ -39,8 +39,8 @@ class Notes:
         box = (0.1, 0.2, 0.5 + index / 20, 0.9)
         return Sample(f"s{index}", f"p{index // 2}", "the thing", box, (20, 30), self.name, self.split)
 
-    def picture(self, sample: Sample) -> Any:
-        return self.pictures[int(sample.picture_id[1:])]
+    def image(self, sample: Sample) -> Any:
+        return self.images[int(sample.image_id[1:])]
 
 
 def changed(index: int, **values: Any) -> type[Notes]:
@@ -55,11 +55,11 @@ def changed(index: int, **values: Any) -> type[Notes]:
 
 
 def shown(make: Any) -> type[Notes]:
-    """Notes whose pictures are ``make(picture, sample)``."""
+    """Notes whose images are ``make(image, sample)``."""
 
     class Shown(Notes):
-        def picture(self, sample: Sample) -> Any:
-            return make(super().picture(sample), sample)
+        def image(self, sample: Sample) -> Any:
+            return make(super().image(sample), sample)
 
     return Shown
 
@@ -89,7 +89,7 @@ class Forgetful(Notes):
 class Flickering(Notes):
     count = 0
 
-    def picture(self, sample: Sample) -> Any:
+    def image(self, sample: Sample) -> Any:
         self.count += 1
         return np.full((20, 30, 3), self.count % 256, dtype=np.uint8)
 
@@ -97,7 +97,7 @@ class Flickering(Notes):
 class Writable(Notes):
     def __init__(self) -> None:
         super().__init__()
-        self.pictures = self.pictures.copy()
+        self.images = self.images.copy()
 
 
 class Unpicklable(Notes):
@@ -124,14 +124,14 @@ def vars_of(sample: Sample) -> dict[str, Any]:
     return {name: getattr(sample, name) for name in sample.__dataclass_fields__}
 
 
-class NoPictures:
+class NoImages:
     name, split = "notes", "train"
     __len__, __getitem__ = Notes.__len__, Notes.__getitem__
 
 
 BROKEN: dict[str, tuple[type[Any], str]] = {
     "no name": (Nameless, r"Nameless.name is ''"),
-    "no picture method": (NoPictures, "no method picture"),
+    "no image method": (NoImages, "no method image"),
     "empty": (Empty, "notes train is empty"),
     "endless": (Endless, r"\[6\] gives a sample although there are 6"),
     "another error": (KeyErrors, r"\[6\] raises KeyError"),
@@ -154,14 +154,14 @@ BROKEN: dict[str, tuple[type[Any], str]] = {
     "a list of siblings": (changed(0, siblings=[]), "siblings is a list"),
     "meta that is no JSON": (changed(0, meta={"file": {1}}), "cannot be written as JSON"),
     "another sample each time": (Forgetful, "is another sample"),
-    "a picture of floats": (shown(lambda p, s: p / 255), "float64; give an array of uint8"),
-    "a grey picture": (shown(lambda p, s: p[..., 0]), r"shape \(20, 30\)"),
-    "a shared id, two pictures": (
+    "an image of floats": (shown(lambda p, s: p / 255), "float64; give an array of uint8"),
+    "a grey image": (shown(lambda p, s: p[..., 0]), r"shape \(20, 30\)"),
+    "a shared id, two images": (
         shown(lambda p, s: 255 - p if s.sample_id == "s1" else p),
-        r"\[1\] and index 0 share the picture_id 'p0'",
+        r"\[1\] and index 0 share the image_id 'p0'",
     ),
-    "a flickering picture": (Flickering, "differs from one reading to the next"),
-    "a picture to draw on": (Writable, "can be drawn on"),
+    "a flickering image": (Flickering, "differs from one reading to the next"),
+    "an image to draw on": (Writable, "can be drawn on"),
     "an open file": (Unpicklable, "cannot be pickled"),
 }
 # Pickled by name: the classes above must be found in this module.
@@ -187,8 +187,8 @@ def test_the_embedded_data_sets_and_a_right_one_pass(name, split):
 
 def test_the_first_and_the_last_sample_are_always_looked_at():
     for index in (0, 5):
-        with pytest.raises(DataError, match=rf"\[{index}\]: picture_id"):
-            check_dataset(changed(index, picture_id="")(), samples=2)
+        with pytest.raises(DataError, match=rf"\[{index}\]: image_id"):
+            check_dataset(changed(index, image_id="")(), samples=2)
     with pytest.raises(ValueError, match="samples 0"):
         check_dataset(Notes(), samples=0)
 
@@ -197,7 +197,7 @@ def test_the_first_and_the_last_sample_are_always_looked_at():
 
 
 class Right(CentreAgent):
-    """Decides from the observation: a box that depends on the picture, moved at every step."""
+    """Decides from the observation: a box that depends on the image, moved at every step."""
 
     def act(self, observations: Any) -> dict[str, Any]:
         n = len(observations["active"])
@@ -219,7 +219,7 @@ def saying(**values: Any) -> type[Right]:
     return Saying
 
 
-class ChangesThePicture(Right):
+class ChangesTheImage(Right):
     def act(self, observations: Any) -> dict[str, Any]:
         observations["image"][...] = 0
         return super().act(observations)
@@ -297,7 +297,7 @@ AGENTS: dict[str, tuple[type[Any], str]] = {
     "parse failures as texts": (saying(parse_failure=lambda n: ["no"] * n), "parse_failure is"),
     "a logit for a probability": (saying(stop_probability=lambda n: np.full(n, 3.5)), "stop_probability is .*3.5"),
     "confidence in percent": (saying(confidence=lambda n: np.full(n, 80.0)), "confidence is"),
-    "paints on the picture": (ChangesThePicture, "changed the observation 'image'"),
+    "paints on the image": (ChangesTheImage, "changed the observation 'image'"),
     "unseeded": (Unseeded, "is a seed missing"),
     "looks at the batch": (LooksAtTheWholeBatch, "played alone it acts otherwise than 3 at once"),
     "looks at the inactive": (LooksAtTheInactive, "active=False"),
@@ -310,13 +310,13 @@ AGENTS: dict[str, tuple[type[Any], str]] = {
 def test_a_broken_agent_is_named_for_what_is_broken(name):
     broken, message = AGENTS[name]
     # Something is inactive only where episodes end at different times.
-    agent = StopsByPicture(broken) if name == "looks at the inactive" else broken
+    agent = StopsByImage(broken) if name == "looks at the inactive" else broken
     with pytest.raises(AssertionError, match=message):
         check_agent(agent, canvas=48)
 
 
-class StopsByPicture:
-    """Makes agents that stop at once in some pictures, so that some environments are over early."""
+class StopsByImage:
+    """Makes agents that stop at once in some images, so that some environments are over early."""
 
     def __init__(self, inner: type[Any]) -> None:
         self.inner = inner

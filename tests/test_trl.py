@@ -1,6 +1,6 @@
 """Both ways into TRL train, and what its trainer scores is what the model saw when it played.
 
-Silent when false: pictures that belong to another rollout, or that lose their place in the sequence, change every
+Silent when false: images that belong to another rollout, or that lose their place in the sequence, change every
 log-probability a little, raise no error, and train the model on conversations that it never had.
 """
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from ivt_agents.trl.rollout import RolloutPictures, TRLRollout, episode_return, rollout_processor, rollout_rows
+from ivt_agents.trl.rollout import RolloutImages, TRLRollout, episode_return, rollout_processor, rollout_rows
 from ivt_agents.vlm.adapters import add_lora
 from ivt_agents.vlm.load import load_policy
 
@@ -70,7 +70,7 @@ def scored(trainer: GRPOTrainer, batch: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("view", "lora"), [("overlay", False), ("both", True)])
-def test_the_trainer_scores_what_was_sampled_with_the_pictures_that_were_seen(tmp_path, view, lora):
+def test_the_trainer_scores_what_was_sampled_with_the_images_that_were_seen(tmp_path, view, lora):
     """Through TRL's shuffling and its cut into micro-batches; with an adapter and checkpointing, too."""
     policy = load_policy("tiny", temperature=1.0, max_new_tokens=14, layout="prefix")
     policy.sampling = replace(policy.sampling, suppressed=())  # TRL scores with the whole vocabulary
@@ -95,7 +95,7 @@ def test_the_trainer_scores_what_was_sampled_with_the_pictures_that_were_seen(tm
         turns += sum(int(n) for n in batch["num_images"])
         lengths.add(tuple(int(n) for n in batch["num_images"]))
         others = batch | {"pixel_values": batch["pixel_values"].roll(batch["pixel_values"].shape[0] // 2, 0)}
-        assert float((scored(trainer, others) - saw)[sampled].abs().max()) > 1e-2, "the pictures do not count"
+        assert float((scored(trainer, others) - saw)[sampled].abs().max()) > 1e-2, "the images do not count"
     assert turns > 8, f"nothing is said about later turns: {lengths}"
 
 
@@ -111,7 +111,7 @@ def test_what_the_rollout_cannot_do_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rollout_rows"):
         trainer.rollout_func([[{"role": "user", "content": "", "index": 0}]], trainer)
     with pytest.raises(ValueError, match="rollout_func=TRLRollout"):
-        trainer.processing_class(images=[RolloutPictures()], text=["x"])
+        trainer.processing_class(images=[RolloutImages()], text=["x"])
     once = trainer.rollout_func(rows, trainer)
     assert sum(once["env_mask"][0]) > 0 and len(once["env_mask"][0]) == len(once["completion_ids"][0])
     with pytest.raises(RuntimeError, match="played already"):

@@ -19,7 +19,7 @@ from gymnasium import wrappers
 from gymnasium.spaces import flatten, flatten_space, unflatten
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from ivt_env.data.sample import DataError, Picture, Sample
+from ivt_env.data.sample import DataError, ImageArray, Sample
 from ivt_env.env import GroundingEnv
 from ivt_env.expression_space import Expression
 from ivt_env.vector_env import GroundingVectorEnv
@@ -30,7 +30,7 @@ Actions = dict[str, np.ndarray]
 
 
 class Notes:
-    """A data set in memory: two samples a picture, expressions in several scripts."""
+    """A data set in memory: two samples an image, expressions in several scripts."""
 
     name, split = "notes", "train"
     expressions = ("das größte Ü", "红色的圆圈", "الدائرة", "👩‍👩‍👧 left of 🟦", "nul \x00 in it", "", "x" * 1024)
@@ -45,9 +45,9 @@ class Notes:
         name, box = f"p{index // 2}", (0.1, 0.2, 0.5 + index / 20, 0.9)
         return Sample(f"s{index}", name, self.expressions[index], box, (20, 30), self.name, self.split)
 
-    def picture(self, sample: Sample) -> Picture:
-        self.decoded[sample.picture_id] += 1
-        return np.full((20, 30, 3), 40 * int(sample.picture_id[1:]), dtype=np.uint8)
+    def image(self, sample: Sample) -> ImageArray:
+        self.decoded[sample.image_id] += 1
+        return np.full((20, 30, 3), 40 * int(sample.image_id[1:]), dtype=np.uint8)
 
 
 def make_notes_env() -> gym.Env[Any, Any]:
@@ -284,10 +284,10 @@ def disabled(n: int = 4, dataset: Any = None, **kwargs: Any) -> GroundingVectorE
     return GroundingVectorEnv(n, dataset, canvas=32, autoreset_mode="Disabled", **kwargs)
 
 
-def test_a_group_decodes_each_distinct_picture_once():
+def test_a_group_decodes_each_distinct_image_once():
     notes = Notes()
     env = disabled(8, notes)
-    # Samples 0 and 1 are on one picture, sample 4 is on another.
+    # Samples 0 and 1 are on one image, sample 4 is on another.
     env.reset(options={"index": [0, 0, 0, 1, 1, 4, 4, 4]})
     assert notes.decoded == {"p0": 1, "p2": 1}
     for _ in range(3):
@@ -296,7 +296,7 @@ def test_a_group_decodes_each_distinct_picture_once():
     assert notes.decoded == {"p0": 1, "p2": 1}
 
 
-def test_as_many_pictures_are_kept_as_there_are_environments():
+def test_as_many_images_are_kept_as_there_are_environments():
     notes = Notes()
     env = disabled(2, notes)
     env.reset(options={"index": [0, 2]})

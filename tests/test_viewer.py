@@ -1,6 +1,6 @@
 """What the file of an episode page holds.
 
-If one of these is false, nothing crashes: a model's output leaves its place in the page, a picture
+If one of these is false, nothing crashes: a model's output leaves its place in the page, an image
 is inlined a thousand times, or the page names another data set than the one that was served.
 """
 
@@ -25,7 +25,7 @@ from shown_episodes import (
 )
 
 import ivt_env
-from ivt_env.data.sample import DataError, Picture
+from ivt_env.data.sample import DataError, ImageArray
 from ivt_env.episodes import Box, Episode
 from ivt_env.viewer import write_page
 
@@ -47,8 +47,8 @@ def content_of(page: Path) -> dict[str, Any]:
     return content
 
 
-def pictures_of(page: Path) -> list[str]:
-    found = re.findall(r'<script type="application/json" id="picture-\d+">(.*?)</script>', page.read_text("utf-8"))
+def images_of(page: Path) -> list[str]:
+    found = re.findall(r'<script type="application/json" id="image-\d+">(.*?)</script>', page.read_text("utf-8"))
     return [json.loads(source) for source in found]
 
 
@@ -57,7 +57,7 @@ def test_hostile_text_cannot_leave_its_script_block(tmp_path: Path) -> None:
     hostile[0].dataset, hostile[0].agent = HOSTILE, HOSTILE
     page = write_page(tmp_path / "p.html", {HOSTILE: hostile}, photo_of, title=HOSTILE)
     text = page.read_text("utf-8")
-    assert text.count("<script") == text.count("</script>") == 4  # content, details, program, one picture
+    assert text.count("<script") == text.count("</script>") == 4  # content, details, program, one image
     assert "<img" not in text and "\u2028" not in text and "\u2029" not in text
     read = content_of(page)["runs"][0]
     assert read["name"] == HOSTILE
@@ -72,36 +72,36 @@ def test_text_that_is_no_valid_unicode_is_written_and_read_back(tmp_path: Path) 
     assert "<title>cut &#55357; off {{content}}</title>" in page.read_text("utf-8")
 
 
-def test_each_distinct_picture_is_inlined_once(tmp_path: Path) -> None:
+def test_each_distinct_image_is_inlined_once(tmp_path: Path) -> None:
     episodes, asked = made_up_episodes(), []
 
-    def counted(episode: Episode) -> Picture:
-        asked.append(episode.picture_id)
+    def counted(episode: Episode) -> ImageArray:
+        asked.append(episode.image_id)
         return photo_of(episode)
 
     page = write_page(tmp_path / "p.html", {"one": episodes, "two": made_up_episodes(1)}, counted, title="t")
-    distinct = {e.picture_id for e in episodes}
+    distinct = {e.image_id for e in episodes}
     assert sorted(asked) == sorted(distinct) and len(distinct) == 6
-    sources = pictures_of(page)
+    sources = images_of(page)
     assert len(sources) == len(set(sources)) == len(distinct)
-    order = list(dict.fromkeys(e.picture_id for e in episodes))
+    order = list(dict.fromkeys(e.image_id for e in episodes))
     for run in content_of(page)["runs"]:
-        assert all(order[row["picture"]] == row["pictureId"] for row in run["episodes"])
+        assert all(order[row["image"]] == row["imageId"] for row in run["episodes"])
 
 
-def test_pictures_of_two_data_sets_with_one_id_stay_apart(tmp_path: Path) -> None:
+def test_images_of_two_data_sets_with_one_id_stay_apart(tmp_path: Path) -> None:
     box: Box = (0.1, 0.1, 0.5, 0.5)
-    episodes = [play(box, [box], dataset=name, picture_id="1", size=(4, 4)) for name in ("photos", "scenes")]
+    episodes = [play(box, [box], dataset=name, image_id="1", size=(4, 4)) for name in ("photos", "scenes")]
     shades = {"photos": 0, "scenes": 255}
     page = write_page(tmp_path / "p.html", episodes, lambda e: np.full((4, 4, 3), shades[e.dataset], np.uint8), "t")
-    assert len(set(pictures_of(page))) == 2
+    assert len(set(images_of(page))) == 2
 
 
 @pytest.mark.parametrize(("side", "size"), [(512, (600, 400)), (100, (600, 400)), (4096, (600, 400))])
-def test_pictures_are_scaled_down_and_never_enlarged(tmp_path: Path, side: int, size: tuple[int, int]) -> None:
+def test_images_are_scaled_down_and_never_enlarged(tmp_path: Path, side: int, size: tuple[int, int]) -> None:
     box: Box = (0.1, 0.1, 0.5, 0.5)
-    page = write_page(tmp_path / "p.html", [play(box, [box])], photo_of, "t", max_picture_side=side)
-    image = Image.open(io.BytesIO(base64.b64decode(pictures_of(page)[0].split(",")[1])))
+    page = write_page(tmp_path / "p.html", [play(box, [box])], photo_of, "t", max_image_side=side)
+    image = Image.open(io.BytesIO(base64.b64decode(images_of(page)[0].split(",")[1])))
     scale = min(1.0, side / max(size))
     assert image.format == "JPEG"
     assert image.size == tuple(round(v * scale) for v in size)
@@ -188,13 +188,13 @@ def test_an_episode_that_cannot_be_shown_is_named(tmp_path: Path, episode: Episo
     assert not (tmp_path / "p.html").exists()
 
 
-def test_a_picture_that_is_no_rgb_picture_is_named(tmp_path: Path) -> None:
+def test_a_image_that_is_no_rgb_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'coffee.jpg'.* is float64 \(400, 600\)"):
         write_page(tmp_path / "p.html", [_with()], lambda _: np.zeros((400, 600)), "t")  # type: ignore[arg-type,return-value]
 
 
 @pytest.mark.parametrize(
-    "changes", [{"expression": "another"}, {"target": (0.1, 0.1, 0.5, 0.6)}, {"picture_id": "rocket.jpg"}]
+    "changes", [{"expression": "another"}, {"target": (0.1, 0.1, 0.5, 0.6)}, {"image_id": "rocket.jpg"}]
 )
 def test_runs_that_disagree_about_a_sample_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=f"'s0'.*{next(iter(changes))} is .*in run 'b' and .*in run 'a'"):
@@ -205,5 +205,5 @@ def test_nothing_to_show_is_an_error(tmp_path: Path) -> None:
     for nothing in ([], {}, {"a": []}):
         with pytest.raises(ValueError, match="no episodes to show"):
             write_page(tmp_path / "p.html", nothing, photo_of, "t")
-    with pytest.raises(ValueError, match="max_picture_side is 0"):
-        write_page(tmp_path / "p.html", [_with()], photo_of, "t", max_picture_side=0)
+    with pytest.raises(ValueError, match="max_image_side is 0"):
+        write_page(tmp_path / "p.html", [_with()], photo_of, "t", max_image_side=0)

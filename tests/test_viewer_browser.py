@@ -31,7 +31,7 @@ from shown_episodes import (
 from test_viewer_server import served
 
 from ivt_env import boxes
-from ivt_env.data.sample import DataMissingError, Picture
+from ivt_env.data.sample import DataMissingError, ImageArray
 from ivt_env.episodes import Box, Episode
 from ivt_env.viewer import write_page
 from ivt_env.viewer.server import ViewApp
@@ -47,9 +47,9 @@ def open_page(driver: Any, tmp_path: Path) -> Iterator[Callable[..., Page]]:
     driver.get_log("browser")
 
     def open_episodes(
-        episodes: Any, fragment: str = "", picture_of: Callable[[Episode], Picture] = photo_of, **options: Any
+        episodes: Any, fragment: str = "", image_of: Callable[[Episode], ImageArray] = photo_of, **options: Any
     ) -> Page:
-        path = write_page(tmp_path / "page.html", episodes, picture_of, title="Episodes", **options)
+        path = write_page(tmp_path / "page.html", episodes, image_of, title="Episodes", **options)
         driver.get("about:blank")  # else a new fragment alone would not load the file again
         driver.get(path.as_uri() + fragment)
         return Page(driver)
@@ -71,7 +71,7 @@ def test_text_from_a_model_is_never_executed(open_page: Callable[..., Page]) -> 
         assert page.texts(".row .expression") == [HOSTILE]
         page.press("\ue014")
     assert page.run("return window.ran === undefined && document.title === 'Episodes'")
-    assert page.run("return document.querySelectorAll('img').length") == 2  # the picture in two panels
+    assert page.run("return document.querySelectorAll('img').length") == 2  # the image in two panels
     assert page.run("return [...document.images].every(i => i.src.startsWith('data:image/jpeg'))")
 
 
@@ -87,17 +87,17 @@ def test_the_policy_stops_a_script_that_got_in(open_page: Callable[..., Page], d
     assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
 
 
-@pytest.mark.parametrize("picture_id", ["coffee.jpg", "portrait-astronaut.jpg", "camera.jpg"])
+@pytest.mark.parametrize("image_id", ["coffee.jpg", "portrait-astronaut.jpg", "camera.jpg"])
 @pytest.mark.parametrize("width", [1400, 700])
 def test_boxes_are_drawn_where_they_belong(
-    open_page: Callable[..., Page], driver: Any, picture_id: str, width: int
+    open_page: Callable[..., Page], driver: Any, image_id: str, width: int
 ) -> None:
     target, first, second = (0.3, 0.04, 0.7, 0.75), (0.1, 0.2, 0.45, 0.6), (0.25, 0.0, 1.0, 0.8)
     driver.set_window_size(width, 900)
-    page = open_page([play(target, [first, second], picture_id=picture_id)], max_picture_side=200)
+    page = open_page([play(target, [first, second], image_id=image_id)], max_image_side=200)
     page.press("\ue014")
-    left, top, right, bottom = page.rect(".picture img")
-    height_px, width_px = photo(picture_id).shape[:2]
+    left, top, right, bottom = page.rect(".image img")
+    height_px, width_px = photo(image_id).shape[:2]
     assert (right - left) / (bottom - top) == pytest.approx(width_px / height_px, rel=0.005)
     origin, extent = np.array([left, top, left, top]), np.array([right - left, bottom - top] * 2)
     for name, box in {"target": target, "current": second, "earlier": first}.items():
@@ -109,21 +109,21 @@ def test_boxes_are_drawn_where_they_belong(
 def test_a_drawn_box_meets_the_pixels_it_stands_for(
     open_page: Callable[..., Page], driver: Any, size: tuple[int, int]
 ) -> None:
-    """On the screen itself: a blue patch painted into the picture fills the box drawn around it."""
+    """On the screen itself: a blue patch painted into the image fills the box drawn around it."""
     box: Box = (0.25, 0.4, 0.75, 0.9)
-    picture = np.full((*size, 3), 255, np.uint8)
+    image = np.full((*size, 3), 255, np.uint8)
     x1, y1, x2, y2 = boxes.to_pixels(box, size).astype(int)
-    picture[y1:y2, x1:x2] = (0, 0, 255)
-    page = open_page([play(box, [None], size=size, picture_id="patch")], picture_of=lambda _: picture)
-    page.until(lambda: page.run("return document.querySelector('.picture img').complete"))
+    image[y1:y2, x1:x2] = (0, 0, 255)
+    page = open_page([play(box, [None], size=size, image_id="patch")], image_of=lambda _: image)
+    page.until(lambda: page.run("return document.querySelector('.image img').complete"))
     expected = page.rect("rect.target")
-    page.run("document.querySelector('.picture svg').style.visibility = 'hidden'")
-    left, top, right, bottom = page.rect(".picture img").round().astype(int)
+    page.run("document.querySelector('.image svg').style.visibility = 'hidden'")
+    left, top, right, bottom = page.rect(".image img").round().astype(int)
     screen = np.asarray(Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")).astype(int)
     blue = (screen[..., 2] - screen[..., 0])[top:bottom, left:right] > 127
     rows, columns = np.flatnonzero(blue.any(axis=1)), np.flatnonzero(blue.any(axis=0))
     seen = [left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1]
-    np.testing.assert_allclose(seen, expected, atol=2.0)  # the picture is enlarged two to three times
+    np.testing.assert_allclose(seen, expected, atol=2.0)  # the image is enlarged two to three times
 
 
 def test_keys_step_through_an_episode(open_page: Callable[..., Page]) -> None:
@@ -268,8 +268,8 @@ def test_an_initial_box_is_shown_as_the_start(open_page: Callable[..., Page]) ->
     page.press("\ue012")
     assert page.text(".strip button[aria-current] .name") == "Start"
     origin, extent = (
-        page.rect(".picture img")[[0, 1, 0, 1]],
-        np.ptp(page.rect(".picture img").reshape(2, 2), axis=0),
+        page.rect(".image img")[[0, 1, 0, 1]],
+        np.ptp(page.rect(".image img").reshape(2, 2), axis=0),
     )
     assert episode.initial_box is not None
     np.testing.assert_allclose(
@@ -331,8 +331,8 @@ def open_served(driver: Any) -> Iterator[Callable[..., Page]]:
     driver.get_log("browser")
     running: list[Any] = []
 
-    def opened(runs: Any, picture_of: Callable[[Episode], Picture] = photo_of) -> Page:
-        running.append(served(ViewApp(runs, picture_of, "Episodes")))
+    def opened(runs: Any, image_of: Callable[[Episode], ImageArray] = photo_of) -> Page:
+        running.append(served(ViewApp(runs, image_of, "Episodes")))
         driver.get("about:blank")
         driver.get(running[-1].__enter__().url)
         page = Page(driver)
@@ -348,7 +348,7 @@ def test_a_served_page_shows_what_the_file_shows(
     open_page: Callable[..., Page], open_served: Callable[..., Page]
 ) -> None:
     runs = {"one": made_up_episodes(), "two": made_up_episodes(1)[::-1]}
-    drawn = "return [...document.querySelectorAll('.picture img')].every(i => i.complete && i.naturalWidth > 0)"
+    drawn = "return [...document.querySelectorAll('.image img')].every(i => i.complete && i.naturalWidth > 0)"
     shown = []
     for opened in (open_page, open_served):
         page = opened(runs)
@@ -392,16 +392,16 @@ def test_search_finds_the_agents_words_in_a_file_and_on_a_server(
 
 
 @pytest.mark.parametrize("from_server", [False, True], ids=["file", "server"])
-def test_a_missing_picture_is_named_and_the_boxes_stay(
+def test_a_missing_image_is_named_and_the_boxes_stay(
     open_page: Callable[..., Page], open_served: Callable[..., Page], driver: Any, from_server: bool
 ) -> None:
-    def nowhere(episode: Episode) -> Picture:
-        raise DataMissingError(f"<b>{episode.picture_id}</b> is not on this machine")
+    def nowhere(episode: Episode) -> ImageArray:
+        raise DataMissingError(f"<b>{episode.image_id}</b> is not on this machine")
 
     episodes = made_up_episodes()
-    page = open_served({"a": episodes}, nowhere) if from_server else open_page(episodes, picture_of=nowhere)
+    page = open_served({"a": episodes}, nowhere) if from_server else open_page(episodes, image_of=nowhere)
     page.until(lambda: page.run("return document.querySelector('.absent') !== null"))
-    assert page.text(".absent") == "The picture is not here. <b>astronaut.jpg</b> is not on this machine"
+    assert page.text(".absent") == "The image is not here. <b>astronaut.jpg</b> is not on this machine"
     assert page.run("return document.querySelectorAll('rect.target').length") == 1
     driver.get_log("browser")  # of the server's 404
 

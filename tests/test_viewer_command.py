@@ -1,6 +1,6 @@
 """What ``ivt view`` finds, and what it says about what it does not.
 
-If one of these is false, a person looks at boxes over the wrong picture, or at no picture and no reason.
+If one of these is false, a person looks at boxes over the wrong image, or at no image and no reason.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from shown_episodes import made_up_episodes, photo_of, play
-from test_viewer import content_of, pictures_of
+from test_viewer import content_of, images_of
 
 from ivt_agents import cli
 from ivt_agents.play.by_name import load_agent
 from ivt_env.data import load_dataset
 from ivt_env.data.sample import DataMissingError
-from ivt_env.episodes import Episode, picture_file, save_episodes
+from ivt_env.episodes import Episode, image_file, save_episodes
 from ivt_env.rollouts import make_vector_env, rollout
-from ivt_env.viewer.pictures import PictureFinder
+from ivt_env.viewer.images import ImageFinder
 
 
 def scenes_played(agent: str = "random", seed: int = 3) -> list[Episode]:
@@ -35,36 +35,34 @@ def scenes_played(agent: str = "random", seed: int = 3) -> list[Episode]:
     return rollout(env, load_agent(agent, env=env, seed=seed), 4, seed=seed, agent_name=agent)
 
 
-def test_one_command_writes_a_page_with_the_pictures_of_the_run(tmp_path: Path, capsys: Any) -> None:
+def test_one_command_writes_a_page_with_the_images_of_the_run(tmp_path: Path, capsys: Any) -> None:
     episodes = made_up_episodes()
     save_episodes(tmp_path / "run", episodes, photo_of)
     assert cli.main(["view", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr()
-    assert (
-        re.match(rf"{tmp_path}/run/view.html: 23 episodes, 6 pictures, [\d.]+ MB\n$", printed.out) and not printed.err
-    )
+    assert re.match(rf"{tmp_path}/run/view.html: 23 episodes, 6 images, [\d.]+ MB\n$", printed.out) and not printed.err
     page = tmp_path / "run" / "view.html"
     assert content_of(page)["runs"][0]["name"] == "run"
-    assert all(source.startswith("data:image/jpeg") for source in pictures_of(page)) and len(pictures_of(page)) == 6
+    assert all(source.startswith("data:image/jpeg") for source in images_of(page)) and len(images_of(page)) == 6
 
 
-def test_pictures_that_a_run_did_not_save_come_from_its_data_set(tmp_path: Path) -> None:
+def test_images_that_a_run_did_not_save_come_from_its_data_set(tmp_path: Path) -> None:
     episodes = scenes_played()
     save_episodes(tmp_path, episodes)
-    finder = PictureFinder({"a": episodes}, {"a": tmp_path})
+    finder = ImageFinder({"a": episodes}, {"a": tmp_path})
     dataset = load_dataset("scenes", "val")
     for episode in episodes:
         sample = dataset[int(episode.sample_id.removeprefix("val-"))]
-        assert np.array_equal(finder(episode), dataset.picture(sample))
+        assert np.array_equal(finder(episode), dataset.image(sample))
     assert cli.main(["view", str(tmp_path), "--out", str(tmp_path / "p.html")]) == 0
-    assert all(source.startswith("data:image/jpeg") for source in pictures_of(tmp_path / "p.html"))
+    assert all(source.startswith("data:image/jpeg") for source in images_of(tmp_path / "p.html"))
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"expression": "another"}, "its expression is .* in the run 'another'"),
-        ({"picture_id": "other"}, "its picture_id is .* in the run 'other'"),
+        ({"image_id": "other"}, "its image_id is .* in the run 'other'"),
         ({"sample_id": "val-x"}, "has no sample 'val-x'"),
         ({"sample_id": "val-99999999"}, "has no sample"),
         ({"split": "no-such"}, "has no split 'no-such'"),
@@ -72,7 +70,7 @@ def test_pictures_that_a_run_did_not_save_come_from_its_data_set(tmp_path: Path)
         ({"dataset": "mine"}, "no data set 'mine'"),
     ],
 )
-def test_a_picture_is_never_taken_from_another_sample(
+def test_a_image_is_never_taken_from_another_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], says: str
 ) -> None:
     monkeypatch.setenv("IVT_DATA", str(tmp_path / "none"))
@@ -81,32 +79,30 @@ def test_a_picture_is_never_taken_from_another_sample(
     for name, value in changes.items():
         setattr(episode, name, value)
     with pytest.raises(DataMissingError, match=says):
-        PictureFinder({"a": [episode]}, {"a": tmp_path})(episode)
+        ImageFinder({"a": [episode]}, {"a": tmp_path})(episode)
 
 
 def test_what_is_missing_is_said_on_the_page_and_on_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("IVT_DATA", str(tmp_path / "none"))
-    named = [{"picture_id": name, "sample_id": name, "dataset": "refcocog", "split": "val"} for name in "ab"]
+    named = [{"image_id": name, "sample_id": name, "dataset": "refcocog", "split": "val"} for name in "ab"]
     episodes = [play((0.1, 0.1, 0.5, 0.5), [None], size=(10, 10), **fields) for fields in named]
     save_episodes(tmp_path / "run", episodes)
     assert cli.main(["view", str(tmp_path / "run")]) == 0
     errors = capsys.readouterr().err
-    assert errors.startswith(
-        "warning: 2 picture(s) are not on the page: The run saved no pictures, and refcocog: not on"
-    )
+    assert errors.startswith("warning: 2 image(s) are not on the page: The run saved no images, and refcocog: not on")
     assert "ivt data fetch refcocog" in errors and errors.count("\n") == 1
-    sources = pictures_of(tmp_path / "run" / "view.html")
+    sources = images_of(tmp_path / "run" / "view.html")
     assert all("ivt data fetch refcocog" in source["missing"] for source in sources) and len(sources) == 2  # type: ignore[index]
 
 
-def test_a_saved_picture_that_is_broken_is_an_error_that_names_it(tmp_path: Path, capsys: Any) -> None:
+def test_a_saved_image_that_is_broken_is_an_error_that_names_it(tmp_path: Path, capsys: Any) -> None:
     save_episodes(tmp_path, made_up_episodes()[:1], photo_of)
-    broken = tmp_path / "pictures" / picture_file("astronaut.jpg")
-    broken.write_bytes(b"no picture")
+    broken = tmp_path / "images" / image_file("astronaut.jpg")
+    broken.write_bytes(b"no image")
     assert cli.main(["view", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {broken} is no picture")
+    assert capsys.readouterr().err.startswith(f"error: {broken} is no image")
     Image.new("RGB", (10, 30)).save(broken)
     assert cli.main(["view", str(tmp_path)]) == 2
     assert "the shapes differ" in capsys.readouterr().err
@@ -203,15 +199,15 @@ def test_play_refuses_what_cannot_be_played_in_one_line(tmp_path: Path, monkeypa
 
 
 def test_a_data_set_of_ones_own_is_found_by_its_name(tmp_path: Path) -> None:
-    picture = np.full((20, 30, 3), 77, np.uint8)
+    image = np.full((20, 30, 3), 77, np.uint8)
     (tmp_path / "images").mkdir()
-    Image.fromarray(picture).save(tmp_path / "images" / "a.png")
+    Image.fromarray(image).save(tmp_path / "images" / "a.png")
     (tmp_path / "dataset.json").write_text('{"name": "my-set", "box": "xyxy", "frame": "px", "description": "one"}')
     row = {"image": "images/a.png", "expression": "it", "bbox": [3, 2, 15, 10]}
     (tmp_path / "val.jsonl").write_text(json.dumps(row) + "\n")
     dataset = load_dataset("custom", "val", tmp_path)
     sample = dataset[0]
-    fields = {k: getattr(sample, k) for k in ("sample_id", "picture_id", "dataset", "split", "expression", "size")}
+    fields = {k: getattr(sample, k) for k in ("sample_id", "image_id", "dataset", "split", "expression", "size")}
     episode = Episode(target=sample.box, steps=[], **fields)
-    found = PictureFinder({"a": [episode]}, {"a": tmp_path / "run"}, tmp_path)(episode)
-    assert sample.dataset == "my-set" and np.array_equal(found, picture)
+    found = ImageFinder({"a": [episode]}, {"a": tmp_path / "run"}, tmp_path)(episode)
+    assert sample.dataset == "my-set" and np.array_equal(found, image)

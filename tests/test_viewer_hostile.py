@@ -46,7 +46,7 @@ def slowest_of(place: tuple[str, int], seconds: float) -> float:
     end, slowest = time.monotonic() + seconds, 0.0
     while time.monotonic() < end:
         connection = http.client.HTTPConnection(*place, timeout=20)
-        for path in ("/", "/picture/0", "/episode?run=0&index=0"):
+        for path in ("/", "/image/0", "/episode?run=0&index=0"):
             begun = time.monotonic()
             connection.request("GET", path)
             reply = connection.getresponse()
@@ -61,7 +61,7 @@ def resident(process: Any) -> int:
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
 
-def head(place: tuple[str, int], start: str = "GET /picture/0") -> bytes:
+def head(place: tuple[str, int], start: str = "GET /image/0") -> bytes:
     return f"{start} HTTP/1.1\r\nHost: {place[0]}:{place[1]}\r\n".encode()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from shown_episodes import HOSTILE, SEPARATORS, made_up_episodes, photo_of, play
 
-from ivt_env.data.sample import DataMissingError, Picture
+from ivt_env.data.sample import DataMissingError, ImageArray
 from ivt_env.episodes import Episode
 from ivt_env.viewer.server import App, LocalServer, ViewApp
 
@@ -57,7 +57,7 @@ def server() -> Iterator[LocalServer]:
         yield running
 
 
-def test_page_details_and_pictures_are_those_of_the_episodes(server: LocalServer) -> None:
+def test_page_details_and_images_are_those_of_the_episodes(server: LocalServer) -> None:
     status, headers, page = ask(server, "/")
     assert status == 200 and headers["content-type"].startswith("text/html")
     assert b"connect-src 'self'" in page and b"unsafe" not in page
@@ -65,16 +65,16 @@ def test_page_details_and_pictures_are_those_of_the_episodes(server: LocalServer
     for place, episode in enumerate(made_up_episodes(1)):
         row = json.loads(ask(server, f"/episode?run=1&index={place}")[2])
         assert [s.get("text", "") for s in row["steps"]] == [s.text for s in episode.steps]
-        assert row["pictureId"] == episode.picture_id
-    status, headers, picture = ask(server, "/picture/0")
-    assert status == 200 and headers["content-type"] == "image/jpeg" and picture[:2] == b"\xff\xd8"
+        assert row["imageId"] == episode.image_id
+    status, headers, image = ask(server, "/image/0")
+    assert status == 200 and headers["content-type"] == "image/jpeg" and image[:2] == b"\xff\xd8"
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "/../../../../etc/passwd", "//etc/passwd", "/picture/../../pyproject.toml", "/picture/%2e%2e%2fpage.py",
-        "/picture/-1", "/picture/99999", "/picture/1e1", "/picture/%D9%A1", "/picture/",
+        "/../../../../etc/passwd", "//etc/passwd", "/image/../../pyproject.toml", "/image/%2e%2e%2fpage.py",
+        "/image/-1", "/image/99999", "/image/1e1", "/image/%D9%A1", "/image/",
         "/episode?run=0&index=-1", "/episode?run=0&index=99999", "/episode?run=7&index=0", "/episode", "/viewer.js",
         "/search?run=x&query=a", "/episode?run=0&index=" + "9" * 4000,
     ],
@@ -82,14 +82,14 @@ def test_page_details_and_pictures_are_those_of_the_episodes(server: LocalServer
 def test_nothing_but_episodes_can_be_asked_for(server: LocalServer, path: str) -> None:
     status, _, body = ask(server, path)
     assert status in (400, 404) and len(body) < 200 and b"root:" not in body
-    assert ask(server, "/picture/1")[0] == 200  # and it lives
+    assert ask(server, "/image/1")[0] == 200  # and it lives
 
 
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "", "127.0.0.1.x:{port}"]
 )
 def test_a_page_that_points_its_own_name_here_learns_nothing(server: LocalServer, host: str) -> None:
-    for path in ("/", "/episode?run=0&index=0", "/picture/0"):
+    for path in ("/", "/episode?run=0&index=0", "/image/0"):
         status, headers, body = ask(server, path, Host=host.format(port=server.server_port))
         assert status == 403 and b"woman" not in body and headers["content-type"].startswith("text/plain")
 
@@ -104,7 +104,7 @@ def test_only_this_machine_can_connect(server: LocalServer) -> None:
 
 
 def test_every_reply_forbids_guessing_its_type_and_reading_from_elsewhere(server: LocalServer) -> None:
-    for path in ("/", "/episode?run=0&index=0", "/picture/0", "/nowhere"):
+    for path in ("/", "/episode?run=0&index=0", "/image/0", "/nowhere"):
         headers = ask(server, path)[1]
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cross-origin-resource-policy"] == "same-origin"
@@ -121,7 +121,7 @@ def test_hostile_text_is_data_in_the_page_and_in_the_servers_json() -> None:
         status, headers, body = ask(running, "/episode?run=0&index=0")
         assert status == 200 and headers["content-type"] == "application/json"
         assert json.loads(body)["steps"][0]["text"] == HOSTILE + SEPARATORS and body.isascii()
-        _, headers, body = ask(running, "/picture/<script>alert(1)</script>".replace(" ", ""))
+        _, headers, body = ask(running, "/image/<script>alert(1)</script>".replace(" ", ""))
         assert headers["content-type"].startswith("text/plain")
 
 
@@ -132,12 +132,12 @@ def test_search_finds_what_the_agent_said() -> None:
     assert expected and json.loads(app.get("/search", {"run": "0", "query": "RIGHT Edge"}).body) == expected
 
 
-def test_a_picture_that_is_not_there_is_explained() -> None:
-    def nowhere(episode: Episode) -> Picture:
-        raise DataMissingError(f"no {episode.picture_id} on this machine")
+def test_a_image_that_is_not_there_is_explained() -> None:
+    def nowhere(episode: Episode) -> ImageArray:
+        raise DataMissingError(f"no {episode.image_id} on this machine")
 
     with served(ViewApp({"one": made_up_episodes()}, nowhere, "t")) as running:
-        status, _, body = ask(running, "/picture/0")
+        status, _, body = ask(running, "/image/0")
         assert status == 404 and body == b"no astronaut.jpg on this machine"
 
 
@@ -160,7 +160,7 @@ def test_hundreds_of_connections_that_say_nothing_leave_the_server_alive(server:
             connection.close()
     for _ in range(50):
         try:
-            assert ask(server, "/picture/0")[0] == 200
+            assert ask(server, "/image/0")[0] == 200
             return
         except (ConnectionError, http.client.HTTPException):  # until the closed ones are noticed
             threading.Event().wait(0.1)
@@ -173,7 +173,7 @@ def test_a_port_that_is_taken_is_one_clear_line(server: LocalServer) -> None:
             LocalServer(ViewApp({"a": [play((0, 0, 1, 1), [])]}, photo_of, "t"), port)
 
 
-def test_two_servers_never_share_a_picture_that_the_browser_kept() -> None:
+def test_two_servers_never_share_a_image_that_the_browser_kept() -> None:
     apps: list[Any] = [ViewApp({"a": made_up_episodes()}, photo_of, "t") for _ in range(2)]
     assert apps[0].version != apps[1].version and all(a.version in a.page() for a in apps)
 
@@ -182,7 +182,7 @@ def test_details_are_read_while_others_search(server: LocalServer, tmp_path: Pat
     failures: list[Any] = []
 
     def look(number: int) -> None:
-        for path in ("/search?run=0&query=the", f"/episode?run=0&index={number % 20}", f"/picture/{number % 6}"):
+        for path in ("/search?run=0&query=the", f"/episode?run=0&index={number % 20}", f"/image/{number % 6}"):
             status = ask(server, path)[0]
             if status != 200:
                 failures.append((path, status))

@@ -1,6 +1,6 @@
 """Behind the wrapper the game is the same one, in spaces that Stable-Baselines3 takes without a word.
 
-Silent when false: a policy trains on pictures whose coordinates are not those of its boxes, or on words that mean
+Silent when false: a policy trains on images whose coordinates are not those of its boxes, or on words that mean
 another place in every process, and merely stays bad.
 """
 
@@ -26,7 +26,7 @@ from ivt_env import boxes
 from ivt_env.data import load_dataset
 from ivt_env.env import GroundingEnv
 from ivt_env.wrappers import HashedText, SB3Wrapper
-from ivt_env.wrappers.sb3 import SMALLEST, decode_action, encode_box, square_picture
+from ivt_env.wrappers.sb3 import SMALLEST, decode_action, encode_box, square_image
 
 UNIT = st.floats(-1, 1, width=32)
 ACTION = np.array([0.1, -0.2, 0.3, 0.4, -1], dtype=np.float32)
@@ -115,7 +115,7 @@ def test_an_action_that_is_no_number_costs_a_step_and_says_why():
     assert "not finite" in info["invalid"] and reward == 0 and observation["step"].tolist() == [0, 1, 0, 0]
 
 
-def test_the_picture_fills_the_square_so_that_its_coordinates_are_those_of_the_boxes():
+def test_the_image_fills_the_square_so_that_its_coordinates_are_those_of_the_boxes():
     env = make("IVT-Photos-v0", "test", side=40, overlay={"opacity": 1.0, "colour": [255, 0, 0]})
     dataset = env.unwrapped.dataset
     oblong = next(i for i in range(len(dataset)) if dataset[i].size[0] != dataset[i].size[1])
@@ -133,7 +133,7 @@ def test_the_picture_fills_the_square_so_that_its_coordinates_are_those_of_the_b
 
 def test_a_pixel_is_the_mean_of_those_that_fall_on_it():
     canvas = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    small = square_picture(canvas, (72, 36), 18)
+    small = square_image(canvas, (72, 36), 18)
     means = canvas[:72, :36].reshape(18, 4, 18, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
     assert small.flags.c_contiguous and np.abs(small - means).max() <= 1.0  # rounded once a direction
 

@@ -28,7 +28,7 @@ from ivt_agents.vlm import codec
 from ivt_env import text_actions
 from ivt_env.env import GroundingEnv
 from ivt_env.text_actions import STOP_TEXT, parse_action
-from ivt_env.wrappers import TextActions, visible_picture
+from ivt_env.wrappers import TextActions, visible_image
 
 ROOT = Path(__file__).parent.parent
 BOX = '{"bbox_2d": [100, 200, 600, 700]}'
@@ -74,7 +74,7 @@ def test_a_text_plays_the_box_that_it_states():
         ('{"bbox_2d": [600, 200, 100, 700]}', False, "x2 <= x1"),
         ('{"bbox_2d": [100, 200, 600, 1700]}', False, "outside"),
         ('{"bbox_2d": [100, 200, 1e300, 700]}', False, "not finite"),
-        ('{"picture": 2, "bbox_2d": [100, 200, 600, 700]}', False, "refer to picture 2"),
+        ('{"picture": 2, "bbox_2d": [100, 200, 600, 700]}', False, "refer to image 2"),
     ],
 )
 def test_a_text_without_a_usable_box_costs_a_step_and_says_why(photos, text, failed, said):
@@ -130,12 +130,12 @@ def test_braces_in_an_expression_stay_as_they_are(photos, monkeypatch):
     assert observation["text"].startswith("none ")
 
 
-def test_the_visible_picture_has_no_margin(photos):
+def test_the_visible_image_has_no_margin(photos):
     dataset = photos.unwrapped.dataset
     oblong = next(i for i in range(len(dataset)) if dataset[i].size[0] != dataset[i].size[1])
     observation, _ = photos.reset(seed=0, options={"index": oblong})
-    picture = visible_picture(observation)
-    height, width, _ = picture.shape
+    image = visible_image(observation)
+    height, width, _ = image.shape
     sample = photos.unwrapped.sample
     assert height != width
     assert abs(height / width - sample.size[0] / sample.size[1]) < 0.01
@@ -214,7 +214,7 @@ def test_the_transcript_in_the_documentation_is_what_the_example_prints(server):
     assert next(given, None) is None, "every answer was asked for"
 
 
-def test_the_model_is_sent_the_picture_with_its_box_and_the_question(server):
+def test_the_model_is_sent_the_image_with_its_box_and_the_question(server):
     server.reply = answer('{"bbox_2d": [0, 0, 500, 500]}')
     done = run_example(server.url, "--episodes", "1", "--max-steps", "2", "--env", "IVT-Photos-v0", "--split", "test")
     assert done.returncode == 0, done.stderr
@@ -222,9 +222,9 @@ def test_the_model_is_sent_the_picture_with_its_box_and_the_question(server):
     expected, _ = env.reset(options={"index": 0})
     assert len(server.chats) == 2 and server.chats[0]["model"] == "one"
     for body in server.chats:
-        picture, question = body["messages"][-1]["content"]
-        png = base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,"))
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), visible_picture(expected))
+        image, question = body["messages"][-1]["content"]
+        png = base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), visible_image(expected))
         assert question["text"] == expected["text"]
         expected = env.step('{"bbox_2d": [0, 0, 500, 500]}')[0]
 

@@ -42,7 +42,7 @@ from ivt_agents.play.cost import Cost, Metered
 from ivt_agents.training.checkpoints import CONFIG, check_new, check_resume, forget_run, recorded_options
 from ivt_agents.training.run import check_least, write_json
 from ivt_agents.vlm.load import TINY_NAME
-from ivt_env.data.sample import Picture
+from ivt_env.data.sample import ImageArray
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json
 from ivt_env.files import asked_of, lock_folder, whole_folder, write_whole
@@ -65,7 +65,7 @@ from ivt_env.metrics.table import (
 from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
 from ivt_env.viewer import write_page
-from ivt_env.viewer.pictures import PictureFinder
+from ivt_env.viewer.images import ImageFinder
 
 MAY_CHANGE = frozenset({"out", "config", "resume", "overwrite", "margin", "guard", "runs", "page_episodes"})
 """Options that an evaluation that goes on may change: nothing that is played depends on them."""
@@ -264,7 +264,7 @@ def _play(
                     continue
                 task = progress.add_task(f"{folder}{', forced' if forced else ''}", total=count)
                 # A fresh agent for each rollout: one that draws then draws the same. Its view is known once
-                # it is there, and the oracle is given the environment before: only it, and it looks at no picture.
+                # it is there, and the oracle is given the environment before: only it, and it looks at no image.
                 spec = _spec(names[name][number])
                 agent = Metered(load_agent(spec, env=env_of(args.view or "overlay"), seed=args.seed))
                 env = env_of(args.view or str(agent.view))
@@ -329,22 +329,22 @@ def _write(
     told = sys.stderr if args.json else sys.stdout
     print(report, file=told)
     episodes = {name: one.runs[0].episodes for name, one in played.items()}
-    picture_of: Callable[[Episode], Picture]
+    image_of: Callable[[Episode], ImageArray]
     if dataset is None:
-        picture_of = PictureFinder(episodes, {name: Path(sources[name][0]) for name in episodes}, args.data_root)
+        image_of = ImageFinder(episodes, {name: Path(sources[name][0]) for name in episodes}, args.data_root)
     else:
         by_id = {dataset[i].sample_id: i for i in range(first.episodes)}
 
-        def picture_of(episode: Episode) -> Picture:
-            return dataset.picture(dataset[by_id[episode.sample_id]])  # type: ignore[no-any-return]
+        def image_of(episode: Episode) -> ImageArray:
+            return dataset.image(dataset[by_id[episode.sample_id]])  # type: ignore[no-any-return]
 
     write_page(
         args.out / "episodes.html",
         {name: list(some[: args.page_episodes]) for name, some in episodes.items()},
-        picture_of,
+        image_of,
         title=f"Episodes: {', '.join(played)} on {served}",
     )
-    write_report(args.out, episodes, picture_of)
+    write_report(args.out, episodes, image_of)
     print(f"\nwritten to {args.out}: table.txt, results.json, report.html, episodes.html, *.png", file=told)
     if args.json:
         print((args.out / "results.json").read_text(encoding="utf-8").rstrip("\n"))
@@ -361,10 +361,10 @@ def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comp
     if several:
         text += ["means over seeds: " + ", ".join(f"{name} {count}" for name, count in several.items())]
     text += ["", *(policy_table(rows, metric) + "\n" for metric in METRICS)]
-    text += ["with their 95 % intervals over pictures:", score_table(_short(rows)), ""]
+    text += ["with their 95 % intervals over images:", score_table(_short(rows)), ""]
     if several:
         text += [seed_table(rows, metric) + "\n" for metric in GAIN_METRICS]
-    text += ["paired differences over pictures, 95 % bootstrap intervals:", ""]
+    text += ["paired differences over images, 95 % bootstrap intervals:", ""]
     text += [difference_table([c for c in comparisons if c.metric == m]) + "\n" for m in GAIN_METRICS]
     text += ["how the steps were used, and what the policy knows of its boxes:", behaviour_table(audits), ""]
     groups = {name: [g for g in one.groups if g.column in ("step_0", "learned_stop")] for name, one in audits.items()}
@@ -409,8 +409,8 @@ def _comparisons(played: Mapping[str, Played], seed: int) -> list[Comparison]:
             for a, b in pairs:
                 one, another = (audits[policy].columns[column] for policy, column in (a, b))
                 labels = " ".join(a), " ".join(b)
-                pictures = base.picture_ids
-                found.append(compare(labels[0], one, labels[1], another, pictures, metric, n_boot=RESAMPLES, seed=seed))
+                images = base.image_ids
+                found.append(compare(labels[0], one, labels[1], another, images, metric, n_boot=RESAMPLES, seed=seed))
     return found
 
 

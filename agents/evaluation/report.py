@@ -19,12 +19,12 @@ from typing import Any
 from tyro.conf import Positional
 
 from ivt_agents.command import run_command
-from ivt_env.data.sample import DataError, DataMissingError, Picture
+from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode, Step, load_episodes
 from ivt_env.failures import read_json
 from ivt_env.files import write_whole
 from ivt_env.metrics.text import difference, interval, number, verdict
-from ivt_env.viewer.page import picture_jpeg
+from ivt_env.viewer.page import image_jpeg
 
 RIGHT = 0.5
 """A box counts as right from this IoU on."""
@@ -82,7 +82,7 @@ class Args:
     swaps: Path | None = None
     """Where `python -m ivt_agents.evaluation.swaps` wrote; None: the page has no part about swaps."""
     data_root: Path | None = None
-    """Folder of the real data sets, for the pictures of the examples."""
+    """Folder of the real data sets, for the images of the examples."""
     out: Path | None = None
     """File of the page. None: `report.html` in the folder."""
     examples: int = 3
@@ -91,12 +91,12 @@ class Args:
 
 def main(args: Args) -> Path:
     """Write the page; returns its path."""
-    from ivt_env.viewer.pictures import PictureFinder
+    from ivt_env.viewer.images import ImageFinder
 
     results = _read(args.folder / "results.json", "evaluate.py")
     folders = _episode_folders(args.folder, results)
     runs = {name: load_episodes(folder) for name, folder in folders.items()}
-    find = PictureFinder(runs, folders, args.data_root or results["args"]["data_root"])
+    find = ImageFinder(runs, folders, args.data_root or results["args"]["data_root"])
     path = write_report(args.folder, runs, find, swaps=args.swaps, out=args.out, examples=args.examples)
     print(f"written: {path}")
     return path
@@ -105,7 +105,7 @@ def main(args: Args) -> Path:
 def write_report(
     folder: Path,
     episodes: Mapping[str, Sequence[Episode]],
-    picture_of: Callable[[Episode], Picture],
+    image_of: Callable[[Episode], ImageArray],
     *,
     swaps: Path | None = None,
     out: Path | None = None,
@@ -116,7 +116,7 @@ def write_report(
     Args:
         folder: holds ``results.json`` and the plots.
         episodes: of the policies that examples are wanted of, by name, in the order of the split.
-        picture_of: gives the picture of an episode. Where it raises ``DataMissingError`` the page says so.
+        image_of: gives the image of an episode. Where it raises ``DataMissingError`` the page says so.
         swaps: folder of overlay swaps, or None.
         out: the file; None: ``report.html`` in the folder.
         examples: of each outcome and policy.
@@ -128,7 +128,7 @@ def write_report(
     parts = [_verdicts(results), _made_of(results), _scores(results), _behaviour(results), _plots(folder, PLOTS)]
     if swaps is not None:
         parts.append(_swaps(swaps))
-    parts += [_examples(episodes, picture_of, examples), _methods()]
+    parts += [_examples(episodes, image_of, examples), _methods()]
     count = results["audits"][next(iter(results["audits"]))]["episodes"]
     head = f"served: {results['served']}, n = {count} samples. Intervals: 95 %, over images."
     title = f"Evaluation: {', '.join(results['policies'])}"
@@ -245,7 +245,7 @@ def _swaps(folder: Path) -> Html:
     return _section("Overlay swaps", Html(body), note)
 
 
-def _examples(episodes: Mapping[str, Sequence[Episode]], picture_of: Callable[[Episode], Picture], count: int) -> Html:
+def _examples(episodes: Mapping[str, Sequence[Episode]], image_of: Callable[[Episode], ImageArray], count: int) -> Html:
     blocks = []
     for place, (name, played) in enumerate(episodes.items()):
         found = []
@@ -254,7 +254,7 @@ def _examples(episodes: Mapping[str, Sequence[Episode]], picture_of: Callable[[E
             if not of_kind:
                 continue
             share = f"{len(of_kind)} of {len(played)}"
-            strips = "".join(_strip(e, picture_of, f"p{place}-{kind}-{k}") for k, e in enumerate(of_kind[:count]))
+            strips = "".join(_strip(e, image_of, f"p{place}-{kind}-{k}") for k, e in enumerate(of_kind[:count]))
             found.append(f"<h4>{_text(kind)}: {share}</h4><p>{_text(meaning)}</p>{strips}")
         shown = " open" if place == min(1, len(episodes) - 1) else ""  # the first that is not the base
         blocks.append(f"<details{shown}><summary>{_text(name)}</summary>{''.join(found)}</details>")
@@ -262,25 +262,25 @@ def _examples(episodes: Mapping[str, Sequence[Episode]], picture_of: Callable[[E
     return _section("Episodes", Html("".join(blocks)), note)
 
 
-def _strip(episode: Episode, picture_of: Callable[[Episode], Picture], name: str) -> str:
-    """One episode: the picture once for each action, with the target, the box before and the box after it."""
+def _strip(episode: Episode, image_of: Callable[[Episode], ImageArray], name: str) -> str:
+    """One episode: the image once for each action, with the target, the box before and the box after it."""
     height, width = episode.size
     try:
-        jpeg = base64.b64encode(picture_jpeg(picture_of(episode), episode, 384)).decode("ascii")
+        jpeg = base64.b64encode(image_jpeg(image_of(episode), episode, 384)).decode("ascii")
     except DataMissingError as error:
         return f'<p class="missing">{_text(str(error))}</p>'
-    # The picture stands in the page once; every panel refers to it.
+    # The image stands in the page once; every panel refers to it.
     name = "".join(c if c.isalnum() else "-" for c in name)
     source = f'<image id="{name}" width="{width}" height="{height}" href="data:image/jpeg;base64,{jpeg}"/>'
     panels, before = [], episode.initial_box
     for place, step in enumerate(episode.steps):
-        picture = source if place == 0 else f'<use href="#{name}"/>'
+        image = source if place == 0 else f'<use href="#{name}"/>'
         drawn = _rectangle(episode.target, episode.size, "target")
         drawn += _rectangle(before, episode.size, "before") + _rectangle(step.box, episode.size, "after")
         label = f"step {place}: {_said(step)}, IoU {step.iou:.2f}"
         panels.append(
             f'<figure class="panel"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}">'
-            f"{picture}{drawn}</svg><figcaption>{_text(label)}</figcaption></figure>"
+            f"{image}{drawn}</svg><figcaption>{_text(label)}</figcaption></figure>"
         )
         before = step.box
     return f'<div class="episode"><p>“{_text(episode.expression)}”</p><div class="strip">{"".join(panels)}</div></div>'
@@ -311,9 +311,9 @@ def _methods() -> Html:
         "refinement. A box is right from IoU 0.5 on, unless a metric names another threshold. An action that cannot "
         "be parsed or whose box is refused keeps the box in force and uses up the action; no episode is left out. "
         "<em>Regressed</em>: of the correct first boxes, the answers that are wrong. Intervals are "
-        "percentile bootstraps over whole pictures, paired for differences; of several seeds the mean is taken "
-        "first, so the interval is for these seeds on other pictures, and how seeds differ stands under <em>each "
-        "seed</em>. McNemar's test takes samples as independent: where several share a picture, go by the interval. "
+        "percentile bootstraps over whole images, paired for differences; of several seeds the mean is taken "
+        "first, so the interval is for these seeds on other images, and how seeds differ stands under <em>each "
+        "seed</em>. McNemar's test takes samples as independent: where several share an image, go by the interval. "
         "Many comparisons stand on this page without correction: name beforehand the one that matters.</p>"
     )
     return _section("What each column may be used for", Html(body))

@@ -1,4 +1,4 @@
-"""The picture of the overlay swaps: what each policy does with each box, and its stops against quality."""
+"""The image of the overlay swaps: what each policy does with each box, and its stops against quality."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _plot_stops(axis: plt.Axes, swaps: Sequence[Swap], style: dict[str, Any], la
     place = np.digitize(ious, _EDGES) - 1
     bins = [np.flatnonzero(place == k).tolist() for k in range(len(_EDGES) - 1)]
     bins = [rows for rows in bins if len(rows)]
-    held = [share([swaps[i].stopped for i in rows], [swaps[i].picture_id for i in rows]) for rows in bins]
+    held = [share([swaps[i].stopped for i in rows], [swaps[i].image_id for i in rows]) for rows in bins]
     x = [ious[rows].mean() for rows in bins]
     y = [100 * i.value for i in held]
     axis.errorbar(x, y, yerr=_reach(held), marker="o", label=label, markersize=4, capsize=2, elinewidth=1, **style)

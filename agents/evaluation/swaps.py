@@ -3,7 +3,7 @@
     python -m ivt_agents.evaluation.swaps --policies base=tiny mine=runs/grpo/policy --split val --samples 300
 
 At steps 1 and 2 of an episode (after the policy's own actions so far) the drawn box is replaced by the
-target, another object of its class, a random or a moved box, none, or the picture by a grey one. One
+target, another object of its class, a random or a moved box, none, or the image by a grey one. One
 answer is taken for each. The definitions stand in ``ivt_env/metrics/swaps.py`` and ``docs/swaps.md``.
 """
 
@@ -23,7 +23,7 @@ from ivt_agents.command import progress_bars, run_command
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.training.run import RunError, check_least, write_json
 from ivt_env import boxes
-from ivt_env.data.sample import Dataset, Picture, Sample
+from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.episodes import Box
 from ivt_env.files import forget, lock_folder, write_whole
 from ivt_env.game import Game
@@ -48,8 +48,8 @@ _GREY = 128
 _NAN = np.full(4, np.nan, dtype=np.float32)
 
 
-class BlankPictures:
-    """A data set with every picture uniformly grey; all else as it is."""
+class BlankImages:
+    """A data set with every image uniformly grey; all else as it is."""
 
     def __init__(self, dataset: Dataset) -> None:
         """Wrap ``dataset``."""
@@ -64,8 +64,8 @@ class BlankPictures:
         """The sample at ``index``, as the wrapped data set has it."""
         return self._dataset[index]
 
-    def picture(self, sample: Sample) -> Picture:
-        """Grey, RGB uint8 (height, width, 3), of the size of the sample's picture."""
+    def image(self, sample: Sample) -> ImageArray:
+        """Grey, RGB uint8 (height, width, 3), of the size of the sample's image."""
         return np.full((*sample.size, 3), _GREY, dtype=np.uint8)
 
 
@@ -145,7 +145,7 @@ def play_swaps(
     ]
     answers: dict[tuple[int, int, str], Swap] = {}
     for blank in (False, True):
-        dataset = BlankPictures(env.dataset) if blank else env.dataset
+        dataset = BlankImages(env.dataset) if blank else env.dataset
         stage = GroundingVectorEnv(
             env.num_envs,
             dataset=dataset,
@@ -156,7 +156,7 @@ def play_swaps(
             autoreset_mode=AutoresetMode.DISABLED,
         )
         for step in sorted(set(steps)):
-            # Answers about one sample side by side: its picture is decoded, and a model's prompt computed, once.
+            # Answers about one sample side by side: its image is decoded, and a model's prompt computed, once.
             chosen = [j for j in jobs if j.step == step and (j.variant == "blank") == blank]
             for wave, active in waves(chosen, env.num_envs):
                 for job, swap in _answers(env, stage, agent, wave, active, replay, agent_name):
@@ -171,7 +171,7 @@ def moved(box: ArrayLike, rng: np.random.Generator) -> NDArray[np.float64]:
     """A box (4,) moved and scaled by shares of its sides, with an IoU in ``MOVED_IOU`` with what it was.
 
     Each side's centre moves by up to 0.4 of its length and its length changes by up to a factor of 1.35; what
-    would reach out of the picture is cut off.
+    would reach out of the image is cut off.
     """
     b = np.asarray(box, dtype=np.float64)
     centre, size = (b[:2] + b[2:]) / 2, b[2:] - b[:2]
@@ -186,7 +186,7 @@ def moved(box: ArrayLike, rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def elsewhere(target: ArrayLike, rng: np.random.Generator) -> NDArray[np.float64]:
-    """A box (4,) anywhere, with sides of 0.05 to 0.5 of the picture, that is not about the target (4,)."""
+    """A box (4,) anywhere, with sides of 0.05 to 0.5 of the image, that is not about the target (4,)."""
     while True:
         size = rng.uniform(0.05, 0.5, 2)
         low = rng.uniform(0, 1 - size)
@@ -302,7 +302,7 @@ def _answers(
             job,
             Swap(
                 sample_id=game.sample.sample_id,
-                picture_id=game.sample.picture_id,
+                image_id=game.sample.image_id,
                 variant=job.variant,
                 step=step,
                 shown=box,
@@ -429,7 +429,7 @@ def _write(args: Args, played: dict[str, list[Swap]], names: dict[str, str], cou
     served = f"{one.dataset}/{one.split}"
     report = "\n".join(
         [
-            f"{args.env}, served: {served}, {count} samples, one answer each; 95 % intervals over pictures",
+            f"{args.env}, served: {served}, {count} samples, one answer each; 95 % intervals over images",
             "",
             swap_table(scores),
             "",

@@ -78,7 +78,7 @@ def episode_and_step_advantages(rewards: Array, taken: Mask, states: NDArray[np.
     """Trajectory advantage plus ``omega`` times the same-state advantage; shape (G, T).
 
     After GiGPO (arXiv 2505.10978), with leave-one-out means and no division by standard deviations.
-    The anchor of a step group is *sample, step index and observation* (picture and current box). All
+    The anchor of a step group is *sample, step index and observation* (image and current box). All
     members share it at step 0; later they share it only where they hold exactly the same box.
 
     It is biased in the weight of the steps, not in their signs: in expectation step t's gradient is

@@ -33,7 +33,7 @@ MAY_CHANGE = frozenset(
         # reckoned with by a dry run only
         "dry_run",
         "gpu_memory_gb",
-        "picture",
+        "image",
     }
 )
 """Options that a resumed run may change: no step's gradient depends on them. All others are refused."""

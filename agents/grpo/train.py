@@ -79,7 +79,7 @@ class Recipe:
     """The policy may end an episode. False: it is not asked to, its stop cannot be sampled, and every episode
     makes all its refinements (the paper)."""
     view: Literal["overlay", "closeup", "both"] | None = None
-    """What a box is shown on: the whole picture, the region around it enlarged, or both. None: as the policy says."""
+    """What a box is shown on: the whole image, the region around it enlarged, or both. None: as the policy says."""
     layout: Literal["fresh", "prefix"] | None = None
     """A prompt of its own each step, or one growing conversation (the paper). None: as the policy says."""
     reward: Literal["gain", "final"] = "gain"
@@ -161,8 +161,8 @@ class Recipe:
     """Build the true architecture without weights, print what it needs and what fits, and end."""
     gpu_memory_gb: float = 80.0
     """Memory of the GPU that a dry run reckons with."""
-    picture: tuple[int, int] = (480, 640)
-    """Height and width of the pictures that a dry run reckons with."""
+    image: tuple[int, int] = (480, 640)
+    """Height and width of the images that a dry run reckons with."""
 
 
 @dataclass
@@ -316,7 +316,7 @@ def _plan(args: Args) -> Plan:
     return Plan(
         model=args.model or TINY_NAME,
         gpu_memory_gb=args.gpu_memory_gb,
-        picture=args.picture,
+        image=args.image,
         new_tokens=args.max_new_tokens,
         turns=args.max_steps,
         rollout_rows=min(GENERATION_ROWS, args.prompts * args.group),

@@ -229,7 +229,7 @@ class GRPOTrainer:
         seconds = sum(watch.seconds.values())
         metrics |= {"train/lr": lr, "speed/episodes_per_second": totals["episodes"] / seconds}
         metrics["speed/tokens_per_second"] = totals["sampled"] / seconds
-        metrics["speed/pictures_per_second"] = totals["pictures"] / seconds
+        metrics["speed/images_per_second"] = totals["images"] / seconds
         return metrics
 
     def _rewards(self, groups: Groups) -> tuple[NDArray[np.float64], dict[str, float]]:
@@ -305,7 +305,7 @@ class GRPOTrainer:
             ],
             device=self.accelerator.device,
         )
-        names = ("tokens", "sequences", "sampled", "actions", "episodes", "truncated", "masked_tokens", "pictures")
+        names = ("tokens", "sequences", "sampled", "actions", "episodes", "truncated", "masked_tokens", "images")
         totals = dict(zip(names, self.accelerator.reduce(counts, "sum").tolist(), strict=True))
         capacity = totals["episodes"] * groups.taken.shape[-1] * self.policy.sampling.max_new_tokens
         totals["denominator"] = denominator(self.config.loss, totals["tokens"], totals["sequences"], capacity)
@@ -450,7 +450,7 @@ def _last_action(taken: np.ndarray) -> np.ndarray:
 def _states(episodes: list[list[Turn]], horizon: int) -> NDArray[np.int64]:
     """A number for what each step of a group's episodes observed, (G, T); -1 where no action was made.
 
-    Members of a group play one picture, so what they were asked, and when, is the state: it names the current
+    Members of a group play one image, so what they were asked, and when, is the state: it names the current
     box, and in the prefix layout everything before.
     """
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}

@@ -46,7 +46,7 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
     ``relay:FIRST,THEN``    the agent ``FIRST`` until there is a box, then the agent ``THEN``
     ``vlm:FOLDER``          a vision-language model: a checkpoint folder or a model id
     ``sb3:FOLDER``          a PPO of Stable-Baselines3: the folder of ``python -m ivt_agents.sb3.train``
-    ``pixels-K:vlm:FOLDER`` a vision-language model with K times the pixels that a picture may have
+    ``pixels-K:vlm:FOLDER`` a vision-language model with K times the pixels that an image may have
     ``medoid-N:VLM``        N sampled first answers, proposes the box that agrees most with the others
     ``best-of-N:VLM``       N sampled first answers, proposes that of the most confident one
     ``second-shot:VLM``     a greedy first answer, then a sampled one that does not know of it

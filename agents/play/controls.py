@@ -114,7 +114,7 @@ class PickOfShots:
 class SecondShot:
     """Answers greedily, then once more from the same first observation, by chance, and stops.
 
-    The second answer cannot know of the first: it is a new conversation about the picture as the episode
+    The second answer cannot know of the first: it is a new conversation about the image as the episode
     began. So its last step is worth what a second try is worth, and its step 0 is the policy's own.
     """
 
@@ -148,7 +148,7 @@ class SecondShot:
             if not len(rows):
                 continue
             if number == 0:
-                # A copy: an environment may draw its next picture into the same array.
+                # A copy: an environment may draw its next image into the same array.
                 shown = copy.deepcopy(_split(observations, rows))
                 self._first |= dict(zip(rows.tolist(), shown, strict=True))
             shots = _shoot(self.agent, [self._recall(row) for row in rows.tolist()], 1, temperature)

@@ -26,12 +26,12 @@ class Cost:
 
     answers: int = 0
     """Completions sampled."""
-    pictures: int = 0
-    """Pictures that went through the vision tower."""
+    images: int = 0
+    """Images that went through the vision tower."""
     patches: int = 0
-    """Their patches: what a larger picture has more of."""
+    """Their patches: what a larger image has more of."""
     prefilled: int = 0
-    """Prompt tokens run through the language model, those that stand for pictures included."""
+    """Prompt tokens run through the language model, those that stand for images included."""
     sampled: int = 0
     """Tokens sampled, those that end an answer included."""
 
@@ -63,11 +63,11 @@ def cost_of(turns: Sequence[Turn | None], before: Mapping[int, Turn] | None = No
         ValueError: for a turn that goes on with a conversation that is not in ``before``.
     """
     said = [(place, turn) for place, turn in enumerate(turns) if turn is not None]
-    pictures: dict[int, Any] = {}
+    images: dict[int, Any] = {}
     prefilled = 0
     for place, prompt in {id(turn.prompt): (place, turn.prompt) for place, turn in said}.values():
-        # The pictures of the current step come last; any before them were shown earlier.
-        shown, known = prompt.pictures, 0
+        # The images of the current step come last; any before them were shown earlier.
+        shown, known = prompt.images, 0
         if reuse and len(shown) > len(prompt.windows):
             if before is None or place not in before:
                 raise ValueError(
@@ -77,12 +77,12 @@ def cost_of(turns: Sequence[Turn | None], before: Mapping[int, Turn] | None = No
             shown, last = shown[-len(prompt.windows) :], before[place]
             # The token that was sampled last has not been run through the model: this prefill begins with it.
             known = len(last.prompt.ids) + len(last.completion) - 1
-        pictures |= {id(picture): picture for picture in shown}
+        images |= {id(image): image for image in shown}
         prefilled += len(prompt.ids) - known
     return Cost(
         answers=len(said),
-        pictures=len(pictures),
-        patches=sum(int(np.prod(picture.grid)) for picture in pictures.values()),
+        images=len(images),
+        patches=sum(int(np.prod(image.grid)) for image in images.values()),
         prefilled=prefilled,
         sampled=sum(len(turn.completion) for _, turn in said),
     )

@@ -31,7 +31,7 @@ class Relay:
         """
         self.first, self.then = first, then
         self.view = getattr(then, "view", "overlay")
-        """What the second agent was trained for. Without a box every view shows the whole picture."""
+        """What the second agent was trained for. Without a box every view shows the whole image."""
         self.reuse = bool(getattr(then, "reuse", True))
         self.turns: list[Any] = []
         """What was asked and said in the last ``act``, of the two; None where neither shows it."""

@@ -1,6 +1,6 @@
 """Play a few episodes and show every step: the command to look at an environment or an agent.
 
-Prints each episode for a person, and writes ``episodes.jsonl``, the pictures and a page for a
+Prints each episode for a person, and writes ``episodes.jsonl``, the images and a page for a
 browser. It measures nothing.
 
     ivt rollout
@@ -27,7 +27,7 @@ from rich.markup import escape
 import ivt_env
 from ivt_agents.command import progress_bars, run_command
 from ivt_agents.play.by_name import Agent, load_agent
-from ivt_env.data.sample import Picture, Sample
+from ivt_env.data.sample import ImageArray, Sample
 from ivt_env.episodes import Box, Episode, Step, save_episodes
 from ivt_env.files import forget, lock_folder
 from ivt_env.rollouts import make_vector_env, rollout
@@ -65,7 +65,7 @@ class Args:
     forced: bool = False
     """Never stop: a stop is replaced by proposing the current box again."""
     out: Path = Path("runs/rollout")
-    """Folder for episodes.jsonl, pictures/ and page.html."""
+    """Folder for episodes.jsonl, images/ and page.html."""
     json: bool = False
     """Print one JSON object per episode and nothing else."""
 
@@ -139,16 +139,16 @@ def _with_progress(args: Args, episodes: Iterator[Episode]) -> Iterator[Episode]
 
 
 def _save(args: Args, env: GroundingVectorEnv, played: list[Episode], samples: dict[str, Sample]) -> None:
-    def picture_of(episode: Episode) -> Picture:
-        return env.dataset.picture(samples[episode.sample_id])
+    def image_of(episode: Episode) -> ImageArray:
+        return env.dataset.image(samples[episode.sample_id])
 
     older = args.out / "episodes.jsonl"
     if older.exists():
         count = sum(1 for _ in older.open("rb"))
         print(f"replaces {count} episode(s) that were there; --out names another folder", file=sys.stderr)
     forget(args.out / "page.html")  # never beside other episodes than its own
-    saved = save_episodes(args.out, played, picture_of)
-    page = write_page(args.out / "page.html", played, picture_of, title=f"{args.agent} on {args.env}")
+    saved = save_episodes(args.out, played, image_of)
+    page = write_page(args.out / "page.html", played, image_of, title=f"{args.agent} on {args.env}")
     # With --json the output belongs to the program that reads it.
     print(f"episodes  {saved}\npage      {page}", file=sys.stderr if args.json else sys.stdout)
 

@@ -21,7 +21,7 @@ Actions = dict[str, Any]
 _GRID = 1000
 """Random boxes have their edges on this many steps a side, so that none is empty in float32."""
 _THINNEST = 1e-3
-"""The oracle's noise never makes a box thinner than this, relative to the picture."""
+"""The oracle's noise never makes a box thinner than this, relative to the image."""
 
 
 class _EpisodeStreams:
@@ -99,7 +99,7 @@ class CentreAgent:
         """Set up.
 
         Args:
-            side: of the box, relative to the picture's width and height.
+            side: of the box, relative to the image's width and height.
         """
         if not 0 < side <= 1:
             raise ValueError(f"side {side}: give a number above 0 and at most 1")
@@ -169,7 +169,7 @@ class OracleAgent:
 
 
 def _usable(noisy: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Boxes (M, 4) in order and inside the picture; an axis that noise left empty takes the target's."""
+    """Boxes (M, 4) in order and inside the image; an axis that noise left empty takes the target's."""
     clipped = boxes.clip(noisy)
     low, high = np.minimum(clipped[:, :2], clipped[:, 2:]), np.maximum(clipped[:, :2], clipped[:, 2:])
     ordered = np.concatenate([low, high], axis=1)

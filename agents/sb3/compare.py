@@ -38,16 +38,16 @@ def compare(agent: Agent, split: str, *, easy: bool, samples: int, max_steps: in
     indices = easy_indices(dataset, samples) if easy else list(range(min(samples, len(dataset))))
     agents: dict[str, Agent] = {"ppo": agent, "random": RandomAgent(seed), "centre": CentreAgent()}
     played = {name: play(one, ENV_ID, split, indices, seed=seed, max_steps=max_steps) for name, one in agents.items()}
-    pictures = [e.picture_id for e in played["ppo"]]
+    images = [e.image_id for e in played["ppo"]]
     final = {name: _final(episodes) for name, episodes in played.items()}
     return {
         "split": split,
         "easy": easy,
         "samples": len(indices),
-        "mean_final_iou": {k: asdict(bootstrap_mean(v, pictures)) for k, v in final.items()},
+        "mean_final_iou": {k: asdict(bootstrap_mean(v, images)) for k, v in final.items()},
         "acc50": {k: float((np.array(v) >= 0.5).mean()) for k, v in final.items()},
         "proposals": {k: float(np.mean([sum(not s.stop for s in e.steps) for e in v])) for k, v in played.items()},
-        "ppo_minus": {k: asdict(paired_bootstrap(final["ppo"], v, pictures)) for k, v in final.items() if k != "ppo"},
+        "ppo_minus": {k: asdict(paired_bootstrap(final["ppo"], v, images)) for k, v in final.items() if k != "ppo"},
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from ivt_env.data.sample import Dataset, Picture, Sample
+from ivt_env.data.sample import Dataset, ImageArray, Sample
 
 MAX_THINGS = 2
 """Objects in an easy scene."""
@@ -39,10 +39,10 @@ def easy_indices(dataset: Dataset, count: int) -> list[int]:
     raise ValueError(f"{dataset.name} {dataset.split} has {len(found)} easy samples, {count} were asked for")
 
 
-class SmallPictures:
-    """``Dataset`` of some samples of another, whose pictures are scaled to a square once and then held.
+class SmallImages:
+    """``Dataset`` of some samples of another, whose images are scaled to a square once and then held.
 
-    To draw a scene takes longer than to play it. Boxes are relative, so they hold for the small picture.
+    To draw a scene takes longer than to play it. Boxes are relative, so they hold for the small image.
     """
 
     def __init__(self, dataset: Dataset, indices: list[int], side: int) -> None:
@@ -51,11 +51,11 @@ class SmallPictures:
         Args:
             dataset: where the samples come from; it lends its name and split.
             indices: of the samples, in the order in which they are numbered here.
-            side: of the pictures in pixels.
+            side: of the images in pixels.
         """
         self.name, self.split = dataset.name, dataset.split
         self._dataset, self._indices, self._side = dataset, indices, side
-        self._pictures: dict[str, Picture] = {}
+        self._images: dict[str, ImageArray] = {}
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -67,12 +67,12 @@ class SmallPictures:
             raise IndexError(f"{self.name}/{self.split}: {len(self)} samples are held, index {index} is outside")
         return replace(self._dataset[self._indices[index]], size=(self._side, self._side))
 
-    def picture(self, sample: Sample) -> Picture:
+    def image(self, sample: Sample) -> ImageArray:
         """RGB uint8 (side, side, 3)."""
-        held = self._pictures.get(sample.picture_id)
+        held = self._images.get(sample.image_id)
         if held is None:
-            full = Image.fromarray(self._dataset.picture(sample))
+            full = Image.fromarray(self._dataset.image(sample))
             held = np.asarray(full.resize((self._side, self._side), Image.Resampling.BOX))
             held.setflags(write=False)
-            self._pictures[sample.picture_id] = held
+            self._images[sample.image_id] = held
         return held

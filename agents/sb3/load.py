@@ -66,7 +66,7 @@ class SB3Agent:
         if not len(rows):
             return actions
         if "window" in observations:
-            raise SB3Error("this policy was trained on whole pictures: play it with view='overlay'")
+            raise SB3Error("this policy was trained on whole images: play it with view='overlay'")
         if (latest := int(np.asarray(observations["step"])[rows].max())) >= self._max_steps:
             raise SB3Error(
                 f"action {latest + 1} of an episode: this policy was trained for at most {self._max_steps};"

@@ -1,6 +1,6 @@
 """What the policy sees with: a small network that looks for what the words ask for.
 
-The words choose what to look for, by attention over the picture's places; what is handed on is *where* the
+The words choose what to look for, by attention over the image's places; what is handed on is *where* the
 attention lies and how far it spreads (expected coordinates: Levine et al., arXiv 1504.00702, section 5.1), in
 the scales of the action. So a box round what is looked at is a linear function of the features, and the policy
 starts as just that: it has to learn what to look at, not how to draw a box round it.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ivt_env.wrappers.sb3 import SMALLEST
 
 
-class WordsLookAtPicture(BaseFeaturesExtractor):
+class WordsLookAtImage(BaseFeaturesExtractor):
     """Features (N, F) of a batch of observations of ``SB3Wrapper`` with the view ``overlay``."""
 
     def __init__(self, observation_space: spaces.Dict, channels: int = 24, heads: int = 4, words: int = 16) -> None:
@@ -28,7 +28,7 @@ class WordsLookAtPicture(BaseFeaturesExtractor):
 
         Args:
             observation_space: of the wrapper.
-            channels: of the picture's features.
+            channels: of the image's features.
             heads: things looked for at once.
             words: numbers of the text that are handed on as they are.
         """
@@ -43,7 +43,7 @@ class WordsLookAtPicture(BaseFeaturesExtractor):
             nn.ReLU(),
         )
         self.queries = nn.Linear(text_size, heads * channels)
-        # Whatever differs from the rest of the picture, to begin with.
+        # Whatever differs from the rest of the image, to begin with.
         self.salience = nn.Parameter(torch.full((heads, channels), 3.0))
         self.words = nn.Linear(text_size, words)
 
@@ -62,7 +62,7 @@ class WordsLookAtPicture(BaseFeaturesExtractor):
         places = torch.stack([x.repeat(height), y.repeat_interleave(width)], -1)  # (h * w, 2)
         mean = weights @ places  # (N, K, 2), -1..1 as in the action
         variance = (weights @ places**2 - mean**2).clamp_min(1e-4)
-        # A side w of the picture, evenly looked at, has the variance (2 w)^2 / 12 in these coordinates.
+        # A side w of the image, evenly looked at, has the variance (2 w)^2 / 12 in these coordinates.
         side = (3 * variance).sqrt()
         looked = torch.cat([mean, 1 - 2 * side.log() / math.log(SMALLEST)], -1).flatten(1)  # (N, K * 4)
         rest = [self.words(text).relu(), observations["box"], observations["step"]]
@@ -70,7 +70,7 @@ class WordsLookAtPicture(BaseFeaturesExtractor):
 
 
 POLICY_OPTIONS: dict[str, Any] = {
-    "features_extractor_class": WordsLookAtPicture,
+    "features_extractor_class": WordsLookAtImage,
     "net_arch": {"pi": [], "vf": [64, 64]},
     "log_std_init": -1.2,
 }

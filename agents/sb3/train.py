@@ -36,7 +36,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from ivt_agents.command import run_command
 from ivt_agents.sb3.compare import compare, table
-from ivt_agents.sb3.easy import SmallPictures, easy_indices
+from ivt_agents.sb3.easy import SmallImages, easy_indices
 from ivt_agents.sb3.load import CONFIG_FILE, WEIGHTS_FILE, SB3Agent, save_sb3
 from ivt_agents.sb3.network import POLICY_OPTIONS, begin_with_what_is_seen
 from ivt_env.data import load_dataset
@@ -61,9 +61,9 @@ class Args:
     easy: bool = True
     """Train on two objects and expressions that compare nothing; else on the training split as it is."""
     samples: int = 1000
-    """Training samples; their pictures are held in memory, 4 kB each."""
+    """Training samples; their images are held in memory, 4 kB each."""
     side: int = 36
-    """Of the picture that the policy sees, pixels."""
+    """Of the image that the policy sees, pixels."""
     max_steps: int = 3
     """Actions in an episode."""
     potential: Literal["iou", "iou_squared", "giou"] = "giou"
@@ -116,7 +116,7 @@ def _train(args: Args) -> dict[str, Any]:
     started, computed = time.perf_counter(), time.process_time()
     dataset = load_dataset("scenes", "train")
     indices = easy_indices(dataset, args.samples) if args.easy else list(range(args.samples))
-    small = SmallPictures(dataset, indices, args.side)
+    small = SmallImages(dataset, indices, args.side)
     envs = DummyVecEnv([_maker(small, args) for _ in range(args.num_envs)])
     model = PPO(
         "MultiInputPolicy",
@@ -211,9 +211,9 @@ class _LimitIsEnd(gym.Wrapper[dict[str, Any], np.ndarray, dict[str, Any], np.nda
         return observation, reward, terminated or truncated, False, info
 
 
-def _maker(dataset: SmallPictures, args: Args) -> Callable[[], gym.Env[Any, Any]]:
+def _maker(dataset: SmallImages, args: Args) -> Callable[[], gym.Env[Any, Any]]:
     def make() -> gym.Env[Any, Any]:
-        # At the size that is seen: a box drawn on the small picture instead of shrunk with the large one.
+        # At the size that is seen: a box drawn on the small image instead of shrunk with the large one.
         env = GroundingEnv(dataset, max_steps=args.max_steps, canvas=args.side, reward={"potential": args.potential})
         return _LimitIsEnd(SB3Wrapper(env, side=args.side))
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the script imports this module; only its type is needed her
     from ivt_agents.sft.train import Args
 
 MAY_CHANGE = frozenset(
-    {"save_every", "out", "tracker", "config", "resume", "overwrite", "dry_run", "gpu_memory_gb", "picture"}
+    {"save_every", "out", "tracker", "config", "resume", "overwrite", "dry_run", "gpu_memory_gb", "image"}
     | {"teacher_cache", "teacher_max_requests", "teacher_max_tokens"}
 )
 """Options that a resumed run may change: neither the policy nor the table depends on them."""
@@ -60,4 +60,4 @@ def check_options(args: Args) -> None:
             f"decision_weight {args.decision_weight:g}: decisions would not be learned, or unlearned; give more than 0"
         )
     if args.pixels is not None and not 0 < args.pixels < inf:
-        raise RunError(f"pixels {args.pixels:g}: no picture has so many; give a factor above 0")
+        raise RunError(f"pixels {args.pixels:g}: no image has so many; give a factor above 0")

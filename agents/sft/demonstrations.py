@@ -39,13 +39,13 @@ class Demonstration:
     """The box to answer with; None: stop."""
     trace: str = ""
     """Reasoning that precedes the answer."""
-    picture: int = 1
-    """In the frame of which picture the answer is written: 1 the first (the whole picture, or the only one
+    image: int = 1
+    """In the frame of which image the answer is written: 1 the first (the whole image, or the only one
     shown), 2 the close-up beside it, where there is one. The box itself is always relative to the whole."""
     before: tuple[Box, ...] = ()
     """Boxes proposed before the one shown; a growing conversation holds them."""
     looks: tuple[tuple[int, Box], ...] = ()
-    """What the policy writes down before it acts: boxes of the target, each with the number of the picture in
+    """What the policy writes down before it acts: boxes of the target, each with the number of the image in
     whose frame it stands. The action comes last, so that these are reasoning, in numbers."""
 
 
@@ -94,9 +94,9 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
     for name, box in [*named, *(("before", b) for b in demonstration.before)]:
         if box is not None and (why := boxes.invalid_reason(box)):
             raise DataError(f"{where}: {name}: {why}")
-    for number in (demonstration.picture, *(k for k, _ in demonstration.looks)):
+    for number in (demonstration.image, *(k for k, _ in demonstration.looks)):
         if number not in (1, 2):
-            raise DataError(f"{where}: picture {number!r}: give 1 (the whole picture) or 2 (its close-up)")
+            raise DataError(f"{where}: image {number!r}: give 1 (the whole image) or 2 (its close-up)")
     if not 0 <= demonstration.index < len(dataset):
         raise DataError(f"{where}: index {demonstration.index} is outside the {len(dataset)} samples of the split")
     if dataset[demonstration.index].sample_id != demonstration.sample_id:
@@ -207,7 +207,7 @@ def demonstration(
     shown: Sequence[float] | np.ndarray | None,
     answer: Sequence[float] | np.ndarray | None,
     trace: str = "",
-    picture: int = 1,
+    image: int = 1,
     before: Sequence[Sequence[float] | np.ndarray] = (),
     looks: Sequence[tuple[int, Sequence[float] | np.ndarray]] = (),
 ) -> Demonstration:
@@ -215,7 +215,7 @@ def demonstration(
     seen = tuple((number, rounded) for number, box in looks if (rounded := _box(box)) is not None)
     history = tuple(box for box in map(_box, before) if box is not None)
     return Demonstration(
-        dataset.name, dataset.split, index, sample.sample_id, _box(shown), _box(answer), trace, picture, history, seen
+        dataset.name, dataset.split, index, sample.sample_id, _box(shown), _box(answer), trace, image, history, seen
     )
 
 
@@ -233,9 +233,9 @@ def in_closeup(shown: Sequence[float] | np.ndarray, target: Sequence[float]) -> 
 
 
 def can_be_said(demonstration: Demonstration, view: str) -> bool:
-    """Whether every box of a demonstration lies in the picture in whose frame it is to be written.
+    """Whether every box of a demonstration lies in the image in whose frame it is to be written.
 
-    Where the only picture shown is a close-up, each box must lie in the close-up around the one before.
+    Where the only image shown is a close-up, each box must lie in the close-up around the one before.
     """
     shown, answer = demonstration.shown, demonstration.answer
     if view == "closeup":
@@ -244,6 +244,6 @@ def can_be_said(demonstration: Demonstration, view: str) -> bool:
         near = all(in_closeup(a, b) for a, b in zip(chain, chain[1:], strict=False))
         return near and (shown is None or all(in_closeup(shown, box) for box in seen))
     finer = [box for number, box in demonstration.looks if number == 2]
-    if demonstration.picture == 2 and answer is not None:
+    if demonstration.image == 2 and answer is not None:
         finer.append(answer)
     return not finer or (view == "both" and shown is not None and all(in_closeup(shown, box) for box in finer))

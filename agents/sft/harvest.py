@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class TraceCache:
-    """Answers on disk, one small file each, by a hash of teacher, prompt and picture."""
+    """Answers on disk, one small file each, by a hash of teacher, prompt and image."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

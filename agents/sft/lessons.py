@@ -20,7 +20,7 @@ from ivt_env.data.sample import Dataset, Sample
 
 @dataclass(frozen=True, slots=True)
 class LessonPlan:
-    """How often each box is shown, per picture, and about how many of its samples it is asked."""
+    """How often each box is shown, per image, and about how many of its samples it is asked."""
 
     first: float = 1.0
     """The first answer, per *sample*: no box shown."""
@@ -53,7 +53,7 @@ def teach_to_verify(
 ) -> list[Demonstration]:
     """Demonstrations of keeping, refining and looking elsewhere. No words, so that an answer is short.
 
-    The same box is shown with the expressions that it fits and with others about the same picture, so that
+    The same box is shown with the expressions that it fits and with others about the same image, so that
     nothing but the expression tells what to do.
 
     Args:
@@ -61,17 +61,17 @@ def teach_to_verify(
         indices: which samples.
         student_boxes: the student's step-0 box for each; None where it gave none.
         rng: decides which lessons are given, and their boxes.
-        view: of the environment. With ``both`` a close-up stands beside the picture, and boxes near the target
+        view: of the environment. With ``both`` a close-up stands beside the image, and boxes near the target
             are kept or mended in its coordinates, which are finer.
         plan: how often each lesson is given.
         good_iou: from here on the answer is to stop.
     """
     plan, made = plan or LessonPlan(), []
-    pictures: dict[str, list[tuple[int, Sample, Sequence[float] | None]]] = {}
+    images: dict[str, list[tuple[int, Sample, Sequence[float] | None]]] = {}
     for index, own in zip(indices, student_boxes, strict=True):
         sample = dataset[int(index)]
-        pictures.setdefault(sample.picture_id, []).append((int(index), sample, own))
-    for asked in pictures.values():
+        images.setdefault(sample.image_id, []).append((int(index), sample, own))
+    for asked in images.values():
         made += [
             demonstration(sample, dataset, index, None, sample.box)
             for index, sample, _ in asked
@@ -96,7 +96,7 @@ _NEAR = 0.3
 def _shown(
     asked: Sequence[tuple[int, Sample, Sequence[float] | None]], plan: LessonPlan, rng: np.random.Generator
 ) -> list[tuple[NDArray[np.float64], int]]:
-    """The boxes to show on one picture, each with the number of the sample that it was proposed for (-1: none)."""
+    """The boxes to show on one image, each with the number of the sample that it was proposed for (-1: none)."""
     shown: list[tuple[NDArray[np.float64], int]] = []
 
     def anyone() -> Sample:
@@ -131,17 +131,17 @@ def _lesson(
     target, keep = sample.box, float(boxes.iou(shown, sample.box)) >= good_iou
     near = float(boxes.iou(shown, target)) >= _NEAR and in_closeup(shown, target)
     looks: list[tuple[int, Sequence[float]]] = []
-    picture = 1
+    image = 1
     if near and view == "both":
-        # The close-up beside the picture is finer: what is seen roughly there is seen exactly here.
-        looks, picture = [(1, target)], 2
+        # The close-up beside the image is finer: what is seen roughly there is seen exactly here.
+        looks, image = [(1, target)], 2
     if keep:
-        return demonstration(sample, dataset, index, shown, None, looks=[*looks, (picture, target)])
-    return demonstration(sample, dataset, index, shown, target, picture=picture, looks=looks)
+        return demonstration(sample, dataset, index, shown, None, looks=[*looks, (image, target)])
+    return demonstration(sample, dataset, index, shown, target, image=image, looks=looks)
 
 
 def _jitter(box: NDArray[np.float64], share: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """A box whose edges are off by about ``share`` of its sides, inside the picture."""
+    """A box whose edges are off by about ``share`` of its sides, inside the image."""
     sides = np.tile(box[2:] - box[:2], 2)
     return boxes.clip(box + rng.normal(0, share, 4) * sides)
 

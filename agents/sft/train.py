@@ -94,7 +94,7 @@ class Recipe:
     """Samples to harvest (all of the split if it has fewer)."""
     neighbours: int = 1
     """Samples taken one after the other from each random place of the split. Where neighbours are about one
-    picture (six in `train_asked` of the scenes) it is encoded once for all that is taught about it."""
+    image (six in `train_asked` of the scenes) it is encoded once for all that is taught about it."""
     harvested: int | None = None
     """Of how many of the `neighbours`, drawn at random, the student is asked for its own box; None: of all. What is
     taught about the others needs none."""
@@ -107,7 +107,7 @@ class Recipe:
     teacher_max_tokens: int = 10_000_000
     """Cost cap of an `openai:` teacher: tokens of this run, as the server counts them."""
     teacher_cache: Path = Path("runs/teacher-cache")
-    """Texts of model teachers, by a hash of model, prompt and picture; asking again costs nothing."""
+    """Texts of model teachers, by a hash of model, prompt and image; asking again costs nothing."""
     lessons: Literal["walks", "verification", "paper"] = "walks"
     """`walks`: from the student's box to the target, in words, with stops and first answers. `verification`: good,
     shifted, random boxes and those of other objects, each with what is right about it; without words. `paper`:
@@ -116,11 +116,11 @@ class Recipe:
     """Share of the samples whose first answer is taught beside the lessons `verification`. 0: for a policy that goes on
     from another's first box (`relay:FIRST,THEN`)."""
     view: Literal["overlay", "closeup", "both"] | None = None
-    """What a box is shown on: the whole picture, the region around it enlarged, or both. None: as the student
+    """What a box is shown on: the whole image, the region around it enlarged, or both. None: as the student
     says, else `overlay`."""
     pixels: float | None = None
-    """Times the most pixels that the student may be shown of a picture, trained and saved so: the control of equal
-    compute that spends it on a larger picture. None: as the student says."""
+    """Times the most pixels that the student may be shown of an image, trained and saved so: the control of equal
+    compute that spends it on a larger image. None: as the student says."""
     layout: Literal["fresh", "prefix"] | None = None
     """A prompt of its own each step, or one growing conversation (the paper). None: as the student says, else
     `fresh`."""
@@ -137,7 +137,7 @@ class Recipe:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: Muon at ten times that rate on the language model's matrices, AdamW on the rest."""
     smoothing: float = 0.0
-    """Smooth the targets of coordinates over this many thousandths of a picture's side; 0: hard targets."""
+    """Smooth the targets of coordinates over this many thousandths of an image's side; 0: hard targets."""
     decision_weight: float = 1.0
     """Weight of the token that follows a box in an answer (end here, look closer, or stop); any other counts 1."""
     lora_rank: int = 0
@@ -158,8 +158,8 @@ class Recipe:
     """Build the true architecture without weights, print what it needs and what fits, and end."""
     gpu_memory_gb: float = 80.0
     """Memory of the GPU that a dry run reckons with."""
-    picture: tuple[int, int] = (480, 640)
-    """Height and width of the pictures that a dry run reckons with."""
+    image: tuple[int, int] = (480, 640)
+    """Height and width of the images that a dry run reckons with."""
 
 
 @dataclass
@@ -236,7 +236,7 @@ def _train(args: Args, teacher: Teacher | None, accelerator: Accelerator) -> Pat
         if len(usable) < len(demonstrations) and chief:
             progress.console.print(
                 f"{len(demonstrations) - len(usable)} of {len(demonstrations)} demonstrations left out: a box lies"
-                f" outside the picture that view {policy.view} shows"
+                f" outside the image that view {policy.view} shows"
             )
         demonstrations = usable
         if chief:
@@ -253,7 +253,7 @@ def _train(args: Args, teacher: Teacher | None, accelerator: Accelerator) -> Pat
         train(
             policy,
             make_turns,
-            [dataset[d.index].picture_id for d in demonstrations],
+            [dataset[d.index].image_id for d in demonstrations],
             accelerator,
             log,
             args.out,
@@ -296,7 +296,7 @@ def _plan(args: Args) -> Plan:
     return Plan(
         model=args.model,
         gpu_memory_gb=args.gpu_memory_gb,
-        picture=args.picture,
+        image=args.image,
         # The token limits of load_policy: no demonstration is longer than what may be sampled.
         new_tokens=48 if args.model == TINY_NAME else 160,
         turns=1,

@@ -45,17 +45,17 @@ def to_turns(
     images: dict[Hashable, NDArray[np.uint8]] = {}
     for demonstration in demonstrations:
         sample = dataset[demonstration.index]
-        if sample.picture_id not in opened:
-            opened[sample.picture_id] = screen.load(sample)
+        if sample.image_id not in opened:
+            opened[sample.image_id] = screen.load(sample)
         boxes_shown: list[Box | None] = [demonstration.shown]
         if policy.layout == "prefix" and demonstration.shown is not None:
             boxes_shown = [None, *demonstration.before, demonstration.shown]
         states.append(boxes_shown)
         for box in boxes_shown:
-            observation = screen.observe(opened[sample.picture_id], Game(sample, RewardConfig(), 1, box))
+            observation = screen.observe(opened[sample.image_id], Game(sample, RewardConfig(), 1, box))
             seen = images_of({key: [value] for key, value in observation.items()}, 0)
-            # Demonstrations about one picture with one box drawn share it, and so its encoding.
-            names = [(sample.picture_id, box, k) for k in range(len(seen))]
+            # Demonstrations about one image with one box drawn share it, and so its encoding.
+            names = [(sample.image_id, box, k) for k in range(len(seen))]
             images |= {name: image for name, (image, _) in zip(names, seen, strict=True)}
             shown.append([(name, window) for name, (_, window) in zip(names, seen, strict=True)])
     encoded = dict(zip(images, dialogue.process(list(images.values())), strict=True))
@@ -74,7 +74,7 @@ def to_turns(
         if demonstration.answer is None:
             text = looked + STOP_TEXT
         else:
-            text = looked + dialogue.action_text(demonstration.answer, current, demonstration.picture)
+            text = looked + dialogue.action_text(demonstration.answer, current, demonstration.image)
         if demonstration.trace:
             text = f"{demonstration.trace}\n{text}"
         turns.append(Turn(prompt, dialogue.completion(text), finished=True))
@@ -85,7 +85,7 @@ def batches(samples: Sequence[Hashable], batch: int, steps: int, rng: np.random.
     """Indices of ``steps`` batches, epoch after epoch, each epoch in a new order.
 
     Args:
-        samples: for each demonstration its sample or picture. Those of one come one after the other, so
+        samples: for each demonstration its sample or image. Those of one come one after the other, so
             that it is decoded, and where they show the same box encoded, once.
         batch: indices in a batch.
         steps: how many batches.
@@ -118,7 +118,7 @@ class AnswerLoss(TokenScorer):
     other. With ``smoothing`` a number's target is a Gaussian over the numbers near it. Where the
     tokenizer writes a number in several tokens there is nothing to smooth over.
 
-    What follows a box that was written down (the end, a look at the next picture, a stop) is one token among
+    What follows a box that was written down (the end, a look at the next image, a stop) is one token among
     ten or twenty, and it is the decision: ``decision_weight`` makes it count for more.
     """
 
@@ -130,7 +130,7 @@ class AnswerLoss(TokenScorer):
         Args:
             policy: whose model is trained.
             frozen_vision: see ``TokenScorer``.
-            smoothing: standard deviation of the targets, in thousandths of a picture's side; 0: hard targets.
+            smoothing: standard deviation of the targets, in thousandths of an image's side; 0: hard targets.
             decision_weight: of the token behind a box, where any other counts 1.
 
         Raises:

@@ -13,7 +13,7 @@
 ``examples/trl_environment.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.rollout``.
 
 Written for TRL 1.16, and it imports nothing of it. The Gymnasium environment is used as it is: ``reset``
-returns its first picture and the question, the tool ``answer`` plays one action and returns the picture
+returns its first image and the question, the tool ``answer`` plays one action and returns the image
 with the box drawn. The model answers in this project's text format, not in a tool-call format: every
 answer but a stop is handed to the tool, so an unreadable one costs a step here as it does elsewhere. The
 token ids of a conversation are those of the ``prefix`` layout.
@@ -26,7 +26,7 @@ What TRL's interface cannot express:
   answer is then sampled and never handed to the tool. ``episode_reward`` plays it, so it has to be the
   reward function; a ``get_reward`` method, which takes no argument, could not see it.
 - *A fresh prompt for each step.* A rollout is one growing sequence, so there is no ``fresh`` layout.
-- *Groups.* Each rollout has an environment of its own, and each draws and encodes the same picture again.
+- *Groups.* Each rollout has an environment of its own, and each draws and encodes the same image again.
 - *A limit of tokens for one answer* is no option of its own: ``generation_kwargs={"max_new_tokens": n}``.
   An answer that was cut off is followed by the next question without an end-of-turn token.
 - *Text that is only text.* A chat template is rendered whole, so special tokens that an expression spells
@@ -75,16 +75,16 @@ class TRLGrounding:
             **kwargs: of ``gym.make``.
 
         Raises:
-            ValueError: where boxes are not relative to the whole picture.
+            ValueError: where boxes are not relative to the whole image.
         """
         self._prompts, self._codec = policy.dialogue.prompts, policy.codec
         if self._codec.frame != "relative_1000":
             raise ValueError(
-                f"frame {self._codec.frame}: boxes in pixels of the resized picture cannot be read here, because a tool"
+                f"frame {self._codec.frame}: boxes in pixels of the resized image cannot be read here, because a tool"
                 " never sees how the processor resized it; use a model that writes 0..1000"
             )
         if kwargs.get("view", "overlay") != "overlay":
-            raise ValueError(f"view {kwargs['view']!r}: only the whole picture is offered here; leave view='overlay'")
+            raise ValueError(f"view {kwargs['view']!r}: only the whole image is offered here; leave view='overlay'")
         self._env = gym.make(env_id, **kwargs)
         self._over = True
         self._played = 0
@@ -94,7 +94,7 @@ class TRLGrounding:
         """Begin with sample ``index``; the other columns of the row are not needed.
 
         Returns:
-            Content blocks for the user's turn: the picture and the question. (TRL's signature says text;
+            Content blocks for the user's turn: the image and the question. (TRL's signature says text;
             its trainer takes blocks, too.)
         """
         observation, _ = self._env.reset(seed=0, options={"index": int(index)})
@@ -102,19 +102,19 @@ class TRLGrounding:
         return self._shown(observation)
 
     def answer(self, text: str) -> list[dict[str, Any]]:
-        """Play one action and look at the picture with the current box drawn.
+        """Play one action and look at the image with the current box drawn.
 
         Args:
             text: The answer, which holds one JSON object with a box or a stop.
 
         Returns:
-            The next picture and question.
+            The next image and question.
         """
         if self._over:
             raise RuntimeError("the episode is over: set max_tool_calling_iterations to the limit of actions less one")
         action = parse_action(text)
         # A box that is none is refused by the environment, with the reason in its info; the step counts.
-        box = [np.nan] * 4 if action.numbers is None or action.picture != 1 else self._codec.decode(action.numbers, ())
+        box = [np.nan] * 4 if action.numbers is None or action.image != 1 else self._codec.decode(action.numbers, ())
         step = {"box": np.array(box, dtype=np.float32), "stop": int(action.stop)}
         observation, reward, terminated, truncated, _ = self._env.step(step)
         self._played += 1
@@ -128,8 +128,8 @@ class TRLGrounding:
         text = self._prompts.fill(
             observation["expression"], self._codec.box_text(box.tolist(), ()) if box.any() else None
         )
-        picture = Image.fromarray(observation["image"][:height, :width])
-        return [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        image = Image.fromarray(observation["image"][:height, :width])
+        return [{"type": "image", "image": image}, {"type": "text", "text": text}]
 
 
 def episode_reward(
@@ -150,8 +150,8 @@ def rows(indices: Iterable[int]) -> list[dict[str, Any]]:
     return [{"prompt": [{"role": "user", "content": ""}], "index": int(i)} for i in indices]
 
 
-class PictureProcessor(Qwen3VLProcessor):
-    """Qwen3-VL's processor for pictures alone: transformers builds the video part only with torchvision."""
+class ImageProcessor(Qwen3VLProcessor):
+    """Qwen3-VL's processor for images alone: transformers builds the video part only with torchvision."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """Accept each part as it is, the missing video part among them."""
@@ -165,7 +165,7 @@ class PictureProcessor(Qwen3VLProcessor):
         ]
 
 
-def processor_for(policy: VLMPolicy) -> PictureProcessor:
+def processor_for(policy: VLMPolicy) -> ImageProcessor:
     """A processor for TRL that speaks the policy's action format."""
     tokenizer = copy.deepcopy(policy.tokenizer)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -185,4 +185,4 @@ def processor_for(policy: VLMPolicy) -> PictureProcessor:
         return message
 
     tokenizer.parse_response = parse_response
-    return PictureProcessor(image_processor=policy.image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+    return ImageProcessor(image_processor=policy.image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)

@@ -14,25 +14,25 @@
 
 Written for TRL 1.16, and it imports nothing of it. Where ``environment_factory`` (``ivt_agents.trl.environment``)
 has TRL play and calls the environment as a tool, here TRL asks for whole rollouts: groups share their decoded
-pictures, a stop ends an episode at once, an answer has a limit of its own, an expression stays plain text, and
+images, a stop ends an episode at once, an answer has a limit of its own, an expression stays plain text, and
 every view and every box frame that a policy knows can be used.
 
-How the pictures come along. What a ``rollout_func`` returns has room for token ids, log-probabilities, a mask
+How the images come along. What a ``rollout_func`` returns has room for token ids, log-probabilities, a mask
 of the tokens that the model sampled (``env_mask``) and columns for the reward functions, and for nothing else.
-TRL takes a rollout's pictures from the ``images`` column of its row, which it reads *after* the rollout. So the
-column of ``rollout_rows`` holds a ``RolloutPictures``, empty at first; the row's prompt refers to the same object,
-and the rollout puts in every picture that the model saw. ``rollout_processor`` hands them to TRL as they are,
+TRL takes a rollout's images from the ``images`` column of its row, which it reads *after* the rollout. So the
+column of ``rollout_rows`` holds a ``RolloutImages``, empty at first; the row's prompt refers to the same object,
+and the rollout puts in every image that the model saw. ``rollout_processor`` hands them to TRL as they are,
 nothing is processed twice, and TRL carries them through its shuffling and its batches. One thing is left: TRL
-expects pictures in a prompt only, and would leave those of later turns without their two-dimensional positions;
+expects images in a prompt only, and would leave those of later turns without their two-dimensional positions;
 a hook in front of the model's forward pass marks them, wherever they stand.
 
 What TRL's interface cannot express:
 
 - *Credit for a step.* A row has one scalar; all answers of an episode share one advantage.
 - *A fresh prompt for each step.* A row is one growing sequence, so the layout has to be ``prefix``.
-- *Pictures as a result.* The way above rests on the order in which TRL 1.16 reads its rows, and works for
-  processors of the Qwen-VL family, whose pictures are one list of patches.
-- *The distribution that was sampled from.* A policy never samples a picture placeholder, and TRL scores with the
+- *Images as a result.* The way above rests on the order in which TRL 1.16 reads its rows, and works for
+  processors of the Qwen-VL family, whose images are one list of patches.
+- *The distribution that was sampled from.* A policy never samples an image placeholder, and TRL scores with the
   whole vocabulary; the two differ by what the model gives to those few tokens.
 - *vLLM and ZeRO-3.* The loop samples with the trainer's model itself, so it needs whole weights in this process.
 """
@@ -48,49 +48,49 @@ import torch
 from transformers import BatchFeature
 
 from ivt_agents.grpo.collect import Groups, collect
-from ivt_agents.trl.environment import CHAT_TEMPLATE, PictureProcessor
+from ivt_agents.trl.environment import CHAT_TEMPLATE, ImageProcessor
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.turns import Picture, Turn
+from ivt_agents.vlm.turns import EncodedImage, Turn
 from ivt_env.rollouts import make_vector_env
 from ivt_env.vector_env import GroundingVectorEnv
 
 
-class RolloutPictures(Sequence[Picture]):
-    """The pictures of one rollout, in the order in which the model saw them; empty until it was played.
+class RolloutImages(Sequence[EncodedImage]):
+    """The images of one rollout, in the order in which the model saw them; empty until it was played.
 
     It is neither a list nor a tuple, because those are rebuilt on the way from the data loader to the trainer,
     and a copy of it is the object itself: what the rollout fills is what the trainer reads.
     """
 
     def __init__(self) -> None:
-        self._held: tuple[Picture, ...] = ()
+        self._held: tuple[EncodedImage, ...] = ()
 
-    def fill(self, pictures: Iterable[Picture]) -> None:
+    def fill(self, images: Iterable[EncodedImage]) -> None:
         """Put in what the model saw, without the encodings that sampling kept.
 
         Raises:
             RuntimeError: if it was filled before: a row was handed out twice.
         """
         if self._held:
-            raise RuntimeError("these pictures belong to a rollout that was played already: take rows of rollout_rows")
-        self._held = tuple(Picture(p.patches, p.grid) for p in pictures)
+            raise RuntimeError("these images belong to a rollout that was played already: take rows of rollout_rows")
+        self._held = tuple(EncodedImage(p.patches, p.grid) for p in images)
 
     def __len__(self) -> int:
         return len(self._held)
 
     @overload
-    def __getitem__(self, at: int) -> Picture: ...
+    def __getitem__(self, at: int) -> EncodedImage: ...
 
     @overload
-    def __getitem__(self, at: slice) -> Sequence[Picture]: ...
+    def __getitem__(self, at: slice) -> Sequence[EncodedImage]: ...
 
     def __getitem__(self, at: Any) -> Any:
         return self._held[at]
 
-    def __copy__(self) -> RolloutPictures:
+    def __copy__(self) -> RolloutImages:
         return self
 
-    def __deepcopy__(self, memo: Any) -> RolloutPictures:
+    def __deepcopy__(self, memo: Any) -> RolloutImages:
         return self
 
 
@@ -101,14 +101,14 @@ def rollout_rows(indices: Iterable[int]) -> Any:
         indices: of samples; TRL repeats each row for the members of its group.
 
     Returns:
-        A ``datasets.Dataset``. Every look at a row gives it room for pictures of its own.
+        A ``datasets.Dataset``. Every look at a row gives it room for images of its own.
     """
     from datasets import Dataset  # type: ignore[import-untyped]
 
     def row(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        rooms = [RolloutPictures() for _ in batch["index"]]
+        rooms = [RolloutImages() for _ in batch["index"]]
         messages = [
-            {"role": "user", "content": "", "index": i, "pictures": room}
+            {"role": "user", "content": "", "index": i, "images": room}
             for i, room in zip(batch["index"], rooms, strict=True)
         ]
         return {"prompt": [[m] for m in messages], "images": list(rooms), "index": batch["index"]}
@@ -155,13 +155,13 @@ class TRLRollout:
             ValueError: for rows that are not of ``rollout_rows``, or another temperature than the trainer's.
         """
         self._take(trainer)
-        found = [prompt[-1].get("pictures") for prompt in prompts]
-        rooms = [room for room in found if isinstance(room, RolloutPictures)]
+        found = [prompt[-1].get("images") for prompt in prompts]
+        rooms = [room for room in found if isinstance(room, RolloutImages)]
         if len(rooms) != len(prompts):
-            raise ValueError("the trainer's data set has to be made by rollout_rows(): a rollout puts pictures there")
+            raise ValueError("the trainer's data set has to be made by rollout_rows(): a rollout puts images there")
         groups = collect(self._env(len(prompts)), self._policy, [prompt[-1]["index"] for prompt in prompts], 1)
         for room, turns in zip(rooms, groups.turns, strict=True):
-            room.fill(turns[-1].prompt.pictures)
+            room.fill(turns[-1].prompt.images)
         return _fields(groups)
 
     def _env(self, count: int) -> GroundingVectorEnv:
@@ -185,10 +185,10 @@ class TRLRollout:
         policy.generator = torch.Generator(device=trainer.model.device).manual_seed(
             trainer.args.seed + trainer.accelerator.process_index
         )
-        trainer.model.register_forward_pre_hook(self._mark_pictures, with_kwargs=True)
+        trainer.model.register_forward_pre_hook(self._mark_images, with_kwargs=True)
 
-    def _mark_pictures(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Say which ids are pictures: the model spreads those over rows and columns."""
+    def _mark_images(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Say which ids are images: the model spreads those over rows and columns."""
         if kwargs.get("image_grid_thw") is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs = kwargs | {"mm_token_type_ids": (kwargs["input_ids"] == self._policy.image_token).int()}
         return args, kwargs
@@ -224,20 +224,20 @@ def episode_return(total_reward: Sequence[float], **_: Any) -> list[float]:
     return list(total_reward)
 
 
-class RolloutProcessor(PictureProcessor):
-    """Hands TRL the pictures that the rollout prepared for the model."""
+class RolloutProcessor(ImageProcessor):
+    """Hands TRL the images that the rollout prepared for the model."""
 
-    def __call__(self, images: Sequence[RolloutPictures], text: Any = None, **_: Any) -> BatchFeature:
+    def __call__(self, images: Sequence[RolloutImages], text: Any = None, **_: Any) -> BatchFeature:
         """Patches and grids of all rollouts, one after the other; the text has been token ids all along.
 
         Returns:
-            ``pixel_values`` (patches, channels * temporal * p * p) and ``image_grid_thw`` (pictures, 3).
+            ``pixel_values`` (patches, channels * temporal * p * p) and ``image_grid_thw`` (images, 3).
 
         Raises:
-            ValueError: for a rollout without pictures: it was not played by ``TRLRollout``.
+            ValueError: for a rollout without images: it was not played by ``TRLRollout``.
         """
-        if not images or not all(isinstance(room, RolloutPictures) and len(room) for room in images):
-            raise ValueError("rollouts without pictures: give the trainer rollout_func=TRLRollout(...)")
+        if not images or not all(isinstance(room, RolloutImages) and len(room) for room in images):
+            raise ValueError("rollouts without images: give the trainer rollout_func=TRLRollout(...)")
         encoded = [one for room in images for one in room]
         return BatchFeature(
             {

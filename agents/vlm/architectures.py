@@ -68,7 +68,7 @@ KNOWN = (
 """Hub names whose shapes are shipped."""
 
 QWEN3_PIXELS = (65_536, 16_777_216)
-"""Smallest and largest picture in pixels after resizing, as Qwen3-VL ships its image processor."""
+"""Smallest and largest image in pixels after resizing, as Qwen3-VL ships its image processor."""
 QWEN25_PIXELS = (3_136, 12_845_056)
 """The same for Qwen2.5-VL."""
 
@@ -194,7 +194,7 @@ def build_without_weights(config: Any) -> Any:
     return model
 
 
-def picture_limits(config: Any, name: str, pixels: float | None = None) -> tuple[int, int]:
+def image_limits(config: Any, name: str, pixels: float | None = None) -> tuple[int, int]:
     """Smallest and largest number of pixels that the model's image processor hands on, ``pixels`` times the most."""
     source = find_source(name)
     folder = source.find(*PROCESSOR)

@@ -3,8 +3,8 @@
 Each model family writes coordinates in its own frame; the frame is declared, never guessed from the
 size of the numbers. Sources: Qwen's cookbooks and processors.
 
-- ``relative_1000`` (Qwen3-VL, Qwen2-VL): integers 0..1000 relative to the picture.
-- ``resized_pixels`` (Qwen2.5-VL): integer pixels of the picture as the processor resized it.
+- ``relative_1000`` (Qwen3-VL, Qwen2-VL): integers 0..1000 relative to the image.
+- ``resized_pixels`` (Qwen2.5-VL): integer pixels of the image as the processor resized it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BoxCodec:
         """``[x1, y1, x2, y2]`` in the model's frame."""
         return "[" + ", ".join(map(str, self.encode(box, resized))) + "]"
 
-    def action_text(self, box: Sequence[float], resized: Sequence[int], picture: int = 1) -> str:
-        """``{"bbox_2d": [x1, y1, x2, y2]}`` in the model's frame; from the second picture on with its number."""
-        where = "" if picture == 1 else f'"picture": {picture}, '
+    def action_text(self, box: Sequence[float], resized: Sequence[int], image: int = 1) -> str:
+        """``{"bbox_2d": [x1, y1, x2, y2]}`` in the model's frame; from the second image on with its number."""
+        where = "" if image == 1 else f'"picture": {image}, '
         return f'{{{where}"bbox_2d": {self.box_text(box, resized)}}}'

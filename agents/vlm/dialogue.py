@@ -2,7 +2,7 @@
 
 Two layouts. In ``fresh`` each step is a prompt of its own: the environment's observation holds all that
 matters. In ``prefix``, the paper's, an episode is one growing conversation: what was asked, what was
-sampled, and then the next picture. Ids are only ever appended; nothing sampled is tokenised again.
+sampled, and then the next image. Ids are only ever appended; nothing sampled is tokenised again.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from ivt_agents.vlm.codec import BoxCodec, ParsedAction
 from ivt_agents.vlm.prompts import Prompts
-from ivt_agents.vlm.turns import WHOLE, Box, Picture, Prompt, Turn
+from ivt_agents.vlm.turns import WHOLE, Box, EncodedImage, Prompt, Turn
 from ivt_env import boxes
 
 LAYOUTS = ("fresh", "prefix")
 
-View = tuple[Picture, Box]
-"""A picture and the region that it shows, relative to the whole picture."""
+View = tuple[EncodedImage, Box]
+"""An image and the region that it shows, relative to the whole image."""
 
 
 class Dialogue:
@@ -50,24 +50,24 @@ class Dialogue:
         self.end_id = self._end()
         """The token with which the chat template ends an answer."""
 
-    def process(self, images: Sequence[NDArray[np.uint8]]) -> list[Picture]:
-        """Pictures (height, width, 3) as the image processor hands them to the model."""
+    def process(self, images: Sequence[NDArray[np.uint8]]) -> list[EncodedImage]:
+        """Images (height, width, 3) as the image processor hands them to the model."""
         if len(images) < 2 * _CHUNK:
             return self._process(images)
         # Resizing is most of it and does not hold Python's lock.
         chunks = [images[k : k + _CHUNK] for k in range(0, len(images), _CHUNK)]
-        return [picture for part in _threads().map(self._process, chunks) for picture in part]
+        return [image for part in _threads().map(self._process, chunks) for image in part]
 
-    def _process(self, images: Sequence[NDArray[np.uint8]]) -> list[Picture]:
+    def _process(self, images: Sequence[NDArray[np.uint8]]) -> list[EncodedImage]:
         out = self.image_processor(images=list(images), return_tensors="pt")
         grids = [tuple(int(v) for v in g) for g in out["image_grid_thw"]]
-        # pixel_values is ragged: patches of all pictures one after the other.
+        # pixel_values is ragged: patches of all images one after the other.
         sizes = np.cumsum([int(np.prod(g)) for g in grids])[:-1].tolist()
         parts = out["pixel_values"].tensor_split(sizes)
-        return [Picture(patches, grid) for patches, grid in zip(parts, grids, strict=True)]  # type: ignore[arg-type]
+        return [EncodedImage(patches, grid) for patches, grid in zip(parts, grids, strict=True)]  # type: ignore[arg-type]
 
     def prompt(self, expression: str, box: Sequence[float] | None, views: Sequence[View]) -> Prompt:
-        """One step's prompt of its own: the pictures, the question, and the current box in numbers."""
+        """One step's prompt of its own: the images, the question, and the current box in numbers."""
         return Prompt(self._asked(expression, box, views, False), [p for p, _ in views], [w for _, w in views])
 
     def following(self, turn: Turn, expression: str, box: Sequence[float] | None, views: Sequence[View]) -> Prompt:
@@ -75,43 +75,41 @@ class Dialogue:
         asked = self._asked(expression, box, views, True)
         # The template ends the answer; a turn that ended itself has done so already.
         asked = asked[1:] if turn.finished else asked
-        pictures = [*turn.prompt.pictures, *(p for p, _ in views)]
-        return Prompt([*turn.prompt.ids, *turn.completion, *asked], pictures, [w for _, w in views])
+        images = [*turn.prompt.images, *(p for p, _ in views)]
+        return Prompt([*turn.prompt.ids, *turn.completion, *asked], images, [w for _, w in views])
 
     def completion(self, text: str) -> list[int]:
         """Token ids of an answer written out, end of turn included."""
         return [*self._tokens(text, special=False), self.end_id]
 
     def action_text(self, box: Sequence[float], views: Sequence[View], number: int = 1) -> str:
-        """The answer with a box (relative to the whole picture) in the frame of picture ``number``, from 1.
+        """The answer with a box (relative to the whole image) in the frame of image ``number``, from 1.
 
         Raises:
-            ValueError: for a picture that is not shown, or a box that does not lie inside it.
+            ValueError: for an image that is not shown, or a box that does not lie inside it.
         """
         if not 1 <= number <= len(views):
-            raise ValueError(f"an answer in the frame of picture {number}, but {len(views)} shown")
-        picture, window = views[number - 1]
+            raise ValueError(f"an answer in the frame of image {number}, but {len(views)} shown")
+        image, window = views[number - 1]
         inside = boxes.into_window(box, window)
         if (inside < -1e-3).any() or (inside > 1 + 1e-3).any():
-            raise ValueError(
-                f"box {[round(float(v), 4) for v in box]} does not lie in {window}, which the picture shows"
-            )
-        resized = picture.resized(self.image_processor.patch_size)
+            raise ValueError(f"box {[round(float(v), 4) for v in box]} does not lie in {window}, which the image shows")
+        resized = image.resized(self.image_processor.patch_size)
         return self.codec.action_text(boxes.clip(inside).tolist(), resized, number)
 
     def box_of(self, action: ParsedAction, prompt: Prompt) -> list[float] | None:
-        """The box of an answer, relative to the whole picture; None if it speaks of a picture that is not there."""
-        shown = prompt.shown(action.picture)
+        """The box of an answer, relative to the whole image; None if it speaks of an image that is not there."""
+        shown = prompt.shown(action.image)
         if action.numbers is None or shown is None:
             return None
-        picture, window = shown
-        box = self.codec.decode(action.numbers, picture.resized(self.image_processor.patch_size))
+        image, window = shown
+        box = self.codec.decode(action.numbers, image.resized(self.image_processor.patch_size))
         return box if window == WHOLE else [float(v) for v in boxes.out_of_window(box, window)]
 
     def _asked(self, expression: str, box: Sequence[float] | None, views: Sequence[View], later: bool) -> list[int]:
-        picture, window = views[0]
+        image, window = views[0]
         inside = None if box is None else boxes.clip(boxes.into_window(box, window)).tolist()
-        resized = picture.resized(self.image_processor.patch_size)
+        resized = image.resized(self.image_processor.patch_size)
         text = self.prompts.fill(
             expression, None if inside is None else self.codec.box_text(inside, resized), [w for _, w in views]
         )
@@ -126,17 +124,17 @@ class Dialogue:
                 merged = int(np.prod(next(queue)[0].grid)) // self.image_processor.merge_size**2
             ids += [token] * merged
         if next(queue, None) is not None:
-            raise ValueError("the chat template leaves pictures out (chat_template.jinja)")
+            raise ValueError("the chat template leaves images out (chat_template.jinja)")
         return [*ids, *self._tokens(text, special=False), *self._tokens(after, special=True)]
 
-    def _frame(self, pictures: int, later: bool) -> tuple[str, str]:
+    def _frame(self, images: int, later: bool) -> tuple[str, str]:
         """The chat template around a user's text; ``later`` with the end of the answer before it."""
-        key = (pictures, later)
+        key = (images, later)
         if key in self._frames:
             return self._frames[key]
-        opening = self._rendered([_user("\x00", pictures)])
+        opening = self._rendered([_user("\x00", images)])
         if later:
-            whole = self._rendered([_user("\x00", pictures), _answer("\x01"), _user("\x02", pictures)])
+            whole = self._rendered([_user("\x00", images), _answer("\x01"), _user("\x02", images)])
             head, _, rest = whole.partition("\x01")
             end = self.tokenizer.convert_ids_to_tokens(self.end_id)
             if head != opening or not rest.startswith(end):
@@ -178,8 +176,8 @@ class Dialogue:
         return self._token_cache[key]
 
 
-def _user(text: str, pictures: int) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
+def _user(text: str, images: int) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
 
 def _answer(text: str) -> dict[str, Any]:
@@ -187,18 +185,18 @@ def _answer(text: str) -> dict[str, Any]:
 
 
 _CHUNK = 8
-"""Pictures that one thread prepares at a time."""
+"""Images that one thread prepares at a time."""
 
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pictures")
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="images")
 
 
 def images_of(observations: Mapping[str, Any], row: int) -> list[tuple[NDArray[np.uint8], Box]]:
-    """What one environment shows: pictures (height, width, 3) and their windows.
+    """What one environment shows: images (height, width, 3) and their windows.
 
-    The close-up of ``view="both"`` counts once there is a box; before that it is the picture again.
+    The close-up of ``view="both"`` counts once there is a box; before that it is the image again.
     """
     height, width = observations["extent"][row]
     window: Box = WHOLE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ivt_agents.vlm.architectures import build_without_weights, find_config, picture_limits
+from ivt_agents.vlm.architectures import build_without_weights, find_config, image_limits
 from ivt_agents.vlm.footprint import (
     CONTEXT_BYTES,
     USABLE,
@@ -25,7 +25,7 @@ from ivt_agents.vlm.footprint import (
 from ivt_env.metrics.table import render
 
 TEXT_TOKENS = 160
-"""Assumed for a prompt beside its picture: the question (about 100), the expression, the box, the chat
+"""Assumed for a prompt beside its image: the question (about 100), the expression, the box, the chat
 template. Counting them needs the model's tokenizer, which a dry run does without."""
 
 GENERATION_ROWS = 64
@@ -41,7 +41,7 @@ class Plan:
     model: str
     gpu_memory_gb: float
     """Gigabytes of 10^9 bytes."""
-    picture: tuple[int, int]
+    image: tuple[int, int]
     """Height and width as the environment shows it."""
     new_tokens: int
     turns: int
@@ -57,14 +57,14 @@ class Plan:
     reference_copy: bool = False
     """A frozen copy of all weights is kept for the KL divergence."""
     pixels: float | None = None
-    """Times the most pixels that the model may be shown of a picture."""
+    """Times the most pixels that the model may be shown of an image."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
         if self.gpu_memory_gb <= 0:
             raise ValueError(f"gpu_memory_gb {self.gpu_memory_gb}: give the GPU's gigabytes")
-        if min(self.picture) < 1:
-            raise ValueError(f"picture {self.picture}: give height and width in pixels")
+        if min(self.image) < 1:
+            raise ValueError(f"image {self.image}: give height and width in pixels")
 
 
 def dry_run(plan: Plan) -> str:
@@ -72,9 +72,9 @@ def dry_run(plan: Plan) -> str:
     config, source = find_config(plan.model)
     model = build_without_weights(config)
     parts, lora = count_parts(model), lora_parameters(model, plan.lora_rank)
-    shape, limits = Shape.of(config), picture_limits(config, plan.model, plan.pixels)
-    size = resized(*plan.picture, shape.patch, shape.merge, limits)
-    tokens = visual_tokens(*plan.picture, shape.patch, shape.merge, limits)
+    shape, limits = Shape.of(config), image_limits(config, plan.model, plan.pixels)
+    size = resized(*plan.image, shape.patch, shape.merge, limits)
+    tokens = visual_tokens(*plan.image, shape.patch, shape.merge, limits)
     work = Workload(tokens, TEXT_TOKENS, plan.new_tokens, plan.turns)
     kind = "episode" if plan.turns > 1 else "demonstration"
     lines = [
@@ -83,7 +83,7 @@ def dry_run(plan: Plan) -> str:
         "",
         _parameters(parts, lora, plan),
         "",
-        f"picture of {plan.picture[0]} x {plan.picture[1]} -> {size[0]} x {size[1]} pixels -> {tokens} visual tokens "
+        f"image of {plan.image[0]} x {plan.image[1]} -> {size[0]} x {size[1]} pixels -> {tokens} visual tokens "
         f"(patch {shape.patch}, {shape.merge} x {shape.merge} patches a token); exact",
         f"a turn: {tokens} visual + {TEXT_TOKENS} text (assumed) + {plan.new_tokens} new = {work.turn_tokens} tokens"
         + (f"; an episode has {plan.turns}" if plan.turns > 1 else ""),

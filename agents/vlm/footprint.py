@@ -90,13 +90,13 @@ def training_bytes(parts: Parts, lora: int) -> float:
 
 
 def resized(height: int, width: int, patch: int, merge: int, limits: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a picture after the image processor: the library's own rule."""
+    """(height, width) of an image after the image processor: the library's own rule."""
     rows, columns = smart_resize(height, width, patch * merge, *limits)
     return int(rows), int(columns)
 
 
 def visual_tokens(height: int, width: int, patch: int, merge: int, limits: tuple[int, int]) -> int:
-    """Tokens that a picture takes in the language model: one for merge x merge patches. Exact."""
+    """Tokens that an image takes in the language model: one for merge x merge patches. Exact."""
     rows, columns = resized(height, width, patch, merge, limits)
     return rows // (patch * merge) * (columns // (patch * merge))
 
@@ -147,10 +147,10 @@ class Shape:
 class Workload:
     """What one training step looks like to the memory."""
 
-    picture_tokens: int
-    """Visual tokens of one picture."""
+    image_tokens: int
+    """Visual tokens of one image."""
     text_tokens: int
-    """Prompt tokens beside the picture."""
+    """Prompt tokens beside the image."""
     new_tokens: int
     """Sampled or taught tokens of a turn, at most."""
     turns: int
@@ -158,8 +158,8 @@ class Workload:
 
     @property
     def turn_tokens(self) -> int:
-        """One turn: each is a fresh prompt with one picture."""
-        return self.picture_tokens + self.text_tokens + self.new_tokens
+        """One turn: each is a fresh prompt with one image."""
+        return self.image_tokens + self.text_tokens + self.new_tokens
 
 
 def layer_bytes(shape: Shape, numbers: str = "autocast") -> int:
@@ -199,14 +199,14 @@ def activation_bytes(
     element = 4 if numbers == "float32" else 2
     layer = layer_bytes(shape, numbers) * tokens
     text = tokens * element * shape.hidden * shape.layers + layer if checkpointing else layer * shape.layers
-    patches = turns * work.picture_tokens * shape.merge**2
+    patches = turns * work.image_tokens * shape.merge**2
     block = element * patches * (8 * shape.vision_hidden + 2 * shape.vision_intermediate)
     vision = block  # frozen: one block at a time
     if trains_vision and checkpointing:
         vision = block + element * patches * shape.vision_hidden * shape.vision_layers
     elif trains_vision:
         vision = block * shape.vision_layers
-    features = turns * work.picture_tokens * shape.hidden * element * (1 + shape.deepstack)
+    features = turns * work.image_tokens * shape.hidden * element * (1 + shape.deepstack)
     logits = turns * work.new_tokens * shape.vocabulary * LOGIT_BYTES
     return text + vision + features + logits
 
@@ -219,7 +219,7 @@ def cache_bytes(shape: Shape, work: Workload, episodes: int, layout: str = "fres
         work: lengths.
         episodes: rows of a generation batch.
         layout: ``fresh``: each turn is a prompt of its own and the cache is dropped after it, which is
-            what this project plays. ``prefix``: one growing sequence with a picture a turn.
+            what this project plays. ``prefix``: one growing sequence with an image a turn.
         element: bytes of one number.
     """
     length = work.turn_tokens * (work.turns if layout == "prefix" else 1)
@@ -236,8 +236,8 @@ def rollout_bytes(shape: Shape, work: Workload, rows: int, element: int = 2) -> 
         element: bytes of one number.
     """
     # Nothing is kept for a backward pass: this is one layer's, with room to spare.
-    prefill = rows * (work.picture_tokens + work.text_tokens) * layer_bytes(shape, "float32") * element // 4
-    patches = rows * work.picture_tokens * shape.merge**2
+    prefill = rows * (work.image_tokens + work.text_tokens) * layer_bytes(shape, "float32") * element // 4
+    patches = rows * work.image_tokens * shape.merge**2
     vision = element * patches * (8 * shape.vision_hidden + 2 * shape.vision_intermediate)
     step = rows * shape.vocabulary * 4 * 4  # logits, a masked copy, log-softmax and its exponential
     return cache_bytes(shape, work, rows, element=element) + max(prefill, vision) + step

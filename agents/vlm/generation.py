@@ -2,7 +2,7 @@
 
 The sampler and the scorer see the same distribution: temperature ``T``, no top-k or top-p, the same
 suppressed tokens, log-softmax in float32. Positions are always passed explicitly, so the model's
-mutable ``rope_deltas`` is never relied on, and a cache may be continued with another picture.
+mutable ``rope_deltas`` is never relied on, and a cache may be continued with another image.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers import DynamicCache
 from ivt_agents.vlm.cache import Memory, make_cache, recall, refuse_inexact_cache, remember
 from ivt_agents.vlm.mrope import mrope_positions
 from ivt_agents.vlm.packing import break_even, pack
-from ivt_agents.vlm.turns import Picture, Prompt, Turn, pictures_in
-from ivt_agents.vlm.vision import encode_pictures
+from ivt_agents.vlm.turns import EncodedImage, Prompt, Turn, images_in
+from ivt_agents.vlm.vision import encode_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Sampling:
     temperature: float = 1.0
     """0 takes the most probable token each time; log-probabilities are then those at temperature 1."""
     suppressed: tuple[int, ...] = ()
-    """Ids that can never be sampled: picture placeholders would break the scoring pass."""
+    """Ids that can never be sampled: image placeholders would break the scoring pass."""
     end_ids: tuple[int, ...] = ()
     """Every id that ends a turn."""
     pad_id: int = 0
@@ -69,7 +69,7 @@ def generate(
         prompts: may repeat the same object; the prefill is then done once.
         sampling: how to draw.
         generator: source of randomness (None: torch's own).
-        keep: keep picture encodings on the prompts (frozen vision tower only).
+        keep: keep image encodings on the prompts (frozen vision tower only).
         memories: for each prompt what is already computed of it, or None. Only the rest is run through
             the model, and the list is filled with memories of prompt and completion. None: nothing is
             continued and nothing kept.
@@ -180,21 +180,21 @@ def _prefill(
     shape = (len(prompts), width)
     input_ids, mask = np.zeros(shape, dtype=np.int64), np.zeros((len(prompts), before + width), dtype=np.int64)
     positions = np.zeros((4, *shape), dtype=np.int64)
-    pictures: list[Picture] = []
+    images: list[EncodedImage] = []
     for i, (prompt, n, tail) in enumerate(zip(prompts, known, tails, strict=True)):
         start = width - len(tail)  # padded on the left, between what is remembered and the tail
         input_ids[i, start:] = tail
         mask[i, before - n : before] = 1
         mask[i, before + start :] = 1
         positions[0, i, start:] = np.arange(n, len(prompt.ids))
-        positions[1:, i, start:] = mrope_positions(prompt.ids, prompt.pictures, image_token, merge)[:, n:]
-        pictures += prompt.pictures[pictures_in(prompt, n, image_token, merge) :]
+        positions[1:, i, start:] = mrope_positions(prompt.ids, prompt.images, image_token, merge)[:, n:]
+        images += prompt.images[images_in(prompt, n, image_token, merge) :]
     cache = make_cache(model, room)
     if before:
         recall(cache, past, before)
     where = torch.from_numpy(positions).to(device)
     columns = torch.from_numpy(mask).to(device)
-    features = encode_pictures(model, pictures, keep) if pictures else None
+    features = encode_images(model, images, keep) if images else None
     hidden = forward(model, torch.from_numpy(input_ids).to(device), columns, where, features, cache)
     return cache, hidden, columns, where[:, :, -1]
 
@@ -202,14 +202,14 @@ def _prefill(
 def forward(
     model: Any, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, features: Any, cache: Any
 ) -> torch.Tensor:
-    """Hidden states (B, L, width) of a batch whose pictures are already encoded.
+    """Hidden states (B, L, width) of a batch whose images are already encoded.
 
     Args:
         model: the Qwen-VL model for conditional generation.
         input_ids: (B, L).
         mask: (B, past + L) of 1 and 0, or (B, 1, L, L) added to the attention scores.
         positions: (4, B, L).
-        features: of all pictures in ``input_ids``, or None where there are none.
+        features: of all images in ``input_ids``, or None where there are none.
         cache: to be continued, or None.
     """
     return model.model(  # type: ignore[no-any-return]
@@ -235,7 +235,7 @@ class TokenScorer(nn.Module):
         Args:
             model: Qwen-VL for conditional generation, or a peft model around one.
             sampling: temperature and suppressed tokens of the distribution.
-            frozen_vision: picture encodings may be kept on the pictures and used again.
+            frozen_vision: image encodings may be kept on the images and used again.
             packing: false gives each turn a row of its own, as flash attention needs it.
         """
         super().__init__()
@@ -271,7 +271,7 @@ class TokenScorer(nn.Module):
             self.worth,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_vision):
-            features = encode_pictures(core, packed.pictures, keep=self.frozen_vision)
+            features = encode_images(core, packed.images, keep=self.frozen_vision)
         mask = packed.attention_mask.to(device)
         if mask.ndim == 4:
             mask = mask.to(core.dtype)

@@ -73,8 +73,8 @@ def load_policy(
         layout: see ``VLMPolicy``. None: as the folder says, else fresh.
         reuse: see ``VLMPolicy``.
         view: see ``VLMPolicy``. None: as the folder says, else overlay.
-        pixels: multiplies the most pixels that the image processor hands on of a picture, and is saved with
-            the policy. A picture that is smaller than that as it is is not enlarged. None: as the folder says.
+        pixels: multiplies the most pixels that the image processor hands on of an image, and is saved with
+            the policy. An image that is smaller than that as it is is not enlarged. None: as the folder says.
 
     Raises:
         PolicyError: for a folder that is not there, is no model, is incomplete or does not fit its own weights;

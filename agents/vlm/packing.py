@@ -1,6 +1,6 @@
 """Turns laid out for scoring so that what they share is computed once.
 
-Turns that begin alike, picture for picture and id for id, share a row: the common beginning stands
+Turns that begin alike, image for image and id for id, share a row: the common beginning stands
 there once, and behind it each turn's own tokens, which see their own past and nothing of the others.
 Eight answers to one prompt are one prompt and eight answers; the turns of a growing conversation
 are one sequence. Every sampled token has exactly the context, and the position, that it has in a
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ivt_agents.vlm.mrope import mrope_positions
-from ivt_agents.vlm.turns import Picture, Turn, pictures_in
+from ivt_agents.vlm.turns import EncodedImage, Turn, images_in
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +31,7 @@ class Row:
     slots: list[NDArray[np.int64]] = field(default_factory=list)
     """For each turn (length of its sequence,): the column of each of its tokens."""
     keys: list[NDArray[np.int64]] = field(default_factory=list)
-    """For each turn: its ids, picture placeholders replaced by a number of their picture."""
+    """For each turn: its ids, image placeholders replaced by a number of their image."""
     fresh: list[int] = field(default_factory=list)
     """For each turn: how many of its first tokens an earlier turn of the row had brought."""
     length: int = 0
@@ -47,7 +47,7 @@ class Packed:
     """(R, L) of 1 and 0 where no row holds two turns; else (R, 1, L, L), added to the attention scores."""
     position_ids: torch.Tensor
     """(4, R, L): text position, then the three M-RoPE axes."""
-    pictures: list[Picture]
+    images: list[EncodedImage]
     """In the order of their placeholders."""
     rows: torch.Tensor
     """(N,) for each sampled token, turn after turn: the row of the token before it, whose logits speak about it."""
@@ -80,18 +80,18 @@ def plan_rows(turns: Sequence[Turn], image_token: int, worth: float | None = mat
 
     Args:
         turns: at least one.
-        image_token: the id of a picture placeholder.
+        image_token: the id of an image placeholder.
         worth: see ``break_even``; infinite: share whatever can be shared; None: nothing.
     """
-    pictures: dict[int, int] = {}
-    keyed = [_keys(turn, image_token, pictures) for turn in turns]
+    images: dict[int, int] = {}
+    keyed = [_keys(turn, image_token, images) for turn in turns]
     rows: list[Row] = []
     families: dict[int, list[Row]] = {}
     # The longest first: the earlier turns of a conversation then find themselves in its last one.
     for number in sorted(range(len(turns)), key=lambda k: -len(keyed[k])):
         keys = keyed[number]
-        # Turns that do not even share their first picture have next to nothing in common.
-        family = families.setdefault(id(turns[number].prompt.pictures[0]), [])
+        # Turns that do not even share their first image have next to nothing in common.
+        family = families.setdefault(id(turns[number].prompt.images[0]), [])
         row, best, shared, gain = Row(), -1, 0, 0.0
         for candidate in family if worth is not None else ():
             member, common = max(
@@ -130,7 +130,7 @@ def pack(turns: Sequence[Turn], pad_id: int, image_token: int, merge: int, worth
     Args:
         turns: at least one.
         pad_id: fills up; masks come from lengths, never from ids.
-        image_token: the id of a picture placeholder.
+        image_token: the id of an image placeholder.
         merge: the vision tower's spatial merge size.
         worth: see ``plan_rows``.
     """
@@ -141,7 +141,7 @@ def pack(turns: Sequence[Turn], pad_id: int, image_token: int, merge: int, worth
     positions = np.zeros((4, *shape), dtype=np.int64)
     crowded = any(len(row.turns) > 1 for row in plan)
     visible = np.zeros((*shape, length) if crowded else shape, dtype=bool)
-    pictures: list[Picture] = []
+    images: list[EncodedImage] = []
     where: dict[int, tuple[int, NDArray[np.int64]]] = {}
     for r, row in enumerate(plan):
         for number, slots, shared in zip(row.turns, row.slots, row.fresh, strict=True):
@@ -150,13 +150,13 @@ def pack(turns: Sequence[Turn], pad_id: int, image_token: int, merge: int, worth
             own = slots[shared:]
             input_ids[r, own] = ids[shared:]
             positions[0, r, own] = np.arange(shared, len(ids))
-            positions[1:, r, own] = mrope_positions(ids.tolist(), turn.prompt.pictures, image_token, merge)[:, shared:]
+            positions[1:, r, own] = mrope_positions(ids.tolist(), turn.prompt.images, image_token, merge)[:, shared:]
             if crowded:
                 visible[r][np.ix_(own, slots)] = np.tri(len(ids), dtype=bool)[shared:]
             else:
                 visible[r, own] = True
-            # A picture is shared as a whole or not at all, so a shared beginning holds whole pictures.
-            pictures += turn.prompt.pictures[pictures_in(turn.prompt, shared, image_token, merge) :]
+            # An image is shared as a whole or not at all, so a shared beginning holds whole images.
+            images += turn.prompt.images[images_in(turn.prompt, shared, image_token, merge) :]
             where[number] = (r, slots)
     rows, columns = [], []
     for number, turn in enumerate(turns):
@@ -169,7 +169,7 @@ def pack(turns: Sequence[Turn], pad_id: int, image_token: int, merge: int, worth
         torch.from_numpy(input_ids),
         _additive(visible) if crowded else torch.from_numpy(visible.astype(np.int64)),
         torch.from_numpy(positions),
-        pictures,
+        images,
         torch.from_numpy(np.concatenate(rows)),
         torch.from_numpy(np.concatenate(columns)),
         torch.tensor([i for turn in turns for i in turn.completion]),
@@ -199,15 +199,15 @@ def micro_batches(
     return parts
 
 
-def _keys(turn: Turn, image_token: int, pictures: dict[int, int]) -> NDArray[np.int64]:
-    """Ids with the placeholders of each picture object replaced by a negative number of its own."""
+def _keys(turn: Turn, image_token: int, images: dict[int, int]) -> NDArray[np.int64]:
+    """Ids with the placeholders of each image object replaced by a negative number of its own."""
     keys = np.array(turn.prompt.ids + turn.completion, dtype=np.int64)
     places = np.flatnonzero(keys == image_token)
-    # Placeholders come in unbroken runs, one for each picture.
+    # Placeholders come in unbroken runs, one for each image.
     starts = np.flatnonzero(np.diff(places, prepend=-2) > 1)
     ends = [*starts[1:], len(places)]
-    for picture, a, b in zip(turn.prompt.pictures, starts, ends, strict=True):
-        keys[places[a:b]] = -1 - pictures.setdefault(id(picture), len(pictures))
+    for image, a, b in zip(turn.prompt.images, starts, ends, strict=True):
+        keys[places[a:b]] = -1 - images.setdefault(id(image), len(images))
     return keys
 
 

@@ -62,10 +62,10 @@ class VLMPolicy:
             temperature: 0 for greedy.
             seed: of the sampling.
             batch_size: rows in one forward pass of generation.
-            frozen_vision: picture encodings may be kept and used again.
+            frozen_vision: image encodings may be kept and used again.
             layout: ``fresh``, a prompt of its own each step, or ``prefix``, one growing conversation.
             view: the environment's view that the policy was trained for; for those who make one for it.
-            reuse: compute equal prompts once, keep picture encodings, and continue conversations on
+            reuse: compute equal prompts once, keep image encodings, and continue conversations on
                 their key-value caches. False computes everything anew each time: slower, the same.
 
         Raises:
@@ -149,7 +149,7 @@ class VLMPolicy:
         return actions
 
     def _turns(self, observations: Mapping[str, Any], rows: Sequence[int]) -> list[Turn]:
-        """A turn for each row; the pictures of the next rows are prepared while the model is at work on these."""
+        """A turn for each row; the images of the next rows are prepared while the model is at work on these."""
         chunks = [rows[k : k + self.batch_size] for k in range(0, len(rows), self.batch_size)]
         waiting = [_next().submit(self.prompts_for, observations, chunk) for chunk in chunks[:1]]
         turns: list[Turn] = []
@@ -188,7 +188,7 @@ class VLMPolicy:
         """
         asked = [(row, images_of(observations, row)) for row in rows]
         keys = [(observations["expression"][row], observations["box"][row].tobytes()) for row, _ in asked]
-        # Only what is asked alike about a like box can be equal: the pictures of all others need no comparing.
+        # Only what is asked alike about a like box can be equal: the images of all others need no comparing.
         alike = Counter(keys)
         named: list[tuple[Hashable, list[Hashable]]] = []
         images: dict[Hashable, NDArray[np.uint8]] = {}
@@ -214,13 +214,13 @@ class VLMPolicy:
         return [made[whole] for whole, _ in named]
 
     def check(self) -> None:
-        """Ask for one token about a blank picture.
+        """Ask for one token about a blank image.
 
         Raises:
             ValueError: where what comes back is no number. What a model raises that cannot be run is its own.
         """
-        (picture,) = self.dialogue.process([np.zeros((48, 64, 3), dtype=np.uint8)])
-        prompt = self.dialogue.prompt("x", (0.25, 0.25, 0.75, 0.75), [(picture, WHOLE)])
+        (image,) = self.dialogue.process([np.zeros((48, 64, 3), dtype=np.uint8)])
+        prompt = self.dialogue.prompt("x", (0.25, 0.25, 0.75, 0.75), [(image, WHOLE)])
         once = replace(self.sampling, max_new_tokens=1, temperature=0.0)
         (turn,) = generate(self.core, [prompt], once, None, False)
         if not np.isfinite(turn.log_probs).all():

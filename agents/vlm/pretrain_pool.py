@@ -220,7 +220,7 @@ class View:
 def standard_views(split: str, index: int) -> list[View]:
     """A whole scene, and a close-up around one of its objects."""
     scene, rng = make_scene(split, index), np.random.default_rng((77, index))
-    full = Image.fromarray(scene.picture())
+    full = Image.fromarray(scene.image())
     asked = scene.questions(QUESTIONS)
     # The close-up is around an object that is asked about, or there would be nothing to ask.
     target = scene.things[asked[int(rng.integers(len(asked)))].target]
@@ -232,7 +232,7 @@ def search_views(split: str, index: int) -> list[View]:
     """A whole search scene, a close-up of one object, and one of two."""
     rng = np.random.default_rng((78, index))
     scene = make_scene(f"{split}_search_{MARK_SIDES[index % len(MARK_SIDES)]}", index)
-    full = Image.fromarray(scene.picture())
+    full = Image.fromarray(scene.image())
     asked = scene.questions(len(scene.things) + 2)
     one = scene.things[int(rng.integers(len(scene.things)))]
     near = min((t for t in scene.things if t is not one), key=lambda t: math.dist(t.centre, one.centre))

@@ -1,7 +1,7 @@
 """What a policy is asked at each step.
 
 One wording serves SFT, rollouts and evaluation. The current box stands in it in the model's own
-coordinates (those of the first picture shown), and the pictures say by themselves what is drawn.
+coordinates (those of the first image shown), and the images say by themselves what is drawn.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Prompts:
 
     text: str
     closeup: str = ""
-    """Added where the only picture shown is a close-up."""
+    """Added where the only image shown is a close-up."""
     with_closeup: str = ""
-    """Added where a close-up is shown beside the whole picture."""
+    """Added where a close-up is shown beside the whole image."""
 
     def fill(
         self, expression: str, box_text: str | None, windows: Sequence[tuple[float, float, float, float]] = (WHOLE,)
@@ -32,7 +32,7 @@ class Prompts:
         Args:
             expression: what to find.
             box_text: the current box in the model's coordinates, or None.
-            windows: what each picture shows, relative to the whole picture.
+            windows: what each image shows, relative to the whole image.
         """
         # str.replace, not str.format: an expression may hold braces.
         filled = self.text.replace("{box}", box_text or NO_BOX_TEXT)
@@ -48,11 +48,11 @@ TINY = Prompts("Locate {expression}. Current box: {box}.")
 
 QWEN = Prompts(
     'Locate the object that this expression describes: "{expression}". Current box: {box}.\n'
-    "The current box, if there is one, is drawn on the picture as a translucent red rectangle. If it "
+    "The current box, if there is one, is drawn on the image as a translucent red rectangle. If it "
     'fits the object, answer {"stop": true}. Otherwise say briefly what is wrong with it, if anything, '
     'and answer with one JSON object: {"bbox_2d": [x1, y1, x2, y2]}.',
-    closeup=" The picture shows only the region around the current box, enlarged; all coordinates refer to it.",
-    with_closeup=" The second picture shows the region around the current box, enlarged. To answer in its coordinates,"
+    closeup=" The image shows only the region around the current box, enlarged; all coordinates refer to it.",
+    with_closeup=" The second image shows the region around the current box, enlarged. To answer in its coordinates,"
     ' write {"picture": 2, "bbox_2d": [x1, y1, x2, y2]}.',
 )
 """For pretrained models. Our choice: the paper does not give its prompts."""

@@ -37,9 +37,9 @@ AGAIN = "make the policy again, or fetch the model again"
 
 _MOST_LAYERS, _MOST_RANK = 1000, 4096
 _LEAST_PIXELS = 2**22
-"""No processor enlarges pictures to more than this."""
+"""No processor enlarges images to more than this."""
 _PROBE = 4096
-"""Longest side of a picture that is processed to see what a processor does."""
+"""Longest side of an image that is processed to see what a processor does."""
 
 
 class PolicyError(ValueError):
@@ -133,7 +133,7 @@ def read_settings(source: Source, model_type: str) -> dict[str, Any]:
                 " --resume, or train it again"
             )
         print(
-            f"{source.name} holds no {POLICY_FILE}: it is asked as a pretrained model is (whole picture with the box"
+            f"{source.name} holds no {POLICY_FILE}: it is asked as a pretrained model is (whole image with the box"
             " drawn, a fresh prompt each step); a policy that was trained on another question needs its file",
             file=sys.stderr,
         )
@@ -221,7 +221,7 @@ def load_image_processor(source: Source, config: Any, pixels: float | None = Non
                     f" {AGAIN}"
                 )
         sides = [(20, 30)]  # to be enlarged, or rounded to whole tokens
-        if pixels is not None:  # a picture that is scaled down to the new budget, and one between the two
+        if pixels is not None:  # an image that is scaled down to the new budget, and one between the two
             sides += [
                 (side, side) for b in {most, limits[1]} if (side := math.isqrt(b) + 2 * vision.patch_size) < _PROBE
             ]
@@ -233,7 +233,7 @@ def load_image_processor(source: Source, config: Any, pixels: float | None = Non
 def _probe(
     processor: Any, height: int, width: int, limits: tuple[int, int], asked: Mapping[str, int], folder: str
 ) -> None:
-    """Process one picture and count what comes out."""
+    """Process one image and count what comes out."""
     done = processor(images=[np.zeros((height, width, 3), np.uint8)], return_tensors="pt")
     patch, merge = asked["patch_size"], asked["merge_size"]
     rows, columns = resized(height, width, patch, merge, limits)
@@ -248,9 +248,9 @@ def _probe(
 
 
 def pixel_limits(processor: Any, folder: str) -> tuple[int, int]:
-    """The least and the most pixels of a picture that an image processor hands on."""
+    """The least and the most pixels of an image that an image processor hands on."""
     size = processor.size
-    # "Edges" by name, areas by meaning: the least and the most pixels of a picture after resizing.
+    # "Edges" by name, areas by meaning: the least and the most pixels of an image after resizing.
     least, most = size["shortest_edge"], size["longest_edge"]
     if not (type(least) is type(most) is int and 0 < least <= min(most, _LEAST_PIXELS)):
         raise PolicyError(f"image processor of {folder}: from {least!r} to {most!r} pixels; {AGAIN}")
@@ -263,7 +263,7 @@ def scaled(limits: tuple[int, int], pixels: float, folder: str) -> tuple[int, in
     wanted = round(most * pixels) if math.isfinite(pixels) else 0
     if wanted < least:
         raise PolicyError(
-            f"pixels {pixels:g}: {folder} takes at most {most} pixels of a picture and never fewer than {least};"
+            f"pixels {pixels:g}: {folder} takes at most {most} pixels of an image and never fewer than {least};"
             f" give at least {least / most:g}"
         )
     return least, wanted

@@ -21,7 +21,7 @@ from ivt_agents.vlm.prompts import NO_BOX_TEXT, TINY
 from ivt_env.data.scenes.language import search_vocabulary, vocabulary
 
 INPUT_SIDE = 96
-"""A square picture reaches the model as 96 x 96 pixels: 36 merged tokens."""
+"""A square image reaches the model as 96 x 96 pixels: 36 merged tokens."""
 
 SPECIALS = (
     "<|endoftext|>",

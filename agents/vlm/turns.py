@@ -16,15 +16,15 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(slots=True, eq=False)
-class Picture:
-    """One picture as the image processor hands it to the model, and its encoding once there is one."""
+class EncodedImage:
+    """One image as the image processor hands it to the model, and its encoding once there is one."""
 
     patches: torch.Tensor
     """(patches, channels * temporal * p * p)"""
     grid: tuple[int, int, int]
     """(frames, rows, columns) in patches."""
     features: torch.Tensor | None = None
-    """(merged tokens, width); kept when the vision tower is frozen, so that it runs once a picture."""
+    """(merged tokens, width); kept when the vision tower is frozen, so that it runs once an image."""
     deepstack: list[torch.Tensor] | None = None
 
     def resized(self, patch_size: int) -> tuple[int, int]:
@@ -34,18 +34,18 @@ class Picture:
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """Token ids of one prompt, picture placeholders expanded, and its pictures in order."""
+    """Token ids of one prompt, image placeholders expanded, and its images in order."""
 
     ids: list[int]
-    pictures: list[Picture]
+    images: list[EncodedImage]
     windows: list[Box] = field(default_factory=lambda: [WHOLE])
-    """What each picture of the *current* step shows, relative to the whole picture; they come last in ``pictures``."""
+    """What each image of the *current* step shows, relative to the whole image; they come last in ``images``."""
 
-    def shown(self, number: int) -> tuple[Picture, Box] | None:
-        """The current step's picture ``number`` (from 1) and its window; None where there is no such picture."""
+    def shown(self, number: int) -> tuple[EncodedImage, Box] | None:
+        """The current step's image ``number`` (from 1) and its window; None where there is no such image."""
         if not 1 <= number <= len(self.windows):
             return None
-        return self.pictures[len(self.pictures) - len(self.windows) + number - 1], self.windows[number - 1]
+        return self.images[len(self.images) - len(self.windows) + number - 1], self.windows[number - 1]
 
 
 @dataclass(slots=True, eq=False)
@@ -63,11 +63,11 @@ class Turn:
     """The highest probability that the stop had at any place of the answer; None where it is not one token."""
 
 
-def pictures_in(prompt: Prompt, length: int, image_token: int, merge: int) -> int:
-    """How many of a prompt's pictures stand, whole, in its first ``length`` ids."""
+def images_in(prompt: Prompt, length: int, image_token: int, merge: int) -> int:
+    """How many of a prompt's images stand, whole, in its first ``length`` ids."""
     left, count = int((np.asarray(prompt.ids[:length]) == image_token).sum()), 0
-    for picture in prompt.pictures:
-        left -= int(np.prod(picture.grid)) // merge**2
+    for image in prompt.images:
+        left -= int(np.prod(image.grid)) // merge**2
         if left < 0:
             break
         count += 1

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from ivt_agents.vlm.turns import Picture
+from ivt_agents.vlm.turns import EncodedImage
 
 
-def encode_pictures(model: Any, pictures: Sequence[Picture], keep: bool) -> BaseModelOutputWithDeepstackFeatures:
-    """The vision tower's output for a batch's pictures; each distinct picture is encoded once.
+def encode_images(model: Any, images: Sequence[EncodedImage], keep: bool) -> BaseModelOutputWithDeepstackFeatures:
+    """The vision tower's output for a batch's images; each distinct image is encoded once.
 
     Args:
         model: a Qwen-VL model for conditional generation (adapters allowed).
-        pictures: in the order of the batch; an object may stand there many times.
-        keep: store the result on the pictures and use what is stored. Right only while the vision
+        images: in the order of the batch; an object may stand there many times.
+        keep: store the result on the images and use what is stored. Right only while the vision
             tower is frozen.
     """
-    distinct = list({id(p): p for p in pictures}.values())
+    distinct = list({id(p): p for p in images}.values())
     missing = [p for p in distinct if not (keep and p.features is not None)]
     made: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
     if missing:
@@ -29,16 +29,16 @@ def encode_pictures(model: Any, pictures: Sequence[Picture], keep: bool) -> Base
         grids = torch.tensor([p.grid for p in missing], device=device)
         out = model.get_image_features(patches, grids, return_dict=True)
         layers = getattr(out, "deepstack_features", None) or []
-        for k, picture in enumerate(missing):
-            made[id(picture)] = (out.pooler_output[k], [layer[k] for layer in layers])
+        for k, image in enumerate(missing):
+            made[id(image)] = (out.pooler_output[k], [layer[k] for layer in layers])
             if keep:
-                picture.features = out.pooler_output[k].detach()
-                picture.deepstack = [layer[k].detach() for layer in layers]
-    for picture in distinct:
-        if id(picture) not in made:
-            assert picture.features is not None and picture.deepstack is not None
-            made[id(picture)] = (picture.features, picture.deepstack)
-    rows = [made[id(p)] for p in pictures]
+                image.features = out.pooler_output[k].detach()
+                image.deepstack = [layer[k].detach() for layer in layers]
+    for image in distinct:
+        if id(image) not in made:
+            assert image.features is not None and image.deepstack is not None
+            made[id(image)] = (image.features, image.deepstack)
+    rows = [made[id(p)] for p in images]
     depth = len(rows[0][1])
     return BaseModelOutputWithDeepstackFeatures(
         pooler_output=[features for features, _ in rows],

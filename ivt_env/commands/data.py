@@ -45,13 +45,13 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     one = commands.add_parser(
         "check",
         help="is it whole, readable and free of leaks?",
-        description="Reads every row and every picture. With several data sets it also says which pictures "
+        description="Reads every row and every image. With several data sets it also says which images "
         "of one's training split are in another's validation or test. Exit status 1: not fit for use.",
     )
     one.add_argument("names", nargs="+", metavar="NAME", help=f"data set: {', '.join(_ON_DISK)}")
     one.add_argument("--split", action="append", metavar="SPLIT", help="only this one (may be repeated)")
-    one.add_argument("--no-pictures", action="store_true", help="rows only (much faster)")
-    one.add_argument("--workers", type=int, default=4, metavar="N", help="pictures decoded at a time (%(default)s)")
+    one.add_argument("--no-images", action="store_true", help="rows only (much faster)")
+    one.add_argument("--workers", type=int, default=4, metavar="N", help="images decoded at a time (%(default)s)")
     one.add_argument("--json", action="store_true", help="print JSON and nothing else")
     _add_root(one)
     one.set_defaults(run=_check)
@@ -64,16 +64,16 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     )
     one.add_argument("source", metavar="NAME|FILE", help="data set, or the file to convert (with --from)")
     one.add_argument("--from", dest="kind", choices=("coco", "label-studio"), help="what the file is")
-    one.add_argument("--pictures", type=Path, metavar="FOLDER", help="with --from: where the pictures are")
+    one.add_argument("--images", type=Path, metavar="FOLDER", help="with --from: where the images are")
     one.add_argument("--out", type=Path, metavar="FOLDER", help="folder for dataset.json, SPLIT.jsonl and images/")
     one.add_argument("--name", metavar="LABEL", help="with --out: the new data set's label")
     one.add_argument("--expression-key", metavar="KEY", help="with --from: where the expression stands in the file")
     one.add_argument("--split", default=None, metavar="SPLIT", help="the split to write (default: train, or all)")
     one.add_argument(
-        "--shares", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="with --from: divide the pictures"
+        "--shares", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="with --from: divide the images"
     )
     one.add_argument("--seed", type=int, default=0, help="of the division (%(default)s)")
-    one.add_argument("--copy", action="store_true", help="copy the pictures instead of linking them")
+    one.add_argument("--copy", action="store_true", help="copy the images instead of linking them")
     _add_root(one)
     one.set_defaults(run=_convert)
 
@@ -87,8 +87,8 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--number", type=int, default=12, metavar="N", help="samples (%(default)s)")
     one.add_argument("--index", type=int, nargs="+", metavar="I", help="these samples instead of random ones")
     one.add_argument("--seed", type=int, default=0, help="of the choice (%(default)s)")
-    one.add_argument("--columns", type=int, default=4, metavar="N", help="pictures in a row (%(default)s)")
-    one.add_argument("--side", type=int, default=300, metavar="PX", help="of one picture (%(default)s)")
+    one.add_argument("--columns", type=int, default=4, metavar="N", help="images in a row (%(default)s)")
+    one.add_argument("--side", type=int, default=300, metavar="PX", help="of one image (%(default)s)")
     one.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="FILE", help="default: %(default)s")
     _add_root(one)
     one.set_defaults(run=_show)
@@ -135,9 +135,9 @@ def _check(args: argparse.Namespace) -> int:
     tables: dict[tuple[str, str], Table] = {}
     for name in args.names:
         for source, of_source in _sources(name, root, args.split):
-            report = check_source(source, of_source, not args.no_pictures, args.workers, _progress)
+            report = check_source(source, of_source, not args.no_images, args.workers, _progress)
             reports.append(report)
-            tables |= {(source.name, s): open_table(source, s, need_pictures=False) for s in of_source}
+            tables |= {(source.name, s): open_table(source, s, need_images=False) for s in of_source}
             if not args.json:
                 print(report)
     across = _across(tables, every=args.json) if len(args.names) > 1 else []
@@ -165,13 +165,13 @@ def vars_of(finding: Finding) -> dict[str, object]:
 
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
-        print(f"\r{done:,} of {total:,} pictures", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        print(f"\r{done:,} of {total:,} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _convert(args: argparse.Namespace) -> int:
     if args.kind is not None:
-        if args.out is None or args.pictures is None or args.name is None:
-            raise DataError("convert --from needs --pictures, --out and --name")
+        if args.out is None or args.images is None or args.name is None:
+            raise DataError("convert --from needs --images, --out and --name")
         if args.split and args.shares:
             raise DataError("--split puts everything into one split and --shares divides it: give one of them")
         divided: str | dict[str, float] = args.split or "train"
@@ -183,14 +183,14 @@ def _convert(args: argparse.Namespace) -> int:
         convert = from_coco if args.kind == "coco" else from_label_studio
         _say(
             convert(
-                args.source, args.pictures, args.out, args.name, split=divided, seed=args.seed, copy=args.copy, **keys
+                args.source, args.images, args.out, args.name, split=divided, seed=args.seed, copy=args.copy, **keys
             )
         )
         return 0
     if Path(args.source).suffix and args.source not in NAMES:
         raise DataError(f"{args.source} is a file: say what it is with --from coco or --from label-studio")
     for option, value in (
-        ("--pictures", args.pictures), ("--shares", args.shares), ("--expression-key", args.expression_key),
+        ("--images", args.images), ("--shares", args.shares), ("--expression-key", args.expression_key),
     ):  # fmt: skip
         if value is not None:
             raise DataError(f"{option} belongs to --from; say what {args.source} is with --from, or leave {option} out")
@@ -206,7 +206,7 @@ def _convert(args: argparse.Namespace) -> int:
         )
     for source, of_source in sources:
         for split in of_source:
-            table = open_table(source, split, need_pictures=args.out is not None)
+            table = open_table(source, split, need_images=args.out is not None)
             print(f"{source.name} {split}: {len(table):,} expressions, from {source.layout} in {source.folder}")
             if args.out is not None:
                 own = split if split in OWN_SPLITS else "test"  # testA or testB, one of them
@@ -216,7 +216,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _say(done: Converted) -> None:
     counts = ", ".join(f"{split} {count:,}" for split, count in done.counts.items())
-    print(f"{done.folder}: {counts} expressions on {done.pictures:,} pictures")
+    print(f"{done.folder}: {counts} expressions on {done.images:,} images")
     for note, count in done.notes.items():
         print(f"  {note} ({count:,})")
     for reason in done.left_out[:10]:
@@ -229,7 +229,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.number < 1 or args.columns < 1 or args.side < 32:
         raise DataError("--number and --columns are at least 1, --side is at least 32")
     if args.out.suffix.lower() not in Image.registered_extensions():
-        raise DataError(f"--out {args.out}: is no name of a picture; give one that ends in .png or .jpg")
+        raise DataError(f"--out {args.out}: is no name of an image; give one that ends in .png or .jpg")
     # The splits that this machine can serve, where the user names none.
     for split in [args.split] if args.split else splits(args.name):
         try:

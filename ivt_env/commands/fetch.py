@@ -1,7 +1,7 @@
 """``ivt data fetch NAME``: download a data set to where its reader looks for it.
 
 Shows the licence and the size first and asks before more than 1 GB. Everything that is interrupted
-goes on where it stopped when the same command is run again. Pictures come as one archive, or one by
+goes on where it stopped when the same command is run again. Images come as one archive, or one by
 one where a split needs a fraction of it.
 """
 
@@ -26,7 +26,7 @@ from ivt_env.data.catalogue import (
     Entry,
     HubFile,
     HubFolder,
-    PictureSource,
+    ImageSource,
     RemoteFile,
     entry,
     hub_url,
@@ -44,7 +44,7 @@ from ivt_env.data.fetch import (
     readable,
     remote_size,
 )
-from ivt_env.data.fetch_pictures import fetch_pictures
+from ivt_env.data.fetch_images import fetch_images
 from ivt_env.data.sample import DataError
 from ivt_env.files import write_whole
 
@@ -64,14 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--yes", action="store_true", help="download more than 1 GB without asking")
     parser.add_argument(
-        "--split", help="only what this split needs, where it can be had alone (pictures one by one unless told else)"
+        "--split", help="only what this split needs, where it can be had alone (images one by one unless told else)"
     )
     parser.add_argument(
-        "--pictures",
+        "--images",
         choices=("archive", "single", "none"),
         help="as one archive (default), one by one as the annotations name them (default with --split), or not at all",
     )
-    parser.add_argument("--workers", type=_workers, default=8, metavar="N", help="pictures at a time (default: 8)")
+    parser.add_argument("--workers", type=_workers, default=8, metavar="N", help="images at a time (default: 8)")
     parser.add_argument(
         "--keep-archives", action="store_true", help="keep an archive after it is unpacked (default: delete it)"
     )
@@ -101,24 +101,22 @@ def _fetch(args: argparse.Namespace, patience: Patience = PATIENCE) -> None:
     found = entry(args.name)
     if args.split is not None and args.split not in found.splits:
         raise DataError(f"{found.name} has no split {args.split!r}; it has {', '.join(found.splits)}")
-    how = args.pictures or ("single" if args.split and found.pictures and found.pictures.single_url else "archive")
-    if how == "single" and (found.pictures is None or found.pictures.single_url is None):
-        raise DataError(
-            f"the pictures of {found.name} are not served one by one; leave --pictures out to get them with it"
-        )
+    how = args.images or ("single" if args.split and found.images and found.images.single_url else "archive")
+    if how == "single" and (found.images is None or found.images.single_url is None):
+        raise DataError(f"the images of {found.name} are not served one by one; leave --images out to get them with it")
     root = data_folder(args.data_root)
     print(f"{found.title} ({found.homepage})\nLicence: {found.licence}\n{found.notice}\nInto {root}")
     wanted = [*found.files, *_hub_files(found.hub, args.split, args.mirror, patience)]
-    if found.pictures is not None and how == "archive" and not _is_complete_elsewhere(found.pictures, root):
-        wanted.append(found.pictures.archive)
+    if found.images is not None and how == "archive" and not _is_complete_elsewhere(found.images, root):
+        wanted.append(found.images.archive)
     files = [replace(file, url=mirrored(file.url, args.mirror)) for file in wanted]
     absent = [file for file in files if not is_ready(file, root)]
     _ask([_size(file, root, patience) for file in absent], args.yes)
     for file in absent:
         _obtain(file, root, args.keep_archives, patience)
-    if found.pictures is not None and how == "single":
-        _obtain_pictures(found, found.pictures, root, args, patience)
-    print(f"{found.name}: complete in {root}" + (" (without pictures)" if found.pictures and how == "none" else ""))
+    if found.images is not None and how == "single":
+        _obtain_images(found, found.images, root, args, patience)
+    print(f"{found.name}: complete in {root}" + (" (without images)" if found.images and how == "none" else ""))
 
 
 # --- What there is to do --------------------------------------------------------------------------
@@ -158,10 +156,10 @@ def _files_in(folder: Path) -> int:
         return 0
 
 
-def _is_complete_elsewhere(pictures: PictureSource, root: Path) -> bool:
-    """Whether a user keeps all pictures in another of the folders that the reader looks into."""
-    must_hold = pictures.archive.must_hold
-    return must_hold is not None and any(_files_in(root / f) >= must_hold[1] for f in pictures.folders[1:])
+def _is_complete_elsewhere(images: ImageSource, root: Path) -> bool:
+    """Whether a user keeps all images in another of the folders that the reader looks into."""
+    must_hold = images.archive.must_hold
+    return must_hold is not None and any(_files_in(root / f) >= must_hold[1] for f in images.folders[1:])
 
 
 def _hub_files(
@@ -276,41 +274,39 @@ def _unpacked_note(file: RemoteFile, root: Path) -> Path:
     return target.with_name(f"{target.name}.unpacked")
 
 
-def _obtain_pictures(
-    found: Entry, pictures: PictureSource, root: Path, args: argparse.Namespace, patience: Patience
-) -> None:
-    """Download the pictures that the annotations name, one by one."""
-    single_url = pictures.single_url
+def _obtain_images(found: Entry, images: ImageSource, root: Path, args: argparse.Namespace, patience: Patience) -> None:
+    """Download the images that the annotations name, one by one."""
+    single_url = images.single_url
     assert single_url is not None
     asked = (args.split,) if args.split else found.splits
-    names = sorted({name for split in asked for name in picture_names(found.name, split, root)})
-    folder = next((root / f for f in pictures.folders if (root / f).is_dir()), root / pictures.folders[0])
+    names = sorted({name for split in asked for name in image_names(found.name, split, root)})
+    folder = next((root / f for f in images.folders if (root / f).is_dir()), root / images.folders[0])
     absent = sum(not (folder / name).is_file() for name in names)
-    print(f"{found.name} {'/'.join(asked)}: {len(names)} pictures, {absent} of them not in {folder}")
-    estimate = absent * pictures.mean_bytes
+    print(f"{found.name} {'/'.join(asked)}: {len(names)} images, {absent} of them not in {folder}")
+    estimate = absent * images.mean_bytes
     _ask([estimate], args.yes)
-    check_space(folder, estimate, f"downloading {absent} pictures")
-    line = ProgressLine("pictures", "pictures")
+    check_space(folder, estimate, f"downloading {absent} images")
+    line = ProgressLine("images", "images")
     try:
-        downloaded, present = fetch_pictures(
+        downloaded, present = fetch_images(
             names, folder, lambda name: mirrored(single_url.format(name=name), args.mirror), args.workers,
             patience=patience, progress=line,
         )  # fmt: skip
     finally:
         line.close()
-    print(f"{folder}: {downloaded} pictures downloaded, {present} were there")
+    print(f"{folder}: {downloaded} images downloaded, {present} were there")
 
 
-def picture_names(name: str, split: str, root: Path) -> list[str]:
-    """The pictures of COCO train2014 that a split names, sorted; its annotations must be there, its pictures not.
+def image_names(name: str, split: str, root: Path) -> list[str]:
+    """The images of COCO train2014 that a split names, sorted; its annotations must be there, its images not.
 
     Args:
-        name: a data set of the catalogue whose pictures are COCO's.
+        name: a data set of the catalogue whose images are COCO's.
         split: one of its splits.
         root: the data root.
 
     Raises:
-        DataError: where the annotations are missing or broken, or name other pictures.
+        DataError: where the annotations are missing or broken, or name other images.
     """
     from ivt_env.data.table import open_table
 
@@ -320,12 +316,12 @@ def picture_names(name: str, split: str, root: Path) -> list[str]:
         source = layout.find(root, part)
         if source is None or split not in source.splits:
             continue
-        for path in open_table(source, split, need_pictures=False).file_names():
+        for path in open_table(source, split, need_images=False).file_names():
             plain = PurePosixPath(path).name
             if not _COCO_NAME.fullmatch(plain):
                 raise DataError(
-                    f"{source.folder}: {part} {split} names the picture {path!r}, which is none of COCO's train2014 "
-                    "and cannot be downloaded alone; use --pictures none, and put the pictures there by hand"
+                    f"{source.folder}: {part} {split} names the image {path!r}, which is none of COCO's train2014 "
+                    "and cannot be downloaded alone; use --images none, and put the images there by hand"
                 )
             names.add(plain)
     if not names:

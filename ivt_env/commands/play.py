@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/human"), metavar="FOLDER",
-        help="for episodes.jsonl, demonstrations.jsonl and pictures/ (default: %(default)s)",
+        help="for episodes.jsonl, demonstrations.jsonl and images/ (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--port", type=int, default=0, help="(default: any that is free)")
 

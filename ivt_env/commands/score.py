@@ -159,7 +159,7 @@ def _as_record(
             "split": samples[0].split,
             "samples": len(samples),
             "samples_of_split": total,
-            "pictures": len({sample.picture_id for sample in samples}),
+            "images": len({sample.image_id for sample in samples}),
             "predictions": str(file.path),
             "layout": args.layout,
             "declared": file.declared,
@@ -167,7 +167,7 @@ def _as_record(
             "parse_failures": matched.parse_failures,
             "without_area": matched.without_area,
             "ignored": matched.ignored,
-            "interval": {"level": 0.95, "resamples": args.resamples, "seed": args.seed, "clusters": "picture"},
+            "interval": {"level": 0.95, "resamples": args.resamples, "seed": args.seed, "clusters": "image"},
             "rules": {result.name: result for result in results},
         }
     )
@@ -182,10 +182,10 @@ def _as_text(
     matched: Matched,
     results: Sequence[RuleResult],
 ) -> str:
-    pictures = len({sample.picture_id for sample in samples})
+    images = len({sample.image_id for sample in samples})
     part = "" if len(samples) == total else f" (the first of {total})"
     lines = [
-        f"{samples[0].dataset} {samples[0].split}: {len(samples)} samples{part}, {pictures} pictures",
+        f"{samples[0].dataset} {samples[0].split}: {len(samples)} samples{part}, {images} images",
         f"{file.path}: {len(file.rows)} predictions, boxes declared as {file.declared}",
         f"counted as misses: {matched.missing} missing, {matched.parse_failures} parse failures; "
         f"boxes without area: {matched.without_area}; rows of no sample, ignored: {matched.ignored}",
@@ -195,5 +195,5 @@ def _as_text(
     if args.rule == "auto" and args.dataset not in OWN_RULES:
         lines.append(f"{args.dataset} has no rule of its own; --rule names another")
     if args.resamples:
-        lines.append(f"intervals: bootstrap over whole pictures, {args.resamples} resamples")
+        lines.append(f"intervals: bootstrap over whole images, {args.resamples} resamples")
     return "\n".join(lines)

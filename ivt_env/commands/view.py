@@ -2,7 +2,7 @@
 
     ivt view runs/rollout                                  # one HTML file, for any browser, without network
     ivt view runs/evaluation/episodes/base runs/evaluation/episodes/sft     # two runs side by side
-    ivt view runs/large --serve                            # a local server: pictures when they are looked at
+    ivt view runs/large --serve                            # a local server: images when they are looked at
 
 Exit status: 0, or 2 with one line on standard error.
 """
@@ -14,15 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ivt_env.data.sample import DataError, DataMissingError, Picture
+from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode, load_episodes
 
 DESCRIPTION = (
     "Shows recorded episodes: a list to filter and search, and each step with its boxes, IoU, reward and the agent's "
-    "words. Two runs over the same samples stand side by side. Pictures come from the run's folder or from the data "
+    "words. Two runs over the same samples stand side by side. Images come from the run's folder or from the data "
     "set that its episodes name. Without --serve everything is written into one HTML file."
 )
-_MANY_PICTURES = 2000
+_MANY_IMAGES = 2000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--title", help="heading of the page (default: the names of the runs)")
     parser.add_argument(
-        "--side", type=int, metavar="PIXELS", help="longest side of a picture (default: 512, with --serve 1024)"
+        "--side", type=int, metavar="PIXELS", help="longest side of an image (default: 512, with --serve 1024)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N episodes of each run only")
     parser.add_argument(
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     Args:
         args: what ``add_arguments`` parsed.
     """
+    from ivt_env.viewer.images import ImageFinder
     from ivt_env.viewer.page import write_page
-    from ivt_env.viewer.pictures import PictureFinder
 
     for option, value in (("--side", args.side), ("--limit", args.limit)):
         if value is not None and value < 1:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     places = dict(zip(_names(args.runs), args.runs, strict=True))
     runs = {name: _load(path)[: args.limit] for name, path in places.items()}
     folders = {name: path if path.is_dir() else path.parent for name, path in places.items()}
-    find = PictureFinder(runs, folders, args.data_root)
+    find = ImageFinder(runs, folders, args.data_root)
     title = args.title or " and ".join(runs)
     if args.serve:
         from ivt_env.viewer.server import LocalServer, ViewApp
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     absent: dict[str, int] = {}
 
-    def picture_of(episode: Episode) -> Picture:
+    def image_of(episode: Episode) -> ImageArray:
         try:
             return find(episode)
         except DataMissingError as error:
@@ -85,14 +85,14 @@ def run(args: argparse.Namespace) -> int:
             raise
 
     first = next(iter(folders.values()))
-    path = write_page(args.out or first / "view.html", runs, picture_of, title, args.side or 512)
+    path = write_page(args.out or first / "view.html", runs, image_of, title, args.side or 512)
     for why, count in absent.items():
-        print(f"warning: {count} picture(s) are not on the page: {' '.join(why.split())}", file=sys.stderr)
-    pictures = len({(e.dataset, e.picture_id) for run in runs.values() for e in run})
+        print(f"warning: {count} image(s) are not on the page: {' '.join(why.split())}", file=sys.stderr)
+    images = len({(e.dataset, e.image_id) for run in runs.values() for e in run})
     megabytes = path.stat().st_size / 1e6
-    print(f"{path}: {sum(map(len, runs.values())):,} episodes, {pictures:,} pictures, {megabytes:.1f} MB")
-    if pictures > _MANY_PICTURES:
-        print("a page of this size opens slowly; --serve sends pictures only when they are looked at", file=sys.stderr)
+    print(f"{path}: {sum(map(len, runs.values())):,} episodes, {images:,} images, {megabytes:.1f} MB")
+    if images > _MANY_IMAGES:
+        print("a page of this size opens slowly; --serve sends images only when they are looked at", file=sys.stderr)
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ivt_env.data.sample import DataError, DataMissingError, Dataset, Picture, Sample
+from ivt_env.data.sample import DataError, DataMissingError, Dataset, ImageArray, Sample
 
 if TYPE_CHECKING:
     from ivt_env.data.table import Source
@@ -28,7 +28,7 @@ __all__ = [
     "DataMissingError",
     "Dataset",
     "DatasetFallbackWarning",
-    "Picture",
+    "ImageArray",
     "Sample",
     "cache_folder",
     "data_folder",

@@ -25,7 +25,7 @@ from ivt_env.data.sample import DataError
 from ivt_env.files import whole_file
 
 RATIO_LIMIT = 50
-"""Default limit of the unpacked size, as a multiple of the archive's. JSON shrinks to a tenth, pictures not at all."""
+"""Default limit of the unpacked size, as a multiple of the archive's. JSON shrinks to a tenth, images not at all."""
 _ALWAYS_ALLOWED_BYTES = 16 << 20
 _MAX_MEMBERS = 1_000_000
 _LARGEST_HEADER = 1 << 20

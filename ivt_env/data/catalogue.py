@@ -89,16 +89,16 @@ class HubFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureSource:
-    """Where the pictures come from when they are not inside the annotation files."""
+class ImageSource:
+    """Where the images come from when they are not inside the annotation files."""
 
     archive: RemoteFile
     folders: tuple[str, ...]
     """Where they may lie under the data root; the first is where they are put if none is there."""
     single_url: str | None = None
-    """Address of one picture, with ``{name}``; None where only the archive is served."""
+    """Address of one image, with ``{name}``; None where only the archive is served."""
     mean_bytes: int = 0
-    """Of one picture, to estimate a download."""
+    """Of one image, to estimate a download."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +109,12 @@ class Entry:
     title: str
     licence: str
     notice: str
-    """What a user has to know besides: origin, terms of the pictures, limits of use."""
+    """What a user has to know besides: origin, terms of the images, limits of use."""
     homepage: str
     splits: tuple[str, ...]
     files: tuple[RemoteFile, ...] = ()
     hub: tuple[HubFolder, ...] = ()
-    pictures: PictureSource | None = None
+    images: ImageSource | None = None
 
 
 def entry(name: str) -> Entry:
@@ -173,9 +173,9 @@ def list_hub_folder(
     return files
 
 
-# --- Pictures of COCO -----------------------------------------------------------------------------
+# --- Images of COCO -----------------------------------------------------------------------------
 
-COCO_TRAIN2014 = PictureSource(
+COCO_TRAIN2014 = ImageSource(
     archive=RemoteFile(
         url="http://images.cocodataset.org/zips/train2014.zip",
         path=f"{DOWNLOADS}/train2014.zip",
@@ -189,7 +189,7 @@ COCO_TRAIN2014 = PictureSource(
     mean_bytes=163_000,
 )
 
-_COCO_TERMS = "The pictures are COCO's train2014, photographs from Flickr, each under the terms its owner chose there."
+_COCO_TERMS = "The images are COCO's train2014, photographs from Flickr, each under the terms its owner chose there."
 
 
 # --- The data sets --------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def _refer(
                 must_exist=(f"{folder}/instances.json", f"{folder}/refs({partition}).p"),
             ),
         ),
-        pictures=COCO_TRAIN2014,
+        images=COCO_TRAIN2014,
     )
 
 
@@ -258,12 +258,12 @@ _ENTRIES = (
         name="refl4",
         title="Ref-L4",
         licence="CC BY-NC 4.0: not for commercial use",
-        notice="For evaluation: there is no train split. Its pictures are from COCO 2014 and Objects365, each under "
+        notice="For evaluation: there is no train split. Its images are from COCO 2014 and Objects365, each under "
         "its own terms.",
         homepage="https://huggingface.co/datasets/JierunChen/Ref-L4",
         splits=("val", "test", "all"),
         hub=(HubFolder("JierunChen/Ref-L4", "refl4", "ref-l4-*.parquet"),),
-        pictures=PictureSource(
+        images=ImageSource(
             archive=RemoteFile(
                 url=hub_url("JierunChen/Ref-L4", "main", "images.tar.gz"),
                 path=f"{DOWNLOADS}/ref-l4-images.tar.gz",
@@ -282,7 +282,7 @@ _ENTRIES = (
         name="refadv",
         title="Ref-Adv-s",
         licence="data CC BY 4.0 as reported, while its repository speaks of 'its own license': see its page",
-        notice="For evaluation only, although its file calls the split 'train'. Pictures of COCO val2017 and "
+        notice="For evaluation only, although its file calls the split 'train'. Images of COCO val2017 and "
         "OpenImages are inside, under their own terms.",
         homepage="https://huggingface.co/datasets/dddraxxx/ref-adv-s",
         splits=("test",),
@@ -306,7 +306,7 @@ _ENTRIES = (
                 must_exist=_MDETR_FILES,
             ),
         ),
-        pictures=COCO_TRAIN2014,
+        images=COCO_TRAIN2014,
     ),
     Entry(
         name="vlm_r1",
@@ -326,14 +326,14 @@ _ENTRIES = (
                 must_exist=_VLM_R1_FILES,
             ),
         ),
-        pictures=COCO_TRAIN2014,
+        images=COCO_TRAIN2014,
     ),
     Entry(
         name="lmms",
-        title="RefCOCO, RefCOCO+ and RefCOCOg of lmms-lab, pictures inside",
+        title="RefCOCO, RefCOCO+ and RefCOCOg of lmms-lab, images inside",
         licence="none stated",
-        notice="For evaluation only: there is no train split, and some val rows share pictures with RefCOCO's train. "
-        "The pictures are COCO's, under their own terms.",
+        notice="For evaluation only: there is no train split, and some val rows share images with RefCOCO's train. "
+        "The images are COCO's, under their own terms.",
         homepage="https://huggingface.co/lmms-lab-encoder",
         splits=("val", "test", "testA", "testB"),
         hub=tuple(
@@ -354,7 +354,7 @@ _ENTRIES = (
             HubFolder(f"jxu124/{name}", f"jxu124/{name}/data", folder="data")
             for name in ("refcoco", "refcocoplus", "refcocog")
         ),
-        pictures=COCO_TRAIN2014,
+        images=COCO_TRAIN2014,
     ),
 )  # fmt: skip
 

@@ -70,7 +70,7 @@ class BadRows:
         suspect = len(self.suspicions)
         if suspect > allowed or (suspect > 1 and suspect + len(self.reasons) == total):
             raise DataError(
-                f"{self._where}: {suspect} of {total} boxes do not fit their pictures as they are read (the limit is "
+                f"{self._where}: {suspect} of {total} boxes do not fit their images as they are read (the limit is "
                 f"{int(allowed)}), the first: {self.suspicions[0]}; {self.remedy}"
             )
         if not self.reasons:
@@ -83,13 +83,13 @@ class BadRows:
 
 
 def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox") -> Box:
-    """A box in pixels of the original picture to xyxy relative to it, neither clipped nor rounded.
+    """A box in pixels of the original image to xyxy relative to it, neither clipped nor rounded.
 
-    A box may reach beyond its picture: benchmarks hold such targets and score them as they are.
+    A box may reach beyond its image: benchmarks hold such targets and score them as they are.
 
     Args:
         bbox: what the file holds: four finite numbers, else it is refused.
-        size: (height, width) of the picture in pixels.
+        size: (height, width) of the image in pixels.
         convention: ``xyxy`` (two corners) or ``xywh`` (corner, width, height); never guessed.
         key: how a message names the box.
 
@@ -116,38 +116,38 @@ def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: 
 
 
 def box_inside(bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox") -> Box:
-    """``relative_box`` of a file of one's own: a box more than one pixel outside its picture is a mistake there.
+    """``relative_box`` of a file of one's own: a box more than one pixel outside its image is a mistake there.
 
     Raises:
-        BadRowError: as ``relative_box``, and for a box that leaves the picture.
+        BadRowError: as ``relative_box``, and for a box that leaves the image.
     """
     box = relative_box(bbox, size, convention, key)
     shown = f"{key} {list(bbox)} ({_CORNERS[convention]})"
     if not _inside(_in_pixels(box, size), size):
         raise BadRowError(
-            f"{shown} leaves the picture, which is {size[1]} wide and {size[0]} high{_otherwise(box, size) or ''}"
+            f"{shown} leaves the image, which is {size[1]} wide and {size[0]} high{_otherwise(box, size) or ''}"
         )
     if max(box[0], 0) >= min(box[2], 1) or max(box[1], 0) >= min(box[3], 1):
-        raise BadRowError(f"{shown} has no area inside the picture")
+        raise BadRowError(f"{shown} has no area inside the image")
     return box
 
 
 def looks_misdeclared(box: Box, size: tuple[int, int]) -> str | None:
-    """What is odd about a relative xyxy box that leaves its picture by more than a pixel; None for another.
+    """What is odd about a relative xyxy box that leaves its image by more than a pixel; None for another.
 
-    A few such boxes are targets that reach beyond their pictures; many mean a file in another convention or frame.
+    A few such boxes are targets that reach beyond their images; many mean a file in another convention or frame.
     """
     if _inside(_in_pixels(box, size), size):
         return None
     shown = [round(value, 2) for value in _in_pixels(box, size)]
-    return f"xyxy {shown} leaves the picture, which is {size[1]} wide and {size[0]} high{_otherwise(box, size) or ''}"
+    return f"xyxy {shown} leaves the image, which is {size[1]} wide and {size[0]} high{_otherwise(box, size) or ''}"
 
 
-def picture_size(row: Any, height: str = "height", width: str = "width") -> tuple[int, int]:
-    """(height, width) in pixels from two keys of a row; BadRowError where they are not a picture's."""
+def image_size(row: Any, height: str = "height", width: str = "width") -> tuple[int, int]:
+    """(height, width) in pixels from two keys of a row; BadRowError where they are not an image's."""
     h, w = integer(row, height), integer(row, width)
     if not (0 < h < 2**31 and 0 < w < 2**31):
-        raise BadRowError(f"height {h} and width {w} are not a picture's")
+        raise BadRowError(f"height {h} and width {w} are not an image's")
     return h, w
 
 
@@ -163,9 +163,9 @@ def relative_path(name: str, key: str = "image") -> str:
     """``name``, if it is a path that stays in its folder, with ``/``; else BadRowError."""
     path = PurePosixPath(name)
     if "\\" in name:
-        raise BadRowError(f"{key} {name!r} is not a path inside the folder of the pictures; its separator is /, not \\")
+        raise BadRowError(f"{key} {name!r} is not a path inside the folder of the images; its separator is /, not \\")
     if path.is_absolute() or not path.parts or ".." in path.parts or "\0" in name or PureWindowsPath(name).drive:
-        raise BadRowError(f"{key} {name!r} is not a path inside the folder of the pictures")
+        raise BadRowError(f"{key} {name!r} is not a path inside the folder of the images")
     return name
 
 
@@ -235,7 +235,7 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def _inside(box: Box, size: tuple[int, int]) -> bool:
-    """Whether xyxy (px) lies in a picture of (height, width), up to one pixel."""
+    """Whether xyxy (px) lies in an image of (height, width), up to one pixel."""
     x1, y1, x2, y2 = box
     return x1 >= -1 and y1 >= -1 and x2 <= size[1] + 1 and y2 <= size[0] + 1
 
@@ -246,7 +246,7 @@ def _in_pixels(box: Box, size: tuple[int, int]) -> Box:
 
 
 def _otherwise(box: Box, size: tuple[int, int]) -> str | None:
-    """As what a box would fit its picture: with width and height swapped, or its width and height as a corner."""
+    """As what a box would fit its image: with width and height swapped, or its width and height as a corner."""
     x1, y1, x2, y2 = _in_pixels(box, size)
     if _inside((x1, y1, x2, y2), (size[1], size[0])):
         return " (are width and height swapped?)"

@@ -1,6 +1,6 @@
 """Is a data set on this machine whole, readable and free of leaks? What ``ivt data check`` says.
 
-Everything is looked at, not a sample: every row through its reader, every picture file decoded.
+Everything is looked at, not a sample: every row through its reader, every image file decoded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivt_env.data.checked import BadRows
-from ivt_env.data.pictures import read_picture
+from ivt_env.data.images import read_image
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Source, Table, open_table
 from ivt_env.game import unplayable
@@ -36,7 +36,7 @@ class Finding:
     split: str
     text: str
     count: int
-    """How many rows or pictures."""
+    """How many rows or images."""
     examples: tuple[str, ...] = ()
     """The first few."""
 
@@ -50,10 +50,10 @@ class Report:
     folder: str
     samples: dict[str, int] = field(default_factory=dict)
     """Split -> expressions."""
-    pictures: dict[str, int] = field(default_factory=dict)
-    """Split -> distinct pictures."""
-    pictures_read: int = 0
-    """Picture files decoded; 0 if that was not asked for."""
+    images: dict[str, int] = field(default_factory=dict)
+    """Split -> distinct images."""
+    images_read: int = 0
+    """Image files decoded; 0 if that was not asked for."""
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -68,8 +68,8 @@ class Report:
     def __str__(self) -> str:
         """For a person to read."""
         lines = [f"{self.name} ({self.layout}) in {self.folder}"]
-        lines += [f"  {s:<8} {n:>8,} expressions on {self.pictures[s]:>7,} pictures" for s, n in self.samples.items()]
-        lines.append(f"  {self.pictures_read:,} picture files read" if self.pictures_read else "  pictures not read")
+        lines += [f"  {s:<8} {n:>8,} expressions on {self.images[s]:>7,} images" for s, n in self.samples.items()]
+        lines.append(f"  {self.images_read:,} image files read" if self.images_read else "  images not read")
         for level in ("error", "warning", "note"):
             for finding in (f for f in self.findings if f.level == level):
                 lines.append(f"  {level.upper():<8} {finding.split}: {finding.text} ({finding.count:,})")
@@ -85,7 +85,7 @@ class Report:
 def check_source(
     source: Source,
     splits: Sequence[str] | None = None,
-    read_pictures: bool = True,
+    read_images: bool = True,
     workers: int = 4,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
@@ -94,17 +94,17 @@ def check_source(
     Args:
         source: where it lies and how it is read.
         splits: which; None is all. Leaks can only be found between splits that are looked at.
-        read_pictures: whether to decode every picture (slow: some 100 a second and core).
-        workers: threads that decode pictures.
-        progress: called with pictures done and pictures in all.
+        read_images: whether to decode every image (slow: some 100 a second and core).
+        workers: threads that decode images.
+        progress: called with images done and images in all.
 
     Raises:
         DataError: where a split cannot be opened at all.
     """
     report = Report(source.name, source.layout, str(source.folder))
-    tables = {split: open_table(source, split, need_pictures=read_pictures) for split in splits or source.splits}
+    tables = {split: open_table(source, split, need_images=read_images) for split in splits or source.splits}
     for split, table in tables.items():
-        report.samples[split], report.pictures[split] = len(table), len(set(table.picture_ids()))
+        report.samples[split], report.images[split] = len(table), len(set(table.image_ids()))
         expected = (source.published or {}).get(split)
         if expected is not None and expected != len(table):
             text = f"holds {len(table):,} expressions, published are {expected:,}"
@@ -112,9 +112,9 @@ def check_source(
         report.findings += _repeats(table)
         report.findings += _unplayable(table)
     report.findings += left_out(source, tables)
-    report.findings += leaks({(source.name, s): t for s, t in tables.items()}, source.may_share_pictures)
-    if read_pictures:
-        report.findings += _pictures(tables, report, workers, progress)
+    report.findings += leaks({(source.name, s): t for s, t in tables.items()}, source.may_share_images)
+    if read_images:
+        report.findings += _images(tables, report, workers, progress)
     return report
 
 
@@ -141,21 +141,21 @@ def left_out(source: Source, tables: Mapping[str, Table]) -> Iterator[Finding]:
 
 
 def leaks(tables: Mapping[tuple[str, str], Table], allowed: bool = False, every: bool = False) -> Iterator[Finding]:
-    """Pictures that are in a training split and in another one, in one data set or across several.
+    """Images that are in a training split and in another one, in one data set or across several.
 
     Args:
         tables: (data set, split) -> opened split.
         allowed: whether the data set is known to be divided like this (the google partitions).
-        every: whether to name every picture instead of the first few.
+        every: whether to name every image instead of the first few.
     """
-    pictures = {key: set(table.picture_ids()) for key, table in tables.items()}
-    for train, of_train in pictures.items():
+    images = {key: set(table.image_ids()) for key, table in tables.items()}
+    for train, of_train in images.items():
         if train[1] != "train":
             continue
-        for other, of_other in pictures.items():
+        for other, of_other in images.items():
             shared = of_train & of_other
             if other != train and other[1] != "train" and shared:
-                text = f"{' '.join(train)} shares pictures with {' '.join(other)}: leave them out of training"
+                text = f"{' '.join(train)} shares images with {' '.join(other)}: leave them out of training"
                 level: Level = "warning" if allowed or train[0] != other[0] else "error"
                 named = tuple(sorted(shared)) if every else _first(sorted(shared))
                 yield Finding(level, f"{train[1]}/{other[1]}", text, len(shared), named)
@@ -166,16 +166,16 @@ def _repeats(table: Table) -> Iterator[Finding]:
     boxes: dict[tuple[str, str], set[tuple[float, ...]]] = defaultdict(set)
     for index in range(len(table)):
         sample = table[index]
-        key = sample.picture_id, " ".join(sample.expression.casefold().split())
+        key = sample.image_id, " ".join(sample.expression.casefold().split())
         same[*key, sample.box] += 1
         boxes[key].add(sample.box)
-    twice = [f"{picture}: {text!r}" for (picture, text, _), count in same.items() if count > 1]
+    twice = [f"{image}: {text!r}" for (image, text, _), count in same.items() if count > 1]
     if twice:
-        text = "expressions stand twice with the same picture and box"
+        text = "expressions stand twice with the same image and box"
         yield Finding("note", table.split, text, len(twice), _first(twice))
-    torn = [f"{picture}: {text!r} has {len(b)} boxes" for (picture, text), b in boxes.items() if len(b) > 1]
+    torn = [f"{image}: {text!r} has {len(b)} boxes" for (image, text), b in boxes.items() if len(b) > 1]
     if torn:
-        text = "expressions are ambiguous: one picture, one text, several boxes"
+        text = "expressions are ambiguous: one image, one text, several boxes"
         yield Finding("warning", table.split, text, len(torn), _first(torn))
 
 
@@ -192,44 +192,44 @@ def _unplayable(table: Table) -> Iterator[Finding]:
     if refused:
         yield Finding("error", table.split, "rows cannot be played", len(refused), _first(refused))
     if beyond:
-        text = "targets reach beyond their pictures: they are kept and scored as they are"
+        text = "targets reach beyond their images: they are kept and scored as they are"
         yield Finding("note", table.split, text, len(beyond), _first(beyond))
 
 
-def _pictures(
+def _images(
     tables: Mapping[str, Table], report: Report, workers: int, progress: Callable[[int, int], None]
 ) -> Iterator[Finding]:
-    """Decode every picture once; find broken ones, and equal files under different ids."""
+    """Decode every image once; find broken ones, and equal files under different ids."""
     jobs: dict[str, tuple[Table, int]] = {}
     splits_of: dict[str, set[str]] = defaultdict(set)
     for split, table in tables.items():
-        for index, picture_id in enumerate(table.picture_ids()):
-            jobs.setdefault(picture_id, (table, index))
-            splits_of[picture_id].add(split)
+        for index, image_id in enumerate(table.image_ids()):
+            jobs.setdefault(image_id, (table, index))
+            splits_of[image_id].add(split)
     ids_of: dict[str, list[str]] = defaultdict(list)
     broken: list[str] = []
     with ThreadPoolExecutor(workers) as pool:
-        # In slices: an exception must not wait behind 20,000 queued pictures.
+        # In slices: an exception must not wait behind 20,000 queued images.
         done, waiting = 0, iter(jobs.items())
         while chunk := list(islice(waiting, 64)):
-            for (picture_id, _), result in zip(chunk, pool.map(_decode, (job for _, job in chunk)), strict=True):
+            for (image_id, _), result in zip(chunk, pool.map(_decode, (job for _, job in chunk)), strict=True):
                 if result.startswith("sha256:"):
-                    ids_of[result].append(picture_id)
+                    ids_of[result].append(image_id)
                 else:
-                    table, index = jobs[picture_id]
+                    table, index = jobs[image_id]
                     broken.append(f"{table.split} {table[index].sample_id}: {result}")
             done += len(chunk)
             progress(done, len(jobs))
-    report.pictures_read = done - len(broken)
+    report.images_read = done - len(broken)
     if broken:
-        yield Finding("error", "all", "pictures cannot be read", len(broken), _first(broken))
+        yield Finding("error", "all", "images cannot be read", len(broken), _first(broken))
     copies = [ids for ids in ids_of.values() if len(ids) > 1]
     leaking = [ids for ids in copies if len({"train" if "train" in splits_of[i] else "other" for i in ids}) > 1]
     if leaking:
-        text = "picture files are the same in train and in another split, under different ids"
+        text = "image files are the same in train and in another split, under different ids"
         yield Finding("error", "train/other", text, len(leaking), _first(" = ".join(ids) for ids in leaking))
     elif copies:
-        text = "picture files are the same under different ids"
+        text = "image files are the same under different ids"
         yield Finding("note", "all", text, len(copies), _first(" = ".join(ids) for ids in copies))
 
 
@@ -238,9 +238,9 @@ def _decode(job: tuple[Table, int]) -> str:
     table, index = job
     sample = table[index]
     try:
-        path = table.picture_path(sample)
+        path = table.image_path(sample)
         content = path.read_bytes()
-        read_picture(content, str(path), sample.size)
+        read_image(content, str(path), sample.size)
     except DataError as error:
         return str(error)
     except OSError as error:

@@ -1,6 +1,6 @@
 """From other tools' files to a data set of one's own (``ivt_env.data.custom``).
 
-``from_coco`` reads a COCO file (**xywh**, pixels of the picture as stored), ``export`` any opened table
+``from_coco`` reads a COCO file (**xywh**, pixels of the image as stored), ``export`` any opened table
 (``ivt_env.data.label_studio`` reads Label Studio's exports). COCO's boxes are written as they are; what they
 are is declared in the ``dataset.json`` that is written with them.
 
@@ -21,14 +21,14 @@ from ivt_env.data.checked import (
     BadRowError,
     BadRows,
     box_inside,
+    image_size,
     integer,
-    picture_size,
     read_json,
     relative_path,
     text,
 )
 from ivt_env.data.custom import Declared
-from ivt_env.data.custom_writer import Converted, Pictures, Splits, Writer, same_picture
+from ivt_env.data.custom_writer import Converted, Images, Splits, Writer, same_image
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Table
 
@@ -51,7 +51,7 @@ def from_coco(
     """Convert a COCO annotation file whose annotations have boxes and expressions.
 
     Every annotation with an expression becomes a line; the siblings are the other annotations of its
-    category in its picture. An annotation without the key is an object that nobody asks for: it is a
+    category in its image. An annotation without the key is an object that nobody asks for: it is a
     sibling only. Crowds (``iscrowd`` 1) are siblings only, too.
 
     Args:
@@ -61,14 +61,14 @@ def from_coco(
         name: the label of the data set.
         expression_key: the key of an annotation that holds its expression (a text, or a list of
             several). ``CATEGORY_NAME``: the name of its category, for those objects only that are
-            alone of their category in their picture, so that the name says which is meant.
-        split: one split for all, or the share of the pictures in each.
+            alone of their category in their image, so that the name says which is meant.
+        split: one split for all, or the share of the images in each.
         seed: of the drawing, where there are shares.
-        copy: whether pictures are copied; else they are linked.
+        copy: whether images are copied; else they are linked.
 
     Raises:
         DataError: for files that are missing or broken, too many unusable annotations, an ``out``
-            that holds a data set, shares that do not work out, and pictures that cannot be written.
+            that holds a data set, shares that do not work out, and images that cannot be written.
     """
     source, folder = Path(annotations), Path(image_folder)
     remedy = "correct the file, or export it again"
@@ -96,7 +96,7 @@ def from_coco(
     notes: dict[str, int] = defaultdict(int)
     objects: dict[int, _CocoObject] = {}
     of_class: dict[tuple[int, int], list[int]] = defaultdict(list)
-    held = Pictures(folder)
+    held = Images(folder)
     for number, entry in enumerate(content["annotations"]):
         try:
             found = _coco_object(entry, images, categories, held, expression_key)
@@ -114,7 +114,7 @@ def from_coco(
             notes["crowds are no targets"] += 1
             continue
         if expression_key == CATEGORY_NAME and others:
-            notes["objects that share their category with another in the picture are no targets"] += 1
+            notes["objects that share their category with another in the image are no targets"] += 1
             continue
         if not expressions:
             notes["objects without an expression are no targets"] += 1
@@ -134,7 +134,7 @@ def from_coco(
             }
             coco = _COCO_FILE.fullmatch(PurePosixPath(image["file_name"]).name)
             if coco and int(coco[1]) == found.image_id:  # named as COCO names its own: leaks can be found
-                line["picture_id"] = f"coco-{found.image_id}"
+                line["image_id"] = f"coco-{found.image_id}"
             writer.add(line, folder / image["file_name"])
     bad.remedy = held.remedy() or bad.remedy
     bad.check(len(content["annotations"]))
@@ -162,7 +162,7 @@ def _coco_images(source: Path, entries: list[Any]) -> dict[int, Any]:
         if isinstance(name, str) and first.setdefault(str(PurePosixPath(name)), image_id) != image_id:
             raise DataError(
                 f"{source}: images {first[str(PurePosixPath(name))]} and {image_id} are both {name!r}, so siblings "
-                "would be missed (MDETR's files are so, and have a reader of their own); give each picture one entry"
+                "would be missed (MDETR's files are so, and have a reader of their own); give each image one entry"
             )
     return images
 
@@ -171,7 +171,7 @@ def _coco_object(
     entry: Any,
     images: dict[int, Any],
     categories: dict[int, Any],
-    held: Pictures,
+    held: Images,
     expression_key: str,
 ) -> _CocoObject:
     number, image_id, category_id = integer(entry, "id"), integer(entry, "image_id"), integer(entry, "category_id")
@@ -179,7 +179,7 @@ def _coco_object(
         if image_id not in images:
             raise BadRowError(f"image_id {image_id} is not in 'images'")
         image = images[image_id]
-        size = picture_size(image)
+        size = image_size(image)
         header = held.header(relative_path(text(image, "file_name"), "file_name"))
         if not header.fits(size):
             raise BadRowError(
@@ -207,19 +207,19 @@ def export(
 ) -> Converted:
     """Write an opened table as a data set of one's own; call it once for each split.
 
-    Boxes are written relative to the picture (xyxy), to the last bit, also where they reach beyond it. Ids of
-    samples and pictures, siblings and ``meta`` are kept.
+    Boxes are written relative to the image (xyxy), to the last bit, also where they reach beyond it. Ids of
+    samples and images, siblings and ``meta`` are kept.
 
     Args:
         table: what ``load_dataset`` or ``open_table`` gave.
         out: the folder to write; it may hold other splits of the same export.
         name: the label of the data set; not that of a known one, even if it is a copy of that.
         split: ``train``, ``val`` or ``test``; None is that of the table.
-        copy: whether pictures are copied; else they are linked, by a relative path.
+        copy: whether images are copied; else they are linked, by a relative path.
 
     Raises:
         DataError: where that split is there already, the table's split needs another name, or a
-            picture is missing.
+            image is missing.
     """
     split = table.split if split is None else split
     folder = Path(out)
@@ -228,14 +228,14 @@ def export(
     taken: set[str] = set()
     for index in range(len(table)):
         sample = table[index]
-        path = table.picture_path(sample)
-        if sample.picture_id not in file_of:
-            file_of[sample.picture_id] = _free_name(path, folder / "images", taken)
+        path = table.image_path(sample)
+        if sample.image_id not in file_of:
+            file_of[sample.image_id] = _free_name(path, folder / "images", taken)
         writer.add(
             {
                 "id": sample.sample_id,
-                "image": file_of[sample.picture_id],
-                "picture_id": sample.picture_id,
+                "image": file_of[sample.image_id],
+                "image_id": sample.image_id,
                 "width": sample.size[1],
                 "height": sample.size[0],
                 "expression": sample.expression,
@@ -249,11 +249,11 @@ def export(
 
 
 def _free_name(path: Path, images: Path, taken: set[str]) -> str:
-    """The picture's own name, or numbered where another picture has it."""
+    """The image's own name, or numbered where another image has it."""
     for number in range(1, 10**6):
         name = path.name if number == 1 else f"{path.stem}-{number}{path.suffix}"
         there = images / name
-        if name not in taken and (not os.path.lexists(there) or same_picture(path, there)):
+        if name not in taken and (not os.path.lexists(there) or same_image(path, there)):
             taken.add(name)
             return name
     raise DataError(f"{images}: no free name for {path}")

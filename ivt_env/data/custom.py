@@ -7,13 +7,13 @@ The root is the data set's folder::
     images/...                      (or beside dataset.json)
 
 How boxes are written is declared in ``dataset.json`` and never guessed: ``box`` is **xyxy** (two
-corners) or **xywh** (corner, width, height); ``frame`` is ``px`` (pixels of the picture),
+corners) or **xywh** (corner, width, height); ``frame`` is ``px`` (pixels of the image),
 ``relative`` (0 to 1), ``thousandths`` (0 to 1000) or any other whole number (999: 0 to 999), all but the
-first of the picture's width and height.
+first of the image's width and height.
 
-Where a line states ``width`` and ``height``, its boxes refer to the picture of that size: as
-stored if that has it, else upright. Without them they refer to the upright picture, as a viewer
-shows it; a picture where that would be unclear (turned by half, mirrored, or square and turned by a
+Where a line states ``width`` and ``height``, its boxes refer to the image of that size: as
+stored if that has it, else upright. Without them they refer to the upright image, as a viewer
+shows it; an image where that would be unclear (turned by half, mirrored, or square and turned by a
 quarter) is refused.
 """
 
@@ -37,14 +37,14 @@ from ivt_env.data.checked import (
     Box,
     Convention,
     box_inside,
-    picture_size,
+    image_size,
     read_json,
     relative_box,
     relative_path,
     short,
     text,
 )
-from ivt_env.data.pictures import read_header
+from ivt_env.data.images import read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
@@ -53,7 +53,7 @@ PLACES = {"custom": ("dataset.json",)}
 """Data set name -> what is looked for under the root."""
 
 KEYS = frozenset(
-    ("image", "expression", "bbox", "id", "picture_id", "width", "height", "siblings", "category", "meta")
+    ("image", "expression", "bbox", "id", "image_id", "width", "height", "siblings", "category", "meta")
 )  # fmt: skip
 """What a line may hold; the first three it must."""
 
@@ -70,15 +70,15 @@ class Declared:
     box: Convention
     frame: str
     overhang: bool = False
-    """Whether boxes may reach beyond their pictures, as some of benchmarks do: what ``export`` writes."""
+    """Whether boxes may reach beyond their images, as some of benchmarks do: what ``export`` writes."""
 
 
 def find(root: Path, name: str) -> Source | None:
     """The data set in the folder ``root``, if there is one (it may be broken); else None.
 
     Its label is the name in ``dataset.json``; it has the splits whose file is there. ``sample_id``
-    is the line's ``id``, else the number of the line from 1; ``picture_id`` the line's, else the
-    path of the picture; ``meta`` the line's, with ``category`` in it.
+    is the line's ``id``, else the number of the line from 1; ``image_id`` the line's, else the
+    path of the image; ``meta`` the line's, with ``category`` in it.
 
     Raises:
         DataError: where ``dataset.json`` is missing beside lines, broken, or names a known data set.
@@ -98,9 +98,9 @@ def find(root: Path, name: str) -> Source | None:
         files=(declaration, *paths.values()),
         splits=tuple(paths),
         read=bound(_read, paths, declared, folders),
-        picture_folders=folders,
+        image_folders=folders,
         remedy=_REMEDY,
-        picture_remedy="put it there, or correct 'image' in the lines that name it",
+        image_remedy="put it there, or correct 'image' in the lines that name it",
     )
 
 
@@ -118,7 +118,7 @@ def read_declared(path: Path) -> Declared:
         raise DataError(f"{path}: unknown key {unknown[0]!r}; {example}, and may hold 'overhang' and a 'description'")
     overhang = content.get("overhang", False)
     if type(overhang) is not bool:
-        raise DataError(f"{path}: overhang is {short(overhang)}, not true or false (may boxes leave their pictures?)")
+        raise DataError(f"{path}: overhang is {short(overhang)}, not true or false (may boxes leave their images?)")
     if content["box"] not in _CONVENTIONS:
         raise DataError(f"{path}: box is {short(content['box'])}, which is none of {', '.join(_CONVENTIONS)}")
     try:
@@ -155,13 +155,13 @@ def _plain(name: str) -> str:
 
 
 def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox") -> Box:
-    """A box as declared to xyxy relative to the picture.
+    """A box as declared to xyxy relative to the image.
 
-    Up to one pixel (one unit) outside the picture is taken for rounding; nothing is cut off.
+    Up to one pixel (one unit) outside the image is taken for rounding; nothing is cut off.
 
     Args:
         bbox: what the line holds.
-        size: (height, width) of the picture in pixels.
+        size: (height, width) of the image in pixels.
         declared: how boxes are written.
         key: how a message names the box.
 
@@ -190,19 +190,19 @@ def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox
             _check_inside(numbers, size, declared.box, key)
     except BadRowError as error:
         hint = _other_frame(numbers, size, declared)
-        raise BadRowError(f"{error} (the frame is {declared.frame!r}: the picture is {unit} x {unit}){hint}") from error
+        raise BadRowError(f"{error} (the frame is {declared.frame!r}: the image is {unit} x {unit}){hint}") from error
     return box
 
 
 def _check_inside(numbers: list[float], size: tuple[int, int], convention: Convention, key: str) -> None:
-    """``box_inside`` allows one unit outside, which here would be a whole picture; allow one pixel."""
+    """``box_inside`` allows one unit outside, which here would be a whole image; allow one pixel."""
     a, b, c, d = numbers
     x2, y2 = (a + c, b + d) if convention == "xywh" else (c, d)
     slack_y, slack_x = 1 / size[0], 1 / size[1]
     if a < -slack_x or b < -slack_y or x2 > 1 + slack_x or y2 > 1 + slack_y:
         corners = convention == "xywh" and a < c <= 1 + slack_x and b < d <= 1 + slack_y
         raise BadRowError(
-            f"{key} {numbers} ({convention}) leaves the picture by more than a pixel"
+            f"{key} {numbers} ({convention}) leaves the image by more than a pixel"
             + ("; it would fit as xyxy (x1, y1, x2, y2): is the declared convention wrong?" if corners else "")
         )
 
@@ -225,12 +225,12 @@ def _other_frame(numbers: list[float], size: tuple[int, int], declared: Declared
 def _read(
     paths: dict[str, Path], declared: Declared, folders: tuple[Path, ...], bad: BadRows, _f: Path
 ) -> Iterator[Row]:
-    pictures = _Pictures(folders)
+    images = _Images(folders)
     for split, path in paths.items():
         bad.split = split
         for number, line in _lines(path):
             try:
-                row = _row(line, split, number, declared, pictures)
+                row = _row(line, split, number, declared, images)
             except BadRowError as error:
                 bad.add(f"{path.name} line {number}", error)
             else:
@@ -249,20 +249,20 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
 
 
-def _row(line: bytes, split: str, number: int, declared: Declared, pictures: _Pictures) -> Row:
+def _row(line: bytes, split: str, number: int, declared: Declared, images: _Images) -> Row:
     values = _parsed(line)
-    image = str(PurePosixPath(relative_path(text(values, "image"))))  # "./a.jpg" and "a.jpg" are one picture
-    stated = picture_size(values) if {"width", "height"} & values.keys() else None
-    size = pictures.size(image, stated)
-    picture_id = _name(values, "picture_id", image)
-    pictures.check_identity(picture_id, image, size)
+    image = str(PurePosixPath(relative_path(text(values, "image"))))  # "./a.jpg" and "a.jpg" are one image
+    stated = image_size(values) if {"width", "height"} & values.keys() else None
+    size = images.size(image, stated)
+    image_id = _name(values, "image_id", image)
+    images.check_identity(image_id, image, size)
     siblings = values.get("siblings", [])
     if not isinstance(siblings, list):
         raise BadRowError(f"siblings is {short(siblings)}, not a list of boxes")
     return Row(
         split=split,
         sample_id=_name(values, "id", str(number)),
-        picture_id=picture_id,
+        image_id=image_id,
         file_name=image,
         size=size,
         expression=text(values, "expression").strip(),
@@ -319,8 +319,8 @@ def _meta(values: dict[str, Any]) -> dict[str, Any]:
     return meta
 
 
-class _Pictures:
-    """Sizes from headers, each read once, and whether pictures and their ids go together."""
+class _Images:
+    """Sizes from headers, each read once, and whether images and their ids go together."""
 
     def __init__(self, folders: tuple[Path, ...]) -> None:
         self._folders = folders
@@ -329,7 +329,7 @@ class _Pictures:
         self._id_of: dict[str, str] = {}
 
     def size(self, image: str, stated: tuple[int, int] | None) -> tuple[int, int]:
-        """(height, width): as stated, else of the upright picture."""
+        """(height, width): as stated, else of the upright image."""
         if stated is not None:
             return stated
         if image not in self._from_header:
@@ -349,7 +349,7 @@ class _Pictures:
             raise BadRowError(f"image {short(image)}: cannot be looked for ({error.strerror}); correct it") from error
         if path is None:
             places = " or ".join(str(folder / image) for folder in self._folders)
-            raise BadRowError(f"image {image!r}: no such picture, neither {places}; put it there or correct the path")
+            raise BadRowError(f"image {image!r}: no such image, neither {places}; put it there or correct the path")
         header = read_header(path, str(path))
         if header.frame_is_unclear:
             raise BadRowError(
@@ -360,13 +360,13 @@ class _Pictures:
             )
         return header.upright
 
-    def check_identity(self, picture_id: str, image: str, size: tuple[int, int]) -> None:
-        """One id, one picture, one size: a leak between splits is found by the id."""
-        file, known_size = self._of_id.setdefault(picture_id, (image, size))
+    def check_identity(self, image_id: str, image: str, size: tuple[int, int]) -> None:
+        """One id, one image, one size: a leak between splits is found by the id."""
+        file, known_size = self._of_id.setdefault(image_id, (image, size))
         if file != image:
-            raise BadRowError(f"picture_id {picture_id!r} is that of {file!r} in a line before, here of {image!r}")
+            raise BadRowError(f"image_id {image_id!r} is that of {file!r} in a line before, here of {image!r}")
         if known_size != size:
             raise BadRowError(f"{image!r} has (height, width) {size} here and {known_size} in a line before")
-        known_id = self._id_of.setdefault(image, picture_id)
-        if known_id != picture_id:
-            raise BadRowError(f"{image!r} has the picture_id {known_id!r} in a line before, here {picture_id!r}")
+        known_id = self._id_of.setdefault(image, image_id)
+        if known_id != image_id:
+            raise BadRowError(f"{image!r} has the image_id {known_id!r} in a line before, here {image_id!r}")

@@ -1,4 +1,4 @@
-"""Writes a data set of one's own: lines, pictures and ``dataset.json`` (``ivt_env.data.custom`` reads it).
+"""Writes a data set of one's own: lines, images and ``dataset.json`` (``ivt_env.data.custom`` reads it).
 
 Every file appears whole or not at all, ``dataset.json`` last, and nothing is overwritten.
 """
@@ -19,12 +19,12 @@ from typing import Any
 
 from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.custom import SPLITS, Declared, check_name, read_declared
-from ivt_env.data.pictures import Header, read_header
+from ivt_env.data.images import Header, read_header
 from ivt_env.data.sample import DataError
 from ivt_env.files import whole_file, write_whole
 
 Splits = str | Mapping[str, float]
-"""A split for everything, or split -> share of the pictures; the shares add up to 1."""
+"""A split for everything, or split -> share of the images; the shares add up to 1."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,15 +36,15 @@ class Converted:
     folder: Path
     counts: Mapping[str, int]
     """Split -> expressions."""
-    pictures: int
+    images: int
     left_out: Sequence[str] = ()
     """Why, for each thing that could not be used."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """What else was passed over or decided, and how often."""
 
 
-class Pictures:
-    """The folder of a converter's pictures: headers, each read once, and which pictures are not there."""
+class Images:
+    """The folder of a converter's images: headers, each read once, and which images are not there."""
 
     def __init__(self, folder: Path) -> None:
         """Nothing is read yet."""
@@ -53,7 +53,7 @@ class Pictures:
         self._missing: list[str] = []
 
     def header(self, image: str) -> Header:
-        """The header of a picture; BadRowError each time where it cannot be read."""
+        """The header of an image; BadRowError each time where it cannot be read."""
         if image not in self._headers:
             try:
                 self._headers[image] = read_header(self.folder / image, str(self.folder / image))
@@ -67,17 +67,17 @@ class Pictures:
         return found
 
     def remedy(self) -> str | None:
-        """What to do about pictures that are not there; None where all are."""
+        """What to do about images that are not there; None where all are."""
         if not self._missing:
             return None
         return (
-            f"{len(self._missing)} of {len(self._headers)} pictures are not in {self.folder} (the first: "
-            f"{self._missing[0]}): put them there, or name the folder that holds them (--pictures)"
+            f"{len(self._missing)} of {len(self._headers)} images are not in {self.folder} (the first: "
+            f"{self._missing[0]}): put them there, or name the folder that holds them (--images)"
         )
 
 
 class Writer:
-    """Collects lines, then writes pictures, lines and ``dataset.json``, in this order."""
+    """Collects lines, then writes images, lines and ``dataset.json``, in this order."""
 
     def __init__(self, out: Path, declared: Declared, copy: bool, add_split: str | None = None) -> None:
         """Refuse what is there already.
@@ -85,7 +85,7 @@ class Writer:
         Args:
             out: the folder to write.
             declared: what ``dataset.json`` will say.
-            copy: whether pictures are copied; else they are linked.
+            copy: whether images are copied; else they are linked.
             add_split: the only split to write, into a folder that may hold others; None: into a new one.
 
         Raises:
@@ -109,10 +109,10 @@ class Writer:
                     "another folder, or delete it"
                 )
 
-    def add(self, line: dict[str, Any], picture: Path) -> None:
-        """One line; its picture will be ``images/<line["image"]>``."""
+    def add(self, line: dict[str, Any], image: Path) -> None:
+        """One line; its image will be ``images/<line["image"]>``."""
         self.lines.append(line)
-        self._source_of[line["image"]] = picture
+        self._source_of[line["image"]] = image
 
     def write(self, split: Splits, seed: int, bad: BadRows, notes: Mapping[str, int], remedy: str) -> Converted:
         """Write what was added; DataError (with the remedy) where that is nothing, or where it cannot be written."""
@@ -139,7 +139,7 @@ class Writer:
 
 
 def _split_of(lines: Sequence[Mapping[str, Any]], split: Splits, seed: int) -> dict[str, str]:
-    """Picture -> split; all expressions of a picture go into one."""
+    """Image -> split; all expressions of an image go into one."""
     images = sorted({line["image"] for line in lines})
     shares = {split: 1.0} if isinstance(split, str) else dict(split)
     unknown = sorted(set(shares) - set(SPLITS))
@@ -155,7 +155,7 @@ def _split_of(lines: Sequence[Mapping[str, Any]], split: Splits, seed: int) -> d
         end = round(reached * len(images))
         if end <= start:
             raise DataError(
-                f"split {short(split)}: of {len(images)} pictures none is left for {each}; give it a larger share, or "
+                f"split {short(split)}: of {len(images)} images none is left for {each}; give it a larger share, or "
                 "leave it out"
             )
         found |= dict.fromkeys(images[start:end], each)
@@ -163,7 +163,7 @@ def _split_of(lines: Sequence[Mapping[str, Any]], split: Splits, seed: int) -> d
     return found
 
 
-def same_picture(a: Path, b: Path) -> bool:
+def same_image(a: Path, b: Path) -> bool:
     """Whether two files are one, or hold the same bytes; False where one cannot be read."""
     try:
         return os.path.samefile(a, b) or filecmp.cmp(a, b, shallow=False)
@@ -172,11 +172,11 @@ def same_picture(a: Path, b: Path) -> bool:
 
 
 def _place(source: Path, target: Path, copy: bool) -> None:
-    """Copy or link a picture; one that is there with the same content is left alone."""
+    """Copy or link an image; one that is there with the same content is left alone."""
     if os.path.lexists(target):
-        if same_picture(source, target):
+        if same_image(source, target):
             return
-        raise DataError(f"{target}: another picture is there already; choose another folder, or delete it")
+        raise DataError(f"{target}: another image is there already; choose another folder, or delete it")
     try:
         if copy:
             with source.open("rb") as read, whole_file(target) as file:

@@ -35,7 +35,7 @@ from ivt_env.data.sample import DataError
 from ivt_env.files import write_whole
 
 Progress = Callable[[int, int | None], None]
-"""Called with what is done and what there is in all (None: unknown), both in bytes or in pictures."""
+"""Called with what is done and what there is in all (None: unknown), both in bytes or in images."""
 
 _CHUNK = 1 << 18
 _TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
@@ -546,7 +546,7 @@ def get_bytes(
             failures += 1
             if failures >= patience.attempts or (stop is not None and stop.is_set()):
                 raise DataError(f"{what}: {error} ({url}, tried {failures} times); run it again later") from error
-            # One of thousands of pictures is told of only where it cannot be had.
+            # One of thousands of images is told of only where it cannot be had.
             _log.log(logging.WARNING if stop is None else logging.INFO, "%s: %s; trying again", url, error)
             patience.wait(failures, error.wait_s, stop)
 

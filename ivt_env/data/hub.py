@@ -1,4 +1,4 @@
-"""What the readers of Parquet files from the Hub share: columns by specification, shards, pictures inside.
+"""What the readers of Parquet files from the Hub share: columns by specification, shards, images inside.
 
 A reader states its columns (``Columns``): which there must be, and what they hold. A file is refused by name where
 it lacks one or holds another type; ``typed_rows`` then gives plain Python values, a few rows at a time.
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ivt_env.data.checked import BadRowError, short
-from ivt_env.data.pictures import Header, read_header
+from ivt_env.data.images import Header, read_header
 from ivt_env.data.sample import DataError
 from ivt_env.files import write_whole
 
@@ -46,7 +46,7 @@ def _is_binary(kind: Any) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _is_picture(kind: Any) -> bool:
+def _is_image(kind: Any) -> bool:
     return _is_binary(kind) or (
         pa.types.is_struct(kind) and any(field.name == "bytes" and _is_binary(field.type) for field in kind)
     )
@@ -70,7 +70,7 @@ TEXT = ("texts", is_text)
 NUMBER = ("numbers", _is_number)
 FLAG = ("true and false (or 1 and 0)", _is_flag)
 BOX = ("lists of floating-point numbers", is_list_of(pa.types.is_floating))
-PICTURE = ("pictures (binary, or a struct with binary bytes)", _is_picture)
+IMAGE = ("images (binary, or a struct with binary bytes)", _is_image)
 
 _BUFFER = 2**20  # bytes per column
 
@@ -79,7 +79,7 @@ def coco_image_id(file_name: str) -> int:
     """581857 of ``COCO_train2014_000000581857.jpg`` (or ``..._16.jpg``); else BadRowError."""
     found = re.fullmatch(r"COCO_train2014_([0-9]{12})(?:_[0-9]+)?\.jpg", file_name)
     if found is None:
-        raise BadRowError(f"file name {file_name!r} is not that of a COCO train2014 picture")
+        raise BadRowError(f"file name {file_name!r} is not that of a COCO train2014 image")
     return int(found[1])
 
 
@@ -122,7 +122,7 @@ def typed_rows(
         path: the file.
         columns: which columns to read, and what they must hold.
         remedy: what to do where the file is broken, as an imperative without a full stop.
-        rows_at_once: how many rows are in memory; few, where each holds a picture.
+        rows_at_once: how many rows are in memory; few, where each holds an image.
         optional: columns that are read where the file has them.
 
     Raises:
@@ -163,14 +163,14 @@ def _rows(
         path: the file.
         columns: what is read; the file must have them.
         remedy: what to do where the file is broken, as an imperative without a full stop.
-        batch_size: rows in memory at once; few where a row holds a picture.
+        batch_size: rows in memory at once; few where a row holds an image.
 
     Raises:
         DataError: for a file that is missing, cut off or damaged, also in the middle.
     """
     number = 0
     try:
-        # Pre-buffering, and reading without a buffer, would hold all pictures of a row group at once.
+        # Pre-buffering, and reading without a buffer, would hold all images of a row group at once.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
             for batch in file.iter_batches(batch_size, columns=list(columns), use_threads=False):
                 for row in batch.to_pylist():
@@ -184,33 +184,33 @@ def _unreadable(path: Path, error: Exception, remedy: str, place: str = "") -> D
     return DataError(f"{path}: not a whole Parquet file{place} ({str(error).splitlines()[0]}); {remedy}")
 
 
-class EmbeddedPictures:
-    """The pictures inside Parquet files: each is written out once, byte for byte."""
+class EmbeddedImages:
+    """The images inside Parquet files: each is written out once, byte for byte."""
 
     def __init__(self, folder: Path) -> None:
         """``folder``: where they go; made with the first."""
         self._folder = folder
         self._known: dict[str, tuple[str, bytes, Header]] = {}
 
-    def put(self, image: Any, picture_id: str, file_name: str) -> Header:
-        """Write a row's picture unless that is done; its header.
+    def put(self, image: Any, image_id: str, file_name: str) -> Header:
+        """Write a row's image unless that is done; its header.
 
         Raises:
-            BadRowError: for a row without a picture, with one that cannot be read, or with another than an earlier
+            BadRowError: for a row without an image, with one that cannot be read, or with another than an earlier
                 row of the same id.
             DataError: where it cannot be written.
         """
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes) or not content:
-            raise BadRowError(f"the picture is not in the file (image is {short(image)})")
+            raise BadRowError(f"the image is not in the file (image is {short(image)})")
         digest = hashlib.sha256(content).digest()
-        known = self._known.get(picture_id)
+        known = self._known.get(image_id)
         if known is None:
             header = read_header(content, f"image {file_name}")
             self._write(self._folder / file_name, content)
-            known = self._known[picture_id] = file_name, digest, header
+            known = self._known[image_id] = file_name, digest, header
         elif known[:2] != (file_name, digest):
-            raise BadRowError(f"holds another picture than an earlier row with {picture_id}")
+            raise BadRowError(f"holds another image than an earlier row with {image_id}")
         return known[2]
 
     @staticmethod
@@ -221,6 +221,6 @@ class EmbeddedPictures:
             write_whole(path, content, sync=False)
         except OSError as error:
             raise DataError(
-                f"{path}: the picture cannot be written ({error.strerror}); make room on that disk, or make the folder "
+                f"{path}: the image cannot be written ({error.strerror}); make room on that disk, or make the folder "
                 "writable, and open the data set again"
             ) from error

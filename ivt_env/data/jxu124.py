@@ -4,9 +4,9 @@ Under a root::
 
     jxu124/refcoco/data/train-00000-of-00001-94431d5f4bd5b93f.parquet   (also refcocoplus/, refcocog/)
     images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the pictures in images/train2014/, train2014/ or coco/train2014/)
+    (or the images in images/train2014/, train2014/ or coco/train2014/)
 
-Boxes are the column ``bbox``: **xyxy**, floats in pixels of the picture as stored. The JSON in
+Boxes are the column ``bbox``: **xyxy**, floats in pixels of the image as stored. The JSON in
 ``raw_anns`` holds the same box as **xywh**, and each row is compared with it: where the two
 disagree by more than 1e-4 pixels, the whole file is refused, because then nobody can say in which
 convention it is. (Public code exists that takes ``bbox`` for xywh.)
@@ -14,7 +14,7 @@ convention it is. (Public code exists that takes ``bbox`` for xywh.)
 A row is an object with one or more sentences. A file's split is the beginning of its name:
 ``train``, ``validation`` (val), ``test`` (testA of RefCOCO and RefCOCO+, test of RefCOCOg) and
 ``testB``; a row that states another split is a bad row. Only splits whose files are there are
-served. The files know the objects that somebody described, not the others of a picture, and
+served. The files know the objects that somebody described, not the others of an image, and
 categories by COCO's number alone: ``siblings`` are empty and ``meta`` has ``category_id``.
 """
 
@@ -33,8 +33,8 @@ from ivt_env.data import hub, refer
 from ivt_env.data.checked import (
     BadRowError,
     BadRows,
+    image_size,
     integer,
-    picture_size,
     plain_file_name,
     relative_box,
     short,
@@ -53,10 +53,10 @@ SPLITS = {
 PLACES: dict[str, tuple[str, ...]] = {name: (f"jxu124/{name}/data/*.parquet",) for name in SPLITS}
 """Data set name -> what is looked for under the root."""
 
-PICTURE_FOLDERS = (*refer.PICTURE_FOLDERS, "coco/train2014")
-"""Where COCO's train2014 pictures may lie under the root."""
+IMAGE_FOLDERS = (*refer.IMAGE_FOLDERS, "coco/train2014")
+"""Where COCO's train2014 images may lie under the root."""
 
-PICTURE_REMEDY = "unpack COCO's train2014.zip there (it holds 82,783 pictures)"
+IMAGE_REMEDY = "unpack COCO's train2014.zip there (it holds 82,783 images)"
 
 PUBLISHED = {
     "refcocog": refer.PUBLISHED_COUNTS["refcocog", "umd"],
@@ -94,7 +94,7 @@ _COLUMNS: hub.Columns = {
 def find(root: Path, name: str) -> Source | None:
     """The data set in this layout, if a file of it is under ``root`` (it may be broken); else None.
 
-    ``sample_id`` is ``"<ref_id>-<sent_id>"`` and ``picture_id`` ``"coco-<image_id>"``, as in the
+    ``sample_id`` is ``"<ref_id>-<sent_id>"`` and ``image_id`` ``"coco-<image_id>"``, as in the
     REFER layout, so that the two can be compared sample for sample.
     """
     folder = root / "jxu124" / name
@@ -110,9 +110,9 @@ def find(root: Path, name: str) -> Source | None:
         files=[path for paths in files.values() for path in paths],
         splits=tuple(files),
         read=bound(_read, files, remedy),
-        picture_folders=[root / below for below in PICTURE_FOLDERS],
+        image_folders=[root / below for below in IMAGE_FOLDERS],
         remedy=remedy,
-        picture_remedy=PICTURE_REMEDY,
+        image_remedy=IMAGE_REMEDY,
         published=PUBLISHED[name],
         boxes_proven=True,
     )
@@ -168,12 +168,12 @@ def _object(held: dict[str, Any], split: str) -> Callable[..., Row]:
         raise BadRowError(f"{here}: bbox in raw_anns is {short(annotation.get('bbox'))}, not four finite numbers")
     file_name = plain_file_name(text(image, "file_name"))
     if hub.coco_image_id(file_name) != image_id:
-        raise BadRowError(f"{here}: its picture is called {file_name!r}, but its image_id is {image_id}")
-    size = picture_size(image)
+        raise BadRowError(f"{here}: its image is called {file_name!r}, but its image_id is {image_id}")
+    size = image_size(image)
     return bound(
         Row,
         split=split,
-        picture_id=f"coco-{image_id}",
+        image_id=f"coco-{image_id}",
         file_name=file_name,
         size=size,
         box=relative_box(held["bbox"], size, "xyxy"),

@@ -1,6 +1,6 @@
-"""From a Label Studio JSON export to a data set of one's own: x, y, width, height in **percent** of the picture.
+"""From a Label Studio JSON export to a data set of one's own: x, y, width, height in **percent** of the image.
 
-The picture is taken as the browser shows it (upright). A region is all results of one id: its rectangle
+The image is taken as the browser shows it (upright). A region is all results of one id: its rectangle
 (``rectanglelabels``, or ``rectangle`` with ``labels`` as in the OCR template) and its texts (``textarea``).
 """
 
@@ -18,15 +18,15 @@ from ivt_env.data.checked import (
     BadRowError,
     BadRows,
     box_inside,
-    picture_size,
+    image_size,
     read_json,
     relative_path,
     short,
     text,
 )
 from ivt_env.data.custom import Declared, boxed
-from ivt_env.data.custom_writer import Converted, Pictures, Splits, Writer
-from ivt_env.data.pictures import Header
+from ivt_env.data.custom_writer import Converted, Images, Splits, Writer
+from ivt_env.data.images import Header
 from ivt_env.data.sample import DataError
 
 _REMEDY = "export the project again, in the format JSON (not JSON-MIN)"
@@ -59,17 +59,17 @@ def from_label_studio(
 
     Args:
         export_file: the JSON export (not JSON-MIN).
-        image_folder: the folder that holds the pictures: the uploaded files, or what
+        image_folder: the folder that holds the images: the uploaded files, or what
             ``/data/local-files/?d=`` is relative to.
         out: the folder to write; it must not hold a data set.
         name: the label of the data set.
         expression_key: None: the text area of the region, a line for each text in it. ``data.<field>``:
             that field of the task, which must then have one rectangle.
-        image_key: the field of the task's data that names its picture; where there is none, its only field that
-            names a picture is taken (``ocr`` in the OCR template).
-        split: one split for all, or the share of the pictures in each.
+        image_key: the field of the task's data that names its image; where there is none, its only field that
+            names an image is taken (``ocr`` in the OCR template).
+        split: one split for all, or the share of the images in each.
         seed: of the drawing, where there are shares.
-        copy: whether pictures are copied; else they are linked.
+        copy: whether images are copied; else they are linked.
 
     Raises:
         DataError: as ``from_coco``.
@@ -85,7 +85,7 @@ def from_label_studio(
         raise DataError(f"{source}: no task has 'annotations'; {_REMEDY}")
     bad = BadRows(str(source), "correct these tasks in Label Studio and export again, in the format JSON")
     notes: dict[str, int] = defaultdict(int)
-    held = Pictures(folder)
+    held = Images(folder)
     elsewhere: list[str] = []
     total = 0
     for number, task in enumerate(tasks):
@@ -126,7 +126,7 @@ def from_label_studio(
     bad.check(total)
     notes = {note: count for note, count in notes.items() if count}
     if elsewhere and not writer.lines:
-        notes[f"pictures that cannot be named, the first of {elsewhere[0]}"] = len(elsewhere)
+        notes[f"images that cannot be named, the first of {elsewhere[0]}"] = len(elsewhere)
     return writer.write(split, seed, bad, notes, _NO_TEXT)
 
 
@@ -135,14 +135,14 @@ class _Region:
     id: str
     label: str | None
     percent: list[Any]
-    """x, y, width, height, in percent of the picture."""
+    """x, y, width, height, in percent of the image."""
     size: tuple[int, int]
-    """(height, width) of the picture when it was annotated."""
+    """(height, width) of the image when it was annotated."""
     expressions: list[str] = field(default_factory=list)
 
     @property
     def bbox(self) -> list[float]:
-        """xywh, relative to the picture."""
+        """xywh, relative to the image."""
         return [each / 100 for each in self.percent]
 
 
@@ -177,14 +177,14 @@ def _was_rejected(annotation: dict[str, Any]) -> bool:
 
 
 def _image(task: dict[str, Any], image_key: str) -> str:
-    """The path of the picture below the folder of pictures."""
+    """The path of the image below the folder of images."""
     held = task.get("data")
     if isinstance(held, dict) and image_key not in held:
-        named = [key for key, value in held.items() if isinstance(value, str) and _names_a_picture(value)]
+        named = [key for key, value in held.items() if isinstance(value, str) and _names_a_image(value)]
         if len(named) != 1:
             raise BadRowError(
-                f"data has no field {image_key!r}, and {len(named)} of its fields name a picture "
-                f"({short(sorted(map(str, held)))}); export it with the picture as {image_key!r}"
+                f"data has no field {image_key!r}, and {len(named)} of its fields name an image "
+                f"({short(sorted(map(str, held)))}); export it with the image as {image_key!r}"
             )
         image_key = named[0]
     given = text(held, image_key)
@@ -198,7 +198,7 @@ def _image(task: dict[str, Any], image_key: str) -> str:
         path = unquote(_UPLOADED.sub("", parts.path, count=1))
     elif parts.scheme and len(parts.scheme) > 1:
         raise BadRowError(
-            f"data.{image_key} {short(given)} lies elsewhere; fetch the pictures and name them by their path in the "
+            f"data.{image_key} {short(given)} lies elsewhere; fetch the images and name them by their path in the "
             "folder"
         )
     else:
@@ -206,7 +206,7 @@ def _image(task: dict[str, Any], image_key: str) -> str:
     return str(PurePosixPath(relative_path(path.removeprefix("/"), f"data.{image_key}")))
 
 
-def _names_a_picture(value: str) -> bool:
+def _names_a_image(value: str) -> bool:
     plain = value.split("?d=")[-1].split("?")[0].lower()
     return plain.endswith((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
@@ -225,7 +225,7 @@ def _regions(annotation: dict[str, Any], here: str, bad: BadRows, notes: dict[st
     for number, held in of_id.items():
         rectangles = [one for one in held if _is_rectangle(one)]
         others = sorted({one["type"] for one in held if _NO_BOX.fullmatch(str(one.get("type")))})
-        # What has no place in the picture (choices and ratings of the whole task) is no region.
+        # What has no place in the image (choices and ratings of the whole task) is no region.
         count += bool(rectangles or others)
         if others:
             notes[f"regions that are no rectangles ({', '.join(others)}) were passed over"] += 1
@@ -256,7 +256,7 @@ def _region(number: str, held: list[dict[str, Any]], rectangles: list[dict[str, 
             raise BadRowError("its rectangle occurs twice, in different places; delete one of them")
     percent = [first["value"][key] for key in _RECTANGLE]
     box_inside(percent, (100, 100), "xywh", "x, y, width, height in percent")
-    size = picture_size(first, "original_height", "original_width")
+    size = image_size(first, "original_height", "original_width")
     region = _Region(number, None, percent, size)
     for one in held:
         value = one["value"]
@@ -283,11 +283,11 @@ def _add_lines(
     writer: Writer, task_id: Any, here: str, regions: list[_Region], header: Header, folder: Path, image: str,
     bad: BadRows, notes: dict[str, int],
 ) -> None:  # fmt: skip
-    """The lines of a task, its regions compared with its picture."""
+    """The lines of a task, its regions compared with its image."""
     usable = []
     for region in regions:
         try:
-            _check_picture(region, header, image)
+            _check_image(region, header, image)
             boxed(region.bbox, region.size, writer.declared)
             usable.append(region)
         except BadRowError as error:
@@ -311,7 +311,7 @@ def _add_lines(
             writer.add(line, folder / image)
 
 
-def _check_picture(region: _Region, header: Header, image: str) -> None:
+def _check_image(region: _Region, header: Header, image: str) -> None:
     if not header.fits(region.size):
         raise BadRowError(
             f"{image} is {header.stored[1]} wide and {header.stored[0]} high, but was {region.size[1]} wide and "

@@ -1,10 +1,10 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as the Hub data sets of lmms-lab: pictures inside, evaluation only.
+"""RefCOCO, RefCOCO+ and RefCOCOg as the Hub data sets of lmms-lab: images inside, evaluation only.
 
 Under a root (the data sets are now called lmms-lab-encoder/RefCOCO and so on)::
 
     lmms/RefCOCO/data/testA-00000-of-00001.parquet       (also RefCOCOplus/, RefCOCOg/)
 
-Boxes are the column ``bbox``: **xywh**, in pixels of the picture as stored, held as float32. Each
+Boxes are the column ``bbox``: **xywh**, in pixels of the image as stored, held as float32. Each
 number is taken as the shortest decimal that float32 stands for (103.93, not 103.93000030517578):
 that is what the annotators' file says, and the box then is the same to the last bit as in the
 other layouts. A row is an object; its expressions are the list ``answer`` (``question`` only asks
@@ -15,13 +15,13 @@ these, the ones whose files are there. The others are refused:
 
 - There is no train split.
 - val of RefCOCO (8,811 rows) is 3,811 rows of the unc partition and 5,000 of google, and val of
-  RefCOCOg (7,573) is 2,573 of umd and 5,000 of google. The rows of google show pictures that are
+  RefCOCOg (7,573) is 2,573 of umd and 5,000 of google. The rows of google show images that are
   in the train splits of unc and umd, and nothing in the file tells which rows those are.
-- test of RefCOCO is google's, and shares pictures with unc's train likewise.
+- test of RefCOCO is google's, and shares images with unc's train likewise.
 
-The pictures are written out once, byte for byte, into ``pictures/`` beside the index, and the size
+The images are written out once, byte for byte, into ``images/`` beside the index, and the size
 is taken from their headers (pixels as stored: a rotation noted in EXIF does not turn the boxes).
-The files know neither the other objects of a picture nor categories: ``siblings`` are empty.
+The files know neither the other objects of an image nor categories: ``siblings`` are empty.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _ROWS_AT_ONCE = 16  # of about 150 kB each
 
 _COLUMNS: hub.Columns = {
     "question_id": hub.TEXT,
-    "image": hub.PICTURE,
+    "image": hub.IMAGE,
     "answer": ("lists of texts", hub.is_list_of(hub.is_text)),
     "bbox": hub.BOX,
     "file_name": hub.TEXT,
@@ -65,7 +65,7 @@ _COLUMNS: hub.Columns = {
 def find(root: Path, name: str) -> Source | None:
     """The data set in this layout, if a file of a served split is under ``root`` (it may be broken); else None.
 
-    ``sample_id`` is ``"<ann_id>-<number of the answer>"``, ``picture_id`` ``"coco-<image_id>"``,
+    ``sample_id`` is ``"<ann_id>-<number of the answer>"``, ``image_id`` ``"coco-<image_id>"``,
     and ``meta`` holds ``ann_id`` and ``image_id``.
     """
     if name not in FOLDERS:
@@ -83,17 +83,17 @@ def find(root: Path, name: str) -> Source | None:
         files=[path for paths in files.values() for path in paths],
         splits=tuple(files),
         read=bound(_read, files, name, remedy),
-        picture_folders=(),
+        image_folders=(),
         remedy=remedy,
-        picture_remedy=f"delete {name}-lmms.arrow beside that folder and open the data set again, which writes it out",
+        image_remedy=f"delete {name}-lmms.arrow beside that folder and open the data set again, which writes it out",
         published=PUBLISHED[name],
         embedded=True,
     )
 
 
 def _read(files: Mapping[str, Sequence[Path]], name: str, remedy: str, bad: BadRows, folder: Path) -> Iterator[Row]:
-    """One row per answer; the pictures of good rows are written out."""
-    pictures = hub.EmbeddedPictures(folder / "pictures")
+    """One row per answer; the images of good rows are written out."""
+    images = hub.EmbeddedImages(folder / "images")
     for split, paths in files.items():
         bad.split = split
         hub.check_shards(paths, remedy)
@@ -102,7 +102,7 @@ def _read(files: Mapping[str, Sequence[Path]], name: str, remedy: str, bad: BadR
                 answers = held["answer"] or [None]
                 here = f"{number} of {path.name}"
                 try:
-                    row = _object(held, name, split, pictures)
+                    row = _object(held, name, split, images)
                 except BadRowError as error:
                     bad.add(here, error, len(answers))
                     continue
@@ -115,8 +115,8 @@ def _read(files: Mapping[str, Sequence[Path]], name: str, remedy: str, bad: BadR
                     yield Row(sample_id=f"{row['meta']['ann_id']}-{count}", expression=expression, **row)
 
 
-def _object(held: dict[str, Any], name: str, split: str, pictures: hub.EmbeddedPictures) -> dict[str, Any]:
-    """Check a row and write its picture out; what its expressions share."""
+def _object(held: dict[str, Any], name: str, split: str, images: hub.EmbeddedImages) -> dict[str, Any]:
+    """Check a row and write its image out; what its expressions share."""
     question_id, file_name = text(held, "question_id"), plain_file_name(text(held, "file_name"))
     if not re.fullmatch("[0-9]{1,18}", question_id):
         raise BadRowError(f"question_id is {question_id!r}, not the number of an annotation")
@@ -124,8 +124,8 @@ def _object(held: dict[str, Any], name: str, split: str, pictures: hub.EmbeddedP
     # RefCOCOg's names end in the annotation's number, those of the other two in a small running number.
     if name == "refcocog" and not file_name.endswith(f"_{question_id}.jpg"):
         raise BadRowError(f"question_id {question_id}: file_name {file_name!r} is of another annotation")
-    row = {"picture_id": f"coco-{image_id}", "file_name": f"COCO_train2014_{image_id:012d}.jpg"}
-    size = pictures.put(held["image"], **row).stored
+    row = {"image_id": f"coco-{image_id}", "file_name": f"COCO_train2014_{image_id:012d}.jpg"}
+    size = images.put(held["image"], **row).stored
     bbox = held["bbox"]
     box = relative_box(list(map(_as_written, bbox)) if isinstance(bbox, list) else bbox, size, "xywh")
     return row | {"split": split, "size": size, "box": box, "meta": {"ann_id": int(question_id), "image_id": image_id}}

@@ -4,15 +4,15 @@ Under a root::
 
     mdetr/finetune_refcoco_train.json       (also refcoco+ and refcocog; val, testA, testB, test)
     images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the pictures in images/train2014/, train2014/ or coco/train2014/)
+    (or the images in images/train2014/, train2014/ or coco/train2014/)
 
-Boxes are ``annotations[].bbox``: **xywh**, floats in pixels of the picture as stored.
+Boxes are ``annotations[].bbox``: **xywh**, floats in pixels of the image as stored.
 
 The files have COCO's form but one image entry and one annotation for each *expression*: ``id`` of
 an image and ``image_id`` of an annotation are running numbers, ``original_id`` of an image is
-COCO's number of the picture and ``original_id`` of an annotation COCO's number of the object. An
+COCO's number of the image and ``original_id`` of an annotation COCO's number of the object. An
 image entry with no annotation or several is a bad row. Only splits whose files are there are
-served. A file knows the objects that somebody described, not the others of a picture:
+served. A file knows the objects that somebody described, not the others of an image:
 ``siblings`` are empty.
 
 (MDETR scores a box as right at GIoU >= 0.5. That is not the IoU >= 0.5 of everybody else.)
@@ -30,8 +30,8 @@ from typing import Any
 from ivt_env.data.checked import (
     BadRowError,
     BadRows,
+    image_size,
     integer,
-    picture_size,
     plain_file_name,
     read_json,
     relative_box,
@@ -39,7 +39,7 @@ from ivt_env.data.checked import (
     text,
 )
 from ivt_env.data.hub import coco_image_id
-from ivt_env.data.jxu124 import PICTURE_FOLDERS, PICTURE_REMEDY, PUBLISHED, SPLITS
+from ivt_env.data.jxu124 import IMAGE_FOLDERS, IMAGE_REMEDY, PUBLISHED, SPLITS
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
@@ -58,7 +58,7 @@ _REMEDY = (
 def find(root: Path, name: str) -> Source | None:
     """The data set in this layout, if a file of it is under ``root`` (it may be broken); else None.
 
-    ``sample_id`` is ``"<ann_id>-<running number>"``, ``picture_id`` ``"coco-<image_id>"`` with
+    ``sample_id`` is ``"<ann_id>-<running number>"``, ``image_id`` ``"coco-<image_id>"`` with
     COCO's number, and ``meta`` holds ``ann_id`` and ``image_id`` (COCO's), ``category_id`` and
     ``category`` where the file names it.
     """
@@ -76,9 +76,9 @@ def find(root: Path, name: str) -> Source | None:
         files=tuple(files.values()),
         splits=tuple(files),
         read=bound(_read, files, LABELS[name]),
-        picture_folders=[root / below for below in PICTURE_FOLDERS],
+        image_folders=[root / below for below in IMAGE_FOLDERS],
         remedy=_REMEDY,
-        picture_remedy=PICTURE_REMEDY,
+        image_remedy=IMAGE_REMEDY,
         published=PUBLISHED[name],
     )
 
@@ -126,12 +126,12 @@ def _expression(
     category_id = integer(own[0], "category_id")
     file_name = plain_file_name(text(image, "file_name"))
     if coco_image_id(file_name) != image_id:
-        raise BadRowError(f"{here}: its picture is called {file_name!r}, but its original_id is {image_id}")
-    size = picture_size(image)
+        raise BadRowError(f"{here}: its image is called {file_name!r}, but its original_id is {image_id}")
+    size = image_size(image)
     return Row(
         split=split,
         sample_id=f"{ann_id}-{running}",
-        picture_id=f"coco-{image_id}",
+        image_id=f"coco-{image_id}",
         file_name=file_name,
         size=size,
         expression=text(image, "caption").strip(),

@@ -1,8 +1,8 @@
 """The paper's mixture: RefCOCOg, Ref-Adv-s and Ref-L4 in equal parts (arXiv 2606.13156: 2,400 / 510 / 505).
 
 The paper gives the three totals and the word *balanced*, not the ids, so the choice here is ours:
-thirds, drawn with a seed, the remainder of 505 going to the first parts. No picture is in two
-splits, whichever data set it came through (the sets share COCO pictures): test is drawn first,
+thirds, drawn with a seed, the remainder of 505 going to the first parts. No image is in two
+splits, whichever data set it came through (the sets share COCO images): test is drawn first,
 validation from what is left, training from what is left then. The ids are written to a file, and a
 file that is there is used as it is, so that others can train and test on the same samples.
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ivt_env.data import cache_folder, find_source
 from ivt_env.data.checked import read_json, short
-from ivt_env.data.sample import DataError, Picture, Sample
+from ivt_env.data.sample import DataError, ImageArray, Sample
 from ivt_env.data.table import Table, open_table
 from ivt_env.files import write_whole
 
@@ -93,15 +93,15 @@ class Mixture:
         sample = self._parts[key][row]
         return replace(sample, sample_id=f"{key[0]}/{sample.sample_id}", split=self.split)
 
-    def picture(self, sample: Sample) -> Picture:
-        """The sample's picture, uint8 (height, width, 3); shared and read-only.
+    def image(self, sample: Sample) -> ImageArray:
+        """The sample's image, uint8 (height, width, 3); shared and read-only.
 
         Raises:
-            DataError: for a sample of another data set, and a missing or broken picture.
+            DataError: for a sample of another data set, and a missing or broken image.
         """
         for (part, _), table in self._parts.items():
             if part == sample.dataset or table.name == sample.dataset:
-                return table.picture(sample)
+                return table.image(sample)
         raise DataError(f"mixed {self.split} holds nothing of {sample.dataset!r}; give one of its samples")
 
 
@@ -114,48 +114,48 @@ def draw(tables: Mapping[tuple[str, str], Table], seed: int, sizes: Mapping[str,
         sizes: samples in each split.
 
     Returns:
-        The ids; no two splits share a picture, and each third is full.
+        The ids; no two splits share an image, and each third is full.
 
     Raises:
         DataError: where a data set has too few samples left for its third.
     """
-    taken_pictures: set[str] = set()
+    taken_images: set[str] = set()
     ids: Ids = {}
     for split, parts in PARTS.items():
         chosen: list[tuple[str, str, str]] = []
-        pictures_here: set[str] = set()
+        images_here: set[str] = set()
         for number, key in enumerate(parts):
             wanted = sizes[split] // len(parts) + (number < sizes[split] % len(parts))
             samples_of: dict[str, list[str]] = defaultdict(list)
             table = tables[key]
-            for sample_id, picture_id in zip(table.sample_ids(), table.picture_ids(), strict=True):
-                if picture_id not in taken_pictures:
-                    samples_of[picture_id].append(sample_id)
+            for sample_id, image_id in zip(table.sample_ids(), table.image_ids(), strict=True):
+                if image_id not in taken_images:
+                    samples_of[image_id].append(sample_id)
             found = _fill(samples_of, wanted, random.Random(f"{seed}/{split}/{key[0]}"))
             if len(found) < wanted:
                 raise DataError(
-                    f"mixed: {split} needs {wanted} samples of {key[0]} {key[1]} on pictures of its own, and "
+                    f"mixed: {split} needs {wanted} samples of {key[0]} {key[1]} on images of its own, and "
                     f"{len(found)} are left; is the data set whole? `ivt data check {key[0]}` tells"
                 )
             chosen += [(*key, sample_id) for _, sample_id in found]
-            pictures_here |= {picture for picture, _ in found}
-        taken_pictures |= pictures_here
+            images_here |= {image for image, _ in found}
+        taken_images |= images_here
         ids[split] = chosen
     return ids
 
 
 def _fill(samples_of: Mapping[str, Sequence[str]], wanted: int, rng: random.Random) -> list[tuple[str, str]]:
-    """Whole pictures, in random order, as long as they fit: (picture, sample) of up to ``wanted`` samples.
+    """Whole images, in random order, as long as they fit: (image, sample) of up to ``wanted`` samples.
 
-    Ref-Adv-s has four samples more than the mixture takes, so none may be lost to a picture whose
+    Ref-Adv-s has four samples more than the mixture takes, so none may be lost to an image whose
     expressions are divided between splits.
     """
-    pictures = sorted(samples_of)
-    rng.shuffle(pictures)
+    images = sorted(samples_of)
+    rng.shuffle(images)
     found: list[tuple[str, str]] = []
-    for picture in pictures:
-        if len(found) + len(samples_of[picture]) <= wanted:
-            found += [(picture, sample) for sample in samples_of[picture]]
+    for image in images:
+        if len(found) + len(samples_of[image]) <= wanted:
+            found += [(image, sample) for sample in samples_of[image]]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Five annotated photographs that come with the package: real pictures without a download."""
+"""Five annotated photographs that come with the package: real images without a download."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from ivt_env.boxes import to_relative
-from ivt_env.data.pictures import read_picture
-from ivt_env.data.sample import DataError, Picture, Sample
+from ivt_env.data.images import read_image
+from ivt_env.data.sample import DataError, ImageArray, Sample
 
 SPLITS = ("train", "val", "test", "all")
 
 _FOLDER = Path(__file__).resolve().parent.parent / "assets" / "photos"
 _SAME_CLASS = (frozenset({"the eye on the left", "the eye on the right"}),)
-"""Expressions whose targets are of one class and in one picture, checked by eye."""
+"""Expressions whose targets are of one class and in one image, checked by eye."""
 
 
 class Photos:
@@ -24,7 +24,7 @@ class Photos:
     (train, val, test, all) serves all 16 samples**. A score on them says that the parts fit
     together, not that a model is good, and training on them is training on the test.
 
-    ``siblings`` are filled for the cat's two eyes only; the other boxes on a picture belong to
+    ``siblings`` are filled for the cat's two eyes only; the other boxes on an image belong to
     objects of other classes.
     """
 
@@ -54,7 +54,7 @@ class Photos:
             raise IndexError(f"photos holds {len(self._samples)} samples, there is no sample {index}")
         return self._samples[index]
 
-    def picture(self, sample: Sample) -> Picture:
+    def image(self, sample: Sample) -> ImageArray:
         """The photograph, uint8 (height, width, 3); shared and read-only, copy it to draw on it.
 
         Raises:
@@ -62,15 +62,15 @@ class Photos:
         """
         if sample.dataset != self.name:
             raise DataError(f"sample {sample.sample_id!r} is of {sample.dataset!r}, not of photos")
-        return _photograph(sample.picture_id, sample.size)
+        return _photograph(sample.image_id, sample.size)
 
 
 @lru_cache(maxsize=16)
-def _photograph(picture_id: str, size: tuple[int, int]) -> Picture:
-    path = _FOLDER / f"{picture_id}.jpg"
-    picture = read_picture(path, str(path), size)
-    picture.setflags(write=False)
-    return picture
+def _photograph(image_id: str, size: tuple[int, int]) -> ImageArray:
+    path = _FOLDER / f"{image_id}.jpg"
+    image = read_image(path, str(path), size)
+    image.setflags(write=False)
+    return image
 
 
 @lru_cache(maxsize=len(SPLITS))
@@ -81,13 +81,13 @@ def _samples(split: str) -> tuple[Sample, ...]:
         for row in rows:
             box = to_relative(row["bbox"], (row["height"], row["width"]))
             row["box"] = tuple(box.tolist())
-            row["picture_id"] = Path(row["image"]).stem
+            row["image_id"] = Path(row["image"]).stem
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: photographs missing or changed ({error}); install ivt_env again") from error
     return tuple(
         Sample(
-            sample_id=f"{row['picture_id']}-{sum(r['image'] == row['image'] for r in rows[:number])}",
-            picture_id=row["picture_id"],
+            sample_id=f"{row['image_id']}-{sum(r['image'] == row['image'] for r in rows[:number])}",
+            image_id=row["image_id"],
             expression=row["expression"],
             box=row["box"],
             size=(row["height"], row["width"]),

@@ -6,10 +6,10 @@ Under a root::
 
 The file calls its split ``train``; it is a test set, and is served as ``test`` and nothing else.
 
-``solution`` is **xyxy**, floats in pixels of the picture as stored; one row is one expression. The
-pictures are embedded: the bytes of each are written out once, as they are. ``distractors`` is a
+``solution`` is **xyxy**, floats in pixels of the image as stored; one row is one expression. The
+images are embedded: the bytes of each are written out once, as they are. ``distractors`` is a
 count written as a string (objects of the target's class, 2 or more); the set has no boxes of them.
-Rows share pictures and even boxes, so confidence intervals must be clustered by ``picture_id``.
+Rows share images and even boxes, so confidence intervals must be clustered by ``image_id``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ivt_env.data.checked import (
     BadRowError,
     BadRows,
     flag,
+    image_size,
     integer,
-    picture_size,
     plain_file_name,
     relative_box,
     short,
@@ -42,7 +42,7 @@ PLACES = {"refadv": ("refadv/*.parquet", "refadv/data/*.parquet")}
 
 PUBLISHED_COUNTS = {"test": 1_142}
 COLUMNS: hub.Columns = {
-    "image": hub.PICTURE,
+    "image": hub.IMAGE,
     "file_name": hub.TEXT,
     "normal_caption": hub.TEXT,
     "solution": ("lists of numbers", hub.is_list_of(hub.NUMBER[1])),
@@ -63,7 +63,7 @@ def find(root: Path, name: str) -> Source | None:
     """The data set, if its folder is under ``root`` (it may be broken); else None.
 
     ``sample_id`` is the row's number from 0 (``row_idx`` where the file has that column),
-    ``picture_id`` is ``coco-<number>`` for a picture of COCO and ``oi-<name>`` for one of Open
+    ``image_id`` is ``coco-<number>`` for an image of COCO and ``oi-<name>`` for one of Open
     Images, there are no siblings, and ``meta`` holds ``distractors`` (a whole number),
     ``use_negation``, ``human_authored`` and ``image_source``.
 
@@ -87,9 +87,9 @@ def find(root: Path, name: str) -> Source | None:
         files=paths,
         splits=("test",),
         read=bound(_read, paths),
-        picture_folders=(),
+        image_folders=(),
         remedy=_REMEDY,
-        picture_remedy=f"it was written out of the Parquet file: delete the folder {folder / '.ivt_index'} and open "
+        image_remedy=f"it was written out of the Parquet file: delete the folder {folder / '.ivt_index'} and open "
         "the data set again",
         published=PUBLISHED_COUNTS,
         embedded=True,
@@ -97,14 +97,14 @@ def find(root: Path, name: str) -> Source | None:
 
 
 def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
-    pictures = hub.EmbeddedPictures(folder / "pictures")
+    images = hub.EmbeddedImages(folder / "images")
     bad.split = "test"
     total = 0
     for path in paths:
         for number, values in hub.typed_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, {"row_idx": hub.INTEGER}):
             try:
                 sample_id = integer(values, "row_idx") if "row_idx" in values else total
-                row = _row(values, str(sample_id), pictures)
+                row = _row(values, str(sample_id), images)
             except BadRowError as error:
                 bad.add(f"{number} of {path.name}", error)
             else:
@@ -112,9 +112,9 @@ def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
             total += 1
 
 
-def _row(values: dict[str, Any], sample_id: str, pictures: hub.EmbeddedPictures) -> Row:
+def _row(values: dict[str, Any], sample_id: str, images: hub.EmbeddedImages) -> Row:
     file_name, source = plain_file_name(text(values, "file_name")), text(values, "image_source")
-    size = picture_size(values)
+    size = image_size(values)
     box = relative_box(values["solution"], size, "xyxy", "solution")
     expression = text(values, "normal_caption").strip()
     meta = {
@@ -123,17 +123,17 @@ def _row(values: dict[str, Any], sample_id: str, pictures: hub.EmbeddedPictures)
         "human_authored": flag(values, "human_authored"),
         "image_source": source,
     }
-    picture_id = _picture_id(file_name, source)
-    header = pictures.put(values["image"], picture_id, file_name)
+    image_id = _image_id(file_name, source)
+    header = images.put(values["image"], image_id, file_name)
     if not header.fits(size):
         raise BadRowError(
             f"{file_name} is {header.stored[1]} wide and {header.stored[0]} high, but the row says "
             f"{size[1]} wide and {size[0]} high, so the box would be wrong"
         )
-    return Row("test", sample_id, picture_id, file_name, size, expression, box, (), meta)
+    return Row("test", sample_id, image_id, file_name, size, expression, box, (), meta)
 
 
-def _picture_id(file_name: str, source: str) -> str:
+def _image_id(file_name: str, source: str) -> str:
     coco = _COCO_FILE.fullmatch(file_name) if source.startswith("coco") else None
     return f"coco-{int(coco[1])}" if coco else f"oi-{Path(file_name).stem}"
 

@@ -4,15 +4,15 @@ Under a root::
 
     refl4/ref-l4-val.parquet  refl4/ref-l4-test.parquet
     refl4/images/COCO_train2014_000000128974.jpg  refl4/images/objects365_v2_00922765.jpg
-    (or the pictures in a folder of images/, as an archive with a prefix unpacks them)
+    (or the images in a folder of images/, as an archive with a prefix unpacks them)
 
-``bbox`` is **xywh**, float64 in pixels of the picture as stored; one row is one expression.
-Nothing is clipped and nothing dropped: some targets begin outside their pictures, and the benchmark's
+``bbox`` is **xywh**, float64 in pixels of the image as stored; one row is one expression.
+Nothing is clipped and nothing dropped: some targets begin outside their images, and the benchmark's
 evaluator scores them as they are. ``bbox_area`` is compared with width times height, which tells xywh
 from xyxy: where more than a hundredth of the rows disagree, the files are refused. ``all`` is val and test
 together, on which the benchmark's published numbers are.
 
-About half of the pictures are those of the RefCOCO sets' val and test. Their ``picture_id`` is the
+About half of the images are those of the RefCOCO sets' val and test. Their ``image_id`` is the
 same here and there (``coco-128974``), so that such leaks can be found before training.
 """
 
@@ -30,8 +30,8 @@ from ivt_env.data.checked import (
     BadRowError,
     BadRows,
     flag,
+    image_size,
     integer,
-    picture_size,
     plain_file_name,
     relative_box,
     short,
@@ -73,7 +73,7 @@ _LAST_NUMBER = re.compile(r"(\d+)\.[^.]+$")
 def find(root: Path, name: str) -> Source | None:
     """The data set, if its folder is under ``root`` (it may be broken); else None.
 
-    ``sample_id`` is the file's ``id``, ``picture_id`` is ``coco-<number>`` or ``o365-<number>``,
+    ``sample_id`` is the file's ``id``, ``image_id`` is ``coco-<number>`` or ``o365-<number>``,
     there are no siblings, and ``meta`` holds ``id``, ``category`` (``ori_category_id``),
     ``bbox_id``, ``is_rewrite`` and ``source`` (``coco`` or ``o365``).
     """
@@ -90,11 +90,11 @@ def find(root: Path, name: str) -> Source | None:
         splits=SPLITS,
         unions={"all": SPLITS},
         read=bound(_read, paths),
-        picture_folders=[images, *_below(images)],
+        image_folders=[images, *_below(images)],
         remedy=_REMEDY,
-        picture_remedy="unpack Ref-L4's images.tar.gz there",
+        image_remedy="unpack Ref-L4's images.tar.gz there",
         published=PUBLISHED_COUNTS,
-        may_share_pictures=True,  # there is no train split to leak into
+        may_share_images=True,  # there is no train split to leak into
         boxes_proven=True,
     )
 
@@ -118,11 +118,11 @@ def _read(paths: dict[str, Path], bad: BadRows, _folder: Path) -> Iterator[Row]:
                 first = place_of.setdefault(values["id"], place)
                 if first != place:
                     raise BadRowError(f"id {values['id']} is also that of {first}")
-                picture = file_of.setdefault(row.picture_id, (row.file_name, row.size))
-                if picture != (row.file_name, row.size):
+                image = file_of.setdefault(row.image_id, (row.file_name, row.size))
+                if image != (row.file_name, row.size):
                     raise BadRowError(
                         f"image_id {values['image_id']} is {row.file_name} of (height, width) {row.size} here and "
-                        f"{picture[0]} of {picture[1]} in a row before"
+                        f"{image[0]} of {image[1]} in a row before"
                     )
             except BadRowError as error:
                 bad.add(f"{number} of {path.name}", error)
@@ -137,13 +137,13 @@ def _row(values: dict[str, Any], split: str) -> Row:
     try:
         if values["split"] != split:
             raise BadRowError(f"split is {short(values['split'])} in the file of {split}")
-        source, number = _picture_of(values)
-        size = picture_size(values)
+        source, number = _image_of(values)
+        size = image_size(values)
         box = relative_box(values["bbox"], size, "xywh")
         return Row(
             split=split,
             sample_id=str(sample_id),
-            picture_id=f"{source}-{number}",
+            image_id=f"{source}-{number}",
             file_name=plain_file_name(text(values, "file_name")),
             size=size,
             expression=text(values, "caption").strip(),
@@ -160,15 +160,15 @@ def _row(values: dict[str, Any], split: str) -> Row:
         raise BadRowError(f"id {sample_id}: {error}") from error
 
 
-def _picture_of(values: dict[str, Any]) -> tuple[str, int]:
-    """``coco`` or ``o365``, and the picture's number there; both names of the picture must agree."""
+def _image_of(values: dict[str, Any]) -> tuple[str, int]:
+    """``coco`` or ``o365``, and the image's number there; both names of the image must agree."""
     image_id, file_name = text(values, "image_id"), text(values, "file_name")
     found = _IMAGE_ID.fullmatch(image_id)
     if found is None:
         raise BadRowError(f"image_id is {short(image_id)}, not like 'coco_128974' or 'o365_922765'")
     number = _LAST_NUMBER.search(file_name)
     if number is None or int(number[1]) != int(found[2]):
-        raise BadRowError(f"image_id {image_id!r} and file_name {file_name!r} name different pictures")
+        raise BadRowError(f"image_id {image_id!r} and file_name {file_name!r} name different images")
     return found[1], int(found[2])
 
 

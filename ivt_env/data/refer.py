@@ -4,9 +4,9 @@ Under a root::
 
     refcocog/instances.json  refcocog/refs(umd).p      (also refcoco/, refcoco+/)
     images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the pictures in images/train2014/ or train2014/)
+    (or the images in images/train2014/ or train2014/)
 
-Boxes are ``instances.json``'s **xywh**, floats in pixels of the picture as stored; a row of the
+Boxes are ``instances.json``'s **xywh**, floats in pixels of the image as stored; a row of the
 ``.p`` file is an object with one or more sentences, and has no box of its own.
 
 The ``.p`` files are pickles, and a pickle can run code: they are read with every callable refused,
@@ -29,8 +29,8 @@ from ivt_env.data.checked import (
     BadRowError,
     BadRows,
     Box,
+    image_size,
     integer,
-    picture_size,
     plain_file_name,
     read_json,
     relative_box,
@@ -54,12 +54,12 @@ PARTITIONS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Data set name -> partition -> splits; the first partition is the default.
 
-The google partitions divide objects, not pictures: their train and val share pictures. testA asks
+The google partitions divide objects, not images: their train and val share images. testA asks
 for people, testB for other objects.
 """
 
-PICTURE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014")
-"""Where COCO's train2014 pictures may lie under the root."""
+IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014")
+"""Where COCO's train2014 images may lie under the root."""
 
 PUBLISHED_COUNTS = {
     ("refcoco", "unc"): {"train": 120_624, "val": 10_834, "testA": 5_657, "testB": 5_095},
@@ -76,14 +76,14 @@ _log = logging.getLogger(__name__)
 def source(root: str | os.PathLike[str], name: str = "refcocog", partition: str | None = None) -> Source:
     """Where a data set of this layout lies under ``root``, and how it is read.
 
-    ``sample_id`` is ``"<ref_id>-<sent_id>"``, ``picture_id`` ``"coco-<image_id>"`` (the same
-    picture has the same id in all three sets), ``siblings`` are the other annotated objects of the
-    target's category in the picture, and ``meta`` holds ``ann_id``, ``ref_id``, ``image_id`` and
+    ``sample_id`` is ``"<ref_id>-<sent_id>"``, ``image_id`` ``"coco-<image_id>"`` (the same
+    image has the same id in all three sets), ``siblings`` are the other annotated objects of the
+    target's category in the image, and ``meta`` holds ``ann_id``, ``ref_id``, ``image_id`` and
     ``category``. The label is ``name``, with the partition where it is not the usual one
     (``refcocog-google``).
 
     Args:
-        root: the folder that holds ``refcocog/`` (or ``refcoco/``, ``refcoco+/``) and the pictures.
+        root: the folder that holds ``refcocog/`` (or ``refcoco/``, ``refcoco+/``) and the images.
         name: ``refcocog``, ``refcoco`` or ``refcocoplus``.
         partition: who divided the set; None is umd for RefCOCOg and unc for the other two.
 
@@ -106,11 +106,11 @@ def source(root: str | os.PathLike[str], name: str = "refcocog", partition: str 
         files=(refs_path, instances_path),
         splits=PARTITIONS[name][partition],
         read=bound(_read, refs_path, instances_path, PARTITIONS[name][partition]),
-        picture_folders=[base / below for below in PICTURE_FOLDERS],
+        image_folders=[base / below for below in IMAGE_FOLDERS],
         remedy=f"{_REMEDY}, with instances.json from the same archive",
-        picture_remedy="unpack COCO's train2014.zip there (it holds 82,783 pictures)",
+        image_remedy="unpack COCO's train2014.zip there (it holds 82,783 images)",
         published=PUBLISHED_COUNTS.get((name, partition)),
-        may_share_pictures=partition == "google",
+        may_share_images=partition == "google",
     )
 
 
@@ -131,7 +131,7 @@ class _Annotation:
     image_id: int
     category_id: int
     box: Box
-    """xyxy, relative to the picture."""
+    """xyxy, relative to the image."""
 
 
 class _Instances:
@@ -159,7 +159,7 @@ class _Instances:
 
     @staticmethod
     def _image(entry: dict[str, Any]) -> _Image:
-        return _Image(plain_file_name(text(entry, "file_name")), picture_size(entry))
+        return _Image(plain_file_name(text(entry, "file_name")), image_size(entry))
 
     def _annotation(self, entry: dict[str, Any]) -> _Annotation:
         image_id = integer(entry, "image_id")
@@ -170,7 +170,7 @@ class _Instances:
         return _Annotation(image_id, integer(entry, "category_id"), box)
 
     def siblings(self, ann_id: int, annotation: _Annotation) -> list[Box]:
-        """Boxes of the other annotations of the same category in the same picture."""
+        """Boxes of the other annotations of the same category in the same image."""
         same = self._of_class[annotation.image_id, annotation.category_id]
         return [box for other, box in same if other != ann_id]
 
@@ -229,7 +229,7 @@ def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callabl
     return bound(
         Row,
         split=ref["split"],
-        picture_id=f"coco-{image_id}",
+        image_id=f"coco-{image_id}",
         file_name=image.file_name,
         size=image.size,
         box=annotation.box,

@@ -1,4 +1,4 @@
-"""What every data set gives: samples, and the pictures behind them."""
+"""What every data set gives: samples, and the images behind them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-Picture = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 """RGB, shape (height, width, 3)."""
 
 
 class DataError(ValueError):
-    """A data set, file, row or picture that cannot be used. Names the place and the remedy."""
+    """A data set, file, row or image that cannot be used. Names the place and the remedy."""
 
 
 class DataMissingError(DataError):
@@ -23,17 +23,17 @@ class DataMissingError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture, one referring expression, one target box."""
+    """One image, one referring expression, one target box."""
 
     sample_id: str
     """Unique within the data set and split."""
-    picture_id: str
-    """Samples with the same value share their picture; statistics are clustered by it."""
+    image_id: str
+    """Samples with the same value share their image; statistics are clustered by it."""
     expression: str
     box: tuple[float, float, float, float]
-    """The target: xyxy, relative to the picture."""
+    """The target: xyxy, relative to the image."""
     size: tuple[int, int]
-    """(height, width) of the picture in pixels."""
+    """(height, width) of the image in pixels."""
     dataset: str
     """What was really read, for example ``scenes``, ``photos`` or ``refcocog``."""
     split: str
@@ -45,7 +45,7 @@ class Sample:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """A split of a data set: random access to samples, and their pictures on demand."""
+    """A split of a data set: random access to samples, and their images on demand."""
 
     name: str
     split: str
@@ -58,6 +58,6 @@ class Dataset(Protocol):
         """The sample at ``index`` (0-based); IndexError outside the range."""
         ...
 
-    def picture(self, sample: Sample) -> Picture:
-        """The sample's picture at full resolution, RGB uint8 (height, width, 3)."""
+    def image(self, sample: Sample) -> ImageArray:
+        """The sample's image at full resolution, RGB uint8 (height, width, 3)."""
         ...

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ivt_env.data.sample import DataError, Dataset, Picture
+from ivt_env.data.sample import DataError, Dataset, ImageArray
 from ivt_env.rendering import Overlay, caption_font, draw_overlay, place_on_canvas
 
 _BACKGROUND, _INK, _FAINT = (24, 26, 30), (235, 235, 235), (150, 155, 165)
@@ -18,7 +18,7 @@ _LINES = 3
 
 
 def cell_size(side: int) -> tuple[int, int]:
-    """(height, width) in pixels of one sample's place on a sheet: the picture and the lines below it."""
+    """(height, width) in pixels of one sample's place on a sheet: the image and the lines below it."""
     return side + 2 * _MARGIN + _line_height(side) * (_LINES + 1), side + 2 * _MARGIN
 
 
@@ -33,17 +33,17 @@ def _line_height(side: int) -> int:
     return round(max(11, side // 22) * 1.35)
 
 
-def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, side: int = 300) -> Picture:
+def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, side: int = 300) -> ImageArray:
     """Draw samples side by side: target green, other objects of its class blue, expression below.
 
-    A picture that cannot be read leaves its place empty with the reason, so that one broken file
+    An image that cannot be read leaves its place empty with the reason, so that one broken file
     does not hide the rest.
 
     Args:
         dataset: what to show.
         indices: which samples.
         columns: cells in a row.
-        side: of a picture's place in pixels; pictures are scaled down to it, never enlarged.
+        side: of an image's place in pixels; images are scaled down to it, never enlarged.
 
     Returns:
         RGB uint8 (rows * cell height, columns * cell width, 3).
@@ -65,7 +65,7 @@ def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, si
         left, top = place % columns * width + _MARGIN, place // columns * height + _MARGIN
         sample = dataset[index]
         try:
-            canvas, extent = place_on_canvas(dataset.picture(sample), side)
+            canvas, extent = place_on_canvas(dataset.image(sample), side)
         except DataError as error:
             for number, line in enumerate(textwrap.wrap(str(error), letters)[: side // line_height]):
                 pen.text((left, top + number * line_height), line, font=font, fill=(255, 120, 110))
@@ -73,7 +73,7 @@ def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, si
             for sibling in sample.siblings:
                 draw_overlay(canvas, extent, sibling, Overlay("outline", _SIBLING, width=1))
             draw_overlay(canvas, extent, sample.box, Overlay("outline", _TARGET, width=max(2, side // 120)))
-            # Only the picture, not the black rest of its canvas.
+            # Only the image, not the black rest of its canvas.
             page.paste(Image.fromarray(canvas[: extent[0], : extent[1]]), (left, top))
         lines = textwrap.wrap(sample.expression, letters, max_lines=_LINES, placeholder=" …") or [""]
         for number, line in enumerate(lines):

@@ -4,7 +4,7 @@ A reader turns its own layout into ``Row``s, one per expression. ``open_table`` 
 them into an index (an Arrow file with one record batch per split) beside the data or, where that
 folder cannot be written, into the user's cache folder, and opens it. Later openings map the index
 alone, until the size or time of a source file changes; worker processes that open it share its
-memory. Pictures are files, decoded when asked for.
+memory. Images are files, decoded when asked for.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ import pyarrow as pa
 
 from ivt_env.data import cache_folder
 from ivt_env.data.checked import BadRows, Box, looks_misdeclared
-from ivt_env.data.pictures import read_picture
-from ivt_env.data.sample import DataError, Picture, Sample
+from ivt_env.data.images import read_image
+from ivt_env.data.sample import DataError, ImageArray, Sample
 from ivt_env.files import whole_file
 
 _INDEX_VERSION = 3  # raise whenever the schema or the meaning of a column changes
 _SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
-        ("picture_id", pa.string()),
-        ("file_name", pa.string()),  # below one of the picture folders
+        ("image_id", pa.string()),
+        ("file_name", pa.string()),  # below one of the image folders
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("expression", pa.string()),
-        ("box", pa.list_(pa.float64(), 4)),  # xyxy, relative to the picture
+        ("box", pa.list_(pa.float64(), 4)),  # xyxy, relative to the image
         ("siblings", pa.list_(pa.float64())),  # 4 numbers per box, as above
         ("meta", pa.string()),  # JSON
     ]
@@ -57,23 +57,23 @@ class Row:
 
     split: str
     sample_id: str
-    picture_id: str
+    image_id: str
     file_name: str
-    """Of the picture, below one of the picture folders, with ``/``."""
+    """Of the image, below one of the image folders, with ``/``."""
     size: tuple[int, int]
-    """(height, width) of the picture in pixels."""
+    """(height, width) of the image in pixels."""
     expression: str
     box: Box
-    """xyxy, relative to the picture."""
+    """xyxy, relative to the image."""
     siblings: Sequence[Box] = ()
-    """Other objects of the target's class in the picture, likewise."""
+    """Other objects of the target's class in the image, likewise."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able."""
 
 
 Read = Callable[[BadRows, Path], Iterator[Row]]
 """Yields the rows of all splits; what it leaves out it adds to the BadRows. The folder is one that
-the reader may write pictures into (``pictures/`` below it), for layouts that embed them."""
+the reader may write images into (``images/`` below it), for layouts that embed them."""
 
 
 @dataclass(frozen=True)
@@ -90,29 +90,29 @@ class Source:
     """What is read. The index is built again when the size or time of one changes."""
     splits: Sequence[str]
     read: Read
-    picture_folders: Sequence[Path]
-    """Where the pictures may lie; the first that holds the file counts."""
+    image_folders: Sequence[Path]
+    """Where the images may lie; the first that holds the file counts."""
     remedy: str
     """What to do where the annotations are missing or broken: an imperative without a full stop, as
     it stands after a semicolon."""
-    picture_remedy: str
-    """The same, where a picture or the whole folder of them is missing; "there" is that place."""
+    image_remedy: str
+    """The same, where an image or the whole folder of them is missing; "there" is that place."""
     published: Mapping[str, int] | None = None
     """Split -> number of expressions, where it is known."""
-    may_share_pictures: bool = False
-    """Whether train and another split may hold the same picture."""
+    may_share_images: bool = False
+    """Whether train and another split may hold the same image."""
     unions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Further split -> the splits that it joins."""
     boxes_proven: bool = False
     """Whether the reader compares each box with its other form in the file, so that its convention is certain."""
     embedded: bool = False
-    """Whether the files hold the pictures too; ``pictures/`` beside the index is then looked at."""
+    """Whether the files hold the images too; ``images/`` beside the index is then looked at."""
 
 
 class Table:
     """One split of a data set on disk; one sample per expression.
 
-    Samples are made when asked for and pictures decoded when asked for; the last few pictures are
+    Samples are made when asked for and images decoded when asked for; the last few images are
     kept. An opened table can be sent to a worker process, which maps the same file.
 
     Attributes:
@@ -122,29 +122,27 @@ class Table:
         skipped: rows of the annotation files (all splits) that were unusable and left out.
     """
 
-    def __init__(
-        self, source: Source, split: str, batch: pa.RecordBatch, opened: _Opened, cached_pictures: int
-    ) -> None:
+    def __init__(self, source: Source, split: str, batch: pa.RecordBatch, opened: _Opened, cached_images: int) -> None:
         """Called by ``open_table``."""
         self.name, self.split, self.layout = source.name, split, source.layout
         self.skipped = opened.skipped
         self._batch = batch
         self._path, self._number, self._stamp = opened.path, opened.numbers[split], opened.stamp
-        self._picture_folders = list(source.picture_folders)
+        self._image_folders = list(source.image_folders)
         if source.embedded:
-            self._picture_folders.append(opened.pictures)
-        self._picture_remedy = source.picture_remedy
-        self._cached_pictures = cached_pictures
-        self._pictures: OrderedDict[str, Picture] = OrderedDict()
+            self._image_folders.append(opened.images)
+        self._image_remedy = source.image_remedy
+        self._cached_images = cached_images
+        self._images: OrderedDict[str, ImageArray] = OrderedDict()
         self._columns()
 
     def _columns(self) -> None:
         column = self._batch.column
-        self._text = {key: column(key) for key in ("sample_id", "picture_id", "file_name", "expression", "meta")}
+        self._text = {key: column(key) for key in ("sample_id", "image_id", "file_name", "expression", "meta")}
         self._sizes = column("height").to_numpy(), column("width").to_numpy()
         self._boxes = column("box").flatten().to_numpy().reshape(-1, 4)
         self._siblings = column("siblings")
-        self._row_of_picture: dict[str, int] = {}
+        self._row_of_image: dict[str, int] = {}
 
     def __len__(self) -> int:
         """Number of expressions."""
@@ -158,7 +156,7 @@ class Table:
         text = {key: values[row].as_py() for key, values in self._text.items()}
         return Sample(
             sample_id=text["sample_id"],
-            picture_id=text["picture_id"],
+            image_id=text["image_id"],
             expression=text["expression"],
             box=_as_box(self._boxes[row].tolist()),
             size=self._size(row),
@@ -168,62 +166,62 @@ class Table:
             meta=json.loads(text["meta"]),
         )
 
-    def picture(self, sample: Sample) -> Picture:
-        """The sample's picture, uint8 (height, width, 3); shared and read-only, copy it to draw on it.
+    def image(self, sample: Sample) -> ImageArray:
+        """The sample's image, uint8 (height, width, 3); shared and read-only, copy it to draw on it.
 
         Raises:
             DataError: where the file is missing, broken, or not of the annotated size, and for a
                 sample of another data set or split.
         """
-        cached = self._pictures.get(sample.picture_id)
+        cached = self._images.get(sample.image_id)
         if cached is None:
-            path, size = self._file(sample.picture_id)
-            cached = read_picture(path, str(path), size)
+            path, size = self._file(sample.image_id)
+            cached = read_image(path, str(path), size)
             cached.setflags(write=False)
-            self._pictures[sample.picture_id] = cached
-            while len(self._pictures) > self._cached_pictures:
-                self._pictures.popitem(last=False)
+            self._images[sample.image_id] = cached
+            while len(self._images) > self._cached_images:
+                self._images.popitem(last=False)
         else:
-            self._pictures.move_to_end(sample.picture_id)
+            self._images.move_to_end(sample.image_id)
         return cached
 
-    def picture_path(self, sample: Sample) -> Path:
-        """The file of the sample's picture; DataError where it is missing."""
-        return self._file(sample.picture_id)[0]
+    def image_path(self, sample: Sample) -> Path:
+        """The file of the sample's image; DataError where it is missing."""
+        return self._file(sample.image_id)[0]
 
     def sample_ids(self) -> list[str]:
         """The ids of all samples, in order; much faster than making the samples."""
         return self._text["sample_id"].to_pylist()
 
-    def picture_ids(self) -> list[str]:
-        """The picture id of each sample, in order."""
-        return self._text["picture_id"].to_pylist()
+    def image_ids(self) -> list[str]:
+        """The image id of each sample, in order."""
+        return self._text["image_id"].to_pylist()
 
     def file_names(self) -> list[str]:
-        """The picture files of this split, each once, in order of first use."""
+        """The image files of this split, each once, in order of first use."""
         return list(dict.fromkeys(self._text["file_name"].to_pylist()))
 
     def _size(self, row: int) -> tuple[int, int]:
         return int(self._sizes[0][row]), int(self._sizes[1][row])
 
-    def _file(self, picture_id: str) -> tuple[Path, tuple[int, int]]:
-        if not self._row_of_picture:
-            for row, held in enumerate(self._text["picture_id"].to_pylist()):
-                self._row_of_picture.setdefault(held, row)
-        found = self._row_of_picture.get(picture_id)
+    def _file(self, image_id: str) -> tuple[Path, tuple[int, int]]:
+        if not self._row_of_image:
+            for row, held in enumerate(self._text["image_id"].to_pylist()):
+                self._row_of_image.setdefault(held, row)
+        found = self._row_of_image.get(image_id)
         if found is None:
-            raise DataError(f"{self.name} {self.split} has no picture {picture_id!r}; give one of its samples")
+            raise DataError(f"{self.name} {self.split} has no image {image_id!r}; give one of its samples")
         file_name = self._text["file_name"][found].as_py()
-        for folder in self._picture_folders:
+        for folder in self._image_folders:
             if (folder / file_name).is_file():
                 return folder / file_name, self._size(found)
-        folder = next((f for f in self._picture_folders if f.is_dir()), self._picture_folders[0])
-        raise DataError(f"{folder / file_name}: this picture of {self.name} is missing; {self._picture_remedy}")
+        folder = next((f for f in self._image_folders if f.is_dir()), self._image_folders[0])
+        raise DataError(f"{folder / file_name}: this image of {self.name} is missing; {self._image_remedy}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what a worker process reads for itself: the decoded pictures and, if on disk, the index."""
+        """Without what a worker process reads for itself: the decoded images and, if on disk, the index."""
         state = {k: v for k, v in self.__dict__.items() if k not in ("_text", "_sizes", "_boxes", "_siblings")}
-        state |= {"_pictures": OrderedDict(), "_row_of_picture": {}}
+        state |= {"_images": OrderedDict(), "_row_of_image": {}}
         return state if self._path is None else state | {"_batch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -255,33 +253,33 @@ class _Opened:
     numbers: dict[str, int]
     """Split -> record batch."""
     skipped: int
-    pictures: Path
+    images: Path
     stamp: str = ""
     """Of what the index was built from: equal for equal files, whoever built it."""
 
 
-def open_table(source: Source, split: str, cached_pictures: int = 32, need_pictures: bool = True) -> Table:
+def open_table(source: Source, split: str, cached_images: int = 32, need_images: bool = True) -> Table:
     """Open a split, building the index where there is none that fits.
 
     Args:
         source: the data set.
         split: one of ``source.splits``.
-        cached_pictures: how many decoded pictures to keep (about 1 MB each).
-        need_pictures: whether a missing folder of pictures is an error at once. (A single missing
-            picture is one when it is asked for.)
+        cached_images: how many decoded images to keep (about 1 MB each).
+        need_images: whether a missing folder of images is an error at once. (A single missing
+            image is one when it is asked for.)
 
     Raises:
         DataError: for an unknown split, for files that are missing, broken, or hold too many bad
-            rows or duplicate ids, an empty split, and pictures shared by train and another split
+            rows or duplicate ids, an empty split, and images shared by train and another split
             where that may not be.
     """
     held = (*source.splits, *source.unions)
     if split not in held:
         raise DataError(f"{source.name} ({source.layout}) has no split {split!r}; it has {', '.join(held)}")
-    if need_pictures and not source.embedded and not any(folder.is_dir() for folder in source.picture_folders):
+    if need_images and not source.embedded and not any(folder.is_dir() for folder in source.image_folders):
         raise DataError(
-            f"{source.folder}: {source.name} is here but its pictures are not: there is no folder "
-            f"{' or '.join(map(str, source.picture_folders))}; {source.picture_remedy}"
+            f"{source.folder}: {source.name} is here but its images are not: there is no folder "
+            f"{' or '.join(map(str, source.image_folders))}; {source.image_remedy}"
         )
     identity = {
         "version": _INDEX_VERSION, "name": source.name,
@@ -303,7 +301,7 @@ def open_table(source: Source, split: str, cached_pictures: int = 32, need_pictu
             "%s: %d unusable rows of the %s files were left out (all splits together)",
             source.name, opened.skipped, source.layout,
         )  # fmt: skip
-    return Table(source, split, batch, opened, cached_pictures)
+    return Table(source, split, batch, opened, cached_images)
 
 
 def _build(
@@ -315,7 +313,7 @@ def _build(
     where = ", ".join(str(path) for path in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
     if source.embedded and target is None:
         raise DataError(
-            f"{where}: holds pictures, which must be written out, and nothing can be written to "
+            f"{where}: holds images, which must be written out, and nothing can be written to "
             f"{' or '.join(map(str, places))}; make one of these folders writable"
         )
     bad = BadRows(where, source.remedy)
@@ -327,11 +325,11 @@ def _build(
     published = {s: count for s, count in (source.published or {}).items() if s in counts}
     if any(counts[s] != count for s, count in published.items()):
         _log.warning("%s: expressions per split %s, published are %s", where, counts, published)
-    if not source.may_share_pictures:
-        _refuse_shared_pictures(batches, where, source)
+    if not source.may_share_images:
+        _refuse_shared_images(batches, where, source)
     facts = identity | {"splits": list(batches), "counts": counts, "skipped": len(bad.reasons)}
     numbers = {s: number for number, s in enumerate(batches)}
-    # Embedded pictures were written out beside the first place, so the index may lie nowhere else.
+    # Embedded images were written out beside the first place, so the index may lie nowhere else.
     for folder in [target] if target and source.embedded else filter(None, chain([target], writable)):
         path = folder / _index_name(source)
         try:
@@ -340,11 +338,11 @@ def _build(
         except (OSError, ValueError) as error:
             _log.info("%s: index not written (%s)", path, error)
         else:
-            opened = _Opened(path, numbers, len(bad.reasons), folder / "pictures", _stamp(reader))
+            opened = _Opened(path, numbers, len(bad.reasons), folder / "images", _stamp(reader))
             return reader.get_batch(numbers[split]), opened
     where_not = " or ".join(map(str, places))
     _log.warning("no index of %s can be written to %s: slow at each opening", source.name, where_not)
-    return batches[split], _Opened(None, numbers, len(bad.reasons), (target or places[0]) / "pictures")
+    return batches[split], _Opened(None, numbers, len(bad.reasons), (target or places[0]) / "images")
 
 
 def _batches(source: Source, bad: BadRows, folder: Path, where: str) -> dict[str, pa.RecordBatch]:
@@ -360,7 +358,7 @@ def _batches(source: Source, bad: BadRows, folder: Path, where: str) -> dict[str
         if not source.boxes_proven and (why := looks_misdeclared(row.box, row.size)):
             bad.suspicions.append(f"{row.split} {row.sample_id}: {why}")
         into = columns[row.split]
-        for key in ("sample_id", "picture_id", "file_name", "expression", "box"):
+        for key in ("sample_id", "image_id", "file_name", "expression", "box"):
             into[key].append(getattr(row, key))
         into["height"].append(row.size[0])
         into["width"].append(row.size[1])
@@ -375,14 +373,14 @@ def _batches(source: Source, bad: BadRows, folder: Path, where: str) -> dict[str
     return {s: pa.record_batch([pa.array(c[f.name], f.type) for f in _SCHEMA], _SCHEMA) for s, c in columns.items()}
 
 
-def _refuse_shared_pictures(batches: dict[str, pa.RecordBatch], where: str, source: Source) -> None:
-    pictures = {split: set(batch.column("picture_id").to_pylist()) for split, batch in batches.items()}
-    for split in pictures.keys() - {"train"}:
-        shared = pictures.get("train", set()) & pictures[split]
+def _refuse_shared_images(batches: dict[str, pa.RecordBatch], where: str, source: Source) -> None:
+    images = {split: set(batch.column("image_id").to_pylist()) for split, batch in batches.items()}
+    for split in images.keys() - {"train"}:
+        shared = images.get("train", set()) & images[split]
         if shared:
             raise DataError(
-                f"{where}: train and {split} share {len(shared)} pictures ({min(shared)} is one), so scores on "
-                f"{split} would be too good; every picture belongs in one split: {source.remedy}"
+                f"{where}: train and {split} share {len(shared)} images ({min(shared)} is one), so scores on "
+                f"{split} would be too good; every image belongs in one split: {source.remedy}"
             )
 
 
@@ -458,7 +456,7 @@ def _read_index(path: Path, identity: dict[str, Any], split: str) -> tuple[pa.Re
         batch.validate(full=True)
         if not batch.schema.equals(_SCHEMA) or batch.num_rows != facts["counts"][split]:
             raise ValueError("not an index of this version")
-        return batch, _Opened(path, numbers, int(facts["skipped"]), path.parent / "pictures", _stamp(reader))
+        return batch, _Opened(path, numbers, int(facts["skipped"]), path.parent / "images", _stamp(reader))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:

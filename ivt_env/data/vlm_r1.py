@@ -5,22 +5,22 @@ Under a root::
     vlm_r1/rec_jsons_processed/refcoco_train.json or .jsonl, refcoco_val.json
     (also refcocop_... for RefCOCO+, refcocog_...)
 
-Boxes are **xyxy**, floats in pixels of the picture as stored:
+Boxes are **xyxy**, floats in pixels of the image as stored:
 
 - ``.json``, a list of objects: ``solution``. Never ``bbox_list``, whose x2 and y2 are one pixel short.
 - ``.jsonl``, one conversation a line: the answer's value, four numbers as a list or as its text.
   The expression is what stands between the fixed prompt and the full stop.
 
-Where both files of a split are there, the ``.json`` is read: it states the size of the picture and
-the object's number. For ``.jsonl`` the size is read from the picture's header, so the pictures
-must be there when the data set is first opened. A row without its picture is then a bad row: more
+Where both files of a split are there, the ``.json`` is read: it states the size of the image and
+the object's number. For ``.jsonl`` the size is read from the image's header, so the images
+must be there when the data set is first opened. A row without its image is then a bad row: more
 than one percent of them is an error, and fewer stay left out, as the warning at each opening says,
 until the index (``.ivt_index/``) is deleted.
 
 The path in ``image`` (``train2014/COCO_train2014_000000581857.jpg``) is looked for below the root,
-``vlm_r1/``, ``images/mscoco/images/``, ``images/`` and ``coco/``. COCO's number of the picture is
+``vlm_r1/``, ``images/mscoco/images/``, ``images/`` and ``coco/``. COCO's number of the image is
 taken from its name, since ``image_id`` is a running number. Only splits whose files are there are
-served. A file knows neither the other objects of a picture nor the names of categories:
+served. A file knows neither the other objects of an image nor the names of categories:
 ``siblings`` are empty.
 """
 
@@ -37,8 +37,8 @@ from typing import Any
 from ivt_env.data.checked import (
     BadRowError,
     BadRows,
+    image_size,
     integer,
-    picture_size,
     read_json,
     relative_box,
     relative_path,
@@ -46,8 +46,8 @@ from ivt_env.data.checked import (
     text,
 )
 from ivt_env.data.hub import coco_image_id
-from ivt_env.data.jxu124 import PICTURE_REMEDY, PUBLISHED
-from ivt_env.data.pictures import read_header
+from ivt_env.data.images import read_header
+from ivt_env.data.jxu124 import IMAGE_REMEDY, PUBLISHED
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
@@ -61,7 +61,7 @@ PLACES: dict[str, tuple[str, ...]] = {
 }
 """Data set name -> what is looked for under the root."""
 
-PICTURE_FOLDERS = ("", "vlm_r1", "images/mscoco/images", "images", "coco")
+IMAGE_FOLDERS = ("", "vlm_r1", "images/mscoco/images", "images", "coco")
 """Below which of the root's folders ``train2014/`` may lie."""
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: "
@@ -74,7 +74,7 @@ _REMEDY = "unpack rec_jsons_processed.zip of the Hub data set omlab/VLM-R1 again
 def find(root: Path, name: str) -> Source | None:
     """The data set in this layout, if a file of it is under ``root`` (it may be broken); else None.
 
-    ``picture_id`` is ``"coco-<image_id>"`` with COCO's number. From ``.json``, ``sample_id`` is
+    ``image_id`` is ``"coco-<image_id>"`` with COCO's number. From ``.json``, ``sample_id`` is
     ``"<ann_id>-<running number>"`` as in MDETR's layout, from which these files were made, and
     ``meta`` holds ``ann_id``, ``image_id`` (COCO's) and ``category_id``. From ``.jsonl``,
     ``sample_id`` is the line's ``id`` and ``meta`` holds ``image_id`` alone.
@@ -89,35 +89,35 @@ def find(root: Path, name: str) -> Source | None:
             files[split] = there[0]
     if not files:
         return None
-    picture_folders = [root / below for below in PICTURE_FOLDERS]
+    image_folders = [root / below for below in IMAGE_FOLDERS]
     remedy = _REMEDY
     if any(path.suffix == ".jsonl" for path in files.values()):
-        remedy += ", or, where pictures are missing, unpack COCO's train2014.zip"
+        remedy += ", or, where images are missing, unpack COCO's train2014.zip"
     return Source(
         name=name,
         layout="vlm_r1",
         folder=folder,
         files=tuple(files.values()),
         splits=tuple(files),
-        read=bound(_read, files, name, picture_folders),
-        picture_folders=picture_folders,
+        read=bound(_read, files, name, image_folders),
+        image_folders=image_folders,
         remedy=remedy,
-        picture_remedy=PICTURE_REMEDY,
+        image_remedy=IMAGE_REMEDY,
         published=PUBLISHED[name],
     )
 
 
 def _read(
-    files: Mapping[str, Path], name: str, picture_folders: Sequence[Path], bad: BadRows, _folder: Path
+    files: Mapping[str, Path], name: str, image_folders: Sequence[Path], bad: BadRows, _folder: Path
 ) -> Iterator[Row]:
     """One row per object of the list, or per line."""
 
-    @cache  # seven expressions share a picture
+    @cache  # seven expressions share an image
     def size_of(image: str) -> tuple[int, int]:
-        for below in picture_folders:
+        for below in image_folders:
             if (below / image).is_file():
                 return read_header(below / image, str(below / image)).stored
-        tried = ", ".join(map(str, picture_folders))
+        tried = ", ".join(map(str, image_folders))
         raise BadRowError(f"image {image!r}, whose size is needed, is in none of {tried}")
 
     for split, path in files.items():
@@ -168,11 +168,11 @@ def _record(entry: dict[str, Any], split: str, name: str) -> Row:
     if isinstance(stated, str) and _DATASET_NAMES.get(stated, name) != name:
         raise BadRowError(f"dataset_name is {stated!r} in a file of {name}")
     file_name, image_id = _image(entry)
-    size = picture_size(entry)
+    size = image_size(entry)
     return Row(
         split=split,
         sample_id=f"{ann_id}-{running}",
-        picture_id=f"coco-{image_id}",
+        image_id=f"coco-{image_id}",
         file_name=file_name,
         size=size,
         expression=text(entry, "normal_caption").strip(),
@@ -206,7 +206,7 @@ def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tu
     return Row(
         split=split,
         sample_id=row_id,
-        picture_id=f"coco-{image_id}",
+        image_id=f"coco-{image_id}",
         file_name=file_name,
         size=size,
         expression=text({"expression": found[1]}, "expression").strip(),
@@ -216,6 +216,6 @@ def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tu
 
 
 def _image(entry: dict[str, Any]) -> tuple[str, int]:
-    """The path of the picture below a folder of pictures, and COCO's number of it."""
+    """The path of the image below a folder of images, and COCO's number of it."""
     path = relative_path(text(entry, "image"))
     return path, coco_image_id(PurePosixPath(path).name)

@@ -116,8 +116,8 @@ class Audit:
     """``data set/split`` that was really played, sorted."""
     episodes: int
     """n: samples, each played once a run and rollout."""
-    picture_ids: tuple[str, ...]
-    """The picture of each sample: what the intervals draw, length n."""
+    image_ids: tuple[str, ...]
+    """The image of each sample: what the intervals draw, length n."""
     columns: dict[str, Column]
     """The answers of every rule; the mean over runs where there are several."""
     rows: list[table.Row]
@@ -133,9 +133,9 @@ class Audit:
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, NaN as None; without the per-episode columns, which the episodes hold."""
-        left_out = ("columns", "picture_ids")
+        left_out = ("columns", "image_ids")
         fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in left_out}
-        found: dict[str, Any] = table.as_json(fields | {"pictures": len(set(self.picture_ids))})
+        found: dict[str, Any] = table.as_json(fields | {"images": len(set(self.image_ids))})
         return found
 
 
@@ -169,8 +169,8 @@ def audit_runs(
 ) -> Audit:
     """Audit a policy that was played once, or once for each of its seeds, on the same n samples.
 
-    Scores of several runs are averaged sample by sample and then resampled by picture, so the
-    intervals are those of *these* seeds on other pictures; how far seeds differ is in ``by_seed``.
+    Scores of several runs are averaged sample by sample and then resampled by image, so the
+    intervals are those of *these* seeds on other images; how far seeds differ is in ``by_seed``.
 
     Args:
         runs: The seeds, all with the same rollouts.
@@ -209,10 +209,10 @@ def audit_runs(
     if any(set(each) != set(found[0]) for each in found):
         raise ValueError(f"{name}: only some of the seeds state a stop probability, so their rules differ")
     pooled = {key: pool_seeds([each[key] for each in found]) for key in found[0]}
-    pictures = tuple(e.picture_id for e in first.episodes)
+    images = tuple(e.image_id for e in first.episodes)
     boot: Any = {"n_boot": n_boot, "seed": seed}
     gains = [
-        table.compare(key, column, "step_0", pooled["step_0"], pictures, metric, **boot)
+        table.compare(key, column, "step_0", pooled["step_0"], images, metric, **boot)
         for metric in GAIN_METRICS
         for key, column in pooled.items()
         if key != "step_0"
@@ -227,9 +227,9 @@ def audit_runs(
         name=name,
         served=tuple(sorted({f"{e.dataset}/{e.split}" for e in first.episodes})),
         episodes=len(first.episodes),
-        picture_ids=pictures,
+        image_ids=images,
         columns=pooled,
-        rows=table.score_rows(name, pooled, pictures, metrics, **boot),
+        rows=table.score_rows(name, pooled, images, metrics, **boot),
         gains=gains,
         groups=sorted(groups, key=lambda row: order[row.group]),
         runs=tuple(_one(run, each, threshold) for run, each in zip(runs, found, strict=True)),

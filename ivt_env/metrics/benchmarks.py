@@ -6,8 +6,8 @@ under that one's own rule, and data sets with one another only under the common 
 
 What all rules share:
 
-- Boxes are xyxy in pixels of the original picture, areas continuous. Coordinates are rounded to
-  1e-6 px first: samples hold boxes relative to their picture, and 104 px / 427 * 427 need not be
+- Boxes are xyxy in pixels of the original image, areas continuous. Coordinates are rounded to
+  1e-6 px first: samples hold boxes relative to their image, and 104 px / 427 * 427 need not be
   104.0 again.
 - Thresholds are k / 100 for a whole k, the float nearest to the decimal (never sums of 0.05). The
   overlap of boxes in whole pixels is a rounded quotient of exact numbers, so one that equals the
@@ -67,8 +67,8 @@ class ScoreRow:
     rule: str
     """What counts as a hit, for example ``IoU > 0.5``."""
     low: float | None = None
-    """95 % percentile bootstrap interval, clustered by picture; None where none was asked for or
-    there is none (class averages, fewer than 2 pictures)."""
+    """95 % percentile bootstrap interval, clustered by image; None where none was asked for or
+    there is none (class averages, fewer than 2 images)."""
     high: float | None = None
 
 
@@ -97,7 +97,7 @@ def score(
 
     Args:
         name: one of ``RULES``.
-        predicted_px: xyxy in pixels of the original picture, shape (n, 4); a NaN means no box.
+        predicted_px: xyxy in pixels of the original image, shape (n, 4); a NaN means no box.
         samples: the n samples they answer, in the same order.
         category_map: as in ``ref_l4``; no other rule looks at it.
         resamples: bootstrap resamples of each interval; 0 gives no intervals.
@@ -280,7 +280,7 @@ def ref_l4(
 
 
 def ref_adv(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
-    """Ref-Adv: IoU >= t after sorting the corners and **clamping the prediction to the picture**.
+    """Ref-Adv: IoU >= t after sorting the corners and **clamping the prediction to the image**.
 
     Acc@0.5, 0.75, 0.9, and Acc@0.5 by the number of same-class distractors: 2-3, 4-6, >= 7. Source:
     ``run.py`` and ``report.py`` of github.com/dddraxxx/Ref-Adv. Its second request after an
@@ -314,12 +314,12 @@ def ref_adv(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: in
         rows.accuracies(iou, (0.5,), strict=False, mean=False, label=f", {label} distractors", members=found)
     few = int((count < 2).sum())
     note = f"{few} samples have fewer than 2 distractors: in the totals, in none of the published bins"
-    source = "Ref-Adv's run.py and report.py: corners sorted, clamped to the picture"
+    source = "Ref-Adv's run.py and report.py: corners sorted, clamped to the image"
     return RuleResult("refadv", source, tuple(rows.done), (note,) if few else ())
 
 
 def targets_px(samples: Sequence[Sample]) -> Array:
-    """The target boxes, xyxy in pixels of the original pictures to 1e-6 px, shape (n, 4).
+    """The target boxes, xyxy in pixels of the original images to 1e-6 px, shape (n, 4).
 
     Raises:
         ValueError: for no samples.
@@ -408,7 +408,7 @@ class _Rows:
 
     def __init__(self, samples: Sequence[Sample], resamples: int, seed: int) -> None:
         self.done: list[ScoreRow] = []
-        self._pictures = [sample.picture_id for sample in samples]
+        self._images = [sample.image_id for sample in samples]
         self._resamples, self._seed = resamples, seed
 
     def accuracies(
@@ -431,10 +431,10 @@ class _Rows:
 
     def add(self, metric: str, values: Array, rule: str, members: NDArray[np.int64] | None = None) -> None:
         index = np.arange(len(values)) if members is None else members
-        chosen, pictures = values[index], [self._pictures[i] for i in index]
+        chosen, images = values[index], [self._images[i] for i in index]
         low = high = None
-        if self._resamples and len(set(pictures)) >= 2:
-            interval = bootstrap_mean(chosen, pictures, n_boot=self._resamples, seed=self._seed)
+        if self._resamples and len(set(images)) >= 2:
+            interval = bootstrap_mean(chosen, images, n_boot=self._resamples, seed=self._seed)
             low, high = interval.low, interval.high
         value = float(chosen.mean()) if len(chosen) else math.nan
         self.done.append(ScoreRow(metric, value, len(chosen), rule, low, high))

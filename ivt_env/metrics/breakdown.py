@@ -1,6 +1,6 @@
 """Any column and metric by data set, size of the target's box and number of siblings.
 
-The strata are those of ``columns.strata``. A row tells how many episodes and pictures it stands on:
+The strata are those of ``columns.strata``. A row tells how many episodes and images it stands on:
 many rows are looked at together, so a single odd one among them is no finding.
 """
 
@@ -34,12 +34,12 @@ class GroupRow:
     oracle: bool
     episodes: int
     """Samples in the stratum; with several seeds each was played once a seed."""
-    pictures: int
+    images: int
     parse_failures: Share
     """Actions without a usable text, of all actions that were taken on the stratum, over all seeds.
     They stay in every score."""
     scores: dict[str, Interval]
-    """By metric name; ``low`` and ``high`` are NaN where the stratum shows fewer than 2 pictures."""
+    """By metric name; ``low`` and ``high`` are NaN where the stratum shows fewer than 2 images."""
 
 
 def breakdown(
@@ -72,10 +72,10 @@ def breakdown(
             raise ValueError(f"the column {name!r} has {len(column)} episodes, its run {len(episodes)}")
     unparsed = np.array([[sum(s.parse_failure for s in e.steps) for e in run] for run in runs]).sum(axis=0)  # (n,)
     actions = np.array([[len(e.steps) for e in run] for run in runs]).sum(axis=0)
-    pictures = np.array([e.picture_id for e in episodes])
+    images = np.array([e.image_id for e in episodes])
     rows = []
     for group, mask in {ALL: np.ones(len(episodes), dtype=bool), **strata(episodes)}.items():
-        inside = pictures[mask].tolist()
+        inside = images[mask].tolist()
         failures = Share(int(unparsed[mask].sum()), int(actions[mask].sum()))
         for name, column in columns.items():
             part = select(column, mask)
@@ -101,7 +101,7 @@ def group_table(rows: Mapping[str, Sequence[GroupRow]], *, markdown: bool = Fals
     if not flat:
         raise ValueError("no rows to print")
     metrics = list(flat[0][1].scores)
-    header = ["policy", "group", "column", "episodes", "pictures", "unparsable"]
+    header = ["policy", "group", "column", "episodes", "images", "unparsable"]
     for metric in metrics:
         header += [text.title(metric), "95% interval"]
     lines = []
@@ -109,7 +109,7 @@ def group_table(rows: Mapping[str, Sequence[GroupRow]], *, markdown: bool = Fals
         if list(row.scores) != metrics:
             raise ValueError(f"{policy!r} {row.group!r} has the metrics {list(row.scores)}, not {metrics}")
         column = f"{row.column} *" if row.oracle else row.column
-        line = [policy, row.group, column, str(row.episodes), str(row.pictures), f"{row.parse_failures.count:g}"]
+        line = [policy, row.group, column, str(row.episodes), str(row.images), f"{row.parse_failures.count:g}"]
         for metric, score in row.scores.items():
             line += [text.number(score.value, metric), text.interval(score.low, score.high, metric)]
         lines.append(line)
@@ -117,7 +117,7 @@ def group_table(rows: Mapping[str, Sequence[GroupRow]], *, markdown: bool = Fals
     return with_note(table, any(row.oracle for _, row in flat), markdown)
 
 
-def _interval(values: Array, pictures: Sequence[str], *, n_boot: int, seed: int) -> Interval:
-    if len(set(pictures)) < 2:
-        return Interval(float(values.mean()), math.nan, math.nan, len(values), len(set(pictures)))
-    return bootstrap_mean(values, pictures, n_boot=n_boot, seed=seed)
+def _interval(values: Array, images: Sequence[str], *, n_boot: int, seed: int) -> Interval:
+    if len(set(images)) < 2:
+        return Interval(float(values.mean()), math.nan, math.nan, len(values), len(set(images)))
+    return bootstrap_mean(values, images, n_boot=n_boot, seed=seed)

@@ -34,7 +34,7 @@ class Outcomes:
     """
 
     sample_ids: tuple[str, ...]
-    picture_ids: tuple[str, ...]
+    image_ids: tuple[str, ...]
     """Cluster of each episode for the statistics, length n."""
     start_iou: Array
     """IoU of the box that the episode started from, 0 for none. Shape (n,)."""
@@ -166,7 +166,7 @@ def outcomes(episodes: Sequence[Episode], *, verify: bool = True) -> Outcomes:
         _check_ious(episodes, recorded, boxes.iou(box, target[:, None]))
     return Outcomes(
         sample_ids=tuple(e.sample_id for e in episodes),
-        picture_ids=tuple(e.picture_id for e in episodes),
+        image_ids=tuple(e.image_id for e in episodes),
         start_iou=boxes.iou(start_box, target),
         start_box=start_box,
         iou=recorded,
@@ -393,7 +393,7 @@ def check_same_samples(a: Sequence[Episode], b: Sequence[Episode], a_name: str =
     if len(a) != len(b):
         raise ValueError(f"cannot pair: {a_name} has {len(a)} episodes, {b_name} has {len(b)}")
     for i, (left, right) in enumerate(zip(a, b, strict=True)):
-        for field in ("dataset", "split", "sample_id", "picture_id", "target", "initial_box"):
+        for field in ("dataset", "split", "sample_id", "image_id", "target", "initial_box"):
             x, y = getattr(left, field), getattr(right, field)
             if x != y:
                 raise ValueError(
@@ -420,7 +420,7 @@ def pool_seeds(columns: Sequence[Column]) -> Column:
 
     A seed is treated as a draw: the answer of an episode is that of each run with probability
     1 / S. Every score of the result is then the mean of the runs' scores, and its value for an
-    episode the mean of the runs' values, so that intervals resample pictures with all their runs.
+    episode the mean of the runs' values, so that intervals resample images with all their runs.
 
     Raises:
         ValueError: For no columns, or columns of different rules, rollouts or lengths.
@@ -452,9 +452,9 @@ def pool_seeds(columns: Sequence[Column]) -> Column:
 
 
 SIZE_LIMITS_PX = {"small": 32.0, "medium": 96.0, "large": np.inf}
-"""Square root of the box's area in pixels of the original picture, upper limits (the COCO convention)."""
+"""Square root of the box's area in pixels of the original image, upper limits (the COCO convention)."""
 SIDE_LIMITS = {"tiny": 0.1, "small": 0.16, "medium": 0.32, "large": np.inf}
-"""Square root of the box's share of the picture's area, upper limits: where the scenes draw theirs."""
+"""Square root of the box's share of the image's area, upper limits: where the scenes draw theirs."""
 
 
 def strata(episodes: Sequence[Episode]) -> dict[str, Mask]:
@@ -463,7 +463,7 @@ def strata(episodes: Sequence[Episode]) -> dict[str, Mask]:
     ====================================== =========================================================
     ``dataset:<name>``                     what was served
     ``size:small|medium|large``            ``SIZE_LIMITS_PX``: for photographs, comparable with COCO
-    ``side:tiny|small|medium|large``       ``SIDE_LIMITS``: for pictures that are all of one size,
+    ``side:tiny|small|medium|large``       ``SIDE_LIMITS``: for images that are all of one size,
                                            such as the scenes
     ``siblings:0|1|2|3+``                  other objects of the target's class that are annotated;
                                            0 also where a data set does not annotate them

@@ -7,7 +7,7 @@ A file is JSON lines, one object per prediction, or one JSON array of such objec
     {"sample_id": "1-3", "box": null}                       the model gave no box: a counted miss
 
 What the four numbers mean is **declared** (by the caller, the header or a published layout) and
-never guessed. A guess goes by magnitude, and pixels of a small picture look like thousandths:
+never guessed. A guess goes by magnitude, and pixels of a small image look like thousandths:
 scores would be wrong by points, with nothing to see. A declaration that does not fit many of the
 boxes is refused in the same spirit.
 """
@@ -43,14 +43,14 @@ FORMATS = {
 """What the four numbers are."""
 
 FRAMES = boxes.FRAMES | {
-    "resized": "pixels of the resized picture that the model saw; each row then has input_size: [height, width]",
+    "resized": "pixels of the resized image that the model saw; each row then has input_size: [height, width]",
 }
-"""What they are measured in; beside these, a whole number N for 0 to N, relative to the picture."""
+"""What they are measured in; beside these, a whole number N for 0 to N, relative to the image."""
 
 SUSPICIOUS_SHARE = 0.05
 """Above this share of boxes (and at least 2) that do not fit, the declaration is taken for wrong."""
 _FAR_OUTSIDE = {"xyxy": 0.1, "xywh": 0.02, "cxcywh": 0.02}
-"""How far outside the picture (in its sides) a box must reach not to fit. Wider for xyxy, where a
+"""How far outside the image (in its sides) a box must reach not to fit. Wider for xyxy, where a
 wrong format already shows in reversed corners and only a wrong frame is left to find."""
 _LARGEST = 1e9
 _LONGEST_ID = 1000
@@ -122,7 +122,7 @@ class Matched:
     """Predictions in the order of the samples. Everything counted here but ``ignored`` is a miss."""
 
     boxes_px: Array
-    """xyxy in pixels of the original pictures, shape (n, 4); a row of NaN where there is no box. Boxes
+    """xyxy in pixels of the original images, shape (n, 4); a row of NaN where there is no box. Boxes
     without area are kept as they are: a rule may sort corners."""
     missing: int
     """Samples without a row."""
@@ -211,7 +211,7 @@ def match(
     extra: str = "error",
     trust: bool = False,
 ) -> Matched:
-    """Predictions in the order of the samples, in pixels of the original pictures.
+    """Predictions in the order of the samples, in pixels of the original images.
 
     Args:
         file: what ``read_predictions`` gave.
@@ -261,7 +261,7 @@ def match(
 
 
 def to_xyxy_px(row: Prediction, sample: Sample) -> Numbers:
-    """The box of a row as xyxy in pixels of the sample's original picture, neither clamped nor rounded."""
+    """The box of a row as xyxy in pixels of the sample's original image, neither clamped nor rounded."""
     assert row.numbers is not None
     a, b, c, d = row.numbers
     height, width = sample.size
@@ -468,7 +468,7 @@ def _input_size(path: Path, number: int, row: dict[str, Any]) -> tuple[float, fl
     ):
         raise PredictionError(
             f"{path}: row {number}: input_size is {_short(value)}, and frame resized needs [height, width] in pixels "
-            "of the picture that the model saw"
+            "of the image that the model saw"
         )
     return float(value[0]), float(value[1])
 
@@ -504,7 +504,7 @@ def _refuse_misfit(path: Path, rows: Sequence[tuple[Prediction, Sample]]) -> Non
     rows = [row for row in rows if _may_have_area(row[0])]
     checks: tuple[tuple[str, Callable[[Prediction, Sample], bool]], ...] = (
         ("have no area (x2 <= x1 or y2 <= y1)", lambda row, sample: not _has_area(to_xyxy_px(row, sample))),
-        ("reach far outside their picture", lambda row, sample: _reach(row, sample) > _FAR_OUTSIDE[row.box_format]),
+        ("reach far outside their image", lambda row, sample: _reach(row, sample) > _FAR_OUTSIDE[row.box_format]),
         ("lie within 0..1 in every number", lambda row, _: row.frame != "relative" and _within_one(row)),
     )
     for what, contradicts in checks:
@@ -516,7 +516,7 @@ def _refuse_misfit(path: Path, rows: Sequence[tuple[Prediction, Sample]]) -> Non
         remedy = "probably another frame; declare it" if what.startswith("lie") else _better_format(rows)
         raise PredictionError(
             f"{path}: {len(bad)} of {len(rows)} boxes, read as {row.box_format} {row.frame}, {what}; the first is row "
-            f"{row.row}, {list(row.numbers)} in a picture {sample.size[1]} wide and {sample.size[0]} high. The "
+            f"{row.row}, {list(row.numbers)} in an image {sample.size[1]} wide and {sample.size[0]} high. The "
             f"declaration looks wrong: {remedy}. If it is right all the same, give --trust-declaration"
         )
 
@@ -541,7 +541,7 @@ def _has_area(box: Numbers) -> bool:
 
 
 def _reach(row: Prediction, sample: Sample) -> float:
-    """How far the box leaves the picture, in sides of the picture; 0 or less inside."""
+    """How far the box leaves the image, in sides of the image; 0 or less inside."""
     x1, y1, x2, y2 = to_xyxy_px(row, sample)
     height, width = sample.size
     return max(-x1 / width, -y1 / height, x2 / width - 1, y2 / height - 1)

@@ -1,7 +1,7 @@
-"""Intervals and tests over episodes that share pictures.
+"""Intervals and tests over episodes that share images.
 
-Several expressions often ask about one picture, and several runs about one sample, so episodes are
-not independent. Pictures are: everything here is clustered by picture.
+Several expressions often ask about one image, and several runs about one sample, so episodes are
+not independent. Images are: everything here is clustered by image.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 MIN_CLUSTERS = 10
-"""With fewer pictures no difference is called shown: resampling so few gives intervals that are too
+"""With fewer images no difference is called shown: resampling so few gives intervals that are too
 narrow (with 5, chance alone gives all five the same sign one time in sixteen)."""
 
 _WEIGHTS_AT_ONCE = 4_000_000
-"""Resampling weights held at a time: 32 MB, whatever the number of pictures."""
+"""Resampling weights held at a time: 32 MB, whatever the number of images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Interval:
     num: int
     """Episodes."""
     num_clusters: int
-    """Pictures."""
+    """Images."""
     level: float = 0.95
 
 
@@ -47,9 +47,9 @@ class Difference:
     low: float
     high: float
     shown: bool
-    """The interval excludes 0, over at least ``MIN_CLUSTERS`` pictures."""
+    """The interval excludes 0, over at least ``MIN_CLUSTERS`` images."""
     se: float
-    """Analytic standard error of ``diff``, clustered by picture."""
+    """Analytic standard error of ``diff``, clustered by image."""
     detectable: float
     """Smallest true difference that data like these would show with 80 % power."""
     num: int
@@ -65,18 +65,18 @@ def bootstrap_mean(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of a mean, drawing whole pictures with replacement.
+    """Percentile interval of a mean, drawing whole images with replacement.
 
     Args:
         values: One number per episode, shape (n,).
-        clusters: The picture of each episode, length n.
+        clusters: The image of each episode, length n.
         n_boot: Number of resamples.
-        seed: Fixes the resamples; the same seed and pictures give the same ones for every value.
+        seed: Fixes the resamples; the same seed and images give the same ones for every value.
         level: Coverage, 0.95 for 95 %.
 
     Raises:
         ValueError: For no values, a value that is not finite, lengths that differ, fewer than 2
-            pictures, or a level outside (0, 1).
+            images, or a level outside (0, 1).
     """
     v, index = _checked(values, clusters)
     low, high = _percentiles(v, index, n_boot, seed, level)
@@ -92,16 +92,16 @@ def paired_bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Difference:
-    """Percentile interval of mean(a) - mean(b) over the same episodes, drawing whole pictures.
+    """Percentile interval of mean(a) - mean(b) over the same episodes, drawing whole images.
 
-    Each resample gives the C pictures multinomial weights that sum to C (Efron and Tibshirani, An
+    Each resample gives the C images multinomial weights that sum to C (Efron and Tibshirani, An
     Introduction to the Bootstrap, 1993, chapters 8 and 13) and takes the weighted mean of the
     per-episode differences, so that pairing and clustering are both kept.
 
     Args:
         a: One number per episode, shape (n,).
         b: The same episodes under the other rule or policy, shape (n,).
-        clusters: The picture of each episode, length n.
+        clusters: The image of each episode, length n.
         n_boot: Number of resamples.
         seed: Fixes the resamples.
         level: Coverage, 0.95 for 95 %.
@@ -145,8 +145,8 @@ def clustered_se(values: ArrayLike, clusters: Sequence[object]) -> float:
 def mcnemar(a: ArrayLike, b: ArrayLike) -> tuple[float, int, int]:
     """Exact two-sided McNemar test of paired rights and wrongs (Psychometrika 1947, binomial form).
 
-    It takes every pair as independent: with several expressions per picture, prefer
-    ``paired_bootstrap``, or pass one episode per picture.
+    It takes every pair as independent: with several expressions per image, prefer
+    ``paired_bootstrap``, or pass one episode per image.
 
     Args:
         a: Rights (1) and wrongs (0), shape (n,).
@@ -197,13 +197,13 @@ def _checked(values: ArrayLike, clusters: Sequence[object]) -> tuple[Array, NDAr
     if v.ndim != 1 or not len(v):
         raise ValueError(f"a non-empty vector of one value per episode is needed, not shape {v.shape}")
     if len(clusters) != len(v):
-        raise ValueError(f"{len(v)} values but {len(clusters)} picture ids")
+        raise ValueError(f"{len(v)} values but {len(clusters)} image ids")
     if not np.isfinite(v).all():
         raise ValueError(f"value {int(np.argmin(np.isfinite(v)))} is {v[~np.isfinite(v)][0]}, not a finite number")
     order: dict[object, int] = {}
     index = np.array([order.setdefault(c, len(order)) for c in clusters], dtype=np.int64)
     if len(order) < 2:
-        raise ValueError("all episodes show one picture: nothing can be resampled, score at least 2 pictures")
+        raise ValueError("all episodes show one image: nothing can be resampled, score at least 2 images")
     return v, index
 
 

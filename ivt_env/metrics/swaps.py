@@ -34,7 +34,7 @@ VARIANTS = {
     "shifted": "the own box, moved and scaled",
     "near": "the ground truth, moved and scaled",
     "none": "no box",
-    "blank": "the own box on a uniformly grey picture",
+    "blank": "the own box on a uniformly grey image",
 }
 """What can be drawn in place of the own box."""
 ACTIONS = ("stop", "propose", "refused", "unparsable")
@@ -53,15 +53,15 @@ BAD_BELOW = 0.3
 RIGHT_FROM = 0.5
 """A box is right from this IoU with the target on."""
 
-_ON_PICTURE = ("own", "target", "sibling", "random", "shifted", "near")
+_ON_IMAGE = ("own", "target", "sibling", "random", "shifted", "near")
 
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """One drawn box and the answer to it. Boxes are xyxy, relative to the picture."""
+    """One drawn box and the answer to it. Boxes are xyxy, relative to the image."""
 
     sample_id: str
-    picture_id: str
+    image_id: str
     variant: str
     """One of ``VARIANTS``."""
     step: int
@@ -127,7 +127,7 @@ class VariantScores:
     variant: str
     num: int
     num_clusters: int
-    """Pictures."""
+    """Images."""
     reached: float
     """Share of the samples in which the policy itself would have come to this step."""
     shown_iou: float
@@ -156,14 +156,14 @@ class Dependence:
     """Its value for a policy to which the difference means nothing: 0.5 for an AUROC, else 0."""
     value: Interval
     shown: bool
-    """The interval excludes ``null``, over at least ``MIN_CLUSTERS`` pictures."""
+    """The interval excludes ``null``, over at least ``MIN_CLUSTERS`` images."""
 
 
 def summarise(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: int = 0) -> list[VariantScores]:
     """A row for each step and variant that was played, in the order of ``VARIANTS``.
 
     Shares have Wilson intervals over the effective number of answers (see ``share``), the IoU
-    change a bootstrap interval over pictures.
+    change a bootstrap interval over images.
 
     Args:
         policy: name for the rows.
@@ -180,7 +180,7 @@ def summarise(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: i
             chosen = list(_of(of_step, variant).values())
             if not chosen:
                 continue
-            pictures = [s.picture_id for s in chosen]
+            images = [s.image_id for s in chosen]
             change = [s.new_iou - s.shown_iou for s in chosen]
             rows.append(
                 VariantScores(
@@ -188,15 +188,15 @@ def summarise(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: i
                     step=step,
                     variant=variant,
                     num=len(chosen),
-                    num_clusters=len(set(pictures)),
+                    num_clusters=len(set(images)),
                     reached=float(np.mean([s.reached for s in chosen])),
                     shown_iou=float(np.mean([s.shown_iou for s in chosen])),
-                    stopped=share([s.stopped for s in chosen], pictures),
-                    kept=share([s.kept for s in chosen], pictures),
-                    left=share([s.left for s in chosen], pictures),
-                    towards=share([s.towards for s in chosen], pictures),
-                    right=share([s.right for s in chosen], pictures),
-                    change=_bounded(change, pictures, (-1, 1), n_boot, seed),
+                    stopped=share([s.stopped for s in chosen], images),
+                    kept=share([s.kept for s in chosen], images),
+                    left=share([s.left for s in chosen], images),
+                    towards=share([s.towards for s in chosen], images),
+                    right=share([s.right for s in chosen], images),
+                    change=_bounded(change, images, (-1, 1), n_boot, seed),
                     failed=sum(s.action in ("refused", "unparsable") for s in chosen),
                 )
             )
@@ -217,10 +217,10 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
     - ``index of keeping``: the same with ``Swap.kept``. *No evidence of verifying*: a policy that ignores
       the drawn box and gives its own right answer again scores 1, too.
     - ``presence``: share stopped on the own box minus on none.
-    - ``picture``: share stopped on the own box minus on the same box on a grey picture.
+    - ``image``: share stopped on the own box minus on the same box on a grey image.
 
     The AUROCs use stated stop probabilities where every answer compared has one, else whether it stopped;
-    ``measure`` says which. All intervals are bootstrapped over pictures.
+    ``measure`` says which. All intervals are bootstrapped over images.
 
     Args:
         policy: name for the rows.
@@ -237,9 +237,9 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
     rows = []
     for step, of_step in _by_step(swaps).items():
         by = {variant: _of(of_step, variant) for variant in VARIANTS}
-        on_picture = [s for variant in _ON_PICTURE for s in by[variant].values()]
-        good = _grouped(s for s in on_picture if s.shown_iou >= GOOD_FROM)
-        bad = _grouped(s for s in on_picture if s.shown_iou < BAD_BELOW)
+        on_image = [s for variant in _ON_IMAGE for s in by[variant].values()]
+        good = _grouped(s for s in on_image if s.shown_iou >= GOOD_FROM)
+        bad = _grouped(s for s in on_image if s.shown_iou < BAD_BELOW)
         target = _grouped(by["target"].values())
         found: list[tuple[str, str, float, Interval]] = []
         for name, high, low in (
@@ -249,8 +249,8 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
             ("AUROC target / random", target, _grouped(by["random"].values())),
         ):
             measure = _measure([s for id_ in high.keys() & low.keys() for s in (*high[id_], *low[id_])])
-            values, pictures = _paired(high, low, lambda a, b, m=measure: auroc(_scores(a, m), _scores(b, m)))  # type: ignore[misc]
-            found.append((name, measure, 0.5, _bounded(values, pictures, (0, 1), n_boot, seed)))
+            values, images = _paired(high, low, lambda a, b, m=measure: auroc(_scores(a, m), _scores(b, m)))  # type: ignore[misc]
+            found.append((name, measure, 0.5, _bounded(values, images, (0, 1), n_boot, seed)))
         own = list(by["own"].values())
         measure = _measure(own)
         found.append(("AUROC own right / wrong", measure, 0.5, _auroc_across(own, measure, n_boot, seed)))
@@ -260,14 +260,14 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
             ("index: target - sibling, random", "stop", target, wrong),
             ("index of keeping (no evidence)", "keep", target, wrong),
             ("presence: own - none", "stop", shown, none),
-            ("picture: own - blank", "stop", shown, blank),
+            ("image: own - blank", "stop", shown, blank),
         ):
-            values, pictures = _paired(
+            values, images = _paired(
                 high,
                 low,
                 lambda a, b, m=measure: float(_scores(a, m).mean() - _scores(b, m).mean()),  # type: ignore[misc]
             )
-            found.append((name, measure, 0.0, _bounded(values, pictures, (-1, 1), n_boot, seed)))
+            found.append((name, measure, 0.0, _bounded(values, images, (-1, 1), n_boot, seed)))
         for name, measure, null, value in found:
             clear = value.num_clusters >= MIN_CLUSTERS and (value.low > null or value.high < null)
             rows.append(Dependence(policy, step, name, measure, null, value, clear))
@@ -288,14 +288,14 @@ def auroc(good: ArrayLike, bad: ArrayLike) -> float:
 
 
 def share(values: ArrayLike, clusters: Sequence[object]) -> Interval:
-    """A proportion of n answers with its Wilson interval, widened where answers share pictures.
+    """A proportion of n answers with its Wilson interval, widened where answers share images.
 
     Wilson's interval is taken over the number of *independent* answers that would have the clustered
-    standard error, p (1 - p) / se^2, at most n; where all answers are alike, over the number of pictures.
+    standard error, p (1 - p) / se^2, at most n; where all answers are alike, over the number of images.
 
     Args:
         values: 0 or 1, shape (n,).
-        clusters: the picture of each, length n.
+        clusters: the image of each, length n.
 
     Raises:
         ValueError: for no values, or lengths that differ.
@@ -303,7 +303,7 @@ def share(values: ArrayLike, clusters: Sequence[object]) -> Interval:
     v = np.asarray(values, dtype=np.float64)
     num_clusters = len(set(clusters))
     if v.ndim != 1 or not len(v) or len(clusters) != len(v):
-        raise ValueError(f"one value per picture id is needed, not shape {v.shape} for {len(clusters)} ids")
+        raise ValueError(f"one value per image id is needed, not shape {v.shape} for {len(clusters)} ids")
     p = float(v.mean())
     trials = num_clusters
     if 0 < p < 1 and num_clusters > 1 and (se := clustered_se(v, clusters)) > 0:
@@ -336,7 +336,7 @@ def dependence_table(rows: Sequence[Dependence], *, markdown: bool = False) -> s
     """
     if not rows:
         raise ValueError("no rows to print")
-    header = ["policy", "step", "statistic", "of", "value", "95% interval", "pictures", "indifferent", "differs"]
+    header = ["policy", "step", "statistic", "of", "value", "95% interval", "images", "indifferent", "differs"]
     lines = []
     for r in rows:
         v = r.value
@@ -395,9 +395,9 @@ def _paired(
     low: Mapping[str, list[Swap]],
     statistic: Callable[[list[Swap], list[Swap]], float],
 ) -> tuple[list[float], list[str]]:
-    """The statistic of each sample that has both sides, and its picture."""
+    """The statistic of each sample that has both sides, and its image."""
     both = [id_ for id_ in high if id_ in low]
-    return [statistic(high[id_], low[id_]) for id_ in both], [high[id_][0].picture_id for id_ in both]
+    return [statistic(high[id_], low[id_]) for id_ in both], [high[id_][0].image_id for id_ in both]
 
 
 def _measure(swaps: Sequence[Swap]) -> str:
@@ -413,9 +413,9 @@ def _scores(swaps: Sequence[Swap], measure: str) -> Array:
 def _bounded(
     values: Sequence[float], clusters: Sequence[str], bounds: tuple[float, float], n_boot: int, seed: int
 ) -> Interval:
-    """Mean with a bootstrap interval over pictures; NaN for no values, no interval for a single picture.
+    """Mean with a bootstrap interval over images; NaN for no values, no interval for a single image.
 
-    Where every value lies at a bound, resampling can show no spread; Wilson's interval over the pictures
+    Where every value lies at a bound, resampling can show no spread; Wilson's interval over the images
     then says how far from the bound the truth may be.
     """
     num_clusters = len(set(clusters))
@@ -432,29 +432,29 @@ def _bounded(
 
 
 def _auroc_across(swaps: Sequence[Swap], measure: str, n_boot: int, seed: int) -> Interval:
-    """AUROC of right against wrong shown boxes across samples, drawing whole pictures with replacement.
+    """AUROC of right against wrong shown boxes across samples, drawing whole images with replacement.
 
     A resample without a right or without a wrong box has no AUROC and is drawn again.
     """
     right = np.array([s.shown_iou >= RIGHT_FROM for s in swaps], dtype=bool)
-    pictures = list(dict.fromkeys(s.picture_id for s in swaps))
+    images = list(dict.fromkeys(s.image_id for s in swaps))
     if not right.any() or right.all():
-        return Interval(math.nan, math.nan, math.nan, len(swaps), len(pictures))
+        return Interval(math.nan, math.nan, math.nan, len(swaps), len(images))
     scores = _scores(swaps, measure)
     value = _weighted_auroc(scores, right, np.ones(len(swaps)))
-    sides = [len({s.picture_id for s, r in zip(swaps, right, strict=True) if r == side}) for side in (True, False)]
-    if min(sides) < 2:  # the interval would not know the side that a single picture stands for
-        return Interval(value, math.nan, math.nan, len(swaps), len(pictures))
-    number = {p: k for k, p in enumerate(pictures)}
-    index = np.array([number[s.picture_id] for s in swaps])
+    sides = [len({s.image_id for s, r in zip(swaps, right, strict=True) if r == side}) for side in (True, False)]
+    if min(sides) < 2:  # the interval would not know the side that a single image stands for
+        return Interval(value, math.nan, math.nan, len(swaps), len(images))
+    number = {p: k for k, p in enumerate(images)}
+    index = np.array([number[s.image_id] for s in swaps])
     rng = np.random.default_rng(seed)
     drawn: list[float] = []
     while len(drawn) < n_boot:
-        weights = np.bincount(rng.integers(len(pictures), size=len(pictures)), minlength=len(pictures))[index]
+        weights = np.bincount(rng.integers(len(images), size=len(images)), minlength=len(images))[index]
         if weights[right].any() and weights[~right].any():
             drawn.append(_weighted_auroc(scores, right, weights))
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(value, float(low), float(high), len(swaps), len(pictures))
+    return Interval(value, float(low), float(high), len(swaps), len(images))
 
 
 def _weighted_auroc(scores: Array, good: NDArray[np.bool_], weights: ArrayLike) -> float:

@@ -57,19 +57,19 @@ class Comparison:
 def score_rows(
     policy: str,
     columns: Mapping[str, Column],
-    picture_ids: Sequence[object],
+    image_ids: Sequence[object],
     metrics: Sequence[str] = METRICS,
     *,
     strict: bool = False,
     n_boot: int = 2000,
     seed: int = 0,
 ) -> list[Row]:
-    """One row per column, each score with its interval clustered by picture.
+    """One row per column, each score with its interval clustered by image.
 
     Args:
         policy: Name printed for the policy.
         columns: What ``columns()`` returned, n episodes each.
-        picture_ids: ``Outcomes.picture_ids``, length n.
+        image_ids: ``Outcomes.image_ids``, length n.
         metrics: Names as in ``per_episode``.
         strict: As in ``per_episode``.
         n_boot: Resamples of the interval.
@@ -85,7 +85,7 @@ def score_rows(
             column.oracle,
             column.rollout,
             {
-                m: bootstrap_mean(per_episode(column, m, strict=strict), picture_ids, n_boot=n_boot, seed=seed)
+                m: bootstrap_mean(per_episode(column, m, strict=strict), image_ids, n_boot=n_boot, seed=seed)
                 for m in metrics
             },
             {m: tuple(_by_seed(column, m, strict)) for m in metrics},
@@ -99,7 +99,7 @@ def compare(
     a: Column,
     b_name: str,
     b: Column,
-    picture_ids: Sequence[object],
+    image_ids: Sequence[object],
     metric: str = "Acc@0.5",
     *,
     strict: bool = False,
@@ -110,17 +110,17 @@ def compare(
 
     The columns may be of two rules or of two policies; call ``check_same_samples`` first when
     they come from different rollouts. Columns of several seeds (``pool_seeds``) are averaged over
-    them, episode by episode, before pictures are drawn. ``by_seed`` pairs equal numbers of seeds in
+    them, episode by episode, before images are drawn. ``by_seed`` pairs equal numbers of seeds in
     the order given; otherwise each seed of the side that has more is set against the other's mean.
 
     McNemar's test is given for accuracies of answers that are right or wrong; it takes the episodes
-    as independent, so with several to a picture the interval is the one to go by.
+    as independent, so with several to an image the interval is the one to go by.
 
     Raises:
         ValueError: As in ``per_episode`` and ``paired_bootstrap``.
     """
     x, y = per_episode(a, metric, strict=strict), per_episode(b, metric, strict=strict)
-    difference = paired_bootstrap(x, y, picture_ids, n_boot=n_boot, seed=seed)
+    difference = paired_bootstrap(x, y, image_ids, n_boot=n_boot, seed=seed)
     decided = a.ious.shape[1] == b.ious.shape[1] == 1  # one answer each: no seeds to average, nothing drawn
     return Comparison(
         a_name,
@@ -140,7 +140,7 @@ def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
         ValueError: For no rows, or rows with different metrics.
     """
     metrics = _shared_metrics(rows)
-    header = ["policy", "column", "episodes", "pictures"]
+    header = ["policy", "column", "episodes", "images"]
     for metric in metrics:
         header += [text.title(metric), f"{rows[0].scores[metric].level:.0%} interval"]
     lines = []
@@ -186,7 +186,7 @@ def difference_table(comparisons: Sequence[Comparison], *, markdown: bool = Fals
         raise ValueError("no comparisons to print")
     level = comparisons[0].difference.level
     seeds = any(len(c.by_seed) > 1 for c in comparisons)
-    header = ["a", "b", "metric", "a - b", f"{level:.0%} interval", "pictures", "detectable", "McNemar p"]
+    header = ["a", "b", "metric", "a - b", f"{level:.0%} interval", "images", "detectable", "McNemar p"]
     header += ["each seed"] if seeds else []
     lines = []
     for c in comparisons:
@@ -208,7 +208,7 @@ def difference_table(comparisons: Sequence[Comparison], *, markdown: bool = Fals
     if clustered:
         d = clustered[0].difference
         found += (
-            f"\n\nMcNemar's test takes the {d.num} episodes as independent; they show {d.num_clusters} pictures: "
+            f"\n\nMcNemar's test takes the {d.num} episodes as independent; they show {d.num_clusters} images: "
             "go by the interval"
         )
     return found

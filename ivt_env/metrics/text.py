@@ -36,13 +36,13 @@ def title(metric: str) -> str:
     return metric if metric == "mIoU" else f"{metric} (%)"
 
 
-def verdict(shown: bool, pictures: int) -> str:
+def verdict(shown: bool, images: int) -> str:
     """What is added to a number: nothing where it is significant, ``n.s.``, or that there are too few images."""
     if shown:
         return ""
-    return "n.s." if pictures >= MIN_CLUSTERS else "n too small"
+    return "n.s." if images >= MIN_CLUSTERS else "n too small"
 
 
-def difference(diff: float, shown: bool, pictures: int, metric: str) -> str:
+def difference(diff: float, shown: bool, images: int, metric: str) -> str:
     """A difference with its verdict, such as ``+1.2`` or ``+0.3 n.s.``."""
-    return f"{number(diff, metric, sign=True)} {verdict(shown, pictures)}".rstrip()
+    return f"{number(diff, metric, sign=True)} {verdict(shown, images)}".rstrip()

@@ -5,8 +5,8 @@
 const byId = (id) => document.getElementById(id);
 const content = JSON.parse(byId("content").textContent);
 const runs = content.runs;
-// The version keeps a picture that the browser stored from being taken for one of another run.
-const pictureAddress = (number) => `picture/${number}?version=${content.version}`;
+// The version keeps an image that the browser stored from being taken for one of another run.
+const imageAddress = (number) => `image/${number}?version=${content.version}`;
 
 async function getJson(address) {
   const answer = await fetch(address);
@@ -83,15 +83,15 @@ function showProblem(error) {
   byId("panels").replaceChildren(element("p", { class: "missing", role: "alert" }, words));
 }
 
-// ---- pictures ------------------------------------------------------------------------------
+// ---- images ------------------------------------------------------------------------------
 
-const images = {}; // the picture element of each panel: a step redraws the boxes, not the picture
+const images = {}; // the image element of each panel: a step redraws the boxes, not the image
 
-function makePicture(episode) {
-  const node = element("img", { alt: "Picture " + episode.pictureId });
-  const made = { number: episode.picture, node, missing: null };
+function makeImage(episode) {
+  const node = element("img", { alt: "Image " + episode.imageId });
+  const made = { number: episode.image, node, missing: null };
   const lacks = (reason) => {
-    made.missing = "The picture is not here. " + reason;
+    made.missing = "The image is not here. " + reason;
     node.removeAttribute("src");
     node.setAttribute("alt", "");
   };
@@ -100,18 +100,18 @@ function makePicture(episode) {
       if (!node.hasAttribute("src")) return;
       node.removeAttribute("src");
       try {
-        lacks(await (await fetch(pictureAddress(episode.picture))).text());
+        lacks(await (await fetch(imageAddress(episode.image))).text());
       } catch (error) {
         lacks("The server does not answer.");
       }
       const stage = node.closest(".stage");
       if (stage) stage.append(element("p", { class: "absent" }, made.missing));
     });
-    node.src = pictureAddress(episode.picture);
+    node.src = imageAddress(episode.image);
   } else if (document.readyState === "loading") {
     made.number = null; // its block may be there in part; the end of loading draws again
   } else {
-    const source = JSON.parse(byId("picture-" + episode.picture).textContent);
+    const source = JSON.parse(byId("image-" + episode.image).textContent);
     if (typeof source === "string") node.src = source;
     else lacks(source.missing);
   }

@@ -1,7 +1,7 @@
 """Write episodes as one HTML file that needs no server and no network.
 
-The page holds everything: its style, its script, the episodes as JSON and each distinct picture
-once. Boxes are drawn by the browser over the picture, so a picture is shared by all its episodes.
+The page holds everything: its style, its script, the episodes as JSON and each distinct image
+once. Boxes are drawn by the browser over the image, so an image is shared by all its episodes.
 Steps and texts stand in blocks of a few dozen episodes, which the page reads when it needs them.
 
 Expressions and model output are text of unknown origin. They reach the page as JSON in which no
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ivt_env.data.sample import DataError, DataMissingError, Picture
+from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode
 from ivt_env.files import whole_file
 from ivt_env.viewer.rows import Content, details, where_of
@@ -38,9 +38,9 @@ _CHUNK = 50
 def write_page(
     path: str | Path,
     episodes: Mapping[str, Sequence[Episode]] | Sequence[Episode],
-    picture_of: Callable[[Episode], Picture],
+    image_of: Callable[[Episode], ImageArray],
     title: str,
-    max_picture_side: int = 512,
+    max_image_side: int = 512,
 ) -> Path:
     """Write a self-contained page of ``episodes`` to ``path``; returns the path.
 
@@ -51,17 +51,17 @@ def write_page(
     Args:
         path: the HTML file to write.
         episodes: one run, or runs by name over the same samples.
-        picture_of: gives the picture of an episode; called once per distinct picture. Where it
-            raises ``DataMissingError``, the page shows that message in the picture's place.
+        image_of: gives the image of an episode; called once per distinct image. Where it
+            raises ``DataMissingError``, the page shows that message in the image's place.
         title: heading of the page.
-        max_picture_side: larger pictures are scaled down to this many pixels; none is enlarged.
+        max_image_side: larger images are scaled down to this many pixels; none is enlarged.
 
     Raises:
-        ValueError: if there is nothing to show or ``max_picture_side`` is below 1.
-        DataError: if an episode or picture cannot be shown, or two runs disagree about a sample.
+        ValueError: if there is nothing to show or ``max_image_side`` is below 1.
+        DataError: if an episode or image cannot be shown, or two runs disagree about a sample.
     """
-    if max_picture_side < 1:
-        raise ValueError(f"max_picture_side is {max_picture_side}, it must be at least 1 pixel")
+    if max_image_side < 1:
+        raise ValueError(f"max_image_side is {max_image_side}, it must be at least 1 pixel")
     runs = dict(episodes) if isinstance(episodes, Mapping) else {_name(episodes): episodes}
     if not any(runs.values()):
         raise ValueError(f"no episodes to show in {list(runs)}: give at least one")
@@ -76,9 +76,9 @@ def write_page(
                 rows = [details(episode) for episode in run[start : start + _CHUNK]]
                 file.write(_block(f"details-{number}-{start // _CHUNK}", rows))
         file.write(middle)
-        # One picture at a time: a page can hold more pictures than memory.
-        for index, episode in enumerate(content.pictures):
-            file.write(_block(f"picture-{index}", _picture_source(picture_of, episode, max_picture_side)))
+        # One image at a time: a page can hold more images than memory.
+        for index, episode in enumerate(content.images):
+            file.write(_block(f"image-{index}", _image_source(image_of, episode, max_image_side)))
         file.write(after)
     return path
 
@@ -86,7 +86,7 @@ def write_page(
 def page_parts(
     title: str, served: str, content: Mapping[str, Any], *, from_server: bool = False, play: bool = False
 ) -> tuple[str, str, str]:
-    """The text of a page: before its episodes' details, from there to its pictures, and the end.
+    """The text of a page: before its episodes' details, from there to its images, and the end.
 
     Args:
         title: heading of the page.
@@ -122,7 +122,7 @@ def page_parts(
         return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], part)
 
     before, rest = template.split("{{details}}")
-    middle, after = rest.split("{{pictures}}")
+    middle, after = rest.split("{{images}}")
     return fill(before), fill(middle), fill(after)
 
 
@@ -132,18 +132,18 @@ def script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def picture_jpeg(pixels: Picture, episode: Episode, max_side: int) -> bytes:
-    """The picture as a JPEG file, at most ``max_side`` pixels on its longer side.
+def image_jpeg(pixels: ImageArray, episode: Episode, max_side: int) -> bytes:
+    """The image as a JPEG file, at most ``max_side`` pixels on its longer side.
 
     Raises:
-        DataError: for what is no picture, and for one of another shape than the episode was played on.
+        DataError: for what is no image, and for one of another shape than the episode was played on.
     """
-    where = f"picture {episode.picture_id!r} of {where_of(episode)}"
+    where = f"image {episode.image_id!r} of {where_of(episode)}"
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise DataError(f"{where} is {pixels.dtype} {pixels.shape}, it must be uint8 (height, width, 3)")
     shown_height, shown_width = pixels.shape[:2]
     height, width = episode.size
-    # A picture scaled to whole pixels is off by less than one pixel a side; more is another picture.
+    # An image scaled to whole pixels is off by less than one pixel a side; more is another image.
     if abs(shown_width * height - width * shown_height) > width + height:
         raise DataError(
             f"{where} is {shown_width}x{shown_height} pixels, the episode says {width}x{height}: "
@@ -166,13 +166,13 @@ def _block(name: str, value: Any) -> str:
     return f'<script type="application/json" id="{name}">{script_json(value)}</script>\n'
 
 
-def _picture_source(picture_of: Callable[[Episode], Picture], episode: Episode, max_side: int) -> str | dict[str, str]:
-    """A data URL, or why there is no picture."""
+def _image_source(image_of: Callable[[Episode], ImageArray], episode: Episode, max_side: int) -> str | dict[str, str]:
+    """A data URL, or why there is no image."""
     try:
-        picture = picture_of(episode)
+        image = image_of(episode)
     except DataMissingError as error:
         return {"missing": str(error)}
-    encoded = base64.b64encode(picture_jpeg(picture, episode, max_side))
+    encoded = base64.b64encode(image_jpeg(image, episode, max_side))
     return "data:image/jpeg;base64," + encoded.decode("ascii")
 
 

@@ -53,13 +53,13 @@ const begin = () => attempt(async () => {
   state.playing = true;
   byId("play-expression").textContent = said.expression || "(no expression)";
   board.style.setProperty("--aspect", String(said.size[1] / said.size[0]));
-  byId("board-picture").src = pictureAddress(said.picture);
+  byId("board-image").src = imageAddress(said.image);
   edges.forEach((edge, i) => { edge.max = String(said.size[i % 2 ? 0 : 1]); });
   showMode();
   showBoard();
   showEdges();
   board.focus({ preventScroll: true });
-  byId("said").textContent = `Picture ${said.number} of ${said.total}. Find: ${said.expression}`;
+  byId("said").textContent = `Image ${said.number} of ${said.total}. Find: ${said.expression}`;
 });
 
 const propose = () => attempt(async () => {
@@ -138,7 +138,7 @@ function showBoard() {
   for (const box of now.earlier) draw(box, "earlier");
   if (now.box) draw(now.box, "current");
   if (draft) draw(draft, "draft");
-  byId("play-place").textContent = `Picture ${now.number} of ${now.total} · `
+  byId("play-place").textContent = `Image ${now.number} of ${now.total} · `
     + `${now.max_steps - now.step} of ${now.max_steps} proposals left · ${now.dataset} / ${now.split} · `
     + "the score comes at the end";
   showActions();

@@ -1,6 +1,6 @@
 """Episodes played by a person: the page of ``ivt play`` and the environment behind it.
 
-The environment runs here, not in the browser. While an episode runs, the browser gets the picture,
+The environment runs here, not in the browser. While an episode runs, the browser gets the image,
 the expression and its own boxes, which is what any agent is shown; target, IoU and rewards follow
 when the episode is over.
 """
@@ -18,9 +18,9 @@ import numpy as np
 from gymnasium.utils.seeding import np_random
 from PIL import Image
 
-from ivt_env.data.sample import DataError, Picture
+from ivt_env.data.sample import DataError, ImageArray
 from ivt_env.env import GroundingEnv
-from ivt_env.episodes import Box, Episode, load_episodes, picture_file, save_episodes, save_picture
+from ivt_env.episodes import Box, Episode, image_file, load_episodes, save_episodes, save_image
 from ivt_env.files import write_whole
 from ivt_env.rollouts import begin_record, box_tuple, record_action
 from ivt_env.viewer.page import page_parts
@@ -42,7 +42,7 @@ class PlayApp(ViewApp):
 
         Args:
             env: what is played; nothing else may use it meanwhile.
-            folder: gets ``episodes.jsonl``, ``demonstrations.jsonl`` and ``pictures/``.
+            folder: gets ``episodes.jsonl``, ``demonstrations.jsonl`` and ``images/``.
             total: episodes to play, those of earlier sessions counted.
             seed: decides which samples are drawn; episode i is seeded with ``seed + i``.
             title: heading of the page.
@@ -55,8 +55,8 @@ class PlayApp(ViewApp):
         self.token = secrets.token_urlsafe(24)
         self._live: Episode | None = None
         self._playing = threading.RLock()
-        self._shown: dict[tuple[str, str], Picture] = {}
-        super().__init__({HUMAN: self.episodes}, self._picture_of, title, max_picture_side=env.screen.side)
+        self._shown: dict[tuple[str, str], ImageArray] = {}
+        super().__init__({HUMAN: self.episodes}, self._image_of, title, max_image_side=env.screen.side)
 
     def page(self) -> str:
         """The page itself, with the episodes that are over."""
@@ -98,7 +98,7 @@ class PlayApp(ViewApp):
             sample, game = self.env.sample, self.env.game
             assert game is not None
             self._live = begin_record(game, HUMAN, seed)
-            self._shown[sample.dataset, sample.picture_id] = self.env.dataset.picture(sample)
+            self._shown[sample.dataset, sample.image_id] = self.env.dataset.image(sample)
         episode = self._live
         return {
             "number": len(self.episodes) + 1,
@@ -107,7 +107,7 @@ class PlayApp(ViewApp):
             "dataset": episode.dataset,
             "split": episode.split,
             "size": list(episode.size),
-            "picture": self.content.number_of_picture(episode),
+            "image": self.content.number_of_image(episode),
             "max_steps": self.env.max_steps,
             **self._progress(),
         }
@@ -159,9 +159,9 @@ class PlayApp(ViewApp):
 
     def _finish(self, episode: Episode) -> None:
         """Into the records: on disk first, so that what the page shows is never lost."""
-        path = self.folder / "pictures" / picture_file(episode.picture_id)
+        path = self.folder / "images" / image_file(episode.image_id)
         if not path.exists():
-            save_picture(path, self._picture_of(episode))
+            save_image(path, self._image_of(episode))
         played = [*self.episodes, episode]
         rows = [row for i, e in enumerate(played) for row in self._demonstrations(e, self._index(self.seed + i))]
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
@@ -184,11 +184,11 @@ class PlayApp(ViewApp):
         game = self.env.game
         return None if game is None or game.box is None else box_tuple(game.box)
 
-    def _picture_of(self, episode: Episode) -> Picture:
-        known = self._shown.get((episode.dataset, episode.picture_id))
+    def _image_of(self, episode: Episode) -> ImageArray:
+        known = self._shown.get((episode.dataset, episode.image_id))
         if known is not None:
             return known
-        path = self.folder / "pictures" / picture_file(episode.picture_id)
+        path = self.folder / "images" / image_file(episode.image_id)
         try:
             with Image.open(path) as image:
                 return np.asarray(image.convert("RGB"))

@@ -29,22 +29,22 @@ class Content:
         """
         self.runs = {name: list(run) for name, run in runs.items()}
         _check_runs_agree(self.runs)
-        self.pictures: list[Episode] = []
-        """The first episode of each distinct picture; its place here is the picture's number."""
-        self._number_of_picture: dict[tuple[str, str], int] = {}
+        self.images: list[Episode] = []
+        """The first episode of each distinct image; its place here is the image's number."""
+        self._number_of_image: dict[tuple[str, str], int] = {}
         self._haystacks: dict[str, list[str]] = {}
         for run in self.runs.values():
             for episode in run:
-                self.number_of_picture(episode)
+                self.number_of_image(episode)
                 details(episode)
 
-    def number_of_picture(self, episode: Episode) -> int:
-        """The number of an episode's picture, which is given when it is first asked for."""
-        key = episode.dataset, episode.picture_id
-        if key not in self._number_of_picture:
-            self._number_of_picture[key] = len(self.pictures)
-            self.pictures.append(episode)
-        return self._number_of_picture[key]
+    def number_of_image(self, episode: Episode) -> int:
+        """The number of an episode's image, which is given when it is first asked for."""
+        key = episode.dataset, episode.image_id
+        if key not in self._number_of_image:
+            self._number_of_image[key] = len(self.images)
+            self.images.append(episode)
+        return self._number_of_image[key]
 
     def overview(self) -> list[dict[str, Any]]:
         """Name and short rows of each run, JSON-able."""
@@ -59,7 +59,7 @@ class Content:
             "expression": episode.expression,
             "dataset": episode.dataset,
             "split": episode.split,
-            "picture": self.number_of_picture(episode),
+            "image": self.number_of_image(episode),
             "count": len(steps),
             "first": float(steps[0].iou) if steps else 0.0,
             "final": float(episode.final_iou),
@@ -108,9 +108,9 @@ def details(episode: Episode) -> dict[str, Any]:
     where = where_of(episode)
     height, width = (int(side) for side in episode.size)
     if height < 1 or width < 1:
-        raise DataError(f"{where}: the picture's size is {episode.size}, it must be (height, width) in pixels")
+        raise DataError(f"{where}: the image's size is {episode.size}, it must be (height, width) in pixels")
     row: dict[str, Any] = {
-        "pictureId": episode.picture_id,
+        "imageId": episode.image_id,
         "target": _box_row(episode.target, f"{where}: target"),
         "size": [height, width],
         "steps": [_step_row(step, f"{where}, step {n}") for n, step in enumerate(episode.steps)],
@@ -129,13 +129,13 @@ def without_none(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_runs_agree(runs: Mapping[str, Sequence[Episode]]) -> None:
-    """Side by side means the same question: same picture, expression and target."""
+    """Side by side means the same question: same image, expression and target."""
     seen: dict[tuple[str, str, str], tuple[str, Episode]] = {}
     for name, run in runs.items():
         for episode in run:
             key = (episode.dataset, episode.split, episode.sample_id)
             other_name, other = seen.setdefault(key, (name, episode))
-            for what in ("picture_id", "expression", "size"):
+            for what in ("image_id", "expression", "size"):
                 mine, theirs = getattr(episode, what), getattr(other, what)
                 if mine != theirs:
                     raise DataError(

@@ -1,8 +1,8 @@
-"""A local server for pages of large runs: episodes and pictures are sent when they are looked at.
+"""A local server for pages of large runs: episodes and images are sent when they are looked at.
 
 It listens on 127.0.0.1 alone and answers only requests that name this address as their host, so that
 no other page in the browser can reach it under a name of its own. It opens no file by name: episodes
-and pictures are asked for by number.
+and images are asked for by number.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
 
-from ivt_env.data.sample import DataError, DataMissingError, Picture
+from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode
-from ivt_env.viewer.page import page_parts, picture_jpeg
+from ivt_env.viewer.page import image_jpeg, page_parts
 from ivt_env.viewer.rows import Content, details
 
 _ADDRESS = "127.0.0.1"
-_KEPT_PICTURES = 256
+_KEPT_IMAGES = 256
 _MOST_CONNECTIONS = 64
 _LONGEST_QUERY = 1000
 _LONGEST_BODY = 10_000
@@ -74,30 +74,30 @@ class ViewApp:
     def __init__(
         self,
         runs: Mapping[str, Sequence[Episode]],
-        picture_of: Callable[[Episode], Picture],
+        image_of: Callable[[Episode], ImageArray],
         title: str,
-        max_picture_side: int = 1024,
+        max_image_side: int = 1024,
     ) -> None:
         """Set up.
 
         Args:
             runs: episodes by the name of their run.
-            picture_of: as for ``write_page``; called when a picture is looked at.
+            image_of: as for ``write_page``; called when an image is looked at.
             title: heading of the page.
-            max_picture_side: larger pictures are scaled down to this many pixels; none is enlarged.
+            max_image_side: larger images are scaled down to this many pixels; none is enlarged.
 
         Raises:
             DataError: as ``write_page``.
         """
         self.content = Content(runs)
         self.names = list(self.content.runs)
-        self.title, self.picture_of, self.side = title, picture_of, max_picture_side
+        self.title, self.image_of, self.side = title, image_of, max_image_side
         self.version = secrets.token_hex(8)
-        self._pictures: OrderedDict[int, bytes] = OrderedDict()
+        self._images: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, path: str, query: Mapping[str, str]) -> Reply:
-        """``/``, ``/episode?run=&index=``, ``/picture/N`` and ``/search?run=&query=``."""
+        """``/``, ``/episode?run=&index=``, ``/image/N`` and ``/search?run=&query=``."""
         if path == "/":
             return Reply(self._page, "text/html; charset=utf-8")
         if path == "/episode":
@@ -109,9 +109,9 @@ class ViewApp:
             if len(wanted) > _LONGEST_QUERY:
                 raise Refused(400, f"A search of more than {_LONGEST_QUERY} characters.")
             return _json(self.content.search(name, wanted))
-        if path.startswith("/picture/"):
-            number = _number(path.removeprefix("/picture/"), len(self.content.pictures), "picture")
-            return Reply(self._picture(number), "image/jpeg", keep=True)
+        if path.startswith("/image/"):
+            number = _number(path.removeprefix("/image/"), len(self.content.images), "image")
+            return Reply(self._image(number), "image/jpeg", keep=True)
         raise Refused(404, "There is no such page here.")
 
     def post(self, path: str, token: str, message: Any) -> Reply:
@@ -123,29 +123,29 @@ class ViewApp:
         return self.page().encode("utf-8", "xmlcharrefreplace")
 
     def page(self) -> str:
-        """The page itself, without the details and pictures of its episodes."""
+        """The page itself, without the details and images of its episodes."""
         content = {"runs": self.content.overview(), "version": self.version}
         return "".join(page_parts(self.title, self.content.served(), content, from_server=True))
 
     def _run(self, query: Mapping[str, str]) -> list[Episode]:
         return self.content.runs[self.names[_number(query.get("run", ""), len(self.names), "run")]]
 
-    def _picture(self, number: int) -> bytes:
+    def _image(self, number: int) -> bytes:
         with self._lock:
-            if number in self._pictures:
-                self._pictures.move_to_end(number)
-                return self._pictures[number]
-        episode = self.content.pictures[number]
+            if number in self._images:
+                self._images.move_to_end(number)
+                return self._images[number]
+        episode = self.content.images[number]
         try:
-            encoded = picture_jpeg(self.picture_of(episode), episode, self.side)
+            encoded = image_jpeg(self.image_of(episode), episode, self.side)
         except DataMissingError as error:
             raise Refused(404, str(error)) from error
         except DataError as error:
             raise Refused(500, str(error)) from error
         with self._lock:
-            self._pictures[number] = encoded
-            while len(self._pictures) > _KEPT_PICTURES:
-                self._pictures.popitem(last=False)
+            self._images[number] = encoded
+            while len(self._images) > _KEPT_IMAGES:
+                self._images.popitem(last=False)
         return encoded
 
 
@@ -292,7 +292,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(reply.body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a line for each picture would bury what matters."""
+        """Nothing: a line for each image would bury what matters."""
 
 
 def _json(value: Any) -> Reply:

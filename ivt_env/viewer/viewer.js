@@ -256,7 +256,7 @@ function showEpisode() {
   const place = [
     `${position.toLocaleString("en")} of ${state.visible.length.toLocaleString("en")}`,
     `sample ${episode.sample}` + (episode.copy > 1 ? ` (rollout ${episode.copy})` : ""),
-    `picture ${episode.pictureId}, ${episode.size[1]}×${episode.size[0]}`, `${episode.dataset} / ${episode.split}`,
+    `image ${episode.imageId}, ${episode.size[1]}×${episode.size[0]}`, `${episode.dataset} / ${episode.split}`,
   ];
   head.replaceChildren(element("h2", { dir: "auto" }, episode.expression || "(no expression)"),
     element("p", { class: "place", dir: "auto" }, place.join(" · ")));
@@ -274,7 +274,7 @@ function showEpisode() {
   if (!content.chunk) {
     // The next episode is asked for before it is wanted; a failure shows when it is wanted.
     for (const next of [state.visible[position], state.visible[position - 2]]) {
-      if (next) Promise.resolve(load(next)).then(() => { new Image().src = pictureAddress(next.picture); }, () => {});
+      if (next) Promise.resolve(load(next)).then(() => { new Image().src = imageAddress(next.image); }, () => {});
     }
   }
 }
@@ -300,12 +300,12 @@ function makePanel(run, episode, side) {
 
 function makeStage(episode, step, side) {
   const [height, width] = episode.size;
-  const picture = element("div", { class: "picture" });
-  picture.style.setProperty("--aspect", String(width / height));
+  const image = element("div", { class: "image" });
+  image.style.setProperty("--aspect", String(width / height));
   const known = images[side];
-  if (!known || known.number !== episode.picture || known.missing) images[side] = makePicture(episode);
-  picture.append(images[side].node, makeBoxes(episode, step));
-  const stage = element("div", { class: "stage" }, picture);
+  if (!known || known.number !== episode.image || known.missing) images[side] = makeImage(episode);
+  image.append(images[side].node, makeBoxes(episode, step));
+  const stage = element("div", { class: "stage" }, image);
   if (images[side].missing) stage.append(element("p", { class: "absent" }, images[side].missing));
   return stage;
 }
@@ -317,7 +317,7 @@ function makeBoxes(episode, step) {
       x: 100 * x1 + "%", y: 100 * y1 + "%",
       width: 100 * Math.max(0, x2 - x1) + "%", height: 100 * Math.max(0, y2 - y1) + "%",
     };
-    // A light line under the coloured one keeps a box visible on a picture of its own colour.
+    // A light line under the coloured one keeps a box visible on an image of its own colour.
     const group = drawing("g", {}, drawing("rect", { class: "casing of-" + name, ...place }), drawing("rect", { class: name, ...place }));
     overlay.append(group);
     return group;

@@ -2,6 +2,6 @@
 
 from ivt_env.wrappers.embedding import HashedText
 from ivt_env.wrappers.sb3 import SB3Wrapper
-from ivt_env.wrappers.text import TextActions, visible_picture
+from ivt_env.wrappers.text import TextActions, visible_image
 
-__all__ = ["HashedText", "SB3Wrapper", "TextActions", "visible_picture"]
+__all__ = ["HashedText", "SB3Wrapper", "TextActions", "visible_image"]

@@ -18,17 +18,17 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from ivt_env.data.sample import Picture
+from ivt_env.data.sample import ImageArray
 from ivt_env.wrappers.embedding import HashedText
 
 SMALLEST = 0.04
-"""Smallest width and height that an action can ask for, relative to the picture."""
+"""Smallest width and height that an action can ask for, relative to the image."""
 
 _ROUNDING = 1e-6
 """What float32 may make of a box that is exactly as small or as large as an action can ask for."""
 
-_PICTURES = {"image": "extent", "closeup": "closeup_extent"}
-"""Keys of pictures and of their extents."""
+_IMAGES = {"image": "extent", "closeup": "closeup_extent"}
+"""Keys of images and of their extents."""
 
 
 class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.utils.RecordConstructorArgs):
@@ -39,11 +39,11 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
 
     | number | meaning |
     | --- | --- |
-    | 0, 1 | centre of the box: -1 is the left (top) edge of the picture, 1 the right (bottom) edge |
-    | 2, 3 | width and height on a logarithmic scale: -1 is 0.04 of the picture, 0 is 0.2, 1 is all of it |
+    | 0, 1 | centre of the box: -1 is the left (top) edge of the image, 1 the right (bottom) edge |
+    | 2, 3 | width and height on a logarithmic scale: -1 is 0.04 of the image, 0 is 0.2, 1 is all of it |
     | 4 | stop, if it is above `stop_above` |
 
-    What lies outside the picture is cut off, so every action is a usable box. Centre and size instead of
+    What lies outside the image is cut off, so every action is a usable box. Centre and size instead of
     corners: with corners half of all actions are reversed and would have to be sorted, and noise on one
     number would change place and size together. Logarithmic: the same step then changes a small box and a
     large one by the same factor, as IoU does.
@@ -51,14 +51,14 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
     ## Observation space
     | key | space | meaning |
     | --- | --- | --- |
-    | `image` | `Box(0, 255, (3, side, side), uint8)` | the picture with the box drawn, stretched to a square |
+    | `image` | `Box(0, 255, (3, side, side), uint8)` | the image with the box drawn, stretched to a square |
     | `box` | `Box(0, 1, (4,), float32)` | the current box; all zeros: none yet |
     | `step` | `Box(0, 1, (max_steps + 1,), float32)` | actions made so far: 1 at their number, else 0 |
     | `expression` | `Box(-1, 1, (text_size,), float32)` | `HashedText` of the expression |
     | `window` | `Box(0, 1, (4,), float32)` | only with a close-up: the region it shows |
     | `closeup` | as `image` | only with `view="both"` |
 
-    The picture fills the square, without the canvas's margin, so that its coordinates are those of the box.
+    The image fills the square, without the canvas's margin, so that its coordinates are those of the box.
     Channels come first, as torch wants them. All of it is `Box`, which every vector wrapper of
     Stable-Baselines3 takes (stacking of frames and running means among them). Rewards, ends and infos are those
     of the environment.
@@ -71,7 +71,7 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
 
         Args:
             env: a grounding environment.
-            side: of the picture in pixels. Stable-Baselines3's own network needs at least 36.
+            side: of the image in pixels. Stable-Baselines3's own network needs at least 36.
             text_size: numbers in the text embedding.
             text_seed: of the text embedding.
             stop_above: see the action space. Above 0, so that a policy that has learned nothing rather looks on.
@@ -87,7 +87,7 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
         if not isinstance(given, spaces.Dict) or not {"image", "extent", "expression", "box", "step"} <= set(given):
             raise ValueError(f"SB3Wrapper wraps a grounding environment; this one observes {given}")
         if not isinstance(side, int) or side < 1:
-            raise ValueError(f"side {side!r}: give the side of the picture in pixels, an integer of at least 1")
+            raise ValueError(f"side {side!r}: give the side of the image in pixels, an integer of at least 1")
         if not isinstance(stop_above, int | float) or not -1 <= stop_above < 1:
             raise ValueError(f"stop_above {stop_above!r}: give a number from -1 to below 1")
         self.side, self.text, self.stop_above = side, HashedText(text_size, text_seed), float(stop_above)
@@ -118,10 +118,10 @@ def sb3_action_space() -> spaces.Box:
 
 def sb3_observation_space(view: str, side: int, text_size: int, max_steps: int) -> spaces.Dict:
     """See ``SB3Wrapper``; ``view`` is that of the environment."""
-    picture = spaces.Box(0, 255, (3, side, side), np.uint8)
+    image = spaces.Box(0, 255, (3, side, side), np.uint8)
     relative_box = spaces.Box(0.0, 1.0, (4,), np.float32)
     parts: dict[str, spaces.Space[Any]] = {
-        "image": picture,
+        "image": image,
         "box": relative_box,
         "step": spaces.Box(0.0, 1.0, (max_steps + 1,), np.float32),
         "expression": spaces.Box(-1.0, 1.0, (text_size,), np.float32),
@@ -129,7 +129,7 @@ def sb3_observation_space(view: str, side: int, text_size: int, max_steps: int) 
     if view != "overlay":
         parts["window"] = relative_box
     if view == "both":
-        parts["closeup"] = picture
+        parts["closeup"] = image
     return spaces.Dict(parts)
 
 
@@ -142,17 +142,17 @@ def sb3_observation(observation: Mapping[str, Any], side: int, text: HashedText,
     }
     if "window" in observation:
         seen["window"] = observation["window"]
-    for key, extent_key in _PICTURES.items():
+    for key, extent_key in _IMAGES.items():
         if key in observation:
-            seen[key] = square_picture(observation[key], observation[extent_key], side)
+            seen[key] = square_image(observation[key], observation[extent_key], side)
     return seen
 
 
-def square_picture(canvas: Picture, extent: ArrayLike, side: int) -> Picture:
-    """The picture on a canvas, without its margin, stretched to a square with the channels first.
+def square_image(canvas: ImageArray, extent: ArrayLike, side: int) -> ImageArray:
+    """The image on a canvas, without its margin, stretched to a square with the channels first.
 
     Args:
-        canvas: RGB (S, S, 3), the picture at its top left.
+        canvas: RGB (S, S, 3), the image at its top left.
         extent: its height and width in pixels.
         side: of the square in pixels; each of its pixels is the mean of those that fall on it.
 
@@ -160,17 +160,17 @@ def square_picture(canvas: Picture, extent: ArrayLike, side: int) -> Picture:
         uint8 (3, side, side).
     """
     height, width = (int(v) for v in np.asarray(extent))
-    picture = canvas[:height, :width]
+    image = canvas[:height, :width]
     if (height, width) != (side, side):
-        picture = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BOX))
-    return np.ascontiguousarray(picture.transpose(2, 0, 1))
+        image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
 def decode_action(action: ArrayLike, stop_above: float) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Boxes and stops of actions of shape (..., 5).
 
     Returns:
-        xyxy relative to the picture, (..., 4) float32, and whether to stop, (...). Every action within
+        xyxy relative to the image, (..., 4) float32, and whether to stop, (...). Every action within
         [-1, 1] gives a usable box; one with a NaN gives a box with a NaN, which the environment refuses.
     """
     numbers = np.asarray(action, dtype=np.float64)

@@ -1,8 +1,8 @@
-"""The environment for a chat model: a picture and a question out, an answer in words in.
+"""The environment for a chat model: an image and a question out, an answer in words in.
 
 env = TextActions(gym.make("IVT-Scenes-v0"))
 observation, info = env.reset(seed=0)
-answer = chat(visible_picture(observation), observation["text"])
+answer = chat(visible_image(observation), observation["text"])
 observation, reward, terminated, truncated, info = env.step(answer)
 """
 
@@ -15,14 +15,14 @@ import numpy as np
 from gymnasium import spaces
 
 from ivt_env import boxes
-from ivt_env.data.sample import Picture
+from ivt_env.data.sample import ImageArray
 from ivt_env.expression_space import Expression
 from ivt_env.text_actions import from_thousandths, parse_action, to_thousandths
 
 QUESTION = (
     'Find the object that this expression describes: "{expression}".\n'
-    "Boxes are [x1, y1, x2, y2]: left, top, right and bottom edge in thousandths of the picture's width and height,"
-    " so that [0, 0, 1000, 1000] is all of it. Current box: {box}. Where there is one, it is drawn on the picture in"
+    "Boxes are [x1, y1, x2, y2]: left, top, right and bottom edge in thousandths of the image's width and height,"
+    " so that [0, 0, 1000, 1000] is all of it. Current box: {box}. Where there is one, it is drawn on the image in"
     " translucent red.\n"
     'If the current box fits the object tightly, answer {"stop": true}. Otherwise say in a sentence what is wrong with'
     ' it, if there is one, and end with one JSON object: {"bbox_2d": [x1, y1, x2, y2]}.'
@@ -39,7 +39,7 @@ class TextActions(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.uti
 
     ## Action space
     A string of any characters: optional reasoning, then a JSON object with a box or a stop, of which the last
-    complete one counts: `{"bbox_2d": [x1, y1, x2, y2]}` in thousandths of the picture, or `{"stop": true}`.
+    complete one counts: `{"bbox_2d": [x1, y1, x2, y2]}` in thousandths of the image, or `{"stop": true}`.
     Reasoning, Markdown fences, other keys and a list around the object do no harm. A text without a usable action
     uses up its step, changes nothing, and is told by `info["parse_failure"]` and, in words, `info["invalid"]`.
     So is a box that could be read and cannot be used (`x2 <= x1`, beyond 1000), without the parse failure.
@@ -47,11 +47,11 @@ class TextActions(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.uti
     ## Observation space
     | key | space | meaning |
     | --- | --- | --- |
-    | `image` | `Box(0, 255, (S, S, 3), uint8)` | canvas, the picture at its top left, the current box drawn |
-    | `extent` | `Box((2,), int32)` | height and width of the picture on the canvas, pixels |
+    | `image` | `Box(0, 255, (S, S, 3), uint8)` | canvas, the image at its top left, the current box drawn |
+    | `extent` | `Box((2,), int32)` | height and width of the image on the canvas, pixels |
     | `text` | `Text` | the question: what to find, the current box, how to answer |
 
-    Show the model `visible_picture(observation)`, the picture without the canvas's margin: that is what its
+    Show the model `visible_image(observation)`, the image without the canvas's margin: that is what its
     thousandths refer to. Each observation stands for itself, so a model can be asked anew at every step.
     """
 
@@ -71,7 +71,7 @@ class TextActions(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.uti
         if not isinstance(given, spaces.Dict) or not {"image", "extent", "expression", "box"} <= set(given):
             raise ValueError(f"TextActions wraps a grounding environment; this one observes {given}")
         if "window" in given.spaces:
-            raise ValueError("boxes in text refer to the whole picture: make the environment with view='overlay'")
+            raise ValueError("boxes in text refer to the whole image: make the environment with view='overlay'")
         if "{expression}" not in question:
             raise ValueError(
                 f"question {question!r}: it has no {{expression}}, so the model would not know what to find"
@@ -101,8 +101,8 @@ class TextActions(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.uti
         why = None
         if read.failed:
             why = 'the text holds no {"bbox_2d": [x1, y1, x2, y2]} or {"stop": true}'
-        elif read.picture != 1:
-            why = f"the box is said to refer to picture {read.picture}; one was shown"
+        elif read.image != 1:
+            why = f"the box is said to refer to image {read.image}; one was shown"
         # The environment refuses what is no number, and the step counts.
         box = [np.nan] * 4 if read.numbers is None or why is not None else from_thousandths(read.numbers)
         with np.errstate(over="ignore"):
@@ -121,8 +121,8 @@ class TextActions(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.uti
         return {"image": observation["image"], "extent": observation["extent"], "text": text}
 
 
-def visible_picture(observation: dict[str, Any]) -> Picture:
-    """The picture of an observation without the canvas's margin, RGB uint8 (height, width, 3)."""
+def visible_image(observation: dict[str, Any]) -> ImageArray:
+    """The image of an observation without the canvas's margin, RGB uint8 (height, width, 3)."""
     height, width = (int(v) for v in observation["extent"])
-    picture: Picture = observation["image"][:height, :width]
-    return picture
+    image: ImageArray = observation["image"][:height, :width]
+    return image

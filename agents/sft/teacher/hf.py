@@ -35,10 +35,10 @@ class HFTeacher:
     def write(self, requests: Sequence[TraceRequest]) -> list[str]:
         """One text per request; empty where the model did not come to an end."""
         policy = self._policy
-        pictures = policy.dialogue.process([r.picture for r in requests])
+        images = policy.dialogue.process([r.image for r in requests])
         prompts = [
-            policy.dialogue.prompt(f"{SYSTEM}\n\n{r.question}", None, [(picture, WHOLE)])
-            for r, picture in zip(requests, pictures, strict=True)
+            policy.dialogue.prompt(f"{SYSTEM}\n\n{r.question}", None, [(image, WHOLE)])
+            for r, image in zip(requests, images, strict=True)
         ]
         turns = generate(policy.core, prompts, policy.sampling, policy.generator, keep=False)
         return [policy.text(turn) if turn.finished else "" for turn in turns]

@@ -25,7 +25,7 @@ class Teacher(Protocol):
 def load_teacher(name: str, budget: Budget | None = None) -> Teacher:
     """The teacher called ``name``: ``hf:<model>`` or ``openai:<base url>[#<model>]``.
 
-    The template teacher is no ``Teacher``: it looks at numbers, not at pictures, and fails never.
+    The template teacher is no ``Teacher``: it looks at numbers, not at images, and fails never.
 
     Args:
         name: see above.

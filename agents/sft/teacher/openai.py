@@ -1,4 +1,4 @@
-"""The ``openai:`` teacher: any server that speaks chat completions with pictures.
+"""The ``openai:`` teacher: any server that speaks chat completions with images.
 
 Standard library only. The key comes from the environment variable ``OPENAI_API_KEY``; it travels in
 one header and nowhere else: it is not written, not logged, and blotted out of what a server says.
@@ -108,7 +108,7 @@ class OpenAITeacher:
         return [self._write(request) for request in requests]
 
     def _write(self, request: TraceRequest) -> str:
-        picture = base64.b64encode(request.png()).decode("ascii")
+        image = base64.b64encode(request.png()).decode("ascii")
         body = {
             "model": self._model or self._only_model(),
             "messages": [
@@ -116,7 +116,7 @@ class OpenAITeacher:
                 {
                     "role": "user",
                     "content": [
-                        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+                        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
                         {"type": "text", "text": request.question},
                     ],
                 },

@@ -1,6 +1,6 @@
 """What every model teacher is shown and asked, and which of its answers can be used.
 
-The teacher sees the picture with the student's box (translucent red, as the student sees it) and the
+The teacher sees the image with the student's box (translucent red, as the student sees it) and the
 target (green outline), and is told in words what geometry says is wrong, so that it cannot get left
 and right wrong. Its words become the student's reasoning, so they must not name what only the
 teacher sees, and they must not hold numbers: the answer's own coordinates follow them.
@@ -21,7 +21,7 @@ from ivt_env.data.sample import Dataset
 from ivt_env.rendering import Overlay, draw_overlay, place_on_canvas
 
 SYSTEM = (
-    "You review boxes that a student drew around objects in pictures. You write short corrective "
+    "You review boxes that a student drew around objects in images. You write short corrective "
     "remarks that the student could have written while looking at its own box."
 )
 
@@ -35,8 +35,8 @@ QUESTION = (
     "JSON, no lists, and never mention the green outline."
 )
 
-PICTURE_SIDE = 768
-"""Pictures are scaled down to this many pixels on the longer side: a box's error stays visible, and cost bounded."""
+IMAGE_SIDE = 768
+"""Images are scaled down to this many pixels on the longer side: a box's error stays visible, and cost bounded."""
 
 MAX_CHARACTERS = 300
 """Two sentences at most; longer text is an essay, or no remark at all."""
@@ -55,31 +55,31 @@ _HIDDEN = re.compile(r"\bgreen (?:outline|box|rectangle|frame|border|line|area|r
 class TraceRequest:
     """One remark to be written."""
 
-    picture: np.ndarray
+    image: np.ndarray
     """RGB uint8 (height, width, 3), both boxes drawn."""
     question: str
 
     def key(self, teacher: str) -> str:
-        """Hash of teacher, prompt and picture: equal keys get equal answers from the cache."""
+        """Hash of teacher, prompt and image: equal keys get equal answers from the cache."""
         digest = hashlib.sha256()
-        for part in (teacher, SYSTEM, self.question, str(self.picture.shape)):
+        for part in (teacher, SYSTEM, self.question, str(self.image.shape)):
             digest.update(part.encode("utf-8") + b"\x00")
-        digest.update(np.ascontiguousarray(self.picture).tobytes())
+        digest.update(np.ascontiguousarray(self.image).tobytes())
         return digest.hexdigest()
 
     def png(self) -> bytes:
-        """The picture as a PNG file."""
+        """The image as a PNG file."""
         file = io.BytesIO()
-        Image.fromarray(self.picture).save(file, "PNG")
+        Image.fromarray(self.image).save(file, "PNG")
         return file.getvalue()
 
 
 def trace_request(dataset: Dataset, index: int, shown: tuple[float, float, float, float]) -> TraceRequest:
     """The request for a remark on the box ``shown`` on sample ``index``."""
     sample = dataset[index]
-    picture = dataset.picture(sample)
-    side = min(PICTURE_SIDE, max(picture.shape[:2]))
-    canvas, extent = place_on_canvas(picture, side)
+    image = dataset.image(sample)
+    side = min(IMAGE_SIDE, max(image.shape[:2]))
+    canvas, extent = place_on_canvas(image, side)
     draw_overlay(canvas, extent, shown, Overlay())
     draw_overlay(canvas, extent, sample.box, _TARGET)
     measured = critique(shown, sample.box, sample.siblings)

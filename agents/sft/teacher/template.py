@@ -19,7 +19,7 @@ _SIZE = (("too wide", "narrower"), ("too narrow", "wider"), ("too tall", "shorte
 _EXTRA = "slightly almost much a bit the it is on move make larger smaller larger nearer and Keep Stop"
 
 TOLERANCE = 0.02
-"""Errors below this share of the picture's side are not worth a word."""
+"""Errors below this share of the image's side are not worth a word."""
 
 
 def teacher_words() -> list[str]:

@@ -1,4 +1,4 @@
-"""The embedded data set: procedural pictures of coloured shapes, and English about them.
+"""The embedded data set: procedural images of coloured shapes, and English about them.
 
 A sample is made from the split's name and its index alone, so nothing is stored and the training
 split has no practical end. Splits draw from disjoint seed sequences.
@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ivt_env.data.sample import DataError, Picture, Sample
+from ivt_env.data.sample import DataError, ImageArray, Sample
 from ivt_env.data.scenes.drawing import draw
 from ivt_env.data.scenes.language import Expression, ask, marked
 from ivt_env.data.scenes.search import place_alike, search_split
@@ -23,7 +23,7 @@ LENGTHS = {
     "test": 10_000,
     "test_distractors": 10_000,
     "test_small": 10_000,
-    # Later ones come last: a split's place decides its pictures.
+    # Later ones come last: a split's place decides its images.
     "val_distractors": 10_000,
     "val_small": 10_000,
     "train_search": 10_000_000,
@@ -32,8 +32,8 @@ LENGTHS = {
 }
 """Scenes, and samples, of each split. ``search.py`` says which others there are: the size of a mark in the name."""
 QUESTIONS = 6
-"""Samples about each picture of ``train_asked``: the pictures of ``train``, each asked about several times, as
-in RefCOCOg. A learner encodes a picture once for all of them."""
+"""Samples about each image of ``train_asked``: the images of ``train``, each asked about several times, as
+in RefCOCOg. A learner encodes an image once for all of them."""
 SPLITS = LENGTHS | {"train_asked": QUESTIONS * LENGTHS["train"]}
 """Samples of each split."""
 _SPLIT_CODE = {name: code for code, name in enumerate(LENGTHS)}
@@ -46,7 +46,7 @@ _TRAIN_MIXTURE = ((STANDARD, 0.75), (DISTRACTORS, 0.15), (SMALL, 0.10))
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Objects and the seed of their picture."""
+    """Objects and the seed of their image."""
 
     things: tuple[Thing, ...]
     recipe: Recipe
@@ -58,7 +58,7 @@ class Scene:
         """Of the image in pixels: 384, in search scenes 768."""
         return self.things[0].image_side
 
-    def picture(self) -> Picture:
+    def image(self) -> ImageArray:
         """RGB uint8 (side, side, 3)."""
         return draw(list(self.things), np.random.default_rng((*self.seed, 1)), self.side)
 
@@ -79,7 +79,7 @@ class Scene:
         return list(found.values())
 
 
-@lru_cache(maxsize=4096)  # a sample and its picture are asked for one after the other
+@lru_cache(maxsize=4096)  # a sample and its image are asked for one after the other
 def make_scene(split: str, index: int) -> Scene:
     """The scene at ``index`` of ``split``; the same on every machine."""
     search = search_split(split)
@@ -103,7 +103,7 @@ def make_scene(split: str, index: int) -> Scene:
     raise AssertionError(f"no scene for {split} {index} in 1000 attempts")
 
 
-@lru_cache(maxsize=1024)  # the samples of a picture are asked for one after the other
+@lru_cache(maxsize=1024)  # the samples of an image are asked for one after the other
 def _questions(index: int) -> list[Expression]:
     return make_scene("train", index).questions(QUESTIONS)
 
@@ -143,7 +143,7 @@ class Scenes:
         self._length = SPLITS[search[0] if search else split]
 
     def __len__(self) -> int:
-        """Number of samples (each with its own picture; in ``train_asked`` six to a picture)."""
+        """Number of samples (each with its own image; in ``train_asked`` six to an image)."""
         return self._length
 
     def __getitem__(self, index: int) -> Sample:
@@ -162,7 +162,7 @@ class Scenes:
         )
         return Sample(
             sample_id=f"{self.split}-{index}",
-            picture_id=f"scenes-{drawn}-{number}",
+            image_id=f"scenes-{drawn}-{number}",
             expression=expression.text,
             box=target.box,
             size=(scene.side, scene.side),
@@ -172,10 +172,10 @@ class Scenes:
             meta={"kind": expression.kind, "index": int(index), "things": len(scene.things)},
         )
 
-    def picture(self, sample: Sample) -> Picture:
-        """The sample's picture, drawn anew, RGB uint8 (384, 384, 3), in search scenes 768 pixels a side."""
+    def image(self, sample: Sample) -> ImageArray:
+        """The sample's image, drawn anew, RGB uint8 (384, 384, 3), in search scenes 768 pixels a side."""
         drawn, number, _ = self._place(sample.meta["index"])
-        return make_scene(drawn, number).picture()
+        return make_scene(drawn, number).image()
 
     def _place(self, index: int) -> tuple[str, int, int | None]:
         """The split and index that a sample's scene is drawn from, and which of its questions is meant."""

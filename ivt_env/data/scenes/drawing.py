@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from ivt_env.data.sample import Picture
+from ivt_env.data.sample import ImageArray
 from ivt_env.data.scenes.world import SIDE, Thing
 
 _RGB = {
@@ -33,18 +33,18 @@ _OVERSAMPLING = 2
 _MARK_OVERSAMPLING = 8
 
 
-def draw(things: list[Thing], rng: np.random.Generator, side: int = SIDE) -> Picture:
-    """The picture of ``things``, RGB uint8 (side, side, 3)."""
-    picture = _background(rng, side)
+def draw(things: list[Thing], rng: np.random.Generator, side: int = SIDE) -> ImageArray:
+    """The image of ``things``, RGB uint8 (side, side, 3)."""
+    image = _background(rng, side)
     for thing in things:
         x1, y1, x2, y2 = thing.box_px
         fill, mask = _fill(thing, rng), shape_mask(thing.shape, x2 - x1, y2 - y1)
-        picture.paste(fill, (x1, y1), mask)
+        image.paste(fill, (x1, y1), mask)
         if thing.mark is not None:
             left, top, right, _ = thing.mark.box_px
             ink = 245 if np.mean(_RGB[thing.colour]) < 120 else 20
-            picture.paste((ink, ink, ink), (left, top), mark_mask(thing.mark.kind, right - left))
-    return np.asarray(picture).copy()
+            image.paste((ink, ink, ink), (left, top), mark_mask(thing.mark.kind, right - left))
+    return np.asarray(image).copy()
 
 
 def mark_mask(kind: str, side: int) -> Image.Image:
@@ -83,7 +83,7 @@ def mark_mask(kind: str, side: int) -> Image.Image:
 
 
 def shape_mask(shape: str, width: int, height: int) -> Image.Image:
-    """The shape as an 'L' picture of (width, height) pixels, touching all four sides."""
+    """The shape as an 'L' image of (width, height) pixels, touching all four sides."""
     k = _OVERSAMPLING
     w, h = width * k, height * k
     mask = Image.new("L", (w, h), 0)

@@ -15,7 +15,7 @@ import numpy as np
 from ivt_env.data.scenes.world import Recipe, Thing
 
 PLACE_MARGIN = 0.05
-"""Smallest difference in centre position that an expression may rely on, relative to the picture."""
+"""Smallest difference in centre position that an expression may rely on, relative to the image."""
 SIZE_RATIO = 1.25
 """Smallest ratio of sides that *largest*, *smallest* and *closest* may rely on."""
 

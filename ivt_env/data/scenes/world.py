@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 SIDE = 384
-"""Side of every scene picture in pixels: four times what the tiny model takes in at once."""
+"""Side of every scene image in pixels: four times what the tiny model takes in at once."""
 
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "star")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "black", "white")
@@ -17,7 +17,7 @@ MARKS = ("dot", "bar", "pipe", "plus", "cross", "hoop")
 
 SMALL_UP_TO = 0.16
 LARGE_FROM = 0.32
-"""An object whose larger side (relative to the picture) is at most ``SMALL_UP_TO`` is *small*, at
+"""An object whose larger side (relative to the image) is at most ``SMALL_UP_TO`` is *small*, at
 least ``LARGE_FROM`` *large*. The bands drawn from below stay clear of both limits."""
 
 _BANDS = {"tiny": (0.06, 0.10), "small": (0.10, 0.15), "medium": (0.19, 0.29), "large": (0.34, 0.48)}
@@ -56,7 +56,7 @@ class Thing:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """The box relative to the picture."""
+        """The box relative to the image."""
         side = self.image_side
         x1, y1, x2, y2 = self.box_px
         return (x1 / side, y1 / side, x2 / side, y2 / side)
@@ -69,7 +69,7 @@ class Thing:
 
     @property
     def side(self) -> float:
-        """Square root of the box's area, relative to the picture's side."""
+        """Square root of the box's area, relative to the image's side."""
         x1, y1, x2, y2 = self.box
         return float(((x2 - x1) * (y2 - y1)) ** 0.5)
 

@@ -1,6 +1,6 @@
-"""Every common kind of picture file becomes the RGB that a viewer shows, or a clear error.
+"""Every common kind of image file becomes the RGB that a viewer shows, or a clear error.
 
-Silent when false: a CMYK picture comes out inverted, a 16-bit one black, a truncated one half gray,
+Silent when false: a CMYK image comes out inverted, a 16-bit one black, a truncated one half gray,
 a rotated one with its boxes beside the objects; training goes on, with worse numbers.
 """
 
@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ivt_env.data import pictures
-from ivt_env.data.pictures import read_header, read_picture
+from ivt_env.data import images
+from ivt_env.data.images import read_header, read_image
 from ivt_env.data.sample import DataError
 
 ORIENTATION = 0x0112
 
 
-def smooth_picture(height: int = 48, width: int = 64) -> np.ndarray:
+def smooth_image(height: int = 48, width: int = 64) -> np.ndarray:
     """Red grows to the right, green grows downwards: no two corners alike, JPEG-friendly."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 60)], -1).astype(np.uint8)
@@ -36,41 +36,41 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def test_png_comes_back_exactly_from_path_and_from_bytes(tmp_path):
-    expected = smooth_picture()
+    expected = smooth_image()
     Image.fromarray(expected).save(tmp_path / "a.png")
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()):
-        found = read_picture(source, "a.png")
+        found = read_image(source, "a.png")
         assert found.dtype == np.uint8
         assert np.array_equal(found, expected)
         found[0, 0] = 7  # the caller owns it
 
 
 def test_gray_becomes_three_equal_channels():
-    gray = smooth_picture()[..., 0]
-    found = read_picture(encoded(Image.fromarray(gray)), "gray")
+    gray = smooth_image()[..., 0]
+    found = read_image(encoded(Image.fromarray(gray)), "gray")
     assert np.array_equal(found, np.stack([gray] * 3, -1))
 
 
 def test_black_and_white_becomes_0_and_255():
-    bits = smooth_picture()[..., 0] > 127
-    found = read_picture(encoded(Image.fromarray(bits)), "bits")
+    bits = smooth_image()[..., 0] > 127
+    found = read_image(encoded(Image.fromarray(bits)), "bits")
     assert np.array_equal(found, np.stack([bits * np.uint8(255)] * 3, -1))
 
 
-def test_palette_picture_shows_its_colours_not_its_indices():
+def test_palette_image_shows_its_colours_not_its_indices():
     expected = np.zeros((4, 6, 3), np.uint8)
     expected[:, :3], expected[:, 3:] = (200, 10, 30), (0, 90, 255)
     palette = Image.fromarray(expected).quantize(4)
     assert palette.mode == "P"
-    assert np.array_equal(read_picture(encoded(palette), "palette"), expected)
+    assert np.array_equal(read_image(encoded(palette), "palette"), expected)
 
 
 def test_cmyk_jpeg_is_not_inverted():
-    expected = smooth_picture()
+    expected = smooth_image()
     raw = encoded(Image.fromarray(expected).convert("CMYK"), "JPEG", quality=95)
     assert Image.open(io.BytesIO(raw)).mode == "CMYK"
-    difference = np.abs(read_picture(raw, "cmyk").astype(int) - expected)
-    assert difference.mean() < 6  # an inverted picture is off by more than 80
+    difference = np.abs(read_image(raw, "cmyk").astype(int) - expected)
+    assert difference.mean() < 6  # an inverted image is off by more than 80
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -78,7 +78,7 @@ def test_transparency_is_laid_on_white(mode):
     image = Image.new(mode, (3, 1), (0, 0, 0, 0) if mode == "RGBA" else (0, 0))
     image.putpixel((1, 0), (0, 0, 0, 255) if mode == "RGBA" else (0, 255))
     image.putpixel((2, 0), (0, 0, 0, 51) if mode == "RGBA" else (0, 51))
-    found = read_picture(encoded(image), "alpha")
+    found = read_image(encoded(image), "alpha")
     assert found[0].tolist() == [[255] * 3, [0] * 3, [204] * 3]
 
 
@@ -86,23 +86,23 @@ def test_transparent_palette_colour_is_laid_on_white():
     image = Image.new("P", (2, 1))
     image.putpalette([9, 9, 9, 200, 0, 0])
     image.putpixel((1, 0), 1)
-    found = read_picture(encoded(image, transparency=0), "palette")
+    found = read_image(encoded(image, transparency=0), "palette")
     assert found[0].tolist() == [[255, 255, 255], [200, 0, 0]]
 
 
 def test_16_bit_gray_is_scaled_to_8_bits():
     values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
-    found = read_picture(encoded(Image.fromarray(values)), "16 bit")
+    found = read_image(encoded(Image.fromarray(values)), "16 bit")
     assert found[0, :, 0].tolist() == [0, 1, 128, 255]
-    found = read_picture(encoded(Image.fromarray(values.astype(np.int32)), "TIFF"), "16 in 32")
+    found = read_image(encoded(Image.fromarray(values.astype(np.int32)), "TIFF"), "16 in 32")
     assert found[0, :, 2].tolist() == [0, 1, 128, 255]
 
 
 def test_pixels_without_an_8_bit_meaning_are_refused():
     with pytest.raises(DataError, match="real.tif: floating-point"):
-        read_picture(encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "real.tif")
+        read_image(encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "real.tif")
     with pytest.raises(DataError, match="deep.tif: values from 0 to 70000"):
-        read_picture(encoded(Image.fromarray(np.array([[0, 70000]], np.int32)), "TIFF"), "deep.tif")
+        read_image(encoded(Image.fromarray(np.array([[0, 70000]], np.int32)), "TIFF"), "deep.tif")
 
 
 # What a viewer shows for each EXIF orientation, from the pixels as stored (EXIF 2.3, tag 274).
@@ -125,7 +125,7 @@ FORMATS = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF
 def rotated(orientation: int, kind: str = "PNG", height: int = 48, width: int = 64) -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    return encoded(Image.fromarray(smooth_picture(height, width)), kind, exif=exif, **FORMATS[kind])
+    return encoded(Image.fromarray(smooth_image(height, width)), kind, exif=exif, **FORMATS[kind])
 
 
 def near(found: np.ndarray, expected: np.ndarray) -> bool:
@@ -135,17 +135,17 @@ def near(found: np.ndarray, expected: np.ndarray) -> bool:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_exif_rotation_is_applied_where_no_size_is_annotated(orientation, kind):
-    found = read_picture(rotated(orientation, kind), "exif")
-    assert near(found, UPRIGHT[orientation](smooth_picture()))
+    found = read_image(rotated(orientation, kind), "exif")
+    assert near(found, UPRIGHT[orientation](smooth_image()))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_annotated_size_chooses_the_frame_and_prefers_the_pixels_as_stored(orientation, kind):
-    stored = smooth_picture(48, 64)
-    assert near(read_picture(rotated(orientation, kind), "exif", (48, 64)), stored)
+    stored = smooth_image(48, 64)
+    assert near(read_image(rotated(orientation, kind), "exif", (48, 64)), stored)
     if orientation >= 5:
-        turned = read_picture(rotated(orientation, kind), "exif", (64, 48))
+        turned = read_image(rotated(orientation, kind), "exif", (64, 48))
         assert near(turned, UPRIGHT[orientation](stored))
 
 
@@ -156,28 +156,28 @@ def test_header_and_pixels_tell_of_the_same_two_frames(orientation, kind):
         raw = rotated(orientation, kind, height, width)
         header = read_header(raw, "exif")
         assert header.stored == (height, width) and header.orientation == orientation
-        assert read_picture(raw, "exif").shape[:2] == header.upright
-        assert read_picture(raw, "exif", header.stored).shape[:2] == header.stored
+        assert read_image(raw, "exif").shape[:2] == header.upright
+        assert read_image(raw, "exif", header.stored).shape[:2] == header.stored
         same_shape = UPRIGHT[orientation](np.empty((height, width))).shape == (height, width)
         assert header.frame_is_unclear == (orientation != 1 and same_shape)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_picture_of_another_size_than_annotated_is_refused(orientation, kind):
-    with pytest.raises(DataError, match=r"b\.jpg: the picture is 64 wide and 48 high, .* 100 wide and 50 high"):
-        read_picture(rotated(orientation, kind), "b.jpg", (50, 100))
+def test_image_of_another_size_than_annotated_is_refused(orientation, kind):
+    with pytest.raises(DataError, match=r"b\.jpg: the image is 64 wide and 48 high, .* 100 wide and 50 high"):
+        read_image(rotated(orientation, kind), "b.jpg", (50, 100))
 
 
-def test_unrotated_picture_does_not_pass_for_a_swapped_size():
+def test_unrotated_image_does_not_pass_for_a_swapped_size():
     with pytest.raises(DataError, match="boxes would be wrong"):
-        read_picture(encoded(Image.fromarray(smooth_picture(48, 64))), "b.png", (64, 48))
+        read_image(encoded(Image.fromarray(smooth_image(48, 64))), "b.png", (64, 48))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_block_does_not_cost_the_picture(caplog, monkeypatch):
-    raw = encoded(Image.fromarray(smooth_picture()), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f\x01")
-    expected = read_picture(raw, "c.jpg")
+def test_broken_exif_block_does_not_cost_the_image(caplog, monkeypatch):
+    raw = encoded(Image.fromarray(smooth_image()), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f\x01")
+    expected = read_image(raw, "c.jpg")
     assert expected.shape == (48, 64, 3)
 
     def unreadable(_):
@@ -185,34 +185,34 @@ def test_broken_exif_block_does_not_cost_the_picture(caplog, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "getexif", unreadable)
     with caplog.at_level(logging.WARNING):
-        assert np.array_equal(read_picture(raw, "c.jpg"), expected)
+        assert np.array_equal(read_image(raw, "c.jpg"), expected)
     assert "c.jpg: EXIF block unreadable (not a TIFF file)" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_truncated_picture_is_refused_at_every_length(kind):
-    whole = encoded(Image.fromarray(smooth_picture()), kind)
-    expected = read_picture(whole, "whole")
+def test_truncated_image_is_refused_at_every_length(kind):
+    whole = encoded(Image.fromarray(smooth_image()), kind)
+    expected = read_image(whole, "whole")
     # The last 20 bytes of a PNG are a check sum and an end mark: every pixel comes before them.
     end = len(whole) - (20 if kind == "PNG" else 0)
     for length in range(end):
         with pytest.raises(DataError, match=r"cut\.jpg: .*fetch or export it again"):
-            read_picture(whole[:length], "cut.jpg")
+            read_image(whole[:length], "cut.jpg")
     for length in range(end, len(whole)):
-        assert np.array_equal(read_picture(whole[:length], "whole but for its end mark"), expected)
+        assert np.array_equal(read_image(whole[:length], "whole but for its end mark"), expected)
 
 
-def test_file_that_is_no_picture_is_refused_by_name(tmp_path):
+def test_file_that_is_no_image_is_refused_by_name(tmp_path):
     (tmp_path / "page.jpg").write_text("<html>404 Not Found</html>")
-    with pytest.raises(DataError, match=r"page\.jpg: not a whole picture"):
-        read_picture(tmp_path / "page.jpg", "page.jpg")
-    with pytest.raises(DataError, match="folder: not a whole picture"):
-        read_picture(tmp_path, "folder")
+    with pytest.raises(DataError, match=r"page\.jpg: not a whole image"):
+        read_image(tmp_path / "page.jpg", "page.jpg")
+    with pytest.raises(DataError, match="folder: not a whole image"):
+        read_image(tmp_path, "folder")
 
 
 def test_missing_file_is_named_with_a_remedy(tmp_path):
-    with pytest.raises(DataError, match=r"no\.jpg: no such picture; check the path"):
-        read_picture(tmp_path / "no.jpg", "no.jpg")
+    with pytest.raises(DataError, match=r"no\.jpg: no such image; check the path"):
+        read_image(tmp_path / "no.jpg", "no.jpg")
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -227,32 +227,32 @@ def bomb(width: int, height: int) -> bytes:
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [8001, 10_000, 60_000])
-def test_oversized_picture_is_refused_before_it_is_decoded(side):
-    with pytest.raises(DataError, match=r"bomb\.png: picture refused because it is too large .*scale it down"):
-        read_picture(bomb(side, side), "bomb.png")
+def test_oversized_image_is_refused_before_it_is_decoded(side):
+    with pytest.raises(DataError, match=r"bomb\.png: image refused because it is too large .*scale it down"):
+        read_image(bomb(side, side), "bomb.png")
 
 
 def test_limit_is_on_pixels_and_inclusive(monkeypatch):
-    raw = encoded(Image.fromarray(smooth_picture(48, 64)))
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 48 * 64)
-    assert read_picture(raw, "at the limit").shape == (48, 64, 3)
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 48 * 64 - 1)
+    raw = encoded(Image.fromarray(smooth_image(48, 64)))
+    monkeypatch.setattr(images, "MAX_PIXELS", 48 * 64)
+    assert read_image(raw, "at the limit").shape == (48, 64, 3)
+    monkeypatch.setattr(images, "MAX_PIXELS", 48 * 64 - 1)
     with pytest.raises(DataError, match="64x48 pixels; the limit is 3071"):
-        read_picture(raw, "above")
+        read_image(raw, "above")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_any_damaged_bytes_give_a_picture_or_a_data_error():
+def test_any_damaged_bytes_give_a_image_or_a_data_error():
     """Bytes flipped at random: no other exception may reach a training run."""
     rng = np.random.default_rng(0)
     refused = 0
     for kind in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"):
-        whole = np.frombuffer(encoded(Image.fromarray(smooth_picture()), kind), np.uint8)
+        whole = np.frombuffer(encoded(Image.fromarray(smooth_image()), kind), np.uint8)
         for _ in range(60):
             damaged = whole.copy()
             damaged[rng.integers(len(damaged), size=6)] = rng.integers(256, size=6)
             try:
-                found = read_picture(damaged.tobytes(), "damaged")
+                found = read_image(damaged.tobytes(), "damaged")
             except DataError:
                 refused += 1
             else:
@@ -263,10 +263,10 @@ def test_any_damaged_bytes_give_a_picture_or_a_data_error():
 def test_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     raw = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert read_picture(raw, "a.gif")[0, 0].tolist() == [255, 0, 0]
+    assert read_image(raw, "a.gif")[0, 0].tolist() == [255, 0, 0]
 
 
 def test_where_may_differ_from_the_path(tmp_path: Path):
     (tmp_path / "x").write_bytes(b"")
     with pytest.raises(DataError, match=r"^rows\.parquet row 7: "):
-        read_picture(tmp_path / "x", "rows.parquet row 7")
+        read_image(tmp_path / "x", "rows.parquet row 7")

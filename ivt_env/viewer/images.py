@@ -1,4 +1,4 @@
-"""Finds the pictures of recorded episodes: beside the records, else in the data set they name."""
+"""Finds the images of recorded episodes: beside the records, else in the data set they name."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from PIL import Image
 
 from ivt_env.data import load_dataset
-from ivt_env.data.sample import DataError, DataMissingError, Dataset, Picture, Sample
-from ivt_env.episodes import Episode, picture_file
+from ivt_env.data.sample import DataError, DataMissingError, Dataset, ImageArray, Sample
+from ivt_env.episodes import Episode, image_file
 from ivt_env.viewer.rows import where_of
 
 
-class PictureFinder:
-    """Call it with an episode to get its picture.
+class ImageFinder:
+    """Call it with an episode to get its image.
 
-    A picture that a run saved (``pictures/`` in its folder) is taken first. Without one, the data set
+    An image that a run saved (``images/`` in its folder) is taken first. Without one, the data set
     and split that the episode names are opened, and the sample found there must be the one that was
-    played: another picture, expression or size under the same id is an error, not a picture.
+    played: another image, expression or size under the same id is an error, not an image.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class PictureFinder:
         self._folders: dict[tuple[str, str], list[Path]] = {}
         for name, run in runs.items():
             for episode in run:
-                places = self._folders.setdefault((episode.dataset, episode.picture_id), [])
+                places = self._folders.setdefault((episode.dataset, episode.image_id), [])
                 if folders[name] not in places:
                     places.append(folders[name])
         self._datasets: dict[tuple[str, str], Dataset | DataMissingError] = {}
@@ -45,16 +45,16 @@ class PictureFinder:
         # A server asks from several threads, and a data set need not bear that.
         self._lock = threading.Lock()
 
-    def __call__(self, episode: Episode) -> Picture:
-        """The picture at full resolution.
+    def __call__(self, episode: Episode) -> ImageArray:
+        """The image at full resolution.
 
         Raises:
             DataMissingError: where neither the run nor this machine's data sets hold it, or what the run saved is
                 broken; says what was tried.
             DataError: for a data set that is there and broken.
         """
-        for folder in self._folders.get((episode.dataset, episode.picture_id), ()):
-            path = folder / "pictures" / picture_file(episode.picture_id)
+        for folder in self._folders.get((episode.dataset, episode.image_id), ()):
+            path = folder / "images" / image_file(episode.image_id)
             if path.is_file():
                 return _read(path)
         with self._lock:
@@ -62,9 +62,9 @@ class PictureFinder:
             mixed = episode.sample_id.startswith(f"{episode.dataset}/")
             dataset = self._dataset("mixed" if mixed else episode.dataset, episode.split)
             if isinstance(dataset, DataMissingError):
-                raise DataMissingError(f"The run saved no pictures, and {dataset}")
+                raise DataMissingError(f"The run saved no images, and {dataset}")
             sample = self._sample(dataset, episode)
-            return dataset.picture(sample)
+            return dataset.image(sample)
 
     def _dataset(self, name: str, split: str) -> Dataset | DataMissingError:
         if (name, split) not in self._datasets:
@@ -92,15 +92,15 @@ class PictureFinder:
             place = self._places[key].get(episode.sample_id)
             if place is None:
                 raise DataMissingError(
-                    f"The run saved no pictures, and {dataset.name}/{dataset.split} on this machine has no sample "
+                    f"The run saved no images, and {dataset.name}/{dataset.split} on this machine has no sample "
                     f"{episode.sample_id!r}: is it another version?"
                 )
             sample = dataset[place]
-        for what in ("picture_id", "expression", "size"):
+        for what in ("image_id", "expression", "size"):
             now, then = getattr(sample, what), getattr(episode, what)
             if now != then:
                 raise DataMissingError(
-                    f"The run saved no pictures, and {where_of(episode)} is another one on this machine: its {what} "
+                    f"The run saved no images, and {where_of(episode)} is another one on this machine: its {what} "
                     f"is {now!r}, in the run {then!r}"
                 )
         return sample
@@ -115,11 +115,11 @@ def _at_number(dataset: Dataset, sample_id: str) -> Sample | None:
     return sample if sample.sample_id == sample_id else None
 
 
-def _read(path: Path) -> Picture:
+def _read(path: Path) -> ImageArray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataMissingError(
-            f"{path} is no picture ({error}); delete it to have it taken from the data set, or play again"
+            f"{path} is no image ({error}); delete it to have it taken from the data set, or play again"
         ) from error

@@ -1,6 +1,6 @@
-"""What an observation and a frame show is the picture, the box and nothing of another episode.
+"""What an observation and a frame show is the image, the box and nothing of another episode.
 
-Silent when false: a picture that one episode drew on and the next one sees, an overlay or a
+Silent when false: an image that one episode drew on and the next one sees, an overlay or a
 close-up beside the box that it stands for, a canvas that has lost the detail the task needs.
 """
 
@@ -28,7 +28,7 @@ def no_real_data(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
 @pytest.mark.parametrize("env_id", ["IVT-Scenes-v0", "IVT-Photos-v0"])
-def test_an_observation_never_aliases_the_cached_picture_or_another_observation(env_id, view):
+def test_an_observation_never_aliases_the_cached_image_or_another_observation(env_id, view):
     env, clean = make(env_id, view=view, canvas=96), make(env_id, view=view, canvas=96)
     actions = [propose(NAN, 0, 1, 1), propose(0.1, 0.2, 0.6, 0.7), propose(0.5, 0.5, 0.4, 0.6)]
     for options in ({"index": 3}, {"index": 3, "initial_box": np.float32([0.2, 0.2, 0.5, 0.5])}):
@@ -100,28 +100,28 @@ def test_the_outline_is_as_wide_as_asked_and_leaves_the_inside_alone():
     assert (canvas[~expected] == 9).all()
 
 
-def test_a_picture_is_at_the_top_left_and_never_enlarged():
+def test_a_image_is_at_the_top_left_and_never_enlarged():
     for index in (0, 6, 15):
         env = make("IVT-Photos-v0", canvas=700)
         observation, _ = env.reset(options={"index": index})
-        picture = env.dataset.picture(env.sample)
-        height, width = picture.shape[:2]
+        image = env.dataset.image(env.sample)
+        height, width = image.shape[:2]
         assert observation["extent"].tolist() == [height, width]
-        np.testing.assert_array_equal(observation["image"][:height, :width], picture)
+        np.testing.assert_array_equal(observation["image"][:height, :width], image)
         assert not observation["image"][height:].any() and not observation["image"][:, width:].any()
 
 
-def test_a_larger_picture_is_scaled_down_to_the_canvas_in_its_own_shape():
+def test_a_larger_image_is_scaled_down_to_the_canvas_in_its_own_shape():
     env = make("IVT-Photos-v0", canvas=256)
     shapes = set()
     for index in range(len(env.dataset)):
         observation, _ = env.reset(options={"index": index})
-        picture = env.dataset.picture(env.sample)
+        image = env.dataset.image(env.sample)
         height, width = observation["extent"].tolist()
         assert max(height, width) == 256
-        assert height / width == pytest.approx(picture.shape[0] / picture.shape[1], abs=0.01)
+        assert height / width == pytest.approx(image.shape[0] / image.shape[1], abs=0.01)
         shown = observation["image"][:height, :width].astype(float)
-        assert np.abs(shown.mean((0, 1)) - picture.mean((0, 1))).max() < 2
+        assert np.abs(shown.mean((0, 1)) - image.mean((0, 1))).max() < 2
         assert not observation["image"][height:].any() and not observation["image"][:, width:].any()
         shapes.add((height, width))
     assert len(shapes) >= 3
@@ -140,13 +140,13 @@ def test_the_extent_is_height_then_width_in_portrait_and_landscape(size, extent)
 
 
 @pytest.mark.parametrize("view", ["closeup", "both"])
-def test_a_closeup_shows_its_window_cut_from_the_full_resolution_picture(view):
+def test_a_closeup_shows_its_window_cut_from_the_full_resolution_image(view):
     env = make("IVT-Photos-v0", view=view, canvas=200, overlay={"style": "outline", "width": 1})
     image, extent_key = ("image", "extent") if view == "closeup" else ("closeup", "closeup_extent")
     for index in (0, 6, 12, 15):
         first, _ = env.reset(options={"index": index})
         assert first["window"].tolist() == [0, 0, 1, 1]
-        pixels = env.dataset.picture(env.sample)
+        pixels = env.dataset.image(env.sample)
         canvas, extent = place_on_canvas(pixels, 200)
         np.testing.assert_array_equal(first[image], canvas)
         assert tuple(first[extent_key]) == extent

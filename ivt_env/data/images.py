@@ -1,14 +1,14 @@
-"""Reading one picture file: any common format to RGB, or an error that says what is wrong with it.
+"""Reading one image file: any common format to RGB, or an error that says what is wrong with it.
 
 Which frame a box refers to. A camera stores pixels in one orientation and may add a note (EXIF, in JPEG,
-PNG, WebP, TIFF and AVIF) "show me rotated". A viewer shows the rotated picture, and boxes drawn in a
-viewer refer to that; ``read_picture(file, where)`` gives that frame. The boxes of COCO (and so of RefCOCO,
+PNG, WebP, TIFF and AVIF) "show me rotated". A viewer shows the rotated image, and boxes drawn in a
+viewer refer to that; ``read_image(file, where)`` gives that frame. The boxes of COCO (and so of RefCOCO,
 RefCOCO+ and RefCOCOg) refer to the pixels as stored, and COCO states the width and height they refer to.
-``read_picture(file, where, size=(height, width))`` takes the stated size as authoritative: the pixels as
-stored if they have it, else the rotated picture if that has it, else an error. A box is thus never read in
+``read_image(file, where, size=(height, width))`` takes the stated size as authoritative: the pixels as
+stored if they have it, else the rotated image if that has it, else an error. A box is thus never read in
 a frame of another shape. ``Header`` alone knows the two frames; sizes, checks and pixels all come from it.
 
-A stated size tells the frames apart only where they have different shapes: not for a picture turned by half,
+A stated size tells the frames apart only where they have different shapes: not for an image turned by half,
 mirrored, or square.
 """
 
@@ -25,10 +25,10 @@ import numpy as np
 from PIL import Image
 
 from ivt_env.data.checked import BadRowError
-from ivt_env.data.sample import DataError, Picture
+from ivt_env.data.sample import DataError, ImageArray
 
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded: as RGB this one takes 192 MB."""
+"""Larger images are refused before they are decoded: as RGB this one takes 192 MB."""
 
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)
@@ -42,14 +42,14 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _STORED = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-"""The way back from the upright picture."""
+"""The way back from the upright image."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a picture file says of itself: its two frames."""
+    """What an image file says of itself: its two frames."""
 
     stored: tuple[int, int]
     """(height, width) of the pixels as stored."""
@@ -62,30 +62,30 @@ class Header:
         return (self.stored[1], self.stored[0]) if self.orientation in _QUARTER_TURNS else self.stored
 
     def fits(self, size: tuple[int, int]) -> bool:
-        """Whether the picture has this (height, width), as stored or upright."""
+        """Whether the image has this (height, width), as stored or upright."""
         return size in (self.stored, self.upright)
 
     def shown_upright(self, size: tuple[int, int] | None) -> bool:
-        """Which of the two frames boxes refer to that were made for a picture of ``size`` (None: not stated)."""
+        """Which of the two frames boxes refer to that were made for an image of ``size`` (None: not stated)."""
         return size is None or size != self.stored
 
     @property
     def frame_is_unclear(self) -> bool:
-        """Whether the stored and the upright picture differ, and have the same height and width."""
+        """Whether the stored and the upright image differ, and have the same height and width."""
         return self.orientation != 1 and self.stored == self.upright
 
 
 def read_header(source: str | os.PathLike[str] | bytes, where: str) -> Header:
-    """Size and orientation of a picture.
+    """Size and orientation of an image.
 
     Only the header is read; a PNG without an EXIF block is decoded, as the block may come last.
 
     Args:
         source: path of the file, or its bytes.
-        where: how an error names the picture.
+        where: how an error names the image.
 
     Raises:
-        BadRowError: for what ``read_picture`` refuses without looking at the pixels.
+        BadRowError: for what ``read_image`` refuses without looking at the pixels.
     """
     try:
         with _opened(source, where) as (_, header):
@@ -94,14 +94,14 @@ def read_header(source: str | os.PathLike[str] | bytes, where: str) -> Header:
         raise BadRowError(str(error)) from error
 
 
-def read_picture(source: str | os.PathLike[str] | bytes, where: str, size: tuple[int, int] | None = None) -> Picture:
-    """Decode a picture to RGB; the first frame, where the file holds several.
+def read_image(source: str | os.PathLike[str] | bytes, where: str, size: tuple[int, int] | None = None) -> ImageArray:
+    """Decode an image to RGB; the first frame, where the file holds several.
 
-    Grayscale, palette, CMYK and 16-bit pictures are converted; transparency is laid on white.
+    Grayscale, palette, CMYK and 16-bit images are converted; transparency is laid on white.
 
     Args:
         source: path of the file, or its bytes.
-        where: how an error names the picture (its path, or the row of the file that holds it).
+        where: how an error names the image (its path, or the row of the file that holds it).
         size: annotated (height, width) in pixels. Without it the EXIF rotation is applied; with it
             the frame that has this size is taken, the pixels as stored first (see the module).
 
@@ -109,7 +109,7 @@ def read_picture(source: str | os.PathLike[str] | bytes, where: str, size: tuple
         uint8 array (height, width, 3), owned by the caller.
 
     Raises:
-        DataError: for a picture that is absent, no picture, cut off, too large (more than
+        DataError: for an image that is absent, no image, cut off, too large (more than
             ``MAX_PIXELS``), of a kind with no 8-bit meaning (floating point), or of another size
             than the annotated one. Starts with ``where`` and ends with what to do.
     """
@@ -121,7 +121,7 @@ def read_picture(source: str | os.PathLike[str] | bytes, where: str, size: tuple
     if size is not None and not header.fits(size):
         height, width = header.stored
         raise DataError(
-            f"{where}: the picture is {width} wide and {height} high, its annotation "
+            f"{where}: the image is {width} wide and {height} high, its annotation "
             f"says {size[1]} wide and {size[0]} high, so its boxes would be wrong; put the original file "
             "in its place (not resized, cropped or rotated), or correct the annotation"
         )
@@ -134,33 +134,31 @@ def read_picture(source: str | os.PathLike[str] | bytes, where: str, size: tuple
 
 @contextlib.contextmanager
 def _opened(source: str | os.PathLike[str] | bytes, where: str) -> Iterator[tuple[Image.Image, Header]]:
-    """The opened picture and its header; what decoding raises becomes a DataError."""
+    """The opened image and its header; what decoding raises becomes a DataError."""
     too_large = f"the limit is {MAX_PIXELS} pixels); scale it down, and its boxes with it where they are in pixels"
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise DataError(
-                    f"{where}: picture refused because it is too large ({width}x{height} pixels; {too_large}"
-                )
+                raise DataError(f"{where}: image refused because it is too large ({width}x{height} pixels; {too_large}")
             if image.format == "PNG" and "exif" not in image.info:
                 image.load()
             yield image, _header(image, where)
     except DataError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{where}: no such picture; check the path, or put the picture there") from error
+        raise DataError(f"{where}: no such image; check the path, or put the image there") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{where}: picture refused because it is too large ({error}; {too_large}") from error
+        raise DataError(f"{where}: image refused because it is too large ({error}; {too_large}") from error
     except Exception as error:  # a decoder given broken bytes raises nearly anything
         raise DataError(
-            f"{where}: not a whole picture that can be read ({type(error).__name__}: {error}); "
+            f"{where}: not a whole image that can be read ({type(error).__name__}: {error}); "
             "the file is cut off, damaged or of an unknown format: fetch or export it again"
         ) from error
 
 
 def _header(image: Image.Image, where: str) -> Header:
-    """Both frames of an opened picture, before its pixels are decoded."""
+    """Both frames of an opened image, before its pixels are decoded."""
     width, height = image.size
     if image.format == "TIFF":  # Pillow may have turned the size already
         width, height = int(image.tag_v2[256]), int(image.tag_v2[257])  # type: ignore[attr-defined]
@@ -178,7 +176,7 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
         if values.min() < 0 or values.max() > 65535:
             raise DataError(
                 f"{where}: values from {values.min()} to {values.max()} do not fit 16 bits; "
-                "export the picture with 8 bits per channel"
+                "export the image with 8 bits per channel"
             )
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 -> 255
     if image.mode == "F":

@@ -1,4 +1,4 @@
-"""Targets that reach beyond their pictures are kept as they are, in every benchmark's layout.
+"""Targets that reach beyond their images are kept as they are, in every benchmark's layout.
 
 Silent when false: a clipped target turns a miss of the official evaluator into a hit, and a dropped row changes
 the denominator, so scores cannot be compared with published ones.
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from eval_layouts import opened, write_ref_adv, write_ref_l4
-from hub_layouts import many, put_pictures, write_jxu124, write_lmms, write_mdetr, write_vlm_r1
+from hub_layouts import many, put_images, write_jxu124, write_lmms, write_mdetr, write_vlm_r1
 from refer_layout import write_refer_folder
 
 import ivt_env  # noqa: F401  registers the environments
@@ -25,7 +25,7 @@ from ivt_env.data.converters import export
 from ivt_env.data.table import open_table
 
 BEYOND = [(-0.75, -0.5, 20.0, 20.0), (-1.0, 3.0, 9.5, 9.0), (-30.0, -7.25, 60.0, 40.0), (100.0, 70.0, 90.0, 90.0)]
-"""xywh in a picture of 120 x 80: a little, by a pixel, and far outside."""
+"""xywh in an image of 120 x 80: a little, by a pixel, and far outside."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def private_machine(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ref_l4_beyond(tmp_path):
-    """Ref-L4 whose first four targets of val reach beyond their pictures."""
+    """Ref-L4 whose first four targets of val reach beyond their images."""
     layout = write_ref_l4(tmp_path / "root")
     for row, (x, y, w, h) in zip(layout.all_rows, BEYOND, strict=False):
         row.update(bbox=[x, y, w, h], bbox_area=w * h)
@@ -52,7 +52,7 @@ def test_nothing_is_clipped_or_dropped_in_any_layout_of_the_refcoco_family(tmp_p
     for number, xywh in enumerate(BEYOND):
         object.__setattr__(things[number], "xywh", xywh)
     hub = write(tmp_path, "refcoco", things)
-    put_pictures(tmp_path / "train2014", things)
+    put_images(tmp_path / "train2014", things)
     table = hub.open(split)
     assert (len(table), table.skipped) == (len(things), 0)
     for index, thing in enumerate(things):
@@ -82,12 +82,12 @@ def test_nothing_is_clipped_or_dropped_in_ref_adv(tmp_path):
     assert table[2].box == (-12.5 / row["width"], 4 / row["height"], 1 + 40 / row["width"], 90 / row["height"])
 
 
-def test_file_whose_boxes_leave_their_pictures_is_still_refused_as_of_another_frame(tmp_path):
+def test_file_whose_boxes_leave_their_images_is_still_refused_as_of_another_frame(tmp_path):
     layout = write_ref_adv(tmp_path)
     for row in layout.all_rows:
         row["solution"] = [900.0, 900.0, 5000.0, 5000.0]
     layout.save()
-    with pytest.raises(DataError, match=r"boxes do not fit their pictures .* first: test 0: xyxy \[900"):
+    with pytest.raises(DataError, match=r"boxes do not fit their images .* first: test 0: xyxy \[900"):
         opened(ref_adv.find, tmp_path, "refadv", "test")
 
 
@@ -123,7 +123,7 @@ def test_all_is_val_and_test_together(tmp_path, capsys):
     val, test, both = (load_dataset("refl4", split, tmp_path, strict=True) for split in ("val", "test", "all"))
     assert both.sample_ids() == val.sample_ids() + test.sample_ids()
     assert both[len(val)].box == test[0].box and both[len(val)].split == "all"
-    assert np.array_equal(both.picture(both[len(val)]), test.picture(test[0]))
+    assert np.array_equal(both.image(both[len(val)]), test.image(test[0]))
     env = gym.make("IVT-RefL4-v0", split="all", data_root=str(tmp_path))
     env.reset(options={"index": len(both) - 1})
 
