@@ -262,7 +262,7 @@ def tiny(args: Args) -> dict[str, Any]:
         whole = replace(whole, scenes=40, search_scenes=40, **small)  # type: ignore[arg-type]
     pretrain.main(whole)
     record = json.loads((whole.out / "training.json").read_text())
-    out = {"seconds": record["seconds"], "steps": record["args"]["steps"], "marks read": record["marks read"]}
+    out = {"seconds": record["seconds"], "steps": record["args"]["steps"], "marks read": record["marks read"]["end"]}
     rate = out["steps"] * whole.batch / out["seconds"]["grounding"]
     return out | {"images a second": rate} | single_shot(whole.out, args)
 

@@ -36,6 +36,7 @@ class GroundingEnv(Stateful, gym.Env[Observation, Action]):
     | `box` | `Box(0, 1, (4,), float32)` | the current box; all zeros: none yet |
     | `step` | `Discrete(max_steps + 1)` | actions made so far |
     | `window` | `Box(0, 1, (4,), float32)` | only with a close-up: the region it shows |
+    | `history` | `Box(0, 1, (max_steps, 4), float32)` | only with a trail: the earlier boxes, then zeros |
     | `closeup`, `closeup_extent` | as `image`, `extent` | only with `view="both"` |
 
     ## Rewards
@@ -77,7 +78,7 @@ class GroundingEnv(Stateful, gym.Env[Observation, Action]):
     @cached_property
     def observation_space(self) -> spaces.Dict:  # type: ignore[override]
         """See the class docstring."""
-        return observation_space(self.screen.view, self.screen.side, self.max_steps)
+        return observation_space(self.screen.view, self.screen.side, self.max_steps, self.screen.overlay.trail)
 
     @cached_property
     def action_space(self) -> spaces.Dict:  # type: ignore[override]

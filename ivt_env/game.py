@@ -47,6 +47,8 @@ class Game:
         self.box = None if initial_box is None else _float32(initial_box)
         if self.box is not None and (why := boxes.invalid_reason(self.box)):
             raise ValueError(f"initial_box {np.asarray(initial_box).tolist()}: {why}")
+        self.earlier: list[NDArray[np.float32]] = []
+        """The boxes that were in force before the current one, in their order."""
         self.sample = sample
         self.reward_config = reward
         self.max_steps = max_steps
@@ -83,6 +85,8 @@ class Game:
             proposal = _float32(box)
             why = None if _is_usable(proposal) else boxes.invalid_reason(proposal)
             if why is None:
+                if self.box is not None:
+                    self.earlier.append(self.box)
                 self.box = proposal
                 self.iou, self.phi = self._worth()
                 self.best_iou = max(self.best_iou, self.iou)

@@ -31,11 +31,12 @@ Closeup = tuple[ImageArray, tuple[int, int], NDArray[np.float32]]
 VIEWS = ("overlay", "closeup", "both")
 WHOLE = np.array([0, 0, 1, 1], dtype=np.float32)
 """The window of a close-up that shows the whole image."""
-DTYPES = {"box": np.float32, "step": np.int64, "extent": np.int32, "closeup_extent": np.int32, "window": np.float32}
+DTYPES = {"box": np.float32, "step": np.int64, "extent": np.int32, "closeup_extent": np.int32}
+DTYPES |= {"window": np.float32, "history": np.float32}
 """Types of the numbers in an observation."""
 
 
-def observation_space(view: str, canvas: int, max_steps: int) -> spaces.Dict:
+def observation_space(view: str, canvas: int, max_steps: int, trail: bool = False) -> spaces.Dict:
     """The observation space of one environment; see ``GroundingEnv``."""
     image = spaces.Box(0, 255, (canvas, canvas, 3), np.uint8)
     extent = spaces.Box(0, canvas, (2,), np.int32)
@@ -47,6 +48,8 @@ def observation_space(view: str, canvas: int, max_steps: int) -> spaces.Dict:
         "box": relative_box,
         "step": spaces.Discrete(max_steps + 1),
     }
+    if trail:
+        parts["history"] = spaces.Box(0.0, 1.0, (max_steps, 4), np.float32)
     if view != "overlay":
         parts["window"] = relative_box
     if view == "both":
@@ -100,6 +103,9 @@ class Screen:
             "box": boxes.NO_BOX if box is None else box,
             "step": game.step_count,
         }
+        if self.overlay.trail:
+            seen["history"] = history = np.zeros((game.max_steps, 4), dtype=np.float32)
+            history[: len(game.earlier)] = game.earlier or history[:0]
         layers: dict[str, Layer] = {}
         if self.view != "closeup":
             layers["image"], seen["extent"] = (sheet.canvas, sheet, box), sheet.extent
@@ -125,9 +131,19 @@ class LiveEpisode:
 
     def __init__(self, screen: Screen, index: int, game: Game, loaded: Loaded) -> None:
         """Show ``game``, which plays sample ``index``, on ``screen``."""
-        self.screen, self.index, self.game, self.loaded = screen, index, game, loaded
+        self.screen, self.index, self.game, self._loaded = screen, index, game, loaded
+        self._trail: tuple[int, Loaded] = 0, loaded
         # With the box that it was made for: an episode that has ended or was refused keeps its close-up.
         self._closeup: tuple[NDArray[np.float32] | None, Closeup] | None = None
+
+    @property
+    def loaded(self) -> Loaded:
+        """The sample's image at full resolution, and on the canvas with the trail, if there is one."""
+        length = len(self.game.earlier)
+        if self.screen.overlay.trail and self._trail[0] != length:
+            image, sheet = self._loaded
+            self._trail = length, (image, sheet.with_trail(self.game.earlier))
+        return self._trail[1]
 
     def look(self) -> tuple[Observation, dict[str, Layer]]:
         """As ``Screen.look``."""

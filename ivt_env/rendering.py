@@ -31,6 +31,8 @@ class Overlay:
     """Of the fill, in (0, 1]. Our choice: the paper does not give its value."""
     width: int = 3
     """Of the outline, in pixels of the canvas."""
+    trail: bool = False
+    """Draw the episode's earlier boxes, too, filled grey, and give them as ``history``."""
 
     def __post_init__(self) -> None:
         """Refuse values that would draw nothing, or nonsense."""
@@ -46,6 +48,8 @@ class Overlay:
             raise ValueError(f"overlay opacity {self.opacity!r}: give a number in (0, 1]")
         if not isinstance(self.width, int) or self.width < 1:
             raise ValueError(f"overlay width {self.width!r}: give an integer of at least 1 pixel")
+        if not isinstance(self.trail, bool):
+            raise ValueError(f"overlay trail {self.trail!r}: give true or false")
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any] | Overlay | None) -> Overlay:
@@ -62,6 +66,9 @@ class Overlay:
         if isinstance(values.get("colour"), list):
             values["colour"] = tuple(values["colour"])
         return cls(**values)
+
+
+_TRAIL = Overlay(colour=(128, 128, 128), opacity=0.6)
 
 
 def place_on_canvas(image: ImageArray, side: int) -> tuple[ImageArray, tuple[int, int]]:
@@ -144,6 +151,13 @@ class Sheet:
         target[y1:y2, x1:x2] = self._filled[y1:y2, x1:x2]
         if overlay.style == "both":
             _frame(target, rectangle, overlay.colour, overlay.width)
+
+    def with_trail(self, earlier: Sequence[ArrayLike]) -> Sheet:
+        """The same with earlier boxes on the image, filled grey; the current one is drawn over them."""
+        canvas = self.canvas.copy()
+        for box in earlier:
+            draw_overlay(canvas, self.extent, box, _TRAIL)
+        return Sheet(canvas, self.extent, self.overlay)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the blended image: it can be made again."""

@@ -21,6 +21,7 @@ class Stateful(Grounding):
         """All that decides how the environment goes on, later episodes included. JSON-able."""
         episodes = [
             {"index": live.index, "sample_id": live.game.sample.sample_id, "box": _plain(live.game.box)}
+            | {"earlier": [_plain(box) for box in live.game.earlier]}
             | {name: getattr(live.game, name) for name in _GAME}
             for live in self.playing()
         ]
@@ -58,6 +59,9 @@ class Stateful(Grounding):
         game = Game(sample, self.reward_config, self.max_steps, state["box"])
         for name in _GAME:
             setattr(game, name, state[name])
+        game.earlier = [np.array(box, dtype=np.float32).reshape(4) for box in state["earlier"]]
+        if len(game.earlier) > self.max_steps:
+            raise ValueError(f"{len(game.earlier)} earlier boxes, at most {self.max_steps} can be")
         return self.resumed(index, game)
 
     def _made_with(self) -> dict[str, Any]:

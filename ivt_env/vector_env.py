@@ -65,7 +65,9 @@ class GroundingVectorEnv(Stateful, gym.vector.VectorEnv[Observation, Mapping[str
         super().__init__(dataset, split, **options)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
-        self.single_observation_space = observation_space(self.screen.view, self.screen.side, self.max_steps)
+        self.single_observation_space = observation_space(
+            self.screen.view, self.screen.side, self.max_steps, self.screen.overlay.trail
+        )
         self.single_action_space = action_space()
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._batches = {

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,10 +87,10 @@ class Args:
 class Images:
     """A pool on the device that trains: on a CPU the pool itself, on a GPU a copy that grows with it."""
 
-    def __init__(self, drawing: Drawing, device: torch.device) -> None:
+    def __init__(self, drawing: Drawing, device: torch.device, *, copied: bool) -> None:
         self.drawing, self.pool, self.device = drawing, drawing.pool, device
         self._copies: dict[str, torch.Tensor] = {}
-        if device.type != "cpu":
+        if copied:
             for name in ("images", "cells", "slots", "lengths"):
                 array = getattr(self.pool, name)
                 like = torch.from_numpy(array[:0])
@@ -102,15 +103,14 @@ class Images:
                 copied[low:high].copy_(torch.from_numpy(getattr(self.pool, name)[low:high]))
 
     def take(self, name: str, rows: NDArray[np.int64], index: NDArray[np.int64] | None = None) -> torch.Tensor:
-        """Rows of one of the pool's arrays, on the device; with ``index`` (rows, k) entries of each."""
-        if self._copies:
-            found = self._copies[name][torch.from_numpy(rows).to(self.device)]
-        else:
-            found = torch.from_numpy(np.ascontiguousarray(getattr(self.pool, name)[rows]))
-        if index is None:
-            return found
-        at = torch.from_numpy(index).to(self.device)
-        return found[torch.arange(len(rows), device=self.device)[:, None], at]
+        """Rows of one of the pool's arrays, on the device; with ``index`` (rows, k) those entries of each."""
+        if not self._copies:
+            array = getattr(self.pool, name)
+            return torch.from_numpy(array[rows] if index is None else array[rows[:, None], index])
+        at = torch.from_numpy(rows if index is None else np.stack([np.broadcast_to(rows[:, None], index.shape), index]))
+        # Without waiting: the device is still at the step before.
+        there = at.to(self.device, non_blocking=True)
+        return self._copies[name][there if index is None else (there[0], there[1])]
 
 
 def cosine(step: int, total: int, floor: float = 0.02, warmup: int = 50) -> float:
@@ -171,10 +171,22 @@ def train_grounding(
     images: Images,
     args: Args,
     progress: Progress,
-    save: Callable[[], None],
+    log: list[dict[str, float]],
+    keep: Callable[[], None],
     only: int | None = None,
-) -> list[dict[str, float]]:
-    """Second stage: single-shot grounding, several questions an image; with ``only`` it ends after so many steps."""
+) -> None:
+    """Second stage: single-shot grounding, several questions an image.
+
+    Args:
+        slots: the model.
+        head: of the first stage.
+        images: to train on.
+        args: the options.
+        progress: shows how far it is.
+        log: gets losses.
+        keep: called every ``save_seconds``.
+        only: end after so many steps; None: ``args.steps``.
+    """
     model, device, pool = slots.model, images.device, images.pool
     matrices = [p for n, p in model.model.language_model.layers.named_parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
@@ -190,7 +202,7 @@ def train_grounding(
     at_number = torch.tensor(NUMBERS, device=device)
     at_word = torch.tensor([k for k in range(ANSWER) if k not in NUMBERS], device=device)
     rng = np.random.default_rng(args.seed + 1)
-    task, log, saved = progress.add_task("grounding", total=only or args.steps, note=""), [], time.monotonic()
+    task, saved = progress.add_task("grounding", total=only or args.steps, note=""), time.monotonic()
     for step in range(only or args.steps):
         share = step / args.steps
         if step % 100 == 0:
@@ -227,13 +239,14 @@ def train_grounding(
             progress.update(task, note=f"loss {log[-1]['loss']:.3f}")  # reading it waits for a GPU
         progress.advance(task)
         if only is None and time.monotonic() - saved > args.save_seconds:
-            save()
+            keep()
             saved = time.monotonic()
-    return log
 
 
-def save(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, args: Args) -> None:
-    """Writes model (half precision), tokenizer and image processor where ``load_policy`` finds them."""
+def save(
+    model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, args: Args, record: dict[str, Any]
+) -> None:
+    """Writes model (half precision), tokenizer, image processor and how they came about where ``load_policy`` looks."""
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(s) for s in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     half = {name: tensor.to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
@@ -244,6 +257,7 @@ def save(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerF
         tokenizer.save_pretrained(partial)
         build_image_processor().save_pretrained(partial)
         write_whole(partial / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
+        write_whole(partial / "training.json", json.dumps(record, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -269,11 +283,11 @@ def steps_within(
     """Steps of the second stage that fit into ``seconds``, measured on a copy of the model."""
     start, rates = time.monotonic(), []
     with progress_bars(note=True, disable=True) as unseen:
-        for steps in (20, 60):  # the first ones wait for memory and kernels
+        for steps in (10, 40):  # the first ones wait for memory and kernels
             began = time.monotonic()
             twin = copy.deepcopy(model)
             head = CellHead(twin.config.vision_config.out_hidden_size).to(twin.device)
-            train_grounding(slots(twin), head, images, args, unseen, lambda: None, only=steps)
+            train_grounding(slots(twin), head, images, args, unseen, [], lambda: None, only=steps)
             if twin.device.type == "cuda":
                 torch.cuda.synchronize()
             rates.append(steps / (time.monotonic() - began))
@@ -302,7 +316,7 @@ def train(
     # Plain matrix products on a CPU: at these sizes the fused kernel's backward pass is twice as slow.
     model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
     head = CellHead(model.config.vision_config.out_hidden_size).to(device)
-    images = Images(drawing, device)
+    images = Images(drawing, device, copied=device.type != "cpu")
     images.until(args.drawn_first)
 
     def slots(of: Qwen3VLForConditionalGeneration) -> SlotModel:
@@ -310,23 +324,27 @@ def train(
 
     drawn = time.monotonic()
     log = train_vision(slots(model), head, images, args, progress)
-    first = {"marks read, first stage": marks_read(slots(model), head, held_out)}
+    read = {"first stage": marks_read(slots(model), head, held_out)}
     seen = time.monotonic()
     if args.seconds is not None:
         args = replace(args, steps=steps_within(args.seconds - (seen - start), model, slots, images, args))
-    log += train_grounding(slots(model), head, images, args, progress, lambda: save(model, tokenizer, args))
-    save(model, tokenizer, args)
-    seconds = {"drawing": drawn - start, "vision": seen - drawn, "grounding": time.monotonic() - seen}
+    seconds = {"drawing": drawn - start, "vision": seen - drawn}
     record = {
         "command": " ".join(["python -m ivt_agents.vlm.pretrain", *sys.argv[1:]]),
         "args": asdict(args) | {"out": str(args.out)},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "seconds": seconds,
-        **first,
-        "marks read": marks_read(slots(model), head, held_out),
+        "marks read": read,
         "log": log,
     }
-    write_whole(args.out / "training.json", json.dumps(record, indent=1))
+
+    def keep() -> None:
+        seconds["grounding"] = time.monotonic() - seen
+        save(model, tokenizer, args, record)
+
+    train_grounding(slots(model), head, images, args, progress, log, keep)
+    read["end"] = marks_read(slots(model), head, held_out)
+    keep()
     return seconds
 
 

@@ -123,13 +123,16 @@ class SlotModel:
         prefix = prefix_of(tokenizer)
         self.prefix = torch.tensor(prefix, device=device)
         self.first = first = prefix.index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
-        length = len(prefix) + questions * SLOT
-        segment = torch.zeros(length, dtype=torch.long)
-        segment[len(prefix) :] = torch.arange(questions).repeat_interleave(SLOT) + 1
+        # Attention kernels copy masks whose rows are no multiple of 16 long.
+        self.tail = torch.zeros(-(len(prefix) + questions * SLOT) % 16, dtype=torch.long, device=device)
+        behind = torch.full_like(self.tail, questions + 1, device="cpu")
+        slots = torch.arange(questions).repeat_interleave(SLOT) + 1
+        segment = torch.cat([torch.zeros(len(prefix), dtype=torch.long), slots, behind])
+        length = len(segment)
         visible = (segment[:, None] == segment) | (segment == 0)
         visible &= torch.ones(length, length, dtype=torch.bool).tril()
         self.attention = torch.zeros(1, 1, length, length).masked_fill_(~visible, -1e9).to(device)
-        self.positions = self._positions(len(prefix), first, questions).to(device)
+        self.positions = self._positions(len(prefix), first, questions, len(self.tail)).to(device)
         grid = grid_of(1)
         merge = model.config.vision_config.spatial_merge_size
         visual: Any = model.model.visual
@@ -145,13 +148,13 @@ class SlotModel:
         self.places = get_vision_position_ids(grid, merge, kwargs={}).to(device)
 
     @staticmethod
-    def _positions(prefix: int, first: int, questions: int) -> torch.Tensor:
+    def _positions(prefix: int, first: int, questions: int, padding: int) -> torch.Tensor:
         """M-RoPE positions: every question starts where the image ended; shape (3, 1, L)."""
         cell = torch.arange(TOKENS)
         image = torch.stack([torch.zeros_like(cell), cell // CELLS, cell % CELLS]) + first
         tail = torch.arange(prefix - first - TOKENS) + first + CELLS
         slot = torch.arange(SLOT) + first + CELLS + len(tail)
-        plain = [torch.arange(first), tail, slot.repeat(questions)]
+        plain = [torch.arange(first), tail, torch.cat([slot.repeat(questions), torch.zeros(padding)]).long()]
         parts = [p.expand(3, -1) for p in plain]
         return torch.cat([parts[0], image, parts[1], parts[2]], dim=1)[:, None]
 
@@ -200,7 +203,7 @@ class SlotModel:
         """
         language: Any = self.model.model.language_model
         count, first = len(slots), self.first
-        ids = torch.cat([self.prefix.expand(count, -1), slots.flatten(1)], dim=1)
+        ids = torch.cat([self.prefix.expand(count, -1), slots.flatten(1), self.tail.expand(count, -1)], dim=1)
         x = language.embed_tokens(ids)
         behind = first + TOKENS
         x = torch.cat([x[:, :first], merged.to(x.dtype), x[:, behind:]], dim=1)

@@ -49,7 +49,7 @@ LEGIBLE = 4.5
 _VISIBLE = 0.6
 """Share of an object's box that a window must hold for questions about it."""
 _WHOLE = (0.0, 0.0, 1.0, 1.0)
-CHUNK = 40
+CHUNK = 20
 """Scenes that a process draws at a time."""
 
 Window = tuple[float, float, float, float]
@@ -97,13 +97,18 @@ class Pool:
 
     def row(self, kind: int, scene: int) -> int:
         """Where the image of a scene lies."""
+        return int(self._starts()[kind]) + scene
+
+    def _starts(self) -> NDArray[np.int64]:
+        """The first row of each kind."""
         standard, search = self.scenes
-        return kind * standard + scene if kind < SEARCH_FROM else 2 * standard + (kind - 2) * search + scene
+        return np.cumsum([0, standard, standard, search, search])
 
     def sample(self, rng: np.random.Generator, count: int, shares: Sequence[float]) -> NDArray[np.int64]:
         """Rows of ``count`` images, of each kind a share."""
         kinds = rng.choice(len(KINDS), count, p=shares)
-        return np.array([self.row(k, int(rng.integers(self.drawn[k >= SEARCH_FROM]))) for k in kinds.tolist()])
+        drawn = np.array([self.drawn[kind >= SEARCH_FROM] for kind in range(len(KINDS))])
+        return self._starts()[kinds] + rng.integers(0, drawn[kinds])
 
     def choose(self, rng: np.random.Generator, rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         """For each row ``count`` different questions at random, those that there are first; (rows, count)."""

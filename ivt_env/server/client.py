@@ -21,8 +21,9 @@ from websockets.sync.client import connect
 
 from ivt_env.env import GroundingEnv
 from ivt_env.grounding import Action, Observation, action_space, observation_space
+from ivt_env.rendering import Overlay
 
-_FLOAT32 = ("box", "window", "target")
+_FLOAT32 = ("box", "window", "history", "target")
 _INT32 = ("extent", "closeup_extent")
 
 
@@ -71,7 +72,8 @@ class RemoteEnv(gym.Env[Observation, Action]):
         made = self.state()
         keywords = {name: p.default for name, p in inspect.signature(GroundingEnv).parameters.items()} | made["kwargs"]
         self.env_id = made["env"]
-        self.observation_space = observation_space(keywords["view"], keywords["canvas"], keywords["max_steps"])
+        trail = Overlay.from_json(keywords["overlay"]).trail
+        self.observation_space = observation_space(keywords["view"], keywords["canvas"], keywords["max_steps"], trail)
         self.action_space = action_space()
 
     def reset(
