@@ -127,6 +127,13 @@ def test_a_run_anew_that_is_cut_off_leaves_nothing_of_the_old_one_beside_its_con
     assert sorted(files_of(out)) == ["config.json", "metrics.jsonl"]
 
 
+def test_a_run_that_was_cut_off_before_its_first_checkpoint_begins_anew(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    train_grpo.main(train_grpo.Args(**with_out(GRPO, tmp_path)))
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
 def test_a_mistake_in_a_run_anew_costs_nothing_of_the_old_one(tmp_path):
     out = tmp_path / "run"
     train_grpo.main(train_grpo.Args(**with_out(GRPO, out)))

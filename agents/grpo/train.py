@@ -284,7 +284,7 @@ def _begin(args: Args, processes: int) -> dict[str, Any]:
         args.layout = given["layout"] = args.layout or recorded.get("layout")
         check_run(recorded, given, args.out)
     elif not args.overwrite:
-        check_new(args.out, ("checkpoints", "policy"))
+        check_new(args.out, ["policy"])
     return given
 
 

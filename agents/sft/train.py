@@ -196,7 +196,7 @@ def _train(args: Args, teacher: Teacher | None, accelerator: Accelerator) -> Pat
     if args.resume:
         check_resume(recorded_options(args.out), options, args.out, MAY_CHANGE)
     elif not args.overwrite:
-        check_new(args.out, ("checkpoints", "policy"))
+        check_new(args.out, ["policy"])
     accelerator.wait_for_everyone()  # all have looked before one writes
     seed_everything(args.seed)
     policy = load_policy(

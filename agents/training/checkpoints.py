@@ -40,14 +40,13 @@ def check_new(folder: Path, results: Sequence[str]) -> None:
 
     Args:
         folder: of the run.
-        results: names of what cannot be made again without loss.
+        results: names of what cannot be made again without loss, besides checkpoints.
 
     Raises:
         RunError: says what is there, and what to give.
     """
-    there = [name for name in results if (folder / name).exists()]
-    if there:
-        found = checkpoints(folder)
+    there, found = [name for name in results if (folder / name).exists()], checkpoints(folder)
+    if there or found:
         run = f"a run of {_number(found[-1])} steps" if found else f"the results of another run ({', '.join(there)})"
         raise RunError(
             f"{folder} holds {run}: add --resume to go on with it, --overwrite to lose it, or give another --out"
