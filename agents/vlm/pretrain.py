@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 from ivt_agents.command import progress_bars, run_command
 from ivt_agents.vlm.policy import POLICY_FILE
 from ivt_agents.vlm.pretrain_model import CellHead, SlotModel, words_of
-from ivt_agents.vlm.pretrain_pool import ANSWER, KINDS, LABELS, NUMBERS, Drawing
+from ivt_agents.vlm.pretrain_pool import ANSWER, KINDS, LABELS, NUMBERS, SEARCH_FROM, Drawing
 from ivt_agents.vlm.prompts import TINY
 from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer
 from ivt_env.files import whole_folder, write_whole
@@ -98,7 +98,11 @@ class Images:
 
     def until(self, share: float) -> None:
         """Wait until this share of the scenes is drawn."""
-        for low, high in self.drawing.until(share):
+        before = list(self.pool.drawn)
+        self.drawing.until(share)
+        for kind in range(len(KINDS)):
+            search = kind >= SEARCH_FROM
+            low, high = self.pool.row(kind, before[search]), self.pool.row(kind, self.pool.drawn[search])
             for name, copied in self._copies.items():
                 copied[low:high].copy_(torch.from_numpy(getattr(self.pool, name)[low:high]))
 
@@ -266,7 +270,7 @@ def marks_read(slots: SlotModel, head: CellHead, held_out: Drawing) -> dict[str,
     device, found = slots.model.device, {}
     held_out.until(1.0)
     pool = held_out.pool
-    for kind in range(2, len(KINDS)):
+    for kind in range(SEARCH_FROM, len(KINDS)):
         rows = np.array([pool.row(kind, scene) for scene in range(pool.scenes[1])])
         with torch.autocast(device.type, torch.bfloat16):
             merged, _ = slots.see(torch.from_numpy(pool.images[rows]).to(device))

@@ -157,19 +157,12 @@ class Drawing:
         self._workers.join()
         self._folder.cleanup()
 
-    def until(self, share: float) -> list[tuple[int, int]]:
-        """Wait until this share of both kinds of scenes is drawn.
-
-        Returns:
-            Ranges of rows that have come since the last call.
-        """
-        pool, new = self.pool, []
+    def until(self, share: float) -> None:
+        """Wait until this share of both kinds of scenes is drawn."""
+        pool = self.pool
         while any(d < math.ceil(min(share, 1.0) * n) for d, n in zip(pool.drawn, pool.scenes, strict=True)):
             search, upto = next(self._done)
-            for kind in range(SEARCH_FROM, len(KINDS)) if search else range(SEARCH_FROM):
-                new.append((pool.row(kind, pool.drawn[search]), pool.row(kind, upto)))
             pool.drawn[search] = upto
-        return new
 
 
 def _jobs(standard: int, search: int) -> Iterator[tuple[int, int, int]]:
