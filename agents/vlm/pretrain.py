@@ -46,14 +46,14 @@ class Args:
     """Folder for the weights, tokenizer, image processor and the training record."""
     seed: int = 0
     """Seed of the initial weights and of the order of images."""
-    scenes: int = 90_000
+    scenes: int = 72_000
     """Distinct standard scenes, two images each: all of it and a close-up (28 KB of disk an image)."""
-    search_scenes: int = 30_000
+    search_scenes: int = 24_000
     """Distinct search scenes, three images each."""
     first_scene: int = 0
     """Index of the first training scene."""
     drawn_first: float = 0.1
-    """Share of the scenes that is drawn before training starts; the rest comes until half of the second stage."""
+    """Share of the scenes that is drawn before training starts; the rest comes until two thirds of the second stage."""
     vision_steps: int = 1_500
     """Steps of the first stage (vision tower on the labels of cells)."""
     vision_batch: int = 256
@@ -213,7 +213,7 @@ def train_grounding(
             sigma = args.smoothing[0] * (1 - share) + args.smoothing[1] * share
             targets = smoothed_targets(sigma).to(device)
             if only is None:
-                images.until(args.drawn_first + (1 - args.drawn_first) * min(1.0, 2 * share))
+                images.until(args.drawn_first + (1 - args.drawn_first) * min(1.0, 1.5 * share))
         for optimizer, lr in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * cosine(step, args.steps)
