@@ -90,6 +90,8 @@ class Server:
         for name, value in served.headers.items():
             handler.send_header(name, value)
         content = served.content[start:] if status in (200, 206) else b""
+        if status == 416:
+            handler.send_header("Content-Range", f"bytes */{len(served.content)}")
         if status == 206:
             handler.send_header("Content-Range", f"bytes {start}-{len(served.content) - 1}/{len(served.content)}")
         if served.etag:

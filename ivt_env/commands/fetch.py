@@ -8,43 +8,31 @@ one where a split needs a fraction of it.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import importlib
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from ivt_env.data import data_folder
 from ivt_env.data.archives import unpack
-from ivt_env.data.catalogue import (
-    CATALOGUE,
-    Entry,
-    HubFile,
-    HubFolder,
-    ImageSource,
-    RemoteFile,
-    entry,
-    hub_url,
-    list_hub_folder,
-    mirrored,
-)
+from ivt_env.data.catalogue import CATALOGUE, Entry, ImageSource, RemoteFile, entry, hub_files, mirrored
 from ivt_env.data.fetch import (
     PATIENCE,
     Patience,
-    bytes_to_come,
+    Progress,
     check_space,
-    disk_error,
     download,
+    fetch_images,
     held_file,
+    partial_path,
     readable,
     remote_size,
 )
-from ivt_env.data.fetch_images import fetch_images
 from ivt_env.data.sample import DataError
 from ivt_env.files import write_whole
 
@@ -106,7 +94,10 @@ def _fetch(args: argparse.Namespace, patience: Patience = PATIENCE) -> None:
         raise DataError(f"the images of {found.name} are not served one by one; leave --images out to get them with it")
     root = data_folder(args.data_root)
     print(f"{found.title} ({found.homepage})\nLicence: {found.licence}\n{found.notice}\nInto {root}")
-    wanted = [*found.files, *_hub_files(found.hub, args.split, args.mirror, patience)]
+    on_hub = [file for folder in found.hub for file in hub_files(folder, args.split, args.mirror, patience)]
+    if found.hub and not on_hub:
+        raise DataError(f"{', '.join(f.dataset for f in found.hub)}: none holds files of split {args.split!r}")
+    wanted = [*found.files, *on_hub]
     if found.images is not None and how == "archive" and not _is_complete_elsewhere(found.images, root):
         wanted.append(found.images.archive)
     files = [replace(file, url=mirrored(file.url, args.mirror)) for file in wanted]
@@ -149,45 +140,13 @@ def _missing(file: RemoteFile, root: Path) -> str | None:
 
 
 def _files_in(folder: Path) -> int:
-    try:
-        with os.scandir(folder) as entries:
-            return sum(not e.name.endswith(".partial") for e in entries)
-    except OSError:
-        return 0
+    return sum(not entry.name.endswith(".partial") for entry in os.scandir(folder)) if folder.is_dir() else 0
 
 
 def _is_complete_elsewhere(images: ImageSource, root: Path) -> bool:
     """Whether a user keeps all images in another of the folders that the reader looks into."""
     must_hold = images.archive.must_hold
     return must_hold is not None and any(_files_in(root / f) >= must_hold[1] for f in images.folders[1:])
-
-
-def _hub_files(
-    folders: Sequence[HubFolder], split: str | None, mirror: str | None, patience: Patience
-) -> list[RemoteFile]:
-    """The files of Hub folders, with the sizes and checksums that the Hub states."""
-    files: list[RemoteFile] = []
-    for folder in folders:
-        listed = list_hub_folder(folder.dataset, folder.revision, folder.folder, mirror, patience)
-        held = [f for f in listed if fnmatch.fnmatchcase(PurePosixPath(f.path).name, folder.pattern)]
-        if not held:
-            raise DataError(
-                f"{folder.dataset}: its folder {folder.folder or '/'} at revision {folder.revision} holds no "
-                f"{folder.pattern}; the data set has changed: see whether a newer version of this package knows it"
-            )
-        if split is not None and folder.split_pattern is not None:
-            pattern = folder.split_pattern.format(split=split)
-            held = [f for f in held if fnmatch.fnmatchcase(PurePosixPath(f.path).name, pattern)]
-        files += [_hub_file(folder, file) for file in held]
-    if folders and not files:
-        raise DataError(f"{', '.join(f.dataset for f in folders)}: none holds files of split {split!r}")
-    return files
-
-
-def _hub_file(folder: HubFolder, file: HubFile) -> RemoteFile:
-    name = PurePosixPath(file.path).name
-    url = hub_url(folder.dataset, folder.revision, file.path)
-    return RemoteFile(url, f"{folder.into}/{name}", bytes=file.bytes, sha256=file.sha256)
 
 
 def _size(file: RemoteFile, root: Path, patience: Patience) -> int | None:
@@ -198,7 +157,8 @@ def _size(file: RemoteFile, root: Path, patience: Patience) -> int | None:
         return 0
     if size is None:
         size = remote_size(file.url, str(target), patience)
-    return None if size is None else bytes_to_come(target, size)
+    partial = partial_path(target)
+    return None if size is None else max(0, size - (partial.stat().st_size if partial.exists() else 0))
 
 
 def _ask(sizes: Sequence[int | None], agreed: bool) -> None:
@@ -208,11 +168,9 @@ def _ask(sizes: Sequence[int | None], agreed: bool) -> None:
         ConsentError: where nobody can be asked.
     """
     known = sum(size for size in sizes if size is not None)
-    text = f"about {readable(known)}"
-    if None in sizes:
-        text += " and something whose size the server does not tell" if known else ", of a size that is not told"
     if not known and None not in sizes:
         return
+    text = f"about {readable(known)}" + (" and a file whose size the server does not tell" if None in sizes else "")
     print(f"To download: {text}")
     if agreed or (known <= ASK_ABOVE_BYTES and None not in sizes):
         return
@@ -235,43 +193,32 @@ def _ask(sizes: Sequence[int | None], agreed: bool) -> None:
 def _obtain(file: RemoteFile, root: Path, keep: bool, patience: Patience) -> None:
     """Download a file, and unpack it where it is an archive."""
     target = root / file.path
-    line = ProgressLine(target.name)
-    try:
-        received = download(
+    with _shown(target.name) as progress:
+        sha256 = download(
             file.url, target, size=file.bytes, sha256=file.sha256, space_factor=file.unpack_factor,
-            patience=patience, progress=line,
+            patience=patience, progress=progress,
         )  # fmt: skip
-    finally:
-        line.close()
     checked = "as published" if file.sha256 is not None else "no published one to compare with; noted beside it"
-    print(f"{target}: {readable(received.bytes)}, sha256 {received.sha256} ({checked})")
+    print(f"{target}: {readable(target.stat().st_size)}, sha256 {sha256} ({checked})")
     if file.unpack_into is None:
         return
     folder = root / file.unpack_into
-    line = ProgressLine(f"unpacking {target.name}")
-    try:
-        unpacked = unpack(target, folder, only=file.only, flatten=file.flatten, progress=line)
-    finally:
-        line.close()
+    with _shown(f"unpacking {target.name}") as progress:
+        files, size = unpack(target, folder, only=file.only, flatten=file.flatten, progress=progress)
     missing = _missing(file, root)
     if missing is not None:
         raise DataError(
             f"{target}: was unpacked into {folder}, but {missing}; the archive has another layout than is known here: "
             "put its files there by hand, or see whether a newer version of this package knows it"
         )
-    try:
-        note = f"{unpacked.files} files, {unpacked.bytes} bytes, of sha256 {received.sha256}\n"
-        write_whole(_unpacked_note(file, root), note)
-        if not keep:
-            target.unlink()
-    except OSError as error:
-        raise disk_error(error, target) from error
-    print(f"{target.name}: {unpacked.files} files in {folder}" + ("" if keep else "; the archive is deleted"))
+    write_whole(_unpacked_note(file, root), f"{files} files, {size} bytes, of sha256 {sha256}\n")
+    if not keep:
+        target.unlink()
+    print(f"{target.name}: {files} files in {folder}" + ("" if keep else "; the archive is deleted"))
 
 
 def _unpacked_note(file: RemoteFile, root: Path) -> Path:
-    target = root / file.path
-    return target.with_name(f"{target.name}.unpacked")
+    return root / f"{file.path}.unpacked"
 
 
 def _obtain_images(found: Entry, images: ImageSource, root: Path, args: argparse.Namespace, patience: Patience) -> None:
@@ -286,15 +233,12 @@ def _obtain_images(found: Entry, images: ImageSource, root: Path, args: argparse
     estimate = absent * images.mean_bytes
     _ask([estimate], args.yes)
     check_space(folder, estimate, f"downloading {absent} images")
-    line = ProgressLine("images", "images")
-    try:
-        downloaded, present = fetch_images(
+    with _shown("images", "images") as progress:
+        downloaded = fetch_images(
             names, folder, lambda name: mirrored(single_url.format(name=name), args.mirror), args.workers,
-            patience=patience, progress=line,
+            patience=patience, progress=progress,
         )  # fmt: skip
-    finally:
-        line.close()
-    print(f"{folder}: {downloaded} images downloaded, {present} were there")
+    print(f"{folder}: {downloaded} images downloaded, {len(names) - downloaded} were there")
 
 
 def image_names(name: str, split: str, root: Path) -> list[str]:
@@ -332,49 +276,38 @@ def image_names(name: str, split: str, root: Path) -> list[str]:
 # --- Saying how far it is -------------------------------------------------------------------------
 
 
-class ProgressLine:
-    """Progress for a person: one line rewritten in place on a terminal, elsewhere a line now and then."""
+@contextmanager
+def _shown(label: str, unit: str = "bytes") -> Iterator[Progress]:
+    """Progress on standard error: one line rewritten in place on a terminal, elsewhere a line every 30 seconds.
 
-    def __init__(self, label: str, unit: str = "bytes", stream: IO[str] | None = None, quiet_s: float = 30.0) -> None:
-        """Start the clock.
+    Args:
+        label: what is being done.
+        unit: ``bytes``, or the plural of what is counted.
+    """
+    terminal = sys.stderr.isatty()
+    start, shown_at, first, text = time.monotonic(), time.monotonic(), -1, ""
 
-        Args:
-            label: what is being done.
-            unit: ``bytes``, or the plural of what is counted.
-            stream: standard error by default.
-            quiet_s: seconds between lines where the stream is no terminal.
-        """
-        self._label, self._unit = label, unit
-        self._stream = sys.stderr if stream is None else stream
-        self._terminal = self._stream.isatty()
-        self._every_s = 0.2 if self._terminal else quiet_s
-        self._start = self._shown_at = time.monotonic()
-        self._first: int | None = None
-        self._last: tuple[int, int | None] | None = None
+    def amount(value: float) -> str:
+        return readable(value) if unit == "bytes" else f"{value:.0f}"
 
-    def __call__(self, done: int, total: int | None) -> None:
-        """Note the state, and show it if it is time to."""
-        self._first = done if self._first is None else self._first
-        self._last = done, total
-        now = time.monotonic()
-        if now - self._shown_at >= self._every_s:
-            self._shown_at = now
-            self._show("\r" if self._terminal else "", "\x1b[K" if self._terminal else "\n")
+    def show(end: str) -> None:
+        print(f"\r{text}\x1b[K" if terminal else text, end=end, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Show the last state and end the line."""
-        if self._last is not None:
-            self._show("\r" if self._terminal else "", "\x1b[K\n" if self._terminal else "\n")
-
-    def _show(self, before: str, after: str) -> None:
-        assert self._last is not None and self._first is not None
-        done, total = self._last
-        speed = (done - self._first) / max(time.monotonic() - self._start, 1e-3)  # of this run, without what was there
-        amount = readable if self._unit == "bytes" else lambda value: f"{value:.0f}"
-        text = amount(done) if total is None else f"{amount(done)} of {amount(total)} ({100 * done // max(total, 1)} %)"
-        text += "" if self._unit == "bytes" else f" {self._unit}"
-        text += f", {amount(speed)}/s"
+    def progress(done: int, total: int | None) -> None:
+        nonlocal shown_at, first, text
+        first, now = done if first < 0 else first, time.monotonic()
+        speed = (done - first) / max(now - start, 1e-3)  # of this run, without what was there
+        text = f"{label}: {amount(done)}"
+        text += f" of {amount(total)} ({100 * done // max(total, 1)} %)" if total is not None else ""
+        text += f"{'' if unit == 'bytes' else f' {unit}'}, {amount(speed)}/s"
         if total is not None and 0 < speed and done < total:
             text += f", {(total - done) / speed / 60:.0f} min left"
-        self._stream.write(f"{before}{self._label}: {text}{after}")
-        self._stream.flush()
+        if now - shown_at >= (0.2 if terminal else 30.0):
+            shown_at = now
+            show("" if terminal else "\n")
+
+    try:
+        yield progress
+    finally:
+        if text:
+            show("\n")

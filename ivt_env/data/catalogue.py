@@ -7,10 +7,12 @@ published; where there is none, ``fetch`` records what it received, so that a se
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 import re
 import urllib.parse
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from ivt_env.data.fetch import PATIENCE, Patience, get_bytes
 from ivt_env.data.sample import DataError
@@ -137,40 +139,40 @@ def hub_url(dataset: str, revision: str, path: str) -> str:
     return f"https://huggingface.co/datasets/{dataset}/resolve/{revision}/{path}"
 
 
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file in a Hub data set, as its listing describes it."""
-
-    path: str
-    bytes: int
-    sha256: str | None
-    """None for a small file, which the Hub keeps in git itself."""
-
-
-def list_hub_folder(
-    dataset: str, revision: str, folder: str, mirror: str | None = None, patience: Patience = PATIENCE
-) -> list[HubFile]:
-    """The files of a folder (not of its sub-folders) of a Hub data set.
+def hub_files(
+    folder: HubFolder, split: str | None = None, mirror: str | None = None, patience: Patience = PATIENCE
+) -> list[RemoteFile]:
+    """The files of a Hub folder (of a split, where that can be told), with the sizes and checksums that the Hub states.
 
     Raises:
-        DataError: where the Hub does not have it, or answers something else than a listing.
+        DataError: where the Hub does not have the folder or any file that fits, or answers something else.
     """
-    what = f"the listing of {dataset}" + (f", folder {folder}" if folder else "")
-    place = f"{dataset}/tree/{revision}" + (f"/{folder}" if folder else "")
+    place = f"{folder.dataset}/tree/{folder.revision}" + (f"/{folder.folder}" if folder.folder else "")
     url: str | None = f"https://huggingface.co/api/datasets/{place}"
-    files: list[HubFile] = []
+    listed: list[RemoteFile] = []
     while url is not None:
         url = mirrored(url, mirror)
-        body, headers = get_bytes(url, 16 << 20, what, patience)
+        body, headers = get_bytes(url, f"the listing of {folder.dataset}", patience)
         remedy = "if you gave a --mirror, it must serve the Hub's /api too"
-        with reading(f"{what}: {url}", remedy, DataError, "answers something else than a list of files"):
+        with reading(f"the listing of {folder.dataset}: {url}", remedy, DataError, "is not a list of files"):
             for row in json.loads(body):
-                if row["type"] == "file":
-                    lfs = row.get("lfs") or {}
-                    files.append(HubFile(str(row["path"]), int(lfs.get("size", row["size"])), lfs.get("oid")))
+                name = PurePosixPath(row["path"]).name
+                if row["type"] == "file" and fnmatch.fnmatchcase(name, folder.pattern):
+                    lfs = row.get("lfs") or {"size": row["size"]}  # a small file has no checksum: it is kept in git
+                    source = hub_url(folder.dataset, folder.revision, row["path"])
+                    into = f"{folder.into}/{name}"
+                    listed.append(RemoteFile(source, into, bytes=int(lfs["size"]), sha256=lfs.get("oid")))
         following = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link") or "")
-        url = following.group(1) if following else None
-    return files
+        url = following[1] if following else None
+    if not listed:
+        raise DataError(
+            f"{folder.dataset}: its folder {folder.folder or '/'} at revision {folder.revision} holds no "
+            f"{folder.pattern}; the data set has changed: see whether a newer version of this package knows it"
+        )
+    if split is None or folder.split_pattern is None:
+        return listed
+    pattern = folder.split_pattern.format(split=split)
+    return [file for file in listed if fnmatch.fnmatchcase(PurePosixPath(file.path).name, pattern)]
 
 
 # --- Images of COCO -----------------------------------------------------------------------------
