@@ -159,13 +159,26 @@ def out_of_window(boxes: ArrayLike, window: ArrayLike) -> Array:
     return origin + b * extent
 
 
-def closeup_window(box: ArrayLike, margin: float = 0.5, smallest: float = 0.25) -> Array:
+def closeup_window(
+    box: ArrayLike, margin: float = 0.5, smallest: float = 0.25, square_on: Sequence[int] | None = None
+) -> Array:
     """The region that a close-up around ``box`` (4,) shows, relative to the image.
 
     The box grown by ``margin`` of its own size on each side, never smaller than ``smallest`` of
     the image, and shifted so that it stays inside it.
+
+    Args:
+        box: relative to the image.
+        margin: a share of the box's size.
+        smallest: side of the window relative to the image.
+        square_on: height and width of the image in pixels, where the window is to be square on it, as large as
+            its longer side; None: as long and as high as the box wants.
     """
     b = np.asarray(box, dtype=np.float64)
-    size = np.clip((b[2:] - b[:2]) * (1 + 2 * margin), smallest, 1.0)
+    size = np.maximum((b[2:] - b[:2]) * (1 + 2 * margin), smallest)
+    if square_on is not None:
+        pixels = np.array([square_on[1], square_on[0]])
+        size = (size * pixels).max() / pixels
+    size = np.minimum(size, 1.0)
     low = np.clip((b[:2] + b[2:]) / 2 - size / 2, 0.0, 1.0 - size)
     return np.concatenate([low, low + size])

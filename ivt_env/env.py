@@ -64,6 +64,7 @@ class GroundingEnv(Stateful, gym.Env[Observation, Action]):
     | `canvas` | int | 640 (scenes: 384) | S |
     | `view` | str | `"overlay"` | `overlay`, `closeup` or `both` |
     | `overlay` | dict or None | None | options of `Overlay` |
+    | `closeup` | dict or None | None | options of `Surroundings`: how much a close-up shows |
     | `reward` | dict or None | None | options of `RewardConfig` |
     | `initial_box` | list or None | None | box that every episode starts from |
     | `render_mode` | str or None | None | `rgb_array`, `human` or `ansi` |

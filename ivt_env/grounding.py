@@ -18,7 +18,7 @@ from ivt_env.data import load_dataset
 from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.expression_space import Expression
 from ivt_env.game import Game
-from ivt_env.rendering import Overlay, Sheet
+from ivt_env.rendering import Overlay, Sheet, Surroundings
 from ivt_env.rewards import RewardConfig
 
 Observation = dict[str, Any]
@@ -65,12 +65,12 @@ def action_space() -> spaces.Dict:
 class Screen:
     """Turns a sample and the current box into an observation. An image is decoded once per sample."""
 
-    def __init__(self, dataset: Dataset, view: str, canvas: int, overlay: Overlay) -> None:
+    def __init__(self, dataset: Dataset, view: str, canvas: int, overlay: Overlay, around: Surroundings) -> None:
         if view not in VIEWS:
             raise ValueError(f"view {view!r}: choose one of {', '.join(VIEWS)}")
         if not isinstance(canvas, int) or canvas < 16:
             raise ValueError(f"canvas {canvas!r}: give the side in pixels, an integer of at least 16")
-        self.dataset, self.view, self.side, self.overlay = dataset, view, canvas, overlay
+        self.dataset, self.view, self.side, self.overlay, self.around = dataset, view, canvas, overlay, around
 
     def load(self, sample: Sample) -> Loaded:
         """Decode a sample's image and place it on the canvas."""
@@ -87,7 +87,7 @@ class Screen:
         image, sheet = loaded
         if box is None:
             return sheet.canvas, sheet.extent, WHOLE
-        return rendering.closeup(image, box, self.side, self.overlay)
+        return rendering.closeup(image, box, self.side, self.overlay, self.around)
 
     def look(self, loaded: Loaded, game: Game, closeup: Closeup | None = None) -> tuple[Observation, dict[str, Layer]]:
         """What an observation holds: the expression and the numbers, and for each image what to paint.
@@ -193,6 +193,7 @@ class Grounding:
         canvas: int = 640,
         view: str = "overlay",
         overlay: Mapping[str, Any] | Overlay | None = None,
+        closeup: Mapping[str, Any] | Surroundings | None = None,
         reward: Mapping[str, Any] | RewardConfig | None = None,
         initial_box: list[float] | None = None,
         render_mode: str | None = None,
@@ -212,7 +213,8 @@ class Grounding:
             raise ValueError(f"initial_box {initial_box}: {why}")
         self.dataset = load_dataset(dataset, split, data_root, strict) if isinstance(dataset, str) else dataset
         self.reward_config = RewardConfig.from_json(reward)
-        self.screen = Screen(self.dataset, view, canvas, Overlay.from_json(overlay))
+        around = Surroundings.from_json(closeup)
+        self.screen = Screen(self.dataset, view, canvas, Overlay.from_json(overlay), around)
         self.max_steps, self.initial_box, self.render_mode = max_steps, initial_box, render_mode
         self.live: list[LiveEpisode] = []
         """The running episodes; none before the first ``reset``."""

@@ -54,18 +54,53 @@ class Overlay:
     @classmethod
     def from_json(cls, options: Mapping[str, Any] | Overlay | None) -> Overlay:
         """From the JSON-able ``overlay`` keyword of ``gym.make``; None gives the defaults."""
-        if options is None or isinstance(options, Overlay):
-            return options or cls()
-        if not isinstance(options, Mapping):
-            raise ValueError(f"overlay {options!r}: give a dict of options")
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(f"unknown overlay option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
-        values = dict(options)
+        if isinstance(options, Overlay):
+            return options
+        values = _known(cls, "overlay", options)
         if isinstance(values.get("colour"), list):
             values["colour"] = tuple(values["colour"])
         return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """How much around the current box a close-up shows."""
+
+    margin: float = 0.5
+    """On each side, as a share of the box's own size; 0: the box alone."""
+    smallest: float = 0.25
+    """Side of the smallest window, relative to the image."""
+    square: bool = False
+    """A window as high as it is wide in pixels, so that a model of square images wastes none of its input."""
+
+    def __post_init__(self) -> None:
+        """Refuse windows that would be empty or larger than the image."""
+        if not isinstance(self.margin, int | float) or not 0 <= self.margin <= 10:
+            raise ValueError(f"closeup margin {self.margin!r}: give a number from 0 to 10")
+        if not isinstance(self.smallest, int | float) or not 0 <= self.smallest <= 1:
+            raise ValueError(f"closeup smallest {self.smallest!r}: give a number from 0 to 1")
+        if not isinstance(self.square, bool):
+            raise ValueError(f"closeup square {self.square!r}: give true or false")
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any] | Surroundings | None) -> Surroundings:
+        """From the JSON-able ``closeup`` keyword of ``gym.make``; None gives the defaults."""
+        return options if isinstance(options, Surroundings) else cls(**_known(cls, "closeup", options))
+
+    def window(self, box: ArrayLike, size: Sequence[int]) -> NDArray[np.float64]:
+        """The region shown around a box, relative to an image of ``size`` (height, width) in pixels."""
+        return boxes.closeup_window(box, self.margin, self.smallest, size if self.square else None)
+
+
+def _known(cls: type[Any], name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options for a data class; ValueError for one that it does not have."""
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"{name} {options!r}: give a dict of options")
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(options or {}) - known)
+    if unknown:
+        raise ValueError(f"unknown {name} option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
+    return dict(options or {})
 
 
 _TRAIL = Overlay(colour=(128, 128, 128), opacity=0.6)
@@ -177,7 +212,7 @@ def _frame(canvas: ImageArray, rectangle: tuple[int, int, int, int], colour: Seq
 
 
 def closeup(
-    image: ImageArray, box: ArrayLike, side: int, overlay: Overlay
+    image: ImageArray, box: ArrayLike, side: int, overlay: Overlay, around: Surroundings
 ) -> tuple[ImageArray, tuple[int, int], NDArray[np.float32]]:
     """The region around a box, cut from the full-resolution image and enlarged, the box drawn on it.
 
@@ -185,7 +220,7 @@ def closeup(
         canvas (S, S, 3), the extent (height, width) of the region on it, and the window: the
         region's box relative to the whole image, (4,).
     """
-    window = boxes.closeup_window(box)
+    window = around.window(box, image.shape[:2])
     x1, y1, x2, y2 = pixel_rectangle(window, image.shape[:2])
     region = Image.fromarray(image[y1:y2, x1:x2])
     scale = side / max(x2 - x1, y2 - y1)

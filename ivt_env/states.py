@@ -73,6 +73,7 @@ class Stateful(Grounding):
             "initial_box": _plain(self.initial_box),
             "reward": asdict(self.reward_config),
             "view": [screen.view, screen.side],
+            "closeup": asdict(screen.around),
             "overlay": asdict(screen.overlay) | {"colour": list(screen.overlay.colour)},
         }
 

@@ -280,6 +280,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"overlay": {"opacity": "half"}}, "opacity 'half'"),
     ({"overlay": {"width": 0}}, "width 0"),
     ({"overlay": {"width": 2.5}}, "width 2.5"),
+    ({"overlay": {"trail": 1}}, "trail 1"),
+    ({"closeup": {"margin": -1}}, "margin -1"),
     ({"reward": "final"}, "reward 'final'"),
     ({"reward": {"cost": 1}}, "'cost'"),
     ({"reward": {"kind": "sparse"}}, "'sparse'"),

@@ -123,3 +123,51 @@ def test_a_frame_shows_the_trail():
     changed = np.abs(env.render().astype(int) - plain.render()).max(-1) > 0
     x1, y1, x2, y2 = (round(v * 96) for v in BOXES[0])
     assert changed[y1:y2, x1:x2].mean() > 0.5
+
+
+# ---- how much a close-up shows -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("closeup", "window"),
+    [
+        (None, (0.25, 0.3, 0.65, 0.7)),
+        ({"margin": 0.0, "smallest": 0.0}, (0.35, 0.4, 0.55, 0.6)),
+        ({"margin": 0.25, "smallest": 0.1}, (0.3, 0.35, 0.6, 0.65)),
+        ({"margin": 0.0, "smallest": 0.5}, (0.2, 0.25, 0.7, 0.75)),
+    ],
+)
+def test_a_close_up_shows_as_much_around_the_box_as_is_asked_for(closeup, window):
+    env = GroundingEnv(split="val_search", view="closeup", canvas=96, closeup=closeup)
+    env.reset(seed=0, options={"index": 1})
+    seen = env.step(act((0.35, 0.4, 0.55, 0.6)))[0]
+    assert np.allclose(seen["window"], window, atol=1 / 768)
+
+
+def test_a_square_close_up_is_square_in_pixels_and_holds_the_box():
+    env = GroundingEnv(
+        dataset="photos", split="all", view="closeup", canvas=96, closeup={"smallest": 0, "square": True}
+    )
+    for index in range(len(env.dataset)):
+        env.reset(options={"index": index})
+        height, width = env.sample.size
+        box = (0.5, 0.3, 0.6, 0.6)
+        seen = env.step(act(box))[0]
+        x1, y1, x2, y2 = seen["window"] * np.array([width, height, width, height])
+        assert abs((x2 - x1) - (y2 - y1)) <= 1.5 and np.ptp(seen["extent"]) <= 1
+        assert x1 <= 0.5 * width + 1 and y1 <= 0.3 * height + 1 and x2 >= 0.6 * width - 1 and y2 >= 0.6 * height - 1
+
+
+@pytest.mark.parametrize(
+    ("closeup", "words"),
+    [
+        ({"margin": -0.1}, "margin -0.1"),
+        ({"smallest": 1.5}, "smallest 1.5"),
+        ({"square": 1}, "square 1"),
+        ({"width": 2}, "unknown closeup option 'width'"),
+        ("wide", "closeup 'wide'"),
+    ],
+)
+def test_a_close_up_that_cannot_be_is_refused(closeup, words):
+    with pytest.raises(ValueError, match=words):
+        GroundingEnv(closeup=closeup)

@@ -347,6 +347,7 @@ def train(
         save(model, tokenizer, args, record)
 
     train_grounding(slots(model), head, images, args, progress, log, keep)
+    keep()
     read["end"] = marks_read(slots(model), head, held_out)
     keep()
     return seconds
