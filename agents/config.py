@@ -9,8 +9,8 @@
     evaluate:
       policies: [base=tiny, grpo=runs/grpo/policy]
 
-A file gives defaults; flags on the command line override them. Every key must be a field: a
-misspelt one would otherwise leave its default in force without a word.
+A file gives defaults; flags on the command line override them. Every key must be a field, and stand there
+once: a misspelt one would otherwise leave its default in force without a word, and of two the last would win.
 """
 
 from __future__ import annotations
@@ -35,6 +35,23 @@ SECTIONS = ("sft", "grpo", "own_gain", "rollout", "evaluate")
 
 class ConfigError(ValueError):
     """A configuration file that cannot be used. Names file and key."""
+
+
+class _KeysOnce(yaml.SafeLoader):  # type: ignore[misc]
+    """Refuses a key that stands twice in one mapping, at any depth."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """As in PyYAML, which would take the last of two. Here ``<<`` is still one key."""
+        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        lines: dict[tuple[str, Any], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.composer.ComposerError(
+                    None, None, f"key {key.value!r} is given twice, in lines {lines[name]} and {line}: remove one"
+                )
+            lines[name] = line
+        return node
 
 
 def load_config(path: Path, args: type[T], section: str, base: T | None = None) -> T:
@@ -73,7 +90,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no configuration at {path}")
     with reading(path, kind=ConfigError, problem="cannot be read as YAML"):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _KeysOnce)  # a safe loader
     _known(content, SECTIONS, f"{path}")
     return content  # type: ignore[no-any-return]
 

@@ -28,7 +28,7 @@ from experiments.paper_tables import Played, report, results
 from ivt_agents.command import progress_bars, run_command
 from ivt_agents.config import has_section, load_config
 from ivt_agents.grpo import train as train_grpo
-from ivt_agents.play.on_split import play
+from ivt_agents.play.on_split import play, samples_to_compare, validation_samples
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import CONFIG, checkpoints
 from ivt_agents.training.run import RunError, check_least, write_json
@@ -42,7 +42,9 @@ from ivt_env.rollouts import make_vector_env
 STAGE_FILE = "stage.json"
 """Written into a stage's folder when it is done: the options that it was run with."""
 
-NOT_DECISIVE = frozenset({"out", "config", "resume", "overwrite", "tracker", "dry_run", "gpu_memory_gb", "image"})
+NOT_DECISIVE = frozenset(
+    {"out", "config", "resume", "overwrite", "tracker", "dry_run", "gpu_memory_gb", "image", "max_unusable"}
+)
 """Options of a stage that may differ from those it was done with: they change no policy."""
 
 
@@ -98,6 +100,7 @@ def main(args: Args) -> dict[str, Any]:
     train_sft.check_options(recipe.sft)
     for stage in recipe.stages.values():
         stage.check_model(stage.lora_rank)
+        validation_samples(stage.env, stage.split, stage.eval_split, stage.eval_samples, stage.data_root)
     count = _count(args, recipe)
     with lock_folder(args.out):
         return _run(args, recipe, count)
@@ -206,9 +209,8 @@ def evaluate(args: Args, recipe: Recipe, count: int) -> dict[str, Played]:
 def _count(args: Args, recipe: Recipe) -> int:
     """How many samples there are to evaluate on; raises where the split cannot be read."""
     env = make_vector_env(recipe.sft.env, 1, split=args.split, data_root=recipe.sft.data_root, strict=True)
-    count = min(args.samples, len(env.dataset))
     env.close()
-    return count
+    return len(samples_to_compare(env.dataset, args.samples))
 
 
 def _play(

@@ -15,6 +15,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
+from ivt_env.data.sample import Dataset
 from ivt_env.episodes import Box, Episode, Step
 from ivt_env.game import Game
 from ivt_env.grounding import Observation
@@ -234,6 +235,11 @@ def record_action(
         )
     )
     episode.terminated, episode.truncated = game.terminated, game.truncated
+
+
+def first_samples(dataset: Dataset, wanted: int) -> range:
+    """The first ``wanted`` samples of a split, all of it where it has fewer: what every command measures on."""
+    return range(min(wanted, len(dataset)))
 
 
 def make_vector_env(env_id: str, num_envs: int, **kwargs: Any) -> GroundingVectorEnv:

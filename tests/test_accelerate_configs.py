@@ -5,6 +5,8 @@ have, is found when eight GPUs have been waited for. accelerate's own classes re
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,19 @@ def test_deepspeed_steps_once_and_clips_where_the_script_would(monkeypatch):
     assert config["zero_optimization"]["stage"] == 2 and config["gradient_accumulation_steps"] == 1
     assert float(config["gradient_clipping"]) == Args().max_grad_norm
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "none"
+
+
+def test_a_launcher_that_starts_one_process_where_it_was_told_of_two_is_said_in_one_line(tmp_path):
+    script = tmp_path / "one.py"
+    script.write_text(
+        "from ivt_agents.training.run import make_accelerator\n"
+        "print('processes', make_accelerator('no').num_processes)\n"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    for count, said in ((2, 1), (1, 0)):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count), str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0 and done.stdout.strip() == "processes 1", done.stderr[-3000:]
+        assert [line.count("this is one process; torchrun") for line in done.stderr.splitlines() if line].count(
+            1
+        ) == said

@@ -115,6 +115,10 @@ def test_values_become_what_the_fields_are(tmp_path):
         ("sft: [1]", "expected a mapping"),
         ("", "expected a mapping"),
         ("sft: {", "cannot be read as YAML"),
+        ("sft: {steps: 1, steps: 2}", "key 'steps' is given twice, in lines 1 and 1"),
+        ("sft:\n  steps: 1\n  lr: 1.0\n  'steps': 1\n", "key 'steps' is given twice, in lines 2 and 4"),
+        ("sft: {steps: 1}\ngrpo: {}\nsft: {steps: 1}\n", "key 'sft' is given twice, in lines 1 and 3"),
+        ("sft: {steps: 1}\ngrpo:\n  deep:\n    - {a: 1, a: 2}\n", "key 'a' is given twice"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_place(tmp_path, text, message):
@@ -122,6 +126,11 @@ def test_what_does_not_fit_is_refused_with_the_place(tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         load_config(path, Args, "sft")
     assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path):
+    path = written(tmp_path, "sft: &shared {steps: 1, lr: 0.5}\ngrpo: {<<: *shared, steps: 2}\n")
+    assert (load_config(path, Args, "grpo").steps, load_config(path, Args, "grpo").lr) == (2, 0.5)
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -90,7 +90,7 @@ def test_stop_precision_and_recall_are_what_the_glossary_says(tmp_path):
 
 def test_what_never_happened_is_not_measured(tmp_path):
     found = described(tmp_path, [[0.1] * 3, [0.2] * 3, [0.3] * 3, [0.4] * 3], [False] * 4, [3] * 4)
-    assert np.isnan(found["rollout/stop_precision"]) and np.isnan(found["rollout/stop_recall"])
+    assert found["rollout/stop_precision"] is None and found["rollout/stop_recall"] is None
     assert found["rollout/stop_rate"] == 0
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from ivt_agents.command import progress_bars
+from ivt_agents.training.finite import NotFiniteError
 from ivt_agents.vlm.load import load_policy
-from ivt_agents.vlm.pretrain import Args, Images, train
+from ivt_agents.vlm.pretrain import Args, Images, save, train
 from ivt_agents.vlm.pretrain_model import SlotModel, grid_of, patchify, words_of
 from ivt_agents.vlm.pretrain_pool import (
     ANSWER,
@@ -224,3 +225,18 @@ def test_one_seed_gives_the_same_weights_twice_and_a_policy_that_loads(tmp_path)
 def test_a_time_limit_becomes_a_number_of_steps_that_the_record_holds(tmp_path):
     _, record = run(tmp_path / "a", seconds=5.0)
     assert record["args"]["steps"] >= 1 and record["log"][-1]["step"] == record["args"]["steps"] - 1
+
+
+@pytest.mark.parametrize("stage", [{"vision_steps": 0, "lr": 1e30}, {"lr": 1e38}])
+def test_what_is_not_finite_stops_either_stage_and_saves_nothing(tmp_path, stage):
+    with pytest.raises(NotFiniteError, match=r"step [123]: .* is (nan|inf), so training stops.*give a lower --lr"):
+        run(tmp_path / "run", **stage)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_overflow_in_half_precision_are_not_saved(tmp_path):
+    model, tokenizer = build_model(build_tokenizer(), seed=0), build_tokenizer()
+    next(model.parameters()).data.view(-1)[0] = 1e5
+    with pytest.raises(NotFiniteError, match="not finite in half precision"):
+        save(model, tokenizer, Args(out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

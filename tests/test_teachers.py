@@ -448,8 +448,32 @@ def test_the_training_command_takes_a_model_teacher(chat, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["teacher"] == f"openai:{chat.url}#m"
     sent = len(chat.seen)
     small(tmp_path / "run", teacher=f"openai:{chat.url}#m", teacher_cache=tmp_path / "cache")
-    assert len(chat.seen) == sent
+    assert len(chat.seen) == sent + 1, "the small question that comes first, and nothing that was answered before"
     assert not any(KEY.encode() in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("gone", "gave up after 2 attempts.*refused"),
+        (401, "401, the key in OPENAI_API_KEY"),
+        (404, "404 Not Found"),
+        ("two models", "serves 2 models.*name one"),
+        ((200, {}, b"<html>hello</html>"), "gave up after 2 attempts.*not JSON"),
+    ],
+)
+def test_a_teacher_that_cannot_answer_is_found_before_anything_is_done(chat, tmp_path, monkeypatch, fault, message):
+    monkeypatch.setattr(train_sft, "load_policy", lambda *_, **__: pytest.fail("a model was loaded first"))
+    address = f"openai:{chat.url}#m"
+    if fault == "gone":
+        chat.close()
+    elif fault == "two models":
+        chat.models, address = ["one", "two"], f"openai:{chat.url}"
+    else:
+        chat.faults = [fault, fault]
+    with pytest.raises(TeacherError, match=f"one small question first.*({message})"):
+        small(tmp_path / "run", teacher=address, teacher_cache=tmp_path / "cache")
+    assert not (tmp_path / "run").exists() and len(chat.seen) <= 2
 
 
 def test_the_template_still_writes_just_what_teach_makes_and_asks_nobody(tmp_path):

@@ -91,7 +91,7 @@ def test_tensorboard_shows_the_json_lines_and_nothing_of_steps_that_were_made_ag
 
     log = MetricsLog(tmp_path, tracker="tensorboard")
     for step in range(1, 5):
-        log.write(step, {"train/loss": float(step), "rollout/stop_precision": float("nan")})
+        log.write(step, {"train/loss": float(step), "rollout/stop_precision": None})
     log.close()
     log = MetricsLog(tmp_path, tracker="tensorboard", keep_until=2)  # killed behind the checkpoint of step 2
     for step in range(3, 6):

@@ -39,6 +39,7 @@ from ivt_agents.evaluation.plots import (
 from ivt_agents.evaluation.report import write_report
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.cost import Cost, Metered
+from ivt_agents.play.on_split import check_episodes, samples_to_compare
 from ivt_agents.training.checkpoints import CONFIG, check_new, check_resume, forget_run, recorded_options
 from ivt_agents.training.run import check_least, write_json
 from ivt_agents.vlm.load import TINY_NAME
@@ -241,7 +242,8 @@ def _play(
     env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
     env_kwargs |= {"split": args.split, "max_steps": args.max_steps}
     dataset = make_vector_env(args.env, 1, **env_kwargs).dataset
-    count = min(args.samples, len(dataset))
+    indices = samples_to_compare(dataset, args.samples)
+    count = len(indices)
     begun = False
     envs: dict[str, GroundingVectorEnv] = {}
 
@@ -274,12 +276,13 @@ def _play(
                         agent,
                         count,
                         args.seed,
-                        indices=range(count),
+                        indices=indices,
                         ignore_stop=forced,
                         agent_name=name,
                         on_progress=lambda n, task=task: progress.advance(task, n),  # type: ignore[misc]
                     )
                 )
+                check_episodes(found[-1], stop=not forced)
                 if not begun:  # a policy that cannot be played costs nothing of what is there
                     _begin(args)
                     begun = True

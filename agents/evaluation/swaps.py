@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ivt_agents.command import progress_bars, run_command
 from ivt_agents.play.by_name import load_agent
+from ivt_agents.play.on_split import samples_to_compare
 from ivt_agents.training.run import RunError, check_least, write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, ImageArray, Sample
@@ -379,14 +380,14 @@ def _swap(args: Args, names: dict[str, str]) -> dict[str, list[Swap]]:
     # Named real data must be there: what is measured never falls back.
     env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
     env_kwargs |= {"split": args.split, "max_steps": args.max_steps}
-    count = min(args.samples, len(make_vector_env(args.env, 1, **env_kwargs).dataset))
+    indices = samples_to_compare(make_vector_env(args.env, 1, **env_kwargs).dataset, args.samples)
     for name in RESULTS:
         forget(args.out / name)
     envs: dict[str, GroundingVectorEnv] = {}
 
     def env_of(view: str) -> GroundingVectorEnv:
         if view not in envs:
-            envs[view] = make_vector_env(args.env, min(args.num_envs, count), view=view, **env_kwargs)
+            envs[view] = make_vector_env(args.env, min(args.num_envs, len(indices)), view=view, **env_kwargs)
         return envs[view]
 
     played: dict[str, list[Swap]] = {}
@@ -398,7 +399,7 @@ def _swap(args: Args, names: dict[str, str]) -> dict[str, list[Swap]]:
             played[name] = play_swaps(
                 env,
                 agent,
-                range(count),
+                indices,
                 args.seed,
                 steps=args.steps,
                 # Only a model that says that it answers from the observation alone is spared its own actions.
@@ -409,7 +410,7 @@ def _swap(args: Args, names: dict[str, str]) -> dict[str, list[Swap]]:
                 ),
             )
             save_swaps(args.out / "swaps" / f"{name}.jsonl", played[name])
-    _write(args, played, names, count)
+    _write(args, played, names, len(indices))
     return played
 
 

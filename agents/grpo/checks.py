@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivt_agents.grpo.trainer import GRPOConfig
 from ivt_agents.training.checkpoints import check_resume
-from ivt_agents.training.run import RunError, check_least, check_rate
+from ivt_agents.training.run import RunError, check_least, check_rate, check_share
 from ivt_agents.training.tracking import check_tracker
 
 if TYPE_CHECKING:  # the script imports this module; only its type is needed here
@@ -24,6 +24,8 @@ MAY_CHANGE = frozenset(
         "eval_split",
         # what is saved at the end
         "start_share",
+        # what is refused
+        "max_unusable",
         # where to, and what is shown
         "out",
         "tracker",
@@ -72,6 +74,7 @@ def check_options(args: Args, processes: int = 1) -> None:
     check_tracker(args.tracker)
     check_least(args, _LEAST)
     check_rate(args.lr)
+    check_share("max_unusable", args.max_unusable)
     if not args.max_grad_norm > 0:
         raise RunError(
             f"max_grad_norm {args.max_grad_norm:g}: the weights would stay, go uphill or be lost; give more than 0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class Groups:
     stopped: NDArray[np.bool_]
     """(P, G)"""
     parse_failures: int
+    unusable: list[str] = field(default_factory=list)
+    """Raw texts of answers without a box or stop that the environment takes."""
 
 
 def collect(
@@ -65,14 +67,16 @@ def collect(
     rewards, taken = np.zeros((count, horizon)), np.zeros((count, horizon), dtype=bool)
     ious = np.zeros((count, horizon))
     turns: list[list[Turn]] = [[] for _ in range(count)]
+    unusable: list[str] = []
     failures, usable = 0, np.ones(count, dtype=bool)
     options = {"index": [int(i) for i in indices for _ in range(group_size)]}
     for step, moment in enumerate(play(env, _Timed(policy, watch), seed=0, options=options)):
         active = moment.active
         rewards[active, step], taken[:, step] = moment.rewards[active], active
         failures += int(moment.unparsable[active].sum())
-        refused = np.array([why is not None for why in moment.invalid])
-        usable &= ~(moment.unparsable | refused) | ~active
+        refused = active & (moment.unparsable | np.array([why is not None for why in moment.invalid]))
+        unusable += [moment.said(int(i))["text"] for i in np.flatnonzero(refused)]
+        usable &= ~refused
         rewards[moment.ended & usable, step] += format_bonus
         for i in np.flatnonzero(active):
             turn = policy.turns[i]
@@ -85,7 +89,7 @@ def collect(
     watch.lap("rollout_environment")
     shape = (len(indices), group_size, horizon)
     stopped = np.array([game.terminated for game in env.games]).reshape(shape[:2])
-    return Groups(turns, rewards.reshape(shape), taken.reshape(shape), ious.reshape(shape), stopped, failures)
+    return Groups(turns, rewards.reshape(shape), taken.reshape(shape), ious.reshape(shape), stopped, failures, unusable)
 
 
 class _Timed:

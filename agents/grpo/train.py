@@ -29,7 +29,7 @@ from ivt_agents.command import progress_bars
 from ivt_agents.grpo.checks import RESULTS, check_options, check_run
 from ivt_agents.grpo.losses import CLIPS
 from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
-from ivt_agents.play.on_split import play, summary
+from ivt_agents.play.on_split import MAX_UNUSABLE, play, summary, validation_samples
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import CONFIG, PROCESSES, check_new, forget_run, recorded_options
 from ivt_agents.training.run import MetricsLog, RunError, make_accelerator, read_metrics, seed_everything, write_json
@@ -137,6 +137,9 @@ class Recipe:
     """Of the rollouts; the update scores with the same."""
     max_new_tokens: int = 40
     """Token limit of a turn."""
+    max_unusable: float = MAX_UNUSABLE
+    """Refuse to go on where more than this share of the first rollouts' answers holds no usable box or stop. 1: go
+    on whatever they hold."""
     mask_truncated: bool = True
     """Leave turns that ran into the limit out of the loss."""
     micro_batch: int = 64
@@ -189,6 +192,7 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     args.clip_low = low if args.clip_low is None else args.clip_low
     args.clip_high = high if args.clip_high is None else args.clip_high
     options = _begin(args, accelerator.num_processes)
+    measured_on = validation_samples(args.env, args.split, args.eval_split, args.eval_samples, args.data_root)
     args.model = args.model or _warm_start(args, accelerator)
     seed_everything(args.seed)
     policy = _load(args, str(accelerator.device))
@@ -226,10 +230,10 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     def evaluate(step: int) -> None:
         due = step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0)
         # A run that was killed after a checkpoint may have one evaluation still to make.
-        if due and args.eval_samples and not trainer.agreed(log.holds(step, "eval/")):
+        if due and measured_on and not trainer.agreed(log.holds(step, "eval/")):
             with trainer.whole_weights():
                 if chief:
-                    log.write(step, _evaluate(policy, args, step))
+                    log.write(step, _evaluate(policy, args, measured_on, step))
 
     with progress_bars(note=True, disable=not chief) as progress:
         task = progress.add_task("GRPO", total=args.steps, completed=trainer.step, note="")
@@ -257,8 +261,8 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
         if args.start_share:
             start = load_policy(str(args.model), device=str(accelerator.device), **args.loading())
             blend(policy.model, merged(start.model), args.start_share)
-            if args.eval_samples:  # what was measured last is not what is saved
-                saved = _evaluate(policy, args, args.steps)
+            if measured_on:  # what was measured last is not what is saved
+                saved = _evaluate(policy, args, measured_on, args.steps)
         policy.save(folder, options)
     log.close()
     accelerator.wait_for_everyone()
@@ -339,6 +343,9 @@ def _warm_start(args: Args, accelerator: Accelerator) -> str:
         view=args.view,
         layout=args.layout,
         lessons="walks" if args.stop else "paper",
+        eval_samples=args.eval_samples,
+        eval_split=args.eval_split,
+        max_unusable=args.max_unusable,
     )
     made = asked_of(out / "policy")
     wanted.resume = made is None and (out / CONFIG).exists()  # one that was cut off goes on
@@ -353,17 +360,15 @@ def _warm_start(args: Args, accelerator: Accelerator) -> str:
     return str(out / "policy")
 
 
-def _evaluate(policy: VLMPolicy, args: Args, step: int) -> dict[str, float]:
+def _evaluate(policy: VLMPolicy, args: Args, indices: range, step: int) -> dict[str, float]:
     """Greedy episodes on the validation split; the last ones are kept to be looked at."""
     sampling, generator = policy.sampling, policy.generator
-    env = make_vector_env(args.env, 1, split=args.eval_split, data_root=args.data_root, strict=True)
-    count = min(args.eval_samples, len(env.dataset))
     policy.set_temperature(0.0)
     episodes = play(
         policy,
         args.env,
         args.eval_split,
-        range(count),
+        indices,
         max_steps=args.max_steps,
         data_root=args.data_root,
         strict=True,

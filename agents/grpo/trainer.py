@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from ivt_agents.grpo.advantages import advantages as advantages_of
 from ivt_agents.grpo.advantages import spread, zero_variance
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.losses import LOSSES, PER_SEQUENCE, clipped_sides, denominator, k3, kl_loss, kl_penalty
-from ivt_agents.training.checkpoints import load_state, save_state
+from ivt_agents.play.on_split import MAX_UNUSABLE, check_answers
+from ivt_agents.training.checkpoints import load_state, save_state, what_is_kept
+from ivt_agents.training.finite import check_finite, check_weights
 from ivt_agents.training.run import MetricsLog, Stopwatch, derived_seed
 from ivt_agents.training.sharding import whole_weights
 from ivt_agents.vlm.adapters import has_reference, reference_adapter
@@ -29,6 +32,11 @@ from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.speed import can_pack
 from ivt_agents.vlm.turns import Turn
 from ivt_env.vector_env import GroundingVectorEnv
+
+log = logging.getLogger(__name__)
+
+WITHOUT_VARIANCE = 5
+"""Steps in a row in which no group has an advantage, after which it is said."""
 
 GOOD = 0.5
 """IoU from which on stopping is right, in the metrics of the stop; nothing is trained on it."""
@@ -63,6 +71,7 @@ class GRPOConfig:
     discount: float = 1.0
     optimizer: str = "adamw"
     cooldown: int = 0
+    max_unusable: float = MAX_UNUSABLE
 
 
 @dataclass
@@ -135,6 +144,8 @@ class GRPOTrainer:
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.step = 0
+        self._without_variance = 0
+        self._answers_checked = False
 
     def _reference(self, scorer: TokenScorer) -> Callable[[Sequence[Turn]], torch.Tensor]:
         """Log-probabilities under the policy that training started from, without gradient."""
@@ -184,17 +195,36 @@ class GRPOTrainer:
         """Write a checkpoint of everything that the next step depends on."""
         save_state(self.folder, self.step, self.policy.model, [self.optimizer], self.accelerator, self.log)
 
-    def train(self, on_step: Callable[[int, dict[str, float]], None]) -> None:
+    def train(self, on_step: Callable[[int, dict[str, Any]], None]) -> None:
         """Run the remaining steps; ``on_step`` gets the step's number and metrics."""
         while self.step < self.config.steps:
             metrics = self.train_step()
             self.step += 1
+            self._warn_of_equal_groups(metrics["rollout/zero_variance_groups"])
             self.log.write(self.step, metrics)
             if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                 self.save()
             on_step(self.step, metrics)
 
-    def train_step(self) -> dict[str, float]:
+    def _warn_of_equal_groups(self, share: float) -> None:
+        """Say so where nothing is learned, once for as long as it lasts."""
+        self._without_variance = self._without_variance + 1 if share == 1 else 0
+        if self._without_variance == WITHOUT_VARIANCE and self.accelerator.is_main_process:
+            log.warning(
+                "steps %d to %d: in every group all members earned alike, so nothing was learned; answers that cannot"
+                " be used, a low --temperature or samples that are too easy or too hard make them so",
+                self.step - WITHOUT_VARIANCE + 1,
+                self.step,
+            )
+
+    def _check_answers(self, groups: Groups) -> None:
+        """Refuse a policy whose first answers cannot be used, in all processes."""
+        counts = torch.tensor([float(len(groups.unusable)), float(groups.taken.sum())], device=self.accelerator.device)
+        unusable, answers = (int(v) for v in self.accelerator.reduce(counts, "sum").tolist())
+        check_answers(unusable, answers, groups.unusable, self.config.max_unusable, self.policy.may_stop)
+        self._answers_checked = True
+
+    def train_step(self) -> dict[str, Any]:
         """One rollout and ``iterations`` optimizer steps on it."""
         config, accelerator, watch = self.config, self.accelerator, Stopwatch()
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -212,7 +242,12 @@ class GRPOTrainer:
                 format_bonus=config.format_bonus,
                 require_format=config.require_format,
             )
+            if not self._answers_checked:
+                self._check_answers(groups)
             rewards, metrics = self._rewards(groups)
+        sampled = sum(v for episode in groups.turns for turn in episode for v in turn.log_probs)
+        found = {"a reward": float(np.abs(rewards).sum()), "a sampled log-probability": sampled}
+        check_finite(self.step + 1, found, what_is_kept(self.folder, config.lr), accelerator)
         credit = self._credit(groups, rewards)
         watch.lap("reward")
         left = config.steps - self.step
@@ -232,7 +267,7 @@ class GRPOTrainer:
         metrics["speed/images_per_second"] = totals["images"] / seconds
         return metrics
 
-    def _rewards(self, groups: Groups) -> tuple[NDArray[np.float64], dict[str, float]]:
+    def _rewards(self, groups: Groups) -> tuple[NDArray[np.float64], dict[str, Any]]:
         """The rewards that are credited, (P, G, T), and metrics of the KL penalty where it is one of them.
 
         With ``kl_in="reward"`` a step pays beta times the sum of k1 over its tokens, as a number: it
@@ -345,7 +380,11 @@ class GRPOTrainer:
         norm = torch.tensor(0.0)
         if most:
             norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+            step, remedy = self.step + 1, what_is_kept(self.folder, config.lr)
+            learned = {"an advantage": sum(map(abs, advantages)), "the loss": float(sums[0])}
+            check_finite(step, learned | {"the gradient's norm": float(norm)}, remedy, accelerator)
             self.optimizer.step()
+            check_weights(step, self.policy.model, remedy, accelerator)
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.eval()
         sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
@@ -390,8 +429,11 @@ class GRPOTrainer:
         stats = [loss.detach(), entropy.detach().sum(), low, high, kl, drift.sum(), torch.tensor(float(len(old)))]
         return loss, torch.stack([s.double().cpu() for s in stats]), float(drift.max())
 
-    def _describe(self, groups: Groups, totals: dict[str, float], credit: Credit) -> dict[str, float]:
-        """What the rollouts looked like, over all processes: sums and counts are reduced, never means."""
+    def _describe(self, groups: Groups, totals: dict[str, float], credit: Credit) -> dict[str, float | None]:
+        """What the rollouts looked like, over all processes: sums and counts are reduced, never means.
+
+        None: there was nothing to measure it on.
+        """
         ious, first, last = groups.ious, groups.ious[:, :, 0], groups.ious[:, :, -1]
         refined = groups.taken[:, :, 1:] & ~(groups.stopped[:, :, None] & _last_action(groups.taken)[:, :, 1:])
         gains = np.diff(ious, axis=-1)[refined]
@@ -418,17 +460,17 @@ class GRPOTrainer:
             sums, "sum"
         ).tolist()
         steps = {
-            f"rollout/gain_step_{t}": total / count if count else float("nan")
+            f"rollout/gain_step_{t}": total / count if count else None
             for t, (total, count) in enumerate(zip(rest[: len(by_step)], rest[len(by_step) :], strict=True), 1)
         }
         episodes = totals["episodes"]
         return {
             "rollout/final_iou": final / episodes,
             "rollout/step0_iou": start / episodes,
-            "rollout/gain_per_refinement": gain / refinements if refinements else float("nan"),
+            "rollout/gain_per_refinement": gain / refinements if refinements else None,
             "rollout/stop_rate": stops / episodes,
-            "rollout/stop_precision": right / stops if stops else float("nan"),
-            "rollout/stop_recall": right / chances if chances else float("nan"),
+            "rollout/stop_precision": right / stops if stops else None,
+            "rollout/stop_recall": right / chances if chances else None,
             **steps,
             "rollout/parse_failure_rate": failures / totals["actions"],
             "rollout/zero_variance_groups": flat / self.config.prompts,

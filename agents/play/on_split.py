@@ -2,15 +2,96 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ivt_env.data.sample import DataError, Dataset
 from ivt_env.episodes import Episode
-from ivt_env.rollouts import Agent, make_vector_env, rollout
+from ivt_env.rollouts import Agent, first_samples, make_vector_env, rollout
+from ivt_env.text_actions import STOP_TEXT
+
+log = logging.getLogger(__name__)
+
+MAX_UNUSABLE = 0.9
+"""Where more than this share of the first answers cannot be used, there is nothing to learn from."""
+_LOUD = 0.5
+"""A larger share than this is said even where it is no error."""
 
 METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mIoU")
+
+
+def validation_samples(env_id: str, split: str, eval_split: str, wanted: int, data_root: str | None) -> range:
+    """The samples of a training command's evaluations, found before anything is loaded or trained.
+
+    Raises:
+        DataError: where there is no such split, with the options that help.
+    """
+    options: dict[str, Any] = {"data_root": data_root, "strict": True}
+    make_vector_env(env_id, 1, split=split, **options).close()  # what is wrong with all of it is said as it is
+    if not wanted:
+        return range(0)
+    try:
+        return first_samples(make_vector_env(env_id, 1, split=eval_split, **options).dataset, wanted)
+    except DataError as error:
+        raise DataError(
+            f"eval_split {eval_split}: {error}. Name a split that is there with --eval-split ({split} is), or give"
+            " --eval-samples 0 to train without evaluations"
+        ) from error
+
+
+def samples_to_compare(dataset: Dataset, wanted: int) -> range:
+    """``first_samples`` for a command that draws intervals over images, known before anything is played.
+
+    Raises:
+        DataError: where they show one image, so that nothing can be resampled.
+    """
+    indices = first_samples(dataset, wanted)
+    if not any(dataset[index].image_id != dataset[0].image_id for index in indices):
+        raise DataError(
+            f"{dataset.name}/{dataset.split}: the first {len(indices)} samples show one image, and intervals are drawn"
+            " over images; give a larger --samples, or another --split"
+        )
+    return indices
+
+
+def check_answers(unusable: int, answers: int, examples: Sequence[str], most: float, stop: bool = True) -> None:
+    """Say loudly what a policy writes whose answers mostly cannot be used, or refuse it.
+
+    Args:
+        unusable: answers without a stop or a box that the environment takes.
+        answers: of how many.
+        examples: some of the unusable ones, raw.
+        most: share of them that is an error when it is exceeded.
+        stop: whether a stop is an answer.
+
+    Raises:
+        ValueError: shows three answers and what was expected.
+    """
+    if unusable <= min(most, _LOUD) * answers:
+        return
+    shown = " | ".join(repr(text if len(text) <= 120 else f"{text[:117]}...") for text in examples[:3])
+    found = (
+        f"{unusable} of the first {answers} answers ({unusable / answers:.0%}) cannot be used. Expected:"
+        f' {{"bbox_2d": [x1, y1, x2, y2]}}{f" or {STOP_TEXT}" if stop else ""}, and the end of the turn within the'
+        f" token limit. Written: {shown}"
+    )
+    if unusable <= most * answers:
+        log.warning("%s", found)
+        return
+    raise ValueError(
+        f"{found}. Give a model that was taught to answer so (its policy.json holds the prompt, which may be missing),"
+        f" or go on all the same with --max-unusable 1 (now {most:g})"
+    )
+
+
+def check_episodes(episodes: Sequence[Episode], most: float = 1.0, stop: bool = True) -> None:
+    """``check_answers`` of played episodes."""
+    steps = [step for episode in episodes for step in episode.steps]
+    unusable = [step.text for step in steps if step.parse_failure or step.invalid is not None]
+    check_answers(len(unusable), len(steps), unusable, most, stop)
 
 
 def play(
@@ -24,12 +105,13 @@ def play(
     num_envs: int = 100,
     agent_name: str = "",
     on_progress: Callable[[int], None] | None = None,
+    max_unusable: float = 1.0,
     **env_kwargs: Any,
 ) -> list[Episode]:
-    """Episodes of ``agent`` on the given samples, in their order."""
+    """Episodes of ``agent`` on the given samples, in their order; see ``check_answers`` for ``max_unusable``."""
     env = make_vector_env(env_id, min(num_envs, len(indices)), split=split, **env_kwargs)
     try:
-        return rollout(
+        episodes = rollout(
             env,
             agent,
             len(indices),
@@ -39,6 +121,8 @@ def play(
             agent_name=agent_name,
             on_progress=on_progress,
         )
+        check_episodes(episodes, max_unusable, stop=not ignore_stop and getattr(agent, "may_stop", True))
+        return episodes
     finally:
         agent.reset(np.ones(env.num_envs, dtype=bool))
         env.close()

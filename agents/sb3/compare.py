@@ -14,7 +14,7 @@ from ivt_agents.sb3.easy import easy_indices
 from ivt_env.data import load_dataset
 from ivt_env.episodes import Episode
 from ivt_env.metrics.statistics import bootstrap_mean, paired_bootstrap
-from ivt_env.rollouts import Agent
+from ivt_env.rollouts import Agent, first_samples
 
 ENV_ID = "IVT-Scenes-v0"
 
@@ -35,7 +35,7 @@ def compare(agent: Agent, split: str, *, easy: bool, samples: int, max_steps: in
         and paired differences in final IoU of the agent with the two others.
     """
     dataset = load_dataset("scenes", split)
-    indices = easy_indices(dataset, samples) if easy else list(range(min(samples, len(dataset))))
+    indices = easy_indices(dataset, samples) if easy else list(first_samples(dataset, samples))
     agents: dict[str, Agent] = {"ppo": agent, "random": RandomAgent(seed), "centre": CentreAgent()}
     played = {name: play(one, ENV_ID, split, indices, seed=seed, max_steps=max_steps) for name, one in agents.items()}
     images = [e.image_id for e in played["ppo"]]

@@ -39,9 +39,11 @@ from ivt_agents.sb3.compare import compare, table
 from ivt_agents.sb3.easy import SmallImages, easy_indices
 from ivt_agents.sb3.load import CONFIG_FILE, WEIGHTS_FILE, SB3Agent, save_sb3
 from ivt_agents.sb3.network import POLICY_OPTIONS, begin_with_what_is_seen
+from ivt_agents.training.finite import unusable_weight
 from ivt_env.data import load_dataset
 from ivt_env.env import GroundingEnv
 from ivt_env.files import forget, lock_folder, write_whole
+from ivt_env.rollouts import first_samples
 from ivt_env.wrappers import SB3Wrapper
 
 UPDATES_A_LINE = 4
@@ -115,7 +117,7 @@ def main(args: Args) -> dict[str, Any]:
 def _train(args: Args) -> dict[str, Any]:
     started, computed = time.perf_counter(), time.process_time()
     dataset = load_dataset("scenes", "train")
-    indices = easy_indices(dataset, args.samples) if args.easy else list(range(args.samples))
+    indices = easy_indices(dataset, args.samples) if args.easy else list(first_samples(dataset, args.samples))
     small = SmallImages(dataset, indices, args.side)
     envs = DummyVecEnv([_maker(small, args) for _ in range(args.num_envs)])
     model = PPO(
@@ -145,6 +147,10 @@ def _train(args: Args) -> dict[str, Any]:
     }
 
     def save() -> dict[str, Any]:
+        if name := unusable_weight(model.policy.named_parameters()):
+            raise ValueError(
+                f"weight {name} is not finite after {model.num_timesteps} actions; give a lower learning rate"
+            )
         spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - computed}
         record = asdict(args) | {"out": str(args.out), "actions": model.num_timesteps}
         record |= {key: round(value, 1) for key, value in spent.items()}

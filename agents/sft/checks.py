@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
-from ivt_agents.training.run import RunError, check_least, check_rate
+from ivt_agents.training.run import RunError, check_least, check_rate, check_share
 from ivt_agents.training.tracking import check_tracker
 
 if TYPE_CHECKING:  # the script imports this module; only its type is needed here
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the script imports this module; only its type is needed her
 
 MAY_CHANGE = frozenset(
     {"save_every", "out", "tracker", "config", "resume", "overwrite", "dry_run", "gpu_memory_gb", "image"}
-    | {"teacher_cache", "teacher_max_requests", "teacher_max_tokens"}
+    | {"max_unusable", "teacher_cache", "teacher_max_requests", "teacher_max_tokens"}
 )
 """Options that a resumed run may change: neither the policy nor the table depends on them."""
 
@@ -47,6 +47,7 @@ def check_options(args: Args) -> None:
     check_tracker(args.tracker)
     check_least(args, _LEAST)
     check_rate(args.lr)
+    check_share("max_unusable", args.max_unusable)
     args.check_model(args.lora_rank)
     if args.harvested is not None and not 1 <= args.harvested <= args.neighbours:
         raise RunError(f"harvested {args.harvested} of {args.neighbours} neighbours: give 1 to {args.neighbours}")

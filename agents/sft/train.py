@@ -30,7 +30,7 @@ from accelerate.utils import DistributedType
 from rich.progress import Progress
 
 from ivt_agents.command import progress_bars
-from ivt_agents.play.on_split import play, summary
+from ivt_agents.play.on_split import MAX_UNUSABLE, play, summary, validation_samples
 from ivt_agents.sft.checks import HARVEST, MAY_CHANGE, RESULTS, check_options
 from ivt_agents.sft.demonstrations import (
     Demonstration,
@@ -98,6 +98,9 @@ class Recipe:
     harvested: int | None = None
     """Of how many of the `neighbours`, drawn at random, the student is asked for its own box; None: of all. What is
     taught about the others needs none."""
+    max_unusable: float = MAX_UNUSABLE
+    """Refuse to go on where more than this share of the harvested answers holds no usable box. 1: go on whatever they
+    hold."""
     demonstrations: Path | None = None
     """JSON lines from any teacher; nothing is harvested then."""
     teacher: str = "template"
@@ -174,6 +177,7 @@ def main(args: Args) -> Path:
         return args.out
     check_options(args)
     teacher = _teacher(args)
+    measured_on = validation_samples(args.env, args.split, args.eval_split, args.eval_samples, args.data_root)
     accelerator = make_accelerator(args.mixed_precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise RunError(
@@ -188,10 +192,10 @@ def main(args: Args) -> Path:
             f"then this with --teacher template --demonstrations {args.out / 'demonstrations.jsonl'} and another --out"
         )
     with lock_folder(args.out) if accelerator.is_main_process else contextlib.nullcontext():
-        return _train(args, teacher, accelerator)
+        return _train(args, teacher, measured_on, accelerator)
 
 
-def _train(args: Args, teacher: Teacher | None, accelerator: Accelerator) -> Path:
+def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator: Accelerator) -> Path:
     options: dict[str, Any] = {**asdict(args), PROCESSES: accelerator.num_processes}
     if args.resume:
         check_resume(recorded_options(args.out), options, args.out, MAY_CHANGE)
@@ -224,7 +228,7 @@ def _train(args: Args, teacher: Teacher | None, accelerator: Accelerator) -> Pat
     keep_until = (int(found[-1].name[5:]) if found else 0) if args.resume else None
     log = MetricsLog(args.out, chief, args.tracker, keep_until, config=asdict(args))
     with progress_bars(note=True, disable=not chief) as progress:
-        before = _before(policy, args, progress) if chief else {}
+        before = _before(policy, args, measured_on, progress) if chief else {}
         taught = args.out / "demonstrations.jsonl"
         if args.resume and taught.exists():
             demonstrations = load_demonstrations(taught, dataset)
@@ -274,7 +278,7 @@ def _train(args: Args, teacher: Teacher | None, accelerator: Accelerator) -> Pat
             if args.lora_rank:
                 policy.model = merged(policy.model)
             policy.save(folder, options)
-            after = _measure(policy, args, progress, "after")
+            after = _measure(policy, args, measured_on, progress, "after")
     log.close()
     accelerator.wait_for_everyone()
     if chief and before:
@@ -334,8 +338,11 @@ def _demonstrations(
         return load_demonstrations(args.demonstrations, dataset)
     rng = np.random.default_rng((args.seed, 1))
     size = min(args.samples, len(dataset))
-    places = rng.choice(len(dataset) // args.neighbours, size=-(-size // args.neighbours), replace=False)
-    indices = [int(p) * args.neighbours + k for p in places for k in range(args.neighbours)][:size]
+    wanted, whole = -(-size // args.neighbours), len(dataset) // args.neighbours
+    # Only where whole places do not suffice the last one counts, whose neighbours are fewer.
+    places = rng.choice(max(wanted, whole), size=wanted, replace=False)
+    indices = [int(p) * args.neighbours + k for p in places for k in range(args.neighbours)]
+    indices = [index for index in indices if index < len(dataset)][:size]
     if args.single_shot:
         samples = [(i, dataset[i]) for i in indices]
         return [Demonstration(dataset.name, dataset.split, i, s.sample_id, None, s.box) for i, s in samples]
@@ -351,6 +358,7 @@ def _demonstrations(
             indices=asked,
             ignore_stop=True,
             max_steps=1,
+            max_unusable=args.max_unusable,
             on_progress=lambda n: progress.advance(task, n),
             **env_kwargs,
         )
@@ -405,23 +413,23 @@ def _saved_boxes(path: Path, made_for: dict[str, Any]) -> list[Sequence[float] |
     return saved["boxes"] if all(saved.get(k) == v for k, v in made_for.items()) else None
 
 
-def _before(policy: VLMPolicy, args: Args, progress: Progress) -> dict[str, float]:
+def _before(policy: VLMPolicy, args: Args, indices: range, progress: Progress) -> dict[str, float]:
     """What the student does before it is taught; measured once, however often the run is cut off."""
     path = args.out / "before.json"
     if not (args.resume and path.exists()):
-        write_json(path, _measure(policy, args, progress, "before"))
+        write_json(path, _measure(policy, args, indices, progress, "before"))
     return read_json(path, f"remove {path} to measure it again", RunError)
 
 
-def _measure(policy: VLMPolicy, args: Args, progress: Progress, name: str) -> dict[str, float]:
-    if not args.eval_samples:
+def _measure(policy: VLMPolicy, args: Args, indices: range, progress: Progress, name: str) -> dict[str, float]:
+    if not indices:
         return {}
-    task = progress.add_task(f"measuring {name}", total=args.eval_samples, note="")
+    task = progress.add_task(f"measuring {name}", total=len(indices), note="")
     episodes = play(
         policy,
         args.env,
         args.eval_split,
-        range(args.eval_samples),
+        indices,
         data_root=args.data_root,
         strict=True,
         view=policy.view,

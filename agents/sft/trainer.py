@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ivt_agents.sft.demonstrations import Demonstration
-from ivt_agents.training.checkpoints import load_state, save_state
+from ivt_agents.training.checkpoints import load_state, save_state, what_is_kept
+from ivt_agents.training.finite import check_finite, check_weights
 from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.adapters import layer_matrices
 from ivt_agents.vlm.codec import STOP_TEXT
@@ -261,9 +262,13 @@ def train(
             accelerator.backward(loss)
             loss_sum += float(loss.detach()) / accelerator.num_processes
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
+        found = {"the loss": loss_sum, "the gradient's norm": float(norm)}
+        remedy = what_is_kept(folder, peak_lr)
+        check_finite(step + 1, found, remedy, accelerator)
         for one, _ in optimizers:
             one.step()
             one.zero_grad(set_to_none=True)
+        check_weights(step + 1, policy.model, remedy, accelerator)
         value = float(accelerator.reduce(torch.tensor(loss_sum, device=accelerator.device), "sum"))
         log.write(step + 1, {"sft/loss": value, "sft/grad_norm": float(norm), "sft/tokens": float(total)})
         if (step + 1) % save_every == 0 or step + 1 == steps:

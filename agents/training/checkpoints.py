@@ -121,6 +121,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_number)
 
 
+def what_is_kept(folder: Path, lr: float) -> str:
+    """What remains of a run that stops because something is not finite, and what to do."""
+    kept = checkpoints(folder)
+    rate = f"begin another run with other options, for example an --lr below {lr:g}"
+    return f"The last good checkpoint is {kept[-1]}; {rate}" if kept else f"No checkpoint was written yet; {rate}"
+
+
 def _number(checkpoint: Path) -> int:
     return int(checkpoint.name[5:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
@@ -16,9 +17,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from ivt_agents.training.finite import check_finite
 from ivt_agents.training.tracking import open_tracker
 from ivt_env.failures import reading
 from ivt_env.files import naming, write_whole
+
+log = logging.getLogger(__name__)
 
 
 class RunError(ValueError):
@@ -46,6 +50,12 @@ def check_rate(lr: float) -> None:
         raise RunError(f"lr {lr:g}: the weights would stay, go uphill or be lost; give more than 0")
 
 
+def check_share(name: str, value: float) -> None:
+    """Refuse what is no share (``RunError``)."""
+    if not 0 <= value <= 1:
+        raise RunError(f"{name} {value:g}: a share; give 0 to 1")
+
+
 def make_accelerator(mixed_precision: str) -> Accelerator:
     """For one process or several, with or without GPUs.
 
@@ -67,6 +77,12 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
                 f"{name} was asked for, but {why}: accelerate would hold the whole model in every process without a"
                 " word; launch without it (configs/accelerate/ddp.yaml)"
             )
+    # Its launcher sets the address where it was told of several, and their number where it started them.
+    if alone and not torch.cuda.is_available() and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ):
+        log.warning(
+            "accelerate launch was told of several processes and started one, as it does without a GPU: this is one"
+            " process; torchrun --standalone --nproc_per_node N starts N"
+        )
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise RunError("FSDP version 1: rollouts need to gather its weights in a way it has not; set fsdp_version: 2")
@@ -116,9 +132,14 @@ class MetricsLog:
         """Whether a line that was kept from before holds a value of that step, such as ``eval/...``."""
         return any(row["step"] == step and any(k.startswith(prefix) for k in row) for row in self._kept)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line; NaN means *not measured* and is left out."""
-        values = {k: float(v) for k, v in metrics.items() if np.isfinite(v)}
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """One line; None means *not measured* and is left out.
+
+        Raises:
+            NotFiniteError: on processes that write and on those that do not.
+        """
+        values = {k: float(v) for k, v in metrics.items() if v is not None}
+        check_finite(step, values, "It can neither be logged nor learned from.")
         if not values:
             return
         if self._file is not None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ivt_agents.training.finite import NotFiniteError, unusable_weight
 from ivt_agents.vlm.adapters import folded
 from ivt_agents.vlm.cache import Memory
 from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec, parse_action
@@ -232,7 +233,12 @@ class VLMPolicy:
         Args:
             folder: appears complete or not at all.
             made_for: the options that made the policy, for those who find the folder.
+
+        Raises:
+            NotFiniteError: for weights that are not finite, before anything is written.
         """
+        if name := unusable_weight(self.model.named_parameters()):
+            raise NotFiniteError(f"weight {name} is not finite, so {folder} is not written; train with a lower --lr")
         asked = self.dialogue.prompts
         texts = {"prompt": asked.text, "closeup": asked.closeup, "with_closeup": asked.with_closeup}
         settings = texts | {"frame": self.codec.frame, "layout": self.layout, "view": self.view} | stored_as(self.model)

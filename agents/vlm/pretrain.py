@@ -30,12 +30,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from ivt_agents.command import progress_bars, run_command
+from ivt_agents.training.finite import NotFiniteError, check_finite, unusable_weight
 from ivt_agents.vlm.policy import POLICY_FILE
 from ivt_agents.vlm.pretrain_model import CellHead, SlotModel, words_of
 from ivt_agents.vlm.pretrain_pool import ANSWER, KINDS, LABELS, NUMBERS, SEARCH_FROM, Drawing
 from ivt_agents.vlm.prompts import TINY
 from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer
 from ivt_env.files import whole_folder, write_whole
+
+REMEDY = "What was saved before stays; give a lower --lr or --matrix-lr"
 
 
 @dataclass
@@ -160,7 +163,9 @@ def train_vision(
         loss = cell_loss(head, merged, deep, images.take("cells", rows))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        found = {"the loss of the vision stage": float(loss.detach()), "its gradient's norm": float(norm)}
+        check_finite(step + 1, found, REMEDY)
         optimizer.step()
         if step % 20 == 0 or step == args.vision_steps - 1:
             log.append({"stage": 1, "step": step, "loss": float(loss.detach())})
@@ -235,7 +240,8 @@ def train_grounding(
         for optimizer, _ in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        check_finite(step + 1, {"the loss": float(loss.detach()), "the gradient's norm": float(norm)}, REMEDY)
         for optimizer, _ in optimizers:
             optimizer.step()
         if step % 20 == 0 or step == args.steps - 1:
@@ -254,6 +260,8 @@ def save(
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(s) for s in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     half = {name: tensor.to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
+    if name := unusable_weight(half.items()):
+        raise NotFiniteError(f"weight {name} is not finite in half precision, so {args.out} is not written. {REMEDY}")
     half.pop("lm_head.weight")  # tied to the input embeddings
     settings = {"prompt": TINY.text, "frame": "relative_1000"}
     with whole_folder(args.out, asdict(args)) as partial:

@@ -25,6 +25,8 @@ class Teacher(Protocol):
 def load_teacher(name: str, budget: Budget | None = None) -> Teacher:
     """The teacher called ``name``: ``hf:<model>`` or ``openai:<base url>[#<model>]``.
 
+    A served model has answered one small request by then.
+
     The template teacher is no ``Teacher``: it looks at numbers, not at images, and fails never.
 
     Args:
@@ -33,7 +35,9 @@ def load_teacher(name: str, budget: Budget | None = None) -> Teacher:
     """
     kind, _, rest = name.partition(":")
     if kind == "openai" and rest:
-        return OpenAITeacher(rest, budget)
+        served = OpenAITeacher(rest, budget)
+        served.check()
+        return served
     if kind == "hf" and rest:
         from ivt_agents.sft.teacher.hf import HFTeacher
 

@@ -17,8 +17,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from ivt_agents.sft.teacher.prompts import SYSTEM, TraceRequest
 from ivt_env.data.fetch import Patience
@@ -102,6 +104,22 @@ class OpenAITeacher:
         if self._key and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             log.warning("the key in %s is sent to %s without encryption (http)", KEY_VARIABLE, parts.hostname)
         self._opener = urllib.request.build_opener(_NoRedirects)
+
+    def check(self) -> None:
+        """Send one small request: a server that cannot answer is found before anything is measured or harvested.
+
+        Raises:
+            TeacherError: for an address, key or model that does not work, after at most two attempts.
+        """
+        patient, self.patience = self.patience, replace(self.patience, attempts=2, timeout_s=30.0)
+        try:
+            self._write(TraceRequest(np.full((64, 64, 3), 128, np.uint8), "Answer with the word ready."))
+        except TeacherError as error:
+            raise type(error)(
+                f"the teacher was asked one small question first, and nothing else was done: {error}"
+            ) from error
+        finally:
+            self.patience = patient
 
     def write(self, requests: Sequence[TraceRequest]) -> list[str]:
         """One text per request, as the model gave it; checked by the caller."""
