@@ -447,7 +447,7 @@ def test_the_training_command_takes_a_model_teacher(chat, tmp_path):
     assert {r["trace"] for r in rows} == {"", GOOD} and (folder / "policy.json").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["teacher"] == f"openai:{chat.url}#m"
     sent = len(chat.seen)
-    small(tmp_path / "run", teacher=f"openai:{chat.url}#m", teacher_cache=tmp_path / "cache")
+    small(tmp_path / "again", teacher=f"openai:{chat.url}#m", teacher_cache=tmp_path / "cache")
     assert len(chat.seen) == sent + 1, "the small question that comes first, and nothing that was answered before"
     assert not any(KEY.encode() in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
@@ -485,6 +485,8 @@ def test_the_template_still_writes_just_what_teach_makes_and_asks_nobody(tmp_pat
     save_demonstrations(tmp_path / "expected.jsonl", expected)
     assert (tmp_path / "run" / "demonstrations.jsonl").read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "before.json",
+        "checkpoints",
         "config.json",
         "demonstrations.jsonl",
         "metrics.jsonl",
