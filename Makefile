@@ -49,7 +49,7 @@ paper: $(VENV)/.installed
 study: $(VENV)/.installed
 	$(RUN) -m experiments.study --out runs/study
 
-# A tiny model from scratch (73 minutes on two cores that other work shared; docs/experiments.md has its figures).
+# A tiny model from scratch, the next one: minutes on a GPU, hours on two cores (docs/experiments.md).
 tiny: $(VENV)/.installed
 	$(RUN) -m ivt_agents.vlm.pretrain --out runs/tiny_qwen3vl
 
