@@ -235,7 +235,7 @@ class Trials:
         if status not in (0, SIGNALS[way]):
             self.fault(what, f"status {status}: {told[-300:]}")
         if "Traceback" in told:
-            self.fault(what, f"a traceback: {told[-600:]}")
+            self.fault(what, f"a traceback: {told[max(0, told.index('Traceback') - 200) :][:1500]}")
         for one in faults_of(out):
             self.fault(what, one)
         # Tables and plots of an evaluation are made again from its episodes, a policy from its last checkpoint.
