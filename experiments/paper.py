@@ -121,8 +121,9 @@ def _run(args: Args, recipe: Recipe, count: int) -> dict[str, Any]:
     write_whole(args.out / "table.txt", text + "\n")
     options = {"args": asdict(args), **asdict(recipe)}
     write_json(args.out / "results.json", json.loads(json.dumps(options, default=str)) | found)
-    print(text)
-    print(f"\nwritten to {args.out}: table.txt, results.json, episodes")
+    for claim in found["claims"]:
+        print(f"[{'yes' if claim['holds'] else 'NO'}] {claim['text']}")
+    print(f"both tables, and the figures of each claim: {args.out / 'table.txt'}")
     return found
 
 

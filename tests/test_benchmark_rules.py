@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,10 @@ def sample(number: int, box_px: tuple[float, ...], size: tuple[int, int] = (427,
     box = (x1 / width, y1 / height, x2 / width, y2 / height)
     meta = {"category": "o365_1", "distractors": 2, **meta}
     return Sample(f"s{number}", f"p{number // 2}", "it", box, size, "made", "test", meta=meta)
+
+
+def accuracy(name: str, predicted: Any, samples: list[Sample]) -> float:
+    return value(b.score(name, predicted, samples), "Acc@0.5")
 
 
 def value(result: b.RuleResult, metric: str) -> float:
@@ -76,7 +81,7 @@ def test_an_overlap_equal_to_any_threshold_counts_only_where_the_rule_says_so() 
         assert b.mean_hits(iou, strict=True)[0] == pytest.approx(passed / 10)
         assert b.mean_hits(iou, strict=False)[0] == pytest.approx((passed + 1) / 10)
     at_half = [[304, 28, 324, 78]]
-    found = {name: value(b.score(name, at_half, samples), "Acc@0.5") for name in b.RULES}
+    found = {name: accuracy(name, at_half, samples) for name in b.RULES}
     # Inside its target a box has its target as hull, so GIoU equals IoU there.
     assert found == {"common": 1, "refcoco": 1, "mdetr": 1, "vlmr1": 0, "refl4": 0, "refadv": 1}
 
@@ -88,7 +93,7 @@ def test_every_rule_agrees_with_exact_fractions(case: tuple[list[tuple[int, ...]
     samples = [sample(i, t) for i, t in enumerate(targets)]
     ious = [reference_iou(p, t) for p, t in case_pairs(case)]
     n = len(ious)
-    common, refl4 = b.common(predicted, samples), b.ref_l4(predicted, samples)
+    common, refl4 = b.score("common", predicted, samples), b.score("refl4", predicted, samples)
     for percent in (50, 75, 90):
         t = Fraction(percent, 100)
         metric = f"Acc@{percent / 100:g}"
@@ -101,7 +106,7 @@ def test_every_rule_agrees_with_exact_fractions(case: tuple[list[tuple[int, ...]
     gious = [reference_giou(p, t) if reference_iou(p, p) else Fraction(-1) for p, t in case_pairs(case)]
     clear = all(abs(g - Fraction(1, 2)) > Fraction(1, 10**9) for g in gious)  # GIoU is a difference, and rounds
     if clear:
-        assert value(b.mdetr(predicted, samples), "Acc@0.5") == pytest.approx(sum(2 * g >= 1 for g in gious) / n)
+        assert accuracy("mdetr", predicted, samples) == pytest.approx(sum(2 * g >= 1 for g in gious) / n)
 
 
 def case_pairs(case: tuple[list[tuple[int, ...]], list[tuple[int, ...]]]) -> list[tuple[tuple[int, ...], ...]]:
@@ -120,27 +125,27 @@ def test_order_does_not_matter_and_strict_is_never_above(case, random) -> None:
         again = b.score(name, [predicted[i] for i in order], [samples[i] for i in order])
         assert [r.metric for r in once.rows] == [r.metric for r in again.rows]
         np.testing.assert_allclose([r.value for r in once.rows], [r.value for r in again.rows], atol=1e-12)
-    strict, loose = b.ref_l4(predicted, samples), b.common(predicted, samples)
+    strict, loose = b.score("refl4", predicted, samples), b.score("common", predicted, samples)
     for metric in ("Acc@0.5", "Acc@0.75", "Acc@0.9", "mAcc"):
         assert value(strict, metric) <= value(loose, metric)
-    assert value(b.vlm_r1(predicted, samples), "Acc@0.5") <= value(b.refcoco(predicted, samples), "Acc@0.5")
-    assert value(b.mdetr(predicted, samples), "Acc@0.5") <= value(b.refcoco(predicted, samples), "Acc@0.5")
+    assert accuracy("vlmr1", predicted, samples) <= value(b.score("refcoco", predicted, samples), "Acc@0.5")
+    assert accuracy("mdetr", predicted, samples) <= value(b.score("refcoco", predicted, samples), "Acc@0.5")
 
 
 def test_giou_is_harder_than_iou_where_the_hull_is_large() -> None:
     samples = [sample(0, (0, 0, 100, 100))]
     shifted = [[20, 20, 120, 120]]  # IoU 6400 / 13600 = 0.47; one that passes IoU and fails GIoU follows
-    assert value(b.refcoco(shifted, samples), "Acc@0.5") == 0
+    assert accuracy("refcoco", shifted, samples) == 0
     diagonal = [[17, 17, 117, 117]]  # IoU 6889 / 13111 = 0.525, hull 117^2 = 13689: GIoU 0.483
-    assert value(b.refcoco(diagonal, samples), "Acc@0.5") == 1
-    assert value(b.mdetr(diagonal, samples), "Acc@0.5") == 0
+    assert accuracy("refcoco", diagonal, samples) == 1
+    assert accuracy("mdetr", diagonal, samples) == 0
 
 
 def test_vlm_r1_sees_no_overlap_of_a_pixel_or_less() -> None:
     samples = [sample(0, (10, 10, 11, 60))]  # one pixel wide
-    assert value(b.vlm_r1([[10, 10, 11, 60]], samples), "Acc@0.5") == 0
-    assert value(b.refcoco([[10, 10, 11, 60]], samples), "Acc@0.5") == 1
-    assert value(b.vlm_r1([[10, 10, 12, 60]], [sample(0, (10, 10, 12, 60))]), "Acc@0.5") == 1
+    assert accuracy("vlmr1", [[10, 10, 11, 60]], samples) == 0
+    assert accuracy("refcoco", [[10, 10, 11, 60]], samples) == 1
+    assert accuracy("vlmr1", [[10, 10, 12, 60]], [sample(0, (10, 10, 12, 60))]) == 1
 
 
 def test_refl4_size_bins_end_at_128_and_256() -> None:
@@ -148,7 +153,7 @@ def test_refl4_size_bins_end_at_128_and_256() -> None:
     samples = [sample(i, (0, 0, side, side), size=(600, 600)) for i, side in enumerate(sides)]
     perfect = b.targets_px(samples)
     perfect[2] = np.nan
-    result = b.ref_l4(perfect, samples)
+    result = b.score("refl4", perfect, samples)
     bins = {row.metric: (row.n, row.value) for row in result.rows if "px" in row.metric}
     assert bins == {
         "Acc@0.5, small: under 128 px": (1, 1.0),
@@ -159,7 +164,9 @@ def test_refl4_size_bins_end_at_128_and_256() -> None:
         "mAcc, large: over 256 px": (1, 1.0),
     }
     # The root of w * h, not of either side.
-    assert [r.n for r in b.ref_l4([[0, 0, 64, 300]], [sample(0, (0, 0, 50, 320))]).rows if "small" in r.metric] == [
+    assert [
+        r.n for r in b.score("refl4", [[0, 0, 64, 300]], [sample(0, (0, 0, 50, 320))]).rows if "small" in r.metric
+    ] == [
         1,
         1,
     ]
@@ -170,14 +177,14 @@ def test_refl4_class_average_weighs_classes_not_samples() -> None:
     samples = [sample(i, (0, 0, 100, 100), category=c) for i, c in enumerate(categories)]
     predicted = np.full((5, 4), np.nan)
     predicted[:2] = predicted[4] = (0, 0, 100, 100)
-    unmapped = b.ref_l4(predicted, samples)
+    unmapped = b.score("refl4", predicted, samples)
     assert value(unmapped, "Acc@0.5, class average") == pytest.approx((2 / 3 + 0 + 1) / 3)
     assert len(unmapped.notes) == 1 and "UNMAPPED" in unmapped.notes[0] and "1 refcoco_*" in unmapped.notes[0]
-    mapped = b.ref_l4(predicted, samples, category_map={"refcoco_1": "o365_1"})
+    mapped = b.score("refl4", predicted, samples, category_map={"refcoco_1": "o365_1"})
     assert value(mapped, "Acc@0.5, class average") == pytest.approx((2 / 4 + 1) / 2)
     assert value(mapped, "mAcc, class average") == pytest.approx((2 / 4 + 1) / 2)
     assert mapped.notes == () and value(mapped, "Acc@0.5") == pytest.approx(3 / 5)
-    assert b.ref_l4(predicted, samples, category_map={"refcoco_2": "o365_1"}).notes == unmapped.notes
+    assert b.score("refl4", predicted, samples, category_map={"refcoco_2": "o365_1"}).notes == unmapped.notes
 
 
 def test_refadv_bins_by_distractors_sorts_corners_and_clamps() -> None:
@@ -186,7 +193,7 @@ def test_refadv_bins_by_distractors_sorts_corners_and_clamps() -> None:
     good = (540, 300, 640, 400)
     reversed_corners, far_right, miss = (640, 400, 540, 300), (540, 300, 900, 400), (0, 0, 10, 10)
     predicted = [good, miss, reversed_corners, far_right, miss, good]
-    own, common = b.ref_adv(predicted, samples), b.common(predicted, samples)
+    own, common = b.score("refadv", predicted, samples), b.score("common", predicted, samples)
     bins = {row.metric: (row.n, row.value) for row in own.rows if "distractors" in row.metric}
     assert bins == {
         "Acc@0.5, 2-3 distractors": (2, 0.5),
@@ -194,7 +201,7 @@ def test_refadv_bins_by_distractors_sorts_corners_and_clamps() -> None:
         "Acc@0.5, >=7 distractors": (2, 0.5),
     }
     assert value(own, "Acc@0.5") == pytest.approx(4 / 6) and value(common, "Acc@0.5") == pytest.approx(2 / 6)
-    few = b.ref_adv(predicted, [sample(i, good, distractors=1) for i in range(6)])
+    few = b.score("refadv", predicted, [sample(i, good, distractors=1) for i in range(6)])
     assert "6 samples have fewer than 2 distractors" in few.notes[0]
     assert all(math.isnan(row.value) and row.n == 0 for row in few.rows if "distractors" in row.metric)
 
@@ -213,7 +220,7 @@ def test_refadv_published_overlaps_are_reproduced() -> None:
     samples = [sample(i, gt, size=(640, 640)) for i, (gt, _, _) in enumerate(published)]
     predicted = [p for _, p, _ in published]
     np.testing.assert_allclose(b.overlap(predicted, b.targets_px(samples)), [v for *_, v in published], atol=1e-7)
-    assert value(b.ref_adv(predicted, samples), "Acc@0.5") == pytest.approx(4 / 6)
+    assert accuracy("refadv", predicted, samples) == pytest.approx(4 / 6)
 
 
 @pytest.mark.parametrize("name", b.RULES)
@@ -228,16 +235,16 @@ def test_perfect_boxes_give_1_and_no_boxes_0(name: str) -> None:
 def test_a_box_without_area_is_a_miss(name: str) -> None:
     samples = [sample(0, (100, 100, 200, 200))]
     for bad in ([150, 150, 150, 150], [math.inf, 0, 1, 1], [100, math.nan, 200, 200]):
-        assert value(b.score(name, [bad], samples), "Acc@0.5") == 0
+        assert accuracy(name, [bad], samples) == 0
     if name != "refadv":  # which sorts corners
-        assert value(b.score(name, [[200, 200, 100, 100]], samples), "Acc@0.5") == 0
+        assert accuracy(name, [[200, 200, 100, 100]], samples) == 0
 
 
 def test_intervals_cluster_by_image_and_fit_the_subset() -> None:
     samples = [sample(i, (0, 0, 50 + 20 * i, 100), size=(600, 600)) for i in range(12)]
     predicted = b.targets_px(samples)
     predicted[::3] = np.nan
-    result = b.ref_l4(predicted, samples, resamples=200)
+    result = b.score("refl4", predicted, samples, resamples=200)
     for row in result.rows:
         if "class average" in row.metric:
             assert row.low is None and row.high is None
@@ -246,8 +253,8 @@ def test_intervals_cluster_by_image_and_fit_the_subset() -> None:
     by_name = {row.metric: row for row in result.rows}
     assert by_name["Acc@0.5"].low is not None
     assert by_name["Acc@0.5, large: over 256 px"].n == 0 and by_name["Acc@0.5, large: over 256 px"].low is None
-    assert b.common(predicted[:2], samples[:2], resamples=200).rows[0].low is None  # one image
-    assert b.common(predicted, samples).rows[0].low is None
+    assert b.score("common", predicted[:2], samples[:2], resamples=200).rows[0].low is None  # one image
+    assert b.score("common", predicted, samples).rows[0].low is None
 
 
 def test_the_table_puts_rules_beside_each_other_and_says_what_they_are() -> None:
@@ -256,11 +263,13 @@ def test_the_table_puts_rules_beside_each_other_and_says_what_they_are() -> None
     results = [b.score(name, predicted, samples, resamples=50) for name in ("common", "refl4")]
     table = b.results_table(results)
     line = next(line for line in table.splitlines() if line.startswith("Acc@0.5 (%)"))
-    assert line.split() == ["Acc@0.5", "(%)", "4", "100.00", "[100.00,", "100.00]", "0.00", "[0.00,", "0.00]"]
+    assert line.split() == ["Acc@0.5", "(%)", "4", "100.00", "[100.0,", "100.0]", "0.00", "[0.0,", "0.0]"]
     assert next(line for line in table.splitlines() if line.startswith("mIoU")).split()[:3] == ["mIoU", "4", "0.5000"]
-    assert "common: IoU >= 0.5, 0.75, 0.9; IoU >= 0.50" in table and "refl4: IoU > 0.5, 0.75, 0.9;" in table
-    assert "UNMAPPED" in table
-    assert b.results_table(results, markdown=True).startswith("| metric")
+    common, refl4, note = b.legend(results)
+    assert common.startswith("common: IoU >= 0.5, 0.75, 0.9; IoU >= 0.50") and refl4.startswith(
+        "refl4: IoU > 0.5, 0.75"
+    )
+    assert "UNMAPPED" in note
     record = json.loads(json.dumps(as_json(results), allow_nan=False))
     empty = [row for row in record[1]["rows"] if row["n"] == 0]
     assert empty and all(row["value"] is None for row in empty)
@@ -282,8 +291,6 @@ def test_a_sample_without_what_a_rule_needs_is_named() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="no samples"):
-        b.common(np.zeros((0, 4)), [])
+        b.score("common", np.zeros((0, 4)), [])
     with pytest.raises(ValueError, match=r"\(2, 4\)"):
-        b.common(np.zeros((2, 4)), [sample(0, (0, 0, 9, 9))])
-    with pytest.raises(ValueError, match="no results"):
-        b.results_table([])
+        b.score("common", np.zeros((2, 4)), [sample(0, (0, 0, 9, 9))])

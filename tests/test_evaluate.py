@@ -42,11 +42,14 @@ def evaluated(tmp_path_factory):
     return out, done.stdout
 
 
-def test_the_table_holds_every_policy_and_column(evaluated):
+def test_the_command_ends_with_an_answer_and_the_table_holds_every_policy_and_column(evaluated):
     out, printed = evaluated
+    screen, table = printed.splitlines(), (out / "table.txt").read_text()
+    assert len(screen) <= 15 and max(len(line.replace(str(out), "runs")) for line in screen) <= 100
+    assert "refinement hurts" in next(line for line in screen if line.startswith("base"))
+    assert f"report: {out / 'report.html'}" in screen
     for word in ("base", "floor", "ceiling", "step_0", "last_step", "learned_stop", "random_step", "oracle_best"):
-        assert word in printed
-    assert (out / "table.txt").read_text().strip() in printed
+        assert word in table
     results = json.loads((out / "results.json").read_text())
     assert results["served"] == "scenes/val" and {r["policy"] for r in results["rows"]} == {"base", "floor", "ceiling"}
 

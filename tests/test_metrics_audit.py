@@ -13,12 +13,12 @@ import pytest
 from test_metrics_records import STOP, UNPARSED, episode, random_pair
 
 from ivt_env.episodes import load_episodes, save_episodes
-from ivt_env.metrics.audit import Run, audit, audit_runs, behaviour_table
+from ivt_env.metrics.audit import Run, audit, audit_runs, behaviour_lines
 from ivt_env.metrics.breakdown import breakdown, group_table
 from ivt_env.metrics.columns import columns, outcomes, pool_seeds, strata
 from ivt_env.metrics.scores import METRICS, break_rate, correction_rate, scores
 from ivt_env.metrics.stopping import auroc, calibration, ece, pearson, reliability
-from ivt_env.metrics.table import compare, difference_table, score_rows, seed_table
+from ivt_env.metrics.table import compare, difference_table, seed_table
 
 
 def seeds(count: int, n: int = 40) -> list[Run]:
@@ -69,8 +69,15 @@ def test_the_audit_holds_what_the_single_functions_give() -> None:
     everyone = {g.column: g for g in found.groups if g.group == "all"}
     assert everyone["learned_stop"].parse_failures == one.stopping.parse_failures
     assert everyone["last_step"].parse_failures == one.forced.parse_failures
-    shown = behaviour_table({"mine": found})
-    for label in ("proposals an episode", "learned stop: broke", "stop precision", "stop recall", "NSRI", "unparsable"):
+    shown = str(behaviour_lines({"mine": found}))
+    for label in (
+        "proposals an episode",
+        "learned stop: regressed",
+        "stop precision",
+        "stop recall",
+        "NSRI",
+        "unparsable",
+    ):
         assert label in shown
 
 
@@ -80,7 +87,7 @@ def test_one_rollout_is_enough() -> None:
     assert set(only.columns) == {"step_0", "learned_stop"} and only.runs[0].forced is None
     forced = audit(forced=run.forced, n_boot=20)
     assert forced.runs[0].stop_precision is None and "learned_stop" not in forced.columns
-    assert "stop precision" not in behaviour_table({"a": forced})
+    assert "stop precision" not in str(behaviour_lines({"a": forced}))
     with pytest.raises(ValueError, match="no rollout given"):
         audit()
     with pytest.raises(ValueError, match="no run given"):
@@ -147,7 +154,7 @@ def test_scores_of_pooled_seeds_are_the_means_over_seeds() -> None:
             assert row.by_seed[metric] == pytest.approx([e[metric] for e in each])
             assert row.scores[metric].value == pytest.approx(np.mean([e[metric] for e in each]))
     assert len(pooled.runs) == 3 and pooled.episodes == 40
-    assert "[" in behaviour_table({"loop": pooled}), "the range over seeds is printed"
+    assert "[" in str(behaviour_lines({"loop": pooled})), "the range over seeds is printed"
     assert len(seed_table(pooled.rows, "mIoU").splitlines()[2].split()) == 4 + 3
 
 
@@ -192,12 +199,8 @@ def test_runs_that_do_not_belong_together_are_refused() -> None:
         audit_runs([run, Run(other.stopping)], name="loop")
     with pytest.raises(ValueError, match="episode 0 differs in sample_id: 's0' in seed 0, 's1' in seed 1"):
         audit_runs([run, Run(other.stopping[1:] + other.stopping[:1], other.forced[1:] + other.forced[:1])])
-    with pytest.raises(ValueError, match="1 arrays of verifier scores for 2 runs"):
-        audit_runs([run, other], verifier_scores=[np.zeros((40, 4))])
     with pytest.raises(ValueError, match="cannot pool"):
         pool_seeds(list(columns(episodes_forced=run.forced).values())[:2])
-    with pytest.raises(ValueError, match="no policy has several seeds"):
-        seed_table(score_rows("a", columns(episodes_forced=run.forced), range(40), n_boot=5), "mIoU")
 
 
 def test_ece_of_a_calibrated_signal_tends_to_zero_and_of_a_constant_one_is_its_gap() -> None:
@@ -223,9 +226,10 @@ def test_the_bins_are_the_ece_taken_apart() -> None:
 
 def test_auroc_equals_all_pairs_with_ties_as_half() -> None:
     rng = np.random.default_rng(7)
-    s, c = rng.integers(0, 6, 150), rng.random(150) < 0.3
+    s, c, w = rng.integers(0, 6, 150), rng.random(150) < 0.3, rng.integers(0, 4, 150)
     gaps = s[c][:, None] - s[~c][None, :]
     assert auroc(s, c) == pytest.approx((gaps > 0).mean() + (gaps == 0).mean() / 2)
+    assert auroc(s, c, w) == pytest.approx(auroc(np.repeat(s, w), np.repeat(c, w)))
     assert auroc(-s, c) == pytest.approx(1 - auroc(s, c))
     assert auroc([0.1, 0.9], [0, 1]) == 1 and auroc([0.4, 0.4], [0, 1]) == 0.5 and np.isnan(auroc([0.4], [1]))
 

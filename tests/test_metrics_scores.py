@@ -46,10 +46,9 @@ def drawn(ious: list[list[float]]) -> Column:
     return Column("drawn", values, np.full_like(values, 1 / values.shape[1]), oracle=False, rollout="forced")
 
 
-def test_an_iou_at_the_threshold_counts_unless_strict() -> None:
+def test_an_iou_at_the_threshold_counts() -> None:
     column = decided([0.5, 0.49, 0.51])
     assert hits(column, 0.5).tolist() == [1, 0, 1]
-    assert hits(column, 0.5, strict=True).tolist() == [0, 0, 1]
 
 
 def test_mean_accuracy_averages_ten_thresholds() -> None:

@@ -20,12 +20,12 @@ from ivt_env.metrics.statistics import wilson
 from ivt_env.metrics.swaps import (
     Dependence,
     Swap,
-    auroc,
     dependence,
     dependence_table,
     save_swaps,
     share,
     summarise,
+    swap_headline,
     swap_table,
 )
 from ivt_env.metrics.table import as_json
@@ -130,14 +130,16 @@ def test_boxes_between_good_and_bad_are_not_judged() -> None:
     assert math.isnan(named(dependence("it", swaps))["AUROC good / bad"].value.value)
 
 
-def test_auroc_is_the_share_of_pairs_in_order() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        good, bad = rng.integers(0, 5, rng.integers(1, 9)), rng.integers(0, 5, rng.integers(1, 9))
-        pairs = [(g > b) + 0.5 * (g == b) for g in good for b in bad]
-        assert auroc(good, bad) == pytest.approx(np.mean(pairs))
-    with pytest.raises(ValueError, match="both sides"):
-        auroc([], [1.0])
+def test_the_headline_says_whether_good_boxes_are_told_from_bad() -> None:
+    judging, always, upside = (
+        [swap(v, k, "stop" if stops(v) else TARGET, agent=str(stops)) for v in SHOWN for k in range(20)]
+        for stops in (lambda v: v == "target", lambda v: True, lambda v: v != "target")
+    )
+    rows = [r for name, s in {"a": judging, "b": always, "c": upside}.items() for r in dependence(name, s)]
+    lines = swap_headline(rows).splitlines()
+    for line, said in zip(lines[2:], ("tells good from bad", "n.s.", "prefers bad boxes"), strict=False):
+        assert said in line
+    assert len(swap_headline(rows * 20).splitlines()) <= 12 and max(map(len, lines)) <= 100
 
 
 def test_own_right_against_wrong_goes_across_samples() -> None:
@@ -203,7 +205,7 @@ def test_a_row_counts_its_answers() -> None:
 
 def test_one_sample_or_one_image_is_printed_without_an_interval() -> None:
     swaps = [swap(v, 0) for v in SHOWN]
-    text = dependence_table(dependence("it", swaps)) + swap_table(summarise("it", swaps), markdown=True)
+    text = dependence_table(dependence("it", swaps)) + swap_table(summarise("it", swaps))
     assert "nan" not in text.lower()
     assert json.loads(json.dumps(as_json(dependence("it", swaps)), allow_nan=False))
 

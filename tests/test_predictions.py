@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivt_env.data.sample import Sample
-from ivt_env.metrics.benchmarks import common, targets_px
+from ivt_env.metrics.benchmarks import score, targets_px
 from ivt_env.metrics.predictions import (
     FORMATS,
     FRAMES,
@@ -96,7 +96,7 @@ def boxes_px(draw: st.DrawFn) -> list[tuple[float, ...]]:
 def test_every_convention_and_any_order_give_the_same_score(tmp_path_factory, predicted, targets, random) -> None:
     n = min(len(predicted), len(targets))
     samples = [sample(i, box) for i, box in enumerate(targets[:n])]
-    expected = common(predicted[:n], samples)
+    expected = score("common", predicted[:n], samples)
     folder = tmp_path_factory.mktemp("conventions")
     for box_format in FORMATS:
         for frame in FRAMES:
@@ -106,7 +106,7 @@ def test_every_convention_and_any_order_give_the_same_score(tmp_path_factory, pr
             found = matched(save(folder, *rows), samples, box_format, frame)
             np.testing.assert_allclose(found.boxes_px, predicted[:n], atol=1e-9)
             assert (found.missing, found.parse_failures, found.without_area, found.ignored) == (0, 0, 0, 0)
-            assert common(found.boxes_px, samples).rows == expected.rows
+            assert score("common", found.boxes_px, samples).rows == expected.rows
 
 
 def test_header_and_options_declare_and_must_agree(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_unusable_boxes_are_counted_misses(tmp_path: Path) -> None:
     found = matched(path, SAMPLES)
     assert (found.missing, found.parse_failures, found.without_area) == (0, len(bad) + 1, 1)
     assert np.isnan(found.boxes_px[: len(bad)]).all() and np.isfinite(found.boxes_px[len(bad) : 38]).all()
-    rows_of = {row.metric: row for row in common(found.boxes_px, SAMPLES).rows}
+    rows_of = {row.metric: row for row in score("common", found.boxes_px, SAMPLES).rows}
     assert rows_of["Acc@0.5"].n == 40 and rows_of["Acc@0.5"].value == pytest.approx(len(good) / 40)
 
 
@@ -202,7 +202,7 @@ def test_a_missing_prediction_is_an_error_unless_it_shall_be_a_miss(tmp_path: Pa
         matched(path, SAMPLES[:5])
     found = matched(path, SAMPLES[:5], missing="miss")
     assert found.missing == 2 and np.isnan(found.boxes_px[3:]).all()
-    assert common(found.boxes_px, SAMPLES[:5]).rows[0].value == pytest.approx(3 / 5)
+    assert score("common", found.boxes_px, SAMPLES[:5]).rows[0].value == pytest.approx(3 / 5)
 
 
 def test_an_id_twice_or_of_no_sample_is_an_error(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_declaration_that_does_not_fit_is_refused(tmp_path: Path, true, declar
     )
     assert f"read as {declared[0]} {declared[1]}" in message
     matched(path, samples, *declared, trust=True)
-    assert common(matched(path, samples, *true).boxes_px, samples).rows[0].value == 1
+    assert score("common", matched(path, samples, *true).boxes_px, samples).rows[0].value == 1
 
 
 def test_few_misfits_are_the_models_fault_and_counted(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_failed_predictions_are_counted_whatever_their_share(tmp_path: Path, mar
     file = save(tmp_path, *answers([mark] * failed + [right] * (50 - failed)))
     found = matched(file, samples, box_format, frame)
     assert (found.parse_failures, found.without_area, found.missing) == (failed, 0, 0)
-    assert common(found.boxes_px, samples).rows[0].value == pytest.approx(1 - failed / 50)
+    assert score("common", found.boxes_px, samples).rows[0].value == pytest.approx(1 - failed / 50)
 
 
 def test_boxes_without_area_in_any_format_say_nothing_against_the_declaration(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_a_broken_file_names_row_and_remedy(tmp_path: Path) -> None:
 
 def test_all_null_boxes_score_zero_without_an_error(tmp_path: Path) -> None:
     found = matched(save(tmp_path, *answers([None, None])), SAMPLES[:2])
-    assert found.parse_failures == 2 and common(found.boxes_px, SAMPLES[:2]).rows[0].value == 0
+    assert found.parse_failures == 2 and score("common", found.boxes_px, SAMPLES[:2]).rows[0].value == 0
 
 
 def test_blank_lines_byte_order_marks_and_odd_separators_do_no_harm(tmp_path: Path) -> None:

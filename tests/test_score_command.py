@@ -91,6 +91,7 @@ def test_the_own_rule_stands_beside_the_common_one(capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("Acc@0.5 (%)"))
     assert line.split()[2:4] == ["16", "100.00"] and line.split()[6] == "0.00"
+    assert printed.splitlines()[-7].startswith("metric"), "the numbers come last"
     assert "common: IoU >= 0.5" in printed and "vlmr1: IoU > 0.5" in printed
     assert "category None" in refused(capsys, path, *on_photos[:-1], "refl4")
 
@@ -115,7 +116,7 @@ def test_scenes_are_scored_in_thousandths_over_the_first_samples(
     assert main([*map(str, on_scenes), "--samples", "6", "--resamples", "0"]) == 0
     printed = capsys.readouterr().out
     assert "6 samples (the first of 10000)" in printed and "0 missing, 2 parse failures" in printed
-    assert "interval" not in printed
+    assert "interval" not in printed and "[" not in printed
 
 
 def test_wrong_input_is_one_line_and_status_2(

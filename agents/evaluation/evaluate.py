@@ -36,7 +36,7 @@ from ivt_agents.evaluation.plots import (
     plot_reliability,
     plot_training,
 )
-from ivt_agents.evaluation.report import write_report
+from ivt_agents.evaluation.report import last_screen, write_report
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.cost import Cost, Metered
 from ivt_agents.play.on_split import check_episodes, samples_to_compare
@@ -47,14 +47,13 @@ from ivt_env.data.sample import ImageArray
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json
 from ivt_env.files import asked_of, lock_folder, whole_folder, write_whole
-from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_lines, behaviour_table
+from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_lines
 from ivt_env.metrics.breakdown import group_table
 from ivt_env.metrics.columns import check_same_samples, outcomes
 from ivt_env.metrics.scores import METRICS
 from ivt_env.metrics.stopping import confidence_calibration, stop_calibration
 from ivt_env.metrics.table import (
     Comparison,
-    Row,
     as_json,
     compare,
     difference_table,
@@ -124,7 +123,7 @@ class Args:
     seed: int = 0
     """Of agents that draw, and of the intervals."""
     json: bool = False
-    """Print what `results.json` holds and nothing else; the table goes to standard error."""
+    """Print what `results.json` holds and nothing else; the verdict goes to standard error."""
 
 
 @dataclass
@@ -136,7 +135,7 @@ class Played:
 
     @property
     def stopping(self) -> list[Episode]:
-        """The stopping episodes of all seeds, one seed after the other; the forced ones where there are no others."""
+        """The stopping episodes of all seeds, one seed after the other."""
         return [e for run in self.runs for e in run.episodes]
 
     @property
@@ -296,8 +295,7 @@ def _play(
 
 
 def _spec(text: str) -> str:
-    is_model = text == TINY_NAME or Path(text).is_dir()
-    return f"vlm:{text}" if is_model else text
+    return f"vlm:{text}" if text == TINY_NAME or Path(text).is_dir() else text
 
 
 def _write(
@@ -307,30 +305,25 @@ def _write(
     costs: Mapping[str, list[dict[str, float]]],
     dataset: Any,
 ) -> None:
-    first = next(iter(played.values())).audit
-    rows = [row for one in played.values() for row in one.audit.rows]
+    audits = {name: one.audit for name, one in played.items()}
+    first = next(iter(audits.values()))
     comparisons = _comparisons(played, args.seed)
     served = ", ".join(first.served)
-    report = "\n".join(_report(args, played, comparisons) + _costs(costs))
-    write_whole(args.out / "table.txt", report + "\n")
-    write_json(
-        args.out / "results.json",
-        {
-            "args": asdict(args),
-            "version": ivt_env.__version__,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "policies": dict(sources),
-            "served": served,
-            "rows": as_json(rows),
-            "comparisons": as_json(comparisons),
-            "costs": dict(costs),
-            "behaviour": behaviour_lines({name: one.audit for name, one in played.items()}),
-            "audits": {name: one.audit.as_json() for name, one in played.items()},
-        },
-    )
+    write_whole(args.out / "table.txt", "\n".join(_report(args, played, comparisons) + _costs(costs)) + "\n")
+    results = {
+        "args": asdict(args),
+        "version": ivt_env.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "policies": dict(sources),
+        "served": served,
+        "rows": as_json([row for one in audits.values() for row in one.rows]),
+        "comparisons": as_json(comparisons),
+        "costs": dict(costs),
+        "behaviour": behaviour_lines(audits),
+        "audits": {name: one.as_json() for name, one in audits.items()},
+    }
+    write_json(args.out / "results.json", results)
     _plot(args, played)
-    told = sys.stderr if args.json else sys.stdout
-    print(report, file=told)
     episodes = {name: one.runs[0].episodes for name, one in played.items()}
     image_of: Callable[[Episode], ImageArray]
     if dataset is None:
@@ -347,8 +340,8 @@ def _write(
         image_of,
         title=f"Episodes: {', '.join(played)} on {served}",
     )
-    write_report(args.out, episodes, image_of)
-    print(f"\nwritten to {args.out}: table.txt, results.json, report.html, episodes.html, *.png", file=told)
+    page = write_report(args.out, episodes, image_of)
+    print(last_screen(results, page), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print((args.out / "results.json").read_text(encoding="utf-8").rstrip("\n"))
 
@@ -357,6 +350,8 @@ def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comp
     audits = {name: one.audit for name, one in played.items()}
     first = next(iter(audits.values()))
     rows = [row for one in audits.values() for row in one.rows]
+    # The three headline metrics, so that their intervals fit on a line.
+    short = [replace(row, scores={m: row.scores[m] for m in GAIN_METRICS}) for row in rows]
     several = {name: len(one.runs) for name, one in audits.items() if len(one.runs) > 1}
     longest = max(len(e.steps) for one in played.values() for e in one.stopping + one.forced)
     source = "saved episodes" if args.episodes else args.env
@@ -364,14 +359,15 @@ def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comp
     if several:
         text += ["means over seeds: " + ", ".join(f"{name} {count}" for name, count in several.items())]
     text += ["", *(policy_table(rows, metric) + "\n" for metric in METRICS)]
-    text += ["with their 95 % intervals over images:", score_table(_short(rows)), ""]
+    text += ["with their 95 % intervals over images:", score_table(short), ""]
     if several:
         text += [seed_table(rows, metric) + "\n" for metric in GAIN_METRICS]
     text += ["paired differences over images, 95 % bootstrap intervals:", ""]
     text += [difference_table([c for c in comparisons if c.metric == m]) + "\n" for m in GAIN_METRICS]
-    text += ["how the steps were used, and what the policy knows of its boxes:", behaviour_table(audits), ""]
+    text += ["how the steps were used, and what the policy knows of its boxes:"]
+    text += [render(["figure", *audits], behaviour_lines(audits)), ""]
     groups = {name: [g for g in one.groups if g.column in ("step_0", "learned_stop")] for name, one in audits.items()}
-    text += ["by data set, size of the target's box and number of siblings:", group_table(groups)]
+    text += ["by data set, size of the target's box and number of same-class distractors:", group_table(groups)]
     return text
 
 
@@ -387,33 +383,26 @@ def _costs(costs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     return ["", "what an episode cost, with its stop honoured:", render(["policy", *fields], lines)]
 
 
-def _short(rows: Sequence[Row]) -> list[Row]:
-    """The rows with the three headline metrics, so that their intervals fit on a line."""
-    return [replace(row, scores={m: row.scores[m] for m in GAIN_METRICS}) for row in rows]
-
-
 def _comparisons(played: Mapping[str, Played], seed: int) -> list[Comparison]:
     """What each policy gains on its own first box, and its answer on the first boxes and answers of the others."""
     audits = {name: one.audit for name, one in played.items()}
-    base_name, base = next(iter(audits.items()))
-    answers = {name: "learned_stop" if "learned_stop" in one.columns else "last_step" for name, one in audits.items()}
+    base = next(iter(audits))
+    pairs = []
+    for name, one in audits.items():
+        pairs += [((name, key), (name, "step_0")) for key in one.columns if key != "step_0"]
+        pairs += [
+            ((name, "learned_stop"), (other, column))
+            for other in audits
+            if other != name
+            for column in ("step_0", "learned_stop")
+        ]
+        pairs += [((name, "step_0"), (base, "step_0"))] if name != base else []
     found = []
     for metric in GAIN_METRICS:
-        for name in audits:
-            pairs = [((name, key), (name, "step_0")) for key in audits[name].columns if key != "step_0"]
-            for other in audits:
-                if other != name:
-                    pairs += [
-                        ((name, answers[name]), (other, "step_0")),
-                        ((name, answers[name]), (other, answers[other])),
-                    ]
-            if name != base_name:
-                pairs.append(((name, "step_0"), (base_name, "step_0")))
-            for a, b in pairs:
-                one, another = (audits[policy].columns[column] for policy, column in (a, b))
-                labels = " ".join(a), " ".join(b)
-                images = base.image_ids
-                found.append(compare(labels[0], one, labels[1], another, images, metric, n_boot=RESAMPLES, seed=seed))
+        for a, b in pairs:
+            one, another = (audits[policy].columns[column] for policy, column in (a, b))
+            images = audits[base].image_ids
+            found.append(compare(" ".join(a), one, " ".join(b), another, images, metric, n_boot=RESAMPLES, seed=seed))
     return found
 
 

@@ -23,7 +23,7 @@ from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode, Step, load_episodes
 from ivt_env.failures import read_json
 from ivt_env.files import write_whole
-from ivt_env.metrics.text import difference, interval, number, verdict
+from ivt_env.metrics.table import difference, each_seed, headline, interval, number, own_gains, p_value, verdict
 from ivt_env.viewer.page import image_jpeg
 
 RIGHT = 0.5
@@ -98,8 +98,18 @@ def main(args: Args) -> Path:
     runs = {name: load_episodes(folder) for name, folder in folders.items()}
     find = ImageFinder(runs, folders, args.data_root or results["args"]["data_root"])
     path = write_report(args.folder, runs, find, swaps=args.swaps, out=args.out, examples=args.examples)
-    print(f"written: {path}")
+    print(last_screen(results, path))
     return path
+
+
+def last_screen(results: Mapping[str, Any], page: Path) -> str:
+    """What a command ends with: what was played, a verdict for each policy, and where everything else is."""
+    count = results["audits"][next(iter(results["audits"]))]["episodes"]
+    source = "saved episodes" if results["args"]["episodes"] else results["args"]["env"]
+    return (
+        f"{source}, served: {results['served']}, n = {count}\n\n{headline(results['audits'])}\n\n"
+        f"report: {page}\nevery table, figure and episode: {results['args']['out']}"
+    )
 
 
 def write_report(
@@ -142,14 +152,14 @@ def _verdicts(results: Mapping[str, Any]) -> Html:
     """What a reader wants to know first: does refinement help, without labels?"""
     rows: list[list[Any]] = []
     for name, audit in results["audits"].items():
-        rule = "learned_stop" if any(r["column"] == "learned_stop" for r in audit["rows"]) else "last_step"
-        gains = {g["metric"]: g for g in audit["gains"] if g["a"].endswith(rule)}
-        broke = [run["broke"][rule]["value"] for run in audit["runs"] if run["broke"][rule]["value"] is not None]
+        gains = own_gains(audit)
+        broke = [run["broke"]["learned_stop"]["value"] for run in audit["runs"]]
+        broke = [value for value in broke if value is not None]
         best = [g for g in audit["gains"] if g["oracle"] and g["metric"] == "Acc@0.5"]
         rows.append(
             [
                 name,
-                rule,
+                "learned_stop",
                 *(_difference(gains[m]) for m in ("Acc@0.5", "Acc@0.9", "mIoU")),
                 number(sum(broke) / len(broke)) if broke else "-",
                 Html(f'<span class="oracle">{_difference(best[0])}</span>') if best else "-",
@@ -198,8 +208,7 @@ def _scores(results: Mapping[str, Any]) -> Html:
         tables.append(f"<details{shown}><summary>{_text(metric)}</summary>{body}</details>")
     against = [
         [c["a"], c["b"], c["metric"], _difference(c), number(c["difference"]["detectable"], c["metric"])]
-        + ["<0.0001" if c["mcnemar"] is not None and c["mcnemar"] < 1e-4 else number(c["mcnemar"], "IoU", digits=4)]
-        + [" ".join(number(v, c["metric"], sign=True) for v in c["by_seed"]) if len(c["by_seed"]) > 1 else "-"]
+        + [p_value(c["mcnemar"]), each_seed(c["by_seed"], c["metric"], sign=True)]
         for c in results["comparisons"]
         if not c["oracle"]
     ]

@@ -36,6 +36,7 @@ from ivt_env.metrics.swaps import (
     dependence_table,
     save_swaps,
     summarise,
+    swap_headline,
     swap_table,
 )
 from ivt_env.metrics.table import as_json
@@ -443,8 +444,8 @@ def _write(args: Args, played: dict[str, list[Swap]], names: dict[str, str], cou
     plot_swaps(scores, played, args.out / "swaps.png")
     results = {"args": asdict(args), "policies": names, "served": served}
     write_json(args.out / "results.json", results | {"variants": as_json(scores), "dependence": as_json(depends)})
-    print(report)
-    print(f"\nwritten to {args.out}: table.txt, results.json, swaps.png, swaps/*.jsonl")
+    print(f"{args.env}, served: {served}, n = {count}\n\n{swap_headline(depends)}\n")
+    print(f"every table, figure and answer: {args.out} (in a report: ivt report FOLDER --swaps {args.out})")
 
 
 if __name__ == "__main__":

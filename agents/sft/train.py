@@ -439,6 +439,7 @@ def _measure(policy: VLMPolicy, args: Args, indices: range, progress: Progress, 
 
 
 def before_and_after(before: dict[str, float], after: dict[str, float]) -> str:
-    """The closing table of a training command; every row is label-free."""
+    """The closing table of a training command: greedy answers, without ground truth, and what refinement adds."""
+    before, after = (d | {"refinement (final - step 0 IoU)": d["final_iou"] - d["step0_iou"]} for d in (before, after))
     lines = [[k, f"{before[k]:.3f}", f"{after[k]:.3f}", f"{after[k] - before[k]:+.3f}"] for k in before]
-    return render(["label-free, greedy", "before", "after", "change"], lines)
+    return render(["without ground truth, greedy", "before", "after", "change"], lines)

@@ -20,7 +20,7 @@ from typing import Any
 from ivt_env.data import NAMES, load_dataset
 from ivt_env.data.sample import Sample
 from ivt_env.failures import read_json
-from ivt_env.metrics.benchmarks import OWN_RULES, RULES, RuleResult, results_table, score
+from ivt_env.metrics.benchmarks import OWN_RULES, RULES, RuleResult, legend, results_table, score
 from ivt_env.metrics.predictions import (
     FORMATS,
     FRAMES,
@@ -189,11 +189,9 @@ def _as_text(
         f"{file.path}: {len(file.rows)} predictions, boxes declared as {file.declared}",
         f"counted as misses: {matched.missing} missing, {matched.parse_failures} parse failures; "
         f"boxes without area: {matched.without_area}; rows of no sample, ignored: {matched.ignored}",
-        "",
-        results_table(results),
     ]
     if args.rule == "auto" and args.dataset not in OWN_RULES:
         lines.append(f"{args.dataset} has no rule of its own; --rule names another")
     if args.resamples:
-        lines.append(f"intervals: bootstrap over whole images, {args.resamples} resamples")
-    return "\n".join(lines)
+        lines.append(f"[intervals]: 95 %, bootstrap over whole images, {args.resamples} resamples")
+    return "\n".join([*lines, *legend(results), "", results_table(results)])

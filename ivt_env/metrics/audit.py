@@ -22,7 +22,6 @@ from ivt_env.episodes import Episode
 from ivt_env.metrics import table
 from ivt_env.metrics.breakdown import GroupRow, breakdown
 from ivt_env.metrics.columns import (
-    Array,
     Column,
     Outcomes,
     check_same_samples,
@@ -161,7 +160,6 @@ def audit_runs(
     name: str = "policy",
     threshold: float = 0.5,
     metrics: Sequence[str] = METRICS,
-    verifier_scores: Sequence[Array] | None = None,
     verifier_margin: float = 0.0,
     verifier_guard: float | None = None,
     n_boot: int = 1000,
@@ -177,20 +175,17 @@ def audit_runs(
         name: Of the policy, for the tables.
         threshold: IoU from which a box counts as right, in the rates, the stops and the calibration.
         metrics: Of ``rows``.
-        verifier_scores: For each run, as in ``columns``.
         verifier_margin: As in ``columns``.
         verifier_guard: As in ``columns``.
         n_boot: Resamples of every interval.
         seed: Of every interval.
 
     Raises:
-        ValueError: For no run, runs of different samples or rollouts, verifier scores that are not
-            one array a run, and as in ``columns`` and ``bootstrap_mean``.
+        ValueError: For no run, runs of different samples or rollouts, and as in ``columns`` and
+            ``bootstrap_mean``.
     """
     if not runs:
         raise ValueError(f"{name}: no run given")
-    if verifier_scores is not None and len(verifier_scores) != len(runs):
-        raise ValueError(f"{name}: {len(verifier_scores)} arrays of verifier scores for {len(runs)} runs")
     first = runs[0]
     for number, run in enumerate(runs[1:], 1):
         if (run.stopping is None, run.forced is None) != (first.stopping is None, first.forced is None):
@@ -200,11 +195,10 @@ def audit_runs(
         columns(
             episodes_forced=run.forced,
             episodes_stopping=run.stopping,
-            verifier_scores=None if verifier_scores is None else verifier_scores[number],
             verifier_margin=verifier_margin,
             verifier_guard=verifier_guard,
         )
-        for number, run in enumerate(runs)
+        for run in runs
     ]
     if any(set(each) != set(found[0]) for each in found):
         raise ValueError(f"{name}: only some of the seeds state a stop probability, so their rules differ")
@@ -237,25 +231,11 @@ def audit_runs(
     )
 
 
-def behaviour_table(audits: Mapping[str, Audit], *, markdown: bool = False) -> str:
-    """How each policy uses its steps: one line per figure, one column per policy.
+def behaviour_lines(audits: Mapping[str, Audit]) -> list[list[str]]:
+    """How each policy uses its steps: what a line is about, then a text for each policy.
 
     Shares and rates are in percent. Several seeds give their mean and their range.
-
-    Raises:
-        ValueError: For no audits.
     """
-    return table.render(["figure", *audits], behaviour_lines(audits), markdown=markdown, left=1)
-
-
-def behaviour_lines(audits: Mapping[str, Audit]) -> list[list[str]]:
-    """The cells of ``behaviour_table``: what a line is about, then a text for each policy.
-
-    Raises:
-        ValueError: For no audits.
-    """
-    if not audits:
-        raise ValueError("no audits to print")
     lines = []
     for label, digits, of_run in _FIGURES:
         cells = [_mean_and_range([of_run(run) for run in one.runs], digits) for one in audits.values()]
@@ -296,14 +276,6 @@ def _summary(run: RunAudit) -> RolloutSummary:
     return summary
 
 
-def _of(rates: Mapping[str, Share], column: str) -> float:
-    return _percent(rates.get(column))
-
-
-def _nsri(run: RunAudit, column: str) -> float:
-    return run.nsri[column].mean if column in run.nsri else math.nan
-
-
 _FIGURES: tuple[tuple[str, int, Callable[[RunAudit], float]], ...] = (
     ("actions an episode", 2, lambda r: _summary(r).mean_actions),
     ("proposals an episode", 2, lambda r: _summary(r).mean_proposals),
@@ -311,12 +283,12 @@ _FIGURES: tuple[tuple[str, int, Callable[[RunAudit], float]], ...] = (
     ("unparsable actions (%)", 2, lambda r: _percent(_summary(r).parse_failures)),
     ("refused boxes (% of actions)", 2, lambda r: _percent(_summary(r).refused)),
     ("episodes without a box (%)", 2, lambda r: _percent(_summary(r).episodes_without_box)),
-    ("learned stop: corrected, of wrong first boxes (%)", 1, lambda r: _of(r.corrected, "learned_stop")),
-    ("learned stop: broke, of right first boxes (%)", 1, lambda r: _of(r.broke, "learned_stop")),
-    ("learned stop: NSRI", 3, lambda r: _nsri(r, "learned_stop")),
-    ("last step: corrected, of wrong first boxes (%)", 1, lambda r: _of(r.corrected, "last_step")),
-    ("last step: broke, of right first boxes (%)", 1, lambda r: _of(r.broke, "last_step")),
-    ("last step: NSRI", 3, lambda r: _nsri(r, "last_step")),
+    ("learned stop: corrected (% of wrong first boxes)", 1, lambda r: _percent(r.corrected.get("learned_stop"))),
+    ("learned stop: regressed (% of correct first boxes)", 1, lambda r: _percent(r.broke.get("learned_stop"))),
+    ("learned stop: NSRI", 3, lambda r: r.nsri["learned_stop"].mean if "learned_stop" in r.nsri else math.nan),
+    ("last step: corrected (% of wrong first boxes)", 1, lambda r: _percent(r.corrected.get("last_step"))),
+    ("last step: regressed (% of correct first boxes)", 1, lambda r: _percent(r.broke.get("last_step"))),
+    ("last step: NSRI", 3, lambda r: r.nsri["last_step"].mean if "last_step" in r.nsri else math.nan),
     ("IoU change a refinement", 4, lambda r: r.changes.mean_change),
     ("refinements that degrade (%)", 1, lambda r: _percent(r.changes.degrade)),
     ("refinements that improve (%)", 1, lambda r: _percent(r.changes.improve)),
@@ -326,10 +298,10 @@ _FIGURES: tuple[tuple[str, int, Callable[[RunAudit], float]], ...] = (
     ("stop precision (%)", 1, lambda r: _percent(r.stop_precision)),
     ("stop recall (%)", 1, lambda r: _percent(r.stop_recall)),
     ("stop probability: ECE", 3, lambda r: r.stop_calibration.ece),
-    ("stop probability: r with right", 3, lambda r: r.stop_calibration.pearson),
+    ("stop probability: r with correct", 3, lambda r: r.stop_calibration.pearson),
     ("stop probability: AUROC", 3, lambda r: r.stop_calibration.auroc),
     ("confidence: ECE", 3, lambda r: r.confidence_calibration.ece),
-    ("confidence: r with right", 3, lambda r: r.confidence_calibration.pearson),
+    ("confidence: r with correct", 3, lambda r: r.confidence_calibration.pearson),
     ("confidence: AUROC", 3, lambda r: r.confidence_calibration.auroc),
 )
 

@@ -19,7 +19,7 @@ What all rules share:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +29,9 @@ from ivt_env import boxes
 from ivt_env.data.sample import Sample
 from ivt_env.metrics.scores import MEAN_THRESHOLDS
 from ivt_env.metrics.statistics import bootstrap_mean
-from ivt_env.metrics.table import render
+from ivt_env.metrics.table import interval, number, render, title
 
 Array = NDArray[np.float64]
-
-RULES = ("common", "refcoco", "mdetr", "vlmr1", "refl4", "refadv")
-"""Every name that ``score`` takes."""
 
 OWN_RULES: dict[str, tuple[str, ...]] = {
     "refcoco": ("refcoco", "mdetr", "vlmr1"),
@@ -98,224 +95,143 @@ def score(
     Args:
         name: one of ``RULES``.
         predicted_px: xyxy in pixels of the original image, shape (n, 4); a NaN means no box.
-        samples: the n samples they answer, in the same order.
-        category_map: as in ``ref_l4``; no other rule looks at it.
+        samples: the n samples they answer, in the same order. ``refl4`` needs ``meta["category"]``
+            (``o365_m`` or ``refcoco_k``), ``refadv`` a whole number ``meta["distractors"]``.
+        category_map: ``refcoco_k`` -> ``o365_m``, for ``refl4``. Without it, or for a k that it lacks, the
+            class stays one of its own and the result says so: then the class averages are not Ref-L4's.
         resamples: bootstrap resamples of each interval; 0 gives no intervals.
         seed: of the intervals.
 
     Raises:
-        BenchmarkError: for an unknown rule, and as the rule itself says.
+        BenchmarkError: for an unknown rule, and a sample that lacks what the rule needs.
         ValueError: for shapes that do not fit, or no samples.
     """
-    if name == "refl4":
-        return ref_l4(predicted_px, samples, category_map=category_map, resamples=resamples, seed=seed)
-    plain = {"common": common, "refcoco": refcoco, "mdetr": mdetr, "vlmr1": vlm_r1, "refadv": ref_adv}
-    if name not in plain:
+    if name not in _RULES:
         raise BenchmarkError(f"no rule {name!r}; there are {', '.join(RULES)}")
-    return plain[name](predicted_px, samples, resamples=resamples, seed=seed)
-
-
-def common(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
-    """The rule of this project for every data set: IoU >= t.
-
-    Acc@0.5, 0.75 and 0.9; mAcc, the mean of the accuracies at 0.50, 0.55, ..., 0.95; mIoU. No
-    clamping. Source: ours; mAcc after COCO's average over thresholds.
-
-    Args:
-        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
-        samples: the n samples.
-        resamples: as in ``score``.
-        seed: as in ``score``.
-
-    Raises:
-        ValueError: as in ``score``.
-    """
-    rows = _Rows(samples, resamples, seed)
-    iou = overlap(predicted_px, targets_px(samples))
-    rows.accuracies(iou, _REPORTED, strict=False)
-    rows.add("mIoU", iou, "mean of IoU")
-    return RuleResult("common", "one rule for every data set, by which they can be compared", tuple(rows.done))
-
-
-def refcoco(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
-    """Acc@0.5 with IoU >= 0.5, as numbers on RefCOCO, RefCOCO+ and RefCOCOg are mostly given.
-
-    REFER itself publishes no rule: its evaluation code scores generated sentences, not boxes.
-    Source: lmms-eval, IoU >= 0.5 on continuous areas. VLMEvalKit is **not** this rule: it clips boxes,
-    swaps their corners and guesses their frame first. **Unknown:** by which rule (strict or not, areas
-    with or without + 1 px) any other published number was made; the three rules ``refcoco``, ``mdetr``
-    and ``vlmr1`` say how much could hang on it.
-
-    Args:
-        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
-        samples: the n samples.
-        resamples: as in ``score``.
-        seed: as in ``score``.
-
-    Raises:
-        ValueError: as in ``score``.
-    """
-    rows = _Rows(samples, resamples, seed)
-    rows.accuracies(overlap(predicted_px, targets_px(samples)), (0.5,), strict=False, mean=False)
-    return RuleResult(
-        "refcoco",
-        "as lmms-eval scores; not as VLMEvalKit, which clips, swaps corners and guesses frames; REFER itself scores no "
-        "boxes, and whether other published numbers are strict is unknown",
-        tuple(rows.done),
-    )
-
-
-def mdetr(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
-    """Acc@0.5 of MDETR and its descendants on the RefCOCO family: **GIoU** >= 0.5, not IoU.
-
-    GIoU = IoU - (hull - union) / hull (Rezatofighi et al., arXiv 1902.09630) is never above IoU, so
-    this is the harder rule. Source: MDETR's evaluation code (github.com/ashkamath/mdetr), its
-    precision at 1.
-
-    Args:
-        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
-        samples: the n samples.
-        resamples: as in ``score``.
-        seed: as in ``score``.
-
-    Raises:
-        ValueError: as in ``score``.
-    """
     rows = _Rows(samples, resamples, seed)
     targets = targets_px(samples)
-    predicted = _checked(predicted_px, targets)
+    source, rule = _RULES[name]
+    notes = rule(rows, _checked(predicted_px, targets), targets, samples, category_map or {})
+    return RuleResult(name, source, tuple(rows.done), tuple(notes))
+
+
+def _common(
+    rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], _: Mapping[str, str]
+) -> list[str]:
+    """IoU >= t, no clamping. mAcc, after COCO, is the mean of the accuracies at 0.50, 0.55, ..., 0.95."""
+    iou = overlap(predicted, targets)
+    rows.accuracies(iou, _REPORTED, strict=False)
+    rows.add("mIoU", iou, "mean of IoU")
+    return []
+
+
+def _refcoco(
+    rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], _: Mapping[str, str]
+) -> list[str]:
+    """IoU >= 0.5 on continuous areas, as lmms-eval scores.
+
+    REFER publishes no rule for boxes: its evaluation code scores generated sentences. **Unknown:** by which rule
+    (strict or not, areas with or without + 1 px) any other published number was made; the rules ``refcoco``,
+    ``mdetr`` and ``vlmr1`` say how much could hang on it.
+    """
+    rows.accuracies(overlap(predicted, targets), (0.5,), strict=False, mean=False)
+    return []
+
+
+def _mdetr(rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], _: Mapping[str, str]) -> list[str]:
+    """**GIoU** >= 0.5, the precision at 1 of MDETR's evaluation code (github.com/ashkamath/mdetr).
+
+    GIoU = IoU - (hull - union) / hull (Rezatofighi et al., arXiv 1902.09630) is never above IoU: the harder rule.
+    """
     usable = has_area(predicted)
     giou = np.where(usable, boxes.giou(np.where(usable[:, None], predicted, targets), targets), -1.0)
     rows.add("Acc@0.5", hits(giou, 0.5, strict=False), "GIoU >= 0.5")
-    return RuleResult("mdetr", "MDETR's precision at 1: GIoU in the place of IoU", tuple(rows.done))
+    return []
 
 
-def vlm_r1(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
-    """Acc@0.5 of VLM-R1: **strict** IoU > 0.5.
+def _vlm_r1(
+    rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], _: Mapping[str, str]
+) -> list[str]:
+    """**Strict** IoU > 0.5 of VLM-R1's evaluation script (github.com/om-ai-lab/VLM-R1).
 
     Its intersection counts pixels (-1, then +1), which is the continuous one wherever boxes overlap
-    by more than 1 px in both directions, and 0 elsewhere; so it is here. Source: VLM-R1's evaluation
-    script (github.com/om-ai-lab/VLM-R1), which scores 2,000 samples drawn with seed 42: this scores
-    all that it is given.
-
-    Args:
-        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
-        samples: the n samples.
-        resamples: as in ``score``.
-        seed: as in ``score``.
-
-    Raises:
-        ValueError: as in ``score``.
+    by more than 1 px in both directions, and 0 elsewhere; so it is here.
     """
-    rows = _Rows(samples, resamples, seed)
-    targets = targets_px(samples)
-    predicted = _checked(predicted_px, targets)
     shared = np.minimum(predicted[:, 2:], targets[:, 2:]) - np.maximum(predicted[:, :2], targets[:, :2])  # (n, 2)
     iou = np.where((shared > 1).all(axis=1), overlap(predicted, targets), 0.0)
     rows.accuracies(iou, (0.5,), strict=True, mean=False)
-    return RuleResult(
-        "vlmr1",
-        "VLM-R1's evaluation script, which drew 2,000 samples (seed 42); this scores all",
-        tuple(rows.done),
-    )
+    return []
 
 
-def ref_l4(
-    predicted_px: ArrayLike,
-    samples: Sequence[Sample],
-    *,
-    category_map: Mapping[str, str] | None = None,
-    resamples: int = 0,
-    seed: int = 0,
-) -> RuleResult:
-    """Ref-L4: everything **strict**, IoU > t, without clamping.
+def _ref_l4(
+    rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], category_map: Mapping[str, str]
+) -> list[str]:
+    """Everything **strict**, IoU > t, without clamping; by the target's size and as averages over classes, too.
 
-    Acc@0.5, 0.75, 0.9 and mAcc over 0.50, 0.55, ..., 0.95; Acc@0.5 and mAcc by the target's size
-    sqrt(w * h) in pixels (small < 128, medium <= 256, large above); and the averages over classes of
-    each class's Acc@0.5 and mAcc, after ``refcoco_k`` has been mapped to its ``o365_m``. Source:
-    ``RefL4Evaluator`` (github.com/JierunChen/Ref-L4, ``ref_l4/evaluation.py``, commit bae942c). It
+    Source: ``RefL4Evaluator`` (github.com/JierunChen/Ref-L4, ``ref_l4/evaluation.py``, commit bae942c). It
     computes in float32, this in float64: an IoU within 1e-7 of a threshold may fall differently.
-
-    Args:
-        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
-        samples: the n samples; ``meta["category"]`` is ``o365_m`` or ``refcoco_k``.
-        category_map: ``refcoco_k`` -> ``o365_m``. Without it, or for a k that it lacks, the class stays
-            one of its own and the result says so: then the class averages are not Ref-L4's.
-        resamples: as in ``score``; class averages have no interval.
-        seed: as in ``score``.
-
-    Raises:
-        BenchmarkError: for a sample without such a category.
-        ValueError: as in ``score``.
     """
-    rows = _Rows(samples, resamples, seed)
-    targets = targets_px(samples)
-    iou = overlap(predicted_px, targets)
+    iou = overlap(predicted, targets)
     rows.accuracies(iou, _REPORTED, strict=True)
     side = np.sqrt(np.prod(targets[:, 2:] - targets[:, :2], axis=1))
     size_bin = (side >= 128).astype(int) + (side > 256)
-    for number, label in enumerate(_SIZES):
-        rows.accuracies(iou, (0.5,), strict=True, label=f", {label}", members=np.flatnonzero(size_bin == number))
+    for place, label in enumerate(_SIZES):
+        rows.accuracies(iou, (0.5,), strict=True, label=f", {label}", members=np.flatnonzero(size_bin == place))
     categories = [_category(sample) for sample in samples]
-    mapping = category_map or {}
-    unmapped = sorted({c for c in categories if c.startswith("refcoco_") and c not in mapping})
-    classes = [mapping.get(c, c) for c in categories]
+    unmapped = sorted({c for c in categories if c.startswith("refcoco_") and c not in category_map})
+    _, index = np.unique([category_map.get(c, c) for c in categories], return_inverse=True)
     for metric, values, rule in (
         ("Acc@0.5", hits(iou, 0.5, strict=True), "IoU > 0.5"),
         ("mAcc", mean_hits(iou, strict=True), "IoU > 0.50, 0.55, ..., 0.95"),
     ):
-        value, num_classes = class_average(values, classes)
-        rows.done.append(
-            ScoreRow(f"{metric}, class average", value, len(iou), f"{rule}, mean of {num_classes} classes")
-        )
-    notes = []
-    if unmapped:
-        notes.append(
-            f"class averages are over UNMAPPED classes: {len(unmapped)} refcoco_* classes ({unmapped[0]} is one) stay "
-            "apart from the o365_* classes that Ref-L4 joins them with, so these two rows are not Ref-L4's and must "
-            "not be compared with published ones; give a category map (mapping_dict in Ref-L4's evaluation.py as JSON)"
-        )
-    source = "Ref-L4's evaluator: strict, no clamping, size is sqrt(w * h) of the target in px"
-    return RuleResult("refl4", source, tuple(rows.done), tuple(notes))
+        means = np.bincount(index, weights=values) / np.bincount(index)  # of each class
+        rule = f"{rule}, mean of {len(means)} classes"
+        rows.done.append(ScoreRow(f"{metric}, class average", float(means.mean()), len(iou), rule))
+    return [
+        f"class averages are over UNMAPPED classes: {len(unmapped)} refcoco_* classes ({c} is one) stay "
+        "apart from the o365_* classes that Ref-L4 joins them with, so these two rows are not Ref-L4's and must "
+        "not be compared with published ones; give a category map (mapping_dict in Ref-L4's evaluation.py as JSON)"
+        for c in unmapped[:1]
+    ]
 
 
-def ref_adv(predicted_px: ArrayLike, samples: Sequence[Sample], *, resamples: int = 0, seed: int = 0) -> RuleResult:
-    """Ref-Adv: IoU >= t after sorting the corners and **clamping the prediction to the image**.
+def _ref_adv(
+    rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], _: Mapping[str, str]
+) -> list[str]:
+    """IoU >= t after sorting the corners and **clamping the prediction to the image**; by same-class distractors, too.
 
-    Acc@0.5, 0.75, 0.9, and Acc@0.5 by the number of same-class distractors: 2-3, 4-6, >= 7. Source:
-    ``run.py`` and ``report.py`` of github.com/dddraxxx/Ref-Adv. Its second request after an
+    Source: ``run.py`` and ``report.py`` of github.com/dddraxxx/Ref-Adv. Its second request after an
     unreadable answer is part of producing predictions, not of scoring them.
-
-    Args:
-        predicted_px: xyxy in pixels, shape (n, 4); a NaN means no box.
-        samples: the n samples; ``meta["distractors"]`` is a whole number.
-        resamples: as in ``score``.
-        seed: as in ``score``.
-
-    Raises:
-        BenchmarkError: for a sample without such a number.
-        ValueError: as in ``score``.
     """
-    rows = _Rows(samples, resamples, seed)
-    targets = targets_px(samples)
-    predicted = _checked(predicted_px, targets)
     limits = np.array([(s.size[1], s.size[0]) for s in samples], dtype=np.float64)  # (n, 2): width, height
     low = np.clip(np.minimum(predicted[:, :2], predicted[:, 2:]), 0, limits)
     high = np.clip(np.maximum(predicted[:, :2], predicted[:, 2:]), 0, limits)
     iou = overlap(np.concatenate([low, high], axis=1), targets)
     rows.accuracies(iou, _REPORTED, strict=False, mean=False)
     count = np.array([_distractors(sample) for sample in samples])
-    for label, members in (
-        ("2-3", (count >= 2) & (count <= 3)),
-        ("4-6", (count >= 4) & (count <= 6)),
-        (">=7", count >= 7),
-    ):
-        found = np.flatnonzero(members)
+    for label, least, most in (("2-3", 2, 3), ("4-6", 4, 6), (">=7", 7, math.inf)):
+        found = np.flatnonzero((count >= least) & (count <= most))
         rows.accuracies(iou, (0.5,), strict=False, mean=False, label=f", {label} distractors", members=found)
     few = int((count < 2).sum())
     note = f"{few} samples have fewer than 2 distractors: in the totals, in none of the published bins"
-    source = "Ref-Adv's run.py and report.py: corners sorted, clamped to the image"
-    return RuleResult("refadv", source, tuple(rows.done), (note,) if few else ())
+    return [note] if few else []
+
+
+_Rule = Callable[["_Rows", Array, Array, Sequence[Sample], Mapping[str, str]], list[str]]
+_RULES: dict[str, tuple[str, _Rule]] = {
+    "common": ("one rule for every data set, by which they can be compared", _common),
+    "refcoco": (
+        "as lmms-eval scores; not as VLMEvalKit, which clips, swaps corners and guesses frames; REFER itself scores no "
+        "boxes, and whether other published numbers are strict is unknown",
+        _refcoco,
+    ),
+    "mdetr": ("MDETR's precision at 1: GIoU in the place of IoU", _mdetr),
+    "vlmr1": ("VLM-R1's evaluation script, which drew 2,000 samples (seed 42); this scores all", _vlm_r1),
+    "refl4": ("Ref-L4's evaluator: strict, no clamping, size is sqrt(w * h) of the target in px", _ref_l4),
+    "refadv": ("Ref-Adv's run.py and report.py: corners sorted, clamped to the image", _ref_adv),
+}
+RULES = tuple(_RULES)
+"""Every name that ``score`` takes."""
 
 
 def targets_px(samples: Sequence[Sample]) -> Array:
@@ -366,41 +282,23 @@ def mean_hits(overlaps: ArrayLike, *, strict: bool) -> Array:
     return np.mean([hits(overlaps, t, strict=strict) for t in MEAN_THRESHOLDS], axis=0)
 
 
-def class_average(values: ArrayLike, classes: Sequence[str]) -> tuple[float, int]:
-    """The mean over classes of each class's mean of ``values`` (n,), and the number of classes."""
-    _, index = np.unique(np.asarray(classes), return_inverse=True)
-    means = np.bincount(index, weights=np.asarray(values, dtype=np.float64)) / np.bincount(index)
-    return float(means.mean()), len(means)
-
-
-def results_table(results: Sequence[RuleResult], *, markdown: bool = False) -> str:
-    """The rules beside each other, one line per metric; percent, except mIoU. Below, what each rule is.
-
-    Raises:
-        ValueError: for no results.
-    """
-    if not results:
-        raise ValueError("no results to print")
+def results_table(results: Sequence[RuleResult]) -> str:
+    """The rules beside each other, one line per metric, each score with its interval; percent, except mIoU."""
     by_name = [{row.metric: row for row in result.rows} for result in results]
-    metrics = list(dict.fromkeys(row.metric for result in results for row in result.rows))
-    with_interval = [any(row.low is not None for row in result.rows) for result in results]
-    header = ["metric", "n"]
-    for result, interval in zip(results, with_interval, strict=True):
-        header += [result.name, "95% interval"] if interval else [result.name]
     lines = []
-    for metric in metrics:
+    for metric in dict.fromkeys(row.metric for result in results for row in result.rows):
         n = next(rows[metric].n for rows in by_name if metric in rows)
-        line = [metric if metric == "mIoU" else f"{metric} (%)", str(n)]
-        for rows, interval in zip(by_name, with_interval, strict=True):
-            line += _cells(rows.get(metric), interval)
-        lines.append(line)
-    text = render(header, lines, markdown=markdown, left=1)
-    legend = []
+        lines.append([title(metric), str(n), *(_cell(rows.get(metric)) for rows in by_name)])
+    return render(["metric", "n", *(result.name for result in results)], lines)
+
+
+def legend(results: Sequence[RuleResult]) -> list[str]:
+    """What each rule is, and what must be known before its numbers are quoted."""
+    lines = []
     for result in results:
-        counts = "; ".join(_conditions(result.rows))
-        legend.append(f"{result.name}: {counts} ({result.source})")
-        legend += [f"{result.name}: NOTE: {note}" for note in result.notes]
-    return text + "\n\n" + "\n".join(f"- {line}" if markdown else line for line in legend)
+        lines.append(f"{result.name}: {'; '.join(_conditions(result.rows))} ({result.source})")
+        lines += [f"{result.name}: NOTE: {note}" for note in result.notes]
+    return lines
 
 
 class _Rows:
@@ -483,12 +381,9 @@ def _conditions(rows: Sequence[ScoreRow]) -> list[str]:
     return [f"{rule} {', '.join(thresholds)}".rstrip() for rule, thresholds in together.items()]
 
 
-def _cells(row: ScoreRow | None, with_interval: bool) -> list[str]:
+def _cell(row: ScoreRow | None) -> str:
     if row is None:
-        return ["-", "-"] if with_interval else ["-"]
-    digits, factor = (4, 1) if row.metric == "mIoU" else (2, 100)
-    cells = ["-" if math.isnan(row.value) else f"{factor * row.value:.{digits}f}"]
-    if with_interval:
-        known = row.low is not None and row.high is not None
-        cells.append(f"[{factor * row.low:.{digits}f}, {factor * row.high:.{digits}f}]" if known else "-")  # type: ignore[operator]
-    return cells
+        return "-"
+    digits = 4 if row.metric == "mIoU" else 2
+    ends = interval(row.low, row.high, row.metric)
+    return f"{number(row.value, row.metric, digits=digits)} {'' if ends == '-' else ends}".rstrip()

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ivt_env.episodes import Episode
-from ivt_env.metrics import text
 from ivt_env.metrics.columns import Array, Column, select, strata
 from ivt_env.metrics.scores import Share, per_episode
 from ivt_env.metrics.statistics import Interval, bootstrap_mean
-from ivt_env.metrics.table import render, with_note
+from ivt_env.metrics.table import marked, render, score_cells, title, with_note
 
 ALL = "all"
 """The stratum of every episode."""
@@ -47,7 +46,6 @@ def breakdown(
     runs: Sequence[Sequence[Episode]],
     metrics: Sequence[str] = GROUP_METRICS,
     *,
-    strict: bool = False,
     n_boot: int = 2000,
     seed: int = 0,
 ) -> list[GroupRow]:
@@ -57,19 +55,13 @@ def breakdown(
         columns: Columns of n episodes, by name, that all come from ``runs``.
         runs: The rollouts behind them: one, or one a seed where the columns are means over seeds.
         metrics: Names as in ``per_episode``.
-        strict: As in ``per_episode``.
         n_boot: Resamples of the intervals.
         seed: Of the intervals.
 
     Raises:
-        ValueError: For no run, runs or columns of different lengths, or an unknown metric.
+        ValueError: For an unknown metric.
     """
-    if not runs or any(len(run) != len(runs[0]) for run in runs):
-        raise ValueError(f"runs of one length are needed, not of {[len(run) for run in runs]} episodes")
     episodes = runs[0]
-    for name, column in columns.items():
-        if len(column) != len(episodes):
-            raise ValueError(f"the column {name!r} has {len(column)} episodes, its run {len(episodes)}")
     unparsed = np.array([[sum(s.parse_failure for s in e.steps) for e in run] for run in runs]).sum(axis=0)  # (n,)
     actions = np.array([[len(e.steps) for e in run] for run in runs]).sum(axis=0)
     images = np.array([e.image_id for e in episodes])
@@ -79,42 +71,29 @@ def breakdown(
         failures = Share(int(unparsed[mask].sum()), int(actions[mask].sum()))
         for name, column in columns.items():
             part = select(column, mask)
-            scores = {
-                m: _interval(per_episode(part, m, strict=strict), inside, n_boot=n_boot, seed=seed) for m in metrics
-            }
+            scores = {m: _interval(per_episode(part, m), inside, n_boot=n_boot, seed=seed) for m in metrics}
             shown = len(set(inside))
             rows.append(GroupRow(group, name, column.oracle, int(mask.sum()), shown, failures, scores))
     return rows
 
 
-def group_table(rows: Mapping[str, Sequence[GroupRow]], *, markdown: bool = False) -> str:
+def group_table(rows: Mapping[str, Sequence[GroupRow]]) -> str:
     """One line per policy, stratum and column; each metric has a column and an interval column.
 
     Args:
-        rows: By policy, what ``breakdown`` gave. Accuracies are printed in percent.
-        markdown: As Markdown.
-
-    Raises:
-        ValueError: For no rows, or rows with different metrics.
+        rows: By policy, what ``breakdown`` gave.
     """
-    flat = [(policy, row) for policy, of_policy in rows.items() for row in of_policy]
-    if not flat:
-        raise ValueError("no rows to print")
-    metrics = list(flat[0][1].scores)
     header = ["policy", "group", "column", "episodes", "images", "unparsable"]
-    for metric in metrics:
-        header += [text.title(metric), "95% interval"]
+    for metric in next(iter(rows.values()))[0].scores:
+        header += [title(metric), "95% interval"]
     lines = []
-    for policy, row in flat:
-        if list(row.scores) != metrics:
-            raise ValueError(f"{policy!r} {row.group!r} has the metrics {list(row.scores)}, not {metrics}")
-        column = f"{row.column} *" if row.oracle else row.column
-        line = [policy, row.group, column, str(row.episodes), str(row.images), f"{row.parse_failures.count:g}"]
+    for policy, row in ((policy, row) for policy, of_policy in rows.items() for row in of_policy):
+        line = [policy, row.group, marked(row.column, row.oracle), str(row.episodes), str(row.images)]
+        line.append(f"{row.parse_failures.count:g}")
         for metric, score in row.scores.items():
-            line += [text.number(score.value, metric), text.interval(score.low, score.high, metric)]
+            line += score_cells(score, metric)
         lines.append(line)
-    table = render(header, lines, markdown=markdown, left=3)
-    return with_note(table, any(row.oracle for _, row in flat), markdown)
+    return with_note(render(header, lines, left=3), any(row.oracle for of_policy in rows.values() for row in of_policy))
 
 
 def _interval(values: Array, images: Sequence[str], *, n_boot: int, seed: int) -> Interval:

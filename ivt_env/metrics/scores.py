@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,13 +88,12 @@ class RolloutSummary:
     """Episodes that end with no box: IoU 0 in every score."""
 
 
-def per_episode(column: Column, metric: str, *, strict: bool = False) -> Array:
+def per_episode(column: Column, metric: str) -> Array:
     """The value of each episode whose mean is the score, for the paired statistics. Shape (n,).
 
     Args:
         column: The answers of a rule.
         metric: ``mIoU``, ``mAcc`` or ``Acc@<threshold>``, for example ``Acc@0.5``.
-        strict: Count an IoU above the threshold only; otherwise at or above it.
 
     Raises:
         ValueError: For an unknown metric, or no episodes.
@@ -104,16 +103,16 @@ def per_episode(column: Column, metric: str, *, strict: bool = False) -> Array:
     if metric == "mIoU":
         return column.iou
     if metric == "mAcc":
-        return np.mean([hits(column, t, strict=strict) for t in MEAN_THRESHOLDS], axis=0)
+        return np.mean([hits(column, t) for t in MEAN_THRESHOLDS], axis=0)
     if metric.startswith("Acc@"):
         try:
-            return hits(column, float(metric[4:]), strict=strict)
+            return hits(column, float(metric[4:]))
         except ValueError as error:
             raise ValueError(f"{metric!r}: {error}") from error
     raise ValueError(f"unknown metric {metric!r}: use mIoU, mAcc or Acc@<threshold>")
 
 
-def hits(column: Column, threshold: float, *, strict: bool = False) -> Array:
+def hits(column: Column, threshold: float) -> Array:
     """Probability that the answer of each episode is right. Shape (n,).
 
     0 or 1 where the rule decides; the mean of the indicator over the draws (not the indicator of
@@ -122,15 +121,15 @@ def hits(column: Column, threshold: float, *, strict: bool = False) -> Array:
     Raises:
         ValueError: For a threshold outside [0, 1].
     """
-    return (_right(column.ious, threshold, strict) * column.weights).sum(axis=1)
+    return (_right(column.ious, threshold) * column.weights).sum(axis=1)
 
 
-def scores(column: Column, metrics: Sequence[str] = METRICS, *, strict: bool = False) -> dict[str, float]:
+def scores(column: Column, metrics: Sequence[str] = METRICS) -> dict[str, float]:
     """The mean of each metric over all episodes, by name; see ``per_episode``."""
-    return {metric: float(per_episode(column, metric, strict=strict).mean()) for metric in metrics}
+    return {metric: float(per_episode(column, metric).mean()) for metric in metrics}
 
 
-def correction_rate(before: Column, after: Column, threshold: float = 0.5, *, strict: bool = False) -> Share:
+def correction_rate(before: Column, after: Column, threshold: float = 0.5) -> Share:
     """Of the episodes that ``before`` got wrong, those that ``after`` gets right.
 
     (prior wrong, final right) / (prior wrong).
@@ -138,11 +137,11 @@ def correction_rate(before: Column, after: Column, threshold: float = 0.5, *, st
     Raises:
         ValueError: For columns of different lengths, or a ``before`` that draws at random.
     """
-    prior = _prior(before, after, threshold, strict)
-    return Share(float((hits(after, threshold, strict=strict) * ~prior).sum()), int((~prior).sum()))
+    prior = _prior(before, after, threshold)
+    return Share(float((hits(after, threshold) * ~prior).sum()), int((~prior).sum()))
 
 
-def break_rate(before: Column, after: Column, threshold: float = 0.5, *, strict: bool = False) -> Share:
+def break_rate(before: Column, after: Column, threshold: float = 0.5) -> Share:
     """Of the episodes that ``before`` got right, those that ``after`` gets wrong.
 
     (prior right, final wrong) / (prior right).
@@ -150,11 +149,11 @@ def break_rate(before: Column, after: Column, threshold: float = 0.5, *, strict:
     Raises:
         ValueError: As in ``correction_rate``.
     """
-    prior = _prior(before, after, threshold, strict)
-    return Share(float(((1 - hits(after, threshold, strict=strict)) * prior).sum()), int(prior.sum()))
+    prior = _prior(before, after, threshold)
+    return Share(float(((1 - hits(after, threshold)) * prior).sum()), int(prior.sum()))
 
 
-def nsri(before: Column, after: Column, threshold: float = 0.5, *, strict: bool = False) -> Nsri:
+def nsri(before: Column, after: Column, threshold: float = 0.5) -> Nsri:
     """Normalised self-refinement index: the mean of g over episodes (VG-Refiner, arXiv 2512.06373).
 
     With IoU0 of ``before`` and IoU1 of ``after``: g = (IoU1 - IoU0) / (1 - IoU0) if it went up,
@@ -164,7 +163,7 @@ def nsri(before: Column, after: Column, threshold: float = 0.5, *, strict: bool 
     Raises:
         ValueError: As in ``correction_rate``.
     """
-    prior = _prior(before, after, threshold, strict)
+    prior = _prior(before, after, threshold)
     change = after.ious - before.iou[:, None]  # (n, K)
     room = np.where(change > 0, 1 - before.iou[:, None], before.iou[:, None])
     gain = np.divide(change, room, out=np.zeros_like(change), where=change != 0)
@@ -217,20 +216,19 @@ def rollout_summary(played: Outcomes) -> RolloutSummary:
     )
 
 
-def _right(iou: Array, threshold: float, strict: bool) -> Array:
+def _right(iou: Array, threshold: float) -> Array:
     if not 0 <= threshold <= 1:
         raise ValueError(f"an IoU threshold lies in [0, 1], this one is {threshold}")
-    compare: Callable[[Array, float], Array] = np.greater if strict else np.greater_equal
-    return np.asarray(compare(iou, threshold), dtype=np.float64)
+    return np.asarray(iou >= threshold, dtype=np.float64)
 
 
-def _prior(before: Column, after: Column, threshold: float, strict: bool) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _prior(before: Column, after: Column, threshold: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Where the first answer was right, (n,)."""
     if len(before) != len(after):
         raise ValueError(f"cannot pair {before.name!r} of {len(before)} episodes with {after.name!r} of {len(after)}")
     if before.ious.shape[1] != 1:
         raise ValueError(f"{before.name!r} draws at random, so no episode of it is simply right or wrong")
-    return _right(before.ious[:, 0], threshold, strict) > 0
+    return _right(before.ious[:, 0], threshold) > 0
 
 
 def _mean(values: Array) -> float:

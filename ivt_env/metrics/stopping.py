@@ -129,8 +129,8 @@ def reliability(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> t
     return tuple(found)
 
 
-def auroc(score: ArrayLike, correct: ArrayLike) -> float:
-    """Area under the receiver operating characteristic: P(a right one scores above a wrong one).
+def auroc(score: ArrayLike, correct: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Area under the receiver operating characteristic: P(a correct one scores above a wrong one).
 
     The Mann-Whitney form (Hanley and McNeil, Radiology 1982), a tie counting half. 0.5 tells
     nothing; below it the score is the wrong way round.
@@ -138,22 +138,23 @@ def auroc(score: ArrayLike, correct: ArrayLike) -> float:
     Args:
         score: Any numbers, shape (m,): only their order matters.
         correct: Outcomes, 0 or 1, shape (m,).
+        weights: A value of weight w counts as w equal ones, shape (m,); None: 1 each.
 
     Returns:
-        A value in [0, 1]; NaN where all are right or all are wrong.
+        A value in [0, 1]; NaN where all are correct or all are wrong.
 
     Raises:
         ValueError: For different lengths.
     """
     s, c = _pairs(score, correct)
-    num_right, num_wrong = int((c > 0).sum()), int((c <= 0).sum())
-    if not num_right or not num_wrong:
+    w = np.ones(len(s)) if weights is None else np.asarray(weights, dtype=np.float64)
+    levels, place = np.unique(s, return_inverse=True)
+    high = np.bincount(place, weights=w * (c > 0), minlength=len(levels))
+    low = np.bincount(place, weights=w * (c <= 0), minlength=len(levels))
+    if not high.sum() or not low.sum():
         return math.nan
-    _, place, counts = np.unique(s, return_inverse=True, return_counts=True)
-    # Mean rank of each distinct score, from 1: the ranks of equal scores are shared.
-    rank = np.cumsum(counts) - (counts - 1) / 2
-    over = rank[place][c > 0].sum() - num_right * (num_right + 1) / 2
-    return float(over / (num_right * num_wrong))
+    below = np.cumsum(low) - low
+    return float((high * (below + low / 2)).sum() / (high.sum() * low.sum()))
 
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float:

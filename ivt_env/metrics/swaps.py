@@ -19,9 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from ivt_env import boxes
 from ivt_env.files import whole_file
-from ivt_env.metrics import text
 from ivt_env.metrics.statistics import MIN_CLUSTERS, Interval, bootstrap_mean, clustered_se, wilson
-from ivt_env.metrics.table import render
+from ivt_env.metrics.stopping import auroc
+from ivt_env.metrics.table import MOST_POLICIES, interval, number, render, score_cells, verdict
 
 Array = NDArray[np.float64]
 Box = tuple[float, float, float, float]
@@ -53,6 +53,7 @@ BAD_BELOW = 0.3
 RIGHT_FROM = 0.5
 """A box is right from this IoU with the target on."""
 
+GOOD_BAD = "AUROC good / bad"
 _ON_IMAGE = ("own", "target", "sibling", "random", "shifted", "near")
 
 
@@ -243,13 +244,15 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
         target = _grouped(by["target"].values())
         found: list[tuple[str, str, float, Interval]] = []
         for name, high, low in (
-            ("AUROC good / bad", good, bad),
+            (GOOD_BAD, good, bad),
             ("AUROC target / near", target, _grouped(by["near"].values())),
             ("AUROC target / sibling", target, _grouped(by["sibling"].values())),
             ("AUROC target / random", target, _grouped(by["random"].values())),
         ):
             measure = _measure([s for id_ in high.keys() & low.keys() for s in (*high[id_], *low[id_])])
-            values, images = _paired(high, low, lambda a, b, m=measure: auroc(_scores(a, m), _scores(b, m)))  # type: ignore[misc]
+            values, images = _paired(
+                high, low, lambda a, b, m=measure: auroc(_scores([*a, *b], m), [True] * len(a) + [False] * len(b))
+            )  # type: ignore[misc]
             found.append((name, measure, 0.5, _bounded(values, images, (0, 1), n_boot, seed)))
         own = list(by["own"].values())
         measure = _measure(own)
@@ -272,19 +275,6 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
             clear = value.num_clusters >= MIN_CLUSTERS and (value.low > null or value.high < null)
             rows.append(Dependence(policy, step, name, measure, null, value, clear))
     return rows
-
-
-def auroc(good: ArrayLike, bad: ArrayLike) -> float:
-    """Chance that a value of ``good`` (m,) is above one of ``bad`` (k,), ties counting half (Mann-Whitney).
-
-    Raises:
-        ValueError: where either is empty.
-    """
-    high, low = np.asarray(good, dtype=np.float64), np.asarray(bad, dtype=np.float64)
-    if not high.size or not low.size:
-        raise ValueError(f"an AUROC needs values on both sides, not {high.size} and {low.size}")
-    scores = np.concatenate([high, low])
-    return _weighted_auroc(scores, np.arange(len(scores)) < len(high), np.ones(len(scores)))
 
 
 def share(values: ArrayLike, clusters: Sequence[object]) -> Interval:
@@ -311,48 +301,50 @@ def share(values: ArrayLike, clusters: Sequence[object]) -> Interval:
     return Interval(p, *wilson(p * trials, trials), len(v), num_clusters)
 
 
-def swap_table(rows: Sequence[VariantScores], *, markdown: bool = False) -> str:
-    """One line per policy, step and variant: shares in percent with 95 % intervals.
-
-    Raises:
-        ValueError: for no rows.
-    """
-    if not rows:
-        raise ValueError("no rows to print")
+def swap_table(rows: Sequence[VariantScores]) -> str:
+    """One line per policy, step and variant: shares in percent with 95 % intervals."""
     header = ["policy", "step", "shown", "n", "IoU shown", "stopped %", "left %", "towards %", "right after %"]
     lines = []
     for r in rows:
         left = "-" if r.variant == "none" else _cell(r.left)
         cells = [_cell(r.stopped), left, _cell(r.towards), _cell(r.right), _cell(r.change, "IoU", sign=True)]
         lines.append([r.policy, str(r.step), r.variant, str(r.num), f"{r.shown_iou:.3f}", *cells, str(r.failed)])
-    return render([*header, "IoU change", "failed"], lines, markdown=markdown, left=3)
+    return render([*header, "IoU change", "failed"], lines, left=3)
 
 
-def dependence_table(rows: Sequence[Dependence], *, markdown: bool = False) -> str:
-    """One line per statistic; the last column says whether it differs from what indifference gives.
-
-    Raises:
-        ValueError: for no rows.
-    """
-    if not rows:
-        raise ValueError("no rows to print")
+def dependence_table(rows: Sequence[Dependence]) -> str:
+    """One line per statistic; the last column says whether it differs from what indifference gives."""
     header = ["policy", "step", "statistic", "of", "value", "95% interval", "images", "indifferent", "differs"]
+    lines = [
+        [r.policy, str(r.step), r.name, r.measure.replace("_", " "), *score_cells(r.value, "IoU")]
+        + [str(r.value.num_clusters), f"{r.null:.1f}", verdict(r.shown, r.value.num_clusters) or "yes"]
+        for r in rows
+    ]
+    return render(header, lines, left=4)
+
+
+def swap_headline(rows: Sequence[Dependence]) -> str:
+    """Can a policy tell a good drawn box from a bad one? A line for each policy and step, of at most ``MOST_POLICIES``.
+
+    Args:
+        rows: of ``dependence``, for all policies.
+    """
     lines = []
-    for r in rows:
-        v = r.value
-        value, interval = text.number(v.value, "IoU"), text.interval(v.low, v.high, "IoU")
-        verdict = text.verdict(r.shown, v.num_clusters) or "yes"
-        of = r.measure.replace("_", " ")
-        lines.append(
-            [r.policy, str(r.step), r.name, of, value, interval, str(v.num_clusters), f"{r.null:.1f}", verdict]
-        )
-    return render(header, lines, markdown=markdown, left=4)
+    for r in (r for r in rows if r.name == GOOD_BAD):
+        told = "tells good from bad" if r.value.value > r.null else "prefers bad boxes"
+        said = "not played" if not r.value.num else verdict(r.shown, r.value.num_clusters) or told
+        lines.append([r.policy[:28], said, str(r.step), *score_cells(r.value, "IoU"), str(r.value.num_clusters)])
+    more = [f"and {len(lines) - MOST_POLICIES} more in table.txt"] if len(lines) > MOST_POLICIES else []
+    table = render(["policy", "verdict", "step", GOOD_BAD, "95% interval", "images"], lines[:MOST_POLICIES], left=2)
+    return "\n".join(
+        [table, *more, "AUROC: how often it stops rather on a good drawn box than on a bad one; 0.5: by chance"]
+    )
 
 
 def _cell(value: Interval, metric: str = "share", sign: bool = False) -> str:
     """A value with its interval, where it has one."""
-    ends = text.interval(value.low, value.high, metric, sign=sign)
-    return f"{text.number(value.value, metric, sign=sign)} {'' if ends == '-' else ends}".rstrip()
+    ends = interval(value.low, value.high, metric, sign=sign)
+    return f"{number(value.value, metric, sign=sign)} {'' if ends == '-' else ends}".rstrip()
 
 
 def save_swaps(path: str | Path, swaps: Iterable[Swap]) -> Path:
@@ -441,7 +433,7 @@ def _auroc_across(swaps: Sequence[Swap], measure: str, n_boot: int, seed: int) -
     if not right.any() or right.all():
         return Interval(math.nan, math.nan, math.nan, len(swaps), len(images))
     scores = _scores(swaps, measure)
-    value = _weighted_auroc(scores, right, np.ones(len(swaps)))
+    value = auroc(scores, right)
     sides = [len({s.image_id for s, r in zip(swaps, right, strict=True) if r == side}) for side in (True, False)]
     if min(sides) < 2:  # the interval would not know the side that a single image stands for
         return Interval(value, math.nan, math.nan, len(swaps), len(images))
@@ -452,16 +444,6 @@ def _auroc_across(swaps: Sequence[Swap], measure: str, n_boot: int, seed: int) -
     while len(drawn) < n_boot:
         weights = np.bincount(rng.integers(len(images), size=len(images)), minlength=len(images))[index]
         if weights[right].any() and weights[~right].any():
-            drawn.append(_weighted_auroc(scores, right, weights))
+            drawn.append(auroc(scores, right, weights))
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(value, float(low), float(high), len(swaps), len(images))
-
-
-def _weighted_auroc(scores: Array, good: NDArray[np.bool_], weights: ArrayLike) -> float:
-    """AUROC of weighted values (n,): a value of weight w counts as w equal ones."""
-    levels, place = np.unique(scores, return_inverse=True)
-    w = np.asarray(weights, dtype=np.float64)
-    high = np.bincount(place, weights=w * good, minlength=len(levels))
-    low = np.bincount(place, weights=w * ~good, minlength=len(levels))
-    below = np.cumsum(low) - low
-    return float((high * (below + low / 2)).sum() / (high.sum() * low.sum()))

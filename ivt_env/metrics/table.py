@@ -1,4 +1,4 @@
-"""Scores and differences as text, Markdown and JSON.
+"""Scores and differences as text and JSON: the one place that formats them.
 
 Accuracies are printed in percent and their differences in points; IoUs as they are. Rows of the
 oracle are marked, and beside a difference whose interval holds 0 stands ``n.s.`` (not significant), or ``n too small``
@@ -14,12 +14,54 @@ from typing import Any
 
 import numpy as np
 
-from ivt_env.metrics import text
 from ivt_env.metrics.columns import Column
 from ivt_env.metrics.scores import METRICS, Share, per_episode
-from ivt_env.metrics.statistics import Difference, Interval, bootstrap_mean, mcnemar, paired_bootstrap
+from ivt_env.metrics.statistics import MIN_CLUSTERS, Difference, Interval, bootstrap_mean, mcnemar, paired_bootstrap
 
+MOST_POLICIES = 8
+"""Lines of ``headline``: its screen stays short."""
 ORACLE_NOTE = "* chosen with the target box: a ceiling that nothing deployed can reach, never a result"
+
+
+def number(value: float | None, metric: str = "share", *, sign: bool = False, digits: int | None = None) -> str:
+    """A score; ``-`` where there is none.
+
+    Args:
+        value: None or NaN for none.
+        metric: ``mIoU`` and ``IoU`` are printed as they are, all others in percent.
+        sign: with a plus, for differences.
+        digits: behind the point; None: 3 for IoU, else 1.
+    """
+    if value is None or math.isnan(value):
+        return "-"
+    plain = metric in ("mIoU", "IoU")
+    digits = (3 if plain else 1) if digits is None else digits
+    return format(value if plain else 100 * value, f"{'+' if sign else ''}.{digits}f")
+
+
+def interval(
+    low: float | None, high: float | None, metric: str = "share", *, sign: bool = False, digits: int | None = None
+) -> str:
+    """The ends of an interval; ``-`` where there is none."""
+    ends = [number(v, metric, sign=sign, digits=digits) for v in (low, high)]
+    return "-" if "-" in ends else f"[{', '.join(ends)}]"
+
+
+def title(metric: str) -> str:
+    """A metric with its unit."""
+    return metric if metric == "mIoU" else f"{metric} (%)"
+
+
+def verdict(shown: bool, images: int) -> str:
+    """What is added to a number: nothing where it is significant, ``n.s.``, or that there are too few images."""
+    if shown:
+        return ""
+    return "n.s." if images >= MIN_CLUSTERS else "n too small"
+
+
+def difference(diff: float, shown: bool, images: int, metric: str) -> str:
+    """A difference with its verdict, such as ``+1.2`` or ``+0.3 n.s.``."""
+    return f"{number(diff, metric, sign=True)} {verdict(shown, images)}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +102,6 @@ def score_rows(
     image_ids: Sequence[object],
     metrics: Sequence[str] = METRICS,
     *,
-    strict: bool = False,
     n_boot: int = 2000,
     seed: int = 0,
 ) -> list[Row]:
@@ -71,7 +112,6 @@ def score_rows(
         columns: What ``columns()`` returned, n episodes each.
         image_ids: ``Outcomes.image_ids``, length n.
         metrics: Names as in ``per_episode``.
-        strict: As in ``per_episode``.
         n_boot: Resamples of the interval.
         seed: Seed of the interval.
 
@@ -84,11 +124,8 @@ def score_rows(
             name,
             column.oracle,
             column.rollout,
-            {
-                m: bootstrap_mean(per_episode(column, m, strict=strict), image_ids, n_boot=n_boot, seed=seed)
-                for m in metrics
-            },
-            {m: tuple(_by_seed(column, m, strict)) for m in metrics},
+            {m: bootstrap_mean(per_episode(column, m), image_ids, n_boot=n_boot, seed=seed) for m in metrics},
+            {m: tuple(_by_seed(column, m)) for m in metrics},
         )
         for name, column in columns.items()
     ]
@@ -102,7 +139,6 @@ def compare(
     image_ids: Sequence[object],
     metric: str = "Acc@0.5",
     *,
-    strict: bool = False,
     n_boot: int = 2000,
     seed: int = 0,
 ) -> Comparison:
@@ -119,7 +155,7 @@ def compare(
     Raises:
         ValueError: As in ``per_episode`` and ``paired_bootstrap``.
     """
-    x, y = per_episode(a, metric, strict=strict), per_episode(b, metric, strict=strict)
+    x, y = per_episode(a, metric), per_episode(b, metric)
     difference = paired_bootstrap(x, y, image_ids, n_boot=n_boot, seed=seed)
     decided = a.ious.shape[1] == b.ious.shape[1] == 1  # one answer each: no seeds to average, nothing drawn
     return Comparison(
@@ -128,82 +164,70 @@ def compare(
         metric,
         a.oracle or b.oracle,
         difference,
-        tuple(v - w for v, w in _paired_seeds(_by_seed(a, metric, strict), _by_seed(b, metric, strict))),
+        tuple(v - w for v, w in _paired_seeds(_by_seed(a, metric), _by_seed(b, metric))),
         mcnemar(x, y)[0] if decided and metric.startswith("Acc@") else None,
     )
 
 
-def score_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
-    """One line per policy and rule; each metric has a column and an interval column.
-
-    Raises:
-        ValueError: For no rows, or rows with different metrics.
-    """
-    metrics = _shared_metrics(rows)
+def score_table(rows: Sequence[Row]) -> str:
+    """One line per policy and rule; each metric has a column and an interval column."""
+    metrics = list(rows[0].scores)
     header = ["policy", "column", "episodes", "images"]
     for metric in metrics:
-        header += [text.title(metric), f"{rows[0].scores[metric].level:.0%} interval"]
+        header += [title(metric), f"{rows[0].scores[metric].level:.0%} interval"]
     lines = []
     for row in rows:
         first = row.scores[metrics[0]]
-        line = [row.policy, _marked(row.column, row.oracle), str(first.num), str(first.num_clusters)]
+        line = [row.policy, marked(row.column, row.oracle), str(first.num), str(first.num_clusters)]
         for metric in metrics:
-            score = row.scores[metric]
-            line += [text.number(score.value, metric), text.interval(score.low, score.high, metric)]
+            line += score_cells(row.scores[metric], metric)
         lines.append(line)
-    return with_note(render(header, lines, markdown=markdown, left=2), any(r.oracle for r in rows), markdown)
+    return with_note(render(header, lines, left=2), any(r.oracle for r in rows))
 
 
-def policy_table(rows: Sequence[Row], metric: str, *, markdown: bool = False) -> str:
+def score_cells(score: Interval, metric: str) -> list[str]:
+    """A score, and its interval."""
+    return [number(score.value, metric), interval(score.low, score.high, metric)]
+
+
+def policy_table(rows: Sequence[Row], metric: str) -> str:
     """One line per policy, one column per rule, for a single metric, without intervals.
 
     A rule that a policy's rollouts do not allow is printed as ``-``.
-
-    Raises:
-        ValueError: For no rows, or a metric that a row lacks.
     """
-    if metric not in _shared_metrics(rows):
-        raise ValueError(f"no scores of {metric!r}: the rows hold {', '.join(rows[0].scores)}")
-    rules = list(dict.fromkeys(_marked(r.column, r.oracle) for r in rows))
     cells: dict[str, dict[str, str]] = {}
     for r in rows:
-        cells.setdefault(r.policy, {})[_marked(r.column, r.oracle)] = text.number(r.scores[metric].value, metric)
+        cells.setdefault(r.policy, {})[marked(r.column, r.oracle)] = number(r.scores[metric].value, metric)
+    rules = list(dict.fromkeys(rule for found in cells.values() for rule in found))
     lines = [[policy, *(found.get(rule, "-") for rule in rules)] for policy, found in cells.items()]
-    found = render([f"policy, {text.title(metric)}", *rules], lines, markdown=markdown, left=1)
-    return with_note(found, any(r.oracle for r in rows), markdown)
+    return with_note(render([f"policy, {title(metric)}", *rules], lines), any(r.oracle for r in rows))
 
 
-def difference_table(comparisons: Sequence[Comparison], *, markdown: bool = False) -> str:
-    """One line per comparison: the difference with its verdict (``text.verdict``) and interval.
+def difference_table(comparisons: Sequence[Comparison]) -> str:
+    """One line per comparison: the difference with its verdict (``verdict``) and interval.
 
     ``detectable`` is the smallest true difference that these data would have shown with 80 %
     power: what "n.s." leaves open. ``each seed`` appears where a comparison has several.
-
-    Raises:
-        ValueError: For no comparisons.
     """
-    if not comparisons:
-        raise ValueError("no comparisons to print")
     level = comparisons[0].difference.level
     seeds = any(len(c.by_seed) > 1 for c in comparisons)
     header = ["a", "b", "metric", "a - b", f"{level:.0%} interval", "images", "detectable", "McNemar p"]
-    header += ["each seed"] if seeds else []
     lines = []
     for c in comparisons:
         d = c.difference
         line = [
             c.a,
             c.b,
-            _marked(text.title(c.metric), c.oracle),
-            text.difference(d.diff, d.shown, d.num_clusters, c.metric),
-            text.interval(d.low, d.high, c.metric, sign=True),
+            marked(title(c.metric), c.oracle),
+            difference(d.diff, d.shown, d.num_clusters, c.metric),
+            interval(d.low, d.high, c.metric, sign=True),
             str(d.num_clusters),
-            text.number(d.detectable, c.metric),
-            "-" if c.mcnemar is None else "<0.0001" if c.mcnemar < 1e-4 else f"{c.mcnemar:.4f}",
+            number(d.detectable, c.metric),
+            p_value(c.mcnemar),
         ]
-        each = " ".join(text.number(v, c.metric, sign=True) for v in c.by_seed) if len(c.by_seed) > 1 else "-"
-        lines.append([*line, each] if seeds else line)
-    found = with_note(render(header, lines, markdown=markdown, left=3), any(c.oracle for c in comparisons), markdown)
+        lines.append([*line, each_seed(c.by_seed, c.metric, sign=True)] if seeds else line)
+    header += ["each seed"] if seeds else []
+    found = with_note(render(header, lines, left=3), any(c.oracle for c in comparisons))
     clustered = [c for c in comparisons if c.mcnemar is not None and c.difference.num > c.difference.num_clusters]
     if clustered:
         d = clustered[0].difference
@@ -214,26 +238,51 @@ def difference_table(comparisons: Sequence[Comparison], *, markdown: bool = Fals
     return found
 
 
-def seed_table(rows: Sequence[Row], metric: str, *, markdown: bool = False) -> str:
-    """One line per policy of several seeds and rule: their number, mean and each seed's score.
+def p_value(p: float | None) -> str:
+    """A p-value, ``-`` where there is none."""
+    return "<0.0001" if p is not None and p < 1e-4 else number(p, "IoU", digits=4)
 
-    Raises:
-        ValueError: For no row of several seeds, or a metric that a row lacks.
+
+def each_seed(values: Sequence[float], metric: str, *, sign: bool = False) -> str:
+    """The score or difference of each seed, ``-`` where there is only one."""
+    return " ".join(number(v, metric, sign=sign) for v in values) if len(values) > 1 else "-"
+
+
+def seed_table(rows: Sequence[Row], metric: str) -> str:
+    """One line per policy of several seeds and rule: their number, mean and each seed's score."""
+    several = [(r, r.by_seed[metric]) for r in rows if len(r.by_seed[metric]) > 1]
+    lines = [
+        [r.policy, marked(r.column, r.oracle), str(len(values)), number(r.scores[metric].value, metric)]
+        + [each_seed(values, metric)]
+        for r, values in several
+    ]
+    header = ["policy", "column", "seeds", f"mean, {title(metric)}", "each seed"]
+    return with_note(render(header, lines, left=2), any(r.oracle for r, _ in several))
+
+
+def headline(audits: Mapping[str, Mapping[str, Any]]) -> str:
+    """Does refinement help? A line for each policy, of at most ``MOST_POLICIES``; at most 100 columns wide.
+
+    Args:
+        audits: by policy, what ``Audit.as_json`` gives.
     """
-    if metric not in _shared_metrics(rows):
-        raise ValueError(f"no scores of {metric!r}: the rows hold {', '.join(rows[0].scores)}")
-    several = [r for r in rows if len(r.by_seed[metric]) > 1]
-    if not several:
-        raise ValueError("no policy has several seeds")
     lines = []
-    for r in several:
-        values = r.by_seed[metric]
-        each = " ".join(text.number(v, metric) for v in values)
-        lines.append(
-            [r.policy, _marked(r.column, r.oracle), str(len(values)), text.number(r.scores[metric].value, metric), each]
-        )
-    header = ["policy", "column", "seeds", f"mean, {text.title(metric)}", "each seed"]
-    return with_note(render(header, lines, markdown=markdown, left=2), any(r.oracle for r in several), markdown)
+    for name, audit in audits.items():
+        scores = {row["column"]: row["scores"]["Acc@0.5"]["value"] for row in audit["rows"]}
+        d = own_gains(audit)["Acc@0.5"]["difference"]
+        said = verdict(d["shown"], d["num_clusters"]) or f"refinement {'helps' if d['diff'] > 0 else 'hurts'}"
+        seeds = f" ({len(audit['runs'])} seeds)" if len(audit["runs"]) > 1 else ""
+        cells = [number(scores["step_0"]), number(scores["learned_stop"]), number(d["diff"], sign=True)]
+        lines.append([f"{name[:28]}{seeds}", said, *cells, interval(d["low"], d["high"], sign=True)])
+    more = [f"and {len(lines) - MOST_POLICIES} more policies"] if len(lines) > MOST_POLICIES else []
+    head = ["policy", "verdict", "step 0", "final", "difference", "95% interval"]
+    legend = "Acc@0.5 (%), without ground truth: the first box (step 0), the box at the learned stop (final)"
+    return "\n".join([render(head, lines[:MOST_POLICIES], left=2), *more, legend])
+
+
+def own_gains(audit: Mapping[str, Any]) -> dict[str, Any]:
+    """By metric, the difference of a policy's answer (its learned stop) to its own first box."""
+    return {g["metric"]: g for g in audit["gains"] if g["a"] == "learned_stop"}
 
 
 def render(header: Sequence[str], lines: Sequence[Sequence[str]], *, markdown: bool = False, left: int = 1) -> str:
@@ -288,8 +337,8 @@ def as_json(value: Any) -> Any:
     raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
-def _by_seed(column: Column, metric: str, strict: bool) -> list[float]:
-    return [float(per_episode(one, metric, strict=strict).mean()) for one in column.by_seed()]
+def _by_seed(column: Column, metric: str) -> list[float]:
+    return [float(per_episode(one, metric).mean()) for one in column.by_seed()]
 
 
 def _paired_seeds(left: list[float], right: list[float]) -> list[tuple[float, float]]:
@@ -300,22 +349,11 @@ def _paired_seeds(left: list[float], right: list[float]) -> list[tuple[float, fl
     return [(sum(left) / len(left), w) for w in right]
 
 
-def _shared_metrics(rows: Sequence[Row]) -> list[str]:
-    if not rows:
-        raise ValueError("no rows to print")
-    metrics = list(rows[0].scores)
-    for row in rows:
-        if list(row.scores) != metrics or not metrics:
-            raise ValueError(f"{row.policy!r} {row.column!r} has the metrics {list(row.scores)}, not {metrics}")
-    return metrics
-
-
-def _marked(name: str, oracle: bool) -> str:
+def marked(name: str, oracle: bool) -> str:
+    """``name``, with a star where it is the oracle's."""
     return f"{name} *" if oracle else name
 
 
-def with_note(table: str, oracle: bool, markdown: bool) -> str:
+def with_note(table: str, oracle: bool) -> str:
     """``table`` with ``ORACLE_NOTE`` under it where one of its rows is the oracle's."""
-    if not oracle:
-        return table
-    return f"{table}\n\n" + (ORACLE_NOTE.replace("*", "\\*") if markdown else ORACLE_NOTE)
+    return f"{table}\n\n{ORACLE_NOTE}" if oracle else table
