@@ -179,16 +179,6 @@ def test_damaged_image_is_written_again_with_the_index(hub, damage):
     assert path.read_bytes() == content
 
 
-def test_interrupted_writing_leaves_no_half_image(hub, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    message = hub.error("testA")
-    assert "the image cannot be written (No space left on device); make room" in message
-    assert list(written(hub).iterdir()) == []
-
-
 def test_rows_with_one_number_and_two_images_are_not_mixed_up(hub, caplog):
     hub.rows["testA"][5]["image"] = {"bytes": image_bytes(120, 80, shade=9), "path": None}
     hub.save()
@@ -247,12 +237,6 @@ def test_file_name_must_end_in_the_annotation_in_refcocog_alone(tmp_path, caplog
     assert "is of another annotation" in caplog.text
 
 
-def test_object_that_is_there_twice_is_read_once(hub, caplog):
-    hub.rows["testA"].append(hub.rows["testA"][0])
-    hub.save()
-    assert "-0 occurs twice in testA" in hub.left_out("testA", caplog)
-
-
 def test_file_of_xyxy_boxes_is_refused_and_said_to_be_so(hub):
     for row in hub.rows["testB"]:
         x, y, w, h = row["bbox"]
@@ -266,44 +250,3 @@ def test_file_of_xyxy_boxes_is_refused_and_said_to_be_so(hub):
 
 
 # --- Broken files ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("keep", [0, 3, 100, 0.5, -1])
-def test_half_a_file_is_named(hub, keep):
-    path = hub.path_of("testA")
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
-    message = hub.error("testA")
-    assert message.startswith(f"{path}: not a whole Parquet file") and "`ivt data fetch lmms`" in message
-
-
-@pytest.mark.parametrize("column", ["image", "answer", "bbox", "file_name", "question_id"])
-def test_missing_column_is_named(hub, column):
-    for row in hub.rows["testA"]:
-        del row[column]
-    hub.save()
-    assert f"{hub.path_of('testA')}: has no column {column!r} (it has " in hub.error("testA")
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "message"),
-    [
-        ("bbox", [1, 2, 3, 4], "column 'bbox' is list<element: int64>, not lists of floating-point numbers"),
-        ("answer", "the cat", "column 'answer' is string, not lists of texts"),
-        ("image", {"path": "x.jpg"}, "column 'image' is struct<path: string>, not images"),
-        ("question_id", 5, "column 'question_id' is int64, not texts"),
-    ],
-)
-def test_column_of_another_type_is_named(hub, column, value, message):
-    for row in hub.rows["testA"]:
-        row[column] = value
-    hub.schema = hub.schema.set(hub.schema.get_field_index(column), pa.field(column, pa.array([value]).type))
-    hub.rows = {"testA": hub.rows["testA"]}
-    hub.save()
-    assert f"{hub.path_of('testA')}: {message}" in hub.error("testA")
-
-
-def test_part_that_was_not_downloaded_is_named(hub):
-    path = hub.path_of("testB")
-    path.rename(path.with_name("testB-00001-of-00002.parquet"))
-    assert "testB-00001-of-00002.parquet: of its split, part 0 (counted from 0) is not there" in hub.error("testB")

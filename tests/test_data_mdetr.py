@@ -12,18 +12,15 @@ import json
 import numpy as np
 import pytest
 from hub_layouts import (
-    boxes_in_images,
     is_the_record,
     many,
     odd_things,
     put_images,
     record,
     same_objects,
-    thing_at,
     things_of,
     write_mdetr,
 )
-from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from refer_layout import PHOTOS, write_refer_folder
 
@@ -84,15 +81,6 @@ def test_images_are_found_in_every_documented_place(tmp_path, place):
     table = open_table(mdetr.find(tmp_path, "refcocog"), "train")
     with Image.open(PHOTOS / "astronaut.jpg") as image:
         assert np.array_equal(table.image(table[0]), np.asarray(image))
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(boxes_in_images())
-def test_any_box_in_any_image_comes_back(tmp_path, drawn):
-    thing = thing_at(*drawn, "train")
-    (box,) = write_mdetr(tmp_path, "refcoco", [thing]).boxes()
-    assert np.allclose(box, thing.relative, rtol=0, atol=1e-9)
-    assert 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
 
 
 def test_only_splits_on_disk_are_offered_and_each_set_has_its_own_index(tmp_path, hub):
@@ -156,7 +144,7 @@ BAD_ROWS = {
     "no caption": (lambda content: content["images"][3].pop("caption"), "caption is None"),
     "no object": (annotation(original_id="12"), "original_id is '12', not a whole number"),
     "no annotation": (lambda content: content["annotations"].pop(3), "image id 3: has 0 annotations, not one"),
-    "no image entry": (lambda content: content["images"].__setitem__(3, 5), "id is None, not a whole number"),
+    "no image entry": (lambda content: content["images"].__setitem__(3, 5), "is 5, not an object"),
 }
 
 
@@ -187,12 +175,6 @@ def test_annotation_without_an_image_is_reported(hub, caplog):
     assert "row 41 of the annotations of finetune_refcoco+_train.json: image_id is None" in caplog.text
 
 
-def test_entry_that_is_there_twice_is_read_once(hub, caplog):
-    hub.rows["train"]["images"].append(hub.rows["train"]["images"][0])
-    hub.save()
-    assert "occurs twice in train" in hub.left_out("train", caplog)
-
-
 def test_file_of_xyxy_boxes_is_refused_and_said_to_be_so(hub):
     for entry in hub.rows["train"]["annotations"]:
         x, y, w, h = entry["bbox"]
@@ -221,23 +203,3 @@ def test_half_a_file_is_named(hub, keep):
 def test_file_of_another_form_is_named(hub, content):
     hub.path_of("train").write_text(json.dumps(content))
     assert "finetune_refcoco+_train.json: has no list" in hub.error("train")
-
-
-def test_file_without_rows_is_refused(tmp_path):
-    hub = write_mdetr(tmp_path, "refcoco", [record()])
-    hub.rows["train"] |= {"images": [], "annotations": []}
-    hub.save()
-    assert "finetune_refcoco_train.json: holds no rows" in hub.error("train")
-
-
-def test_text_that_is_no_utf_8_is_named(hub):
-    path = hub.path_of("train")
-    path.write_bytes(path.read_bytes().replace(b"thing 3", b"thing \xff"))
-    assert f"{path}: not whole JSON" in hub.error("train")
-
-
-def test_image_shared_by_train_and_test_is_refused(tmp_path):
-    shared = [record("train"), record("testA")]
-    assert "train and testA share 1 images (coco-581857 is one)" in write_mdetr(tmp_path, "refcoco", shared).error(
-        "testA"
-    )

@@ -13,14 +13,13 @@ import logging
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from eval_layouts import PHOTOS, REF_ADV, bomb_bytes, failure, image_bytes, opened, photo_rows, write_ref_adv
+from eval_layouts import PHOTOS, REF_ADV, bomb_bytes, failure, opened, photo_rows, write_ref_adv
 
 import ivt_env.data as data
 from ivt_env.data import DataError, load_dataset
 from ivt_env.data import ref_adv as module
-from ivt_env.data.checked import BadRowError, BadRows
+from ivt_env.data.checked import BadRowError
 from ivt_env.data.images import read_image
 
 
@@ -92,33 +91,6 @@ def test_images_that_are_there_are_left_alone_and_damaged_ones_replaced(layout):
     assert damaged.read_bytes() == content
 
 
-def test_interrupted_writing_leaves_no_part_of_a_image(layout, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        table(layout)
-    assert list(layout.images.iterdir()) == []
-
-
-def test_memory_holds_a_few_rows_only(tmp_path):
-    """One row group of 24 MB in pages of 1 MB: pages are read one by one, never the whole group."""
-    rng = np.random.default_rng(0)
-    layout = write_ref_adv(tmp_path)
-    row = layout.all_rows[0]
-    content = image_bytes((30, 40)) + rng.bytes(100_000)
-    rows = [row | {"image": {"bytes": content + rng.bytes(20), "path": None}, "solution": [1.0, 1.0, 5.0, 5.0],
-                   "width": 40, "height": 30, "file_name": f"{n:012d}.jpg"} for n in range(240)]  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows, REF_ADV), only_file(layout), write_batch_size=8, row_group_size=1000)
-    del rows
-    before, most, count = pa.total_allocated_bytes(), 0, 0
-    for _ in module.find(tmp_path, "refadv").read(BadRows("here", "fix"), tmp_path / "out"):
-        most, count = max(most, pa.total_allocated_bytes() - before), count + 1
-    assert count == 240
-    assert most < 12_000_000
-
-
 @pytest.mark.parametrize(
     ("value", "count"),
     [("5", 5), (" 7 ", 7), (3, 3), (4.0, 4), (["a", "b"], 2), ('["a", "b", "c"]', 3), ([], 0), ("2.0", 2)],
@@ -159,26 +131,9 @@ def test_image_as_plain_bytes_is_read_too(layout):
     assert table(layout).skipped == 0
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA"])
-def test_image_of_any_kind_comes_back_in_its_size(layout, mode):
-    content = image_bytes((37, 53), mode)
-    for row in layout.all_rows:
-        row.update(image={"bytes": content, "path": None}, width=53, height=37, solution=[1.0, 2.0, 52.5, 36.25])
-    layout.save()
-    served = table(layout)
-    assert served[0].box == (1 / 53, 2 / 37, 52.5 / 53, 36.25 / 37)
-    assert served.image(served[0]).shape == (37, 53, 3)
-
-
 def test_it_is_a_test_set_only(layout):
     with pytest.raises(DataError, match="refadv has no split 'train'; it has test"):
         load_dataset("refadv", "train", data_root=layout.root)
-
-
-def test_absent_and_of_another_name_is_none(tmp_path):
-    assert module.find(tmp_path, "refadv") is None
-    write_ref_adv(tmp_path)
-    assert module.find(tmp_path, "refl4") is None
 
 
 # --- Broken input ---------------------------------------------------------------------------------
@@ -200,21 +155,6 @@ def test_files_in_both_places_are_refused(layout):
 def test_folder_without_a_file_says_what_is_missing(tmp_path):
     (tmp_path / "refadv").mkdir()
     assert "*.parquet: missing" in failure(module.find, tmp_path, "refadv", "test")
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
-def test_cut_off_file_is_refused(layout, keep):
-    path = only_file(layout)
-    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    message = refusal(layout)
-    assert f"{path.name}: not a whole Parquet file" in message and "fetch the Parquet file" in message
-
-
-@pytest.mark.parametrize("column", module.COLUMNS)
-def test_missing_column_is_named(layout, column):
-    path = only_file(layout)
-    pq.write_table(pq.read_table(path).drop_columns([column]), path)
-    assert f"has no column '{column}'" in refusal(layout)
 
 
 @pytest.mark.parametrize(
@@ -244,26 +184,6 @@ def test_bad_row_is_left_out_with_its_reason(layout, caplog, values, said):
     assert served.skipped == 1
     assert f"row 2 of {only_file(layout).name}: " in caplog.text and said in caplog.text
     assert "x.jpg" not in {path.name for path in layout.images.iterdir()}
-
-
-def test_all_rows_bad_is_an_error_with_file_row_value_and_remedy(layout):
-    for row in layout.all_rows:
-        row["solution"] = [1.0, 1.0, float("nan"), 3.0]
-    layout.save()
-    message = refusal(layout)
-    for part in (only_file(layout).name, "row 0 of", "nan", "fetch the Parquet file"):
-        assert part in message
-
-
-def test_image_cut_off_after_its_header_is_refused_when_asked_for(layout):
-    content = layout.all_rows[0]["image"]["bytes"]
-    for row in layout.all_rows:
-        if row["image"]["bytes"] == content:
-            row["image"] = {"bytes": content[:9000], "path": None}
-    layout.save()
-    served = table(layout)
-    with pytest.raises(DataError, match="cut off"):
-        served.image(served[0])
 
 
 def test_written_image_that_was_deleted_is_said_with_a_remedy(layout):

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from eval_layouts import EXPRESSIONS, REF_L4, bomb_bytes, failure, opened, photo_rows, write_ref_l4
+from eval_layouts import EXPRESSIONS, REF_L4, failure, opened, photo_rows, write_ref_l4
 
 import ivt_env.data as data
 from ivt_env.data import DataError, load_dataset
@@ -88,18 +88,6 @@ def test_there_is_no_train_split(layout):
         load_dataset("refl4", "train", data_root=layout.root)
 
 
-def test_absent_and_of_another_name_is_none(tmp_path):
-    assert module.find(tmp_path, "refl4") is None
-    write_ref_l4(tmp_path)
-    assert module.find(tmp_path, "refadv") is None
-
-
-def test_counts_that_are_not_the_published_ones_are_said(layout, caplog):
-    with caplog.at_level(logging.WARNING):
-        table(layout)
-    assert "published are {'val': 13420, 'test': 31921}" in caplog.text
-
-
 # --- Broken input ---------------------------------------------------------------------------------
 
 
@@ -118,31 +106,6 @@ def test_ids_that_are_texts_are_refused(layout):
     layout.schema = REF_L4.set(0, pa.field("id", pa.string()))
     layout.save()
     assert "column 'id' is string, not whole numbers" in refusal(layout)
-
-
-@pytest.mark.parametrize("column", list(module.COLUMNS)[1:])
-def test_missing_column_is_named(layout, column):
-    path = list(layout.rows)[1]
-    pq.write_table(pq.read_table(path).drop_columns([column]), path)
-    message = refusal(layout)  # of val: a broken test file is said there, too
-    assert f"ref-l4-test.parquet: has no column '{column}' (it has id" in message
-    assert "fetch the Parquet" in message
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
-def test_cut_off_file_is_refused(layout, keep):
-    path = next(iter(layout.rows))
-    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    assert "ref-l4-val.parquet: not a whole Parquet file" in refusal(layout)
-
-
-def test_damage_in_the_middle_is_refused(layout):
-    path = next(iter(layout.rows))
-    content = bytearray(path.read_bytes())
-    content[4:400] = bytes(396)
-    path.write_bytes(content)
-    message = refusal(layout)
-    assert "ref-l4-val.parquet" in message and "fetch the Parquet" in message
 
 
 def test_one_of_the_two_files_missing_is_said(layout):
@@ -185,35 +148,12 @@ def test_bad_row_is_left_out_with_its_reason(layout, caplog, values, said):
     assert "row 1 of ref-l4-val.parquet" in caplog.text and said in caplog.text
 
 
-def test_all_rows_bad_is_an_error_with_file_row_value_and_remedy(layout):
-    break_all(layout, bbox=[10.0, 10.0, float("nan"), 5.0])
-    message = refusal(layout)
-    for part in ("ref-l4-val.parquet", "row 0 of", "id 0", "nan", "fetch the Parquet files"):
-        assert part in message
-
-
 def test_one_image_id_with_two_sizes_is_a_bad_row(layout, caplog):
     layout.all_rows[1]["height"] += 1
     layout.save()
     with caplog.at_level(logging.WARNING):
         assert table(layout).skipped == 1
     assert "in a row before" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [(None, "is missing"), (b"cut", "cut off"), (bomb_bytes(), "too large"), ("truncated", "cut off")],
-)
-def test_broken_image_is_refused_when_asked_for(layout, content, said):
-    served = table(layout)
-    path = served.image_path(served[0])
-    if content is None:
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:9000] if content == "truncated" else content)
-    with pytest.raises(DataError, match=said) as caught:
-        served.image(served[0])
-    assert path.name in str(caught.value)
 
 
 def test_images_not_unpacked_is_said_with_the_archive(layout):

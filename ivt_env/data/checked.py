@@ -10,9 +10,9 @@ import difflib
 import json
 import logging
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ivt_env.data.sample import DataError
 from ivt_env.failures import reading
@@ -27,6 +27,7 @@ MAX_LINE_BYTES = 1 << 24
 """Of a line of JSON; a longer one is no row, and would fill the memory."""
 _ROWS_LOGGED = 20
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 _REPR = reprlib.Repr()  # of anything that a file can hold, however deep or long
 _REPR.maxstring = _REPR.maxother = 80
@@ -80,6 +81,59 @@ class BadRows:
                 f"{self._where}: {len(self.reasons)} of {total} rows are unusable (the limit is {int(allowed)}), "
                 f"the first: {self.reasons[0]}; {self.remedy}"
             )
+
+
+def usable(
+    bad: BadRows, where: str, entries: Iterable[tuple[int, Any]], check: Callable[[dict[str, Any]], _T]
+) -> Iterator[_T]:
+    """``check`` of each entry (an object) of a file; one that is a BadRowError is left out, counted and named."""
+    for number, entry in entries:
+        try:
+            if not isinstance(entry, dict):
+                raise BadRowError(f"is {short(entry)}, not an object")
+            row = check(entry)
+        except BadRowError as error:
+            bad.add(f"{number} of {where}", error)
+        else:
+            yield row
+
+
+def per_sentence(
+    bad: BadRows,
+    here: str,
+    sentences: Any,
+    check: Callable[[], Callable[..., _T]],
+    spoken: Callable[[int, Any], tuple[str, str]],
+) -> Iterator[_T]:
+    """One row per sentence of an object; an object that cannot be used counts once for each of its sentences.
+
+    Args:
+        bad: takes what is left out.
+        here: the object's row in the file.
+        sentences: of the object, as the file has them.
+        check: gives what makes a row of ``sample_id`` and ``expression``, or raises BadRowError.
+        spoken: both of these, from the number of a sentence and the sentence.
+    """
+    sentences = sentences if isinstance(sentences, list) and sentences else [None]
+    try:
+        row_of = check()
+    except BadRowError as error:
+        bad.add(here, error, len(sentences))
+        return
+    for number, sentence in enumerate(sentences):
+        try:
+            sample_id, expression = spoken(number, sentence)
+        except BadRowError as error:
+            bad.add(here, error)
+        else:
+            yield row_of(sample_id=sample_id, expression=expression)
+
+
+def lists_in(content: Any, path: Path, keys: Iterable[str], remedy: str) -> None:
+    """DataError unless a JSON file is an object that holds these lists."""
+    for key in keys:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DataError(f"{path}: has no list {key!r}, so it has not the form of COCO's annotations; {remedy}")
 
 
 def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox") -> Box:

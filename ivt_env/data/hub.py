@@ -94,29 +94,38 @@ def shards(folder: Path) -> dict[str, list[Path]]:
     return dict(found)
 
 
-def check_shards(paths: Sequence[Path], remedy: str) -> None:
-    """DataError where a part of a split is missing or there twice, as the names (``-00000-of-00002``) tell."""
+def split_rows(
+    paths: Sequence[Path], columns: Columns, remedy: str, rows_at_once: int = 1024
+) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """(file, number from 0, row) of each row of a split.
+
+    Raises:
+        DataError: as ``typed_rows``, and where a part of the split is missing or there twice, as the names
+            (``-00000-of-00002``) tell.
+    """
     numbered = [(path, re.search(r"-([0-9]{5})-of-([0-9]{5})", path.name)) for path in paths]
-    if len(paths) == 1 and numbered[0][1] is None:
-        return
-    parts: dict[int, Path] = {}
-    wanted = {int(found[2]) for _, found in numbered if found}
-    for path, found in numbered:
-        if found is None or len(wanted) != 1 or int(found[1]) in parts:
-            raise DataError(
-                f"{path}: a second edition of this split lies beside it ({', '.join(p.name for p in paths)}), and "
-                f"its rows would be read twice; delete all of them and {remedy}"
-            )
-        parts[int(found[1])] = path
-    missing = sorted(set(range(wanted.pop())) - parts.keys())
-    if missing:
-        raise DataError(f"{paths[0]}: of its split, part {missing[0]} (counted from 0) is not there; {remedy}")
+    if len(paths) > 1 or numbered[0][1] is not None:
+        parts: dict[int, Path] = {}
+        wanted = {int(found[2]) for _, found in numbered if found}
+        for path, found in numbered:
+            if found is None or len(wanted) != 1 or int(found[1]) in parts:
+                raise DataError(
+                    f"{path}: a second edition of this split lies beside it ({', '.join(p.name for p in paths)}), and "
+                    f"its rows would be read twice; delete all of them and {remedy}"
+                )
+            parts[int(found[1])] = path
+        missing = sorted(set(range(wanted.pop())) - parts.keys())
+        if missing:
+            raise DataError(f"{paths[0]}: of its split, part {missing[0]} (counted from 0) is not there; {remedy}")
+    for path in paths:
+        for number, row in typed_rows(path, columns, remedy, rows_at_once):
+            yield path, number, row
 
 
 def typed_rows(
     path: Path, columns: Columns, remedy: str, rows_at_once: int = 1024, optional: Columns | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 0, row) of each row of a Parquet file, once its columns hold what they must.
+    """(number from 0, row) of each row of a Parquet file, as plain Python values, once its columns hold what they must.
 
     Args:
         path: the file.
@@ -128,12 +137,25 @@ def typed_rows(
     Raises:
         DataError: for a file that is cut off or damaged, lacks a column, or holds another type in one.
     """
-    yield from _rows(path, check_columns(path, columns, remedy, optional), remedy, rows_at_once)
+    names = check_columns(path, columns, remedy, optional)
+    number = 0
+    try:
+        # Pre-buffering, and reading without a buffer, would hold all images of a row group at once.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
+            for batch in file.iter_batches(rows_at_once, columns=names, use_threads=False):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise _unreadable(path, error, remedy, f" after row {number - 1}" if number else "") from error
 
 
 def check_columns(path: Path, columns: Columns, remedy: str, optional: Columns | None = None) -> list[str]:
     """The names of the columns to read; DataError as ``typed_rows`` raises it."""
-    schema = _schema(path, remedy)
+    try:
+        schema = pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error, remedy) from error
     missing = [name for name in columns if name not in schema.names]
     if missing:
         raise DataError(
@@ -144,40 +166,6 @@ def check_columns(path: Path, columns: Columns, remedy: str, optional: Columns |
         if not fits(schema.field(name).type):
             raise DataError(f"{path}: column {name!r} is {str(schema.field(name).type)[:200]}, not {what}; {remedy}")
     return list(wanted)
-
-
-def _schema(path: Path, remedy: str) -> pa.Schema:
-    """The columns of a Parquet file; DataError where it is missing, cut off or no Parquet file."""
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error, remedy) from error
-
-
-def _rows(
-    path: Path, columns: Sequence[str], remedy: str, batch_size: int = 1024
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 0, row) of each row, as plain Python values.
-
-    Args:
-        path: the file.
-        columns: what is read; the file must have them.
-        remedy: what to do where the file is broken, as an imperative without a full stop.
-        batch_size: rows in memory at once; few where a row holds an image.
-
-    Raises:
-        DataError: for a file that is missing, cut off or damaged, also in the middle.
-    """
-    number = 0
-    try:
-        # Pre-buffering, and reading without a buffer, would hold all images of a row group at once.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
-            for batch in file.iter_batches(batch_size, columns=list(columns), use_threads=False):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise _unreadable(path, error, remedy, f" after row {number - 1}" if number else "") from error
 
 
 def _unreadable(path: Path, error: Exception, remedy: str, place: str = "") -> DataError:
@@ -207,20 +195,16 @@ class EmbeddedImages:
         known = self._known.get(image_id)
         if known is None:
             header = read_header(content, f"image {file_name}")
-            self._write(self._folder / file_name, content)
+            path = self._folder / file_name
+            try:
+                if not (path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content):
+                    write_whole(path, content, sync=False)
+            except OSError as error:
+                raise DataError(
+                    f"{path}: the image cannot be written ({error.strerror}); make room on that disk, or make the "
+                    "folder writable, and open the data set again"
+                ) from error
             known = self._known[image_id] = file_name, digest, header
         elif known[:2] != (file_name, digest):
             raise BadRowError(f"holds another image than an earlier row with {image_id}")
         return known[2]
-
-    @staticmethod
-    def _write(path: Path, content: bytes) -> None:
-        try:
-            if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
-                return
-            write_whole(path, content, sync=False)
-        except OSError as error:
-            raise DataError(
-                f"{path}: the image cannot be written ({error.strerror}); make room on that disk, or make the folder "
-                "writable, and open the data set again"
-            ) from error

@@ -35,6 +35,7 @@ from ivt_env.data.checked import (
     BadRows,
     image_size,
     integer,
+    per_sentence,
     plain_file_name,
     relative_box,
     short,
@@ -119,27 +120,16 @@ def find(root: Path, name: str) -> Source | None:
 
 
 def _read(files: Mapping[str, Sequence[Path]], remedy: str, bad: BadRows, _folder: Path) -> Iterator[Row]:
-    """One row per sentence."""
     for split, paths in files.items():
         bad.split = split
-        hub.check_shards(paths, remedy)
-        for path in paths:
-            for number, held in hub.typed_rows(path, _COLUMNS, remedy):
-                sentences = held["sentences"] or [None]
-                here = f"{number} of {path.name}"
-                _refuse_other_convention(held, f"{path}: row {number}", remedy)
-                try:
-                    row_of = _object(held, split)
-                except BadRowError as error:
-                    bad.add(here, error, len(sentences))
-                    continue
-                for sentence in sentences:
-                    try:
-                        sent_id, expression = integer(sentence, "sent_id"), text(sentence, "sent").strip()
-                    except BadRowError as error:
-                        bad.add(here, error)
-                        continue
-                    yield row_of(sample_id=f"{held['ref_id']}-{sent_id}", expression=expression)
+        for path, number, held in hub.split_rows(paths, _COLUMNS, remedy):
+            _refuse_other_convention(held, f"{path}: row {number}", remedy)
+            where = f"{number} of {path.name}"
+            yield from per_sentence(bad, where, held["sentences"], bound(_object, held, split), bound(_said, held))
+
+
+def _said(held: dict[str, Any], _number: int, sentence: Any) -> tuple[str, str]:
+    return f"{held['ref_id']}-{integer(sentence, 'sent_id')}", text(sentence, "sent").strip()
 
 
 def _object(held: dict[str, Any], split: str) -> Callable[..., Row]:

@@ -27,7 +27,7 @@ The files know neither the other objects of an image nor categories: ``siblings`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial as bound
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from ivt_env.data import hub
-from ivt_env.data.checked import BadRowError, BadRows, plain_file_name, relative_box, text
+from ivt_env.data.checked import BadRowError, BadRows, per_sentence, plain_file_name, relative_box, text
 from ivt_env.data.jxu124 import PUBLISHED
 from ivt_env.data.table import Row, Source
 
@@ -96,26 +96,16 @@ def _read(files: Mapping[str, Sequence[Path]], name: str, remedy: str, bad: BadR
     images = hub.EmbeddedImages(folder / "images")
     for split, paths in files.items():
         bad.split = split
-        hub.check_shards(paths, remedy)
-        for path in paths:
-            for number, held in hub.typed_rows(path, _COLUMNS, remedy, _ROWS_AT_ONCE):
-                answers = held["answer"] or [None]
-                here = f"{number} of {path.name}"
-                try:
-                    row = _object(held, name, split, images)
-                except BadRowError as error:
-                    bad.add(here, error, len(answers))
-                    continue
-                for count, answer in enumerate(answers):
-                    try:
-                        expression = text({"answer": answer}, "answer").strip()
-                    except BadRowError as error:
-                        bad.add(here, error)
-                        continue
-                    yield Row(sample_id=f"{row['meta']['ann_id']}-{count}", expression=expression, **row)
+        for path, number, held in hub.split_rows(paths, _COLUMNS, remedy, _ROWS_AT_ONCE):
+            check = bound(_object, held, name, split, images)
+            yield from per_sentence(bad, f"{number} of {path.name}", held["answer"], check, bound(_said, held))
 
 
-def _object(held: dict[str, Any], name: str, split: str, images: hub.EmbeddedImages) -> dict[str, Any]:
+def _said(held: dict[str, Any], number: int, answer: Any) -> tuple[str, str]:
+    return f"{int(held['question_id'])}-{number}", text({"answer": answer}, "answer").strip()
+
+
+def _object(held: dict[str, Any], name: str, split: str, images: hub.EmbeddedImages) -> Callable[..., Row]:
     """Check a row and write its image out; what its expressions share."""
     question_id, file_name = text(held, "question_id"), plain_file_name(text(held, "file_name"))
     if not re.fullmatch("[0-9]{1,18}", question_id):
@@ -124,11 +114,12 @@ def _object(held: dict[str, Any], name: str, split: str, images: hub.EmbeddedIma
     # RefCOCOg's names end in the annotation's number, those of the other two in a small running number.
     if name == "refcocog" and not file_name.endswith(f"_{question_id}.jpg"):
         raise BadRowError(f"question_id {question_id}: file_name {file_name!r} is of another annotation")
-    row = {"image_id": f"coco-{image_id}", "file_name": f"COCO_train2014_{image_id:012d}.jpg"}
-    size = images.put(held["image"], **row).stored
+    named = f"coco-{image_id}", f"COCO_train2014_{image_id:012d}.jpg"
+    size = images.put(held["image"], *named).stored
     bbox = held["bbox"]
     box = relative_box(list(map(_as_written, bbox)) if isinstance(bbox, list) else bbox, size, "xywh")
-    return row | {"split": split, "size": size, "box": box, "meta": {"ann_id": int(question_id), "image_id": image_id}}
+    meta = {"ann_id": int(question_id), "image_id": image_id}
+    return bound(Row, split=split, image_id=named[0], file_name=named[1], size=size, box=box, meta=meta)
 
 
 def _as_written(value: Any) -> Any:

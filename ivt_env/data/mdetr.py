@@ -32,15 +32,16 @@ from ivt_env.data.checked import (
     BadRows,
     image_size,
     integer,
+    lists_in,
     plain_file_name,
     read_json,
     relative_box,
     short,
     text,
+    usable,
 )
 from ivt_env.data.hub import coco_image_id
 from ivt_env.data.jxu124 import IMAGE_FOLDERS, IMAGE_REMEDY, PUBLISHED, SPLITS
-from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
 LABELS = {"refcocog": "refcocog", "refcoco": "refcoco", "refcocoplus": "refcoco+"}
@@ -88,24 +89,18 @@ def _read(files: Mapping[str, Path], label: str, bad: BadRows, _folder: Path) ->
     for split, path in files.items():
         bad.split = split
         content = read_json(path, _REMEDY)
-        for key in ("images", "annotations"):
-            if not isinstance(content, dict) or not isinstance(content.get(key), list):
-                raise DataError(f"{path}: has no list {key!r}, so is no annotation file of MDETR; {_REMEDY}")
+        lists_in(content, path, ("images", "annotations"), _REMEDY)
         categories: dict[int, str] = {}
         for entry in content["categories"] if isinstance(content.get("categories"), list) else ():
             with contextlib.suppress(BadRowError):  # a row then lacks its category's name, which is no harm
                 categories[integer(entry, "id")] = text(entry, "name")
         annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for number, entry in enumerate(content["annotations"]):
-            try:
-                annotations[integer(entry, "image_id")].append(entry)
-            except BadRowError as error:
-                bad.add(f"{number} of the annotations of {path.name}", error)
-        for number, image in enumerate(content["images"]):
-            try:
-                yield _expression(image, annotations, categories, label, split)
-            except BadRowError as error:
-                bad.add(f"{number} of the images of {path.name}", error)
+        entries = enumerate(content["annotations"])
+        where = f"the annotations of {path.name}"
+        for image_id, entry in usable(bad, where, entries, lambda entry: (integer(entry, "image_id"), entry)):
+            annotations[image_id].append(entry)
+        check = bound(_expression, annotations=annotations, categories=categories, label=label, split=split)
+        yield from usable(bad, f"the images of {path.name}", enumerate(content["images"]), check)
         held = {image["id"] for image in content["images"] if isinstance(image, dict) and type(image.get("id")) is int}
         for image_id in annotations.keys() - held:
             bad.add(f"of the annotations of {path.name}", f"there is no image with their image_id {image_id}")

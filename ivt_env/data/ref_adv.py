@@ -33,6 +33,7 @@ from ivt_env.data.checked import (
     relative_box,
     short,
     text,
+    usable,
 )
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
@@ -101,18 +102,16 @@ def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
     bad.split = "test"
     total = 0
     for path in paths:
-        for number, values in hub.typed_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, {"row_idx": hub.INTEGER}):
-            try:
-                sample_id = integer(values, "row_idx") if "row_idx" in values else total
-                row = _row(values, str(sample_id), images)
-            except BadRowError as error:
-                bad.add(f"{number} of {path.name}", error)
-            else:
-                yield row
-            total += 1
+        entries = hub.typed_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, {"row_idx": hub.INTEGER})
+        counted = ((number, ({"row_idx": total + number} | values)) for number, values in entries)
+        number = -1
+        for number, values in counted:
+            yield from usable(bad, path.name, [(number, values)], bound(_row, images=images))
+        total += number + 1
 
 
-def _row(values: dict[str, Any], sample_id: str, images: hub.EmbeddedImages) -> Row:
+def _row(values: dict[str, Any], images: hub.EmbeddedImages) -> Row:
+    sample_id = str(integer(values, "row_idx"))
     file_name, source = plain_file_name(text(values, "file_name")), text(values, "image_source")
     size = image_size(values)
     box = relative_box(values["solution"], size, "xyxy", "solution")

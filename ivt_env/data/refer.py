@@ -31,6 +31,8 @@ from ivt_env.data.checked import (
     Box,
     image_size,
     integer,
+    lists_in,
+    per_sentence,
     plain_file_name,
     read_json,
     relative_box,
@@ -139,9 +141,7 @@ class _Instances:
 
     def __init__(self, path: Path) -> None:
         content = read_json(path, _REMEDY)
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(content, dict) or not isinstance(content.get(key), list):
-                raise DataError(f"{path}: has no list {key!r}, so is no COCO annotation file; unpack it again")
+        lists_in(content, path, ("images", "annotations", "categories"), _REMEDY)
         self.images: dict[int, _Image | str] = {}
         self.annotations: dict[int, _Annotation | str] = {}
         self.categories: dict[int, str] = {}
@@ -182,23 +182,12 @@ def _read(refs_path: Path, instances_path: Path, splits: tuple[str, ...], bad: B
         raise DataError(f"{refs_path}: holds {short(refs)}, not a list of refs; {_REMEDY}")
     instances = _Instances(instances_path)
     for number, ref in enumerate(refs):
-        here = f"{number} of {refs_path.name}"
-        sentences = ref.get("sentences") if isinstance(ref, dict) else None
-        sentences = sentences if isinstance(sentences, list) and sentences else [None]
-        stated = ref.get("split") if isinstance(ref, dict) else None
-        bad.split = stated if isinstance(stated, str) and stated in splits else None
-        try:
-            row_of = _object(ref, instances, splits)
-        except BadRowError as error:
-            bad.add(here, error, len(sentences))
-            continue
-        for sentence in sentences:
-            try:
-                sent_id, expression = _sentence(sentence)
-            except BadRowError as error:
-                bad.add(here, error)
-                continue
-            yield row_of(sample_id=f"{ref['ref_id']}-{sent_id}", expression=expression)
+        held = ref if isinstance(ref, dict) else {}
+        bad.split = stated if isinstance(stated := held.get("split"), str) and stated in splits else None
+        yield from per_sentence(
+            bad, f"{number} of {refs_path.name}", held.get("sentences"), bound(_object, ref, instances, splits),
+            bound(_sentence, held),
+        )  # fmt: skip
 
 
 def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callable[..., Row]:
@@ -243,9 +232,9 @@ def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callabl
     )
 
 
-def _sentence(sentence: Any) -> tuple[int, str]:
+def _sentence(ref: dict[str, Any], _number: int, sentence: Any) -> tuple[str, str]:
     _exact_keys(sentence, _SENTENCE_KEYS, "sentence")
-    return integer(sentence, "sent_id"), text(sentence, "sent").strip()
+    return f"{ref['ref_id']}-{integer(sentence, 'sent_id')}", text(sentence, "sent").strip()
 
 
 def _keep(into: dict[int, Any], entry: Any, check: Callable[[dict[str, Any]], Any]) -> bool:

@@ -39,17 +39,20 @@ from ivt_env.data.checked import (
     BadRows,
     image_size,
     integer,
+    json_lines,
     read_json,
     relative_box,
     relative_path,
     short,
     text,
+    usable,
 )
 from ivt_env.data.hub import coco_image_id
 from ivt_env.data.images import read_header
 from ivt_env.data.jxu124 import IMAGE_REMEDY, PUBLISHED
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
+from ivt_env.failures import reading
 
 LABELS = {"refcocog": "refcocog", "refcoco": "refcoco", "refcocoplus": "refcocop"}
 """Data set name -> how the names of its files begin."""
@@ -122,43 +125,27 @@ def _read(
 
     for split, path in files.items():
         bad.split = split
-        entries = _lines(path) if path.suffix == ".jsonl" else enumerate(_list(path))
-        for number, entry in entries:
-            try:
-                if not isinstance(entry, dict):
-                    raise BadRowError(f"is {short(entry)}, not an object")
-                if path.suffix == ".jsonl":
-                    yield _conversation(entry, split, size_of)
-                else:
-                    yield _record(entry, split, name)
-            except BadRowError as error:
-                bad.add(f"{number} of {path.name}", error)
-
-
-def _list(path: Path) -> list[Any]:
-    content = read_json(path, _REMEDY)
-    if not isinstance(content, list):
-        raise DataError(f"{path}: holds {short(content)}, not a list of objects; {_REMEDY}")
-    return content
+        if path.suffix == ".jsonl":
+            yield from usable(bad, path.name, _lines(path), bound(_conversation, split=split, size_of=size_of))
+            continue
+        content = read_json(path, _REMEDY)
+        if not isinstance(content, list):
+            raise DataError(f"{path}: holds {short(content)}, not a list of objects; {_REMEDY}")
+        yield from usable(bad, path.name, enumerate(content), bound(_record, split=split, name=name))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """The values of a JSONL file, numbered from 0; blank lines are counted and skipped."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file):
-                if not line.strip():
-                    continue
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    # Not one bad row of many: a line that is cut off means that the rest is missing.
-                    raise DataError(
-                        f"{path}: row {number} is {short(line)}, not whole JSON ({error}), perhaps the file is only "
-                        f"half there; {_REMEDY}"
-                    ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
+    with reading(path, _REMEDY, DataError, "not whole JSON"):
+        for number, line in json_lines(path):
+            try:
+                yield number - 1, json.loads(line or b"")
+            except (ValueError, RecursionError) as error:
+                # Not one bad row of many: a line that is cut off means that the rest is missing.
+                raise DataError(
+                    f"{path}: row {number - 1} is {short(line)}, not whole JSON ({error}), perhaps the file is only "
+                    f"half there; {_REMEDY}"
+                ) from error
 
 
 def _record(entry: dict[str, Any], split: str, name: str) -> Row:
