@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivt_env.metrics.table import render
+import numpy as np
+
+from ivt_env.metrics.table import difference, interval, number, render
 
 METRICS = ("Acc@0.5", "Acc@0.9", "mIoU")
 LOOP = "loop"
@@ -43,23 +45,18 @@ def summary(out: Path, splits: Sequence[str]) -> str:
 
 def scores(results: Mapping[str, Any]) -> str:
     """A line for each policy: its first box, its answer, and how it got from the one to the other."""
-    found = {(row["policy"], row["column"]): row for row in results["rows"]}
+    found = {(row["policy"], row["column"]): row["scores"] for row in results["rows"]}
     lines = []
     for name, audit in results["audits"].items():
-        first, answer = found[name, "step_0"], found[name, "learned_stop"]
-        best = found.get((name, "oracle_best"))
         runs = audit["runs"]
+        both = [found[name, column][m] for column in ("step_0", "learned_stop") for m in METRICS]
+        best = found.get((name, "oracle_best"))
+        # Over the seeds that have a value: where no first box was right, none could be broken.
+        broke = [share for run in runs if (share := run["broke"]["learned_stop"]["value"]) is not None]
         lines.append(
-            [
-                name,
-                str(len(runs)),
-                *(_score(first, metric) for metric in METRICS),
-                *(_score(answer, metric) for metric in METRICS),
-                "-" if best is None else _score(best, "Acc@0.5"),
-                _mean([run["broke"]["learned_stop"]["value"] for run in runs], 1, 100),
-                _mean([run["stopping"]["mean_proposals"] for run in runs], 2),
-                _mean([run["stopping"]["mean_actions"] for run in runs], 2),
-            ]
+            [name, str(len(runs)), *(number(score["value"], m) for score, m in zip(both, METRICS * 2, strict=True))]
+            + ["-" if best is None else number(best["Acc@0.5"]["value"]), number(np.mean(broke)) if broke else "-"]
+            + [f"{np.mean([run['stopping'][key] for run in runs]):.2f}" for key in ("mean_proposals", "mean_actions")]
         )
     head = ["policy", "seeds", *(f"first box {m}" for m in METRICS), *(f"answer {m}" for m in METRICS)]
     head += ["oracle Acc@0.5", "broke (%)", "boxes", "actions"]
@@ -94,21 +91,12 @@ def swaps(results: Mapping[str, Any]) -> str:
     """What the loops do with each drawn box, seed by seed."""
     lines = []
     for row in results["variants"]:
-        shares = [f"{100 * row[key]['value']:.1f}" for key in ("stopped", "left", "towards", "right")]
-        shown = "-" if row["shown_iou"] is None else f"{row['shown_iou']:.2f}"
+        shares = [number(row[key]["value"]) for key in ("stopped", "left", "towards", "right")]
+        shown = number(row["shown_iou"], "IoU", digits=2)
         lines.append([row["variant"], row["policy"], str(row["num"]), shown, *shares])
     lines.sort(key=lambda line: [r["variant"] for r in results["variants"]].index(line[0]))
-    head = [
-        "box drawn",
-        "policy",
-        "n",
-        "its IoU",
-        "stops (%)",
-        "leaves (%)",
-        "towards the target (%)",
-        "then right (%)",
-    ]
-    return render(head, lines, markdown=True, left=2)
+    head = ["box drawn", "policy", "n", "its IoU", "stops (%)", "leaves (%)", "towards the target (%)"]
+    return render([*head, "then right (%)"], lines, markdown=True, left=2)
 
 
 def costs(out: Path, split: str) -> str:
@@ -122,30 +110,17 @@ def costs(out: Path, split: str) -> str:
 
 
 def _difference(comparison: Mapping[str, Any], other: str) -> list[str]:
-    d, factor, digits = comparison["difference"], *_unit(comparison["metric"])
-
-    def number(value: float, sign: str = "+") -> str:
-        return format(factor * value, f"{sign}.{digits}f")
-
-    each = " ".join(number(v) for v in comparison["by_seed"])
-    value = number(d["diff"]) if d["shown"] else f"{number(d['diff'])}, not shown"
-    interval = f"[{number(d['low'])}, {number(d['high'])}]"
-    return [comparison["metric"], other, value, interval, number(d["detectable"], ""), each]
-
-
-def _score(row: Mapping[str, Any], metric: str) -> str:
-    factor, digits = _unit(metric)
-    return f"{factor * row['scores'][metric]['value']:.{digits}f}"
-
-
-def _unit(metric: str) -> tuple[float, int]:
-    return (1.0, 3) if metric == "mIoU" else (100.0, 1)
-
-
-def _mean(values: Sequence[float | None], digits: int, factor: float = 1.0) -> str:
-    """Over the seeds that have a value: where no first box was right, none could be broken."""
-    known = [value for value in values if value is not None]
-    return f"{factor * sum(known) / len(known):.{digits}f}" if known else "-"
+    d, metric = comparison["difference"], comparison["metric"]
+    value = difference(d["diff"], d["shown"], d["num_clusters"], metric)
+    each = " ".join(number(v, metric, sign=True) for v in comparison["by_seed"])
+    return [
+        metric,
+        other,
+        value,
+        interval(d["low"], d["high"], metric, sign=True),
+        number(d["detectable"], metric),
+        each,
+    ]
 
 
 def _read(folder: Path) -> Any:

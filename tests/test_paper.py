@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -392,7 +393,7 @@ def test_the_first_version_quotes_the_paper_and_marks_what_the_target_chose():
         cells = text[at][len(line.title) :].split()
         assert cells[0] == f"{100 * scores(played[line.policy].columns[line.column], ['Acc@0.5'])['Acc@0.5']:.1f}"
         below = [] if line.policy == "own_gain" else text[at + 1].split()
-        assert below[3:4] == ([f"{line.reported[0]:.1f}"] if line.reported[0] else [])
+        assert below[3:4] == ([f"{100 * line.reported[0]:.1f}"] if line.reported[0] else [])
     marked = [t for t in version_2(played).splitlines() if "oracle_best" in t]
     assert marked and all("oracle_best *" in t for t in marked)
     assert results(played)["policies"]["grpo"]["oracle_rules"] == ["oracle_best"]
@@ -463,5 +464,5 @@ def test_a_warm_start_made_on_the_way_has_the_papers_lessons(tmp_path, monkeypat
     asked = []
     monkeypatch.setattr(train_sft, "main", lambda args: asked.append(args) or tmp_path)
     for stop, lessons in ((False, "paper"), (True, "walks")):
-        train_grpo._warm_start(train_grpo.Args(stop=stop, out=tmp_path / f"run{stop}"))
+        train_grpo._warm_start(train_grpo.Args(stop=stop, out=tmp_path / f"run{stop}"), Mock())
         assert asked[-1].lessons == lessons

@@ -97,12 +97,12 @@ def test_what_is_missing_is_said_on_the_page_and_on_the_terminal(
     assert all("ivt data fetch refcocog" in source["missing"] for source in sources) and len(sources) == 2  # type: ignore[index]
 
 
-def test_a_saved_image_that_is_broken_is_an_error_that_names_it(tmp_path: Path, capsys: Any) -> None:
+def test_a_saved_image_that_is_broken_is_named_and_one_of_another_shape_refused(tmp_path: Path, capsys: Any) -> None:
     save_episodes(tmp_path, made_up_episodes()[:1], photo_of)
     broken = tmp_path / "images" / image_file("astronaut.jpg")
     broken.write_bytes(b"no image")
-    assert cli.main(["view", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {broken} is no image")
+    assert cli.main(["view", str(tmp_path)]) == 0
+    assert f"not on the page: {broken} cannot be read" in capsys.readouterr().err
     Image.new("RGB", (10, 30)).save(broken)
     assert cli.main(["view", str(tmp_path)]) == 2
     assert "the shapes differ" in capsys.readouterr().err

@@ -147,9 +147,6 @@ def audit(
         stopping: n episodes with the stop honoured.
         forced: The same n samples with the stop not available.
         **options: As in ``audit_runs``.
-
-    Raises:
-        ValueError: As in ``audit_runs``.
     """
     return audit_runs([Run(stopping, forced)], **options)
 

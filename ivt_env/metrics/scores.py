@@ -145,9 +145,6 @@ def break_rate(before: Column, after: Column, threshold: float = 0.5) -> Share:
     """Of the episodes that ``before`` got right, those that ``after`` gets wrong.
 
     (prior right, final wrong) / (prior right).
-
-    Raises:
-        ValueError: As in ``correction_rate``.
     """
     prior = _prior(before, after, threshold)
     return Share(float(((1 - hits(after, threshold)) * prior).sum()), int(prior.sum()))
@@ -159,9 +156,6 @@ def nsri(before: Column, after: Column, threshold: float = 0.5) -> Nsri:
     With IoU0 of ``before`` and IoU1 of ``after``: g = (IoU1 - IoU0) / (1 - IoU0) if it went up,
     g = (IoU1 - IoU0) / IoU0 if it went down, 0 if it stayed. An improvement is thus measured
     against the room there was, a loss against what there was to lose.
-
-    Raises:
-        ValueError: As in ``correction_rate``.
     """
     prior = _prior(before, after, threshold)
     change = after.ious - before.iou[:, None]  # (n, K)

@@ -96,9 +96,6 @@ def ece(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
         probability: Statements in [0, 1], shape (m,).
         correct: Outcomes, 0 or 1, shape (m,).
         bins: Bins of [0, 1]; 1 itself belongs to the last.
-
-    Raises:
-        ValueError: For different lengths, a probability outside [0, 1], or fewer than 1 bin.
     """
     # The gap of a bin's means times its count is |sum of (outcome - probability)|: an empty one adds 0.
     p, c = _pairs(probability, correct)
@@ -115,9 +112,6 @@ def reliability(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> t
         probability: Statements in [0, 1], shape (m,).
         correct: Outcomes, 0 or 1, shape (m,).
         bins: How many, of equal width.
-
-    Raises:
-        ValueError: As in ``ece``.
     """
     p, c = _pairs(probability, correct)
     index = _bin_of(p, bins)
@@ -142,9 +136,6 @@ def auroc(score: ArrayLike, correct: ArrayLike, weights: ArrayLike | None = None
 
     Returns:
         A value in [0, 1]; NaN where all are correct or all are wrong.
-
-    Raises:
-        ValueError: For different lengths.
     """
     s, c = _pairs(score, correct)
     w = np.ones(len(s)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -158,11 +149,7 @@ def auroc(score: ArrayLike, correct: ArrayLike, weights: ArrayLike | None = None
 
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float:
-    """Pearson correlation of two vectors (m,); NaN where either is constant or m < 2.
-
-    Raises:
-        ValueError: For different lengths.
-    """
+    """Pearson correlation of two vectors (m,); NaN where either is constant or m < 2."""
     a, b = _pairs(x, y)
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan

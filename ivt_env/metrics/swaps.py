@@ -231,9 +231,6 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
 
     Returns:
         A row for each statistic; NaN where nothing was played that it compares.
-
-    Raises:
-        ValueError: as in ``summarise``.
     """
     rows = []
     for step, of_step in _by_step(swaps).items():

@@ -114,9 +114,6 @@ def score_rows(
         metrics: Names as in ``per_episode``.
         n_boot: Resamples of the interval.
         seed: Seed of the interval.
-
-    Raises:
-        ValueError: As in ``per_episode`` and ``bootstrap_mean``.
     """
     return [
         Row(
@@ -151,9 +148,6 @@ def compare(
 
     McNemar's test is given for accuracies of answers that are right or wrong; it takes the episodes
     as independent, so with several to an image the interval is the one to go by.
-
-    Raises:
-        ValueError: As in ``per_episode`` and ``paired_bootstrap``.
     """
     x, y = per_episode(a, metric), per_episode(b, metric)
     difference = paired_bootstrap(x, y, image_ids, n_boot=n_boot, seed=seed)

@@ -56,7 +56,7 @@ class ImageFinder:
         for folder in self._folders.get((episode.dataset, episode.image_id), ()):
             path = folder / "images" / image_file(episode.image_id)
             if path.is_file():
-                return _read(path)
+                return saved_image(path)
         with self._lock:
             # A mixture's samples are labelled with the data set they are from; their ids begin with it.
             mixed = episode.sample_id.startswith(f"{episode.dataset}/")
@@ -115,11 +115,16 @@ def _at_number(dataset: Dataset, sample_id: str) -> Sample | None:
     return sample if sample.sample_id == sample_id else None
 
 
-def _read(path: Path) -> ImageArray:
+def saved_image(path: Path) -> ImageArray:
+    """An image that a run or a session saved.
+
+    Raises:
+        DataMissingError: where it is broken or not there.
+    """
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataMissingError(
-            f"{path} is no image ({error}); delete it to have it taken from the data set, or play again"
+            f"{path} cannot be read ({error}); delete it to have it taken from the data set, or play again"
         ) from error

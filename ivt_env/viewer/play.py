@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 from gymnasium.utils.seeding import np_random
-from PIL import Image
 
 from ivt_env.data.sample import DataError, ImageArray
 from ivt_env.env import GroundingEnv
 from ivt_env.episodes import Box, Episode, image_file, load_episodes, save_episodes, save_image
 from ivt_env.files import write_whole
 from ivt_env.rollouts import begin_record, box_tuple, record_action
+from ivt_env.viewer.images import saved_image
 from ivt_env.viewer.page import page_parts
 from ivt_env.viewer.rows import details, where_of
-from ivt_env.viewer.server import Refused, Reply, ViewApp
+from ivt_env.viewer.server import Refused, Reply, ViewApp, as_reply
 
 HUMAN = "human"
 """The agent's name in the records."""
@@ -81,9 +81,9 @@ class PlayApp(ViewApp):
             raise Refused(400, f"Send a JSON object, not {json.dumps(message)[:60]}.")
         with self._playing:
             if path == "/start":
-                return _json(self._start())
+                return as_reply(self._start())
             if path == "/act":
-                return _json(self._act(message))
+                return as_reply(self._act(message))
         raise Refused(404, "There is nothing to do there: /start and /act.")
 
     # ---- playing -------------------------------------------------------------------------------
@@ -188,12 +188,7 @@ class PlayApp(ViewApp):
         known = self._shown.get((episode.dataset, episode.image_id))
         if known is not None:
             return known
-        path = self.folder / "images" / image_file(episode.image_id)
-        try:
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} of an earlier session cannot be read: {error}") from error
+        return saved_image(self.folder / "images" / image_file(episode.image_id))
 
     def _earlier(self) -> list[Episode]:
         path = self.folder / "episodes.jsonl"
@@ -250,7 +245,3 @@ def _proposal(box: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     if not numbers or not all(type(v) in (int, float) and abs(v) <= _LARGEST for v in box):
         raise Refused(400, f"box is {json.dumps(box)[:80]}: give four numbers x1, y1, x2, y2 from 0 to 1, or stop.")
     return np.array(box, dtype=np.float32)
-
-
-def _json(value: Any) -> Reply:
-    return Reply(json.dumps(value, allow_nan=False).encode("ascii"))

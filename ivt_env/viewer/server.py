@@ -102,13 +102,13 @@ class ViewApp:
             return Reply(self._page, "text/html; charset=utf-8")
         if path == "/episode":
             run = self._run(query)
-            return _json(details(run[_number(query.get("index", ""), len(run), "index")]))
+            return as_reply(details(run[_number(query.get("index", ""), len(run), "index")]))
         if path == "/search":
             name = self.names[_number(query.get("run", ""), len(self.names), "run")]
             wanted = query.get("query", "")
             if len(wanted) > _LONGEST_QUERY:
                 raise Refused(400, f"A search of more than {_LONGEST_QUERY} characters.")
-            return _json(self.content.search(name, wanted))
+            return as_reply(self.content.search(name, wanted))
         if path.startswith("/image/"):
             number = _number(path.removeprefix("/image/"), len(self.content.images), "image")
             return Reply(self._image(number), "image/jpeg", keep=True)
@@ -295,7 +295,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: a line for each image would bury what matters."""
 
 
-def _json(value: Any) -> Reply:
+def as_reply(value: Any) -> Reply:
+    """``value`` as JSON."""
     return Reply(json.dumps(value, allow_nan=False).encode("ascii"))
 
 
