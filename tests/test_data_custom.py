@@ -348,7 +348,7 @@ def test_bad_line_is_left_out_with_its_number_and_reason(root, caplog, values, s
         ("xywh", "px", [20, 20, 30, 29], "it would fit as xyxy"),
         ("xywh", "relative", [0.5, 0.5, 0.9, 0.9], "it would fit as xyxy"),
         ("xyxy", "relative", [5, 6, 20, 25], "it would fit as 'px'"),
-        ("xyxy", "relative", [0.5, 0.5, 1.2, 0.9], "leaves the image by more than a pixel"),
+        ("xyxy", "relative", [0.5, 0.5, 1.2, 0.9], "leaves the image, which is 1 wide and 1 high"),
         ("xyxy", "relative", [0.5, 0.5, 0.2, 0.3], "it would fit as xywh"),
         ("xyxy", "thousandths", [0.5, 0.5, 0.9, 0.9], "it would fit as 'relative'"),
         ("xyxy", "thousandths", [5, 6, 2000, 25], "leaves the image, which is 1000 wide"),

@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
@@ -142,7 +143,7 @@ def _check(args: argparse.Namespace) -> int:
                 print(report)
     across = _across(tables, every=args.json) if len(args.names) > 1 else []
     if args.json:
-        found = {"data_sets": [r.as_json() for r in reports], "across": [vars_of(f) for f in across]}
+        found = {"data_sets": [r.as_json() for r in reports], "across": [asdict(finding) for finding in across]}
         print(json.dumps(found, indent=1))
     else:
         for finding in across:
@@ -156,11 +157,6 @@ def _check(args: argparse.Namespace) -> int:
 def _across(tables: dict[tuple[str, str], Table], every: bool) -> list[Finding]:
     pairs = {(a, b) for a in tables for b in tables if a[0] != b[0] and a[1] == "train"}
     return [finding for a, b in sorted(pairs) for finding in leaks({a: tables[a], b: tables[b]}, every=every)]
-
-
-def vars_of(finding: Finding) -> dict[str, object]:
-    """JSON-able."""
-    return {key: getattr(finding, key) for key in ("level", "split", "text", "count", "examples")}
 
 
 def _progress(done: int, total: int) -> None:

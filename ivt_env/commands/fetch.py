@@ -66,11 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch a data set.
-
-    Args:
-        args: what ``add_arguments`` asks for.
-    """
+    """Fetch a data set."""
     try:
         _fetch(args)
     except KeyboardInterrupt:

@@ -39,11 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve the page until Ctrl-C; the exit status.
-
-    Args:
-        args: what ``add_arguments`` parsed.
-    """
+    """Serve the page until Ctrl-C; the exit status."""
     import gymnasium as gym
 
     import ivt_env

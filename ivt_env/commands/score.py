@@ -81,11 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score and print; the exit status.
-
-    Args:
-        args: what ``add_arguments`` parsed.
-    """
+    """Score and print; the exit status."""
     print(_scored(args))
     return 0
 

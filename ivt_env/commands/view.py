@@ -50,11 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write or serve the page; the exit status.
-
-    Args:
-        args: what ``add_arguments`` parsed.
-    """
+    """Write or serve the page; the exit status."""
     from ivt_env.viewer.images import ImageFinder
     from ivt_env.viewer.page import write_page
 

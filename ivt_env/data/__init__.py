@@ -7,16 +7,15 @@ whatever is served carries its own name, so no result can be labelled with data 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from ivt_env.data.checked import closest
 from ivt_env.data.sample import DataError, DataMissingError, Dataset, ImageArray, Sample
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def splits(name: str) -> tuple[str, ...]:
         from ivt_env.data import photos
 
         return photos.SPLITS
-    raise DataError(f"no data set {name!r}{_closest(name, NAMES)}; there are {', '.join(NAMES)}")
+    raise DataError(f"no data set {name!r}{closest(name, NAMES)}; there are {', '.join(NAMES)}")
 
 
 def load_dataset(
@@ -152,7 +151,7 @@ def load_dataset(
     """
     valid = splits(name)
     if split not in valid:
-        raise DataError(f"{name} has no split {split!r}{_closest(split, valid)}; it has {', '.join(valid)}")
+        raise DataError(f"{name} has no split {split!r}{closest(split, valid)}; it has {', '.join(valid)}")
     if name == "scenes":
         return _scenes(split)
     if name == "photos":
@@ -232,8 +231,3 @@ def _absence(name: str, root: Path) -> str:
         f"{name}: not on this machine; looked for {', '.join(places)}.{also} To get it: `ivt data fetch {name}`. If "
         "you have it elsewhere, pass data_root=... or set the variable IVT_DATA to the folder that holds it."
     )
-
-
-def _closest(word: str, valid: Sequence[str]) -> str:
-    found = difflib.get_close_matches(str(word).lower(), valid, n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -6,7 +6,6 @@ published; where there is none, ``fetch`` records what it received, so that a se
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import json
 import re
@@ -14,6 +13,7 @@ import urllib.parse
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from ivt_env.data.checked import closest
 from ivt_env.data.fetch import PATIENCE, Patience, get_bytes
 from ivt_env.data.sample import DataError
 from ivt_env.failures import reading
@@ -129,9 +129,7 @@ def entry(name: str) -> Entry:
         return CATALOGUE[name]
     if name in ("scenes", "photos"):
         raise DataError(f"{name!r} is part of this package: there is nothing to fetch")
-    close = difflib.get_close_matches(name, CATALOGUE, n=1)
-    meant = f" (did you mean {close[0]!r}?)" if close else ""
-    raise DataError(f"no data set {name!r} can be fetched{meant}; there are {', '.join(CATALOGUE)}")
+    raise DataError(f"no data set {name!r} can be fetched{closest(name, CATALOGUE)}; there are {', '.join(CATALOGUE)}")
 
 
 def hub_url(dataset: str, revision: str, path: str) -> str:

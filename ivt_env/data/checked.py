@@ -169,17 +169,30 @@ def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: 
     return x1 / width, y1 / height, x2 / width, y2 / height
 
 
-def box_inside(bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox") -> Box:
-    """``relative_box`` of a file of one's own: a box more than one pixel outside its image is a mistake there.
+def box_inside(
+    bbox: Any,
+    size: tuple[int, int],
+    convention: Convention,
+    key: str = "bbox",
+    slack: tuple[float, float] = (1.0, 1.0),
+) -> Box:
+    """``relative_box`` of a file of one's own: a box outside its image is a mistake there.
+
+    Args:
+        bbox: see ``relative_box``, as the next three.
+        size: see there.
+        convention: see there.
+        key: see there.
+        slack: how far outside is taken for rounding, down and to the right.
 
     Raises:
         BadRowError: as ``relative_box``, and for a box that leaves the image.
     """
     box = relative_box(bbox, size, convention, key)
     shown = f"{key} {list(bbox)} ({_CORNERS[convention]})"
-    if not _inside(_in_pixels(box, size), size):
+    if not _inside(_in_pixels(box, size), size, slack):
         raise BadRowError(
-            f"{shown} leaves the image, which is {size[1]} wide and {size[0]} high{_otherwise(box, size) or ''}"
+            f"{shown} leaves the image, which is {size[1]} wide and {size[0]} high{_otherwise(box, size, slack)}"
         )
     if max(box[0], 0) >= min(box[2], 1) or max(box[1], 0) >= min(box[3], 1):
         raise BadRowError(f"{shown} has no area inside the image")
@@ -194,7 +207,7 @@ def looks_misdeclared(box: Box, size: tuple[int, int]) -> str | None:
     if _inside(_in_pixels(box, size), size):
         return None
     shown = [round(value, 2) for value in _in_pixels(box, size)]
-    return f"xyxy {shown} leaves the image, which is {size[1]} wide and {size[0]} high{_otherwise(box, size) or ''}"
+    return f"xyxy {shown} leaves the image, which is {size[1]} wide and {size[0]} high{_otherwise(box, size)}"
 
 
 def image_size(row: Any, height: str = "height", width: str = "width") -> tuple[int, int]:
@@ -288,10 +301,10 @@ def read_json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_bytes())
 
 
-def _inside(box: Box, size: tuple[int, int]) -> bool:
-    """Whether xyxy (px) lies in an image of (height, width), up to one pixel."""
-    x1, y1, x2, y2 = box
-    return x1 >= -1 and y1 >= -1 and x2 <= size[1] + 1 and y2 <= size[0] + 1
+def _inside(box: Box, size: tuple[int, int], slack: tuple[float, float] = (1.0, 1.0)) -> bool:
+    """Whether xyxy (px) lies in an image of (height, width), up to the slack."""
+    (x1, y1, x2, y2), (height, width), (down, right) = box, size, slack
+    return x1 >= -right and y1 >= -down and x2 <= width + right and y2 <= height + down
 
 
 def _in_pixels(box: Box, size: tuple[int, int]) -> Box:
@@ -299,13 +312,13 @@ def _in_pixels(box: Box, size: tuple[int, int]) -> Box:
     return box[0] * width, box[1] * height, box[2] * width, box[3] * height
 
 
-def _otherwise(box: Box, size: tuple[int, int]) -> str | None:
+def _otherwise(box: Box, size: tuple[int, int], slack: tuple[float, float] = (1.0, 1.0)) -> str:
     """As what a box would fit its image: with width and height swapped, or its width and height as a corner."""
     x1, y1, x2, y2 = _in_pixels(box, size)
-    if _inside((x1, y1, x2, y2), (size[1], size[0])):
+    if _inside((x1, y1, x2, y2), (size[1], size[0]), slack):
         return " (are width and height swapped?)"
     corners = x1, y1, x2 - x1, y2 - y1
-    return _probably("xyxy") if _inside(corners, size) and corners[2] > x1 and corners[3] > y1 else None
+    return _probably("xyxy") if _inside(corners, size, slack) and corners[2] > x1 and corners[3] > y1 else ""
 
 
 def _probably(convention: Convention) -> str:

@@ -23,6 +23,7 @@ from ivt_env.data.checked import (
     box_inside,
     image_size,
     integer,
+    lists_in,
     read_json,
     relative_path,
     text,
@@ -79,9 +80,7 @@ def from_coco(
             f"{source}: is a list of detections (results in COCO's form), which have no expressions; give an "
             "annotation file whose annotations have them"
         )
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DataError(f"{source}: has no list {key!r}, so is no COCO annotation file; {remedy}")
+    lists_in(content, source, ("images", "annotations", "categories"), remedy)
     images = _coco_images(source, content["images"])
     categories = {entry["id"]: entry for entry in content["categories"] if isinstance(entry, dict) and "id" in entry}
     if expression_key != CATEGORY_NAME and not any(

@@ -19,7 +19,6 @@ quarter) is refused.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -32,12 +31,15 @@ from typing import Any, get_args
 from ivt_env.boxes import FRAMES, frame_unit
 from ivt_env.data import NAMES
 from ivt_env.data.checked import (
+    MAX_LINE_BYTES,
     BadRowError,
     BadRows,
     Box,
     Convention,
     box_inside,
+    closest,
     image_size,
+    json_lines,
     read_json,
     relative_box,
     relative_path,
@@ -47,6 +49,7 @@ from ivt_env.data.checked import (
 from ivt_env.data.images import read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
+from ivt_env.failures import reading
 
 SPLITS = ("train", "val", "test")
 PLACES = {"custom": ("dataset.json",)}
@@ -185,26 +188,11 @@ def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox
         except BadRowError as error:
             raise BadRowError(f"{error}{_other_frame(numbers, size, declared)}") from error
     try:
-        box = box_inside(bbox, (unit, unit), declared.box, key)
-        if declared.frame == "relative":
-            _check_inside(numbers, size, declared.box, key)
+        slack = (1 / size[0], 1 / size[1]) if declared.frame == "relative" else (1.0, 1.0)  # one unit is a whole image
+        return box_inside(bbox, (unit, unit), declared.box, key, slack)
     except BadRowError as error:
         hint = _other_frame(numbers, size, declared)
         raise BadRowError(f"{error} (the frame is {declared.frame!r}: the image is {unit} x {unit}){hint}") from error
-    return box
-
-
-def _check_inside(numbers: list[float], size: tuple[int, int], convention: Convention, key: str) -> None:
-    """``box_inside`` allows one unit outside, which here would be a whole image; allow one pixel."""
-    a, b, c, d = numbers
-    x2, y2 = (a + c, b + d) if convention == "xywh" else (c, d)
-    slack_y, slack_x = 1 / size[0], 1 / size[1]
-    if a < -slack_x or b < -slack_y or x2 > 1 + slack_x or y2 > 1 + slack_y:
-        corners = convention == "xywh" and a < c <= 1 + slack_x and b < d <= 1 + slack_y
-        raise BadRowError(
-            f"{key} {numbers} ({convention}) leaves the image by more than a pixel"
-            + ("; it would fit as xyxy (x1, y1, x2, y2): is the declared convention wrong?" if corners else "")
-        )
 
 
 def _other_frame(numbers: list[float], size: tuple[int, int], declared: Declared) -> str:
@@ -228,28 +216,17 @@ def _read(
     images = _Images(folders)
     for split, path in paths.items():
         bad.split = split
-        for number, line in _lines(path):
-            try:
-                row = _row(line, split, number, declared, images)
-            except BadRowError as error:
-                bad.add(f"{path.name} line {number}", error)
-            else:
-                yield row
+        with reading(path, _REMEDY, DataError):
+            for number, line in json_lines(path):
+                try:
+                    row = _row(line, split, number, declared, images)
+                except BadRowError as error:
+                    bad.add(f"{path.name} line {number}", error)
+                else:
+                    yield row
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of each line that is not blank, without the byte order mark."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
-                if line:
-                    yield number, line
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
-
-
-def _row(line: bytes, split: str, number: int, declared: Declared, images: _Images) -> Row:
+def _row(line: bytes | None, split: str, number: int, declared: Declared, images: _Images) -> Row:
     values = _parsed(line)
     image = str(PurePosixPath(relative_path(text(values, "image"))))  # "./a.jpg" and "a.jpg" are one image
     stated = image_size(values) if {"width", "height"} & values.keys() else None
@@ -272,7 +249,9 @@ def _row(line: bytes, split: str, number: int, declared: Declared, images: _Imag
     )
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _parsed(line: bytes | None) -> dict[str, Any]:
+    if line is None:
+        raise BadRowError(f"a line is longer than {MAX_LINE_BYTES >> 20} MB")
     try:
         values = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -282,11 +261,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BadRowError(f"a line is a JSON object, this is {short(values)}")
     for key in sorted(values.keys() - KEYS):
-        close = difflib.get_close_matches(key, KEYS, n=1)
-        raise BadRowError(
-            f"unknown key {short(key)}{f' (did you mean {close[0]!r}?)' if close else ''}; what is your own goes into "
-            "'meta'"
-        )
+        raise BadRowError(f"unknown key {short(key)}{closest(key, KEYS)}; what is your own goes into 'meta'")
     return values
 
 

@@ -129,9 +129,9 @@ class Writer:
             _place(source, self._out / "images" / image, self._copy)
         for each, held in lines.items():
             written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in held)
-            _write_text(self._out / f"{each}.jsonl", written)
+            write_whole(self._out / f"{each}.jsonl", written)
         declared = {key: value for key, value in asdict(self.declared).items() if key != "overhang" or value}
-        _write_text(self._out / "dataset.json", json.dumps(declared) + "\n")
+        write_whole(self._out / "dataset.json", json.dumps(declared) + "\n")
         for note, count in notes.items():
             _log.warning("%s: %s (%d)", self._out, note, count)
         counts = {each: len(lines[each]) for each in SPLITS if each in lines}
@@ -177,24 +177,12 @@ def _place(source: Path, target: Path, copy: bool) -> None:
         if same_image(source, target):
             return
         raise DataError(f"{target}: another image is there already; choose another folder, or delete it")
-    try:
-        if copy:
-            with source.open("rb") as read, whole_file(target) as file:
-                shutil.copyfileobj(read, file)
-        else:  # from the real folder to the real file: a relative link counts from where it really lies
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
-    except (OSError, ValueError) as error:  # ValueError: on Windows no path leads from one drive to another
-        raise DataError(
-            f"{target}: cannot be {'copied' if copy else 'linked'} from {source} ({error}); "
-            + ("free some space, or choose another folder" if copy else "give copy=True")
-        ) from error
-
-
-def _write_text(path: Path, content: str) -> None:
-    try:
-        write_whole(path, content)
+    if copy:
+        with source.open("rb") as read, whole_file(target) as file:
+            shutil.copyfileobj(read, file)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:  # from the real folder to the real file: a relative link counts from where it really lies
+        target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror}); free some space, or choose another folder"
-        ) from error
+        raise DataError(f"{target}: cannot be linked from {source} ({error.strerror}); copy it (--copy)") from error

@@ -56,13 +56,7 @@ class Mixture:
     name = "mixed"
 
     def __init__(self, split: str, parts: Mapping[tuple[str, str], Table], ids: Ids, where: str) -> None:
-        """Put the parts together.
-
-        Args:
-            split: ``train``, ``val`` or ``test``.
-            parts: (data set, its split) -> what was opened.
-            ids: as ``draw`` gives them.
-            where: how an error names the ids.
+        """Put the parts, (data set, its split) -> table, together; ``where`` is how an error names the ids.
 
         Raises:
             DataError: for an id that its data set does not hold.
@@ -173,19 +167,10 @@ def open_mixture(root: Path, split: str, seed: int = 0) -> Mixture:
         return Mixture(split, _opened(root, PARTS[split]), read_ids(held), str(held))
     every = _opened(root, [key for parts in PARTS.values() for key in parts])
     ids = draw(every, seed)
-    where = "mixed"
-    for path in places:
-        try:
-            write_ids(path, ids, seed)
-        except OSError as error:
-            _log.info("%s: ids not written (%s)", path, error)
-        else:
-            where = str(path)
-            _log.info("%s: %s samples drawn with seed %d", path, "/".join(str(len(ids[s])) for s in ids), seed)
-            break
-    else:
+    written = _write_to_first(places, ids, seed)
+    if written is None:
         _log.warning("the ids of the mixture can be written to none of %s: drawn anew at each opening", places)
-    return Mixture(split, {key: every[key] for key in PARTS[split]}, ids, where)
+    return Mixture(split, {key: every[key] for key in PARTS[split]}, ids, str(written or "mixed"))
 
 
 def held_ids(root: Path) -> Path | None:
@@ -202,14 +187,11 @@ def redraw(root: Path, seed: int) -> Path:
     ids = draw(_opened(root, [key for parts in PARTS.values() for key in parts]), seed)
     held = held_ids(root)  # another one would not count
     places = _places(root) if held is None else [held]
-    for path in places:
-        try:
-            write_ids(path, ids, seed)
-        except OSError as error:
-            _log.info("%s: ids not written (%s)", path, error)
-        else:
-            return path
-    raise DataError(f"the ids of the mixture cannot be written to {' or '.join(map(str, places))}; make that writable")
+    written = _write_to_first(places, ids, seed)
+    if written is None:
+        where = " or ".join(map(str, places))
+        raise DataError(f"the ids of the mixture cannot be written to {where}; make that writable")
+    return written
 
 
 def _places(root: Path) -> list[Path]:
@@ -221,16 +203,25 @@ def _places(root: Path) -> list[Path]:
 
 
 def write_ids(path: Path, ids: Ids, seed: int) -> None:
-    """Write the chosen ids; the file appears whole or not at all."""
+    """Write the chosen ids; the file is complete or absent."""
     write_whole(path, json.dumps({"seed": seed, "splits": ids}, indent=0, ensure_ascii=False))
 
 
-def read_ids(path: Path) -> Ids:
-    """Read a file of ids.
+def _write_to_first(places: Sequence[Path], ids: Ids, seed: int) -> Path | None:
+    """The first place that can be written, with the ids in it; None where none can."""
+    for path in places:
+        try:
+            write_ids(path, ids, seed)
+        except OSError as error:
+            _log.info("%s: ids not written (%s)", path, error)
+        else:
+            _log.info("%s: %s samples drawn with seed %d", path, "/".join(str(len(ids[s])) for s in ids), seed)
+            return path
+    return None
 
-    Raises:
-        DataError: for a file that is broken or of another shape.
-    """
+
+def read_ids(path: Path) -> Ids:
+    """Read a file of ids; DataError for one that is broken or of another shape."""
     remedy = "delete it to draw the mixture anew"
     content = read_json(path, remedy)
     splits = content.get("splits") if isinstance(content, dict) else None
