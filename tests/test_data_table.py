@@ -224,16 +224,6 @@ def test_index_is_rebuilt_when_the_size_or_the_time_of_a_source_changes(made, wh
     assert (open_table(made.source(), "train")[0] == old) == (how == "neither")
 
 
-def test_touched_source_rebuilds_and_untouched_does_not(made):
-    for path in (made.rows_path, made.texts_path):
-        open_table(made.source(), "train")
-        count = made.reads
-        os.utime(path, ns=(1, path.stat().st_mtime_ns + 1_000_000))
-        open_table(made.source(), "train")
-        open_table(made.source(), "train")
-        assert made.reads == count + 1
-
-
 def test_missing_or_unreadable_source_is_named_with_the_remedy(made, monkeypatch):
     open_table(made.source(), "train")
     made.texts_path.unlink()
@@ -332,17 +322,6 @@ def test_moved_folder_keeps_its_index(made, tmp_path):
     assert there.reads == 0
     facts = json.loads(pa.ipc.open_file(there.index.read_bytes()[:-32]).schema.metadata[b"ivt_env"])
     assert set(facts["sources"]) == {"rows.json", "texts.json"}
-
-
-def test_source_beside_the_folder_is_named_with_forward_slashes_and_on_another_drive_in_full(made, monkeypatch):
-    key = module._key
-    assert key(made.root / "other" / "x.json", made.folder) == "../other/x.json"
-
-    def no_relative_path(*_):
-        raise ValueError("path is on mount 'D:', start on mount 'C:'")
-
-    monkeypatch.setattr(module.os.path, "relpath", no_relative_path)
-    assert key(made.rows_path, made.folder) == made.rows_path.as_posix()
 
 
 def test_data_sets_that_share_folder_and_layout_keep_an_index_each(made):

@@ -338,12 +338,6 @@ def test_a_mirror_replaces_scheme_and_host(url, mirror, expected):
     assert mirrored(url, mirror) == expected
 
 
-@pytest.mark.parametrize("mirror", ["", "m.org", "ftp://m.org", "file:///data", "https://"])
-def test_a_mirror_that_is_no_address_is_refused(mirror):
-    with pytest.raises(DataError, match="--mirror"):
-        mirrored("http://a.org/x", mirror)
-
-
 def test_the_size_is_asked_without_a_download(server):
     server.files["/a"] = Served(CONTENT, faults=[500])
     server.files["/b"] = Served(CONTENT, length=False)
@@ -408,12 +402,6 @@ def test_a_server_that_is_gone_ends_it_early(tmp_path, server):
     with pytest.raises(DataError, match=r"were not tried, because so many failed in a row"):
         get(server, names, tmp_path)
     assert len(server.log) < 2000
-
-
-def test_a_full_disk_ends_it_at_once(server, images, tmp_path, full_disk):
-    with pytest.raises(OSError, match="No space left"):
-        get(server, images, tmp_path)
-    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["../a.jpg", "/a.jpg", "b/a.jpg", "..", "b\\a.jpg", "a\0.jpg"])

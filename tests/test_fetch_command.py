@@ -131,13 +131,6 @@ def test_a_split_needs_only_its_own_images_and_opens(server, published, fetch, t
     assert "0 images downloaded" in out
 
 
-def test_without_a_split_every_image_that_is_named_comes(server, published, fetch, tmp_path):
-    assert fetch("refcocog", "--images", "single", "--workers", "2")[0] == 0
-    held = {p.name for p in (tmp_path / "root" / COCO_TRAIN2014.folders[0]).iterdir()}
-    assert held == {published.image_of(ref).name for ref in published.refs}
-    assert TRAIN_ZIP not in got(server)
-
-
 def test_the_archive_of_images_is_unpacked_where_the_reader_looks(server, published, fetch, tmp_path):
     status, out, err = fetch("refcocog", "--yes")
     assert status == 0, err
@@ -174,12 +167,6 @@ def test_images_that_a_user_keeps_elsewhere_are_used(server, published, fetch, t
     assert fetch("refcocog", "--split", "val")[0] == 0
     assert got(server) == [REFCOCOG_ZIP]
     assert not (tmp_path / "root" / COCO_TRAIN2014.folders[0]).exists()
-
-
-def test_the_data_folder_of_the_environment_is_used(server, published, tmp_path, monkeypatch):
-    monkeypatch.setenv("IVT_DATA", str(tmp_path / "from-variable"))
-    assert cli.main(["data", "fetch", "refcocog", "--images", "none", "--mirror", server.url]) == 0
-    assert (tmp_path / "from-variable" / "refcocog" / "instances.json").is_file()
 
 
 def test_an_interrupted_fetch_goes_on(server, published, fetch, monkeypatch, tmp_path):
@@ -358,14 +345,6 @@ def test_an_archive_of_another_layout_is_named(published, server, fetch, monkeyp
     assert status == 2 and "refcocog.zip: was unpacked into" in err and "instances.json is not there" in err
 
 
-def test_a_missing_image_ends_in_an_error_and_can_be_tried_again(server, published, fetch):
-    name = published.image_of(published.refs_of("val")[0]).name
-    server.files[f"/train2014/{name}"].faults = [404]
-    status, _, err = fetch("refcocog", "--split", "val")
-    assert status == 2 and name in err and "404" in err and "run the same command again" in err
-    assert fetch("refcocog", "--split", "val")[0] == 0
-
-
 def test_a_disk_without_room_for_single_images_is_told_first(server, published, fetch, monkeypatch):
     assert fetch("refcocog", "--images", "none")[0] == 0
     known = CATALOGUE["refcocog"]
@@ -484,13 +463,6 @@ def test_no_answer_is_a_no(server, published, fetch, monkeypatch, tmp_path):
     monkeypatch.setattr("builtins.input", ended)
     status, _, err = fetch("refcocog")
     assert status == 2 and err == "error: nothing was downloaded\n" and not (tmp_path / "root").exists()
-
-
-@pytest.mark.parametrize("mirror", ["http://[::1", "http://[bad"])
-def test_half_an_address_of_a_mirror_is_refused(tmp_path, capsys, mirror):
-    words = ["refcocog", "--images", "none", "--data-root", str(tmp_path), "--mirror", mirror]
-    assert cli.main(["data", "fetch", *words]) == 2
-    assert f"error: --mirror {mirror!r} is not an address" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path, capsys):

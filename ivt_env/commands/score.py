@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ivt_env.data import NAMES, load_dataset
 from ivt_env.data.sample import Sample
 from ivt_env.failures import read_json
-from ivt_env.metrics.benchmarks import OWN_RULES, RULES, RuleResult, legend, results_table, score
+from ivt_env.metrics.benchmarks import OWN_RULES, RULES, legend, results_table, score
 from ivt_env.metrics.predictions import (
     FORMATS,
     FRAMES,
     LAYOUTS,
-    Matched,
     PredictionError,
-    PredictionFile,
     match,
     read_predictions,
 )
@@ -82,11 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score and print; the exit status."""
-    print(_scored(args))
-    return 0
-
-
-def _scored(args: argparse.Namespace) -> str:
     for option, value, least in (
         ("--samples", args.samples, 1),
         ("--resamples", args.resamples, 0),
@@ -109,14 +100,43 @@ def _scored(args: argparse.Namespace) -> str:
     samples, total = _samples(args)
     matched = match(file, samples, missing=args.missing, extra=args.extra, trust=args.trust_declaration)
     own = OWN_RULES.get(args.dataset, ()) if args.rule == "auto" else (args.rule,)
-    names = dict.fromkeys(("common", *own))
     results = [
         score(name, matched.boxes_px, samples, category_map=mapping, resamples=args.resamples, seed=args.seed)
-        for name in names
+        for name in dict.fromkeys(("common", *own))
     ]
+    dataset, split, images = samples[0].dataset, samples[0].split, len({sample.image_id for sample in samples})
     if args.json:
-        return json.dumps(_as_record(args, file, samples, total, matched, results), indent=2, allow_nan=False)
-    return _as_text(args, file, samples, total, matched, results)
+        record = {
+            "dataset": dataset,
+            "split": split,
+            "samples": len(samples),
+            "samples_of_split": total,
+            "images": images,
+            "predictions": str(file.path),
+            "layout": args.layout,
+            "declared": file.declared,
+            "missing": matched.missing,
+            "parse_failures": matched.parse_failures,
+            "without_area": matched.without_area,
+            "ignored": matched.ignored,
+            "interval": {"level": 0.95, "resamples": args.resamples, "seed": args.seed, "clusters": "image"},
+            "rules": {result.name: result for result in results},
+        }
+        print(json.dumps(as_json(record), indent=2, allow_nan=False))
+        return 0
+    part = "" if len(samples) == total else f" (the first of {total})"
+    print(f"{dataset} {split}: {len(samples)} samples{part}, {images} images")
+    print(f"{file.path}: {len(file.rows)} predictions, boxes declared as {file.declared}")
+    print(
+        f"counted as misses: {matched.missing} missing, {matched.parse_failures} parse failures; "
+        f"boxes without area: {matched.without_area}; rows of no sample, ignored: {matched.ignored}"
+    )
+    if args.rule == "auto" and args.dataset not in OWN_RULES:
+        print(f"{args.dataset} has no rule of its own; --rule names another")
+    if args.resamples:
+        print(f"[intervals]: 95 %, bootstrap over whole images, {args.resamples} resamples")
+    print("\n".join([*legend(results), "", results_table(results)]))
+    return 0
 
 
 def _samples(args: argparse.Namespace) -> tuple[list[Sample], int]:
@@ -139,55 +159,3 @@ def _category_map(path: Path) -> dict[str, str]:
         if not key.startswith("refcoco_") or not isinstance(value, str) or not value.startswith("o365_"):
             raise PredictionError(f"{path}: {key!r}: {value!r} does not map a refcoco_k to an o365_m; correct it")
     return content
-
-
-def _as_record(
-    args: argparse.Namespace,
-    file: PredictionFile,
-    samples: Sequence[Sample],
-    total: int,
-    matched: Matched,
-    results: Sequence[RuleResult],
-) -> dict[str, Any]:
-    record: dict[str, Any] = as_json(
-        {
-            "dataset": samples[0].dataset,
-            "split": samples[0].split,
-            "samples": len(samples),
-            "samples_of_split": total,
-            "images": len({sample.image_id for sample in samples}),
-            "predictions": str(file.path),
-            "layout": args.layout,
-            "declared": file.declared,
-            "missing": matched.missing,
-            "parse_failures": matched.parse_failures,
-            "without_area": matched.without_area,
-            "ignored": matched.ignored,
-            "interval": {"level": 0.95, "resamples": args.resamples, "seed": args.seed, "clusters": "image"},
-            "rules": {result.name: result for result in results},
-        }
-    )
-    return record
-
-
-def _as_text(
-    args: argparse.Namespace,
-    file: PredictionFile,
-    samples: Sequence[Sample],
-    total: int,
-    matched: Matched,
-    results: Sequence[RuleResult],
-) -> str:
-    images = len({sample.image_id for sample in samples})
-    part = "" if len(samples) == total else f" (the first of {total})"
-    lines = [
-        f"{samples[0].dataset} {samples[0].split}: {len(samples)} samples{part}, {images} images",
-        f"{file.path}: {len(file.rows)} predictions, boxes declared as {file.declared}",
-        f"counted as misses: {matched.missing} missing, {matched.parse_failures} parse failures; "
-        f"boxes without area: {matched.without_area}; rows of no sample, ignored: {matched.ignored}",
-    ]
-    if args.rule == "auto" and args.dataset not in OWN_RULES:
-        lines.append(f"{args.dataset} has no rule of its own; --rule names another")
-    if args.resamples:
-        lines.append(f"[intervals]: 95 %, bootstrap over whole images, {args.resamples} resamples")
-    return "\n".join([*lines, *legend(results), "", results_table(results)])

@@ -64,9 +64,8 @@ class Row:
     """(height, width) of the image in pixels."""
     expression: str
     box: Box
-    """xyxy, relative to the image."""
+    """xyxy, relative to the image; so are the siblings, the other objects of the target's class in the image."""
     siblings: Sequence[Box] = ()
-    """Other objects of the target's class in the image, likewise."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able."""
 
@@ -158,11 +157,11 @@ class Table:
             sample_id=text["sample_id"],
             image_id=text["image_id"],
             expression=text["expression"],
-            box=_as_box(self._boxes[row].tolist()),
+            box=_box(self._boxes[row]),
             size=self._size(row),
             dataset=self.name,
             split=self.split,
-            siblings=tuple(map(_as_box, np.reshape(self._siblings[row].as_py(), (-1, 4)).tolist())),
+            siblings=tuple(map(_box, np.reshape(self._siblings[row].as_py(), (-1, 4)))),
             meta=json.loads(text["meta"]),
         )
 
@@ -283,7 +282,10 @@ def open_table(source: Source, split: str, cached_images: int = 32, need_images:
         )
     identity = {
         "version": _INDEX_VERSION, "name": source.name,
-        "sources": {_key(path, source.folder): _fingerprint(path, source) for path in source.files},
+        # Relative to the folder, so that a moved folder keeps its index.
+        "sources": {
+            Path(os.path.relpath(path, source.folder)).as_posix(): _fingerprint(path, source) for path in source.files
+        },
     }  # fmt: skip
     place = hashlib.sha256(str(source.folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     places = [source.folder / ".ivt_index"]
@@ -384,14 +386,6 @@ def _refuse_shared_images(batches: dict[str, pa.RecordBatch], where: str, source
             )
 
 
-def _key(path: Path, folder: Path) -> str:
-    """The file as the index names it: relative to the folder, so that a moved folder keeps its index."""
-    try:
-        return Path(os.path.relpath(path, folder)).as_posix()
-    except ValueError:  # on another drive of Windows
-        return path.as_posix()
-
-
 def _index_name(source: Source) -> str:
     """With the data set: one folder may hold several in one layout. Without what Windows forbids."""
     return re.sub(r"[^\w.+-]", "_", f"{source.name}-{source.layout}") + ".arrow"
@@ -477,6 +471,6 @@ def _write_index(path: Path, batches: dict[str, pa.RecordBatch], facts: dict[str
         file.write(hashlib.sha256(content).digest())
 
 
-def _as_box(values: list[float]) -> Box:
-    x1, y1, x2, y2 = values
+def _box(values: np.ndarray) -> Box:
+    x1, y1, x2, y2 = values.tolist()
     return x1, y1, x2, y2
