@@ -1,4 +1,4 @@
-"""Does the loop pay? The study behind ``docs/results.md``, by one command.
+"""Does refinement help? The study behind ``docs/results.md``, by one command.
 
     python -m experiments.study                     # three seeds; about two hours on two cores
     python -m experiments.study --seeds 1 --samples 300 --steps 60 --out runs/quick

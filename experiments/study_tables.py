@@ -59,7 +59,7 @@ def scores(results: Mapping[str, Any]) -> str:
             + [f"{np.mean([run['stopping'][key] for run in runs]):.2f}" for key in ("mean_proposals", "mean_actions")]
         )
     head = ["policy", "seeds", *(f"first box {m}" for m in METRICS), *(f"answer {m}" for m in METRICS)]
-    head += ["oracle Acc@0.5", "broke (%)", "boxes", "actions"]
+    head += ["oracle Acc@0.5", "regressed (%)", "boxes", "actions"]
     return render(head, lines, markdown=True)
 
 
