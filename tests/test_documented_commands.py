@@ -39,17 +39,17 @@ GRPO = "--prompts 2 --group 2 --eval-samples 2 --tracker none"
 
 # In this order, in one folder: what the command is run with besides what the page says.
 RUN = {
-    "ivt train-sft": SFT,
-    "ivt train-sft --demonstrations traces.jsonl": f"{SFT} --out runs/taught",
+    "python train_sft.py": SFT,
+    "python train_sft.py --demonstrations traces.jsonl --out runs/taught": SFT,
     "ivt train-sft --view closeup --lessons verification": f"{SFT} --out runs/closeup",
-    "ivt train-grpo": f"{GRPO} --steps 1",
-    "ivt train-grpo --out runs/grpo --resume": f"{GRPO} --steps 2",
-    "ivt train-grpo --env IVT-Photos-v0 --steps 5": f"{GRPO} --out runs/photos",
+    "python train_grpo.py": f"{GRPO} --steps 1",
+    "python train_grpo.py --resume": f"{GRPO} --steps 2",
+    "python train_grpo.py --env IVT-Photos-v0 --steps 5 --out runs/photos": GRPO,
     "ivt train-grpo --loss gspo --credit trajectory": f"{GRPO} --steps 1 --model tiny --out runs/gspo",
     "ivt train-grpo --layout prefix": f"{GRPO} --steps 1 --model tiny --out runs/prefix",
     "ivt rollout --agent my_agent:MyAgent --env IVT-Photos-v0": "",
     "ivt rollout --agent vlm:tiny --episodes 5 --out runs/tiny": "",
-    "ivt evaluate --policies mine=my_agent:MyAgent floor=random": "--samples 6",
+    "ivt evaluate --policies mine=my_agent:MyAgent base=random": "--samples 6",
     "ivt evaluate --policies base=tiny grpo=runs/grpo/policy": "--samples 4 --out runs/evaluated",
     "python -m ivt_agents.evaluation.swaps --policies mine=my_agent:MyAgent": "--samples 4",
     "ivt report runs/evaluation --swaps runs/swaps": "",
@@ -68,6 +68,8 @@ OWN = "needs files of the reader's; test_converters and test_data_custom run it 
 HUB = "asks the hub for a model's configuration; test_large_models and test_footprint do it with small ones"
 HOURS = "takes more than an hour, or a GPU; test_paper runs it small"
 NOT_HERE = {
+    "ivt train-sft": "is python train_sft.py",
+    "ivt train-grpo": "is python train_grpo.py",
     "make train": "takes 20 minutes; each of its commands is run above with smaller numbers",
     "make test": "is this test",
     "make docs": "test_docs builds them",
@@ -102,7 +104,7 @@ NOT_HERE = {
     "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 16 --num_machines 2 --machine_rank 0"
     " --main_process_ip 10.0.0.1 --main_process_port 29500 train_grpo.py --out /shared/runs/grpo --prompts 32": "needs"
     " two machines with eight GPUs each",
-    "ivt train-grpo --model Qwen/Qwen3-VL-4B-Instruct --dry-run": HUB,
+    "python train_grpo.py --model Qwen/Qwen3-VL-4B-Instruct --dry-run": HUB,
     "ivt train-grpo --config configs/paper_qwen3vl_4b.yaml --model Qwen/Qwen3-VL-4B-Instruct --dry-run"
     " --gpu-memory-gb 80": HUB,
     "python -m experiments.paper --config configs/paper_qwen3vl_4b.yaml --dry-run": HUB,
