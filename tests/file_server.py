@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ivt_env.data.fetch import (
-    Patience,
-)
+from ivt_env.data.fetch import Patience
 
 QUICK = Patience(attempts=3, first_wait_s=0.0, timeout_s=5.0)
 ONCE = Patience(attempts=1, first_wait_s=0.0, timeout_s=5.0)

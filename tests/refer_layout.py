@@ -57,11 +57,7 @@ class ReferFolder:
 
 
 def write_refer_folder(
-    root: str | Path,
-    dataset: str = "refcocog",
-    partition: str | None = None,
-    protocol: int = 2,
-    images: str = IMAGES,
+    root: str | Path, dataset: str = "refcocog", partition: str | None = None, protocol: int = 2, images: str = IMAGES
 ) -> ReferFolder:
     """Write ``<root>/<folder>/{instances.json, refs(<partition>).p}`` and the images.
 

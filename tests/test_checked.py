@@ -150,11 +150,7 @@ def test_wrong_convention_is_named_in_both_directions(bbox, declared, probable):
 
 
 @settings(deadline=None)  # a busy machine is no failure
-@given(
-    size=SIZES,
-    bbox=st.lists(st.integers(0, 600), min_size=4, max_size=4),
-    convention=st.sampled_from(CONVENTIONS),
-)
+@given(size=SIZES, bbox=st.lists(st.integers(0, 600), min_size=4, max_size=4), convention=st.sampled_from(CONVENTIONS))
 def test_other_convention_is_proposed_only_where_the_box_fits_it_and_whenever_it_alone_does(size, bbox, convention):
     found = reason(box_inside, bbox, size, convention)
     other = "xywh" if convention == "xyxy" else "xyxy"

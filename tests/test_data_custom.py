@@ -16,16 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from eval_layouts import (
-    EXPRESSIONS,
-    PHOTOS,
-    failure,
-    image_bytes,
-    in_frame,
-    opened,
-    photo_rows,
-    write_custom,
-)
+from eval_layouts import EXPRESSIONS, PHOTOS, failure, image_bytes, in_frame, opened, photo_rows, write_custom
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

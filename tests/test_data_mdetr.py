@@ -11,16 +11,7 @@ import json
 
 import numpy as np
 import pytest
-from hub_layouts import (
-    is_the_record,
-    many,
-    odd_things,
-    put_images,
-    record,
-    same_objects,
-    things_of,
-    write_mdetr,
-)
+from hub_layouts import is_the_record, many, odd_things, put_images, record, same_objects, things_of, write_mdetr
 from PIL import Image
 from refer_layout import PHOTOS, write_refer_folder
 

@@ -169,10 +169,7 @@ def test_folder_without_a_file_says_what_is_missing(tmp_path):
         ({"distractors": "many"}, "distractors is 'many'"),
         ({"use_negation": None}, "use_negation is None"),
         ({"image": {"bytes": None, "path": "a.jpg"}}, "the image is not in the file (image is {"),
-        (
-            {"image": {"bytes": b"no image", "path": None}, "file_name": "x.jpg"},
-            "not a whole image that can be read",
-        ),
+        ({"image": {"bytes": b"no image", "path": None}, "file_name": "x.jpg"}, "not a whole image that can be read"),
         ({"image": {"bytes": bomb_bytes(), "path": None}, "file_name": "x.png"}, "too large"),
     ],
 )

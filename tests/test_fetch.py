@@ -14,14 +14,7 @@ import pytest
 from file_server import CONTENT, ONCE, QUICK, Served, jpeg, leftovers, sha256
 
 from ivt_env.data.catalogue import mirrored
-from ivt_env.data.fetch import (
-    Patience,
-    download,
-    fetch_images,
-    note_path,
-    partial_path,
-    remote_size,
-)
+from ivt_env.data.fetch import Patience, download, fetch_images, note_path, partial_path, remote_size
 from ivt_env.data.sample import DataError
 
 
@@ -46,9 +39,7 @@ def test_a_download_is_whole_and_noted_and_not_repeated(server, tmp_path):
 @pytest.mark.parametrize("same_process", [True, False])
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(
-    "validators",
-    [{}, {"etag": None, "last_modified": "Wed, 01 Jan 2020 00:00:00 GMT"}],
-    ids=["etag", "time"],
+    "validators", [{}, {"etag": None, "last_modified": "Wed, 01 Jan 2020 00:00:00 GMT"}], ids=["etag", "time"]
 )
 def test_a_cut_connection_goes_on_where_it_stopped(server, tmp_path, same_process, known, validators):
     served = server.files["/a"] = Served(CONTENT, faults=[("cut", 300_000)], **validators)

@@ -240,11 +240,6 @@ def _obtain_images(found: Entry, images: ImageSource, root: Path, args: argparse
 def image_names(name: str, split: str, root: Path) -> list[str]:
     """The images of COCO train2014 that a split names, sorted; its annotations must be there, its images not.
 
-    Args:
-        name: a data set of the catalogue whose images are COCO's.
-        split: one of its splits.
-        root: the data root.
-
     Raises:
         DataError: where the annotations are missing or broken, or name other images.
     """
@@ -274,12 +269,7 @@ def image_names(name: str, split: str, root: Path) -> list[str]:
 
 @contextmanager
 def _shown(label: str, unit: str = "bytes") -> Iterator[Progress]:
-    """Progress on standard error: one line rewritten in place on a terminal, elsewhere a line every 30 seconds.
-
-    Args:
-        label: what is being done.
-        unit: ``bytes``, or the plural of what is counted.
-    """
+    """Progress on standard error: one line rewritten in place on a terminal, elsewhere a line every 30 seconds."""
     terminal = sys.stderr.isatty()
     start, shown_at, first, text = time.monotonic(), time.monotonic(), -1, ""
 

@@ -19,14 +19,7 @@ from ivt_env.data import NAMES, load_dataset
 from ivt_env.data.sample import Sample
 from ivt_env.failures import read_json
 from ivt_env.metrics.benchmarks import OWN_RULES, RULES, legend, results_table, score
-from ivt_env.metrics.predictions import (
-    FORMATS,
-    FRAMES,
-    LAYOUTS,
-    PredictionError,
-    match,
-    read_predictions,
-)
+from ivt_env.metrics.predictions import FORMATS, FRAMES, LAYOUTS, PredictionError, match, read_predictions
 from ivt_env.metrics.table import as_json
 
 _MOST_SAMPLES = 500_000

@@ -170,11 +170,7 @@ def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: 
 
 
 def box_inside(
-    bbox: Any,
-    size: tuple[int, int],
-    convention: Convention,
-    key: str = "bbox",
-    slack: tuple[float, float] = (1.0, 1.0),
+    bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox", slack: tuple[float, float] = (1.0, 1.0)
 ) -> Box:
     """``relative_box`` of a file of one's own: a box outside its image is a mistake there.
 

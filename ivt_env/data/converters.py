@@ -167,11 +167,7 @@ def _coco_images(source: Path, entries: list[Any]) -> dict[int, Any]:
 
 
 def _coco_object(
-    entry: Any,
-    images: dict[int, Any],
-    categories: dict[int, Any],
-    held: Images,
-    expression_key: str,
+    entry: Any, images: dict[int, Any], categories: dict[int, Any], held: Images, expression_key: str
 ) -> _CocoObject:
     number, image_id, category_id = integer(entry, "id"), integer(entry, "image_id"), integer(entry, "category_id")
     try:

@@ -87,9 +87,6 @@ class Writer:
             declared: what ``dataset.json`` will say.
             copy: whether images are copied; else they are linked.
             add_split: the only split to write, into a folder that may hold others; None: into a new one.
-
-        Raises:
-            DataError: for a name that is not allowed, an unknown split, and a folder that holds it already.
         """
         check_name(declared.name)
         self.declared = declared

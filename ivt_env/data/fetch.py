@@ -375,16 +375,9 @@ def _is_whole_image(path: Path) -> bool:
 def get_bytes(
     url: str, what: str, patience: Patience = PATIENCE, stop: threading.Event | None = None
 ) -> tuple[bytes, Message]:
-    """A small file in memory, and the headers of the answer.
+    """A small file (up to 64 MiB) in memory, and the headers of the answer; DataError, with ``what``, where it fails.
 
-    Args:
-        url: http or https.
-        what: how an error names it.
-        patience: retries, waits and the timeout.
-        stop: no further attempt once it is set.
-
-    Raises:
-        DataError: where the server does not give it, or it has more than 64 MiB.
+    There is no further attempt once ``stop`` is set.
     """
 
     def attempt() -> tuple[bytes, Message]:

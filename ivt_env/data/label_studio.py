@@ -14,16 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from ivt_env.data.checked import (
-    BadRowError,
-    BadRows,
-    box_inside,
-    image_size,
-    read_json,
-    relative_path,
-    short,
-    text,
-)
+from ivt_env.data.checked import BadRowError, BadRows, box_inside, image_size, read_json, relative_path, short, text
 from ivt_env.data.custom import Declared, boxed
 from ivt_env.data.custom_writer import Converted, Images, Splits, Writer
 from ivt_env.data.images import Header

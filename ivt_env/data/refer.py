@@ -20,7 +20,6 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path
 from typing import Any
@@ -121,19 +120,10 @@ def find(root: Path, name: str) -> Source | None:
     return source(root, name) if name in FOLDERS and os.path.lexists(root / FOLDERS[name]) else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
-    file_name: str
-    size: tuple[int, int]
-    """(height, width) in pixels."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Annotation:
-    image_id: int
-    category_id: int
-    box: Box
-    """xyxy, relative to the image."""
+_Image = tuple[str, tuple[int, int]]
+"""File name, and (height, width) in pixels."""
+_Annotation = tuple[int, int, Box]
+"""Image, category, and box: xyxy, relative to the image."""
 
 
 class _Instances:
@@ -152,27 +142,26 @@ class _Instances:
         unusable = sum(not _keep(self.images, entry, self._image) for entry in content["images"])
         unusable += sum(not _keep(self.annotations, entry, self._annotation) for entry in content["annotations"])
         for ann_id, found in self.annotations.items():
-            if isinstance(found, _Annotation):
-                self._of_class[found.image_id, found.category_id].append((ann_id, found.box))
+            if not isinstance(found, str):
+                self._of_class[found[:2]].append((ann_id, found[2]))
         if unusable:
             _log.warning("%s: %d unusable images and annotations; refs to them are left out", path, unusable)
 
     @staticmethod
     def _image(entry: dict[str, Any]) -> _Image:
-        return _Image(plain_file_name(text(entry, "file_name")), image_size(entry))
+        return plain_file_name(text(entry, "file_name")), image_size(entry)
 
     def _annotation(self, entry: dict[str, Any]) -> _Annotation:
         image_id = integer(entry, "image_id")
         image = self.images.get(image_id)
-        if not isinstance(image, _Image):
+        if image is None or isinstance(image, str):
             raise BadRowError(f"image {image_id}: {image or 'not in instances.json'}")
-        box = relative_box(entry.get("bbox"), image.size, "xywh")
-        return _Annotation(image_id, integer(entry, "category_id"), box)
+        box = relative_box(entry.get("bbox"), image[1], "xywh")
+        return image_id, integer(entry, "category_id"), box
 
     def siblings(self, ann_id: int, annotation: _Annotation) -> list[Box]:
         """Boxes of the other annotations of the same category in the same image."""
-        same = self._of_class[annotation.image_id, annotation.category_id]
-        return [box for other, box in same if other != ann_id]
+        return [box for other, box in self._of_class[annotation[:2]] if other != ann_id]
 
 
 def _read(refs_path: Path, instances_path: Path, splits: tuple[str, ...], bad: BadRows, _folder: Path) -> Iterator[Row]:
@@ -204,31 +193,26 @@ def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callabl
     if ref["sent_ids"] != stated:
         raise BadRowError(f"{here}: sent_ids {short(ref['sent_ids'])}, but its sentences have {stated}")
     annotation = instances.annotations.get(ann_id)
-    if not isinstance(annotation, _Annotation):
+    if annotation is None or isinstance(annotation, str):
         raise BadRowError(f"{here}: annotation {ann_id}: {annotation or 'not in instances.json'}")
-    if (annotation.image_id, annotation.category_id) != (image_id, category_id):
+    if annotation[:2] != (image_id, category_id):
         raise BadRowError(
             f"{here}: says image {image_id} and category {category_id}, but its annotation {ann_id} says "
-            f"image {annotation.image_id} and category {annotation.category_id}"
+            f"image {annotation[0]} and category {annotation[1]}"
         )
     if category_id not in instances.categories:
         raise BadRowError(f"{here}: category {category_id} is not in instances.json")
     image = instances.images[image_id]
-    assert isinstance(image, _Image)  # the annotation's box was computed from it
+    assert not isinstance(image, str)  # the annotation's box was computed from it
     return bound(
         Row,
         split=ref["split"],
         image_id=f"coco-{image_id}",
-        file_name=image.file_name,
-        size=image.size,
-        box=annotation.box,
+        file_name=image[0],
+        size=image[1],
+        box=annotation[2],
         siblings=instances.siblings(ann_id, annotation),
-        meta={
-            "ann_id": ann_id,
-            "ref_id": ref_id,
-            "image_id": image_id,
-            "category": instances.categories[category_id],
-        },
+        meta={"ann_id": ann_id, "ref_id": ref_id, "image_id": image_id, "category": instances.categories[category_id]},
     )
 
 
