@@ -13,7 +13,7 @@ import pytest
 from test_metrics_records import REFUSED, STOP, UNPARSED, episode, random_pair
 
 from ivt_env.metrics import columns as module
-from ivt_env.metrics.columns import check_same_samples, columns, outcomes, prefix_agreement, select, strata
+from ivt_env.metrics.columns import check_same_samples, columns, outcomes, prefix_agreement
 from ivt_env.metrics.scores import hits, per_episode
 
 
@@ -191,21 +191,3 @@ def test_prefix_agreement_counts_the_episodes_that_the_stop_changed() -> None:
     assert prefix_agreement(outcomes(forced), outcomes(stopping)) == 0.5
     same_forced, same_stopping = random_pair(50, 8)
     assert prefix_agreement(outcomes(same_forced), outcomes(same_stopping)) == 1.0
-
-
-def test_strata_split_by_data_set_and_by_box_size_in_pixels() -> None:
-    episodes = [episode([0.5]), episode([0.5], "s1", dataset="photos")]
-    episodes[1].size = (10, 20)  # target of 100 pixels
-    found = {name: mask.tolist() for name, mask in strata(episodes).items()}
-    assert found == {
-        "dataset:photos": [False, True],
-        "dataset:scenes": [True, False],
-        "size:small": [False, True],
-        "size:medium": [True, False],
-        "side:large": [True, True],
-        "siblings:0": [True, True],
-    }
-    column = columns(episodes_forced=episodes)["step_0"]
-    assert len(select(column, np.array([True, False]))) == 1
-    with pytest.raises(ValueError, match="no episode of 'step_0'"):
-        select(column, np.array([False, False]))

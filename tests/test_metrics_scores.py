@@ -13,7 +13,7 @@ import pytest
 from test_metrics_records import REFUSED, STOP, UNPARSED, episode, random_pair
 
 from ivt_env import boxes
-from ivt_env.metrics.columns import Column, columns, outcomes
+from ivt_env.metrics.columns import Column, outcomes
 from ivt_env.metrics.scores import (
     METRICS,
     break_rate,
@@ -57,17 +57,10 @@ def test_mean_accuracy_averages_ten_thresholds() -> None:
     assert found["mAcc"] == pytest.approx((1.0 + 0.5 + 0.0) / 3)  # 0.72 passes 0.50 ... 0.70
     assert found["mIoU"] == pytest.approx((0.95 + 0.72 + 0.3) / 3)
     assert found["Acc@0.75"] == pytest.approx(1 / 3)
-
-
-def test_scores_are_the_means_of_the_per_episode_values() -> None:
-    forced, stopping = random_pair(30, 0)
-    for column in columns(episodes_forced=forced, episodes_stopping=stopping).values():
-        for metric, value in scores(column).items():
-            assert value == pytest.approx(per_episode(column, metric).mean())
     with pytest.raises(ValueError, match="unknown metric 'IoU'"):
-        per_episode(column, "IoU")
+        per_episode(decided([0.5]), "IoU")
     with pytest.raises(ValueError, match=r"lies in \[0, 1\], this one is 50"):
-        per_episode(column, "Acc@50")
+        per_episode(decided([0.5]), "Acc@50")
 
 
 def test_correction_and_break_rate_have_the_prior_as_denominator() -> None:
@@ -188,12 +181,6 @@ def test_ece_by_hand() -> None:
     assert math.isnan(ece([], []))
     with pytest.raises(ValueError, match=r"probabilities lie in \[0, 1\]"):
         ece([1.2], [1])
-
-
-def test_ece_of_an_honest_forecaster_is_near_zero() -> None:
-    rng = np.random.default_rng(3)
-    p = rng.random(50_000)
-    assert ece(p, rng.random(50_000) < p) < 0.01
 
 
 def test_pearson_equals_numpy_and_is_nan_for_a_constant() -> None:

@@ -49,15 +49,6 @@ def test_ignoring_the_images_would_cover_far_less() -> None:
     assert covered / trials < 0.87
 
 
-def test_the_bootstrap_equals_the_analytic_error_on_single_clusters() -> None:
-    rng = np.random.default_rng(2)
-    a, b = rng.normal(size=(2, 400))
-    found = paired_bootstrap(a, b, range(400), n_boot=20_000)
-    assert found.se == pytest.approx((a - b).std(ddof=1) / math.sqrt(400))
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(found.se, rel=0.03)
-    assert found.diff == pytest.approx((a - b).mean())
-
-
 def test_the_bootstrap_equals_the_analytic_error_on_unequal_clusters() -> None:
     values, ids = correlated(np.random.default_rng(3), 500, 0.0)
     found = bootstrap_mean(values, ids, n_boot=8000)

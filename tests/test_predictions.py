@@ -383,5 +383,3 @@ def test_blank_lines_byte_order_marks_and_odd_separators_do_no_harm(tmp_path: Pa
 def test_samples_that_share_an_id_cannot_be_scored(tmp_path: Path) -> None:
     with pytest.raises(PredictionError, match="2 samples have 1 ids"):
         matched(save(tmp_path, *answers([None])), [SAMPLES[0], SAMPLES[0]])
-    with pytest.raises(ValueError, match="missing is error or miss"):
-        matched(save(tmp_path, *answers([None])), SAMPLES[:1], missing="ignore")

@@ -14,8 +14,6 @@ from browser import Page, chromium
 from shown_episodes import HOSTILE
 
 import ivt_env
-from experiments.study import Args, _reporting
-from ivt_agents.command import parse
 from ivt_agents.evaluation import evaluate, report, swaps
 from ivt_agents.evaluation.plots import plot_training
 from ivt_agents.evaluation.report import COLUMNS, KINDS
@@ -129,13 +127,6 @@ def test_swaps_and_saved_episodes_make_a_page_by_command(played, tmp_path):
     with_swaps = page.read_text(encoding="utf-8")
     assert "Overlay swaps" in with_swaps and "sibling" in with_swaps and "Overlay swaps" not in page_of(played)
     assert with_swaps.count("data:image/jpeg") < page_of(played).count("data:image/jpeg")
-
-
-def test_the_command_takes_the_folder_without_a_flag(played, tmp_path):
-    words = [str(played), "--swaps", "x", "--out", str(tmp_path / "page.html")]
-    args = parse(report.Args, words)
-    assert (args.folder, args.swaps) == (played, Path("x"))
-    assert _reporting(Args(out=tmp_path))[0].command[3] == str(tmp_path / "test"), "as the study gives it"
 
 
 def test_missing_and_broken_results_are_told(tmp_path):

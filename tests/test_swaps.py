@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ivt_agents.evaluation.swaps import MOVED_IOU, Args, BlankImages, elsewhere, main, moved, play_swaps
+from ivt_agents.evaluation.swaps import MOVED_IOU, Args, elsewhere, main, moved, play_swaps
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.scripted import CentreAgent
 from ivt_agents.vlm.load import load_policy
 from ivt_env import boxes
-from ivt_env.data.scenes import Scenes
 from ivt_env.metrics.swaps import BAD_BELOW, VARIANTS, Swap, dependence, summarise
 from ivt_env.rendering import Overlay, draw_overlay
 from ivt_env.rollouts import make_vector_env
@@ -124,13 +123,6 @@ def test_blank_is_the_own_box_on_grey() -> None:
     assert swap.shown == pytest.approx(OWN_FIRST) and swap.target == pytest.approx(env.dataset[7].box)
 
 
-def test_a_blank_data_set_differs_in_its_images_only() -> None:
-    scenes = Scenes("val")
-    blank = BlankImages(scenes)
-    assert (blank.name, blank.split, len(blank), blank[4]) == (scenes.name, scenes.split, len(scenes), scenes[4])
-    assert blank.image(blank[4]).shape == scenes.image(scenes[4]).shape and np.ptp(blank.image(blank[4])) == 0
-
-
 @pytest.mark.parametrize("replay, heard", [(True, [0, 1, 2]), (False, [2])])
 def test_an_agent_that_remembers_has_its_own_actions_in_mind(replay: bool, heard: list[int]) -> None:
     agent = Watcher()
@@ -226,12 +218,6 @@ def test_the_tiny_model_answers_alike_with_and_without_its_own_actions_replayed(
     one, other = (play_swaps(env, policy, range(4), replay=replay, **kept) for replay in (True, False))
     assert [(s.shown, s.action, s.new_box) for s in one] == [(s.shown, s.action, s.new_box) for s in other]
     assert all(s.stop_probability is not None for s in one)
-
-
-def test_a_conversation_can_be_swapped() -> None:
-    env = make_vector_env("IVT-Scenes-v0", 8, split="val")
-    swaps = play_swaps(env, load_policy("tiny", layout="prefix"), range(2), variants=["target", "none"], steps=[1])
-    assert [s.variant for s in swaps] == ["target", "none"] * 2
 
 
 @pytest.mark.parametrize(

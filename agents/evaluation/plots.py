@@ -66,9 +66,12 @@ def smooth(values: Sequence[float], span: int = 9) -> np.ndarray:
 
 
 def plot_training(runs: Sequence[Path], path: Path) -> None:
-    """Label-free final IoU (sampled and greedy), behaviour and health of one or more GRPO runs."""
+    """Final IoU without ground truth (sampled and greedy), behaviour and health of one or more GRPO runs."""
     panels = (
-        ("label-free IoU", (("rollout/final_iou", "sampled, final"), ("rollout/step0_iou", "sampled, step 0"))),
+        (
+            "IoU without ground truth",
+            (("rollout/final_iou", "sampled, final"), ("rollout/step0_iou", "sampled, step 0")),
+        ),
         ("greedy on val", (("eval/final_iou", "final IoU"), ("eval/step0_iou", "step-0 IoU"))),
         ("behaviour", (("rollout/stop_rate", "stop rate"), ("rollout/parse_failure_rate", "unparsable"))),
         ("entropy of a token", (("train/entropy", "entropy"),)),
@@ -120,7 +123,7 @@ def plot_accuracy_by_step(forced: Mapping[str, Sequence[Episode]], path: Path) -
 
 
 def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None:
-    """IoU of the first box against IoU of the last, one panel a policy: what its loop did to each.
+    """IoU of the first box against IoU of the last, one panel a policy: what refinement did to each.
 
     Above the diagonal an episode gained. Colour counts episodes on a logarithmic scale, because most
     change nothing and lie on the diagonal.
@@ -160,7 +163,7 @@ def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> 
 
 
 def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: Path) -> None:
-    """Reliability diagrams: how often a box was right, against how sure the policy said it was.
+    """Reliability diagrams: how often a box was correct, against how sure the policy said it was.
 
     On the diagonal a policy means what it says. Below each diagram stands how its statements are
     spread: a point over few statements tells little.
@@ -191,7 +194,7 @@ def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: 
                 edges = [b.low for b in found.bins] + [1.0]
                 lower.stairs(share, edges, **style)
             upper.set_title(title)
-            upper.set_ylabel("right (IoU >= 0.5), %")
+            upper.set_ylabel("correct (IoU >= 0.5), %")
             upper.set_ylim(-3, 103)
             lower.set_ylabel("statements, %")
             lower.set_ylim(0, 105)

@@ -27,27 +27,30 @@ from ivt_env.metrics.table import difference, each_seed, headline, interval, num
 from ivt_env.viewer.page import image_jpeg
 
 RIGHT = 0.5
-"""A box counts as right from this IoU on."""
+"""A box is correct from this IoU on."""
 KINDS: tuple[tuple[str, str, Callable[[Episode], bool]], ...] = (
-    ("corrected", "the first box was wrong, the answer is right", lambda e: _first(e) < RIGHT <= e.final_iou),
+    ("corrected", "the first box was wrong, the answer is correct", lambda e: _first(e) < RIGHT <= e.final_iou),
     ("regressed", "the first box was correct, the answer is wrong", lambda e: e.final_iou < RIGHT <= _first(e)),
-    ("refined", "right from the start, and closer at the end", lambda e: RIGHT <= _first(e) < e.final_iou - 0.02),
+    ("refined", "correct from the start, and closer at the end", lambda e: RIGHT <= _first(e) < e.final_iou - 0.02),
     ("stopped too early", "stopped on a wrong box", lambda e: e.terminated and e.final_iou < RIGHT),
-    ("missed", "the oracle's best box was right, the answer is not", lambda e: e.final_iou < RIGHT <= _best(e)),
+    ("missed", "the oracle's best box was correct, the answer is not", lambda e: e.final_iou < RIGHT <= _best(e)),
     ("unparsable", "an action that held no usable box", lambda e: any(s.parse_failure or s.invalid for s in e.steps)),
 )
 """Outcomes that a reader should see: name, meaning, and which episodes are of it. An episode may be of several."""
 PLOTS = (
-    ("accuracy_by_step.png", "Accuracy by step, every refinement made. A loop that pays does not fall."),
-    ("before_after.png", "IoU of the first box against IoU of the answer. Below the diagonal the loop did harm."),
-    ("reliability.png", "What the policy states about its boxes against how often they were right."),
-    ("groups.png", "By data set, size of the target's box and number of siblings: first box and learned stop."),
+    ("accuracy_by_step.png", "Accuracy by step, every refinement made. Where refinement helps, it does not fall."),
+    ("before_after.png", "IoU of the first box against IoU of the answer. Below the diagonal refinement hurt."),
+    ("reliability.png", "What the policy states about its boxes against how often they were correct."),
+    (
+        "groups.png",
+        "By data set, size of the target's box and number of same-class distractors: first box and learned stop.",
+    ),
     ("training.png", "Training runs."),
 )
 COLUMNS = {
     "step_0": ("the first box", "what a single shot gives; the base of every difference", "-"),
     "last_step": ("the box after the last action, none left out", "what iterating blindly does", "a policy that stops"),
-    "learned_stop": ("the box in force when the policy stopped", "the headline", "-"),
+    "learned_stop": ("the current box when the policy stopped", "the headline", "-"),
     "box_stability": (
         "the first box that hardly differs from the one before it",
         "a rule that needs nothing but boxes",
@@ -63,7 +66,7 @@ COLUMNS = {
         "whether it can tell its boxes apart",
         "choosing its margin on the split that is scored",
     ),
-    "random_step": ("each proposal with equal chance", "the floor of every rule that chooses", "-"),
+    "random_step": ("each proposal with equal chance", "the baseline of every rule that chooses", "-"),
     "oracle_best": (
         "the box nearest to the target",
         "what was there to be chosen",
@@ -317,8 +320,8 @@ def _methods() -> Html:
     body: str = _table(["column", "the answer", "use it for", "not for"], lines, left=4)
     body += (
         "<p>Every policy is played twice on the same samples: with its stop honoured, and made to take every "
-        "refinement. A box is right from IoU 0.5 on, unless a metric names another threshold. An action that cannot "
-        "be parsed or whose box is refused keeps the box in force and uses up the action; no episode is left out. "
+        "refinement. A box is correct from IoU 0.5 on, unless a metric names another threshold. An action that cannot "
+        "be parsed or whose box is refused keeps the current box and uses up the action; no episode is left out. "
         "<em>Regressed</em>: of the correct first boxes, the answers that are wrong. Intervals are "
         "percentile bootstraps over whole images, paired for differences; of several seeds the mean is taken "
         "first, so the interval is for these seeds on other images, and how seeds differ stands under <em>each "

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,20 +170,15 @@ def read_predictions(
     rows = _objects(where)
     first = next(rows, None)
     header = _header(first, fields, where) if first else {}
-    of_layout = f"the layout {layout}"
-    declared_format = _agreed(
-        where, "format", _format_of, (box_format, "--format"), (header.get("format"), "the header line"),
-        (fields.box_format, of_layout),
-    )  # fmt: skip
-    declared_frame = _agreed(
-        where, "frame", _frame_of, (frame, "--frame"), (header.get("frame"), "the header line"),
-        (fields.frame, of_layout),
-    )  # fmt: skip
+    claims = {"--{}": (box_format, frame), "the header line": (header.get("format"), header.get("frame"))}
+    claims[f"the layout {layout}"] = fields.box_format, fields.frame
+    declared_format = _agreed(where, "format", _format_of, {who.format("format"): c for who, (c, _) in claims.items()})
+    declared_frame = _agreed(where, "frame", _frame_of, {who.format("frame"): c for who, (_, c) in claims.items()})
     if declared_format is None and fields.format_field is None:
         raise PredictionError(_undeclared(where, "format", FORMATS))
     if declared_frame is None:
         raise PredictionError(_undeclared(where, "frame", FRAMES))
-    found: list[Prediction] = []
+    found: dict[str, Prediction] = {}
     unreadable: tuple[int, Any] | None = None
     # One row after the other: what else a row holds (all that a model wrote) is not kept.
     for number, row in rows if header or first is None else chain([first], rows):
@@ -191,24 +186,28 @@ def read_predictions(
         value = row[fields.box_field]
         if prediction.numbers is None and unreadable is None and value not in (None, []) and not _is_mark(value):
             unreadable = number, value
-        found.append(prediction)
+        first_row = found.setdefault(prediction.sample_id, prediction).row
+        if first_row != number:
+            raise PredictionError(
+                f"{where}: rows {first_row} and {number} both answer {_short(prediction.sample_id)}; leave one answer "
+                "per sample"
+            )
     if not found:
         raise PredictionError(f"{where}: holds no predictions; write one JSON object per line")
-    _refuse_duplicates(where, found)
-    if unreadable and all(prediction.numbers is None for prediction in found):
+    if unreadable and all(prediction.numbers is None for prediction in found.values()):
         raise PredictionError(
             f"{where}: no row has four numbers in {fields.box_field!r} (row {unreadable[0]}: {_short(unreadable[1])}); "
             "name the field of the box with --box-field, or write it as [number, number, number, number]"
         )
-    return PredictionFile(where, tuple(found))
+    return PredictionFile(where, tuple(found.values()))
 
 
 def match(
     file: PredictionFile,
     samples: Sequence[Sample],
     *,
-    missing: str = "error",
-    extra: str = "error",
+    missing: Literal["error", "miss"] = "error",
+    extra: Literal["error", "ignore"] = "error",
     trust: bool = False,
 ) -> Matched:
     """Predictions in the order of the samples, in pixels of the original images.
@@ -225,10 +224,7 @@ def match(
     Raises:
         PredictionError: for rows without sample and samples without row, as said above, for a
             declaration that does not fit, and for sample ids that are not unique.
-        ValueError: for another value of ``missing`` or ``extra``.
     """
-    if missing not in ("error", "miss") or extra not in ("error", "ignore"):
-        raise ValueError(f"missing is error or miss, extra is error or ignore, not {missing!r} and {extra!r}")
     index = {sample.sample_id: number for number, sample in enumerate(samples)}
     if len(index) != len(samples):
         raise PredictionError(f"{len(samples)} samples have {len(index)} ids: predictions cannot be told apart")
@@ -375,10 +371,10 @@ def _frame_of(value: Any) -> str:
     return str(value) if unit is None or value in FRAMES else str(unit)
 
 
-def _agreed(path: Path, what: str, check: Callable[[Any], str], *claims: tuple[Any, str]) -> str | None:
-    """What all claims say, None without any."""
+def _agreed(path: Path, what: str, check: Callable[[Any], str], claims: dict[str, Any]) -> str | None:
+    """What all say who claim something, None without any claim."""
     made: list[tuple[str, str]] = []
-    for value, who in claims:
+    for who, value in claims.items():
         if value is None:
             continue
         try:
@@ -473,16 +469,6 @@ def _input_size(path: Path, number: int, row: dict[str, Any]) -> tuple[float, fl
     return float(value[0]), float(value[1])
 
 
-def _refuse_duplicates(path: Path, rows: Sequence[Prediction]) -> None:
-    seen: dict[str, int] = {}
-    for row in rows:
-        first = seen.setdefault(row.sample_id, row.row)
-        if first != row.row:
-            raise PredictionError(
-                f"{path}: rows {first} and {row.row} both answer {_short(row.sample_id)}; leave one answer per sample"
-            )
-
-
 def _refuse_unknown(file: PredictionFile, samples: Sequence[Sample], index: dict[str, int]) -> None:
     unknown = [row for row in file.rows if row.sample_id not in index]
     if not unknown:
@@ -500,23 +486,25 @@ def _refuse_unknown(file: PredictionFile, samples: Sequence[Sample], index: dict
 
 def _refuse_misfit(path: Path, rows: Sequence[tuple[Prediction, Sample]]) -> None:
     """Raise where more boxes than a bad model would give contradict the declaration."""
+    numbers = {row.row: row.numbers for row, _ in rows if row.numbers is not None}
     # What has no area in any format tells nothing about the format.
-    rows = [row for row in rows if _may_have_area(row[0])]
+    flat = {k for k, (a, b, c, d) in numbers.items() if not ((c > 0 and d > 0) or (c > a and d > b))}
+    small = {k for k, box in numbers.items() if all(abs(value) <= 1 for value in box)}
+    rows = [(row, sample) for row, sample in rows if row.row not in flat]
     checks: tuple[tuple[str, Callable[[Prediction, Sample], bool]], ...] = (
         ("have no area (x2 <= x1 or y2 <= y1)", lambda row, sample: not _has_area(to_xyxy_px(row, sample))),
         ("reach far outside their image", lambda row, sample: _reach(row, sample) > _FAR_OUTSIDE[row.box_format]),
-        ("lie within 0..1 in every number", lambda row, _: row.frame != "relative" and _within_one(row)),
+        ("lie within 0..1 in every number", lambda row, _: row.frame != "relative" and row.row in small),
     )
     for what, contradicts in checks:
         bad = [(row, sample) for row, sample in rows if contradicts(row, sample)]
         if len(bad) < 2 or len(bad) <= SUSPICIOUS_SHARE * len(rows):
             continue
         row, sample = bad[0]
-        assert row.numbers is not None
         remedy = "probably another frame; declare it" if what.startswith("lie") else _better_format(rows)
         raise PredictionError(
             f"{path}: {len(bad)} of {len(rows)} boxes, read as {row.box_format} {row.frame}, {what}; the first is row "
-            f"{row.row}, {list(row.numbers)} in an image {sample.size[1]} wide and {sample.size[0]} high. The "
+            f"{row.row}, {list(numbers[row.row])} in an image {sample.size[1]} wide and {sample.size[0]} high. The "
             f"declaration looks wrong: {remedy}. If it is right all the same, give --trust-declaration"
         )
 
@@ -545,14 +533,3 @@ def _reach(row: Prediction, sample: Sample) -> float:
     x1, y1, x2, y2 = to_xyxy_px(row, sample)
     height, width = sample.size
     return max(-x1 / width, -y1 / height, x2 / width - 1, y2 / height - 1)
-
-
-def _may_have_area(row: Prediction) -> bool:
-    assert row.numbers is not None
-    a, b, c, d = row.numbers
-    return (c > 0 and d > 0) or (c > a and d > b)
-
-
-def _within_one(row: Prediction) -> bool:
-    assert row.numbers is not None
-    return all(abs(value) <= 1 for value in row.numbers)
