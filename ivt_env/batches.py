@@ -1,4 +1,4 @@
-"""Where the images of a batch of observations stand: memory that is used again, and paint that is spared."""
+"""The images of a batch of observations: their memory is used again, and only what has changed is painted."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ _SPARE = 2
 class RecycledMemory:
     """Arrays whose memory is given out again once nobody holds them, or a view of them, any more.
 
-    A batch of images is so large that the allocator returns it to the system each time, and to fetch
-    its pages again takes several times as long as to write into them.
+    The allocator would return so large a batch to the system each time; fetching its pages again takes several times
+    as long as writing into them.
     """
 
     def __init__(self) -> None:
-        """With nothing to spare."""
         self._spare: list[bytearray] = []
 
     def array(self, shape: Sequence[int]) -> NDArray[np.uint8]:
@@ -57,13 +56,10 @@ class Batch:
     """Paints one image of each of N environments into an array (N, S, S, 3)."""
 
     def __init__(self, num_envs: int, side: int, copy: bool) -> None:
-        """Set up.
+        """N environments with canvases of ``side`` pixels.
 
-        Args:
-            num_envs: N.
-            side: S, the canvas's side in pixels.
-            copy: an array of its own for each step; else always the same one, read-only to the caller,
-                in which only what has changed is painted.
+        ``copy`` gives each step an array of its own; else it is always the same one, read-only to the caller, in
+        which only what has changed is painted.
         """
         self._shape, self.copy = (num_envs, side, side, 3), copy
         self._memory = RecycledMemory()

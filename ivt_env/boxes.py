@@ -102,28 +102,10 @@ def is_no_box(boxes: ArrayLike) -> NDArray[np.bool_]:
     return np.asarray(~np.asarray(boxes).any(axis=-1))
 
 
-def xywh_to_xyxy(boxes: ArrayLike) -> Array:
-    """(x, y, width, height) to (x1, y1, x2, y2), same frame, shape (..., 4)."""
-    b = np.asarray(boxes, dtype=np.float64)
-    return np.concatenate([b[..., :2], b[..., :2] + b[..., 2:]], axis=-1)
-
-
-def xyxy_to_xywh(boxes: ArrayLike) -> Array:
-    """(x1, y1, x2, y2) to (x, y, width, height), same frame, shape (..., 4)."""
-    b = np.asarray(boxes, dtype=np.float64)
-    return np.concatenate([b[..., :2], b[..., 2:] - b[..., :2]], axis=-1)
-
-
 def to_relative(boxes_px: ArrayLike, size: Sequence[int]) -> Array:
     """Pixels to relative coordinates; ``size`` is (height, width) in pixels."""
     height, width = size
     return np.asarray(boxes_px, dtype=np.float64) / np.array([width, height, width, height])
-
-
-def to_pixels(boxes: ArrayLike, size: Sequence[int]) -> Array:
-    """Relative coordinates to pixels (not rounded); ``size`` is (height, width) in pixels."""
-    height, width = size
-    return np.asarray(boxes, dtype=np.float64) * np.array([width, height, width, height])
 
 
 def clip(boxes: ArrayLike) -> Array:

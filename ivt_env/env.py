@@ -24,8 +24,8 @@ class GroundingEnv(Stateful, gym.Env[Observation, Action]):
 
     ## Action space
     `Dict(box: Box(0, 1, (4,), float32), stop: Discrete(2))`. `box` is `x1, y1, x2, y2` relative to
-    the whole image (also where a close-up is shown). With `stop=1` the episode ends with the box
-    in force and `box` is ignored.
+    the whole image (also where a close-up is shown). With `stop=1` the episode ends with the
+    current box and `box` is ignored.
 
     ## Observation space
     | key | space | meaning |
@@ -50,7 +50,7 @@ class GroundingEnv(Stateful, gym.Env[Observation, Action]):
     1. Termination: the agent stops.
     2. Truncation: `max_steps` actions were made.
 
-    A proposal that is no box (NaN, outside [0, 1], `x2 <= x1`, `y2 <= y1`) uses up its step, changes
+    A proposal that is not a box (NaN, outside [0, 1], `x2 <= x1`, `y2 <= y1`) uses up its step, changes
     nothing, and is explained in `info["invalid"]`.
 
     ## Arguments

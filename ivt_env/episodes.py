@@ -1,8 +1,7 @@
 """Episode records: what an agent did, step by step, and what it earned.
 
-An ``Episode`` is plain data. It can be saved, read back, scored and drawn without the model that
-made it. The file format is JSON lines, one episode a line, with the images beside it (``images/``,
-one file per distinct image).
+The file format is JSON lines, one episode a line, with the images beside it (``images/``, one file per distinct
+image).
 """
 
 from __future__ import annotations
@@ -43,13 +42,12 @@ class Step:
     invalid: str | None = None
     """Why the environment refused the proposal, or None."""
     text: str = ""
-    """The agent's own words, where it has any."""
+    """The agent's own words."""
     parse_failure: bool = False
     """The agent's text held no usable action."""
     stop_probability: float | None = None
-    """The agent's probability of stopping at this step, where it states one."""
+    """That the agent states, as is its confidence in [0, 1] in the action taken."""
     confidence: float | None = None
-    """The agent's confidence in [0, 1] in the action taken, where it states one."""
 
 
 @dataclass(slots=True)
@@ -76,7 +74,7 @@ class Episode:
 
     @property
     def final_iou(self) -> float:
-        """IoU of the box in force when the episode ended: label-free, nothing is picked."""
+        """IoU of the current box when the episode ended: label-free, nothing is picked."""
         return self.steps[-1].iou if self.steps else 0.0
 
     @property

@@ -71,9 +71,8 @@ def _write(space: Expression, index: int, values: str, shared_memory: Any) -> No
 class SharedExpressions(Sequence[str]):
     """The expressions of all environments, read from shared memory whenever they are looked at.
 
-    ``AsyncVectorEnv`` reads the shared memory once, when it is made: right for arrays, which are
-    views, but a tuple of str would stay empty for ever. Copying gives a plain tuple, and
-    ``AsyncVectorEnv(copy=True)``, the default, copies every observation.
+    ``AsyncVectorEnv`` reads the shared memory once, when it is made: right for arrays, which are views, but a tuple
+    of str would stay empty. Copying, its default, gives a plain tuple.
     """
 
     def __init__(self, space: Expression, shared_memory: Any, n: int) -> None:

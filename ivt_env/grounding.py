@@ -63,7 +63,7 @@ def action_space() -> spaces.Dict:
 
 
 class Screen:
-    """Turns a sample and the current box into an observation. An image is decoded once per sample."""
+    """How samples are shown."""
 
     def __init__(self, dataset: Dataset, view: str, canvas: int, overlay: Overlay, around: Surroundings) -> None:
         if view not in VIEWS:
@@ -76,54 +76,6 @@ class Screen:
         """Decode a sample's image and place it on the canvas."""
         image = self.dataset.image(sample)
         return image, Sheet(*rendering.place_on_canvas(image, self.side), self.overlay)
-
-    def closeup(self, loaded: Loaded, box: NDArray[np.float32] | None) -> Closeup:
-        """The close-up of a box, or the whole canvas where there is none.
-
-        Returns:
-            image (S, S, 3), which is the cached canvas itself where there is no box; extent (height,
-            width) on it; window (4,), xyxy relative to the whole image.
-        """
-        image, sheet = loaded
-        if box is None:
-            return sheet.canvas, sheet.extent, WHOLE
-        return rendering.closeup(image, box, self.side, self.overlay, self.around)
-
-    def look(self, loaded: Loaded, game: Game, closeup: Closeup | None = None) -> tuple[Observation, dict[str, Layer]]:
-        """What an observation holds: the expression and the numbers, and for each image what to paint.
-
-        Args:
-            loaded: of the sample.
-            game: the episode.
-            closeup: of the current box, where it is made already.
-        """
-        sheet, box = loaded[1], game.box
-        seen: Observation = {
-            "expression": game.sample.expression,
-            "box": boxes.NO_BOX if box is None else box,
-            "step": game.step_count,
-        }
-        if self.overlay.trail:
-            seen["history"] = history = np.zeros((game.max_steps, 4), dtype=np.float32)
-            history[: len(game.earlier)] = game.earlier or history[:0]
-        layers: dict[str, Layer] = {}
-        if self.view != "closeup":
-            layers["image"], seen["extent"] = (sheet.canvas, sheet, box), sheet.extent
-        if self.view != "overlay":
-            close, extent, seen["window"] = closeup or self.closeup(loaded, box)
-            key = "image" if self.view == "closeup" else "closeup"
-            layers[key], seen["extent" if key == "image" else "closeup_extent"] = (close, None, None), extent
-        return seen, layers
-
-    def observe(self, loaded: Loaded, game: Game, closeup: Closeup | None = None) -> Observation:
-        """A fresh observation of one environment; it shares no memory with what is kept."""
-        seen, layers = self.look(loaded, game, closeup)
-        observation = {k: np.array(v, dtype=DTYPES[k])[()] if k in DTYPES else v for k, v in seen.items()}
-        for key, (canvas, sheet, box) in layers.items():
-            observation[key] = canvas.copy()
-            if sheet is not None and box is not None:
-                sheet.draw(observation[key], box)
-        return observation
 
 
 class LiveEpisode:
@@ -146,12 +98,40 @@ class LiveEpisode:
         return self._trail[1]
 
     def look(self) -> tuple[Observation, dict[str, Layer]]:
-        """As ``Screen.look``."""
-        return self.screen.look(self.loaded, self.game, self._close())
+        """What an observation holds: the expression and the numbers, and for each image what to paint."""
+        game, screen, (image, sheet) = self.game, self.screen, self.loaded
+        box = game.box
+        seen: Observation = {
+            "expression": game.sample.expression,
+            "box": boxes.NO_BOX if box is None else box,
+            "step": game.step_count,
+        }
+        if screen.overlay.trail:
+            seen["history"] = history = np.zeros((game.max_steps, 4), dtype=np.float32)
+            history[: len(game.earlier)] = game.earlier or history[:0]
+        layers: dict[str, Layer] = {}
+        if screen.view != "closeup":
+            layers["image"], seen["extent"] = (sheet.canvas, sheet, box), sheet.extent
+        if screen.view != "overlay":
+            if self._closeup is None or self._closeup[0] is not box:
+                shown = sheet.canvas, sheet.extent, WHOLE
+                if box is not None:
+                    shown = rendering.closeup(image, box, screen.side, screen.overlay, screen.around)
+                self._closeup = box, shown
+            close, extent, seen["window"] = self._closeup[1]
+            key = "image" if screen.view == "closeup" else "closeup"
+            layers[key], seen["extent" if key == "image" else "closeup_extent"] = (close, None, None), extent
+        return seen, layers
 
     def observe(self) -> Observation:
-        """As ``Screen.observe``."""
-        return self.screen.observe(self.loaded, self.game, self._close())
+        """A fresh observation; it shares no memory with what is kept."""
+        seen, layers = self.look()
+        observation = {k: np.array(v, dtype=DTYPES[k])[()] if k in DTYPES else v for k, v in seen.items()}
+        for key, (canvas, sheet, box) in layers.items():
+            observation[key] = canvas.copy()
+            if sheet is not None and box is not None:
+                sheet.draw(observation[key], box)
+        return observation
 
     def caption(self) -> list[str]:
         """The episode in three lines."""
@@ -169,13 +149,6 @@ class LiveEpisode:
         """A captioned frame, RGB."""
         sheet, game = self.loaded[1], self.game
         return rendering.frame(sheet.canvas, sheet.extent, game.box, game.sample.box, self.caption())
-
-    def _close(self) -> Closeup | None:
-        if self.screen.view == "overlay":
-            return None
-        if self._closeup is None or self._closeup[0] is not self.game.box:
-            self._closeup = self.game.box, self.screen.closeup(self.loaded, self.game.box)
-        return self._closeup[1]
 
 
 class Grounding:
@@ -220,28 +193,18 @@ class Grounding:
         """The running episodes; none before the first ``reset``."""
 
     def begin(self, rng: np.random.Generator, index: Any = None, initial_box: Any = None) -> LiveEpisode:
-        """A new episode.
-
-        Args:
-            rng: draws the sample.
-            index: of the sample; None: drawn.
-            initial_box: to start from; None: the environment's own.
+        """A new episode with sample ``index``, or one that ``rng`` draws.
 
         Raises:
-            ValueError: for an index outside the data set, and a box that is not usable.
+            ValueError: for an index outside the data set, and an ``initial_box`` that is not usable.
         """
         size = len(self.dataset)
         if index is None:
             index = int(rng.integers(size))
         elif not isinstance(index, int | np.integer) or not 0 <= index < size:
             raise ValueError(f"index {index!r}: give an integer from 0 to {size - 1}")
-        game = Game(
-            self.dataset[int(index)],
-            self.reward_config,
-            self.max_steps,
-            self.initial_box if initial_box is None else initial_box,
-        )
-        return self.resumed(int(index), game)
+        start = self.initial_box if initial_box is None else initial_box
+        return self.resumed(int(index), Game(self.dataset[int(index)], self.reward_config, self.max_steps, start))
 
     def resumed(self, index: int, game: Game) -> LiveEpisode:
         """The episode of a game that is under way."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ivt_env import boxes
 from ivt_env.data.sample import ImageArray
+from ivt_env.rewards import from_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,9 @@ class Overlay:
     @classmethod
     def from_json(cls, options: Mapping[str, Any] | Overlay | None) -> Overlay:
         """From the JSON-able ``overlay`` keyword of ``gym.make``; None gives the defaults."""
-        if isinstance(options, Overlay):
-            return options
-        values = _known(cls, "overlay", options)
-        if isinstance(values.get("colour"), list):
-            values["colour"] = tuple(values["colour"])
-        return cls(**values)
+        if isinstance(options, Mapping) and isinstance(options.get("colour"), list):
+            options = {**options, "colour": tuple(options["colour"])}
+        return from_options(cls, "overlay", options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +83,11 @@ class Surroundings:
     @classmethod
     def from_json(cls, options: Mapping[str, Any] | Surroundings | None) -> Surroundings:
         """From the JSON-able ``closeup`` keyword of ``gym.make``; None gives the defaults."""
-        return options if isinstance(options, Surroundings) else cls(**_known(cls, "closeup", options))
+        return from_options(cls, "closeup", options)
 
     def window(self, box: ArrayLike, size: Sequence[int]) -> NDArray[np.float64]:
         """The region shown around a box, relative to an image of ``size`` (height, width) in pixels."""
         return boxes.closeup_window(box, self.margin, self.smallest, size if self.square else None)
-
-
-def _known(cls: type[Any], name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options for a data class; ValueError for one that it does not have."""
-    if options is not None and not isinstance(options, Mapping):
-        raise ValueError(f"{name} {options!r}: give a dict of options")
-    known = {f.name for f in fields(cls)}
-    unknown = sorted(set(options or {}) - known)
-    if unknown:
-        raise ValueError(f"unknown {name} option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
-    return dict(options or {})
 
 
 _TRAIL = Overlay(colour=(128, 128, 128), opacity=0.6)
@@ -156,8 +143,8 @@ def draw_overlay(canvas: ImageArray, extent: Sequence[int], box: ArrayLike, over
 class Sheet:
     """An image on its canvas, ready to be shown with one box after another.
 
-    Where many boxes are drawn (a group of episodes, a long episode), the fill is blended once for the whole
-    image, and a box is then a copy of its rectangle: the same pixels, several times as fast.
+    Where many boxes are drawn, the fill is blended once for the whole image, and a box is then a copy of its
+    rectangle: the same pixels, several times as fast.
     """
 
     _BLENDED_SINGLY = 6
@@ -201,14 +188,8 @@ class Sheet:
 
 def _frame(canvas: ImageArray, rectangle: tuple[int, int, int, int], colour: Sequence[int], width: int) -> None:
     x1, y1, x2, y2 = rectangle
-    w = min(width, max(1, (x2 - x1) // 2), max(1, (y2 - y1) // 2))
-    for part in (
-        canvas[y1 : y1 + w, x1:x2],
-        canvas[y2 - w : y2, x1:x2],
-        canvas[y1:y2, x1 : x1 + w],
-        canvas[y1:y2, x2 - w : x2],
-    ):
-        part[...] = colour
+    w, region = min(width, max(1, (x2 - x1) // 2), max(1, (y2 - y1) // 2)), canvas[y1:y2, x1:x2]
+    region[:w] = region[-w:] = region[:, :w] = region[:, -w:] = colour
 
 
 def closeup(

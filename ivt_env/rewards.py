@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ivt_env import boxes
+
+T = TypeVar("T")
 
 POTENTIALS: dict[str, Callable[[ArrayLike, ArrayLike], Any]] = {
     "iou": boxes.iou,
@@ -18,6 +20,18 @@ POTENTIALS: dict[str, Callable[[ArrayLike, ArrayLike], Any]] = {
     # GIoU moved to [0, 1], so that "no box" (0) is never better than a box that misses.
     "giou": lambda a, b: (boxes.giou(a, b) + 1) / 2,
 }
+
+
+def from_options(kind: type[T], name: str, options: Mapping[str, Any] | T | None) -> T:
+    """A dataclass from a JSON-able keyword of ``gym.make`` called ``name``; None gives the defaults."""
+    if options is None or isinstance(options, kind):
+        return options or kind()
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{name} {options!r}: give a dict of options")
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"unknown {name} option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
+    return kind(**options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +66,7 @@ class RewardConfig:
     @classmethod
     def from_json(cls, options: Mapping[str, Any] | RewardConfig | None) -> RewardConfig:
         """From the JSON-able ``reward`` keyword of ``gym.make``; None gives the defaults."""
-        if options is None or isinstance(options, RewardConfig):
-            return options or cls()
-        if not isinstance(options, Mapping):
-            raise ValueError(f"reward {options!r}: give a dict of options")
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(f"unknown reward option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
-        return cls(**options)
+        return from_options(cls, "reward", options)
 
     def phi(self, box: ArrayLike | None, target: ArrayLike) -> float:
         """Potential of a box; 0 when there is none."""

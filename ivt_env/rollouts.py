@@ -1,7 +1,7 @@
 """Plays episodes with any agent and records them.
 
-``play`` is the loop. Whatever plays episodes here, in training, in evaluation, in the checks for authors, takes its
-steps from there, so that a stop, an answer without a box and an episode that is over mean one thing.
+``play`` is the one loop, in training, in evaluation and in the checks for authors, so that a stop, an answer without a
+box and an episode that is over mean one thing.
 """
 
 from __future__ import annotations
@@ -92,9 +92,8 @@ def play(
         seed: of ``env.reset``.
         options: of ``env.reset``.
         active: where to play, (N,); None: everywhere.
-        ignore_stop: a stop is replaced by proposing the current box again (while there is none, by no box), and
-            the agent's wish is kept in what it said only. An agent that has no stop to begin with needs none of
-            this: its ``stop`` is always 0, and a stop that it spells out is an answer without a usable action.
+        ignore_stop: a stop is replaced by proposing the current box again (while there is none, by no box); only
+            what the agent said keeps it.
     """
     if env.autoreset_mode != AutoresetMode.DISABLED:
         raise ValueError('episodes are played in a vector environment made with autoreset_mode="Disabled"')
@@ -214,13 +213,8 @@ def record_action(
 ) -> None:
     """Add the action that ``game`` has just taken to its record.
 
-    Args:
-        episode: of ``begin_record``.
-        game: after the action.
-        proposal: the box (4,) put forward; none where it is not finite.
-        stop: whether the action was a stop.
-        invalid: why the box was refused.
-        **said: other fields of ``Step``.
+    A ``proposal`` (4,) that is not finite is none; ``invalid`` says why the box was refused; ``said`` are other
+    fields of ``Step``.
     """
     usable = not stop and bool(np.isfinite(proposal).all())
     episode.steps.append(
@@ -244,14 +238,8 @@ def first_samples(dataset: Dataset, wanted: int) -> range:
 
 def make_vector_env(env_id: str, num_envs: int, **kwargs: Any) -> GroundingVectorEnv:
     """The custom vector environment of a registered id, as ``rollout`` needs it."""
-    env = gym.make_vec(
-        env_id,
-        num_envs=num_envs,
-        vectorization_mode="vector_entry_point",
-        autoreset_mode="Disabled",
-        **kwargs,
-    )
-    unwrapped = env.unwrapped
+    kwargs |= {"vectorization_mode": "vector_entry_point", "autoreset_mode": "Disabled"}
+    unwrapped = gym.make_vec(env_id, num_envs=num_envs, **kwargs).unwrapped
     assert isinstance(unwrapped, GroundingVectorEnv), f"{env_id} is not a grounding environment"
     return unwrapped
 

@@ -49,9 +49,7 @@ def check_dataset(dataset: Dataset, samples: int = 100) -> None:
     where = _check_whole(dataset)
     size = len(dataset)
     indices = sorted({round(i) for i in np.linspace(0, size - 1, min(samples, size)).tolist()})
-    seen: dict[str, int] = {}
-    images: dict[str, tuple[int, str]] = {}
-    first: dict[int, Sample] = {}
+    seen, images, first = dict[str, int](), dict[str, tuple[int, str]](), dict[int, Sample]()
     for index in indices:
         sample = first[index] = dataset[index]
         at = f"{where}[{index}]"
@@ -64,7 +62,10 @@ def check_dataset(dataset: Dataset, samples: int = 100) -> None:
         if known != digest:
             _fail(f"{at} and index {other} share the image_id {sample.image_id!r}, and their images differ")
     # In another order than before: what a data set remembers of the last reading must not show.
-    copied = pickle.loads(_pickled(dataset, where))
+    try:
+        copied = pickle.loads(pickle.dumps(dataset))
+    except Exception as error:
+        raise DataError(f"{where} cannot be pickled, as worker processes need it: {error!r}") from error
     for index in reversed(indices):
         for name, again in (("read again", dataset[index]), ("read from a pickled copy", copied[index])):
             if again != first[index]:
@@ -76,13 +77,10 @@ def check_dataset(dataset: Dataset, samples: int = 100) -> None:
         observation, info = env.reset(options={"index": index})
         if not env.observation_space.contains(observation):
             _fail(f"{where}[{index}]: its observation is not of the environment's space")
-        visible = boxes.visible_part(info["target"].tolist())
-        most = float(boxes.iou(visible, first[index].box))
-        reward = env.step({"box": np.array(visible, np.float32), "stop": 0})[1]
+        box, visible = first[index].box, boxes.visible_part(info["target"].tolist())
+        most, reward = float(boxes.iou(visible, box)), env.step({"box": np.array(visible, np.float32), "stop": 0})[1]
         if not reward > 0.99 * most:
-            _fail(
-                f"{where}[{index}]: its own box {first[index].box} earns {reward:.3f} instead of {most:.3f}; too thin?"
-            )
+            _fail(f"{where}[{index}]: its own box {box} earns {reward:.3f} instead of {most:.3f}; too thin?")
 
 
 def _fail(message: str) -> None:
@@ -137,14 +135,11 @@ def _check_sample(sample: Sample, at: str, split: str) -> None:
     for name, box in [("box", sample.box), *(("a sibling", sibling) for sibling in sample.siblings)]:
         if not isinstance(box, tuple) or not all(isinstance(v, int | float) for v in box):
             _fail(f"{at}: {name} is {box!r}; give a tuple of 4 floats (float() of NumPy's)")
-        # In float32 as well: so it stands in info["target"]. What goes beyond the image is a target all the same, if
-        # some of it is to be seen.
-        why = None
+        # In float32 as well, as in info["target"]. A target may go beyond the image, if some of it is visible.
         for held in (box, np.array(box, dtype=np.float32)):
             if not np.isfinite(held).all() or boxes.invalid_reason(boxes.clip(held)):
-                why = why or boxes.invalid_reason(held)
-        if why is not None:
-            _fail(f"{at}: {name} {box}: {why}; boxes are x1, y1, x2, y2 relative to the image")
+                why = boxes.invalid_reason(held)
+                _fail(f"{at}: {name} {box}: {why}; boxes are x1, y1, x2, y2 relative to the image")
     if sample.box in sample.siblings:
         _fail(f"{at}: the target {sample.box} is among its own siblings")
     if not isinstance(sample.meta, Mapping):
@@ -176,13 +171,6 @@ def _check_image(dataset: Dataset, sample: Sample, at: str) -> str:
 
 def _digest(image: ImageArray) -> str:
     return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
-
-
-def _pickled(dataset: Dataset, where: str) -> bytes:
-    try:
-        return pickle.dumps(dataset)
-    except Exception as error:
-        raise DataError(f"{where} cannot be pickled, as worker processes need it: {error!r}") from error
 
 
 class _OtherTargets:
@@ -221,13 +209,11 @@ def check_agent(
 ) -> None:
     """Whether an agent keeps what ``Agent`` promises, in episodes that it plays.
 
-    Checked on an agent: its methods; ``box`` (N, 4) float and ``stop`` (N,) of 0 and 1; the optional
-    ``text``, ``parse_failure``, ``stop_probability``, ``confidence``; that observations are left as they
-    were; that it copes with environments whose episode is over and with resets of some environments.
-
-    A factory is asked for new agents, of which more can be checked: they play alike, whether environments
-    are played one at a time or together, whatever the inactive ones show, and whatever the target box is
-    (an agent that reads it is found out); and after ``reset`` nothing of earlier episodes remains.
+    Checked on an agent: its methods; ``box`` (N, 4) float and ``stop`` (N,) of 0 and 1; the optional ``text``,
+    ``parse_failure``, ``stop_probability``, ``confidence``; that it leaves observations as they were and copes with
+    episodes that are over and with resets of some environments. Of a factory also: new agents play alike, one
+    environment at a time or several, whatever the inactive ones show and whatever the target box is; and ``reset``
+    makes them forget.
 
     Args:
         agent: an agent, or a class or function that makes one without arguments.
@@ -292,11 +278,9 @@ def _compare(expected: Played, found: Played, tolerance: float, message: str) ->
     for number, (a, b) in enumerate(zip(expected, found, strict=True)):
         for step, ((box, stop), (other, other_stop)) in enumerate(zip(a, b, strict=False)):
             same = stop == other_stop and np.allclose(box, other, rtol=0, atol=tolerance, equal_nan=True)
-            _require(
-                same,
-                f"{message} (episode {number}, step {step}: box {other.round(4).tolist()}, stop {int(other_stop)} "
-                f"instead of box {box.round(4).tolist()}, stop {int(stop)})",
-            )
+            found_here = f"box {other.round(4).tolist()}, stop {int(other_stop)}"
+            instead = f"box {box.round(4).tolist()}, stop {int(stop)}"
+            _require(same, f"{message} (episode {number}, step {step}: {found_here} instead of {instead})")
 
 
 def _play(env: GroundingVectorEnv, agent: Agent, seeds: Sequence[int], spoil: bool = False) -> Played:

@@ -41,9 +41,8 @@ class GroundingVectorEnv(Stateful, gym.vector.VectorEnv[Observation, Mapping[str
     With ``autoreset_mode="Disabled"`` an episode that has ended stays as it is: its actions are
     ignored, its reward is 0 and its flags stay up, so that groups finish in mid-flight undisturbed.
 
-    With ``copy=False`` the images of all steps stand in the same arrays, of which only what has changed
-    is painted: fastest, and an observation holds only until the next ``reset`` or ``step``. These arrays
-    are read-only.
+    With ``copy=False`` the images of all steps are in the same read-only arrays, in which only what has changed is
+    painted: fastest, and an observation holds only until the next ``reset`` or ``step``.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 1}  # type: ignore[misc]

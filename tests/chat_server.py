@@ -53,7 +53,7 @@ class ChatServer:
         return [body for path, _, body in self.seen if path == "/v1/chat/completions"]
 
     def handle(self, handler, body):
-        self.seen.append((handler.path, dict(handler.headers), body))
+        self.seen.append((handler.path, {k.title(): v for k, v in handler.headers.items()}, body))
         time.sleep(self.pause_s)
         given = handler.headers.get("Authorization", "")
         if self.key is not None and given != f"Bearer {self.key}":

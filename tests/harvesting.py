@@ -6,9 +6,6 @@ import numpy as np
 
 from ivt_agents.sft.demonstrations import teach
 from ivt_env import boxes
-from ivt_env.data.fetch import Patience
-
-QUICK = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=2.0, timeout_s=5.0)
 
 
 def make_drafts(dataset, count):

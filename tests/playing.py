@@ -76,10 +76,12 @@ def assert_equal(a: Any, b: Any) -> None:
         assert a.keys() == b.keys()
         for key in a:
             assert_equal(a[key], b[key])
-    elif isinstance(a, tuple):
+    elif isinstance(a, tuple | list):
         assert len(a) == len(b)
         for x, y in zip(a, b, strict=True):
             assert_equal(x, y)
+    elif isinstance(a, np.ndarray) and a.dtype == object:
+        assert_equal(a.tolist(), b.tolist())
     elif isinstance(a, np.ndarray):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)

@@ -14,6 +14,7 @@ import re
 
 import numpy as np
 import pytest
+from geometry import xywh_to_xyxy
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def test_box_arithmetic_is_that_of_the_boxes_module(convention, size, x, y, w, h
         bbox = [bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3]]
     assume(reason(relative_box, bbox, size, convention) is None)
     found = relative_box(bbox, size, convention)
-    xyxy = boxes.xywh_to_xyxy(bbox) if convention == "xywh" else np.asarray(bbox, dtype=float)
+    xyxy = xywh_to_xyxy(bbox) if convention == "xywh" else np.asarray(bbox, dtype=float)
     assert found == tuple(boxes.to_relative(xyxy, size).tolist())  # neither clipped nor rounded
     assert found[0] < found[2] and found[1] < found[3]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from geometry import to_pixels
 from PIL import Image
 from refer_layout import PHOTOS, python2_pickle, write_refer_folder
 
-from ivt_env import boxes
 from ivt_env.data import DataError, Dataset, load_dataset
 from ivt_env.data import refer as module
 from ivt_env.data.table import Table, open_table
@@ -75,7 +75,7 @@ def test_every_expression_is_served_once_with_its_box_and_image(tmp_path, name, 
         height, width = sample.size
         expected = np.array(known["box_px"]) / [width, height, width, height]
         assert sample.box == tuple(expected)
-        assert np.array_equal(np.round(boxes.to_pixels(sample.box, sample.size), 9), known["box_px"])
+        assert np.array_equal(np.round(to_pixels(sample.box, sample.size), 9), known["box_px"])
 
 
 def test_record_of_the_published_annotations_converts_as_stated(layout):
@@ -90,7 +90,7 @@ def test_record_of_the_published_annotations_converts_as_stated(layout):
     layout.save()
     sample = opened(layout.root)[0]
     assert (sample.size, sample.sample_id, sample.meta["ann_id"]) == ((640, 427), "0-0", 1719310)
-    assert np.allclose(boxes.to_pixels(sample.box, sample.size), [103.93, 299.99, 238.15, 477.41], atol=1e-9)
+    assert np.allclose(to_pixels(sample.box, sample.size), [103.93, 299.99, 238.15, 477.41], atol=1e-9)
     assert np.floor(np.multiply(sample.box, 1000)).tolist() == [243, 468, 557, 745]
 
 

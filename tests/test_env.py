@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import pickle
 import re
 import subprocess
 import sys
@@ -108,19 +107,6 @@ def test_every_observation_is_of_the_space_and_the_spaces_are_the_documented_one
         while not env.game.over:
             observation, *_ = env.step(random_action(rng))
             assert env.observation_space.contains(observation)
-
-
-@pytest.mark.parametrize("view", ["overlay", "both"])
-def test_a_pickled_env_goes_on_as_the_original_does(view):
-    env = scenes(view=view)
-    env.reset(seed=5)
-    env.step(propose(0.1, 0.1, 0.4, 0.6))
-    twin = pickle.loads(pickle.dumps(env))
-    action = propose(0.2, 0.3, 0.8, 0.9)
-    assert_equal(env.step(action), twin.step(action))
-    for _ in range(3):
-        assert_equal(env.reset(), twin.reset())
-        assert_equal(env.step(action), twin.step(action))
 
 
 def test_equal_seeds_and_actions_give_equal_episodes_and_other_seeds_other_samples():

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from geometry import to_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +38,7 @@ def test_the_iou_of_a_step_is_that_of_the_package_to_the_last_bit(a, b):
 @given(any_box.map(lambda b: boxes.clip(b).astype(np.float32)), st.tuples(st.integers(1, 700), st.integers(1, 700)))
 @settings(max_examples=300, deadline=None)
 def test_a_pixel_rectangle_is_the_box_in_pixels_rounded_to_whole_ones(box, extent):
-    left, top, right, bottom = np.round(boxes.to_pixels(box, extent)).astype(int).tolist()
+    left, top, right, bottom = np.round(to_pixels(box, extent)).astype(int).tolist()
     x1, y1, x2, y2 = pixel_rectangle(box, extent)
     height, width = extent
     assert (x1, y1) == (min(left, width - 1), min(top, height - 1))

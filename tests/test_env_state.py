@@ -66,7 +66,7 @@ def test_a_restored_environment_plays_on_identically_in_itself_and_in_another(vi
             assert restored.observation_space.contains(observation)
             assert info["sample_id"] == restored.sample.sample_id == state["episodes"][0]["sample_id"]
             assert restored.get_state() == state
-            assert_all_equal(play_on(restored, np.random.default_rng(seed)), expected)
+            assert_equal(play_on(restored, np.random.default_rng(seed)), expected)
 
 
 def test_a_restored_observation_is_the_one_that_was_left():
@@ -104,23 +104,7 @@ def test_restored_vector_environments_play_on_identically(mode, view, keep):
             assert restored.observation_space.contains(observations)
             assert infos["sample_id"].tolist() == [episode["sample_id"] for episode in state["episodes"]]
             assert restored.get_state() == state
-            assert_all_equal(on(restored), expected)
-
-
-def assert_all_equal(a: Any, b: Any) -> None:
-    """``assert_equal`` with arrays of objects."""
-    if isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_all_equal(x, y)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_all_equal(a[key], b[key])
-    elif isinstance(a, np.ndarray) and a.dtype == object:
-        assert_all_equal(a.tolist(), b.tolist())
-    else:
-        assert_equal(a, b)
+            assert_equal(on(restored), expected)
 
 
 def test_a_state_does_not_change_when_the_environment_moves_on():

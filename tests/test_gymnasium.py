@@ -112,13 +112,18 @@ def test_three_vectorisations_of_every_id_play_alike(env_id, mode, options):
     ways = ("vector_entry_point", "sync", "async")
     envs = [vectorised(env_id, mode, way, view="both", **options(env_id)) for way in ways]
     try:
-        assert isinstance(envs[0].unwrapped, GroundingVectorEnv)
+        own = envs[0]
+        assert isinstance(own.unwrapped, GroundingVectorEnv)
+        for other in envs[1:]:
+            assert own.metadata["autoreset_mode"] == other.metadata["autoreset_mode"] == AutoresetMode(mode)
+            assert own.single_observation_space == other.single_observation_space
+            assert own.observation_space == other.observation_space and own.action_space == other.action_space
         rng = np.random.default_rng(0)
         ended = 0
         for seed in (5, [9, None]):
             first, *others = (env.reset(seed=seed) for env in envs)
             for other in others:
-                _same(first, other)
+                assert_equal(first, other)
             for _ in range(6):
                 several = [random_action(rng) for _ in range(N)]
                 actions = {
@@ -127,33 +132,17 @@ def test_three_vectorisations_of_every_id_play_alike(env_id, mode, options):
                 }
                 first, *others = (env.step(copy.deepcopy(actions)) for env in envs)
                 for other in others:
-                    _same(first, other)
+                    assert_equal(first, other)
                 done = first[2] | first[3]
                 ended += done.sum()
                 if mode == "Disabled" and done.any():
                     first, *others = (env.reset(options={"reset_mask": done.copy()}) for env in envs)
                     for other in others:
-                        _same(first, other)
+                        assert_equal(first, other)
         assert ended >= 2, "no episode ended: this test would show little"
     finally:
         for env in envs:
             env.close()
-
-
-def _same(a: Any, b: Any) -> None:
-    """``assert_equal`` with arrays of objects."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            _same(a[key], b[key])
-    elif isinstance(a, tuple | list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            _same(x, y)
-    elif isinstance(a, np.ndarray) and a.dtype == object:
-        _same(a.tolist(), b.tolist())
-    else:
-        assert_equal(a, b)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["copy", "pickle"])
@@ -187,10 +176,10 @@ def test_copies_of_a_vector_environment_go_on_as_the_original_does(how, keep):
     for fresh in (True, False):
         twin = how(env)
         if fresh:
-            _same(env.reset(seed=2), twin.reset(seed=2))
+            assert_equal(env.reset(seed=2), twin.reset(seed=2))
         for _ in range(8):
             actions = {"box": rng.random((N, 4)).astype(np.float32), "stop": (rng.random(N) < 0.2).astype(np.int64)}
-            _same(env.step(actions), twin.step(copy.deepcopy(actions)))
+            assert_equal(env.step(actions), twin.step(copy.deepcopy(actions)))
 
 
 @pytest.mark.parametrize("env_id", IDS)

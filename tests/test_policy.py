@@ -28,13 +28,6 @@ def rewrite_weights(folder, change) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_folder_that_is_not_there_or_no_model_is_named(tmp_path):
-    with pytest.raises(PolicyError, match="no model at"):
-        load_policy(tmp_path / "nothing")
-    with pytest.raises(PolicyError, match=r"neither config\.json"):
-        load_policy(tmp_path)
-
-
 def test_a_checkpoint_of_another_shape_is_refused(folder):
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     rewrite_weights(folder, lambda w: w.update({name: torch.zeros(64, 128)}))
@@ -45,13 +38,6 @@ def test_a_checkpoint_of_another_shape_is_refused(folder):
 def test_a_checkpoint_with_a_missing_weight_is_refused(folder):
     rewrite_weights(folder, lambda w: w.pop("model.language_model.layers.0.self_attn.q_proj.weight"))
     with pytest.raises(PolicyError, match="missing keys"):
-        load_policy(folder)
-
-
-def test_a_truncated_file_is_refused(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(PolicyError, match="model.safetensors: cannot be read .*is it complete"):
         load_policy(folder)
 
 

@@ -185,6 +185,18 @@ def test_a_file_that_is_missing_is_named(folder, file, words):
         load_policy(folder)
 
 
+def test_a_folder_that_is_not_there_or_holds_no_model_and_a_file_that_is_cut_off_are_named(folder, tmp_path):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    for name, words in (
+        (tmp_path / "nothing", "no model at"),
+        (tmp_path, r"neither config\.json"),
+        (folder, "model.safetensors: cannot be read .*is it complete"),
+    ):
+        with pytest.raises(PolicyError, match=words):
+            load_policy(name)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named(folder, value):
     weights = load_file(folder / "model.safetensors")

@@ -18,19 +18,20 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from geometry import encode_box
 
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.scripted import CentreAgent
 from ivt_agents.sb3 import train
 from ivt_agents.sb3.compare import compare, table
-from ivt_agents.sb3.easy import SmallImages, easy_indices, is_easy
+from ivt_agents.sb3.easy import SmallImages, easy_indices
 from ivt_agents.sb3.load import SB3Agent, SB3Error, load_sb3
 from ivt_agents.sb3.network import begin_with_what_is_seen, make_policy
 from ivt_env.data import load_dataset
 from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.testing import check_dataset
 from ivt_env.wrappers import HashedText, SB3Wrapper
-from ivt_env.wrappers.sb3 import decode_action, encode_box, sb3_action_space, sb3_observation_space
+from ivt_env.wrappers.sb3 import decode_action, sb3_action_space, sb3_observation_space
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {"side": 36, "text_size": 128, "text_seed": 0, "stop_above": 0.5, "max_steps": 3}
@@ -157,7 +158,9 @@ def test_a_folder_that_cannot_be_used_is_named_with_the_reason(run, tmp_path, mo
 def test_easy_scenes_have_two_objects_and_compare_nothing():
     dataset = load_dataset("scenes", "val")
     indices = easy_indices(dataset, 20)
-    assert indices == [i for i in range(indices[-1] + 1) if is_easy(dataset[i])]
+    assert indices == [
+        i for i in range(indices[-1] + 1) if dataset[i].meta["things"] <= 2 and dataset[i].meta["kind"] == "attributes"
+    ]
     assert {dataset[i].meta["things"] for i in indices} <= {1, 2}
     assert not any(re.search("most|right of|left of|above|below|closest|not", dataset[i].expression) for i in indices)
     with pytest.raises(ValueError, match="photos.*--no-easy"):

@@ -16,7 +16,6 @@ import pytest
 
 import ivt_env
 from ivt_agents import cli
-from ivt_env import boxes
 from ivt_env.data import load_dataset
 from ivt_env.metrics.benchmarks import targets_px
 
@@ -101,7 +100,7 @@ def test_scenes_are_scored_in_thousandths_over_the_first_samples(
 ) -> None:
     dataset = load_dataset("scenes", "val")
     samples = [dataset[i] for i in range(6)]
-    thousandths = [[1000 * v for v in boxes.xyxy_to_xywh(s.box).tolist()] for s in samples]
+    thousandths = [[1000 * v for v in (*s.box[:2], s.box[2] - s.box[0], s.box[3] - s.box[1])] for s in samples]
     path = save(tmp_path / "scenes.jsonl", samples, [*thousandths[:4], None, None])
     on_scenes = (path, "--dataset", "scenes", "--split", "val", "--format", "xywh", "--frame", "thousandths")
     found = record(capsys, *on_scenes, "--samples", 6)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from eval_layouts import opened, write_ref_adv, write_ref_l4
+from geometry import xywh_to_xyxy
 from hub_layouts import many, put_images, write_jxu124, write_lmms, write_mdetr, write_vlm_r1
 from refer_layout import write_refer_folder
 
@@ -68,7 +69,7 @@ def test_nothing_is_clipped_or_dropped_in_the_refer_layout(tmp_path):
         layout.save()
         table = open_table(refer.source(tmp_path, "refcocog"), "train")
         assert table.skipped == 0
-        expected = tuple(boxes.to_relative(boxes.xywh_to_xyxy(bbox), (height, width)).tolist())
+        expected = tuple(boxes.to_relative(xywh_to_xyxy(bbox), (height, width)).tolist())
         assert table[len(table) - 1].box == expected
 
 

@@ -7,7 +7,6 @@ a trace is tested as closely as how it is fetched.
 from __future__ import annotations
 
 import base64
-import email.utils
 import io
 import json
 import logging
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_server import GOOD, ChatServer, answer
-from harvesting import QUICK, make_drafts
+from harvesting import make_drafts
 from PIL import Image
 
 from ivt_agents.play.on_split import play
@@ -35,7 +34,6 @@ from ivt_agents.sft.teacher.template import critique
 from ivt_agents.training.run import RunError
 from ivt_agents.vlm.codec import parse_action
 from ivt_agents.vlm.load import load_policy
-from ivt_env.data.fetch import Patience
 from ivt_env.data.scenes import Scenes
 
 KEY = "sk-test-7f3a9c-never-to-be-seen"
@@ -45,6 +43,7 @@ KEY = "sk-test-7f3a9c-never-to-be-seen"
 def chat(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     running = ChatServer()
     yield running
     running.close()
@@ -60,8 +59,8 @@ def drafts(dataset):
     return make_drafts(dataset, 5)
 
 
-def teacher_of(chat, budget=None, patience=QUICK, model="#m"):
-    return OpenAITeacher(chat.url + model, budget, patience)
+def teacher_of(chat, budget=None, model="#m", timeout_s=5.0):
+    return OpenAITeacher(chat.url + model, budget, 4, timeout_s)
 
 
 def harvest(tmp_path, drafts, dataset, teacher, name="harvest.jsonl", **options):
@@ -200,26 +199,16 @@ def test_a_passing_trouble_is_tried_again(chat, dataset, drafts, tmp_path, fault
     assert made[1].trace == GOOD and len(chat.chats) == 3
 
 
-def test_waits_grow_and_retry_after_is_honoured(chat, dataset, drafts, tmp_path, monkeypatch):
-    waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    soon = email.utils.formatdate(time.time() + 1.5, usegmt=True)
-    chat.faults = [(429, {"Retry-After": "1.25"}), 500, (503, {"Retry-After": soon})]
-    harvest(tmp_path, drafts[:2], dataset, teacher_of(chat))
-    waits = [w for w in waits if w]  # the server's own pause is 0
-    assert waits[0] == 1.25 and waits[1] == 0.02 and 0.0 < waits[2] <= 1.5
-
-
 def test_a_server_that_asks_for_too_long_a_wait_is_given_up(chat, dataset, drafts, tmp_path):
     chat.faults = [(429, {"Retry-After": "3600"})]
-    with pytest.raises(TeacherError, match="429.*asks to wait 3600 s"):
+    with pytest.raises(TeacherError, match="429.*asks to wait 3600"):
         harvest(tmp_path, drafts[:2], dataset, teacher_of(chat))
     assert len(chat.chats) == 1
 
 
 def test_a_server_that_is_silent_times_out_and_is_asked_again(chat, dataset, drafts, tmp_path):
     chat.faults = [("stall", 2.0)]
-    made = harvest(tmp_path, drafts[:2], dataset, teacher_of(chat, patience=Patience(3, 0.01, 1.0, timeout_s=0.3)))
+    made = harvest(tmp_path, drafts[:2], dataset, teacher_of(chat, timeout_s=0.3))
     assert made[1].trace == GOOD and len(chat.chats) == 2
 
 
@@ -246,7 +235,6 @@ def test_a_server_that_is_not_there_is_named(dataset, drafts, tmp_path, monkeypa
         (400, "400 Bad Request.*busy"),
         (404, "404 Not Found"),
         ((302, {"Location": "http://127.0.0.1:1/elsewhere"}), "302"),
-        ((429, {}, b'{"error": {"code": "insufficient_quota"}}'), "insufficient_quota"),
         ({"choices": []}, "does not say what an answer costs"),
         ({"choices": [], "usage": {"total_tokens": 5}}, "no choices"),
     ],
@@ -265,7 +253,7 @@ def test_a_wrong_key_is_a_clear_error_at_once_and_is_not_repeated(chat, dataset,
     chat.key = "another"
     with caplog.at_level(logging.DEBUG), pytest.raises(TeacherError) as error:
         harvest(tmp_path, drafts, dataset, teacher_of(chat))
-    assert "401, the key in OPENAI_API_KEY was refused" in str(error.value) and len(chat.chats) == 1
+    assert "the key in OPENAI_API_KEY was refused. 401" in str(error.value) and len(chat.chats) == 1
     assert "Incorrect API key provided: [key]" in str(error.value)
     assert KEY not in str(error.value) and KEY not in caplog.text
 
@@ -372,12 +360,12 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from harvesting import QUICK, make_drafts
+from harvesting import make_drafts
 from ivt_agents.sft.harvest import TraceCache, write_traces
 from ivt_agents.sft.teacher.openai import OpenAITeacher
 from ivt_env.data.scenes import Scenes
 dataset, folder = Scenes("train"), Path(sys.argv[2])
-teacher = OpenAITeacher(sys.argv[1] + "#m", None, QUICK)
+teacher = OpenAITeacher(sys.argv[1] + "#m")
 write_traces(make_drafts(dataset, 12), dataset, teacher, folder / "harvest.jsonl", TraceCache(folder / "cache"))
 """
 
@@ -484,14 +472,6 @@ def test_the_template_still_writes_just_what_teach_makes_and_asks_nobody(tmp_pat
     expected = teach(dataset, indices, [e.steps[0].box for e in played], np.random.default_rng((0, 2)))
     save_demonstrations(tmp_path / "expected.jsonl", expected)
     assert (tmp_path / "run" / "demonstrations.jsonl").read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "before.json",
-        "checkpoints",
-        "config.json",
-        "demonstrations.jsonl",
-        "metrics.jsonl",
-        "policy",
-    ]
 
 
 def test_a_teacher_that_would_have_nothing_to_do_is_refused(tmp_path):

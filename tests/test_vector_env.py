@@ -18,6 +18,7 @@ import pytest
 from gymnasium import wrappers
 from gymnasium.spaces import flatten, flatten_space, unflatten
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from playing import assert_equal
 
 from ivt_env.data.sample import DataError, ImageArray, Sample
 from ivt_env.env import GroundingEnv
@@ -72,82 +73,7 @@ def random_actions(rng: np.random.Generator, n: int = N) -> Actions:
     return {"box": box.astype(np.float32), "stop": (rng.random(n) < 0.25).astype(np.int64)}
 
 
-def assert_equal(a: Any, b: Any) -> None:
-    """Equal in keys, types, shapes and values."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    elif isinstance(a, np.ndarray) and a.dtype == object:
-        assert a.shape == b.shape and b.dtype == object
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    elif isinstance(a, np.ndarray):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-    else:
-        assert a == b
-
-
-# ---- equal to Gymnasium's own vectorisation --------------------------------------------------
-
-
-@pytest.mark.parametrize("view", ["overlay", "both"])
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
-@pytest.mark.parametrize("other", ["sync", "async"])
-def test_own_sync_and_async_vectorisation_give_equal_steps(other, mode, view):
-    own, reference = scenes(mode, "own", view=view), scenes(mode, other, view=view)
-    try:
-        assert own.metadata["autoreset_mode"] == reference.metadata["autoreset_mode"] == AutoresetMode(mode)
-        assert own.single_observation_space == reference.single_observation_space
-        assert own.observation_space == reference.observation_space
-        assert own.action_space == reference.action_space
-        rng = np.random.default_rng(0)
-        seen: Counter[str] = Counter()
-        for seed in (7, [3, None, 3]):
-            assert_equal(own.reset(seed=seed), reference.reset(seed=seed))
-            for _ in range(14):
-                actions = random_actions(rng)
-                ours = own.step(actions)
-                assert_equal(ours, reference.step(actions))
-                _, rewards, terminated, truncated, infos = ours
-                seen += Counter(terminated=terminated.sum(), truncated=truncated.sum(), rewarded=(rewards > 0).sum())
-                seen += Counter(k for k in infos)
-        expected = {"terminated", "truncated", "rewarded", "invalid"}
-        expected |= {"final_obs", "final_info"} if mode == "SameStep" else set()
-        assert expected <= set(seen), "something never happened: this test would show little"
-    finally:
-        own.close()
-        reference.close()
-
-
-@pytest.mark.parametrize("other", ["sync", "async"])
-def test_without_autoreset_own_and_sync_and_async_give_equal_steps_under_reset_masks(other):
-    own, reference = scenes("Disabled", "own"), scenes("Disabled", other)
-    try:
-        rng = np.random.default_rng(1)
-        assert_equal(own.reset(seed=11), reference.reset(seed=11))
-        resets = 0
-        for round_number in range(25):
-            actions = random_actions(rng)
-            ours = own.step(actions)
-            assert_equal(ours, reference.step(actions))
-            done = ours[2] | ours[3]
-            if done.any():
-                # Gymnasium's own classes take the mask out of the dictionary that they are given.
-                seed = None if round_number % 2 else [100 + round_number] * N
-                first, second = (env.reset(seed=seed, options={"reset_mask": done.copy()}) for env in (own, reference))
-                assert_equal(first, second)
-                resets += not done.all()
-        assert resets > 5
-    finally:
-        own.close()
-        reference.close()
+# test_gymnasium.py compares it with Gymnasium's own vectorisation.
 
 
 def test_every_batch_of_observations_is_of_the_space():

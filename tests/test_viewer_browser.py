@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Page, chromium
+from geometry import to_pixels
 from PIL import Image
 from shown_episodes import (
     HOSTILE,
@@ -30,7 +31,6 @@ from shown_episodes import (
 )
 from test_viewer_server import served
 
-from ivt_env import boxes
 from ivt_env.data.sample import DataMissingError, ImageArray
 from ivt_env.episodes import Box, Episode
 from ivt_env.viewer import write_page
@@ -112,7 +112,7 @@ def test_a_drawn_box_meets_the_pixels_it_stands_for(
     """On the screen itself: a blue patch painted into the image fills the box drawn around it."""
     box: Box = (0.25, 0.4, 0.75, 0.9)
     image = np.full((*size, 3), 255, np.uint8)
-    x1, y1, x2, y2 = boxes.to_pixels(box, size).astype(int)
+    x1, y1, x2, y2 = to_pixels(box, size).astype(int)
     image[y1:y2, x1:x2] = (0, 0, 255)
     page = open_page([play(box, [None], size=size, image_id="patch")], image_of=lambda _: image)
     page.until(lambda: page.run("return document.querySelector('.image img').complete"))

@@ -33,6 +33,11 @@ _FORMS = (
     *CONTROL_FORMS,
     "module:Class",
 )
+_NAMES, _THERE_ARE = [form.partition(":")[0] for form in _FORMS], f"there are {', '.join(_FORMS)}"
+_TRAINED = {
+    "vlm": ("ivt_agents.vlm.load", "load_policy", "the training install, ivt-env[train]"),
+    "sb3": ("ivt_agents.sb3.load", "load_sb3", "Stable-Baselines3, ivt-env[sb3]"),
+}
 
 
 def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 0, **options: Any) -> Agent:
@@ -57,14 +62,11 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
     compute (``docs/controls.md``); they sample at temperature 1, or at T as ``medoid-N@T:VLM``.
 
     Args:
-        spec: see above.
+        spec: one of these.
         env: the vector environment that will be played; only the oracle is given it.
         seed: for what is drawn or sampled at random; a ``module:Class`` does not get it.
         **options: of the agent itself (``stop_probability``, ``noise``, what ``load_policy`` takes).
             A ``module:Class`` takes none.
-
-    Returns:
-        An object with ``act`` and ``reset``.
 
     Raises:
         ValueError: for a spec that names no agent, or a class that is none.
@@ -101,37 +103,28 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
         if "temperature" in options:
             raise ValueError(f"agent {spec!r}: its temperature is part of its name, like 'medoid-8@0.7:vlm:tiny'")
         return control(cast(Any, load_agent(rest, seed=seed, **options)))
-    if head == "vlm" and rest:
-        return _load_vlm(rest, {"seed": seed, **options})
-    if head == "sb3" and rest:
-        return _load_sb3(rest, {"seed": seed, **options})
-    if colon and rest and head not in ("vlm", "sb3"):
+    if head in _TRAINED and rest:
+        return _load_trained(head, rest, {"seed": seed, **options})
+    if colon and rest and head not in _TRAINED:
         if options:
             raise ValueError(f"agent {spec!r} is made without arguments: no {', '.join(sorted(options))}")
         return _load_class(spec, head, rest)
-    raise ValueError(f"no agent {spec!r}{_closest(head, _names(_FORMS))}; {_there_are()}")
+    raise ValueError(f"no agent {spec!r}{_closest(head, _NAMES)}; {_THERE_ARE}")
 
 
-def _load_vlm(path: str, options: dict[str, Any]) -> Agent:
+def _load_trained(kind: str, path: str, options: dict[str, Any]) -> Agent:
+    module, name, needs = _TRAINED[kind]
     try:
-        load_policy: Callable[..., Agent] = importlib.import_module("ivt_agents.vlm.load").load_policy
+        load: Callable[..., Agent] = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise ValueError(f"agent 'vlm:{path}' needs the training install, ivt-env[train]: {error}") from error
-    return load_policy(path, **options)
-
-
-def _load_sb3(path: str, options: dict[str, Any]) -> Agent:
-    try:
-        load_sb3: Callable[..., Agent] = importlib.import_module("ivt_agents.sb3.load").load_sb3
-    except ImportError as error:
-        raise ValueError(f"agent 'sb3:{path}' needs Stable-Baselines3, ivt-env[sb3]: {error}") from error
-    return load_sb3(path, **options)
+        raise ValueError(f"agent '{kind}:{path}' needs {needs}: {error}") from error
+    return load(path, **options)
 
 
 def _load_class(spec: str, module_name: str, class_name: str) -> Agent:
     """Import and instantiate ``module:Class``. What the module itself raises is passed on as it is."""
     if not all(part.isidentifier() for part in module_name.split(".")):
-        raise ValueError(f"no agent {spec!r}: {module_name!r} is no module name; {_there_are()}")
+        raise ValueError(f"no agent {spec!r}: {module_name!r} is not a module name; {_THERE_ARE}")
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))  # last: a file here must not hide an installed package
     importlib.invalidate_caches()
@@ -141,8 +134,8 @@ def _load_class(spec: str, module_name: str, class_name: str) -> Agent:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(f"agent {spec!r}: {module_name} cannot be imported: {error}") from error
         # A name like this is as likely a slip in a built-in one.
-        near = _closest(module_name, _names(_FORMS[len(BUILT_IN) :]))
-        raise ValueError(f"agent {spec!r}: no module {error.name!r} here or installed{near}; {_there_are()}") from error
+        near = _closest(module_name, _NAMES[len(BUILT_IN) :])
+        raise ValueError(f"agent {spec!r}: no module {error.name!r} here or installed{near}; {_THERE_ARE}") from error
     failures.PLUGGED_IN.add(module.__name__)
     agent_class = getattr(module, class_name, None)
     if not inspect.isclass(agent_class):
@@ -160,14 +153,6 @@ def _load_class(spec: str, module_name: str, class_name: str) -> Agent:
     except TypeError as error:
         raise ValueError(f"agent {spec!r} is made as {class_name}(), without arguments: {error}") from error
     return cast(Agent, agent_class())
-
-
-def _names(forms: Sequence[str]) -> list[str]:
-    return [form.partition(":")[0] for form in forms]
-
-
-def _there_are() -> str:
-    return f"there are {', '.join(_FORMS)}"
 
 
 def _closest(word: str, valid: Sequence[str]) -> str:

@@ -1,9 +1,7 @@
-"""Controls of equal compute: what a policy's answers are worth without the loop.
+"""Controls of equal compute: what a policy's completions are worth without refinement.
 
-A loop answers several times, and so may a policy that never sees its own box. Whatever a loop gains
-must be more than that buys. The agents here wrap a policy and spend samples of its *first* answer:
-they look at the first observation only, propose, and stop. None of them reads the target.
-``docs/controls.md`` says what each costs.
+The agents here wrap a policy and sample its *first* answer several times: they look at the first observation only,
+propose, and stop. Refinement must gain more than that. ``docs/controls.md`` says what each costs.
 """
 
 from __future__ import annotations
@@ -30,14 +28,9 @@ Pick = Callable[[NDArray[np.float64], NDArray[np.float64]], int]
 
 
 def medoid(candidates: ArrayLike, confidence: ArrayLike) -> int:
-    """The place of the box with the largest mean IoU with the others.
+    """The place of the box, of (M, 4), with the largest mean IoU with the others.
 
-    Boxes that agree equally well are told apart by their confidence, then by their coordinates, so that the
-    box that is chosen does not depend on their order.
-
-    Args:
-        candidates: relative xyxy boxes, (M, 4), at least one.
-        confidence: of their answers, (M,).
+    Ties are broken by confidence (M,), then by coordinates: the chosen box does not depend on the order.
     """
     found, sure = np.asarray(candidates, dtype=np.float64), np.asarray(confidence, dtype=np.float64)
     agreement = boxes.iou(found[:, None], found[None])  # (M, M)
@@ -47,34 +40,21 @@ def medoid(candidates: ArrayLike, confidence: ArrayLike) -> int:
 
 
 def most_confident(candidates: ArrayLike, confidence: ArrayLike) -> int:
-    """The place of the answer with the highest confidence, the first of equals.
-
-    Args:
-        candidates: relative xyxy boxes, (M, 4), at least one; not looked at.
-        confidence: of their answers, (M,).
-    """
+    """The place of the answer with the highest confidence (M,), the first of equals."""
     return int(np.argmax(np.asarray(confidence)))
 
 
 class PickOfShots:
     """Samples the first answer several times, proposes one of the boxes, and stops.
 
-    An answer without a usable box (unreadable, a stop, a box that the environment would refuse) has been
-    paid for and is left out of the choice. Where no answer has one, the first is handed on as it is.
+    An answer without a usable box (unreadable, a stop, a box that the environment would refuse) costs its share and
+    is left out of the choice. Where no answer has one, the first is handed on as it is.
     """
 
     def __init__(self, policy: VLMPolicy, count: int, pick: Pick, temperature: float = 1.0) -> None:
-        """Set up.
+        """``count`` answers of ``policy`` to each first observation; ``pick`` is ``medoid`` or ``most_confident``.
 
-        Args:
-            policy: who answers; its own temperature and batch size are as before after each ``act``.
-            count: answers to each first observation. They share one prefill where the policy reuses what
-                it has computed.
-            pick: ``medoid`` or ``most_confident``.
-            temperature: of the sampling; with 0 all answers are the greedy one.
-
-        Raises:
-            ValueError: for a count below 1 or a temperature that is negative or no number.
+        Its own temperature and batch size are as before after each ``act``.
         """
         if count < 1:
             raise ValueError(f"count {count}: give an integer of at least 1")
@@ -112,22 +92,13 @@ class PickOfShots:
 
 
 class SecondShot:
-    """Answers greedily, then once more from the same first observation, by chance, and stops.
+    """Answers greedily, then samples once more from the same first observation, and stops.
 
-    The second answer cannot know of the first: it is a new conversation about the image as the episode
-    began. So its last step is worth what a second try is worth, and its step 0 is the policy's own.
+    The second answer cannot know of the first: it is a new conversation about the image as the episode began.
     """
 
     def __init__(self, policy: VLMPolicy, temperature: float = 1.0) -> None:
-        """Set up.
-
-        Args:
-            policy: who answers; its own temperature is as before after each ``act``.
-            temperature: of the second answer; with 0 it is the first one again.
-
-        Raises:
-            ValueError: for a temperature that is negative or no number.
-        """
+        """``temperature`` is that of the policy's second answer; with 0 it is the first one again."""
         self.agent, self.temperature = policy, _usable_temperature(temperature)
         self.view, self.reuse = policy.view, policy.reuse
         self.turns: list[Turn | None] = []

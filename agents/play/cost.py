@@ -1,15 +1,14 @@
-"""What an agent's answers cost: counted from what it was asked and what it said, never estimated.
+"""What an agent's completions cost: counted from what it was asked and what it said, never estimated.
 
-Controls of equal compute are only as good as the count. Here is counted what a model has to work on:
-a prompt that several answers share is read once, and of a conversation that goes on only what is new.
-Padding is not counted, and neither is the time between model calls.
+A prompt that several completions share counts once, and of a conversation that goes on only what is new. Padding and
+the time between model calls are not counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,13 +39,7 @@ class Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def per_episode(self, episodes: int) -> dict[str, float]:
-        """Means over ``episodes`` episodes, by field.
-
-        Raises:
-            ValueError: for fewer than one episode.
-        """
-        if episodes < 1:
-            raise ValueError(f"{episodes} episodes: a mean needs at least one")
+        """Means over ``episodes`` episodes, by field."""
         return {name: total / episodes for name, total in asdict(self).items()}
 
 
@@ -88,15 +81,6 @@ def cost_of(turns: Sequence[Turn | None], before: Mapping[int, Turn] | None = No
     )
 
 
-class _Speaker(Protocol):
-    """An agent that shows what its last ``act`` asked and sampled."""
-
-    turns: list[Turn | None]
-
-    @property
-    def reuse(self) -> bool: ...
-
-
 class Metered:
     """An agent, unchanged in what it does, whose costs are added up while it plays."""
 
@@ -108,7 +92,10 @@ class Metered:
         """
         self.agent = agent
         self.view = getattr(agent, "view", "overlay")
-        self._speaker = _speaker(agent)
+        speaker: Any = agent
+        while speaker is not None and not hasattr(speaker, "turns"):
+            speaker = getattr(speaker, "agent", None)
+        self._speaker = speaker
         self._counted = None if self._speaker is None else self._speaker.turns
         self._before: dict[int, Turn] = {}
         self.cost: Cost | None = None if self._speaker is None else Cost()
@@ -128,12 +115,3 @@ class Metered:
     def reset(self, mask: NDArray[np.bool_]) -> None:
         """New episodes where ``mask`` (N,) is true; what was counted stays."""
         self.agent.reset(mask)
-
-
-def _speaker(agent: Any) -> _Speaker | None:
-    """The outermost of an agent and those inside it that shows its turns."""
-    while not hasattr(agent, "turns"):
-        if not hasattr(agent, "agent"):
-            return None
-        agent = agent.agent
-    return cast(_Speaker, agent)

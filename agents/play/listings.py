@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
-_DESCRIPTIONS = {
-    "agents": "Every form that --agent takes, and the trained policies below FOLDER. --policies of `ivt evaluate` "
-    "takes the same after `name=`; there a policy's folder needs no `vlm:`.",
-    "envs": "Every registered environment, the splits of its data set, and what each split would serve now.",
-}
-
 
 def add_listing(commands: Any, name: str, line: str) -> None:
-    """Add ``ivt agents`` or ``ivt envs`` to the parser's commands.
-
-    Args:
-        commands: what ``add_subparsers`` returned.
-        name: ``agents`` or ``envs``.
-        line: of help.
-    """
-    one: argparse.ArgumentParser = commands.add_parser(name, help=line, description=_DESCRIPTIONS[name])
+    """Add ``ivt agents`` or ``ivt envs``, with its line of help, to the commands of ``add_subparsers``."""
+    if name == "agents":
+        about = "Every form that --agent takes, and the trained policies below FOLDER. --policies of `ivt evaluate` "
+        about += "takes the same after `name=`; there a policy's folder needs no `vlm:`."
+    else:
+        about = "Every registered environment, the splits of its data set, and what each split would serve now."
+    one: argparse.ArgumentParser = commands.add_parser(name, help=line, description=about)
     one.add_argument("--json", action="store_true", help="print JSON and nothing else")
     if name == "agents":
-        one.add_argument(
-            "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="searched for policies (%(default)s)"
-        )
-        one.set_defaults(run=_agents)
+        says = "searched for policies (%(default)s)"
+        one.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help=says)
     else:
-        one.add_argument(
-            "--data-root",
-            type=Path,
-            metavar="FOLDER",
-            help="folder of the real data sets (default: the variable IVT_DATA, then the user's cache)",
-        )
-        one.set_defaults(run=_envs)
+        says = "folder of the real data sets (default: the variable IVT_DATA, then the user's cache)"
+        one.add_argument("--data-root", type=Path, metavar="FOLDER", help=says)
+    one.set_defaults(run=_agents if name == "agents" else _envs)
 
 
 def built_in_agents() -> dict[str, str]:
@@ -50,28 +38,21 @@ def built_in_agents() -> dict[str, str]:
 
 
 def policies(folder: Path) -> list[dict[str, Any]]:
-    """The trained policies below ``folder``: spec and the base model of each, in order of their paths.
+    """The trained policies below ``folder``: spec and record of each, in order of their paths.
 
-    A file that is none is left out of the list; ``load_agent`` says what is wrong with it.
+    A broken file is left out of the list; ``load_agent`` says what is wrong with it.
     """
     found = []
     for path in sorted(folder.glob("**/policy.json")):
-        if any(part.startswith("checkpoint") for part in path.parts):
-            continue
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(record, dict):
-            found.append({"spec": f"vlm:{path.parent}", "record": record})
+        if not any(part.startswith("checkpoint") for part in path.parts):
+            with contextlib.suppress(OSError, ValueError):
+                record = json.loads(path.read_text(encoding="utf-8"))
+                found += [{"spec": f"vlm:{path.parent}", "record": record}] if isinstance(record, dict) else []
     return found
 
 
 def environments(data_root: Path | None) -> list[dict[str, Any]]:
     """Every registered id, JSON-able: its data set, and per split whether it is served and from where.
-
-    Args:
-        data_root: of the real data sets; None: the variable IVT_DATA, then the user's cache.
 
     Raises:
         DataError: for a home folder that does not exist.
@@ -91,16 +72,14 @@ def environments(data_root: Path | None) -> list[dict[str, Any]]:
                 continue
             row["looked_in"] = str(root)
             if dataset == "mixed":
-                parts = [find_source(*part, root) for group in PARTS.values() for part in group]
-                folder = str(root) if all(parts) else None
+                whole = all(find_source(*part, root) for group in PARTS.values() for part in group)
+                folder = str(root) if whole else None
             else:
                 source = find_source(dataset, split, root)
                 folder = None if source is None else f"{source.folder} ({source.layout})"
-            if folder is not None:
-                row["splits"][split] = {"serves": dataset, "from": folder}
-            else:
-                # Nothing stands in for one's own data.
-                row["splits"][split] = {"serves": None if dataset == "custom" else "scenes", "from": None}
+            # Nothing replaces one's own data.
+            serves = dataset if folder else None if dataset == "custom" else "scenes"
+            row["splits"][split] = {"serves": serves, "from": folder}
         rows.append(row)
     return rows
 

@@ -20,8 +20,6 @@ MAX_UNUSABLE = 0.9
 _LOUD = 0.5
 """A larger share than this is said even where it is no error."""
 
-METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mIoU")
-
 
 def validation_samples(env_id: str, split: str, eval_split: str, wanted: int, data_root: str | None) -> range:
     """The samples of a training command's evaluations, found before anything is loaded or trained.
@@ -111,16 +109,8 @@ def play(
     """Episodes of ``agent`` on the given samples, in their order; see ``check_answers`` for ``max_unusable``."""
     env = make_vector_env(env_id, min(num_envs, len(indices)), split=split, **env_kwargs)
     try:
-        episodes = rollout(
-            env,
-            agent,
-            len(indices),
-            seed,
-            indices=indices,
-            ignore_stop=ignore_stop,
-            agent_name=agent_name,
-            on_progress=on_progress,
-        )
+        said: dict[str, Any] = {"agent_name": agent_name, "on_progress": on_progress}
+        episodes = rollout(env, agent, len(indices), seed, indices=indices, ignore_stop=ignore_stop, **said)
         check_episodes(episodes, max_unusable, stop=not ignore_stop and getattr(agent, "may_stop", True))
         return episodes
     finally:

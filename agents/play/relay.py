@@ -1,8 +1,7 @@
-"""Two agents for one episode: who is good at finding gives the first box, who is good at refining goes on.
+"""Two agents for one episode: one gives the first box, the other refines it.
 
-What a policy learns about boxes it is shown changes its first boxes too, and for the worse where it is small. A
-relay leaves the first box to the model that it was before. It costs the memory of both and no answer more: each
-action is one agent's.
+Learning to refine changes a small policy's first boxes for the worse; a relay leaves them to the model that it was
+before. It costs the memory of both and not one answer more.
 """
 
 from __future__ import annotations
@@ -23,12 +22,7 @@ class Relay:
     """
 
     def __init__(self, first: Agent, then: Agent) -> None:
-        """Set up.
-
-        Args:
-            first: proposes where no box is in force.
-            then: refines or stops.
-        """
+        """``first`` proposes where there is no current box, ``then`` refines or stops."""
         self.first, self.then = first, then
         self.view = getattr(then, "view", "overlay")
         """What the second agent was trained for. Without a box every view shows the whole image."""
@@ -45,7 +39,7 @@ class Relay:
         acted: list[Mapping[str, Any]] = []
         for agent, rows in ((self.first, active & ~shown), (self.then, active & shown)):
             if not rows.any() and (acted or agent is self.first and active.any()):
-                continue  # the other one acts for all
+                continue  # the other agent acts for all
             acted.append(agent.act({**observations, "active": rows}))
             said = getattr(agent, "turns", [None] * n)
             self.turns = [said[row] if rows[row] else turn for row, turn in enumerate(self.turns)]

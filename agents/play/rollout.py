@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.markup import escape
 
@@ -73,22 +73,18 @@ class Args:
 def main(args: Args) -> None:
     """Play, print and save."""
     env, agent = _set_up(args)
-    with lock_folder(args.out):
-        _play_and_save(args, env, agent)
-
-
-def _play_and_save(args: Args, env: GroundingVectorEnv, agent: Agent) -> None:
-    played, samples = [], {}
     asked = ivt_env.IDS[args.env]["dataset"]
-    for episode in _with_progress(args, _play(args, env, agent)):
-        played.append(episode)
-        samples[episode.sample_id] = env.samples[0]
-        if args.json:
-            print(json.dumps(asdict(episode)), flush=True)
-            continue
-        print(f"episode {len(played)} of {args.episodes}")
-        print(describe(episode, in_place_of=None if env.dataset.name == asked else asked), flush=True)
-    _save(args, env, played, samples)
+    played, samples = [], {}
+    with lock_folder(args.out):
+        for episode in _with_progress(args, _play(args, env, agent)):
+            played.append(episode)
+            samples[episode.sample_id] = env.samples[0]
+            if args.json:
+                print(json.dumps(asdict(episode)), flush=True)
+                continue
+            print(f"episode {len(played)} of {args.episodes}")
+            print(describe(episode, in_place_of=None if env.dataset.name == asked else asked), flush=True)
+        _save(args, env, played, samples)
 
 
 def _set_up(args: Args) -> tuple[GroundingVectorEnv, Agent]:
@@ -118,24 +114,18 @@ def _set_up(args: Args) -> tuple[GroundingVectorEnv, Agent]:
 def _play(args: Args, env: GroundingVectorEnv, agent: Agent) -> Iterator[Episode]:
     """One by one, so that each can be looked at while the next is played."""
     for i in range(args.episodes):
-        yield from rollout(
-            env,
-            agent,
-            episodes=1,
-            seed=args.seed + i,
-            indices=None if args.index is None else [args.index + i],
-            ignore_stop=args.forced,
-            agent_name=args.agent,
-        )
+        indices = None if args.index is None else [args.index + i]
+        options: dict[str, Any] = {"indices": indices, "ignore_stop": args.forced, "agent_name": args.agent}
+        yield from rollout(env, agent, 1, args.seed + i, **options)
 
 
 def _with_progress(args: Args, episodes: Iterator[Episode]) -> Iterator[Episode]:
-    if not sys.stderr.isatty() or (sys.stdout.isatty() and not args.json):
+    if sys.stderr.isatty() and (args.json or not sys.stdout.isatty()):
+        # The output is not redirected: rich would send it where the bar is.
+        with progress_bars() as progress:
+            yield from progress.track(episodes, args.episodes, description=escape(args.agent))
+    else:
         yield from episodes
-        return
-    # The output is not redirected: rich would send it where the bar is.
-    with progress_bars() as progress:
-        yield from progress.track(episodes, args.episodes, description=escape(args.agent))
 
 
 def _save(args: Args, env: GroundingVectorEnv, played: list[Episode], samples: dict[str, Sample]) -> None:
@@ -154,24 +144,16 @@ def _save(args: Args, env: GroundingVectorEnv, played: list[Episode], samples: d
 
 
 def describe(episode: Episode, in_place_of: str | None = None) -> str:
-    """The episode in words, one line a step, ending in an empty line.
-
-    Args:
-        episode: what was played.
-        in_place_of: the data set that was asked for, where another one was served.
-    """
+    """The episode in words, one line a step; ``in_place_of`` names the data set asked for where another was served."""
     height, width = episode.size
     instead = f"   IN PLACE OF {in_place_of}" if in_place_of else ""
     sample = f"{episode.dataset}/{episode.split}, sample {_printable(episode.sample_id)}"
-    lines = [
-        f"  find      {_printable(episode.expression)}",
-        f"  served    {sample}, {width}x{height} pixels{instead}",
-        f"  target    {_numbers(episode.target)}",
-    ]
+    lines = [f"  find      {_printable(episode.expression)}"]
+    lines += [f"  served    {sample}, {width}x{height} pixels{instead}", f"  target    {_numbers(episode.target)}"]
     if episode.initial_box is not None:
         lines.append(f"  start     {_numbers(episode.initial_box)}")
-    for step_number, step in enumerate(episode.steps):
-        lines += _describe_step(step, step_number)
+    for number, step in enumerate(episode.steps):
+        lines += _describe_step(step, number)
     how = "stopped" if episode.terminated else "out of steps"
     earned = f"final IoU {episode.final_iou:.3f}, total reward {round(episode.total_reward, 3) + 0.0:+.3f}"
     return "\n".join([*lines, f"  end       {how}, {earned}\n"])

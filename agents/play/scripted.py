@@ -1,7 +1,7 @@
-"""Agents without a model: the floor, the ceiling, and a rule for stopping.
+"""Agents without a model: baselines, an upper bound, and a rule for stopping.
 
-All are batched, ignore environments whose episode is over, and decide from the observation alone.
-The one exception is ``OracleAgent``, which reads the target box and says so.
+All are batched, ignore environments whose episode is over, and decide from the observation alone, except
+``OracleAgent``, which reads the target box.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _EpisodeStreams:
         return [self._streams[i] for i in rows]
 
 
-def _no_actions(count: int) -> Actions:
+def no_actions(count: int) -> Actions:
     """Zeros: ``box`` (N, 4) float32 and ``stop`` (N,) int64."""
     return {"box": np.zeros((count, 4), dtype=np.float32), "stop": np.zeros(count, dtype=np.int64)}
 
@@ -62,12 +62,7 @@ class RandomAgent:
     """Draws from all boxes with equal chance, and from the second step on sometimes stops."""
 
     def __init__(self, seed: int = 0, stop_probability: float = 0.25) -> None:
-        """Set up.
-
-        Args:
-            seed: decides every draw.
-            stop_probability: chance of stopping at each step but the first.
-        """
+        """``seed`` decides every draw; ``stop_probability`` is that of each step but the first."""
         if not 0 <= stop_probability <= 1:
             raise ValueError(f"stop_probability {stop_probability}: give a number from 0 to 1")
         self.stop_probability = stop_probability
@@ -76,7 +71,7 @@ class RandomAgent:
     def act(self, observations: Mapping[str, Any]) -> Actions:
         """A box (N, 4) and a stop (N,) for each environment."""
         rows = np.flatnonzero(observations["active"])
-        actions = _no_actions(len(observations["active"]))
+        actions = no_actions(len(observations["active"]))
         draws = np.array([stream.random(5) for stream in self._streams.of(rows)]).reshape(-1, 5)  # (M, 5)
         # Two different grid lines on each axis: the second is 1.._GRID lines further, round the end.
         first = np.floor(draws[:, :2] * (_GRID + 1))  # (M, 2)
@@ -96,11 +91,7 @@ class CentreAgent:
     """Proposes a box around the centre, then stops: what is worth nothing."""
 
     def __init__(self, side: float = 0.5) -> None:
-        """Set up.
-
-        Args:
-            side: of the box, relative to the image's width and height.
-        """
+        """``side`` of the box is relative to the image's width and height."""
         if not 0 < side <= 1:
             raise ValueError(f"side {side}: give a number above 0 and at most 1")
         self._box = np.array([0.5 - side / 2] * 2 + [0.5 + side / 2] * 2, dtype=np.float32)
@@ -108,7 +99,7 @@ class CentreAgent:
     def act(self, observations: Mapping[str, Any]) -> Actions:
         """A box (N, 4) and a stop (N,) for each environment."""
         active = np.asarray(observations["active"])
-        actions = _no_actions(len(active))
+        actions = no_actions(len(active))
         actions["box"][active] = self._box
         actions["stop"][active] = np.asarray(observations["step"])[active] > 0
         return actions
@@ -118,10 +109,9 @@ class CentreAgent:
 
 
 class OracleAgent:
-    """Proposes the target with less and less noise, then stops: the ceiling, and no result.
+    """Proposes the target with less and less noise, then stops: an upper bound.
 
-    The only agent here that reads the target. It takes it from the environment behind the
-    observations' back, which no agent that is to be measured may do.
+    It takes the target from the environment, which an agent that is to be measured may not do.
     """
 
     def __init__(
@@ -152,7 +142,7 @@ class OracleAgent:
     def act(self, observations: Mapping[str, Any]) -> Actions:
         """A box (N, 4) and a stop (N,) for each environment."""
         rows = np.flatnonzero(observations["active"])
-        actions = _no_actions(len(observations["active"]))
+        actions = no_actions(len(observations["active"]))
         samples = self._env.samples
         targets = np.array([boxes.visible_part(samples[i].box) for i in rows]).reshape(-1, 4)  # (M, 4)
         steps = np.asarray(observations["step"])[rows]
@@ -181,12 +171,7 @@ class StopAfter:
     """Another agent, stopped after ``count`` proposals. It may stop earlier of its own accord."""
 
     def __init__(self, agent: Agent, count: int) -> None:
-        """Set up.
-
-        Args:
-            agent: who proposes.
-            count: how many proposals; refused ones count too. 0 keeps the box the episode began with.
-        """
+        """``count`` proposals of ``agent``, refused ones included; 0 keeps the box that the episode began with."""
         if count < 0:
             raise ValueError(f"count {count}: give an integer of at least 0")
         self.agent, self.count = agent, count
@@ -201,7 +186,7 @@ class StopAfter:
         due = active & (np.asarray(observations["step"]) >= self.count)  # (N,)
         asked = active & ~due
         if not asked.any():
-            return _no_actions(len(active)) | {"stop": due.astype(np.int64)}
+            return no_actions(len(active)) | {"stop": due.astype(np.int64)}
         actions = dict(self.agent.act({**observations, "active": asked}))
         actions["stop"] = np.where(due, 1, np.asarray(actions["stop"])).astype(np.int64)
         if "text" in actions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +12,6 @@ from ivt_agents.play.on_split import play
 from ivt_agents.play.scripted import CentreAgent, RandomAgent
 from ivt_agents.sb3.easy import easy_indices
 from ivt_env.data import load_dataset
-from ivt_env.episodes import Episode
 from ivt_env.metrics.statistics import bootstrap_mean, paired_bootstrap
 from ivt_env.rollouts import Agent, first_samples
 
@@ -20,15 +19,7 @@ ENV_ID = "IVT-Scenes-v0"
 
 
 def compare(agent: Agent, split: str, *, easy: bool, samples: int, max_steps: int = 3, seed: int = 0) -> dict[str, Any]:
-    """Play an agent, the random and the centre agent on the first samples of a split of the scenes.
-
-    Args:
-        agent: called ``ppo`` in the table.
-        split: of the scenes.
-        easy: on the first easy samples only.
-        samples: how many.
-        max_steps: actions in an episode.
-        seed: of the random agent.
+    """Play an agent (``ppo``), the random and the centre agent on the first (easy) samples of a split of the scenes.
 
     Returns:
         JSON-able: mean final IoU with 95 % intervals, share with IoU of at least 0.5, proposals an episode,
@@ -39,7 +30,7 @@ def compare(agent: Agent, split: str, *, easy: bool, samples: int, max_steps: in
     agents: dict[str, Agent] = {"ppo": agent, "random": RandomAgent(seed), "centre": CentreAgent()}
     played = {name: play(one, ENV_ID, split, indices, seed=seed, max_steps=max_steps) for name, one in agents.items()}
     images = [e.image_id for e in played["ppo"]]
-    final = {name: _final(episodes) for name, episodes in played.items()}
+    final = {name: [e.final_iou for e in episodes] for name, episodes in played.items()}
     return {
         "split": split,
         "easy": easy,
@@ -57,11 +48,8 @@ def table(found: Mapping[str, Any]) -> str:
     lines = [name, f"{'':8}{'final IoU':>28}{'Acc@0.5':>9}{'proposals':>11}{'ppo minus it':>36}"]
     for agent, mean in found["mean_final_iou"].items():
         difference = found["ppo_minus"].get(agent)
-        said = (
-            ""
-            if difference is None
-            else _interval(difference["diff"], difference, "+") + ("" if difference["shown"] else " not shown")
-        )
+        said = "" if difference is None else _interval(difference["diff"], difference, "+")
+        said += "" if difference is None or difference["shown"] else " not shown"
         lines.append(
             f"{agent:8}{_interval(mean['value'], mean):>28}{100 * found['acc50'][agent]:>9.1f}"
             f"{found['proposals'][agent]:>11.2f}{said:>36}"
@@ -71,7 +59,3 @@ def table(found: Mapping[str, Any]) -> str:
 
 def _interval(value: float, bounds: Mapping[str, float], sign: str = "") -> str:
     return f"{value:{sign}.3f} [{bounds['low']:{sign}.3f}, {bounds['high']:{sign}.3f}]"
-
-
-def _final(episodes: Sequence[Episode]) -> list[float]:
-    return [e.final_iou for e in episodes]

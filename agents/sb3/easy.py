@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +16,6 @@ KIND = "attributes"
 """Its expressions name a colour, a shape, a texture or a size, and compare nothing."""
 
 
-def is_easy(sample: Sample) -> bool:
-    """Whether a sample of the scenes is easy."""
-    return bool(sample.meta["things"] <= MAX_THINGS and sample.meta["kind"] == KIND)
-
-
 def easy_indices(dataset: Dataset, count: int) -> list[int]:
     """The first ``count`` easy samples of a split of the scenes.
 
@@ -28,15 +24,12 @@ def easy_indices(dataset: Dataset, count: int) -> list[int]:
     """
     if dataset.name != "scenes":
         raise ValueError(f"easy scenes are picked from the scenes, not from {dataset.name}: use --no-easy there")
-    found: list[int] = []
-    for index in range(len(dataset)):
-        if len(found) == count:
-            return found
-        if is_easy(dataset[index]):
-            found.append(index)
-    if len(found) == count:
-        return found
-    raise ValueError(f"{dataset.name} {dataset.split} has {len(found)} easy samples, {count} were asked for")
+    metas = ((index, dataset[index].meta) for index in range(len(dataset)))
+    easy = (index for index, meta in metas if meta["things"] <= MAX_THINGS and meta["kind"] == KIND)
+    found = list(itertools.islice(easy, count))
+    if len(found) < count:
+        raise ValueError(f"{dataset.name} {dataset.split} has {len(found)} easy samples, {count} were asked for")
+    return found
 
 
 class SmallImages:
@@ -46,13 +39,7 @@ class SmallImages:
     """
 
     def __init__(self, dataset: Dataset, indices: list[int], side: int) -> None:
-        """Hold nothing yet.
-
-        Args:
-            dataset: where the samples come from; it lends its name and split.
-            indices: of the samples, in the order in which they are numbered here.
-            side: of the images in pixels.
-        """
+        """Hold nothing yet. ``indices`` of the samples give their order here; images are ``side`` pixels square."""
         self.name, self.split = dataset.name, dataset.split
         self._dataset, self._indices, self._side = dataset, indices, side
         self._images: dict[str, ImageArray] = {}
@@ -69,10 +56,9 @@ class SmallImages:
 
     def image(self, sample: Sample) -> ImageArray:
         """RGB uint8 (side, side, 3)."""
-        held = self._images.get(sample.image_id)
-        if held is None:
+        if sample.image_id not in self._images:
             full = Image.fromarray(self._dataset.image(sample))
             held = np.asarray(full.resize((self._side, self._side), Image.Resampling.BOX))
             held.setflags(write=False)
             self._images[sample.image_id] = held
-        return held
+        return self._images[sample.image_id]

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from ivt_agents.play.scripted import no_actions
 from ivt_agents.sb3.network import make_policy
 from ivt_env.failures import read_json, reading
 from ivt_env.files import whole_file, write_whole
@@ -58,10 +59,7 @@ class SB3Agent:
                 a view with a close-up.
         """
         active = np.asarray(observations["active"])
-        actions: dict[str, Any] = {
-            "box": np.zeros((len(active), 4), dtype=np.float32),
-            "stop": np.zeros(len(active), dtype=np.int64),
-        }
+        actions = no_actions(len(active))
         rows = np.flatnonzero(active)
         if not len(rows):
             return actions
@@ -87,14 +85,7 @@ class SB3Agent:
 
 
 def save_sb3(folder: Path, policy: ActorCriticPolicy, shape: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
-    """Write a policy and its configuration, each file whole or not at all.
-
-    Args:
-        folder: made if it is not there.
-        policy: to save.
-        shape: see ``SB3Agent``.
-        trained: JSON-able record of how it was trained; not needed to load it.
-    """
+    """Write a policy, its ``shape`` (see ``SB3Agent``) and a JSON-able record of how it was trained."""
     content = {**{key: shape[key] for key in _SHAPE}, "trained": dict(trained)}
     with whole_file(folder / WEIGHTS_FILE) as file:
         torch.save(policy.state_dict(), file)

@@ -10,14 +10,15 @@ the default, every action is credited with its own gain and nothing else, so a s
 as soon as no gain is to be expected. Scores are always IoU.
 
 It ends with the final IoU beside those of the random and the centre agent on held-out samples, with paired
-intervals, and writes `results.json`. It is a floor: hashed words and one small network.
+intervals, and writes `results.json`. It is a baseline: hashed words and one small network.
 
-PyTorch gets one thread, unless OMP_NUM_THREADS or MKL_NUM_THREADS says otherwise: the network is so small that threads
-spend their time waiting for each other.
+PyTorch gets one thread, unless OMP_NUM_THREADS or MKL_NUM_THREADS says otherwise: in a network this small, threads
+mostly wait for each other.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -138,13 +139,8 @@ def _train(args: Args) -> dict[str, Any]:
         forget(args.out / name)
     wrapper = envs.envs[0].env  # type: ignore[attr-defined]  # behind _LimitIsEnd
     assert isinstance(wrapper, SB3Wrapper)
-    shape = {
-        "side": wrapper.side,
-        "text_size": wrapper.text.size,
-        "text_seed": wrapper.text.seed,
-        "stop_above": wrapper.stop_above,
-        "max_steps": args.max_steps,
-    }
+    shape = {"side": wrapper.side, "text_size": wrapper.text.size, "text_seed": wrapper.text.seed}
+    shape |= {"stop_above": wrapper.stop_above, "max_steps": args.max_steps}
 
     def save() -> dict[str, Any]:
         if name := unusable_weight(model.policy.named_parameters()):
@@ -163,13 +159,10 @@ def _train(args: Args) -> dict[str, Any]:
     results: dict[str, Any] = {"trained": record, "tables": []}
     if args.held_out:
         agent = SB3Agent(model.policy, shape)
-        for split in args.splits:
-            for easy in (True, False) if args.easy else (False,):
-                found = compare(
-                    agent, split, easy=easy, samples=args.held_out, max_steps=args.max_steps, seed=args.seed
-                )
-                results["tables"].append(found)
-                print(f"\n{table(found)}", flush=True)
+        played: dict[str, Any] = {"samples": args.held_out, "max_steps": args.max_steps, "seed": args.seed}
+        for split, easy in itertools.product(args.splits, (True, False) if args.easy else (False,)):
+            results["tables"].append(compare(agent, split, easy=easy, **played))
+            print(f"\n{table(results['tables'][-1])}", flush=True)
         write_whole(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 

@@ -31,7 +31,7 @@ from ivt_agents.vlm.speed import can_pack
 from ivt_agents.vlm.turns import Box, Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.game import Game
-from ivt_env.grounding import Screen
+from ivt_env.grounding import LiveEpisode, Screen
 from ivt_env.rewards import RewardConfig
 
 
@@ -53,7 +53,9 @@ def to_turns(
             boxes_shown = [None, *demonstration.before, demonstration.shown]
         states.append(boxes_shown)
         for box in boxes_shown:
-            observation = screen.observe(opened[sample.image_id], Game(sample, RewardConfig(), 1, box))
+            observation = LiveEpisode(
+                screen, 0, Game(sample, RewardConfig(), 1, box), opened[sample.image_id]
+            ).observe()
             seen = images_of({key: [value] for key, value in observation.items()}, 0)
             # Demonstrations about one image with one box drawn share it, and so its encoding.
             names = [(sample.image_id, box, k) for k in range(len(seen))]

@@ -12,20 +12,17 @@
 
 ``examples/trl_environment.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.rollout``.
 
-Written for TRL 1.16, and it imports nothing of it. The Gymnasium environment is used as it is: ``reset``
-returns its first image and the question, the tool ``answer`` plays one action and returns the image
-with the box drawn. The model answers in this project's text format, not in a tool-call format: every
-answer but a stop is handed to the tool, so an unreadable one costs a step here as it does elsewhere. The
-token ids of a conversation are those of the ``prefix`` layout.
+Written for TRL 1.16, and it imports nothing of it. ``reset`` returns the first image and the question; the tool
+``answer`` plays one action and returns the image with the box drawn. The model answers in this project's text format:
+every answer but a stop goes to the tool, so an unreadable one costs a step. The token ids of a conversation are those
+of the ``prefix`` layout.
 
-What TRL's interface cannot express:
+What TRL's interface cannot express, beside what ``docs/trl.md`` names for both ways:
 
-- *Credit for a step.* A rollout is one row with one scalar; all of its answers share one advantage.
 - *The end of an episode.* A tool cannot end a rollout: TRL asks again until an answer calls no tool, or
   ``max_tool_calling_iterations`` is used up. A limit of T actions is a limit of T - 1 tool calls; the last
   answer is then sampled and never handed to the tool. ``episode_reward`` plays it, so it has to be the
   reward function; a ``get_reward`` method, which takes no argument, could not see it.
-- *A fresh prompt for each step.* A rollout is one growing sequence, so there is no ``fresh`` layout.
 - *Groups.* Each rollout has an environment of its own, and each draws and encodes the same image again.
 - *A limit of tokens for one answer* is no option of its own: ``generation_kwargs={"max_new_tokens": n}``.
   An answer that was cut off is followed by the next question without an end-of-turn token.

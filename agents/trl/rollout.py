@@ -10,31 +10,13 @@
         args=trl.GRPOConfig(temperature=1.0, ...),
     )
 
-``examples/trl_rollout.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.environment``.
+``examples/trl_rollout.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.environment`` and says
+what TRL's interface cannot express. Written for TRL 1.16, and it imports nothing of it.
 
-Written for TRL 1.16, and it imports nothing of it. Where ``environment_factory`` (``ivt_agents.trl.environment``)
-has TRL play and calls the environment as a tool, here TRL asks for whole rollouts: groups share their decoded
-images, a stop ends an episode at once, an answer has a limit of its own, an expression stays plain text, and
-every view and every box frame that a policy knows can be used.
-
-How the images come along. What a ``rollout_func`` returns has room for token ids, log-probabilities, a mask
-of the tokens that the model sampled (``env_mask``) and columns for the reward functions, and for nothing else.
-TRL takes a rollout's images from the ``images`` column of its row, which it reads *after* the rollout. So the
-column of ``rollout_rows`` holds a ``RolloutImages``, empty at first; the row's prompt refers to the same object,
-and the rollout puts in every image that the model saw. ``rollout_processor`` hands them to TRL as they are,
-nothing is processed twice, and TRL carries them through its shuffling and its batches. One thing is left: TRL
-expects images in a prompt only, and would leave those of later turns without their two-dimensional positions;
-a hook in front of the model's forward pass marks them, wherever they stand.
-
-What TRL's interface cannot express:
-
-- *Credit for a step.* A row has one scalar; all answers of an episode share one advantage.
-- *A fresh prompt for each step.* A row is one growing sequence, so the layout has to be ``prefix``.
-- *Images as a result.* The way above rests on the order in which TRL 1.16 reads its rows, and works for
-  processors of the Qwen-VL family, whose images are one list of patches.
-- *The distribution that was sampled from.* A policy never samples an image placeholder, and TRL scores with the
-  whole vocabulary; the two differ by what the model gives to those few tokens.
-- *vLLM and ZeRO-3.* The loop samples with the trainer's model itself, so it needs whole weights in this process.
+How the images reach TRL: it reads a rollout's images from the ``images`` column of its row, *after* the rollout. That
+column of ``rollout_rows`` holds a ``RolloutImages``, empty at first, to which the row's prompt refers as well; the
+rollout puts in every image that the model saw, and ``rollout_processor`` hands them to TRL as they are. TRL gives
+two-dimensional positions to images of the prompt only, so a hook in front of the forward pass marks all of them.
 """
 
 from __future__ import annotations
@@ -58,19 +40,15 @@ from ivt_env.vector_env import GroundingVectorEnv
 class RolloutImages(Sequence[EncodedImage]):
     """The images of one rollout, in the order in which the model saw them; empty until it was played.
 
-    It is neither a list nor a tuple, because those are rebuilt on the way from the data loader to the trainer,
-    and a copy of it is the object itself: what the rollout fills is what the trainer reads.
+    Lists and tuples are rebuilt on the way from the data loader to the trainer; this is not, and a copy of it is the
+    object itself: what the rollout fills is what the trainer reads.
     """
 
     def __init__(self) -> None:
         self._held: tuple[EncodedImage, ...] = ()
 
     def fill(self, images: Iterable[EncodedImage]) -> None:
-        """Put in what the model saw, without the encodings that sampling kept.
-
-        Raises:
-            RuntimeError: if it was filled before: a row was handed out twice.
-        """
+        """Put in what the model saw, without the encodings that sampling kept; RuntimeError the second time."""
         if self._held:
             raise RuntimeError("these images belong to a rollout that was played already: take rows of rollout_rows")
         self._held = tuple(EncodedImage(p.patches, p.grid) for p in images)
@@ -95,23 +73,14 @@ class RolloutImages(Sequence[EncodedImage]):
 
 
 def rollout_rows(indices: Iterable[int]) -> Any:
-    """A data set for TRL: one row for each sample index of the environment's split.
-
-    Args:
-        indices: of samples; TRL repeats each row for the members of its group.
-
-    Returns:
-        A ``datasets.Dataset``. Every look at a row gives it room for images of its own.
-    """
+    """A ``datasets.Dataset`` with a row for each sample index; every look at a row gives it room for its images."""
     from datasets import Dataset  # type: ignore[import-untyped]
 
     def row(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         rooms = [RolloutImages() for _ in batch["index"]]
-        messages = [
-            {"role": "user", "content": "", "index": i, "images": room}
-            for i, room in zip(batch["index"], rooms, strict=True)
-        ]
-        return {"prompt": [[m] for m in messages], "images": list(rooms), "index": batch["index"]}
+        both = zip(batch["index"], rooms, strict=True)
+        prompts = [[{"role": "user", "content": "", "index": i, "images": room}] for i, room in both]
+        return {"prompt": prompts, "images": list(rooms), "index": batch["index"]}
 
     return Dataset.from_dict({"index": [int(i) for i in indices]}).with_transform(row)
 
@@ -228,23 +197,16 @@ class RolloutProcessor(ImageProcessor):
     """Hands TRL the images that the rollout prepared for the model."""
 
     def __call__(self, images: Sequence[RolloutImages], text: Any = None, **_: Any) -> BatchFeature:
-        """Patches and grids of all rollouts, one after the other; the text has been token ids all along.
-
-        Returns:
-            ``pixel_values`` (patches, channels * temporal * p * p) and ``image_grid_thw`` (images, 3).
+        """``pixel_values`` and ``image_grid_thw`` of all rollouts, one after the other; the text is token ids already.
 
         Raises:
-            ValueError: for a rollout without images: it was not played by ``TRLRollout``.
+            ValueError: for a rollout without images: ``TRLRollout`` did not play it.
         """
         if not images or not all(isinstance(room, RolloutImages) and len(room) for room in images):
             raise ValueError("rollouts without images: give the trainer rollout_func=TRLRollout(...)")
         encoded = [one for room in images for one in room]
-        return BatchFeature(
-            {
-                "pixel_values": torch.cat([p.patches for p in encoded]),
-                "image_grid_thw": torch.tensor([p.grid for p in encoded]),
-            }
-        )
+        patches, grids = torch.cat([p.patches for p in encoded]), torch.tensor([p.grid for p in encoded])
+        return BatchFeature({"pixel_values": patches, "image_grid_thw": grids})
 
 
 def rollout_processor(policy: VLMPolicy) -> RolloutProcessor:

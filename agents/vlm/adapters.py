@@ -1,9 +1,8 @@
 """LoRA adapters: put on, kept beside a frozen copy, merged where merging is exact enough.
 
-Merging writes ``W + BA`` into the format of ``W``. In float32 that is the same policy. In bfloat16 it
-rounds away most of a small adapter, and in NF4 it quantises the sum anew: the merged model is another
-policy than the one that was trained. So adapters on such a base are never merged. They are saved as
-adapters, and a later stage goes on with the adapter itself.
+Merging writes ``W + BA`` into the format of ``W``. In float32 that is the same policy; in bfloat16 it rounds away most
+of a small adapter, and in NF4 it quantises the sum anew. So adapters on such a base are never merged: they are saved
+as adapters, and a later stage trains the adapter further.
 """
 
 from __future__ import annotations
@@ -52,16 +51,13 @@ def add_lora(model: Any, rank: int) -> Any:
 def make_trainable(model: Any, rank: int, reference: bool = False) -> Any:
     """Decide what is trained: every weight, a fresh adapter, or the adapter that the model came with.
 
-    An adapter on float32 weights is merged first, so that "without adapter" is the policy as given. On
-    any other base it is trained further itself.
+    An adapter on float32 weights is merged first, so that "without adapter" is the policy as given. On any other base
+    it is trained further.
 
     Args:
         model: as ``load_policy`` loads it, with or without an adapter.
         rank: of the adapter; 0 trains every weight.
         reference: keep a frozen copy of an adapter that is trained further.
-
-    Returns:
-        The model with exactly the trained parameters requiring gradients.
 
     Raises:
         RunError: where the base cannot be trained in this way, or the adapter has another rank.
@@ -72,11 +68,11 @@ def make_trainable(model: Any, rank: int, reference: bool = False) -> Any:
             f"lora_rank 0 on weights in {_words(held)}: every weight would be trained, and steps of AdamW are lost in"
             " the rounding; give a --lora-rank, or load with --dtype float32 --quantize none"
         )
-    if hasattr(model, "merge_and_unload") and not can_merge(model):
-        return _go_on(model, rank, held, reference)
     if hasattr(model, "merge_and_unload"):
-        # A second adapter would take the place of the first, and "without adapter" would be the model
-        # before its warm start: the reference of the KL divergence must be the policy as given.
+        if not can_merge(model):
+            return _go_on(model, rank, held, reference)
+        # A second adapter would replace the first, and "without adapter" would be the model before its warm start:
+        # the reference of the KL divergence must be the policy as given.
         model = model.merge_and_unload()
     model.requires_grad_(rank == 0)
     return add_lora(model, rank) if rank else model
@@ -178,15 +174,10 @@ def merged(model: Any) -> Any:
 
 
 def blend(model: nn.Module, start: nn.Module, share: float) -> None:
-    """Move a model's weights back towards those that it was trained from, in place.
+    """Move a model's weights back towards those of ``start``, in place; ``share`` 0 changes nothing, 1 gives ``start``.
 
-    What training changed on purpose mostly survives a part of the way back, and what it changed by the way returns
-    (WiSE-FT: Wortsman et al. 2022, arXiv 2109.01903, section 3).
-
-    Args:
-        model: trained; adapters merged.
-        start: the same architecture with the weights of before.
-        share: of ``start`` in the result: 0 changes nothing, 1 gives ``start``.
+    Part of the way back, most of what training was for survives, and what it changed by the way returns (WiSE-FT:
+    Wortsman et al. 2022, arXiv 2109.01903, section 3). Adapters must be merged.
     """
     before = dict(start.named_parameters())
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Boxes and stops as a model's text, and back.
 
-Each model family writes coordinates in its own frame; the frame is declared, never guessed from the
-size of the numbers. Sources: Qwen's cookbooks and processors.
+The coordinate frame of a model family is declared, never guessed from the numbers. Sources: Qwen's cookbooks and
+processors.
 
 - ``relative_1000`` (Qwen3-VL, Qwen2-VL): integers 0..1000 relative to the image.
 - ``resized_pixels`` (Qwen2.5-VL): integer pixels of the image as the processor resized it.

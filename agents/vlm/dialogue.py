@@ -1,8 +1,8 @@
-"""From observations to prompts, and from answers to boxes.
+"""From observations to prompts, and from completions to boxes.
 
-Two layouts. In ``fresh`` each step is a prompt of its own: the environment's observation holds all that
-matters. In ``prefix``, the paper's, an episode is one growing conversation: what was asked, what was
-sampled, and then the next image. Ids are only ever appended; nothing sampled is tokenised again.
+In the layout ``fresh`` each step is a prompt of its own. In ``prefix``, the paper's, an episode is one growing
+conversation: what was asked, what was sampled, and then the next image. Ids are only ever appended; nothing sampled
+is tokenised again.
 """
 
 from __future__ import annotations
@@ -31,16 +31,10 @@ class Dialogue:
     """Speaks a model's chat template, token by token."""
 
     def __init__(self, tokenizer: Any, image_processor: Any, prompts: Prompts, codec: BoxCodec) -> None:
-        """Wrap a tokenizer and an image processor.
-
-        Args:
-            tokenizer: with a chat template.
-            image_processor: of the Qwen-VL family.
-            prompts: what is asked.
-            codec: how boxes are written.
+        """Wrap a tokenizer with a chat template and an image processor of the Qwen-VL family.
 
         Raises:
-            ValueError: for a chat template that does not end an answer with a special token.
+            ValueError: for a chat template that does not end a completion with a special token.
         """
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.prompts, self.codec = prompts, codec
@@ -54,7 +48,7 @@ class Dialogue:
         """Images (height, width, 3) as the image processor hands them to the model."""
         if len(images) < 2 * _CHUNK:
             return self._process(images)
-        # Resizing is most of it and does not hold Python's lock.
+        # Most of it is resizing, which releases Python's lock.
         chunks = [images[k : k + _CHUNK] for k in range(0, len(images), _CHUNK)]
         return [image for part in _threads().map(self._process, chunks) for image in part]
 
@@ -133,6 +127,7 @@ class Dialogue:
         if key in self._frames:
             return self._frames[key]
         opening = self._rendered([_user("\x00", images)])
+        before, _, after = opening.partition("\x00")
         if later:
             whole = self._rendered([_user("\x00", images), _answer("\x01"), _user("\x02", images)])
             head, _, rest = whole.partition("\x01")
@@ -143,14 +138,12 @@ class Dialogue:
                     f" {end}: a conversation cannot grow by appending; use layout='fresh'"
                 )
             before, _, after = rest.partition("\x02")
-        else:
-            before, _, after = opening.partition("\x00")
         self._frames[key] = (before, after)
         return before, after
 
     def _end(self) -> int:
         """The special token right behind an answer in the chat template."""
-        whole = self._rendered([_user("\x00", 1), _answer("\x01")], add_generation_prompt=False)
+        whole = self._rendered([_user("\x00", 1), _answer("\x01")], begun=False)
         _, answered, rest = whole.partition("\x01")
         ids = self._tokens(rest.lstrip(), special=True)
         if not answered or not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
@@ -160,11 +153,9 @@ class Dialogue:
             )
         return ids[0]
 
-    def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Messages as the chat template writes them."""
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+    def _rendered(self, messages: list[dict[str, Any]], begun: bool = True) -> str:
+        """Messages as the chat template writes them, the next answer ``begun``."""
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begun))
 
     def _tokens(self, text: str, special: bool) -> list[int]:
         key = f"{special}{text}"

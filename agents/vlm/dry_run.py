@@ -9,7 +9,6 @@ from ivt_agents.vlm.footprint import (
     CONTEXT_BYTES,
     USABLE,
     WEIGHT_FORMATS,
-    Parts,
     Shape,
     Workload,
     cache_bytes,
@@ -25,8 +24,8 @@ from ivt_agents.vlm.footprint import (
 from ivt_env.metrics.table import render
 
 TEXT_TOKENS = 160
-"""Assumed for a prompt beside its image: the question (about 100), the expression, the box, the chat
-template. Counting them needs the model's tokenizer, which a dry run does without."""
+"""Assumed for a prompt beside its image: the question (about 100), the expression, the box, the chat template.
+Counting them would need the model's tokenizer."""
 
 GENERATION_ROWS = 64
 """Most prompts that ``load_policy`` generates for at once."""
@@ -77,78 +76,52 @@ def dry_run(plan: Plan) -> str:
     tokens = visual_tokens(*plan.image, shape.patch, shape.merge, limits)
     work = Workload(tokens, TEXT_TOKENS, plan.new_tokens, plan.turns)
     kind = "episode" if plan.turns > 1 else "demonstration"
-    lines = [
-        f"{plan.model}: {type(model).__name__} on the meta device, no weights loaded",
-        f"shape from {source}",
-        "",
-        _parameters(parts, lora, plan),
-        "",
-        f"image of {plan.image[0]} x {plan.image[1]} -> {size[0]} x {size[1]} pixels -> {tokens} visual tokens "
-        f"(patch {shape.patch}, {shape.merge} x {shape.merge} patches a token); exact",
-        f"a turn: {tokens} visual + {TEXT_TOKENS} text (assumed) + {plan.new_tokens} new = {work.turn_tokens} tokens"
-        + (f"; an episode has {plan.turns}" if plan.turns > 1 else ""),
-        _cache(shape, work, kind),
-        "",
-        _memory(parts, lora, shape, work, plan, kind),
-        "",
-        "training: adapters, gradients, AdamW's moments. peak: weights + training + the larger of rollout and update.",
-        f"The peak must stay below {room(plan.gpu_memory_gb * _GB) / _GB:.1f} GB: {plan.gpu_memory_gb:g} GB less "
-        f"{CONTEXT_BYTES / _GB:g} GB for CUDA, of which {USABLE:.0%} can be filled.",
-        "Parameters, weights, visual tokens and cache are exact; rollout and update are estimates (formulas in "
-        "agents/vlm/footprint.py).",
-        "Every row can be run: --dtype bfloat16, --quantize nf4, --gradient-checkpointing. None has been on a GPU yet.",
-    ]
-    return "\n".join(lines)
-
-
-def _cache(shape: Shape, work: Workload, kind: str) -> str:
     fresh, prefix = (cache_bytes(shape, work, 1, layout) / _GB for layout in ("fresh", "prefix"))
-    said = f"key-value cache of one {kind}, bf16: {fresh:.3f} GB"
-    if work.turns == 1:
-        return said
-    return (
-        f"{said} with a fresh prompt a turn, {prefix:.3f} GB as one conversation; the table reckons with fresh prompts"
-    )
-
-
-def _parameters(parts: Parts, lora: int, plan: Plan) -> str:
-    rows = [
-        ["vision tower", f"{parts.vision:,}"],
-        ["text layers", f"{parts.text:,}"],
-        ["embeddings", f"{parts.embeddings:,}"],
-        ["total", f"{parts.total:,}"],
-    ]
+    cache = f"key-value cache of one {kind}, bf16: {fresh:.3f} GB"
+    if plan.turns > 1:
+        cache += (
+            f" with a fresh prompt a turn, {prefix:.3f} GB as one conversation; the table reckons with fresh prompts"
+        )
+    counts = {"vision tower": parts.vision, "text layers": parts.text, "embeddings": parts.embeddings}
+    counts["total"] = parts.total
     if plan.lora_rank:
-        rows.append([f"LoRA, r = {plan.lora_rank} (trained)", f"{lora:,}"])
-    return render(["parameters", "number"], rows)
-
-
-def _memory(parts: Parts, lora: int, shape: Shape, work: Workload, plan: Plan, kind: str) -> str:
-    gpu = plan.gpu_memory_gb * _GB
-    everything = plan.lora_rank == 0
-    rows = []
+        counts[f"LoRA, r = {plan.lora_rank} (trained)"] = lora
+    gpu, rows = plan.gpu_memory_gb * _GB, []
     # Weights that are trained themselves cannot be quantised, and bf16 is too coarse for AdamW's steps.
-    for weight_format in ("float32",) if everything else WEIGHT_FORMATS:
+    for weight_format in WEIGHT_FORMATS if plan.lora_rank else ("float32",):
         for checkpointing in (False, True):
             needs = need(parts, lora, shape, work, plan.rollout_rows, weight_format, checkpointing, plan.autocast)
             if plan.reference_copy:
                 needs = replace(needs, weights=2 * needs.weights)
             peak, fixed = needs.peak(plan.micro_batch), needs.weights + needs.training
             turns = largest_batch(needs.turn, fixed + needs.copies, gpu)
+            episodes = largest_batch(rollout_bytes(shape, work, 1, 4 if weight_format == "float32" else 2), fixed, gpu)
             figures = needs.weights, needs.training, needs.rollout, needs.update(plan.micro_batch), peak
-            element = 4 if weight_format == "float32" else 2
-            rows.append(
-                [
-                    weight_format,
-                    "yes" if checkpointing else "no",
-                    *(f"{v / _GB:.1f}" for v in figures),
-                    "yes" if peak <= room(gpu) else "NO",
-                    *([str(turns)] if work.turns == 1 else [str(turns), str(turns // work.turns)]),
-                    str(largest_batch(rollout_bytes(shape, work, 1, element), fixed, gpu)),
-                ]
-            )
+            row = [weight_format, "yes" if checkpointing else "no", *(f"{v / _GB:.1f}" for v in figures)]
+            row += ["yes" if peak <= room(gpu) else "NO", str(turns)]
+            rows.append([*row, *([str(turns // work.turns)] if work.turns > 1 else []), str(episodes)])
     header = ["weights in", "checkpointing", "weights", "training", f"rollout of {plan.rollout_rows}"]
-    header += [f"update of {plan.micro_batch}", "peak", "fits"]
-    header += ["largest micro-batch"] if work.turns == 1 else ["largest micro-batch", f"= {kind}s"]
-    header.append("largest rollout")
-    return "memory in GB (10^9 bytes)\n" + render(header, rows)
+    header += [f"update of {plan.micro_batch}", "peak", "fits", "largest micro-batch"]
+    header += [*([f"= {kind}s"] if work.turns > 1 else []), "largest rollout"]
+    lines = [
+        f"{plan.model}: {type(model).__name__} on the meta device, no weights loaded",
+        f"shape from {source}",
+        "",
+        render(["parameters", "number"], [[name, f"{number:,}"] for name, number in counts.items()]),
+        "",
+        f"image of {plan.image[0]} x {plan.image[1]} -> {size[0]} x {size[1]} pixels -> {tokens} visual tokens "
+        f"(patch {shape.patch}, {shape.merge} x {shape.merge} patches a token); exact",
+        f"a turn: {tokens} visual + {TEXT_TOKENS} text (assumed) + {plan.new_tokens} new = {work.turn_tokens} tokens"
+        + (f"; an episode has {plan.turns}" if plan.turns > 1 else ""),
+        cache,
+        "",
+        "memory in GB (10^9 bytes)\n" + render(header, rows),
+        "",
+        "training: adapters, gradients, AdamW's moments. peak: weights + training + the larger of rollout and update.",
+        f"The peak must stay below {room(gpu) / _GB:.1f} GB: {plan.gpu_memory_gb:g} GB less "
+        f"{CONTEXT_BYTES / _GB:g} GB for CUDA, of which {USABLE:.0%} can be filled.",
+        "Parameters, weights, visual tokens and cache are exact; rollout and update are estimates (formulas in "
+        "agents/vlm/footprint.py).",
+        "Every row can be run: --dtype bfloat16, --quantize nf4, --gradient-checkpointing. None has been on a GPU yet.",
+    ]
+    return "\n".join(lines)

@@ -1,8 +1,7 @@
 """What a model weighs: parameters by part, memory by part, and the batch that fits a GPU.
 
-Counts of parameters, bytes of weights and visual tokens are exact. Everything about activations is an
-**estimate**, with its formula beside it; the allocator's waste and the context of the GPU are a flat
-allowance. Pure functions of shapes: nothing here loads weights or touches a GPU.
+Parameters, bytes of weights and visual tokens are exact. Activations are an **estimate**, with its formula beside it;
+the allocator's waste and the context of the GPU are a flat allowance.
 """
 
 from __future__ import annotations
@@ -80,12 +79,7 @@ def weight_bytes(parts: Parts, weight_format: str) -> float:
 
 
 def training_bytes(parts: Parts, lora: int) -> float:
-    """Bytes of what training adds to the weights: adapters (float32), gradients and AdamW's moments.
-
-    Args:
-        parts: of the model.
-        lora: number of adapter parameters; 0: every weight is trained.
-    """
+    """Adapters (float32), gradients and AdamW's moments; ``lora`` of them, 0: every weight is trained."""
     return lora * (4 + TRAINED_BYTES) if lora else parts.total * TRAINED_BYTES
 
 
@@ -126,35 +120,22 @@ class Shape:
         """Read from a Qwen-VL configuration."""
         text, vision = config.text_config, config.vision_config
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(
-            hidden=text.hidden_size,
-            intermediate=text.intermediate_size,
-            layers=text.num_hidden_layers,
-            query=text.num_attention_heads * head,
-            key_value=text.num_key_value_heads * head,
-            vocabulary=text.vocab_size,
-            vision_hidden=vision.hidden_size,
-            vision_intermediate=vision.intermediate_size,
-            vision_layers=vision.depth,
-            patch=vision.patch_size,
-            merge=vision.spatial_merge_size,
-            # Qwen2.5-VL has none.
-            deepstack=len(getattr(vision, "deepstack_visual_indexes", ())),
-        )
+        heads = (text.num_attention_heads * head, text.num_key_value_heads * head)
+        widths = (text.hidden_size, text.intermediate_size, text.num_hidden_layers, *heads, text.vocab_size)
+        tower = (vision.hidden_size, vision.intermediate_size, vision.depth)
+        # Qwen2.5-VL has no deepstack.
+        deepstack = len(getattr(vision, "deepstack_visual_indexes", ()))
+        return cls(*widths, *tower, vision.patch_size, vision.spatial_merge_size, deepstack)
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What one training step looks like to the memory."""
+    """Tokens of a turn (of the image, of the prompt beside it, sampled or taught at most), and turns of an episode."""
 
     image_tokens: int
-    """Visual tokens of one image."""
     text_tokens: int
-    """Prompt tokens beside the image."""
     new_tokens: int
-    """Sampled or taught tokens of a turn, at most."""
     turns: int
-    """Actions of an episode."""
 
     @property
     def turn_tokens(self) -> int:
@@ -175,8 +156,7 @@ def layer_bytes(shape: Shape, numbers: str = "autocast") -> int:
     - ``bfloat16`` without autocast: as with it, but peft gives its float32 adapters float32 copies
       (5h, q and m more).
 
-    A test compares all with what autograd keeps: within 2 %, but for autocast over float32 weights, where
-    the estimate is a fifth too high.
+    All are within 2 % of what autograd keeps, except autocast over float32 weights: there a fifth too high.
     """
     h, q, k, m = shape.hidden, shape.query, shape.key_value, shape.intermediate
     if numbers == "float32":
@@ -190,10 +170,9 @@ def activation_bytes(
 ) -> float:
     """Kept by the forward pass of a micro-batch of ``turns`` turns until its backward pass. Estimate.
 
-    With checkpointing a layer keeps its input alone (h elements) and one layer at a time is computed
-    again in full. The vision tower keeps nothing while it is frozen but its result (one vector for each
-    merged token and deepstack map); where it is trained, a layer keeps 8h + 2m elements per patch. Logits
-    are computed at answer tokens only and cost ``LOGIT_BYTES`` * vocabulary for each.
+    With checkpointing a layer keeps its input alone (h elements) and one layer at a time is computed again in full.
+    A frozen vision tower keeps its result (a vector for each merged token and deepstack map); in a trained one a
+    layer keeps 8h + 2m elements per patch. Logits cost ``LOGIT_BYTES`` * vocabulary for each completion token.
     """
     tokens = turns * work.turn_tokens
     element = 4 if numbers == "float32" else 2
@@ -212,29 +191,13 @@ def activation_bytes(
 
 
 def cache_bytes(shape: Shape, work: Workload, episodes: int, layout: str = "fresh", element: int = 2) -> int:
-    """Key-value cache of ``episodes`` episodes played side by side. Exact for full rows.
-
-    Args:
-        shape: of the model.
-        work: lengths.
-        episodes: rows of a generation batch.
-        layout: ``fresh``: each turn is a prompt of its own and the cache is dropped after it, which is
-            what this project plays. ``prefix``: one growing sequence with an image a turn.
-        element: bytes of one number.
-    """
+    """KV cache of ``episodes`` episodes played side by side, ``element`` bytes a number. Exact for full rows."""
     length = work.turn_tokens * (work.turns if layout == "prefix" else 1)
     return 2 * shape.layers * shape.key_value * element * length * episodes
 
 
 def rollout_bytes(shape: Shape, work: Workload, rows: int, element: int = 2) -> int:
-    """Peak of generation beside the weights: the cache, and one layer of the prefill. Estimate.
-
-    Args:
-        shape: of the model.
-        work: lengths.
-        rows: episodes in one generation batch; behind the first turn every prompt is another.
-        element: bytes of one number.
-    """
+    """Peak of generating ``rows`` completions beside the weights: the cache, one layer of the prefill. Estimate."""
     # Nothing is kept for a backward pass: this is one layer's, with room to spare.
     prefill = rows * (work.image_tokens + work.text_tokens) * layer_bytes(shape, "float32") * element // 4
     patches = rows * work.image_tokens * shape.merge**2
@@ -245,7 +208,7 @@ def rollout_bytes(shape: Shape, work: Workload, rows: int, element: int = 2) -> 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of one way to train: what a dry run prints, and what a benchmark is compared with."""
+    """Bytes of one way to train."""
 
     weights: float
     training: float
@@ -274,18 +237,7 @@ def need(
     checkpointing: bool,
     autocast: bool,
 ) -> Need:
-    """What training with weights in ``weight_format`` needs.
-
-    Args:
-        parts: of the model.
-        lora: number of adapter parameters; 0: every weight is trained.
-        shape: of the model.
-        work: lengths.
-        rows: episodes played side by side.
-        weight_format: one of ``WEIGHT_FORMATS``.
-        checkpointing: layers are computed again in the backward pass.
-        autocast: the update runs in bf16.
-    """
+    """What training needs with weights in ``weight_format`` and ``rows`` episodes side by side."""
     element = 4 if weight_format == "float32" else 2
     numbers = "autocast" if autocast else "float32" if element == 4 else "bfloat16"
     return Need(
@@ -303,8 +255,5 @@ def room(gpu_bytes: float) -> float:
 
 
 def largest_batch(one: float, fixed: float, gpu_bytes: float) -> int:
-    """Most turns, or episodes, of ``one`` byte count each that fit beside ``fixed`` bytes; 0: not even one.
-
-    Activations and caches are proportional to their number, so a division says it all.
-    """
+    """Most turns, or episodes, of ``one`` bytes each that fit beside ``fixed`` bytes; 0: not even one."""
     return max(0, int((room(gpu_bytes) - fixed) // one))

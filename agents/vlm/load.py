@@ -54,17 +54,15 @@ def load_policy(
 ) -> VLMPolicy:
     """Load a policy: the shipped ``tiny`` model, a folder, or a model of the hub by name.
 
-    A folder may hold a whole model or a peft adapter, which is put on the base that it names (a model, or an
-    adapter again); what an adapter's folder does not hold is that of its base. The tokenizer and the image
-    processor are loaded apart: the combined processor needs torchvision. What is handed to the libraries is read
-    back from what they do, and one answer is asked for, so that a folder that cannot be played is refused here.
+    A folder may hold a whole model or a peft adapter, which is put on the base that it names (a model, or an adapter
+    again). Tokenizer and image processor are loaded apart: the combined processor needs torchvision. One answer is
+    asked for, so that a folder that cannot be played is refused here.
 
     Args:
         name: of the model.
         temperature: 0 for greedy.
         seed: of the sampling.
-        max_new_tokens: limit of a turn. None: 48 for a vocabulary of whole words and numbers as the tiny
-            model's, else 160.
+        max_new_tokens: limit of a turn. None: 48 for a vocabulary of whole words like the tiny model's, else 160.
         dtype: of the weights. None: as the folder says, else float32, or bfloat16 under nf4.
         quantize: ``none`` or ``nf4``, of the base. None: as the folder says, else none.
         attention: one of ``ATTENTION``. None: sdpa on a GPU, else eager.
@@ -73,8 +71,8 @@ def load_policy(
         layout: see ``VLMPolicy``. None: as the folder says, else fresh.
         reuse: see ``VLMPolicy``.
         view: see ``VLMPolicy``. None: as the folder says, else overlay.
-        pixels: multiplies the most pixels that the image processor hands on of an image, and is saved with
-            the policy. An image that is smaller than that as it is is not enlarged. None: as the folder says.
+        pixels: multiplies the most pixels of an image after the image processor, which never enlarges it to that;
+            saved with the policy. None: as the folder says.
 
     Raises:
         PolicyError: for a folder that is not there, is no model, is incomplete or does not fit its own weights;

@@ -34,12 +34,7 @@ class ModelOptions:
     may gain nothing; rollouts are never compiled."""
 
     def check_model(self, lora_rank: int) -> None:
-        """Refuse what contradicts itself or cannot be had here, before anything is loaded.
-
-        Raises:
-            RunError: for a base that cannot be trained in this way.
-            PolicyError: for a format that cannot be had.
-        """
+        """Refuse what contradicts itself (RunError) or cannot be had here (PolicyError), before anything is loaded."""
         low = self.quantize if self.quantize == "nf4" else self.dtype
         if lora_rank == 0 and low in ("nf4", "bfloat16"):
             raise RunError(
@@ -51,15 +46,11 @@ class ModelOptions:
         check_weights(self.dtype or usual, self.quantize or "none", self.attention, device)
 
     def loading(self) -> dict[str, Any]:
-        """What ``load_policy`` takes of them."""
+        """Those that ``load_policy`` takes."""
         return {"dtype": self.dtype, "quantize": self.quantize, "attention": self.attention}
 
     def prepare_update(self, model: Any) -> None:
-        """Switch on what changes the update alone; adapters must be in place.
-
-        Args:
-            model: the model, with its adapter if it gets one.
-        """
+        """Switch on what changes the update alone; the model's adapters must be in place."""
         if self.gradient_checkpointing:
             checkpoint_layers(model)
         if self.compile:

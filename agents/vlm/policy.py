@@ -46,7 +46,6 @@ class VLMPolicy:
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 64,
-        frozen_vision: bool = True,
         layout: str = "fresh",
         view: str = "overlay",
         reuse: bool = True,
@@ -63,7 +62,6 @@ class VLMPolicy:
             temperature: 0 for greedy.
             seed: of the sampling.
             batch_size: rows in one forward pass of generation.
-            frozen_vision: image encodings may be kept and used again.
             layout: ``fresh``, a prompt of its own each step, or ``prefix``, one growing conversation.
             view: the environment's view that the policy was trained for; for those who make one for it.
             reuse: compute equal prompts once, keep image encodings, and continue conversations on
@@ -76,7 +74,9 @@ class VLMPolicy:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.codec, self.batch_size = codec, batch_size
-        self.frozen_vision, self.layout, self.view, self.reuse = frozen_vision, layout, view, reuse
+        self.layout, self.view, self.reuse = layout, view, reuse
+        self.frozen_vision = True
+        """Image encodings may be kept and used again."""
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         """Around every forward pass of sampling: a learner sets its own, so that both compute alike."""
@@ -139,8 +139,7 @@ class VLMPolicy:
             text = self.text(turn)
             action = parse_action(text) if turn.finished else parse_action("")
             box, stop = self.dialogue.box_of(action, turn.prompt), action.stop and self.may_stop
-            actions["text"][row] = text
-            actions["stop"][row] = int(stop)
+            actions["text"][row], actions["stop"][row] = text, int(stop)
             actions["parse_failure"][row] = box is None and not stop
             actions["confidence"][row] = float(np.exp(np.mean(turn.log_probs)))
             if turn.stop_probability is not None:
@@ -154,10 +153,9 @@ class VLMPolicy:
         chunks = [rows[k : k + self.batch_size] for k in range(0, len(rows), self.batch_size)]
         waiting = [_next().submit(self.prompts_for, observations, chunk) for chunk in chunks[:1]]
         turns: list[Turn] = []
-        for chunk, following in zip(chunks, [*chunks[1:], None][: len(chunks)], strict=True):
+        for number, chunk in enumerate(chunks, 1):
             prompts = waiting.pop().result()
-            if following is not None:
-                waiting.append(_next().submit(self.prompts_for, observations, following))
+            waiting += [_next().submit(self.prompts_for, observations, later) for later in chunks[number : number + 1]]
             turns += self._generate(prompts, chunk)
         return turns
 
@@ -215,11 +213,7 @@ class VLMPolicy:
         return [made[whole] for whole, _ in named]
 
     def check(self) -> None:
-        """Ask for one token about a blank image.
-
-        Raises:
-            ValueError: where what comes back is no number. What a model raises that cannot be run is its own.
-        """
+        """Ask for one token about a blank image; ValueError where what comes back is not a number."""
         (image,) = self.dialogue.process([np.zeros((48, 64, 3), dtype=np.uint8)])
         prompt = self.dialogue.prompt("x", (0.25, 0.25, 0.75, 0.75), [(image, WHOLE)])
         once = replace(self.sampling, max_new_tokens=1, temperature=0.0)
@@ -228,11 +222,9 @@ class VLMPolicy:
             raise ValueError("its answers are not finite (NaN or infinity)")
 
     def save(self, folder: str | Path, made_for: Mapping[str, Any] | None = None) -> None:
-        """Write everything that ``load_policy`` needs: the model (or its adapter) and its helpers.
+        """Write everything that ``load_policy`` needs into ``folder``, which appears complete or not at all.
 
-        Args:
-            folder: appears complete or not at all.
-            made_for: the options that made the policy, for those who find the folder.
+        ``made_for`` are the options that made the policy, for those who find the folder.
 
         Raises:
             NotFiniteError: for weights that are not finite, before anything is written.

@@ -27,13 +27,7 @@ class Prompts:
     def fill(
         self, expression: str, box_text: str | None, windows: Sequence[tuple[float, float, float, float]] = (WHOLE,)
     ) -> str:
-        """The user's text.
-
-        Args:
-            expression: what to find.
-            box_text: the current box in the model's coordinates, or None.
-            windows: what each image shows, relative to the whole image.
-        """
+        """The user's text; ``box_text`` is in the model's coordinates, ``windows`` are what the images show."""
         # str.replace, not str.format: an expression may hold braces.
         filled = self.text.replace("{box}", box_text or NO_BOX_TEXT)
         if len(windows) > 1:

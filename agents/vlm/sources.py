@@ -1,14 +1,13 @@
 """Where the parts of a model are, and what its files say; what does not fit is refused by the file's name.
 
-A source is a whole model or an adapter, which names the model or adapter that it is put on. Whatever an adapter's
-folder does not hold (tokenizer, image processor, prompts) is that of the model below it.
+A source is a whole model or an adapter, which names the model or adapter that it is put on. What an adapter's folder
+does not hold (tokenizer, image processor, prompts) is that of the model below it.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +67,8 @@ class Source:
         return None
 
     def holding(self, *files: str) -> str:
-        """``find``, where it must be.
-
-        Raises:
-            PolicyError: where no part holds one of ``files``.
-        """
-        part = self.find(*files)
-        if part is None:
+        """``find``; PolicyError where no part holds one of ``files``."""
+        if (part := self.find(*files)) is None:
             raise PolicyError(f"{self.name} holds no {files[0]}: {AGAIN}")
         return part
 
@@ -100,10 +94,11 @@ def find_source(name: str | Path) -> Source:
             return Source(tuple(adapters), str(name))
         if not (folder / ADAPTER).exists():
             if not (folder / CONFIG).exists():
-                raise PolicyError(f"{folder} holds neither {CONFIG} nor {ADAPTER}: it is no model folder")
+                raise PolicyError(f"{folder} holds neither {CONFIG} nor {ADAPTER}: it is not a model folder")
             return Source(tuple(adapters), str(folder))
         found = read_json(folder / ADAPTER, AGAIN, PolicyError)
-        ranks = [found.get("r"), *_mapping(found.get("rank_pattern")).values()]
+        pattern = found.get("rank_pattern")
+        ranks = [found.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
         if any(rank is not None and not (type(rank) is int and 0 < rank <= _MOST_RANK) for rank in ranks):
             raise PolicyError(f"{folder / ADAPTER}: rank {ranks[0]!r}, expected 1 to {_MOST_RANK}; {AGAIN}")
         name = found.get("base_model_name_or_path") or ""
@@ -116,10 +111,10 @@ def find_source(name: str | Path) -> Source:
 
 
 def read_settings(source: Source, model_type: str) -> dict[str, Any]:
-    """How a policy is asked and held: what ``VLMPolicy.save`` wrote, or the default for any other model, said aloud.
+    """How a policy is asked and held: what ``VLMPolicy.save`` wrote, or, with a warning, the default of other models.
 
     Raises:
-        PolicyError: for a policy of a run that was not saved to its end, and for what cannot be meant.
+        PolicyError: for a policy of a run that was not saved to its end, and for values out of range.
     """
     settings: dict[str, Any] = {"frame": FRAMES.get(model_type), "layout": "fresh", "view": "overlay"}
     settings |= {"prompt": QWEN.text, "closeup": QWEN.closeup, "with_closeup": QWEN.with_closeup}
@@ -156,10 +151,7 @@ def read_settings(source: Source, model_type: str) -> dict[str, Any]:
 def check_config(source: Source, config: Any, build: Any) -> None:
     """Refuse a configuration that describes another model than the weights beside it, before memory is taken.
 
-    Args:
-        source: of the model.
-        config: read from it.
-        build: makes the model from a configuration on the meta device.
+    ``build`` makes the model from a configuration on the meta device.
     """
     folder = Path(source.base)
     if not folder.exists():
@@ -197,10 +189,10 @@ def load_tokenizer(source: Source, config: Any) -> Any:
 
 
 def load_image_processor(source: Source, config: Any, pixels: float | None = None) -> Any:
-    """The image processor of a model, with ``pixels`` times its budget; what it does is looked at, not believed.
+    """The image processor of a model with ``pixels`` times its budget, tried on a few images.
 
-    Pillow's, also where torchvision is installed: its resizing gives other pixels, so the same model would see
-    other images on another machine.
+    Pillow's, also where torchvision is installed: that resizes to other pixels, so the same model would see other
+    images on another machine.
     """
     folder = source.holding(*PROCESSOR)
     with reading(f"image processor of {folder}", AGAIN, PolicyError):
@@ -212,39 +204,24 @@ def load_image_processor(source: Source, config: Any, pixels: float | None = Non
             # Set on the object: as an option, min_pixels and max_pixels of the file would win.
             processor.size = {"shortest_edge": limits[0], "longest_edge": limits[1]}
         vision = config.vision_config
-        asked = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-        asked["temporal_patch_size"] = vision.temporal_patch_size
-        for key, wanted in asked.items():
-            if getattr(processor, key, None) != wanted:
-                raise PolicyError(
-                    f"image processor of {folder}: {key} {getattr(processor, key, None)!r}, but the model has {wanted};"
-                    f" {AGAIN}"
-                )
+        patch, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        for key, wanted in (("patch_size", patch), ("merge_size", merge), ("temporal_patch_size", frames)):
+            if (found := getattr(processor, key, None)) != wanted:
+                raise PolicyError(f"image processor of {folder}: {key} {found!r}, but the model has {wanted}; {AGAIN}")
         sides = [(20, 30)]  # to be enlarged, or rounded to whole tokens
         if pixels is not None:  # an image that is scaled down to the new budget, and one between the two
-            sides += [
-                (side, side) for b in {most, limits[1]} if (side := math.isqrt(b) + 2 * vision.patch_size) < _PROBE
-            ]
+            sides += [(side, side) for b in {most, limits[1]} if (side := math.isqrt(b) + 2 * patch) < _PROBE]
         for height, width in sides:
-            _probe(processor, height, width, limits, asked, folder)
+            done = processor(images=[np.zeros((height, width, 3), np.uint8)], return_tensors="pt")
+            rows, columns = resized(height, width, patch, merge, limits)
+            grid, made = (1, rows // patch, columns // patch), tuple(int(v) for v in done["image_grid_thw"][0])
+            if made != grid or tuple(done["pixel_values"].shape) != (math.prod(grid), 3 * frames * patch**2):
+                raise PolicyError(
+                    f"image processor of {folder}: {limits[1]} pixels at most were asked for, {height} x {width} would"
+                    f" be {math.prod(grid) // merge**2} visual tokens, and {type(processor).__name__} makes"
+                    f" {math.prod(made) // merge**2}: it does not do as it is told"
+                )
     return processor
-
-
-def _probe(
-    processor: Any, height: int, width: int, limits: tuple[int, int], asked: Mapping[str, int], folder: str
-) -> None:
-    """Process one image and count what comes out."""
-    done = processor(images=[np.zeros((height, width, 3), np.uint8)], return_tensors="pt")
-    patch, merge = asked["patch_size"], asked["merge_size"]
-    rows, columns = resized(height, width, patch, merge, limits)
-    wanted, found = (1, rows // patch, columns // patch), tuple(int(v) for v in done["image_grid_thw"][0])
-    shape = (math.prod(wanted), 3 * asked["temporal_patch_size"] * patch**2)
-    if found != wanted or tuple(done["pixel_values"].shape) != shape:
-        raise PolicyError(
-            f"image processor of {folder}: {limits[1]} pixels at most were asked for, {height} x {width} would be"
-            f" {math.prod(wanted) // merge**2} visual tokens, and {type(processor).__name__} makes"
-            f" {math.prod(found) // merge**2}: it does not do as it is told"
-        )
 
 
 def pixel_limits(processor: Any, folder: str) -> tuple[int, int]:
@@ -267,7 +244,3 @@ def scaled(limits: tuple[int, int], pixels: float, folder: str) -> tuple[int, in
             f" give at least {least / most:g}"
         )
     return least, wanted
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

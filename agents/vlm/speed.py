@@ -1,8 +1,4 @@
-"""Options of the update that change its memory or speed and not its result.
-
-All of them work on the decoder layers in training mode alone; rollouts run in eval mode and are left
-as they are.
-"""
+"""Options that change the update's memory or speed and not its result. Rollouts run in eval mode, as they were."""
 
 from __future__ import annotations
 
@@ -24,17 +20,13 @@ def can_pack(model: Any) -> bool:
 def checkpoint_layers(model: Any) -> None:
     """Keep each layer's input alone for the backward pass and compute the layer again there.
 
-    Non-reentrant: gradients reach adapters inside a layer although nothing that goes into the first
-    layer requires one, so the library's ``enable_input_require_grads`` is not needed.
+    Non-reentrant: gradients reach adapters inside a layer although no input of the first layer requires one.
     """
     core_of(model).activation_checkpointing_enable({"use_reentrant": False})
 
 
 def compile_layers(model: Any) -> None:
-    """Let each decoder layer's training pass be compiled, at its first use.
-
-    One graph with symbolic lengths serves all layers. Adapters must be in place already.
-    """
+    """Compile each decoder layer's training pass at its first use; adapters must be in place already."""
     for layer in core_of(model).model.language_model.layers:
         kind = type(layer)
         if kind not in _COMPILED:

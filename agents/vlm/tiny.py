@@ -127,10 +127,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
             "hidden_size": 96,
             "intermediate_size": 256,
             "num_heads": 4,
-            "in_channels": 3,
             "patch_size": 8,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
             "out_hidden_size": 128,
             "num_position_embeddings": 144,
             "deepstack_visual_indexes": [1],
@@ -149,11 +146,10 @@ def number_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLForConditionalGeneration:
-    """The untrained tiny model, initialised so that it can learn quickly at this width.
+    """The untrained tiny model, initialised so that it learns quickly at this width.
 
-    Matrices start at standard deviation 1/sqrt(fan-in) (half of it where they write to the residual
-    stream), the vision position embedding as 2-D sinusoids, the numbers as Fourier features of their
-    value.
+    Matrices have standard deviation 1/sqrt(fan-in) (half of it where they write to the residual stream), the vision
+    position embedding is 2-D sinusoids, and the numbers are Fourier features of their value.
     """
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(build_config(tokenizer))

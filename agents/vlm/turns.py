@@ -1,7 +1,6 @@
 """Turns: what was shown to the model and what it sampled, as token ids.
 
-A turn is token-in, token-out. The ids that were sampled are the ids that are scored; nothing is
-decoded and tokenised again, and the loss mask is laid down as the ids are appended.
+The ids that were sampled are the ids that are scored; nothing is decoded and tokenised again.
 """
 
 from __future__ import annotations

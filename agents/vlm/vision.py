@@ -12,13 +12,9 @@ from ivt_agents.vlm.turns import EncodedImage
 
 
 def encode_images(model: Any, images: Sequence[EncodedImage], keep: bool) -> BaseModelOutputWithDeepstackFeatures:
-    """The vision tower's output for a batch's images; each distinct image is encoded once.
+    """The vision tower's output for a batch's images, in order; each distinct object is encoded once.
 
-    Args:
-        model: a Qwen-VL model for conditional generation (adapters allowed).
-        images: in the order of the batch; an object may stand there many times.
-        keep: store the result on the images and use what is stored. Right only while the vision
-            tower is frozen.
+    ``keep`` stores the result on the images and uses what is stored: right only while the vision tower is frozen.
     """
     distinct = list({id(p): p for p in images}.values())
     missing = [p for p in distinct if not (keep and p.features is not None)]

@@ -1,8 +1,4 @@
-"""Policies that never stop: the loop with a fixed number of refinements.
-
-The paper's policies (arXiv 2606.13156) always make T refinements. A policy that could stop would be
-another one, so the stop is taken out of what is asked and of what can be sampled.
-"""
+"""Policies that never stop: a fixed number of refinements, as in the paper (arXiv 2606.13156)."""
 
 from __future__ import annotations
 
@@ -18,14 +14,7 @@ _INSTEAD = "Say briefly what is wrong with it, if anything, and answer"
 
 
 def without_stop(prompts: Prompts) -> Prompts:
-    """The same question without the offer to stop; unchanged where a question holds no such offer.
-
-    Args:
-        prompts: of a policy.
-
-    Raises:
-        ValueError: where the question offers a stop in words that are not known here.
-    """
+    """The same question without the offer to stop; ValueError for an offer in words that are not known here."""
     text = prompts.text.replace(_OFFER, _INSTEAD)
     if "stop" in text.lower():
         raise ValueError(
@@ -36,14 +25,10 @@ def without_stop(prompts: Prompts) -> Prompts:
 
 
 def forbid_stop(policy: VLMPolicy) -> None:
-    """Make a policy play without the stop, in place.
+    """Make a policy play without the stop, in place; its weights stay.
 
-    It is not asked for one, and where the stop is one token it cannot be sampled any more, in rollouts and in the
-    scores of an update alike, and no probability of it is stated. Where it is spelt out all the same, that is an
-    answer without a usable action, in training and in evaluation: the box stays.
-
-    Args:
-        policy: changed in what it asks, samples and understands; its weights stay.
+    It is not asked for one. Where the stop is one token it cannot be sampled, in rollouts and in the scores of an
+    update alike, and no probability of it is stated. A stop that is spelt out is an unusable answer: the box stays.
     """
     policy.may_stop = False
     policy.dialogue.prompts = without_stop(policy.dialogue.prompts)

@@ -6,6 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +23,9 @@ _WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
 class HashedText:
     """Feature hashing of words and of pairs of neighbouring words (Weinberger et al., arXiv 0902.2206).
 
-    Each word, and each ordered pair of neighbours, is sent by a hash to one of ``size`` places and to a
-    sign; what falls on one place is added up, and the sum is scaled to length 1. So word order is seen only
-    in pairs (*left of*), and with few places different words share one. It knows no meanings: *red* is as
-    far from *orange* as from *ring*. Case and punctuation do not count.
+    A hash sends each word, and each ordered pair of neighbours, to one of ``size`` places and to a sign; what falls
+    on one place is added up, and the sum is scaled to length 1. It knows word order in pairs only and no meanings:
+    *red* is as far from *orange* as from *ring*. Case and punctuation do not count.
     """
 
     size: int = 128
@@ -44,12 +44,10 @@ class HashedText:
         """The vector of a text, shape (size,), of length 1; zeros for a text without a word."""
         words = _WORD.findall(text.casefold())
         vector = np.zeros(self.size)
-        for word in words:
-            place, sign = _place(word, self.size, self.seed)
-            vector[place] += sign
-        for first, second in zip(words, words[1:], strict=False):
-            place, sign = _place(f"{first} {second}", self.size, self.seed)
-            vector[place] += PAIR_WEIGHT * sign
+        pairs = (f"{first} {second}" for first, second in pairwise(words))
+        for term, weight in (*((word, 1.0) for word in words), *((pair, PAIR_WEIGHT) for pair in pairs)):
+            place, sign = _place(term, self.size, self.seed)
+            vector[place] += weight * sign
         length = float(np.linalg.norm(vector))
         return (vector / length if length > 0 else vector).astype(np.float32)
 

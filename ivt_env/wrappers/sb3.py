@@ -24,9 +24,6 @@ from ivt_env.wrappers.embedding import HashedText
 SMALLEST = 0.04
 """Smallest width and height that an action can ask for, relative to the image."""
 
-_ROUNDING = 1e-6
-"""What float32 may make of a box that is exactly as small or as large as an action can ask for."""
-
 _IMAGES = {"image": "extent", "closeup": "closeup_extent"}
 """Keys of images and of their extents."""
 
@@ -43,10 +40,9 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
     | 2, 3 | width and height on a logarithmic scale: -1 is 0.04 of the image, 0 is 0.2, 1 is all of it |
     | 4 | stop, if it is above `stop_above` |
 
-    What lies outside the image is cut off, so every action is a usable box. Centre and size instead of
-    corners: with corners half of all actions are reversed and would have to be sorted, and noise on one
-    number would change place and size together. Logarithmic: the same step then changes a small box and a
-    large one by the same factor, as IoU does.
+    What lies outside the image is cut off, so every action is a usable box. With corners instead of centre and size,
+    half of all actions would be reversed, and noise on one number would change place and size together. On a
+    logarithmic scale a step changes a small box and a large one by the same factor, as IoU does.
 
     ## Observation space
     | key | space | meaning |
@@ -149,15 +145,10 @@ def sb3_observation(observation: Mapping[str, Any], side: int, text: HashedText,
 
 
 def square_image(canvas: ImageArray, extent: ArrayLike, side: int) -> ImageArray:
-    """The image on a canvas, without its margin, stretched to a square with the channels first.
-
-    Args:
-        canvas: RGB (S, S, 3), the image at its top left.
-        extent: its height and width in pixels.
-        side: of the square in pixels; each of its pixels is the mean of those that fall on it.
+    """The image of ``extent`` (height, width) at the top left of a canvas (S, S, 3), stretched to a square.
 
     Returns:
-        uint8 (3, side, side).
+        uint8 (3, side, side); each pixel is the mean of those that fall on it.
     """
     height, width = (int(v) for v in np.asarray(extent))
     image = canvas[:height, :width]
@@ -178,20 +169,3 @@ def decode_action(action: ArrayLike, stop_above: float) -> tuple[NDArray[np.floa
     size = SMALLEST ** ((1 - numbers[..., 2:4]) / 2)
     edges = np.concatenate([np.maximum(centre - size / 2, 0), np.minimum(centre + size / 2, 1)], axis=-1)
     return edges.astype(np.float32), np.asarray(numbers[..., 4] > stop_above)
-
-
-def encode_box(box: ArrayLike) -> NDArray[np.float32]:
-    """The action (5,) that proposes a box (4,) without stopping: for demonstrations. Undoes ``decode_action``.
-
-    Raises:
-        ValueError: for a box whose width or height is below ``SMALLEST`` or above 1.
-    """
-    x1, y1, x2, y2 = (float(v) for v in np.asarray(box, dtype=np.float64))
-    size = np.array([x2 - x1, y2 - y1])
-    if not (SMALLEST - _ROUNDING <= size.min() and size.max() <= 1 + _ROUNDING):
-        raise ValueError(
-            f"box {[round(v, 4) for v in (x1, y1, x2, y2)]}: an action can ask for widths and heights"
-            f" from {SMALLEST} to 1"
-        )
-    centre = np.array([x1 + x2, y1 + y2]) - 1
-    return np.array([*centre, *(1 - 2 * np.log(size) / np.log(SMALLEST)), -1.0], dtype=np.float32)

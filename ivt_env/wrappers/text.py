@@ -73,14 +73,10 @@ class TextActions(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.uti
         if "window" in given.spaces:
             raise ValueError("boxes in text refer to the whole image: make the environment with view='overlay'")
         if "{expression}" not in question:
-            raise ValueError(
-                f"question {question!r}: it has no {{expression}}, so the model would not know what to find"
-            )
+            raise ValueError(f"question {question!r} has no {{expression}}: the model would not know what to find")
         self.question = question
-        self.observation_space = spaces.Dict(
-            {"image": given["image"], "extent": given["extent"], "text": Expression(MAX_TEXT)}
-        )
-        self.action_space = Expression(MAX_TEXT)
+        self.action_space = text = Expression(MAX_TEXT)
+        self.observation_space = spaces.Dict({"image": given["image"], "extent": given["extent"], "text": text})
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

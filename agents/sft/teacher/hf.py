@@ -17,19 +17,15 @@ from ivt_agents.vlm.turns import WHOLE
 class HFTeacher:
     """Writes remarks greedily with a local model: ``tiny``, a folder, or a hub name."""
 
-    def __init__(self, model: str, batch: int = 16, max_new_tokens: int = MAX_REPLY_TOKENS) -> None:
-        """Load the model.
+    batch = 16
 
-        Args:
-            model: as ``load_policy`` takes it.
-            batch: remarks in one forward pass.
-            max_new_tokens: a text that runs into it is not used.
-        """
+    def __init__(self, model: str) -> None:
+        """Load ``model``, named as ``load_policy`` takes it."""
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        self.name, self.batch = f"hf:{model}", batch
-        self._policy = load_policy(model, dtype=dtype, max_new_tokens=max_new_tokens)
+        self.name = f"hf:{model}"
+        self._policy = load_policy(model, dtype=dtype, max_new_tokens=MAX_REPLY_TOKENS)
         self._policy.model.eval()
-        # The whole user's turn is ours: the policy's own question would ask for a box.
+        # The policy's own question would ask for a box.
         self._policy.dialogue.prompts = Prompts("{expression}")
 
     def write(self, requests: Sequence[TraceRequest]) -> list[str]:

@@ -23,15 +23,10 @@ class Teacher(Protocol):
 
 
 def load_teacher(name: str, budget: Budget | None = None) -> Teacher:
-    """The teacher called ``name``: ``hf:<model>`` or ``openai:<base url>[#<model>]``.
+    """The teacher called ``name``: ``hf:<model>`` or ``openai:<base url>[#<model>]``, which may cost ``budget``.
 
     A served model has answered one small request by then.
-
-    The template teacher is no ``Teacher``: it looks at numbers, not at images, and fails never.
-
-    Args:
-        name: see above.
-        budget: what an ``openai:`` teacher may cost.
+    The template is not a ``Teacher``: it looks at numbers, not at images, and never fails.
     """
     kind, _, rest = name.partition(":")
     if kind == "openai" and rest:
