@@ -9,7 +9,7 @@ import pytest
 
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.cost import Metered
-from ivt_agents.play.relay import Relay
+from ivt_agents.play.scripted import Relay
 from ivt_agents.vlm.load import load_policy
 from ivt_env.rollouts import make_vector_env, rollout
 

@@ -23,8 +23,7 @@ from geometry import encode_box
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.scripted import CentreAgent
 from ivt_agents.sb3 import train
-from ivt_agents.sb3.compare import compare, table
-from ivt_agents.sb3.easy import SmallImages, easy_indices
+from ivt_agents.sb3.easy import SmallImages, compare, easy_indices, table
 from ivt_agents.sb3.load import SB3Agent, SB3Error, load_sb3
 from ivt_agents.sb3.network import begin_with_what_is_seen, make_policy
 from ivt_env.data import load_dataset

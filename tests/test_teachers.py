@@ -235,6 +235,7 @@ def test_a_server_that_is_not_there_is_named(dataset, drafts, tmp_path, monkeypa
         (400, "400 Bad Request.*busy"),
         (404, "404 Not Found"),
         ((302, {"Location": "http://127.0.0.1:1/elsewhere"}), "302"),
+        ((429, {}, b'{"error": {"code": "insufficient_quota"}}'), "insufficient_quota"),
         ({"choices": []}, "does not say what an answer costs"),
         ({"choices": [], "usage": {"total_tokens": 5}}, "no choices"),
     ],

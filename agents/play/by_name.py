@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ivt_agents.play.controls import CONTROL_FORMS, control_of
-from ivt_agents.play.relay import Relay
-from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
+from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, Relay, StopAfter
 from ivt_env import failures
 from ivt_env.rollouts import Agent
 from ivt_env.vector_env import GroundingVectorEnv

@@ -36,8 +36,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from ivt_agents.command import run_command
-from ivt_agents.sb3.compare import compare, table
-from ivt_agents.sb3.easy import SmallImages, easy_indices
+from ivt_agents.sb3.easy import SmallImages, compare, easy_indices, table
 from ivt_agents.sb3.load import CONFIG_FILE, WEIGHTS_FILE, SB3Agent, save_sb3
 from ivt_agents.sb3.network import POLICY_OPTIONS, begin_with_what_is_seen
 from ivt_agents.training.finite import unusable_weight

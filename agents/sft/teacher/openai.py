@@ -93,7 +93,7 @@ class OpenAITeacher:
             timeout=timeout_s,
             # A redirect would carry the key to another host.
             http_client=openai.DefaultHttpxClient(
-                follow_redirects=False, event_hooks={"request": [self._sent], "response": [_check_json]}
+                follow_redirects=False, event_hooks={"request": [self._sent], "response": [_judge]}
             ),
         )
 
@@ -187,10 +187,13 @@ class OpenAITeacher:
         return text.replace(self._key, "[key]") if self._key else text
 
 
-def _check_json(response: Any) -> None:
-    """A reply that is broken counts as a failure of the server (502), which the client asks again."""
+def _judge(response: Any) -> None:
+    """Tell the client what it does not know: a broken reply is a server's failure, an exhausted quota stays so."""
+    content = response.read()
     if response.is_success:
         try:
-            json.loads(response.read())
+            json.loads(content)
         except ValueError:
             response.status_code = 502
+    elif b"insufficient_quota" in content:
+        response.headers["x-should-retry"] = "false"
