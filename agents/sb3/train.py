@@ -138,7 +138,7 @@ def _train(args: Args) -> dict[str, Any]:
         forget(args.out / name)
     wrapper = envs.envs[0].env  # type: ignore[attr-defined]  # behind _LimitIsEnd
     assert isinstance(wrapper, SB3Wrapper)
-    shape = {"side": wrapper.side, "text_size": wrapper.text.size, "text_seed": wrapper.text.seed}
+    shape: dict[str, Any] = {"side": wrapper.side, "text_size": wrapper.text.size, "text_seed": wrapper.text.seed}
     shape |= {"stop_above": wrapper.stop_above, "max_steps": args.max_steps}
 
     def save() -> dict[str, Any]:
