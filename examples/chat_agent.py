@@ -9,19 +9,15 @@ from the variable OPENAI_API_KEY. docs/text_actions.md shows what it prints.
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import gymnasium as gym
 import tyro
-from PIL import Image
 
 import ivt_env  # noqa: F401  registers the ids
 from ivt_agents.command import run_command
 from ivt_agents.sft.teacher.openai import Budget, OpenAITeacher
-from ivt_env.data.sample import ImageArray
 from ivt_env.wrappers import TextActions, visible_image
 
 
@@ -47,32 +43,12 @@ class Args:
     """Requests to the server, repeated ones included; then the run ends."""
 
 
-class ChatModel(OpenAITeacher):
-    """The project's client, asked about one image at a time."""
-
-    def answer(self, image: ImageArray, question: str, max_tokens: int) -> str:
-        """The model's text; an empty one where it said nothing."""
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "PNG")
-        shown = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-        content = [{"type": "image_url", "image_url": {"url": shown}}, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        body = {"messages": messages, "temperature": 0, "max_tokens": max_tokens}
-        reply: Any = self._ask("/chat/completions", {"model": self._model or self._only_model(), **body})
-        self._count(reply.get("usage"))
-        try:
-            text = reply["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{self.name}: the reply has no choices[0].message.content") from error
-        return text if isinstance(text, str) else ""
-
-
 def main(args: Args) -> None:
     """Play, and print every step."""
     if args.episodes < 1:
         raise ValueError(f"--episodes {args.episodes}: give an integer of at least 1")
     address = f"{args.address}#{args.model}" if args.model else args.address
-    model = ChatModel(address, Budget(max_requests=args.max_requests))
+    model = OpenAITeacher(address, Budget(max_requests=args.max_requests))
     # A real data set that was asked for is never replaced.
     env = TextActions(gym.make(args.env, split=args.split, max_steps=args.max_steps, strict=True))
     final, failures, steps = [], 0, 0

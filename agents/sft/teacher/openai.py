@@ -7,6 +7,7 @@ and removed from what a server says.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ivt_agents.sft.teacher.prompts import SYSTEM, TraceRequest
 
@@ -111,7 +113,7 @@ class OpenAITeacher:
         patient = self.attempts, self._client
         self.attempts, self._client = 2, self._client.with_options(timeout=30.0)
         try:
-            self._write(TraceRequest(np.full((64, 64, 3), 128, np.uint8), "Answer with the word ready."))
+            self.write([TraceRequest(np.full((64, 64, 3), 128, np.uint8), "Answer with the word ready.")])
         except TeacherError as error:
             raise type(error)(
                 f"the teacher was asked one small question first, and nothing else was done: {error}"
@@ -121,9 +123,10 @@ class OpenAITeacher:
 
     def write(self, requests: Sequence[TraceRequest]) -> list[str]:
         """One text per request, as the model gave it; checked by the caller."""
-        return [self._write(request) for request in requests]
+        return [self.answer(request.image, request.question, MAX_REPLY_TOKENS, SYSTEM) for request in requests]
 
-    def _write(self, request: TraceRequest) -> str:
+    def answer(self, image: np.ndarray, question: str, max_tokens: int, system: str = "") -> str:
+        """The model's text about an image, RGB uint8 (height, width, 3); empty where it said nothing."""
         if not self._model:
             names = [model.id for model in self._ask(lambda client: client.models.list()).data]
             if len(names) != 1:
@@ -132,15 +135,15 @@ class OpenAITeacher:
                     f"name one, {self.name}#MODEL"
                 )
             self._model = names[0]
-        image = base64.b64encode(request.png()).decode("ascii")
-        content = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
-            {"type": "text", "text": request.question},
-        ]
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        shown = {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"}
+        content = [{"type": "image_url", "image_url": shown}, {"type": "text", "text": question}]
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": content})
         reply = self._ask(
             lambda client: client.chat.completions.create(
-                model=self._model, messages=messages, temperature=0, max_tokens=MAX_REPLY_TOKENS
+                model=self._model, messages=messages, temperature=0, max_tokens=max_tokens
             )
         )
         total = getattr(reply.usage, "total_tokens", None)
@@ -169,7 +172,7 @@ class OpenAITeacher:
             if left > 0:
                 return call(self._client.with_options(max_retries=min(self.attempts, left) - 1))
         except openai.APIStatusError as error:
-            said = self._without_key(f"{error.status_code} {error.response.reason_phrase}. {error.message}"[:400])
+            said = self._without_key(f"{error.status_code} {error.response.reason_phrase}. {error.response.text}"[:400])
             if error.status_code in (401, 403):
                 held = "was refused" if self._key else "is not set"
                 raise TeacherError(f"{self.name}: the key in {KEY_VARIABLE} {held}. {said}") from None

@@ -9,12 +9,10 @@ teacher sees, and they must not hold numbers: the answer's own coordinates follo
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from ivt_agents.sft.teacher.template import critique
 from ivt_env.data.sample import Dataset
@@ -66,12 +64,6 @@ class TraceRequest:
             digest.update(part.encode("utf-8") + b"\x00")
         digest.update(np.ascontiguousarray(self.image).tobytes())
         return digest.hexdigest()
-
-    def png(self) -> bytes:
-        """The image as a PNG file."""
-        file = io.BytesIO()
-        Image.fromarray(self.image).save(file, "PNG")
-        return file.getvalue()
 
 
 def trace_request(dataset: Dataset, index: int, shown: tuple[float, float, float, float]) -> TraceRequest:
