@@ -254,7 +254,7 @@ def test_a_wrong_key_is_a_clear_error_at_once_and_is_not_repeated(chat, dataset,
     chat.key = "another"
     with caplog.at_level(logging.DEBUG), pytest.raises(TeacherError) as error:
         harvest(tmp_path, drafts, dataset, teacher_of(chat))
-    assert "the key in OPENAI_API_KEY was refused. 401" in str(error.value) and len(chat.chats) == 1
+    assert "401, the key in OPENAI_API_KEY was refused" in str(error.value) and len(chat.chats) == 1
     assert "Incorrect API key provided: [key]" in str(error.value)
     assert KEY not in str(error.value) and KEY not in caplog.text
 

@@ -400,9 +400,9 @@ def _comparisons(played: Mapping[str, Played], seed: int) -> list[Comparison]:
     found = []
     for metric in GAIN_METRICS:
         for a, b in pairs:
-            one, another = (audits[policy].columns[column] for policy, column in (a, b))
+            first, second = (audits[policy].columns[column] for policy, column in (a, b))
             images = audits[base].image_ids
-            found.append(compare(" ".join(a), one, " ".join(b), another, images, metric, n_boot=RESAMPLES, seed=seed))
+            found.append(compare(" ".join(a), first, " ".join(b), second, images, metric, n_boot=RESAMPLES, seed=seed))
     return found
 
 

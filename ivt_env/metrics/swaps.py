@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -247,9 +248,7 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
             ("AUROC target / random", target, _grouped(by["random"].values())),
         ):
             measure = _measure([s for id_ in high.keys() & low.keys() for s in (*high[id_], *low[id_])])
-            values, images = _paired(
-                high, low, lambda a, b, m=measure: auroc(_scores([*a, *b], m), [True] * len(a) + [False] * len(b))
-            )  # type: ignore[misc]
+            values, images = _paired(high, low, partial(_separation, measure))
             found.append((name, measure, 0.5, _bounded(values, images, (0, 1), n_boot, seed)))
         own = list(by["own"].values())
         measure = _measure(own)
@@ -377,6 +376,10 @@ def _grouped(swaps: Iterable[Swap]) -> dict[str, list[Swap]]:
     for s in swaps:
         found.setdefault(s.sample_id, []).append(s)
     return found
+
+
+def _separation(measure: str, high: list[Swap], low: list[Swap]) -> float:
+    return auroc(_scores([*high, *low], measure), [True] * len(high) + [False] * len(low))
 
 
 def _paired(

@@ -172,10 +172,12 @@ class OpenAITeacher:
             if left > 0:
                 return call(self._client.with_options(max_retries=min(self.attempts, left) - 1))
         except openai.APIStatusError as error:
-            said = self._without_key(f"{error.status_code} {error.response.reason_phrase}. {error.response.text}"[:400])
+            said = self._without_key(f"{error.status_code} {error.response.reason_phrase}. {error.response.text}")[:400]
             if error.status_code in (401, 403):
                 held = "was refused" if self._key else "is not set"
-                raise TeacherError(f"{self.name}: the key in {KEY_VARIABLE} {held}. {said}") from None
+                raise TeacherError(
+                    f"{self.name}: {error.status_code}, the key in {KEY_VARIABLE} {held}. {said}"
+                ) from None
             if self.requests_sent - sent == 1 and left > 1:
                 wait = error.response.headers.get("Retry-After")
                 asked = f", and the server asks to wait {wait} s" if wait else ""
@@ -197,6 +199,6 @@ def _judge(response: Any) -> None:
         try:
             json.loads(content)
         except ValueError:
-            response.status_code = 502
+            response.status_code, response.extensions["reason_phrase"] = 502, b"(the reply is not JSON)"
     elif b"insufficient_quota" in content:
         response.headers["x-should-retry"] = "false"
