@@ -111,7 +111,7 @@ def exports(root: Path) -> Iterator[Case]:
         for n, name in enumerate(("a.jpg", "b.jpg"))]  # fmt: skip
     yield root / "studio.json", of_json(tasks), converts(from_label_studio, root / "studio.json")
     own = root / "own"
-    shutil.copytree(images, own / "images")
+    shutil.copytree(folder, own / "images")
     lines = [{"image": "a.jpg", "expression": f"thing {n}", "bbox": [1, 2, 20, 9.5], "siblings": [[1, 1, 9, 9]],
               "id": n, "category": "cat", "meta": {"a": [1]}} for n in range(6)]  # fmt: skip
     declared = {"name": "own", "box": "xyxy", "frame": "px"}
