@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -239,33 +238,30 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
         on_image = [s for variant in _ON_IMAGE for s in by[variant].values()]
         good = _grouped(s for s in on_image if s.shown_iou >= GOOD_FROM)
         bad = _grouped(s for s in on_image if s.shown_iou < BAD_BELOW)
-        target = _grouped(by["target"].values())
+        target, near, sibling, random, own, none, blank = (
+            _grouped(by[v].values()) for v in ("target", "near", "sibling", "random", "own", "none", "blank")
+        )
+        wrong = _grouped((*by["sibling"].values(), *by["random"].values()))
         found: list[tuple[str, str, float, Interval]] = []
         for name, high, low in (
             (GOOD_BAD, good, bad),
-            ("AUROC target / near", target, _grouped(by["near"].values())),
-            ("AUROC target / sibling", target, _grouped(by["sibling"].values())),
-            ("AUROC target / random", target, _grouped(by["random"].values())),
+            ("AUROC target / near", target, near),
+            ("AUROC target / sibling", target, sibling),
+            ("AUROC target / random", target, random),
         ):
             measure = _measure([s for id_ in high.keys() & low.keys() for s in (*high[id_], *low[id_])])
-            values, images = _paired(high, low, partial(_separation, measure))
+            values, images = _paired(high, low, measure, _auroc_of_two)
             found.append((name, measure, 0.5, _bounded(values, images, (0, 1), n_boot, seed)))
-        own = list(by["own"].values())
-        measure = _measure(own)
-        found.append(("AUROC own right / wrong", measure, 0.5, _auroc_across(own, measure, n_boot, seed)))
-        wrong = _grouped((*by["sibling"].values(), *by["random"].values()))
-        shown, none, blank = (_grouped(by[v].values()) for v in ("own", "none", "blank"))
+        measure = _measure(list(by["own"].values()))
+        across = _auroc_across(list(by["own"].values()), measure, n_boot, seed)
+        found.append(("AUROC own right / wrong", measure, 0.5, across))
         for name, measure, high, low in (
             ("index: target - sibling, random", "stop", target, wrong),
             ("index of keeping (no evidence)", "keep", target, wrong),
-            ("presence: own - none", "stop", shown, none),
-            ("image: own - blank", "stop", shown, blank),
+            ("presence: own - none", "stop", own, none),
+            ("image: own - blank", "stop", own, blank),
         ):
-            values, images = _paired(
-                high,
-                low,
-                lambda a, b, m=measure: float(_scores(a, m).mean() - _scores(b, m).mean()),  # type: ignore[misc]
-            )
+            values, images = _paired(high, low, measure, lambda a, b: float(a.mean() - b.mean()))
             found.append((name, measure, 0.0, _bounded(values, images, (-1, 1), n_boot, seed)))
         for name, measure, null, value in found:
             clear = value.num_clusters >= MIN_CLUSTERS and (value.low > null or value.high < null)
@@ -378,18 +374,20 @@ def _grouped(swaps: Iterable[Swap]) -> dict[str, list[Swap]]:
     return found
 
 
-def _separation(measure: str, high: list[Swap], low: list[Swap]) -> float:
-    return auroc(_scores([*high, *low], measure), [True] * len(high) + [False] * len(low))
-
-
 def _paired(
     high: Mapping[str, list[Swap]],
     low: Mapping[str, list[Swap]],
-    statistic: Callable[[list[Swap], list[Swap]], float],
+    measure: str,
+    statistic: Callable[[Array, Array], float],
 ) -> tuple[list[float], list[str]]:
     """The statistic of each sample that has both sides, and its image."""
     both = [id_ for id_ in high if id_ in low]
-    return [statistic(high[id_], low[id_]) for id_ in both], [high[id_][0].image_id for id_ in both]
+    values = [statistic(_scores(high[id_], measure), _scores(low[id_], measure)) for id_ in both]
+    return values, [high[id_][0].image_id for id_ in both]
+
+
+def _auroc_of_two(high: Array, low: Array) -> float:
+    return auroc(np.concatenate([high, low]), np.arange(len(high) + len(low)) < len(high))
 
 
 def _measure(swaps: Sequence[Swap]) -> str:
