@@ -13,7 +13,7 @@ import pytest
 from playing import NAN, STOP, assert_equal, make, propose, scenes
 
 from ivt_env import boxes, data
-from ivt_env.rendering import Overlay, closeup, draw_overlay, frame, pixel_rectangle, place_on_canvas
+from ivt_env.rendering import Overlay, Surroundings, closeup, draw_overlay, frame, pixel_rectangle, place_on_canvas
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +172,9 @@ def test_a_closeup_shows_its_window_cut_from_the_full_resolution_image(view):
 
 def test_a_closeup_keeps_detail_that_the_canvas_has_lost():
     noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
-    image, (height, width), window = closeup(noise, (0.5, 0.5, 0.52, 0.52), 300, Overlay("outline", width=1))
+    image, (height, width), window = closeup(
+        noise, (0.5, 0.5, 0.52, 0.52), 300, Overlay("outline", width=1), Surroundings()
+    )
     x1, y1, x2, y2 = (window * np.array([800, 600, 800, 600])).round().astype(int)
     assert (x2 - x1, y2 - y1) == (200, 150) and (height, width) == (225, 300)
     # Pixel (i, j) of the region is centred on 1.5 (i, j) + 0.75 of the close-up.
