@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ivt_agents.config import load_config
+from ivt_agents.config import ConfigError, load_config, meant
 from ivt_env import failures
 
 T = TypeVar("T")
@@ -21,6 +21,9 @@ T = TypeVar("T")
 def parse(args: type[T], argv: list[str] | None = None, section: str | None = None) -> T:
     """``args`` from the command line and, where a script has a ``section``, the file that ``--config`` names."""
     argv = sys.argv[1:] if argv is None else argv
+    for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        if told := meant(flag.removeprefix("--no-").removeprefix("--"), args):
+            raise ConfigError(f"{flag}: {told}")
     if section is None:
         return tyro.cli(args, args=argv)
     # Only --config is looked for here; what else stands on the command line is tyro's, help included.

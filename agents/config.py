@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -31,6 +31,60 @@ from ivt_env.failures import reading
 T = TypeVar("T")
 
 SECTIONS = ("sft", "grpo", "own_gain", "rollout", "evaluate")
+
+RENAMED = {
+    "group": "num_generations",
+    "max_steps": "episode_steps",
+    "scale": "scale_rewards",
+    "loss": "loss_type",
+    "lr": "learning_rate",
+    "warmup": "warmup_steps",
+    "lora_rank": "lora_r",
+    "iterations": "num_iterations",
+    "clip_low": "epsilon",
+    "clip_high": "epsilon_high",
+    "max_new_tokens": "max_completion_length",
+    "mask_truncated": "mask_truncated_completions",
+    "micro_batch": "per_device_train_batch_size",
+    "save_every": "save_steps",
+    "eval_every": "eval_steps",
+    "tracker": "report_to",
+    "optimizer": "optim",
+    "attention": "attn_implementation",
+    "compile": "torch_compile",
+}
+"""Options by the names that they had; run folders may hold these."""
+
+MEANT = {
+    **{old: (new,) for old, new in RENAMED.items()},
+    "max_steps": ("steps", "episode_steps"),
+    "batch": ("per_device_train_batch_size", "gradient_accumulation_steps"),
+    "mixed_precision": ("bf16",),
+    "credit": ("advantage",),
+    "kl_coef": ("beta",),
+    # TRL's and transformers' names for what is called otherwise here
+    "output_dir": ("out",),
+    "model_name_or_path": ("model",),
+    "torch_dtype": ("dtype",),
+    "load_in_4bit": ("quantize",),
+    "use_peft": ("lora_r",),
+    "resume_from_checkpoint": ("resume",),
+    "num_train_epochs": ("steps",),
+    "warmup_ratio": ("warmup_steps",),
+    "max_length": ("max_completion_length",),
+    "generation_batch_size": ("prompts", "num_generations"),
+}
+"""What is meant by a name that an option had, or has elsewhere."""
+
+_SAYS = {
+    "steps": "training steps",
+    "episode_steps": "actions in an episode",
+    "prompts": "samples in a step",
+    "num_generations": "episodes of each sample",
+    "bf16": "a switch",
+    "quantize": "none or nf4",
+    "lora_r": "rank; 0: no adapter",
+}
 
 
 class ConfigError(ValueError):
@@ -71,6 +125,9 @@ def load_config(path: Path, args: type[T], section: str, base: T | None = None) 
     if values is None:
         raise ConfigError(f"{path} has no part {section!r}, which this script reads; it has: {', '.join(content)}")
     names = {f.name for f in fields(args)} - {"config"}  # type: ignore[arg-type]
+    for key in values if isinstance(values, dict) else ():
+        if told := meant(str(key), args, flags=False):
+            raise ConfigError(f"{path}: {section}.{short(key)}: {told}")
     _known(values, names, f"{path}: {section}")
     hints = get_type_hints(args)
     given = {k: _fitting(v, hints[k], f"{path}: {section}.{k}") for k, v in values.items()}
@@ -84,6 +141,41 @@ def has_section(path: Path, section: str) -> bool:
         ConfigError: for a file that is not there or no configuration.
     """
     return _read(path).get(section) is not None
+
+
+def meant(name: str, args: type, flags: bool = True) -> str | None:
+    """What to say instead of an old or foreign name of an option; None: it is neither, or ``args`` has it.
+
+    Args:
+        name: as a field would be called, or a flag without its dashes.
+        args: the script's dataclass.
+        flags: write options as flags, not as keys of a file.
+    """
+    name = name.replace("-", "_")
+    hints = get_type_hints(args)
+    # `steps` of a command that does not train are something else.
+    known = [n for n in MEANT.get(name, ()) if n in hints and (n != "steps" or hints[n] is int)]
+    if name in hints or not known:
+        return None
+    written = ["--" + n.replace("_", "-") if flags else n for n in known]
+    return "say " + " or ".join(
+        w + (f" ({_SAYS[n]})" if n in _SAYS else "") for w, n in zip(written, known, strict=True)
+    )
+
+
+def with_new_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a folder records, under today's names, whenever they were written."""
+    found = {RENAMED.get(key, key): value for key, value in recorded.items()}
+    if "mixed_precision" in found:
+        found["bf16"] = found.pop("mixed_precision") == "bf16"
+    if "micro_batch" in recorded and "batch" in found:  # of all processes, cut up as far as need be
+        share = found.pop("batch") / recorded.get("processes", 1)
+        one = min(share, recorded["micro_batch"])
+        numbers = {"per_device_train_batch_size": one, "gradient_accumulation_steps": share / one}
+        found |= {k: int(v) if v == int(v) else v for k, v in numbers.items()}
+    if "lora_rank" in recorded:
+        found.setdefault("lora_alpha", None)
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -113,9 +205,6 @@ def _fitting(value: Any, hint: Any, where: str) -> Any:
         (hint,) = [t for t in inner if t is not type(None)]
         return _fitting(value, hint, where)
     if origin is Literal:
-        # YAML 1.1 reads a bare no as False.
-        if value is False and "no" in inner:
-            return "no"
         if value in inner:
             return value
         raise ConfigError(f"{where}: {short(value)}; choose from {', '.join(map(repr, inner))}")

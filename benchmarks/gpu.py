@@ -239,10 +239,10 @@ def answered(policy: VLMPolicy, seen: Any, tokens: int) -> None:
 
 def commands(args: Args) -> dict[str, Any]:
     """GRPO as a user starts it: does it end well, and in how many seconds?"""
-    options = "--steps 3 --prompts 8 --group 8 --eval-samples 64"
+    options = "--steps 3 --prompts 8 --num-generations 8 --eval-samples 64"
     if args.small:
-        options = "--steps 1 --prompts 2 --group 2 --eval-samples 0"
-    command = f"train_grpo.py --model tiny --overwrite --tracker none --mixed-precision bf16 {options}"
+        options = "--steps 1 --prompts 2 --num-generations 2 --eval-samples 0"
+    command = f"train_grpo.py --model tiny --overwrite --report-to none --bf16 {options}"
     start = time.perf_counter()
     run = subprocess.run(
         [sys.executable, *command.split(), "--out", str(args.out / "grpo")], cwd=ROOT, capture_output=True, text=True

@@ -374,19 +374,19 @@ def measure(args: Args) -> dict[str, Any]:
     config = GRPOConfig(
         steps=args.steps + 1,
         prompts=args.prompts,
-        group=args.group,
-        lr=1e-5,
-        warmup=1,
+        num_generations=args.group,
+        learning_rate=1e-5,
+        warmup_steps=1,
         advantage="return_to_go",
-        iterations=1,
-        clip_low=0.2,
-        clip_high=0.28,
+        num_iterations=1,
+        epsilon=0.2,
+        epsilon_high=0.28,
         beta=args.beta,
-        micro_batch=args.micro_batch,
+        per_device_train_batch_size=args.micro_batch,
         max_grad_norm=1.0,
-        mask_truncated=True,
+        mask_truncated_completions=True,
         seed=0,
-        save_every=10**9,
+        save_steps=10**9,
     )
     with tempfile.TemporaryDirectory() as folder:
         # Adapters are float32; under autocast they are computed with in bfloat16, as fast as the base.

@@ -179,25 +179,25 @@ def share_of_arithmetic(args: Args) -> dict[str, float]:
     config = GRPOConfig(
         steps=1,
         prompts=16,
-        group=8,
-        lr=1e-3,
-        warmup=1,
+        num_generations=8,
+        learning_rate=1e-3,
+        warmup_steps=1,
         advantage="return_to_go",
-        iterations=1,
-        clip_low=0.2,
-        clip_high=0.28,
+        num_iterations=1,
+        epsilon=0.2,
+        epsilon_high=0.28,
         beta=0.0,
-        micro_batch=64,
+        per_device_train_batch_size=64,
         max_grad_norm=1.0,
-        mask_truncated=True,
+        mask_truncated_completions=True,
         seed=0,
-        save_every=100,
+        save_steps=100,
     )
-    env = make_vector_env("IVT-Scenes-v0", config.prompts * config.group, split="train", max_steps=args.turns)
+    env = make_vector_env("IVT-Scenes-v0", config.prompts * config.num_generations, split="train", max_steps=args.turns)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         log = MetricsLog(Path(folder), enabled=False)
-        trainer = GRPOTrainer(policy, env, config, make_accelerator("no"), log, Path(folder))
+        trainer = GRPOTrainer(policy, env, config, make_accelerator(False), log, Path(folder))
         trainer.train_step()
         for _ in range(args.rounds):
             inside: list[float] = []

@@ -35,7 +35,7 @@ class Args:
     """Split of the data set."""
     episodes: int = 3
     """How many: the first samples of the split."""
-    max_steps: int = 3
+    episode_steps: int = 3
     """Actions in an episode."""
     max_reply_tokens: int = 300
     """Limit of one answer; one that is cut off has no action in it."""
@@ -50,7 +50,7 @@ def main(args: Args) -> None:
     address = f"{args.address}#{args.model}" if args.model else args.address
     model = OpenAITeacher(address, Budget(max_requests=args.max_requests))
     # A real data set that was asked for is never replaced.
-    env = TextActions(gym.make(args.env, split=args.split, max_steps=args.max_steps, strict=True))
+    env = TextActions(gym.make(args.env, split=args.split, max_steps=args.episode_steps, strict=True))
     final, failures, steps = [], 0, 0
     for index in range(args.episodes):
         observation, info = env.reset(seed=index, options={"index": index})

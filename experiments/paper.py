@@ -26,7 +26,7 @@ from typing import Any
 
 from experiments.paper_tables import Played, report, results
 from ivt_agents.command import progress_bars, run_command
-from ivt_agents.config import has_section, load_config
+from ivt_agents.config import has_section, load_config, with_new_names
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.play.on_split import play, samples_to_compare, validation_samples
 from ivt_agents.sft import train as train_sft
@@ -43,7 +43,7 @@ STAGE_FILE = "stage.json"
 """Written into a stage's folder when it is done: the options that it was run with."""
 
 NOT_DECISIVE = frozenset(
-    {"out", "config", "resume", "overwrite", "tracker", "dry_run", "gpu_memory_gb", "image", "max_unusable"}
+    {"out", "config", "resume", "overwrite", "report_to", "dry_run", "gpu_memory_gb", "image", "max_unusable"}
 )
 """Options of a stage that may differ from those it was done with: they change no policy."""
 
@@ -99,7 +99,7 @@ def main(args: Args) -> dict[str, Any]:
     # What is wrong with a later stage, or with the split at the end, must not be found after an hour of training.
     train_sft.check_options(recipe.sft)
     for stage in recipe.stages.values():
-        stage.check_model(stage.lora_rank)
+        stage.check_model(stage.lora_r)
         validation_samples(stage.env, stage.split, stage.eval_split, stage.eval_samples, stage.data_root)
     count = _count(args, recipe)
     with lock_folder(args.out):
@@ -139,7 +139,7 @@ def load_recipe(args: Args) -> Recipe:
     sft = replace(load_config(args.config, train_sft.Args, "sft"), out=args.out / "sft", **changes)  # type: ignore[arg-type]
     grpo = load_config(args.config, train_grpo.Args, "grpo")
     grpo = replace(grpo, model=str(sft.out / "policy"), out=args.out / "grpo", **changes)  # type: ignore[arg-type]
-    single = replace(grpo, max_steps=1, out=args.out / "single-step")
+    single = replace(grpo, episode_steps=1, out=args.out / "single-step")
     own_gain = None
     if has_section(args.config, "own_gain"):
         own_gain = load_config(args.config, train_grpo.Args, "own_gain", grpo)
@@ -153,14 +153,14 @@ def load_recipe(args: Args) -> Recipe:
         ("grpo.layout", grpo.layout, sft.layout),
         ("grpo.view", grpo.view, sft.view),
         # One process has one number format.
-        ("grpo.mixed_precision", grpo.mixed_precision, sft.mixed_precision),
+        ("grpo.bf16", grpo.bf16, sft.bf16),
     ]
     if own_gain is not None:  # played as the others are
-        same = ("stop", "env", "layout", "view", "max_steps", "mixed_precision")
+        same = ("stop", "env", "layout", "view", "episode_steps", "bf16")
         wanted += [(f"own_gain.{name}", getattr(own_gain, name), getattr(grpo, name)) for name in same]
     wrong = [f"{name} is {found!r}, not {right!r}" for name, found, right in wanted if found != right]
-    if grpo.max_steps < 2:
-        wrong.append(f"grpo.max_steps is {grpo.max_steps}, which leaves no refinement (the paper: 3)")
+    if grpo.episode_steps < 2:
+        wrong.append(f"grpo.episode_steps is {grpo.episode_steps}, which leaves no refinement (the paper: 3)")
     if wrong:
         raise RunError(
             f"{args.config} is not the paper's recipe: {'; '.join(wrong)}. Change the file, or use the scripts"
@@ -187,14 +187,14 @@ def explain(args: Args, recipe: Recipe) -> None:
         else:  # its model is the SFT policy, which is not there yet and is of the base's size
             train_grpo.main(replace(stage, model=base, dry_run=True, gpu_memory_gb=args.gpu_memory_gb))
         print()
-    horizon = recipe.grpo.max_steps
+    horizon = recipe.grpo.episode_steps
     print(f"== evaluation on split {args.split} of {recipe.sft.env}: {args.samples} samples, {horizon} boxes each,")
     print(f"   of {base} (base), sft and each grpo; the first box alone of single-step")
 
 
 def evaluate(args: Args, recipe: Recipe, count: int) -> dict[str, Played]:
     """Forced greedy rollouts of the policies on the first ``count`` samples, by name; episodes are saved."""
-    sft, horizon = recipe.sft, recipe.grpo.max_steps
+    sft, horizon = recipe.sft, recipe.grpo.episode_steps
     policies = {"base": (sft.model, horizon), "sft": (str(sft.out / "policy"), horizon)}
     policies |= {n: (str(s.out / "policy"), 1 if n == "single" else horizon) for n, s in recipe.stages.items()}
     played: dict[str, Played] = {}
@@ -219,7 +219,7 @@ def _play(
 ) -> list[Episode]:
     sft = recipe.sft
     policy = load_policy(
-        model, layout=sft.layout, view=sft.view, max_new_tokens=recipe.grpo.max_new_tokens, **sft.loading()
+        model, layout=sft.layout, view=sft.view, max_new_tokens=recipe.grpo.max_completion_length, **sft.loading()
     )
     forbid_stop(policy)
     return play(
@@ -241,7 +241,7 @@ def _once(stage: train_sft.Args | train_grpo.Args, train: Callable[[], object]) 
     """Run a stage unless it is done; refuse one that was done with other options."""
     options = {k: v for k, v in asdict(stage).items() if k not in NOT_DECISIVE}
     if (done := asked_of(stage.out, STAGE_FILE)) is not None:
-        refuse_other(stage.out, done, options, "give another --out")
+        refuse_other(stage.out, with_new_names(done), options, "give another --out")
         print(f"{stage.out} is done already")
         return
     print(f"training {stage.out}")

@@ -29,6 +29,7 @@ from threading import Lock
 
 from experiments.study_tables import summary
 from ivt_agents.command import run_command
+from ivt_agents.config import with_new_names
 from ivt_agents.training.checkpoints import CONFIG
 from ivt_agents.training.run import RunError, check_least, write_json
 from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
@@ -51,10 +52,10 @@ class Args:
     steps: int = 600
     """Gradient steps of each policy."""
     batch: int = 240
-    """Demonstrations in a step."""
+    """Demonstrations in a step; an even number, because half of them make one forward pass."""
     samples: int = 2000
     """Samples of each test split."""
-    max_steps: int = 2
+    episode_steps: int = 2
     """Actions in an episode: a box, then a better one or a stop."""
     swap_samples: int = 300
     """Samples of `test` on which the overlay is swapped."""
@@ -79,11 +80,13 @@ class Job:
 
 def main(args: Args) -> None:
     """Run what is missing, stage by stage."""
-    numbers = ("seeds", "scenes", "steps", "batch", "samples", "max_steps", "swap_samples", "jobs")
-    check_least(args, dict.fromkeys(numbers, 1) | {"max_steps": 2, "batch": 2})
+    numbers = ("seeds", "scenes", "steps", "batch", "samples", "episode_steps", "swap_samples", "jobs")
+    check_least(args, dict.fromkeys(numbers, 1) | {"episode_steps": 2, "batch": 2})
+    if args.batch % 2:
+        raise RunError(f"batch {args.batch}: a step is two forward passes of equal size; give an even number")
     with lock_folder(args.out):
         if made := asked_of(args.out, "study.json"):
-            refuse_other(args.out, made, asdict(args), "give another --out", may_differ={"out", "jobs"})
+            refuse_other(args.out, with_new_names(made), asdict(args), "give another --out", may_differ={"out", "jobs"})
         write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
         for stage in (_training, _playing, _scoring, _reporting):
             run_jobs(stage(args), args.out, args.jobs)
@@ -95,8 +98,9 @@ def main(args: Args) -> None:
 def _training(args: Args) -> list[Job]:
     """The loops first: they take longer."""
     shared: list[object] = ["--model", args.model, "--split", "train_asked", "--neighbours", "6"]
-    shared += ["--steps", args.steps, "--batch", args.batch, "--micro-batch", args.batch // 2, "--lr", "8e-4"]
-    shared += ["--optimizer", "muon", "--smoothing", "6", "--mixed-precision", "bf16", "--eval-samples", "0"]
+    shared += ["--steps", args.steps, "--learning-rate", "8e-4"]
+    shared += ["--per-device-train-batch-size", args.batch // 2, "--gradient-accumulation-steps", 2]
+    shared += ["--optim", "muon", "--smoothing", "6", "--bf16", "--eval-samples", "0"]
     loop: list[object] = ["--view", "closeup", "--lessons", "verification", "--decision-weight", "3"]
     # In the relay it never gives a first answer, so that none is taught.
     loop += ["--samples", 6 * args.scenes, "--harvested", "1", "--first-answers", "0"]
@@ -126,14 +130,21 @@ def _playing(args: Args) -> list[Job]:
     first = policies[controls[0]]
     policies |= {name: f"{name}:vlm:{first}" for name in args.answers}
     policies["base"] = args.model
-    options: list[object] = ["--split", "test", "--samples", args.swap_samples, "--max-steps", args.max_steps]
+    options: list[object] = ["--split", "test", "--samples", args.swap_samples, "--episode-steps", args.episode_steps]
     options += ["--steps", "1", "--policies", *(f"loop-{s}={policies[f'loop-{s}']}" for s in seeds)]
     jobs = [_job(args, "swaps", "ivt_agents.evaluation.swaps", options)]
     for split in SPLITS:
         for name, spec in policies.items():
             # A single shot's first box is its answer. The base is made to go on where the collapse is to be seen.
             single = name in (*controls, *large) or (name == "base" and split != SPLITS[0])
-            options = ["--split", split, "--samples", args.samples, "--max-steps", 1 if single else args.max_steps]
+            options = [
+                "--split",
+                split,
+                "--samples",
+                args.samples,
+                "--episode-steps",
+                1 if single else args.episode_steps,
+            ]
             options += ["--policies", f"{name}={spec}", "--page-episodes", 1]
             # What every step would have given is asked once, of the policies that are to take several.
             forced = split == SPLITS[0] and (name == "base" or name.startswith("loop-"))

@@ -35,10 +35,13 @@ CONTEXT.set_forkserver_preload(
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
-TRAINING = ["--eval-samples", "2", "--tracker", "none", "--save-every", "1"]
-SFT = ["train-sft", "--samples", "4", "--steps", "2", "--batch", "4", *TRAINING]
-GRPO = ["train-grpo", "--model", "tiny", "--steps", "2", "--prompts", "1", "--group", "2", *TRAINING]
-GRPO += ["--max-new-tokens", "14", "--lora-rank", "4"]
+TRAINING = ["--eval-samples", "2", "--report-to", "none", "--save-steps", "1"]
+SFT = [
+    *"train-sft --samples 4 --steps 2 --per-device-train-batch-size 4 --gradient-accumulation-steps 1".split(),
+    *TRAINING,
+]
+GRPO = ["train-grpo", "--model", "tiny", "--steps", "2", "--prompts", "1", "--num-generations", "2", *TRAINING]
+GRPO += ["--max-completion-length", "14", "--lora-r", "4"]
 EVALUATE = ["evaluate", "--policies", "base=random", "centre=centre", "--samples", "4", "--page-episodes", "2"]
 
 

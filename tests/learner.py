@@ -19,19 +19,19 @@ def small_config(**changes: object) -> GRPOConfig:
     values = {
         "steps": 4,
         "prompts": 2,
-        "group": 4,
-        "lr": 1e-3,
-        "warmup": 1,
+        "num_generations": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
         "advantage": "return_to_go",
-        "iterations": 1,
-        "clip_low": 0.2,
-        "clip_high": 0.28,
+        "num_iterations": 1,
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
         "beta": 0.0,
-        "micro_batch": 64,
+        "per_device_train_batch_size": 64,
         "max_grad_norm": 1.0,
-        "mask_truncated": True,
+        "mask_truncated_completions": True,
         "seed": 0,
-        "save_every": 2,
+        "save_steps": 2,
     }
     return GRPOConfig(**(values | changes))  # type: ignore[arg-type]
 
@@ -50,6 +50,8 @@ def small_trainer(
 ) -> GRPOTrainer:
     config = small_config(**changes)
     accelerator = Accelerator(cpu=True)
-    env = make_vector_env("IVT-Scenes-v0", config.prompts // accelerator.num_processes * config.group, split="train")
+    env = make_vector_env(
+        "IVT-Scenes-v0", config.prompts // accelerator.num_processes * config.num_generations, split="train"
+    )
     log = MetricsLog(folder, accelerator.is_main_process, keep_until=keep_until)
     return GRPOTrainer(policy or small_policy(), env, config, accelerator, log, folder)

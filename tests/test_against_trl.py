@@ -170,7 +170,14 @@ def by_us(
     folder, policy: Any, rollouts: Rollouts, advantages: list[list[float]], loss: str, beta: float, **options: object
 ) -> Found:
     low, high = CLIPS[loss]
-    settings = {"loss": loss, "clip_low": low, "clip_high": high, "beta": beta, "micro_batch": 7, "max_grad_norm": 1e9}
+    settings = {
+        "loss_type": loss,
+        "epsilon": low,
+        "epsilon_high": high,
+        "beta": beta,
+        "per_device_train_batch_size": 7,
+        "max_grad_norm": 1e9,
+    }
     trainer = small_trainer(folder, policy, **(settings | options))
     if beta:
         trainer.reference = lambda turns: torch.tensor([v for t in turns for v in reference_of(t)])
@@ -252,8 +259,8 @@ def test_the_comparison_notices_a_wrong_clip_advantage_kl_or_token(tmp_path, rol
 
     assert difference(ours("right"), theirs) < LIMIT
     wrong = {
-        "clip_high": ours("a", clip_high=0.2),
-        "clip_low": ours("b", clip_low=0.28),
+        "epsilon_high": ours("a", epsilon_high=0.2),
+        "epsilon": ours("b", epsilon=0.28),
         "advantage": ours("c", credit=[[a + 0.05 for a in row] for row in right]),
         "no kl": ours("d", beta=0.0),
         "an answer is missing": ours("e", [rollouts[0][1:], *rollouts[1:]], [right[0][1:], *right[1:]]),

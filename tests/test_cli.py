@@ -114,7 +114,7 @@ def stand_in(monkeypatch, name, tmp_path, outcome=None):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("train-grpo", ["--steps", "5", "--group", "4", "--no-resume", "--lr", "1e-4"]),
+        ("train-grpo", ["--steps", "5", "--num-generations", "4", "--no-resume", "--learning-rate", "1e-4"]),
         ("train-sft", ["--steps", "5", "--single-shot", "--out", "x y"]),
         ("evaluate", ["--policies", "a=tiny", "b=random", "--samples", "7"]),
         ("rollout", ["--env", "IVT-Photos-v0", "--json", "--index", "3"]),

@@ -27,7 +27,7 @@ class Args:
     lr: float = 0.1
     out: Path = Path("runs")
     name: str | None = None
-    precision: Literal["no", "bf16"] = "no"
+    precision: Literal["fp16", "bf16"] = "fp16"
     image: tuple[int, int] = (1, 2)
     board: bool = True
 
@@ -61,12 +61,12 @@ def test_the_shipped_file_says_of_every_value_whose_it_is():
 
 def test_a_part_may_say_only_what_it_changes_of_another(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("grpo: {lr: 0.5, group: 3}\nown_gain: {group: 4}\n")
+    path.write_text("grpo: {learning_rate: 0.5, num_generations: 3}\nown_gain: {num_generations: 4}\n")
     grpo = load_config(path, train_grpo.Args, "grpo")
     assert has_section(path, "own_gain") and not has_section(path, "sft")
-    assert load_config(path, train_grpo.Args, "own_gain", grpo) == replace(grpo, group=4)
-    path.write_text("own_gain: {grup: 4}\n")
-    with pytest.raises(ConfigError, match="'grup'; the closest is 'group'"):
+    assert load_config(path, train_grpo.Args, "own_gain", grpo) == replace(grpo, num_generations=4)
+    path.write_text("own_gain: {num_generation: 4}\n")
+    with pytest.raises(ConfigError, match="'num_generation'; the closest is 'num_generations'"):
         load_config(path, train_grpo.Args, "own_gain", grpo)
 
 
@@ -92,9 +92,9 @@ def test_a_flag_overrides_the_file_and_the_file_the_default(tmp_path):
 
 
 def test_values_become_what_the_fields_are(tmp_path):
-    text = "grpo: {lr: 2, out: a/b, name: null, precision: no, image: [3, 4], board: false}"
+    text = "grpo: {lr: 2, out: a/b, name: null, precision: bf16, image: [3, 4], board: false}"
     args = load_config(written(tmp_path, text), Args, "grpo")
-    assert args == Args(None, 3, 2.0, Path("a/b"), None, "no", (3, 4), False)
+    assert args == Args(None, 3, 2.0, Path("a/b"), None, "bf16", (3, 4), False)
     assert isinstance(args.lr, float)
 
 
@@ -110,7 +110,7 @@ def test_values_become_what_the_fields_are(tmp_path):
         ("sft: {lr: fast}", "lr: 'fast'; expected float"),
         ("sft: {board: 1}", "board: 1; expected bool"),
         ("sft: {steps: null}", "steps: None"),
-        ("sft: {precision: fp8}", "'fp8'; choose from 'no', 'bf16'"),
+        ("sft: {precision: fp8}", "'fp8'; choose from 'fp16', 'bf16'"),
         ("sft: {image: [1]}", "expected a list of 2"),
         ("sft: [1]", "expected a mapping"),
         ("", "expected a mapping"),

@@ -354,7 +354,15 @@ def test_a_policy_with_more_pixels_sees_larger_images_and_keeps_them_when_saved(
 
 def test_the_larger_image_can_be_trained_on_and_is_what_the_trained_policy_is_shown(tmp_path: Any) -> None:
     args = train_sft.Args(
-        single_shot=True, pixels=2.0, samples=4, steps=1, batch=4, eval_samples=0, tracker="none", out=tmp_path / "run"
+        single_shot=True,
+        pixels=2.0,
+        samples=4,
+        steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        eval_samples=0,
+        report_to="none",
+        out=tmp_path / "run",
     )
     trained = load_policy(train_sft.main(args))
     image = [np.zeros((384, 384, 3), np.uint8)]

@@ -34,8 +34,9 @@ PAGES = [
     *sorted((ROOT / "docs").glob("**/*.md")),
 ]
 
-SFT = "--samples 6 --batch 2 --micro-batch 2 --steps 1 --eval-samples 2 --tracker none"
-GRPO = "--prompts 2 --group 2 --eval-samples 2 --tracker none"
+SFT = "--samples 6 --per-device-train-batch-size 2 --gradient-accumulation-steps 1 --steps 1 --eval-samples 2"
+SFT += " --report-to none"
+GRPO = "--prompts 2 --num-generations 2 --eval-samples 2 --report-to none"
 
 # In this order, in one folder: what the command is run with besides what the page says.
 RUN = {
@@ -45,7 +46,7 @@ RUN = {
     "python train_grpo.py": f"{GRPO} --steps 1",
     "python train_grpo.py --resume": f"{GRPO} --steps 2",
     "python train_grpo.py --env IVT-Photos-v0 --steps 5 --out runs/photos": GRPO,
-    "ivt train-grpo --loss gspo --credit trajectory": f"{GRPO} --steps 1 --model tiny --out runs/gspo",
+    "ivt train-grpo --loss-type gspo --advantage trajectory": f"{GRPO} --steps 1 --model tiny --out runs/gspo",
     "ivt train-grpo --layout prefix": f"{GRPO} --steps 1 --model tiny --out runs/prefix",
     "ivt rollout --agent my_agent:MyAgent --env IVT-Photos-v0": "",
     "ivt rollout --agent vlm:tiny --episodes 5 --out runs/tiny": "",
@@ -98,7 +99,7 @@ NOT_HERE = {
     "ivt train-sft --teacher openai:http://127.0.0.1:8000/v1 --teacher-max-requests 6000"
     " --teacher-max-tokens 5000000": "needs a served model; test_teachers",
     "python examples/chat_agent.py http://127.0.0.1:8000/v1 --model X --episodes 2": "needs a served model; test_text",
-    "ivt train-grpo --tracker wandb": "needs an account; test_trackers runs the package offline",
+    "ivt train-grpo --report-to wandb": "needs an account; test_trackers runs the package offline",
     "accelerate launch --num_processes 2 train_grpo.py": "needs two GPUs; test_accelerate_configs",
     "torchrun --standalone --nproc_per_node 2 train_grpo.py": "takes two cores; test_grpo runs it small",
     "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 16 --num_machines 2 --machine_rank 0"
@@ -252,7 +253,7 @@ def test_a_documented_command_runs(command, folder, monkeypatch, capsys):
     traces = folder / "runs" / "sft" / "demonstrations.jsonl"
     if traces.exists():
         shutil.copy(traces, folder / "traces.jsonl")
-    smaller = dict(samples=6, batch=2, micro_batch=2, steps=1, tracker="none")
+    smaller = dict(samples=6, per_device_train_batch_size=2, gradient_accumulation_steps=1, steps=1, report_to="none")
     train = importlib.import_module("ivt_agents.sft.train").main
     monkeypatch.setattr(sft, "main", lambda args: train(dataclasses.replace(args, **smaller)))
     assert execute(shlex.split(f"{command} {RUN[command]}"), monkeypatch) == 0, capsys.readouterr().err[-3000:]

@@ -311,7 +311,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
 
 @pytest.mark.parametrize("script", [train_sft, train_grpo])
 def test_both_scripts_print_parameters_memory_and_the_largest_batch(script, tmp_path, capsys):
-    args = script.Args(model="Qwen/Qwen3-VL-4B-Instruct", out=tmp_path / "run", lora_rank=64, dry_run=True)
+    args = script.Args(model="Qwen/Qwen3-VL-4B-Instruct", out=tmp_path / "run", lora_r=64, dry_run=True)
     script.main(args)
     said = capsys.readouterr().out
     for words in (

@@ -46,7 +46,7 @@ def keep_gradients(trainer) -> dict[str, torch.Tensor]:
 def gradients_of(trainer, rows, advantages) -> dict[str, torch.Tensor]:
     kept = keep_gradients(trainer)
     tokens = float(sum(len(t.completion) for t in rows))
-    divisor = denominator(trainer.config.loss, tokens, len(rows), 3 * tokens)
+    divisor = denominator(trainer.config.loss_type, tokens, len(rows), 3 * tokens)
     trainer.last_metrics = trainer._update(rows, advantages, rows[0], divisor, True)
     return kept
 
@@ -60,7 +60,7 @@ def play(samples=(3, 4), size: int = 4) -> Groups:
 
 
 def bounds(loss: str) -> dict[str, object]:
-    return {"loss": loss, "clip_low": CLIPS[loss][0], "clip_high": CLIPS[loss][1]}
+    return {"loss_type": loss, "epsilon": CLIPS[loss][0], "epsilon_high": CLIPS[loss][1]}
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,12 @@ def test_one_batch_of_all_rows_equals_many_of_one(tmp_path, rows, lora, loss):
     if lora:
         move_adapter(policy)
     options = bounds(loss) | {"beta": 0.1 if lora else 0.0}
-    whole = gradients_of(small_trainer(tmp_path / "a", policy, micro_batch=len(rows), **options), rows, advantages)
-    single = gradients_of(small_trainer(tmp_path / "b", policy, micro_batch=1, **options), rows, advantages)
+    whole = gradients_of(
+        small_trainer(tmp_path / "a", policy, per_device_train_batch_size=len(rows), **options), rows, advantages
+    )
+    single = gradients_of(
+        small_trainer(tmp_path / "b", policy, per_device_train_batch_size=1, **options), rows, advantages
+    )
     assert whole and all(whole[n].abs().sum() > 0 for n in whole)
     for name in whole:
         assert torch.allclose(whole[name], single[name], atol=2e-5 * float(whole[name].abs().max() + 1e-3)), name
@@ -97,9 +101,11 @@ def one_and_two_processes(tmp_path, script: Path) -> list[dict]:
 
 
 CASES: dict[str, dict[str, object]] = {
-    **{loss: bounds(loss) | {"scale": "batch", "advantage": "episode_and_step", "beta": 0.1} for loss in LOSSES},
+    **{
+        loss: bounds(loss) | {"scale_rewards": "batch", "advantage": "episode_and_step", "beta": 0.1} for loss in LOSSES
+    },
     "kl in reward": {"beta": 0.1, "kl_in": "reward"},
-    "group scale": {"scale": "group", "loss": "grpo"},
+    "group scale": {"scale_rewards": "group", "loss_type": "grpo"},
     "defaults": {},
     "one process learns nothing": {},
 }
@@ -109,7 +115,7 @@ def save_whole_updates(out: Path) -> None:
     """Runs in each of several processes: reward, credit, counts and gradient of the same groups, shared out."""
     groups, found = play(), {}
     for name, options in CASES.items():
-        trainer = small_trainer(out.parent / f"{out.stem}-{name}", micro_batch=3, **options)
+        trainer = small_trainer(out.parent / f"{out.stem}-{name}", per_device_train_batch_size=3, **options)
         world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         move_adapter(trainer.policy)
         rewards = groups.rewards.copy()
@@ -167,7 +173,7 @@ def test_the_losses_of_an_update_differ_from_each_other(tmp_path, rows):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains_with_several_updates_on_a_rollout(tmp_path, loss):
-    trainer = small_trainer(tmp_path, iterations=2, **bounds(loss))
+    trainer = small_trainer(tmp_path, num_iterations=2, **bounds(loss))
     before = {n: p.clone() for n, p in trainer.policy.model.named_parameters() if p.requires_grad}
     metrics = trainer.train_step()
     assert np.isfinite(metrics["train/loss"]) and metrics["train/grad_norm"] > 0
@@ -203,7 +209,7 @@ def test_the_reference_of_a_used_adapter_is_the_policy_with_it(tmp_path):
 
 def test_the_kl_in_the_reward_is_the_sum_of_k1_over_a_steps_tokens(tmp_path):
     groups = play()
-    trainer = small_trainer(tmp_path, beta=0.1, kl_in="reward", micro_batch=5)
+    trainer = small_trainer(tmp_path, beta=0.1, kl_in="reward", per_device_train_batch_size=5)
     untouched, metrics = trainer._rewards(groups)
     assert np.abs(untouched - groups.rewards).max() < 1e-5 and abs(metrics["train/kl"]) < 1e-6
     # Now the reference moves away from the policy that sampled.
@@ -230,8 +236,8 @@ def test_the_kl_in_the_reward_is_the_sum_of_k1_over_a_steps_tokens(tmp_path):
 
 
 def test_with_the_kl_in_the_reward_the_policy_is_held_back(tmp_path):
-    free = small_trainer(tmp_path / "a", lr=5e-3, steps=5)
-    held = small_trainer(tmp_path / "b", lr=5e-3, steps=5, beta=1.0, kl_in="reward")
+    free = small_trainer(tmp_path / "a", learning_rate=5e-3, steps=5)
+    held = small_trainer(tmp_path / "b", learning_rate=5e-3, steps=5, beta=1.0, kl_in="reward")
     logged: list[dict[str, float]] = []
     held.train(lambda _, m: logged.append(m))
     assert abs(logged[0]["rollout/kl_penalty"]) < 1e-4 < abs(logged[-1]["rollout/kl_penalty"])
@@ -245,7 +251,7 @@ def test_a_turn_cut_off_by_the_limit_has_no_gradient_and_is_counted(tmp_path):
         turn.finished = False
     tokens = sum(len(t.completion) for episode in groups.turns for t in episode)
     for masked in (True, False):
-        trainer = small_trainer(tmp_path / str(masked), mask_truncated=masked)
+        trainer = small_trainer(tmp_path / str(masked), mask_truncated_completions=masked)
         credit = trainer._credit(groups, groups.rewards)
         lost = sum(len(t.completion) for t in cut) if masked else 0
         assert credit.masked_tokens == lost
@@ -281,7 +287,7 @@ def test_states_are_equal_where_members_saw_the_same():
 
 def test_training_changes_no_prompt(tmp_path, rows):
     before = [(list(t.prompt.ids), t.prompt.images[0].patches.clone(), list(t.completion)) for t in rows]
-    trainer = small_trainer(tmp_path, iterations=2, micro_batch=5, beta=0.1)
+    trainer = small_trainer(tmp_path, num_iterations=2, per_device_train_batch_size=5, beta=0.1)
     trainer._update(rows, [1.0] * len(rows), rows[0], 100.0, True)
     for turn, (ids, patches, completion) in zip(rows, before, strict=True):
         assert turn.prompt.ids == ids and turn.completion == completion
@@ -317,11 +323,11 @@ def test_rewards_of_a_rollout_add_up_to_the_final_iou():
 
 
 def test_four_steps_equal_two_and_a_resumed_two_to_the_bit(tmp_path):
-    whole = small_trainer(tmp_path / "whole", lr=5e-3)
+    whole = small_trainer(tmp_path / "whole", learning_rate=5e-3)
     whole.train(lambda *_: None)
-    first = small_trainer(tmp_path / "cut", lr=5e-3, steps=2)
+    first = small_trainer(tmp_path / "cut", learning_rate=5e-3, steps=2)
     first.train(lambda *_: None)
-    second = small_trainer(tmp_path / "cut", lr=5e-3)
+    second = small_trainer(tmp_path / "cut", learning_rate=5e-3)
     second.resume()
     assert second.step == 2
     second.train(lambda *_: None)
@@ -379,7 +385,7 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-SMALL = "--model tiny --steps 2 --prompts 2 --group 4 --eval-samples 8 --tracker none".split()
+SMALL = "--model tiny --steps 2 --prompts 2 --num-generations 4 --eval-samples 8 --report-to none".split()
 
 
 @pytest.mark.parametrize("place", ["photos", "refer"])
@@ -410,7 +416,7 @@ def test_training_on_data_that_is_not_there_is_an_error(tmp_path):
     ("options", "message"),
     [
         (["--temperature", "0"], "every advantage"),
-        (["--group", "1"], "every advantage"),
+        (["--num-generations", "1"], "every advantage"),
         (["--env", "IVT-Nothing-v0"], "IVT-Nothing"),
         (["--model", "./no/such/folder"], "no/such/folder"),
         (["--resume"], "nothing to resume"),
@@ -424,7 +430,7 @@ def test_contradictions_and_mistakes_end_with_one_clear_line(tmp_path, options, 
 
 def test_a_resumed_command_goes_on_and_ends_with_the_whole_log(tmp_path):
     run = str(tmp_path / "run")
-    assert command("train_grpo.py", *SMALL, "--save-every", "1", "--out", run).returncode == 0
+    assert command("train_grpo.py", *SMALL, "--save-steps", "1", "--out", run).returncode == 0
     done = command("train_grpo.py", "--resume", *SMALL[:2], "--steps", "3", *SMALL[4:], "--out", run)
     assert done.returncode == 0, done.stderr[-2000:]
     steps = [r["step"] for r in metrics_of(tmp_path / "run") if "train/loss" in r]
@@ -432,12 +438,12 @@ def test_a_resumed_command_goes_on_and_ends_with_the_whole_log(tmp_path):
 
 
 def test_every_new_option_runs_from_the_command_and_is_recorded(tmp_path):
-    options = ["--loss", "cispo", "--credit", "episode_and_step", "--omega", "0.5", "--scale", "batch"]
-    options += ["--scale-floor", "0.01", "--kl-coef", "0.01", "--kl-in", "reward", "--iterations", "2"]
-    done = command("train_grpo.py", *SMALL, *options, "--no-mask-truncated", "--out", str(tmp_path / "run"))
+    options = ["--loss-type", "cispo", "--advantage", "episode_and_step", "--omega", "0.5", "--scale-rewards", "batch"]
+    options += ["--scale-floor", "0.01", "--beta", "0.01", "--kl-in", "reward", "--num-iterations", "2"]
+    done = command("train_grpo.py", *SMALL, *options, "--no-mask-truncated-completions", "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (recorded["clip_low"], recorded["clip_high"]) == CLIPS["cispo"], "what None stood for"
+    assert (recorded["epsilon"], recorded["epsilon_high"]) == CLIPS["cispo"], "what None stood for"
     assert recorded["advantage"] == "episode_and_step" and recorded["beta"] == 0.01
     trained = [r for r in metrics_of(tmp_path / "run") if "train/loss" in r]
     assert len(trained) == 2 and all("rollout/kl_penalty" in r and "train/masked_tokens" in r for r in trained)
@@ -463,7 +469,7 @@ def test_an_adapter_as_the_starting_model_is_merged_first(tmp_path):
     policy = small_policy()
     move_adapter(policy)
     policy.save(tmp_path / "sft")
-    options = ["--model", str(tmp_path / "sft"), "--beta", "0.1", "--lr", "1e-12", "--steps", "1", *SMALL[4:]]
+    options = ["--model", str(tmp_path / "sft"), *"--beta 0.1 --learning-rate 1e-12 --steps 1".split(), *SMALL[4:]]
     done = command("train_grpo.py", *options, "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = [r for r in metrics_of(tmp_path / "run") if "train/loss" in r]

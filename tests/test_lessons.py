@@ -266,7 +266,7 @@ def test_the_student_is_asked_about_some_of_each_image_and_everything_else_is_ta
         seed=3,
         steps=0,
         eval_samples=0,
-        tracker="none",
+        report_to="none",
         out=tmp_path / "run",
     )
     train_sft.main(args)

@@ -48,7 +48,14 @@ def test_every_logged_key_has_an_entry_and_every_entry_is_logged(tmp_path, monke
     options = TINY | {"steps": 1, "eval_samples": 2}
     train_grpo.main(Args(**with_out(options, tmp_path / "a", beta=0.01)))
     train_grpo.main(Args(**with_out(options, tmp_path / "b", beta=0.01, kl_in="reward", eval_samples=0)))
-    sft = {"samples": 4, "steps": 1, "batch": 2, "micro_batch": 2, "eval_samples": 0, "tracker": "none"}
+    sft = {
+        "samples": 4,
+        "steps": 1,
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 2,
+        "eval_samples": 0,
+        "report_to": "none",
+    }
     train_sft.main(train_sft.Args(out=tmp_path / "c", **sft))
     known = entries()
     assert len(known) == len(set(known)) > 30

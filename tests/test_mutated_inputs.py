@@ -25,23 +25,25 @@ from ivt_agents.vlm.tiny import weights_folder
 
 torch.set_num_threads(1)
 
-SMALL = ["--model", "tiny", "--prompts", "1", "--group", "2", "--max-new-tokens", "14", "--lora-rank", "4"]
-SMALL += ["--eval-samples", "0", "--tracker", "none", "--save-every", "1", "--max-steps", "1"]
+SMALL = "--model tiny --prompts 1 --num-generations 2 --max-completion-length 14 --lora-r 4".split()
+SMALL += ["--eval-samples", "0", "--report-to", "none", "--save-steps", "1", "--episode-steps", "1"]
+
+BATCH = "--per-device-train-batch-size 2 --gradient-accumulation-steps 1".split()
 
 CONFIGURATION = """\
-sft: {model: tiny, samples: 4, steps: 1, batch: 2, lr: 1.0e-4, lessons: verification, first_answers: 0.5}
+sft: {model: tiny, samples: 4, steps: 1, per_device_train_batch_size: 2, learning_rate: 1.0e-4, lessons: verification}
 grpo:
   model: tiny
   prompts: 1
-  group: 2
-  max_new_tokens: 14
-  lora_rank: 4
-  lr: 1.0e-3
+  num_generations: 2
+  max_completion_length: 14
+  lora_r: 4
+  learning_rate: 1.0e-3
   view: overlay
   image: [480, 640]
   beta: 0.04
   dtype: null
-rollout: {agent: centre, episodes: 1, seed: 3, max_steps: 2, json: true}
+rollout: {agent: centre, episodes: 1, seed: 3, episode_steps: 2, json: true}
 evaluate:
   policies: [a=random, b=centre]
   samples: 3
@@ -49,9 +51,9 @@ evaluate:
   margin: 0.1
 """
 CAPS = {
-    "rollout": ["--episodes", "1", "--max-steps", "2"],
-    "evaluate": ["--samples", "3", "--max-steps", "2", "--num-envs", "3", "--page-episodes", "2"],
-    "train-sft": ["--samples", "4", "--steps", "1", "--batch", "2", "--eval-samples", "0", "--tracker", "none"],
+    "rollout": ["--episodes", "1", "--episode-steps", "2"],
+    "evaluate": ["--samples", "3", "--episode-steps", "2", "--num-envs", "3", "--page-episodes", "2"],
+    "train-sft": [*"--samples 4 --steps 1 --eval-samples 0 --report-to none".split(), *BATCH],
     "train-grpo": ["--steps", "0", *SMALL],
 }
 """What would take long if a configuration could say it."""
@@ -75,7 +77,7 @@ def made(tmp_path_factory):
 def command(family, folder, rng):
     """The words of the command that reads ``folder``."""
     if family in ("policies", "adapters"):
-        return ["rollout", "--agent", f"vlm:{folder}", "--max-steps", "1", "--out", str(folder.parent / "out")]
+        return ["rollout", "--agent", f"vlm:{folder}", "--episode-steps", "1", "--out", str(folder.parent / "out")]
     if family == "runs":
         return ["train-grpo", "--out", str(folder), *SMALL, "--steps", "1", "--resume"]
     name = rng.choice(list(CAPS))

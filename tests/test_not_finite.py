@@ -111,7 +111,7 @@ POISONS = {
 def test_grpo_stops_at_the_step_names_the_quantity_and_keeps_the_last_good_checkpoint(
     tmp_path, monkeypatch, said, step
 ):
-    trainer = small_trainer(tmp_path, small_policy(), save_every=1, prompts=1)
+    trainer = small_trainer(tmp_path, small_policy(), save_steps=1, prompts=1)
     POISONS[said](trainer, monkeypatch, step)
     kept = f"step-{step - 1:06d}"
     with pytest.raises(NotFiniteError, match=rf"step {step}: .*{said}.*last good checkpoint is \S+{kept}"):
@@ -121,16 +121,24 @@ def test_grpo_stops_at_the_step_names_the_quantity_and_keeps_the_last_good_check
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, step))
 
 
-@pytest.mark.parametrize("mode", [{}, {"single_shot": True}, {"optimizer": "muon"}, {"lora_rank": 2}])
+@pytest.mark.parametrize("mode", [{}, {"single_shot": True}, {"optim": "muon"}, {"lora_r": 2}])
 def test_train_sft_with_a_rate_that_blows_up_ends_with_one_line_and_writes_no_policy(tmp_path, mode):
-    options = {"samples": 8, "batch": 4, "steps": 3, "eval_samples": 0, "tracker": "none"}
+    options = {
+        "samples": 8,
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 4,
+        "steps": 3,
+        "eval_samples": 0,
+        "report_to": "none",
+    }
     with pytest.raises(NotFiniteError, match=r"step [123]: .* is \S+, so training stops"):
-        train_sft.main(train_sft.Args(lr=1e25, out=tmp_path / "run", **options, **mode))
+        train_sft.main(train_sft.Args(learning_rate=1e25, out=tmp_path / "run", **options, **mode))
     assert not (tmp_path / "run" / "policy").exists()
 
 
 def test_the_command_ends_with_status_2_and_one_line(tmp_path):
-    options = "--samples 4 --batch 2 --steps 3 --eval-samples 0 --tracker none --lr 1e25".split()
+    options = "--samples 4 --per-device-train-batch-size 2 --gradient-accumulation-steps 1 --steps 3".split()
+    options += "--eval-samples 0 --report-to none --learning-rate 1e25".split()
     command = [sys.executable, "train_sft.py", *options, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     last = done.stderr.strip().splitlines()[-1]
@@ -176,7 +184,7 @@ def train_with_a_poisoned_process(out: Path) -> None:
     said = {}
     for name, broken in (("reward", poison_rewards), ("gradient", None)):
         folder = out.parent / f"{out.stem}-{name}"
-        trainer = small_trainer(folder, small_policy(), save_every=1)
+        trainer = small_trainer(folder, small_policy(), save_steps=1)
         second = trainer.accelerator.process_index == 1
         patch = pytest.MonkeyPatch()
         if second and broken:

@@ -9,12 +9,15 @@ import itertools
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import tyro
 
 from experiments import study
+from ivt_agents.command import parse
+from ivt_agents.config import MEANT, ConfigError
 from ivt_agents.evaluation import evaluate, swaps
 from ivt_agents.grpo.advantages import ADVANTAGES, SCALES
 from ivt_agents.grpo.losses import CLIPS, LOSSES
@@ -28,26 +31,26 @@ NAN = float("nan")
 
 REFUSED = [
     ({"steps": -1}, "steps -1", "at least 0"),
-    ({"warmup": -1}, "warmup -1", "at least 0"),
-    ({"save_every": 0}, "save_every 0", "at least 1"),
-    ({"eval_every": -1}, "eval_every -1", "at least 0"),
+    ({"warmup_steps": -1}, "warmup_steps -1", "at least 0"),
+    ({"save_steps": 0}, "save_steps 0", "at least 1"),
+    ({"eval_steps": -1}, "eval_steps -1", "at least 0"),
     ({"eval_samples": -1}, "eval_samples -1", "at least 0"),
-    ({"lora_rank": -1}, "lora_rank -1", "at least 0"),
+    ({"lora_r": -1}, "lora_r -1", "at least 0"),
     ({"seed": -1}, "seed -1", "at least 0"),
-    ({"lr": 0.0}, "lr 0", "would stay"),
-    ({"lr": NAN}, "lr nan", "would stay"),
-    ({"max_steps": 0}, "max_steps 0", "at least 1"),
+    ({"learning_rate": 0.0}, "learning_rate 0", "would stay"),
+    ({"learning_rate": NAN}, "learning_rate nan", "would stay"),
+    ({"episode_steps": 0}, "episode_steps 0", "at least 1"),
     ({"max_grad_norm": -1.0}, "max_grad_norm -1", "uphill"),
     ({"max_grad_norm": NAN}, "max_grad_norm nan", "uphill"),
     ({"temperature": 0.0}, "temperature 0", "every advantage 0"),
     ({"temperature": NAN}, "temperature nan", "every advantage 0"),
-    ({"group": 1}, "group 1", "every advantage is 0"),
+    ({"num_generations": 1}, "num_generations 1", "every advantage is 0"),
     ({"prompts": 15}, "prompts 15 on 2 processes", "one more than the others"),
-    ({"prompts": 0}, "prompts 0", "never be updated"),
-    ({"iterations": 0}, "iterations 0", "never be updated"),
-    ({"micro_batch": 0}, "micro_batch 0", "never be updated"),
-    ({"max_new_tokens": 0}, "max_new_tokens 0", "never be updated"),
-    ({"max_steps": 1, "reward": "final"}, "max_steps 1", "nothing to refine"),
+    ({"prompts": 0}, "prompts 0", "at least 1"),
+    ({"num_iterations": 0}, "num_iterations 0", "at least 1"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size 0", "at least 1"),
+    ({"max_completion_length": 0}, "max_completion_length 0", "at least 1"),
+    ({"episode_steps": 1, "reward": "final"}, "episode_steps 1", "nothing to refine"),
     ({"advantage": "episode_and_step", "omega": 0.0}, "omega 0", "nothing of the step comparison"),
     ({"advantage": "episode_and_step", "omega": -1.0}, "omega -1", "turned round"),
     ({"advantage": "trajectory", "omega": 0.5}, "omega 0.5", "ignored"),
@@ -56,24 +59,24 @@ REFUSED = [
     ({"discount": NAN}, "discount nan", "more than an earlier one"),
     ({"discount": 0.5, "advantage": "trajectory"}, "discount 0.5", "weighs later gains"),
     ({"discount": 0.0, "reward": "final"}, "discount 0", "weighs later gains"),
-    ({"optimizer": "muon"}, "lora_rank 16", "an adapter leaves none"),
+    ({"optim": "muon"}, "lora_r 16", "an adapter leaves none"),
     ({"start_share": 1.0}, "start_share 1", "would be left"),
     ({"start_share": NAN}, "start_share nan", "would be left"),
     ({"start_share": 0.2, "quantize": "nf4"}, "start_share 0.2", "cannot be merged exactly"),
     ({"cooldown": 61}, "cooldown 61 of 60", "0 to 60"),
     ({"cooldown": -1}, "cooldown -1", "0 to 60"),
-    ({"scale": "group", "scale_floor": 0.0}, "scale_floor 0", "as large as"),
-    ({"scale": "batch", "scale_floor": NAN}, "scale_floor nan", "as large as"),
-    ({"scale": "group", "loss": "dr_grpo"}, "dr_grpo", "GRPO without that division"),
-    ({"scale": "group", "kl_in": "reward", "beta": 0.04}, "kl_in reward", "from 0.04 to 40"),
-    ({"loss": "gspo", "clip_low": 0.2}, "clip_low 0.2", "1,470 times as probable"),
-    ({"loss": "gspo", "clip_high": 0.28}, "clip_high 0.28", "times as probable"),
-    ({"loss": "gspo", "mixed_precision": "bf16"}, "mixed_precision bf16", "74 % of the answers"),
-    ({"loss": "gspo", "dtype": "bfloat16"}, "dtype bfloat16", "74 % of the answers"),
-    ({"loss": "gspo", "quantize": "nf4"}, "quantize nf4", "74 % of the answers"),
-    ({"clip_high": 0.0}, "clip_high 0", "have not moved yet"),
-    ({"clip_low": -0.1}, "clip_low -0.1", "have not moved yet"),
-    ({"clip_low": 1.5}, "clip_low 1.5", "never bind"),
+    ({"scale_rewards": "group", "scale_floor": 0.0}, "scale_floor 0", "as much as"),
+    ({"scale_rewards": "batch", "scale_floor": NAN}, "scale_floor nan", "as much as"),
+    ({"scale_rewards": "group", "loss_type": "dr_grpo"}, "dr_grpo", "GRPO without that division"),
+    ({"scale_rewards": "group", "kl_in": "reward", "beta": 0.04}, "kl_in reward", "from 0.04 to 40"),
+    ({"loss_type": "gspo", "epsilon": 0.2}, "epsilon 0.2", "1,470 times as probable"),
+    ({"loss_type": "gspo", "epsilon_high": 0.28}, "epsilon_high 0.28", "times as probable"),
+    ({"loss_type": "gspo", "bf16": True}, "bf16 with", "74 % of the answers"),
+    ({"loss_type": "gspo", "dtype": "bfloat16"}, "dtype bfloat16", "74 % of the answers"),
+    ({"loss_type": "gspo", "quantize": "nf4"}, "nf4 with", "74 % of the answers"),
+    ({"epsilon_high": 0.0}, "epsilon_high 0", "have not moved yet"),
+    ({"epsilon": -0.1}, "epsilon -0.1", "have not moved yet"),
+    ({"epsilon": 1.5}, "epsilon 1.5", "never bind"),
     ({"beta": -0.1}, "beta -0.1", "paid for leaving"),
     ({"kl_in": "reward"}, "beta 0", "nothing would be subtracted"),
 ]
@@ -87,13 +90,16 @@ def test_a_contradiction_is_refused_with_its_value_and_its_consequence(options, 
 
 
 SFT_REFUSED = [
-    *(({name: 0}, f"{name} 0", "at least 1") for name in ("samples", "neighbours", "batch", "micro_batch")),
-    *(({name: -1}, f"{name} -1", "at least 0") for name in ("steps", "lora_rank", "seed", "eval_samples")),
+    *(
+        ({name: 0}, f"{name} 0", "at least 1")
+        for name in ("samples", "neighbours", "gradient_accumulation_steps", "per_device_train_batch_size")
+    ),
+    *(({name: -1}, f"{name} -1", "at least 0") for name in ("steps", "lora_r", "seed", "eval_samples")),
     *(({name: -1}, f"{name} -1", "at least 0") for name in ("teacher_max_requests", "teacher_max_tokens")),
     ({"harvested": 2}, "harvested 2 of 1", "1 to 1"),
     ({"first_answers": 0.5}, "first_answers 0.5", "verification"),
-    ({"lr": -1.0}, "lr -1", "uphill"),
-    ({"lr": NAN}, "lr nan", "be lost"),
+    ({"learning_rate": -1.0}, "learning_rate -1", "uphill"),
+    ({"learning_rate": NAN}, "learning_rate nan", "be lost"),
     ({"smoothing": -1.0}, "smoothing -1", "0 or more"),
     ({"smoothing": NAN}, "smoothing nan", "0 or more"),
     ({"decision_weight": 0.0}, "decision_weight 0", "would not be learned"),
@@ -119,7 +125,7 @@ def test_supervised_training_refuses_what_it_could_not_learn_from(options, value
         (swaps, {"seed": -1}, "seed -1"),
         (study, {"seeds": 0}, "seeds 0"),
         (study, {"jobs": 0}, "jobs 0"),
-        (study, {"max_steps": 1}, "max_steps 1"),
+        (study, {"episode_steps": 1}, "episode_steps 1"),
         (study, {"batch": 1}, "batch 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -134,7 +140,7 @@ def test_a_measurement_of_nothing_is_refused_before_its_folder_is_made(command, 
 def test_every_other_combination_is_accepted_and_nothing_is_changed():
     accepted = 0
     for loss, credit, scale, kl_in in itertools.product(LOSSES, ADVANTAGES, SCALES, ("loss", "reward")):
-        args = Args(loss=loss, advantage=credit, scale=scale, kl_in=kl_in, beta=0.04)
+        args = Args(loss_type=loss, advantage=credit, scale_rewards=scale, kl_in=kl_in, beta=0.04)
         before = copy.deepcopy(args)
         refused = scale == "group" and (loss == "dr_grpo" or kl_in == "reward")
         if refused:
@@ -151,24 +157,49 @@ def test_every_other_combination_is_accepted_and_nothing_is_changed():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_default_bounds_of_a_loss_are_accepted_when_given(loss):
     low, high = CLIPS[loss]
-    check_options(Args(loss=loss, clip_low=low, clip_high=high))
+    check_options(Args(loss_type=loss, epsilon=low, epsilon_high=high))
 
 
 def test_the_choices_of_the_command_are_those_of_the_code():
-    for name, names in (("loss", LOSSES), ("advantage", ADVANTAGES), ("scale", SCALES)):
+    for name, names in (("loss_type", LOSSES), ("advantage", ADVANTAGES), ("scale_rewards", SCALES)):
         for value in names:
-            assert getattr(tyro.cli(Args, args=[f"--{name}", value]), name) == value
+            assert getattr(tyro.cli(Args, args=[f"--{name.replace('_', '-')}", value]), name) == value
 
 
-def test_old_and_new_names_of_an_option_are_one():
-    for old, new, value in (("advantage", "credit", "trajectory"), ("beta", "kl-coef", "0.04")):
-        assert tyro.cli(Args, args=[f"--{old}", value]) == tyro.cli(Args, args=[f"--{new}", value])
-        assert tyro.cli(Args, args=[f"--{old}", value]) != Args()
-    assert tyro.cli(Args, args=[]) == Args()
+NAMES = [
+    (
+        Args,
+        ["--max-steps", "3"],
+        "--max-steps: say --steps (training steps) or --episode-steps (actions in an episode)",
+    ),
+    (Args, ["--lr=1e-4"], "--lr: say --learning-rate"),
+    (Args, ["--no-mask-truncated"], "--no-mask-truncated: say --mask-truncated-completions"),
+    (Args, ["--clip_low", "0.1"], "--clip_low: say --epsilon"),
+    (Args, ["--credit", "trajectory"], "--credit: say --advantage"),
+    (Args, ["--kl-coef", "0.1"], "--kl-coef: say --beta"),
+    (Args, ["--mixed-precision", "bf16"], "--mixed-precision: say --bf16 (a switch)"),
+    (Args, ["--output-dir", "x"], "--output-dir: say --out"),
+    (train_sft.Args, ["--batch", "8"], "say --per-device-train-batch-size or --gradient-accumulation-steps"),
+    (evaluate.Args, ["--max-steps", "3"], "--max-steps: say --episode-steps (actions in an episode)"),
+    (swaps.Args, ["--max-steps", "3"], "--max-steps: say --episode-steps (actions in an episode)"),
+]
+
+
+@pytest.mark.parametrize(("args", "argv", "said"), NAMES, ids=[argv[0] for _, argv, _ in NAMES])
+def test_an_old_or_foreign_name_is_refused_with_the_one_that_is_meant(args, argv, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parse(args, argv)
+
+
+def test_a_command_that_has_such_a_name_takes_it():
+    assert parse(study.Args, ["--batch", "8"]).batch == 8
+    assert not {old for old in MEANT if old in {f.name for args in (Args, train_sft.Args) for f in fields(args)}}
 
 
 def test_the_command_ends_before_it_loads_anything(tmp_path):
-    options = ["--model", "./no/such/model", "--loss", "dr_grpo", "--scale", "group", "--out", str(tmp_path / "run")]
+    options = "--model ./no/such/model --loss-type dr_grpo --scale-rewards group --out".split() + [
+        str(tmp_path / "run")
+    ]
     done = subprocess.run(
         [sys.executable, "train_grpo.py", *options], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -237,9 +237,9 @@ def test_a_bonus_that_contradicts_is_refused(options, message):
 @pytest.mark.parametrize("path", [SCENES, LARGE])
 def test_both_configurations_are_the_papers_recipe(path, tmp_path):
     recipe = paper.load_recipe(paper.Args(config=path, out=tmp_path, seed=3))
-    assert (recipe.grpo.group, recipe.grpo.beta, recipe.grpo.format_bonus) == (6, 0.04, 0.1)
-    assert recipe.grpo.max_steps == 3 and recipe.single.max_steps == 1 and not recipe.single.stop
-    assert replace(recipe.single, max_steps=3, out=recipe.grpo.out) == recipe.grpo
+    assert (recipe.grpo.num_generations, recipe.grpo.beta, recipe.grpo.format_bonus) == (6, 0.04, 0.1)
+    assert recipe.grpo.episode_steps == 3 and recipe.single.episode_steps == 1 and not recipe.single.stop
+    assert replace(recipe.single, episode_steps=3, out=recipe.grpo.out) == recipe.grpo
     assert recipe.sft.layout == recipe.grpo.layout == "prefix" and recipe.sft.samples == 2400
     assert recipe.grpo.model == str(recipe.sft.out / "policy")
     assert {recipe.sft.seed, recipe.grpo.seed, recipe.single.seed} == {3}
@@ -262,9 +262,9 @@ def test_the_configuration_of_the_scenes_says_of_every_value_whose_it_is():
         ("grpo", "stop", True),
         ("grpo", "advantage", "return_to_go"),
         ("grpo", "reward", "gain"),
-        ("grpo", "max_steps", 1),
+        ("grpo", "episode_steps", 1),
         ("grpo", "layout", "fresh"),
-        ("grpo", "mixed_precision", "no"),
+        ("grpo", "bf16", False),
     ],
 )
 def test_another_recipe_is_refused_by_name(tmp_path, part, key, value):
@@ -281,7 +281,7 @@ def test_a_dry_run_of_the_4b_model_says_all_stages_and_writes_nothing(tmp_path, 
     assert paper.main(paper.Args(config=LARGE, out=tmp_path / "out", dry_run=True)) == {}
     said = capsys.readouterr().out
     assert said.count("Qwen/Qwen3-VL-4B-Instruct") >= 3 and said.count("GB") > 3
-    for words in ("lessons paper", "stop False", "format_bonus 0.1", "max_steps 1", "IVT-Mixed-v0", "layout prefix"):
+    for words in ("lessons paper", "stop False", "format_bonus 0.1", "episode_steps 1", "Mixed-v0", "layout prefix"):
         assert words in said, words
     assert not (tmp_path / "out").exists()
 
@@ -401,9 +401,9 @@ def test_the_first_version_quotes_the_paper_and_marks_what_the_target_chose():
 
 def test_the_command_trains_plays_and_takes_up_what_is_done(tmp_path, capsys):
     content = yaml.safe_load(SCENES.read_text())
-    content["sft"] |= {"samples": 24, "steps": 1, "batch": 4, "micro_batch": 4}
-    content["grpo"] |= {"steps": 1, "prompts": 1, "group": 2, "max_new_tokens": 14}
-    content["own_gain"] |= {"steps": 1, "prompts": 1, "group": 2, "cooldown": 1}
+    content["sft"] |= {"samples": 24, "steps": 1, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+    content["grpo"] |= {"steps": 1, "prompts": 1, "num_generations": 2, "max_completion_length": 14}
+    content["own_gain"] |= {"steps": 1, "prompts": 1, "num_generations": 2, "cooldown": 1}
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(content))
     args = paper.Args(config=path, out=tmp_path / "run", samples=6, split="val", num_envs=6)
@@ -428,12 +428,12 @@ def test_the_command_trains_plays_and_takes_up_what_is_done(tmp_path, capsys):
     ("part", "options", "asked", "why"),
     [
         ("grpo", {}, {"split": "tset"}, "no split 'tset'"),
-        ("grpo", {"group": 1}, {}, "group 1"),
+        ("grpo", {"num_generations": 1}, {}, "num_generations 1"),
         ("own_gain", {"cooldown": 999}, {}, "cooldown 999"),
-        ("own_gain", {"quantize": "nf4", "start_share": 0.0}, {}, "lora_rank 0 with weights in nf4"),
+        ("own_gain", {"quantize": "nf4", "start_share": 0.0}, {}, "lora_r 0 with weights in nf4"),
         *(
             ("own_gain", {name: other}, {}, f"own_gain.{name} is")
-            for name, other in (("stop", True), ("view", "closeup"), ("max_steps", 2), ("mixed_precision", "no"))
+            for name, other in (("stop", True), ("view", "closeup"), ("episode_steps", 2), ("bf16", False))
         ),
     ],
 )

@@ -206,8 +206,8 @@ def test_grpo_goes_on_with_the_warm_start_adapter_and_its_first_kl_is_zero(optio
     policy = load_policy(tmp_path / "policy", temperature=1.0, max_new_tokens=14)
     policy.model = make_trainable(policy.model, 4, reference=True)
     frozen = {n: p.clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
-    config = small_config(beta=0.04, lr=1e-2)
-    env = make_vector_env("IVT-Scenes-v0", config.prompts * config.group, split="train")
+    config = small_config(beta=0.04, learning_rate=1e-2)
+    env = make_vector_env("IVT-Scenes-v0", config.prompts * config.num_generations, split="train")
     log = MetricsLog(tmp_path / "run", enabled=False)
     trainer = GRPOTrainer(policy, env, config, Accelerator(cpu=True), log, tmp_path / "run")
     first, second = trainer.train_step(), trainer.train_step()
@@ -218,7 +218,7 @@ def test_grpo_goes_on_with_the_warm_start_adapter_and_its_first_kl_is_zero(optio
 
 def test_another_rank_than_the_adapter_has_is_refused(tmp_path):
     policy = adapted(tmp_path / "policy", dtype="bfloat16")
-    with pytest.raises(RunError, match="give --lora-rank 4"):
+    with pytest.raises(RunError, match="give --lora-r 4"):
         make_trainable(policy.model, 8)
 
 
@@ -274,7 +274,7 @@ def test_the_trainer_samples_as_it_scores(tmp_path):
         policy = load_policy("tiny", temperature=1.0, max_new_tokens=14)
         policy.model = make_trainable(policy.model, 4)
         config = small_config()
-        env = make_vector_env("IVT-Scenes-v0", config.prompts * config.group, split="train")
+        env = make_vector_env("IVT-Scenes-v0", config.prompts * config.num_generations, split="train")
         AcceleratorState._reset_state(True)  # one number format a process, but for this
         accelerator = Accelerator(cpu=True, mixed_precision=precision)
         log = MetricsLog(tmp_path / precision, enabled=False)
@@ -290,8 +290,8 @@ def test_the_trainer_samples_as_it_scores(tmp_path):
 @pytest.mark.parametrize(
     ("options", "rank", "said"),
     [
-        ({"quantize": "nf4"}, 0, "lora_rank 0 with weights in nf4"),
-        ({"dtype": "bfloat16"}, 0, "lora_rank 0 with weights in bfloat16"),
+        ({"quantize": "nf4"}, 0, "lora_r 0 with weights in nf4"),
+        ({"dtype": "bfloat16"}, 0, "lora_r 0 with weights in bfloat16"),
         ({"quantize": "nf4", "dtype": "float32"}, 8, "dtype float32 with quantize nf4"),
         ({"attention": "flash_attention_2"}, 8, "needs a GPU"),
     ],

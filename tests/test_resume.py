@@ -19,9 +19,11 @@ import torch
 from killed_run import run, with_out
 from learner import small_trainer
 
+from ivt_agents.config import RENAMED, with_new_names
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.checks import MAY_CHANGE, check_run
 from ivt_agents.grpo.train import Args
+from ivt_agents.sft.train import Args as SFTArgs
 from ivt_agents.training.checkpoints import (
     PROCESSES,
     checkpoints,
@@ -39,14 +41,14 @@ ROOT = Path(__file__).parent.parent
 TINY = {
     "model": "tiny",
     "prompts": 1,
-    "group": 2,
-    "max_new_tokens": 14,
-    "lora_rank": 4,
-    "lr": 5e-3,
-    "warmup": 1,
+    "num_generations": 2,
+    "max_completion_length": 14,
+    "lora_r": 4,
+    "learning_rate": 5e-3,
+    "warmup_steps": 1,
     "eval_samples": 0,
-    "tracker": "none",
-    "save_every": 1,
+    "report_to": "none",
+    "save_steps": 1,
 }
 
 
@@ -104,7 +106,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_run_that_was_not(tmp_p
 
 
 def test_a_run_with_muon_and_a_falling_rate_goes_on_as_if_it_had_not_been_cut(tmp_path):
-    options = TINY | {"lora_rank": 0, "optimizer": "muon", "lr": 1e-2, "steps": 4, "cooldown": 3}
+    options = TINY | {"lora_r": 0, "optim": "muon", "learning_rate": 1e-2, "steps": 4, "cooldown": 3}
     train_grpo.main(Args(**with_out(options, tmp_path / "whole")))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(checkpoints(tmp_path / "cut")[-1])
@@ -154,10 +156,10 @@ def test_what_is_measured_after_going_back_is_what_is_saved_and_an_adapter_may_b
     options = TINY | {
         "model": str(start),
         "steps": 3,
-        "lr": 0.05,
+        "learning_rate": 0.05,
         "start_share": 0.9,
         "eval_samples": 3,
-        "eval_every": 0,
+        "eval_steps": 0,
     }
     train_grpo.main(Args(**with_out(options, tmp_path / "run")))
     told = json.loads((tmp_path / "run" / "before_after.json").read_text())["after"]
@@ -246,7 +248,7 @@ def test_checkpoints_are_ordered_by_number_and_not_by_name(tmp_path):
 
 
 def test_an_evaluation_that_a_kill_prevented_is_made_when_the_run_goes_on(tmp_path):
-    options = TINY | {"eval_samples": 2, "eval_every": 2}
+    options = TINY | {"eval_samples": 2, "eval_steps": 2}
     train_grpo.main(Args(**with_out(options, tmp_path / "whole", steps=2)))
     train_grpo.main(Args(**with_out(options, tmp_path / "cut", steps=2)))
     path = tmp_path / "cut" / "metrics.jsonl"
@@ -295,9 +297,11 @@ def test_an_option_that_decides_the_result_cannot_change_and_others_can(name):
 def test_what_may_change_are_options_and_what_decides_the_result_is_not_among_them():
     names = {f.name for f in fields(Args)}
     assert names >= MAY_CHANGE
-    decisive = {"loss", "clip_low", "clip_high", "beta", "kl_in", "lr", "warmup", "group", "prompts", "seed", "model"}
-    decisive |= {"env", "split", "reward", "advantage", "scale", "temperature", "max_steps", "iterations", "lora_rank"}
-    decisive |= {"view", "layout", "dtype", "quantize", "loss"}
+    decisive = set(
+        "loss_type epsilon epsilon_high beta kl_in learning_rate warmup_steps num_generations prompts seed model env"
+        " split reward advantage scale_rewards temperature episode_steps num_iterations lora_r lora_alpha view layout"
+        " dtype quantize".split()
+    )
     assert decisive <= names - MAY_CHANGE
 
 
@@ -305,16 +309,45 @@ def test_a_command_that_would_make_another_run_of_it_changes_nothing(tmp_path):
     out = tmp_path / "run"
     train_grpo.main(Args(**with_out(TINY, out, steps=1)))
     files = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(RunError, match=r"loss: the run has 'dapo', this command 'cispo'.*--loss dapo"):
-        train_grpo.main(Args(**with_out(TINY, out, steps=2, loss="cispo", resume=True)))
+    with pytest.raises(RunError, match=r"loss_type: the run has 'dapo', this command 'cispo'.*--loss-type dapo"):
+        train_grpo.main(Args(**with_out(TINY, out, steps=2, loss_type="cispo", resume=True)))
     with pytest.raises(RunError, match=r"holds a run of 1 steps: add --resume"):
         train_grpo.main(Args(**with_out(TINY, out, steps=2)))
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == files
     # What may change does, and a new run leaves nothing of the old one that could be resumed from.
-    train_grpo.main(Args(**with_out(TINY, out, steps=3, save_every=2, resume=True)))
+    train_grpo.main(Args(**with_out(TINY, out, steps=3, save_steps=2, resume=True)))
     assert load_checkpoint(out)["step"] == 3
     train_grpo.main(Args(**with_out(TINY, out, steps=1, seed=1, overwrite=True)))
     assert load_checkpoint(out)["step"] == 1 and recorded_options(out)["seed"] == 1
+
+
+def old_names(options: dict[str, object]) -> dict[str, object]:
+    """Options as they were recorded before they got the names of TRL and transformers."""
+    old = {new: name for name, new in RENAMED.items()}
+    found = {old.get(key, key): value for key, value in options.items() if key != "lora_alpha"}
+    found["mixed_precision"] = "bf16" if found.pop("bf16") else "no"
+    if (passes := found.pop("gradient_accumulation_steps", None)) is not None:
+        found["batch"] = found["micro_batch"] * passes * found[PROCESSES]
+    return found
+
+
+def test_a_run_recorded_under_old_names_goes_on_as_if_they_were_todays(tmp_path):
+    for name, steps in (("whole", 3), ("cut", 2)):
+        train_grpo.main(Args(**with_out(TINY, tmp_path / name, steps=steps)))
+    path = tmp_path / "cut" / "config.json"
+    write_json(path, old_names(json.loads(path.read_text())))
+    assert {"lr", "group", "max_steps", "tracker"} <= json.loads(path.read_text()).keys()
+    with pytest.raises(RunError, match="learning_rate: the run has 0.005, this command 0.1"):
+        train_grpo.main(Args(**with_out(TINY, tmp_path / "cut", steps=3, learning_rate=0.1, resume=True)))
+    train_grpo.main(Args(**with_out(TINY, tmp_path / "cut", steps=3, resume=True)))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("args", [Args(bf16=True), SFTArgs(per_device_train_batch_size=8), SFTArgs(lora_r=4)])
+def test_old_names_and_values_are_read_as_todays(args, processes):
+    written = json.loads(json.dumps(asdict(args), default=str)) | {PROCESSES: processes}
+    assert with_new_names(old_names(written)) == with_new_names(written) == written
 
 
 @pytest.mark.parametrize(
@@ -333,7 +366,7 @@ def test_a_run_whose_options_are_not_known_is_not_gone_on_with(tmp_path, content
 
 def train_on_several(out: Path, part: str) -> None:
     """Runs in each of the processes: a whole run and the first half of another, or the second half."""
-    lasting = {"lr": 5e-3, "iterations": 2}
+    lasting = {"learning_rate": 5e-3, "num_iterations": 2}
     if part == "first":
         small_trainer(out / "whole", steps=4, **lasting).train(lambda *_: None)
         trainer = small_trainer(out / "cut", steps=2, **lasting)

@@ -186,7 +186,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
         ({"index": -1}, "--index -1"),
         ({"episodes": 0}, "--episodes 0"),
         ({"seed": -1}, "--seed -1"),
-        ({"max_steps": 0}, "max_steps 0"),
+        ({"episode_steps": 0}, "max_steps 0"),
         ({"agent": "nowhere_at_all:Agent"}, "no module 'nowhere_at_all'"),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_fault_inside_an_agent_keeps_its_traceback(tmp_path: Path, monkeypatch
 
 
 def test_the_command_plays_what_rollout_plays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(Args(agent="random", episodes=5, seed=11, max_steps=4, out=tmp_path, json=True))
+    main(Args(agent="random", episodes=5, seed=11, episode_steps=4, out=tmp_path, json=True))
     env = make_vector_env("IVT-Scenes-v0", num_envs=3, split="val", max_steps=4)
     agent = load_agent("random", seed=11)
     assert load_episodes(tmp_path) == rollout(env, agent, 5, seed=11, agent_name="random")

@@ -34,9 +34,25 @@ from ivt_agents.vlm.load import load_policy
 from ivt_env.episodes import Episode, Step, image_file, load_episodes, save_episodes
 from ivt_env.files import FileError, asked_of, lock_folder, whole_folder
 
-GRPO = {"model": "tiny", "prompts": 1, "group": 2, "max_new_tokens": 14, "lora_rank": 4, "lr": 5e-3, "warmup": 1}
-GRPO |= {"eval_samples": 0, "tracker": "none", "save_every": 1, "steps": 1}
-SFT = {"samples": 6, "steps": 3, "batch": 4, "micro_batch": 4, "eval_samples": 3, "tracker": "none", "save_every": 1}
+GRPO = {
+    "model": "tiny",
+    "prompts": 1,
+    "num_generations": 2,
+    "max_completion_length": 14,
+    "lora_r": 4,
+    "learning_rate": 5e-3,
+    "warmup_steps": 1,
+}
+GRPO |= {"eval_samples": 0, "report_to": "none", "save_steps": 1, "steps": 1}
+SFT = {
+    "samples": 6,
+    "steps": 3,
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 4,
+    "eval_samples": 3,
+    "report_to": "none",
+    "save_steps": 1,
+}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -50,7 +66,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # --- SFT ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [{"lora_rank": 4}, {"optimizer": "muon"}])
+@pytest.mark.parametrize("kind", [{"lora_r": 4}, {"optim": "muon"}])
 def test_sft_that_was_cut_off_ends_as_the_run_that_was_not(tmp_path, kind, monkeypatch):
     options = SFT | kind
     train_sft.main(train_sft.Args(**with_out(options, tmp_path / "whole")))
@@ -138,7 +154,7 @@ def test_a_mistake_in_a_run_anew_costs_nothing_of_the_old_one(tmp_path):
     out = tmp_path / "run"
     train_grpo.main(train_grpo.Args(**with_out(GRPO, out)))
     before = files_of(out)
-    for wrong in ({"env": "IVT-Nothing-v0"}, {"model": str(tmp_path / "nothing")}, {"group": 1}):
+    for wrong in ({"env": "IVT-Nothing-v0"}, {"model": str(tmp_path / "nothing")}, {"num_generations": 1}):
         with pytest.raises(Exception, match="IVT-Nothing|tmp.*nothing|group 1"):
             train_grpo.main(train_grpo.Args(**with_out(GRPO, out, overwrite=True, **wrong)))
     assert files_of(out) == before
@@ -160,7 +176,7 @@ def test_two_runs_in_one_folder_are_refused_by_name(tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    small_trainer(folder, steps=2, iterations=2, save_every=1).train(lambda *_: None)
+    small_trainer(folder, steps=2, num_iterations=2, save_steps=1).train(lambda *_: None)
     return folder, small_policy()
 
 
@@ -193,9 +209,9 @@ MUTATIONS = {
     "updates text": (lambda s: change(s, "step", lambda v: "many"), "is none of 1 to 4"),
     "betas": (lambda s: s["optimizers"][0]["param_groups"][0].update(betas=(0.0, 2.0)), "with other settings of it"),
     "rate": (lambda s: s["optimizers"][0]["param_groups"][0].update(lr=float("nan")), "not a finite number"),
-    "groups": (lambda s: s["optimizers"][0].update(param_groups=None), "another --optimizer"),
-    "group": (lambda s: s["optimizers"][0].update(param_groups=[3]), "another --optimizer"),
-    "optimizer": (lambda s: s.update(optimizers=[]), "another --optimizer"),
+    "groups": (lambda s: s["optimizers"][0].update(param_groups=None), "another --optim"),
+    "group": (lambda s: s["optimizers"][0].update(param_groups=[3]), "another --optim"),
+    "optimizer": (lambda s: s.update(optimizers=[]), "another --optim"),
     "optimizer text": (lambda s: s.update(optimizers=["adam"]), "optimizer state is none"),
     "optimizer of DeepSpeed": (lambda s: s.update(optimizers=None), "DeepSpeed runs cannot go on"),
     "step": (lambda s: s.update(step=10**9), "no checkpoint of step 2"),
@@ -213,7 +229,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_runs(tmp_path
     mutate, message = MUTATIONS[name]
     mutate(state)
     torch.save(state, path)
-    trainer = small_trainer(tmp_path, policy, steps=2, iterations=2)
+    trainer = small_trainer(tmp_path, policy, steps=2, num_iterations=2)
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
     with pytest.raises(RunError, match=message):
         trainer.resume()
@@ -225,10 +241,10 @@ def test_a_checkpoint_under_another_number_or_of_too_many_steps_is_refused(tmp_p
     folder, policy = checkpoint
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(RunError, match="has made 2 steps already, more than --steps 1: give at least 2"):
-        small_trainer(tmp_path, policy, steps=1, iterations=2).resume()
+        small_trainer(tmp_path, policy, steps=1, num_iterations=2).resume()
     checkpoints(tmp_path)[-1].rename(tmp_path / "checkpoints" / "step-1000000000")
     with pytest.raises(RunError, match="no checkpoint of step 1000000000"):
-        small_trainer(tmp_path, policy, steps=2, iterations=2).resume()
+        small_trainer(tmp_path, policy, steps=2, num_iterations=2).resume()
 
 
 # --- evaluations --------------------------------------------------------------------------------------

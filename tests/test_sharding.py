@@ -69,7 +69,7 @@ def save_sharded_updates(out: Path) -> None:
             move_adapter(policy)
         if name == "checkpointed adapter":
             checkpoint_layers(policy.model)
-        trainer = small_trainer(out.parent / f"{out.stem}-{name}", policy, micro_batch=3, **options)
+        trainer = small_trainer(out.parent / f"{out.stem}-{name}", policy, per_device_train_batch_size=3, **options)
         world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         assert trainer.sharded == (world > 1)
         mine = slice(0, 2) if world == 1 else slice(rank, rank + 1)
@@ -104,7 +104,7 @@ def run_sharded_commands(out: Path) -> None:
         return accelerators[-1]
 
     train_grpo.make_accelerator = make  # type: ignore[assignment]
-    options = TINY | {"prompts": 2, "eval_samples": 2, "eval_every": 0}
+    options = TINY | {"prompts": 2, "eval_samples": 2, "eval_steps": 0}
     train_grpo.main(Args(**with_out(options, out / "whole", steps=4)))
     train_grpo.main(Args(**with_out(options, out / "cut", steps=2)))
     train_grpo.main(Args(**with_out(options, out / "cut", steps=4, resume=True)))
@@ -149,7 +149,7 @@ def test_the_command_evaluates_saves_and_resumes_with_shared_weights(tmp_path):
     assert [row["step"] for row in lines(whole, "eval/")] == [0, 4]
     # What was saved is the policy that was trained, whole: the base with the adapter of the last checkpoint.
     trained = load_checkpoint(whole)["parameters"]
-    again = train_grpo._load(Args(model="tiny", lora_rank=TINY["lora_rank"]), "cpu").model
+    again = train_grpo._load(Args(model="tiny", lora_r=TINY["lora_r"]), "cpu").model
     with torch.no_grad():
         for name, parameter in again.named_parameters():
             if name in trained:
@@ -170,7 +170,7 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch, variable, name, 
     monkeypatch.setenv("WORLD_SIZE", processes)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RunError, match=f"{name} was asked for.*ddp.yaml"):
-        make_accelerator("no")
+        make_accelerator(False)
 
 
 def test_what_cannot_be_shared_out_is_refused_before_training():

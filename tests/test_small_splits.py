@@ -18,8 +18,8 @@ from ivt_agents.sft import train as train_sft
 from ivt_env.data.sample import DataError
 from ivt_env.rollouts import first_samples, make_vector_env
 
-SFT = {"batch": 2, "micro_batch": 2, "steps": 1, "tracker": "none"}
-GRPO = {"steps": 1, "prompts": 1, "group": 2, "tracker": "none"}
+SFT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "steps": 1, "report_to": "none"}
+GRPO = {"steps": 1, "prompts": 1, "num_generations": 2, "report_to": "none"}
 
 
 @pytest.fixture

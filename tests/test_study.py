@@ -58,10 +58,13 @@ def test_the_control_gets_the_steps_and_the_demonstrations_of_the_loop(tmp_path)
     parsed = {job.name: tyro.cli(train, args=list(job.command[3:])) for job in _training(args)}
     for seed in range(2):
         loop, control = parsed[f"loop-{seed}"], parsed[f"control-{seed}"]
-        for name in ("model", "split", "steps", "batch", "lr", "optimizer", "smoothing", "mixed_precision", "seed"):
+        for name in (
+            *("model", "split", "steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+            *("learning_rate", "optim", "smoothing", "bf16", "seed"),
+        ):
             assert getattr(loop, name) == getattr(control, name), name
         assert (loop.single_shot, control.single_shot) == (False, True)
-        assert control.samples >= control.steps * control.batch, "no answer is taught to the control twice"
+        assert control.samples >= control.steps * args.batch, "no answer is taught to the control twice"
 
 
 def test_what_is_scored_is_what_was_played_and_seeds_share_a_name(tmp_path):
@@ -100,7 +103,7 @@ def scored(tmp_path_factory):
     agents |= {"large-0": "random", "medoid-8": "centre", "best-of-8": "random", "second-shot": "random"}
     for name, spec in agents.items():
         folder = out / "played" / "val" / name
-        options = {"split": "val", "samples": 40, "max_steps": 2, "page_episodes": 1, "seed": len(name)}
+        options = {"split": "val", "samples": 40, "episode_steps": 2, "page_episodes": 1, "seed": len(name)}
         evaluate.main(evaluate.Args(policies=[f"{name}={spec}"], out=folder, **options))
     episodes = [f"{_policy(name)}={out}/played/val/{name}/episodes/{name}" for name in agents if name != "base-0"]
     base = f"base={out}/played/val/base-0/episodes/base-0"

@@ -426,7 +426,15 @@ def test_the_local_teacher_runs_and_its_useless_words_are_caught(dataset, drafts
 
 
 def small(out, **changes):
-    values = dict(out=out, samples=12, steps=2, batch=4, micro_batch=4, eval_samples=0, tracker="none")
+    values = dict(
+        gradient_accumulation_steps=1,
+        out=out,
+        samples=12,
+        steps=2,
+        per_device_train_batch_size=4,
+        eval_samples=0,
+        report_to="none",
+    )
     return train_sft.main(train_sft.Args(**(values | changes)))
 
 

@@ -72,14 +72,14 @@ def fake(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker_of_accelerate_gets_what_the_json_lines_hold(tmp_path, fake, name):
     calls = fake(name).calls
-    train_grpo.main(Args(**with_out(TINY, tmp_path / "run", steps=2, tracker=name)))
-    train_grpo.main(Args(**with_out(TINY, tmp_path / "run", steps=3, tracker=name, resume=True)))
+    train_grpo.main(Args(**with_out(TINY, tmp_path / "run", steps=2, report_to=name)))
+    train_grpo.main(Args(**with_out(TINY, tmp_path / "run", steps=3, report_to=name, resume=True)))
     starts = [c[1] for c in calls if c[0] == "init"]
     assert [(s["project"], s["name"], s["group"]) for s in starts] == [
         ("ivt-env", "run", "run"),
         ("ivt-env", "run+2", "run"),
     ]
-    assert [c[1]["lora_rank"] for c in calls if c[0] == "config"] == [4, 4]
+    assert [c[1]["lora_r"] for c in calls if c[0] == "config"] == [4, 4]
     logged = {c[1]: c[2] for c in calls if c[0] == "log"}
     rows = {row.pop("step"): row for row in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     assert sorted(logged) == [1, 2, 3] and logged == rows
@@ -118,9 +118,9 @@ def test_without_a_tracker_there_are_the_json_lines_alone(tmp_path):
 def test_a_missing_package_is_refused_at_the_start_with_the_command_that_installs_it(monkeypatch, tmp_path, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     for refuse in (
-        lambda: check_options(Args(tracker=name)),
-        lambda: train_grpo.main(Args(model="./no/such/model", tracker=name, out=tmp_path / "run")),
-        lambda: train_sft.main(train_sft.Args(model="./no/such/model", tracker=name, out=tmp_path / "run")),
+        lambda: check_options(Args(report_to=name)),
+        lambda: train_grpo.main(Args(model="./no/such/model", report_to=name, out=tmp_path / "run")),
+        lambda: train_sft.main(train_sft.Args(model="./no/such/model", report_to=name, out=tmp_path / "run")),
     ):
         with pytest.raises(TrackerError, match=rf'{name}: its package is not installed; pip install "ivt-env\['):
             refuse()
@@ -150,9 +150,9 @@ def test_an_unknown_tracker_is_refused_by_both_commands():
     with pytest.raises(TrackerError, match="'mlflow': choose one of tensorboard, wandb, trackio, none"):
         check_tracker("mlflow")
     for args in (Args, train_sft.Args):
-        assert tyro.cli(args, args=[]).tracker == "tensorboard"
+        assert tyro.cli(args, args=[]).report_to == "tensorboard"
         for name in TRACKERS:
-            assert parse(args, ["--tracker", name]).tracker == name
+            assert parse(args, ["--report-to", name]).report_to == name
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -160,8 +160,8 @@ def test_the_real_package_takes_a_run_without_a_network(tmp_path, name):
     """Runs where the extra ``trackers`` is installed."""
     pytest.importorskip(name)
     home = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
-    options = "--model tiny --prompts 1 --group 2 --steps 2 --eval-samples 0".split()
-    command = [sys.executable, "train_grpo.py", *options, "--tracker", name, "--out", str(tmp_path / "run")]
+    options = "--model tiny --prompts 1 --num-generations 2 --steps 2 --eval-samples 0".split()
+    command = [sys.executable, "train_grpo.py", *options, "--report-to", name, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | home, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2]

@@ -23,8 +23,15 @@ from ivt_agents.training.run import RunError
 from ivt_agents.vlm.load import load_policy
 
 ROOT = Path(__file__).parent.parent
-SFT = {"samples": 4, "batch": 2, "steps": 1, "eval_samples": 0, "tracker": "none"}
-GRPO = {"steps": 1, "prompts": 2, "group": 2, "eval_samples": 0, "tracker": "none"}
+SFT = {
+    "samples": 4,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "steps": 1,
+    "eval_samples": 0,
+    "report_to": "none",
+}
+GRPO = {"steps": 1, "prompts": 2, "num_generations": 2, "eval_samples": 0, "report_to": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +109,7 @@ def test_the_share_is_what_counts(caplog):
 
 def test_groups_without_variance_are_warned_of_once_after_several_steps(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(trainer_module, "zero_variance", lambda rewards: True)
-    trainer = small_trainer(tmp_path, small_policy(), steps=WITHOUT_VARIANCE + 1, prompts=1, group=2)
+    trainer = small_trainer(tmp_path, small_policy(), steps=WITHOUT_VARIANCE + 1, prompts=1, num_generations=2)
     told = []
     trainer.train(lambda step, metrics: told.append(caplog.text.count("nothing was learned")))
     assert told == [0] * (WITHOUT_VARIANCE - 1) + [1, 1]

@@ -25,9 +25,10 @@ torch.set_num_threads(1)
 
 LIMIT = 3000
 """Bytes of a file; every command but one writes a longer one."""
-SMALL = ["--model", "tiny", "--prompts", "1", "--group", "2", "--max-new-tokens", "14", "--lora-rank", "4"]
-SMALL += ["--eval-samples", "0", "--tracker", "none", "--save-every", "1", "--max-steps", "1", "--steps", "1"]
-LESSONS = ["--samples", "2", "--steps", "1", "--batch", "2", "--eval-samples", "0", "--tracker", "none"]
+SMALL = "--model tiny --prompts 1 --num-generations 2 --max-completion-length 14 --lora-r 4".split()
+SMALL += ["--eval-samples", "0", "--report-to", "none", "--save-steps", "1", "--episode-steps", "1", "--steps", "1"]
+LESSONS = "--samples 2 --steps 1 --per-device-train-batch-size 2 --gradient-accumulation-steps 1".split()
+LESSONS += "--eval-samples 0 --report-to none".split()
 
 COMMANDS = {
     "rollout": ["rollout", "--agent", "centre"],

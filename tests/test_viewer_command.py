@@ -191,7 +191,7 @@ def test_play_refuses_what_cannot_be_played_in_one_line(tmp_path: Path, monkeypa
         (["--split", "vall"], "no split 'vall' (did you mean 'val'?)"),
         (["--episodes", "0"], "--episodes 0: give 1 or more"),
         (["--seed", "-1"], "--seed -1: give 0 or more"),
-        (["--max-steps", "0"], "max_steps 0"),
+        (["--episode-steps", "0"], "max_steps 0"),
         (["--out", str(tmp_path / "other")], "give another --out"),
     ):
         assert cli.main(["play", *words]) == 2

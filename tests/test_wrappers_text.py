@@ -216,7 +216,9 @@ def test_the_transcript_in_the_documentation_is_what_the_example_prints(server):
 
 def test_the_model_is_sent_the_image_with_its_box_and_the_question(server):
     server.reply = answer('{"bbox_2d": [0, 0, 500, 500]}')
-    done = run_example(server.url, "--episodes", "1", "--max-steps", "2", "--env", "IVT-Photos-v0", "--split", "test")
+    done = run_example(
+        server.url, "--episodes", "1", "--episode-steps", "2", "--env", "IVT-Photos-v0", "--split", "test"
+    )
     assert done.returncode == 0, done.stderr
     env = make(max_steps=2)
     expected, _ = env.reset(options={"index": 0})

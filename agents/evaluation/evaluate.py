@@ -98,7 +98,7 @@ class Args:
     """Folder of real data sets."""
     samples: int = 1000
     """Samples, from the beginning of the split; all of it if it has fewer."""
-    max_steps: int = 3
+    episode_steps: int = 3
     """Actions in an episode."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on, for every policy. None: what each was trained for (`overlay` where it does not say)."""
@@ -239,7 +239,7 @@ def _play(
     folders = _folders(names)
     # Named real data must be there: an evaluation never falls back.
     env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
-    env_kwargs |= {"split": args.split, "max_steps": args.max_steps}
+    env_kwargs |= {"split": args.split, "max_steps": args.episode_steps}
     dataset = make_vector_env(args.env, 1, **env_kwargs).dataset
     indices = samples_to_compare(dataset, args.samples)
     count = len(indices)

@@ -19,6 +19,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from ivt_agents.command import run_command
+from ivt_agents.config import with_new_names
 from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode, Step, load_episodes
 from ivt_env.failures import read_json
@@ -179,9 +180,9 @@ def _verdicts(results: Mapping[str, Any]) -> Html:
 
 def _made_of(results: Mapping[str, Any]) -> Html:
     """Where the figures come from: enough to make them again."""
-    args = results["args"]
+    args = with_new_names(results["args"])
     played = [
-        f"{args['env']}, split {args['split']}, at most {args['max_steps']} actions, view {args['view'] or 'own'}"
+        f"{args['env']}, split {args['split']}, at most {args['episode_steps']} actions, view {args['view'] or 'own'}"
     ]
     lines = [
         *([f"policy {name}", ", ".join(sources)] for name, sources in results["policies"].items()),

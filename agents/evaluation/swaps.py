@@ -351,7 +351,7 @@ class Args:
     """Samples, from the beginning of the split; all of it if it has fewer."""
     steps: tuple[int, ...] = (1, 2)
     """Numbers of own actions after which the box is swapped."""
-    max_steps: int = 3
+    episode_steps: int = 3
     """Actions in an episode; more than the largest step."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on, for every policy. None: what each was trained for (`overlay` where it does not say)."""
@@ -380,7 +380,7 @@ def main(args: Args) -> dict[str, list[Swap]]:
 def _swap(args: Args, names: dict[str, str]) -> dict[str, list[Swap]]:
     # Named real data must be there: what is measured never falls back.
     env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
-    env_kwargs |= {"split": args.split, "max_steps": args.max_steps}
+    env_kwargs |= {"split": args.split, "max_steps": args.episode_steps}
     indices = samples_to_compare(make_vector_env(args.env, 1, **env_kwargs).dataset, args.samples)
     for name in RESULTS:
         forget(args.out / name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,8 @@ MAY_CHANGE = frozenset(
     {
         # how long, how often
         "steps",
-        "save_every",
-        "eval_every",
+        "save_steps",
+        "eval_steps",
         "eval_samples",
         "eval_split",
         # what is saved at the end
@@ -28,7 +30,7 @@ MAY_CHANGE = frozenset(
         "max_unusable",
         # where to, and what is shown
         "out",
-        "tracker",
+        "report_to",
         "config",
         "resume",
         "overwrite",
@@ -44,14 +46,15 @@ RESULTS = ("policy", "adapter", "before_after.json", "checkpoints", "episodes", 
 """What a run makes; a run anew removes it in this order."""
 
 _LEAST = {
+    **dict.fromkeys(("prompts", "num_iterations", "per_device_train_batch_size", "max_completion_length"), 1),
     "steps": 0,
-    "warmup": 0,
-    "save_every": 1,
-    "eval_every": 0,
+    "warmup_steps": 0,
+    "save_steps": 1,
+    "eval_steps": 0,
     "eval_samples": 0,
-    "lora_rank": 0,
+    "lora_r": 0,
     "seed": 0,
-    "max_steps": 1,
+    "episode_steps": 1,
 }
 
 
@@ -71,136 +74,91 @@ def check_options(args: Args, processes: int = 1) -> None:
     Raises:
         RunError: names the value and says what would have gone wrong.
     """
-    check_tracker(args.tracker)
+    check_tracker(args.report_to)
     check_least(args, _LEAST)
-    check_rate(args.lr)
+    check_rate(args.learning_rate)
     check_share("max_unusable", args.max_unusable)
-    if not args.max_grad_norm > 0:
+    if over := args.prompts % processes:
         raise RunError(
-            f"max_grad_norm {args.max_grad_norm:g}: the weights would stay, go uphill or be lost; give more than 0"
+            f"prompts {args.prompts} on {processes} processes: {over} processes would play one more than the others,"
+            f" and environments are made for equal shares; give a multiple of {processes}"
         )
-    _check_rollout(args, processes)
-    _check_credit(args)
-    _check_steps(args)
-    _check_loss(args)
+    for wrong, why in chain(_reward(args), _advantage(args), _step(args), _loss(args)):
+        if wrong:
+            raise RunError(why)
 
 
-def _check_rollout(args: Args, processes: int) -> None:
-    if not args.temperature > 0:  # so written, NaN is refused, too
-        raise RunError(f"temperature {args.temperature:g}: all members of a group would be equal and every advantage 0")
-    if args.group < 2:
-        raise RunError(f"group {args.group}: with no other members to compare with every advantage is 0")
-    if args.prompts % processes:
-        raise RunError(
-            f"prompts {args.prompts} on {processes} processes: {args.prompts % processes} processes would play one more"
-            f" than the others, and the environments are made for equal shares; give a multiple of {processes}"
-        )
-    for name in ("prompts", "iterations", "micro_batch", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise RunError(f"{name} {getattr(args, name)}: the policy would never be updated; give at least 1")
-    if not 0 <= args.format_bonus < float("inf"):
-        raise RunError(f"format_bonus {args.format_bonus:g}: unusable answers would be paid for; give 0 or more")
-    if args.require_format and args.invalid_penalty:
-        raise RunError(
-            f"require_format with invalid_penalty {args.invalid_penalty:g}: an episode with an unusable answer earns"
-            " nothing, the penalty neither, so it would be ignored; add --invalid-penalty 0"
-        )
-    if args.format_bonus and args.invalid_penalty:
-        raise RunError(
-            f"format_bonus {args.format_bonus:g} with invalid_penalty {args.invalid_penalty:g}: an unusable answer"
-            " would cost both, and the run would be recorded as either; give --invalid-penalty 0, or no bonus"
-        )
-    if args.advantage == "return_to_go" and args.reward == "final" and args.max_steps == 1:
-        raise RunError("max_steps 1 leaves nothing to refine, so credit per step is one value: add --credit trajectory")
+Refusals = Iterator[tuple[bool, str]]
+"""Whether to refuse, and why. Conditions refuse NaN, too."""
 
 
-def _check_credit(args: Args) -> None:
-    if args.advantage == "episode_and_step" and not args.omega > 0:
-        raise RunError(
-            f"omega {args.omega:g} with credit episode_and_step: nothing of the step comparison would be left, or it"
-            " would be turned round; use --credit trajectory, or a positive omega"
-        )
-    if args.advantage != "episode_and_step" and args.omega != 1.0:
-        raise RunError(
-            f"omega {args.omega:g} with credit {args.advantage}: it would be ignored, and the run would be recorded as"
-            " one with a step comparison; add --credit episode_and_step"
-        )
-    if not 0 <= args.discount <= 1:
-        raise RunError(f"discount {args.discount:g}: a later gain would count more than an earlier one; give 0 to 1")
-    if args.discount != 1 and (args.advantage != "return_to_go" or args.reward == "final"):
-        raise RunError(
-            f"discount {args.discount:g} with credit {args.advantage} and reward {args.reward}: it weighs later gains"
-            " in an earlier step's return; give --credit return_to_go --reward gain"
-        )
-    if args.scale == "none" and args.scale_floor != GRPOConfig.scale_floor:
-        raise RunError(
-            f"scale_floor {args.scale_floor:g} with scale none: nothing is divided, so it would be ignored; add"
-            " --scale group or --scale batch"
-        )
-    if args.scale != "none" and not args.scale_floor > 0:
-        raise RunError(
-            f"scale_floor {args.scale_floor:g} with scale {args.scale}: members whose rewards differ by 0.00001 would"
-            " get advantages as large as members that differ by 1; give at least 0.001"
-        )
-    if args.scale == "group" and args.loss == "dr_grpo":
-        raise RunError(
-            "scale group with loss dr_grpo: Dr. GRPO is GRPO without that division; the run would carry its name and"
-            " weigh groups that hardly differ up to 1 / scale_floor times as much; use --scale none or --loss grpo"
-        )
-    if args.scale == "group" and args.kl_in == "reward":
-        raise RunError(
-            "scale group with kl_in reward: the KL penalty would be divided by each group's standard deviation, so its"
-            f" weight would be anything from {args.beta:g} to {args.beta / args.scale_floor:g}; use --kl-in loss"
-        )
+def _reward(a: Args) -> Refusals:
+    bonus, penalty = f"format_bonus {a.format_bonus:g}", f"invalid_penalty {a.invalid_penalty:g}"
+    yield not 0 <= a.format_bonus < inf, f"{bonus}: unusable answers would be paid for; give 0 or more"
+    ignored = "an episode with an unusable answer earns nothing, the penalty neither; add --invalid-penalty 0"
+    yield a.require_format and a.invalid_penalty != 0, f"require_format with {penalty}: {ignored}"
+    twice = "an unusable answer would cost both; give --invalid-penalty 0, or no bonus"
+    yield a.format_bonus != 0 and a.invalid_penalty != 0, f"{bonus} with {penalty}: {twice}"
 
 
-def _check_steps(args: Args) -> None:
-    if args.optimizer == "muon" and args.lora_rank:
-        raise RunError(
-            f"optimizer muon with lora_rank {args.lora_rank}: it trains the layers' own matrices, of which an adapter"
-            " leaves none; add --lora-rank 0"
-        )
-    if not 0 <= args.start_share < 1:
-        raise RunError(
-            f"start_share {args.start_share:g}: nothing of what was learned would be left; give 0 to below 1"
-        )
-    if args.start_share and args.lora_rank and (args.quantize == "nf4" or args.dtype == "bfloat16"):
-        raise RunError(
-            f"start_share {args.start_share:g} with an adapter that cannot be merged exactly: it is saved by"
-            " itself, and there are no weights to go back with; leave it out"
-        )
-    if args.cooldown < 0 or args.cooldown > args.steps:
-        raise RunError(f"cooldown {args.cooldown} of {args.steps} steps: give 0 to {args.steps}")
+def _advantage(a: Args) -> Refusals:
+    alike = "all members of a group would be equal and every advantage 0"
+    yield not a.temperature > 0, f"temperature {a.temperature:g}: {alike}"
+    alone = "with no other members to compare with every advantage is 0"
+    yield a.num_generations < 2, f"num_generations {a.num_generations}: {alone}"
+    one_step = a.advantage == "return_to_go" and a.reward == "final" and a.episode_steps == 1
+    yield one_step, "episode_steps 1 leaves nothing to refine, so steps need no credit: add --advantage trajectory"
+    omega = f"omega {a.omega:g} with advantage {a.advantage}"
+    turned = "nothing of the step comparison would be left, or it would be turned round; give more than 0"
+    yield a.advantage == "episode_and_step" and not a.omega > 0, f"{omega}: {turned}"
+    ignored = "it would be ignored; add --advantage episode_and_step"
+    yield a.advantage != "episode_and_step" and a.omega != 1.0, f"{omega}: {ignored}"
+    discount = f"discount {a.discount:g}"
+    yield not 0 <= a.discount <= 1, f"{discount}: a later gain would count more than an earlier one; give 0 to 1"
+    per_step = "it weighs later gains in an earlier step's return; give --advantage return_to_go --reward gain"
+    unused = a.advantage != "return_to_go" or a.reward == "final"
+    yield a.discount != 1 and unused, f"{discount} with advantage {a.advantage} and reward {a.reward}: {per_step}"
+    floor, scaled = f"scale_floor {a.scale_floor:g} with scale_rewards {a.scale_rewards}", a.scale_rewards != "none"
+    ignored = "nothing is divided, so it would be ignored; add --scale-rewards group or --scale-rewards batch"
+    yield not scaled and a.scale_floor != GRPOConfig.scale_floor, f"{floor}: {ignored}"
+    large = "rewards that differ by 0.00001 would count as much as those that differ by 1; give at least 0.001"
+    yield scaled and not a.scale_floor > 0, f"{floor}: {large}"
+    if a.scale_rewards == "group":
+        not_it = "Dr. GRPO is GRPO without that division; use --scale-rewards none or --loss-type grpo"
+        yield a.loss_type == "dr_grpo", f"scale_rewards group with loss_type dr_grpo: {not_it}"
+        weight = f"the KL penalty's weight would be anything from {a.beta:g} to {a.beta / a.scale_floor:g}"
+        yield a.kl_in == "reward", f"scale_rewards group with kl_in reward: {weight}; use --kl-in loss"
 
 
-def _check_loss(args: Args) -> None:
-    for name, value in (("clip_low", args.clip_low), ("clip_high", args.clip_high)):
-        if value is None:
-            continue
-        if not value > 0:
-            raise RunError(f"{name} {value:g}: the clip would stop the gradient of tokens that have not moved yet")
-        if args.loss == "gspo" and value >= 0.05:
-            grown = (1 + value) ** args.max_new_tokens
-            raise RunError(
-                f"{name} {value:g} with loss gspo: it bounds the mean ratio of a whole answer, so an answer of"
-                f" {args.max_new_tokens} tokens could become {grown:,.0f} times as probable before it is clipped, which"
-                " is no clip at all; leave it out (0.0003 and 0.0004)"
-            )
-    low = {"mixed_precision bf16": args.mixed_precision == "bf16", "dtype bfloat16": args.dtype == "bfloat16"}
-    low["quantize nf4"] = args.quantize == "nf4"
-    if args.loss == "gspo" and any(low.values()):
-        raise RunError(
-            f"{next(name for name, chosen in low.items() if chosen)} with loss gspo: a cached and a whole pass round"
-            " differently, which alone moves an answer's mean ratio by 0.001 (tiny model, sdpa): 74 % of the answers"
-            " would lie outside the clip range of 0.0003 before the first update; use float32, or a loss with token"
-            " ratios"
-        )
-    if args.clip_low is not None and args.clip_low > 1:
-        raise RunError(f"clip_low {args.clip_low:g}: a ratio is never below 0, so the lower bound would never bind")
-    if not args.beta >= 0:
-        raise RunError(f"beta {args.beta:g}: the policy would be paid for leaving its reference; give 0 or more")
-    if args.kl_in == "reward" and args.beta == 0:
-        raise RunError(
-            "kl_in reward with beta 0: nothing would be subtracted, and the run would be recorded as one with a KL"
-            " penalty; add --beta (the paper: 0.04)"
-        )
+def _step(a: Args) -> Refusals:
+    lost = "the weights would stay, go uphill or be lost; give more than 0"
+    yield not a.max_grad_norm > 0, f"max_grad_norm {a.max_grad_norm:g}: {lost}"
+    left = "it trains the layers' own matrices, of which an adapter leaves none; add --lora-r 0"
+    yield a.optim == "muon" and a.lora_r > 0, f"optim muon with lora_r {a.lora_r}: {left}"
+    share, low = f"start_share {a.start_share:g}", a.quantize == "nf4" or a.dtype == "bfloat16"
+    yield not 0 <= a.start_share < 1, f"{share}: nothing of what was learned would be left; give 0 to below 1"
+    merged = "with an adapter that cannot be merged exactly: there are no weights to go back with; leave it out"
+    yield a.start_share > 0 and a.lora_r > 0 and low, f"{share} {merged}"
+    yield not 0 <= a.cooldown <= a.steps, f"cooldown {a.cooldown} of {a.steps} steps: give 0 to {a.steps}"
+
+
+def _loss(a: Args) -> Refusals:
+    length = a.max_completion_length
+    for name, value in (("epsilon", a.epsilon), ("epsilon_high", a.epsilon_high)):
+        if value is not None:
+            yield not value > 0, f"{name} {value:g}: the clip would stop the gradient of tokens that have not moved yet"
+            if a.loss_type == "gspo" and value >= 0.05:
+                wide = f"a whole answer of {length} tokens could become {(1 + value) ** length:,.0f} times as probable"
+                yield True, f"{name} {value:g} with loss_type gspo: {wide} before it is clipped; leave it out"
+    rounding = (
+        "with loss_type gspo: a cached and a whole pass round differently, which alone moves an answer's mean ratio by"
+        " 0.001 (tiny model, sdpa): 74 % of the answers would lie outside the clip range of 0.0003 before the first"
+        " update; use float32, or a loss with token ratios"
+    )
+    for name, low in (("bf16", a.bf16), ("dtype bfloat16", a.dtype == "bfloat16"), ("nf4", a.quantize == "nf4")):
+        yield a.loss_type == "gspo" and low, f"{name} {rounding}"
+    never = "a ratio is never below 0, so the lower bound would never bind"
+    yield a.epsilon is not None and a.epsilon > 1, f"epsilon {a.epsilon or 0:g}: {never}"
+    yield not a.beta >= 0, f"beta {a.beta:g}: the policy would be paid for leaving its reference; give 0 or more"
+    nothing = "nothing would be subtracted; add --beta (the paper: 0.04)"
+    yield a.kl_in == "reward" and a.beta == 0, f"kl_in reward with beta 0: {nothing}"

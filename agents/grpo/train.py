@@ -11,8 +11,8 @@ with its return-to-go minus the mean of the other members', and takes one clippe
 step. Rewards are IoU gains, so an episode's return is its final IoU: nothing is picked with the
 target. It ends with a table of before and after, label-free, on the validation split.
 
-Losses, credit and scaling are options (`--loss`, `--credit`, `--scale`); options that contradict each
-other are refused before anything is loaded. `docs/pitfalls.md` says which test guards against what.
+Losses, advantages and scaling are options (`--loss-type`, `--advantage`, `--scale-rewards`); options that contradict
+each other are refused before anything is loaded. `docs/pitfalls.md` says which test guards against what.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from __future__ import annotations
 import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
 from accelerate import Accelerator
 
 from ivt_agents.command import progress_bars
@@ -71,9 +70,9 @@ class Recipe:
     """Training steps: a rollout and an update each."""
     prompts: int = 16
     """Samples in a step, over all processes."""
-    group: int = 8
+    num_generations: int = 8
     """Episodes of each sample (the paper: 6)."""
-    max_steps: int = 3
+    episode_steps: int = 3
     """Actions in an episode (the paper: one proposal and two refinements)."""
     stop: bool = True
     """The policy may end an episode. False: it is not asked to, its stop cannot be sampled, and every episode
@@ -94,71 +93,70 @@ class Recipe:
     require_format: bool = False
     """An episode with an unusable answer earns nothing. Where no stop is at hand an unusable answer is the only way
     to keep a box, and a bonus of 0.1 does not outweigh that (`docs/paper.md`)."""
-    advantage: Annotated[
-        Literal["return_to_go", "trajectory", "episode_and_step"], tyro.conf.arg(aliases=["--credit"])
-    ] = "return_to_go"
-    """Credit per step, one value for the whole episode, or that plus a comparison of equal states (GiGPO)."""
+    advantage: Literal["return_to_go", "trajectory", "episode_and_step"] = "return_to_go"
+    """Advantage of each step from its return-to-go, one for the whole episode, or that plus a comparison of equal
+    states (GiGPO)."""
     omega: float = 1.0
     """Weight of the comparison of equal states in `episode_and_step`."""
     discount: float = 1.0
     """What the next step's return counts in a step's own, with `return_to_go`. 1: all gains up to the end, so that the
     final IoU is maximised. 0: each action's own gain, for a policy that spoils any box it is given afterwards."""
-    scale: Literal["none", "group", "batch"] = "none"
+    scale_rewards: Literal["none", "group", "batch"] = "none"
     """Divide advantages by the standard deviation of a group's returns, or of all returns of the step."""
     scale_floor: float = 1e-3
     """That standard deviation counts as at least this much reward."""
-    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
     """Policy loss. With one optimizer step per rollout gspo equals grpo, and cispo equals dapo."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon on the matrices of the language model's layers, and nothing else is trained; with --lora-rank 0. On
+    optim: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon on the matrices of the language model's layers, and nothing else is trained; with --lora-r 0. On
     the tiny model it learns from the same episodes what AdamW hardly does (`docs/paper.md`)."""
-    lr: float = 1e-3
+    learning_rate: float = 1e-3
     """Learning rate."""
-    warmup: int = 5
+    warmup_steps: int = 5
     """Steps over which it rises from 0."""
     cooldown: int = 0
     """Last steps over which it falls to 0: what the noise of single steps did to the policy evens out."""
     start_share: float = 0.0
     """Share of the weights that training began with in the policy that is saved, from 0 to below 1 (WiSE-FT, Wortsman
     et al. 2022): gives back some of what was lost without need, such as precise first boxes."""
-    lora_rank: int = 16
+    lora_r: int = 16
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
-    iterations: int = 1
+    num_iterations: int = 1
     """Optimizer steps on each rollout."""
-    clip_low: float | None = None
-    """The probability ratio is clipped at 1 - clip_low ... None: what fits the loss (dapo: 0.2)."""
-    clip_high: float | None = None
-    """... and at 1 + clip_high. None: what fits the loss (dapo: 0.28)."""
-    beta: Annotated[float, tyro.conf.arg(aliases=["--kl-coef"])] = 0.0
+    epsilon: float | None = None
+    """The probability ratio is clipped at 1 - epsilon ... None: what fits the loss (dapo: 0.2)."""
+    epsilon_high: float | None = None
+    """... and at 1 + epsilon_high. None: what fits the loss (dapo: 0.28)."""
+    beta: float = 0.0
     """Weight of the KL divergence to the warm-started policy (the paper: 0.04)."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Add it to the loss (k3 times ratio), or subtract it from each step's reward (k1)."""
     temperature: float = 1.0
     """Of the rollouts; the update scores with the same."""
-    max_new_tokens: int = 40
+    max_completion_length: int = 40
     """Token limit of a turn."""
     max_unusable: float = MAX_UNUSABLE
     """Refuse to go on where more than this share of the first rollouts' answers holds no usable box or stop. 1: go
     on whatever they hold."""
-    mask_truncated: bool = True
+    mask_truncated_completions: bool = True
     """Leave turns that ran into the limit out of the loss."""
-    micro_batch: int = 64
+    per_device_train_batch_size: int = 64
     """Turns in one forward and backward pass."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     seed: int = 0
     """Decides samples and sampling."""
-    save_every: int = 20
+    save_steps: int = 20
     """Steps between checkpoints."""
-    eval_every: int = 20
+    eval_steps: int = 20
     """Steps between greedy evaluations on the validation split; 0: only before and after."""
     eval_samples: int = 300
     """Validation samples of each evaluation; 0: none at all."""
     eval_split: str = "val"
     """Split of those evaluations."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Number format that rollouts and the update compute in."""
-    tracker: TrackerName = "tensorboard"
+    bf16: bool = False
+    """Compute rollouts and the update in bfloat16, by autocast."""
+    report_to: TrackerName = "tensorboard"
     """Where metrics go besides `metrics.jsonl`; wandb and trackio need the extra `trackers`."""
     dry_run: bool = False
     """Build the true architecture without weights, print what it needs and what fits, and end."""
@@ -179,8 +177,8 @@ def main(args: Args) -> Path:
         check_options(args)
         print(dry_run(_plan(args)))
         return args.out
-    args.check_model(args.lora_rank)
-    accelerator = make_accelerator(args.mixed_precision)
+    args.check_model(args.lora_r)
+    accelerator = make_accelerator(args.bf16)
     with lock_folder(args.out) if accelerator.is_main_process else contextlib.nullcontext():
         return _train(args, accelerator)
 
@@ -188,15 +186,15 @@ def main(args: Args) -> Path:
 def _train(args: Args, accelerator: Accelerator) -> Path:
     chief = accelerator.is_main_process
     check_options(args, accelerator.num_processes)
-    low, high = CLIPS[args.loss]
-    args.clip_low = low if args.clip_low is None else args.clip_low
-    args.clip_high = high if args.clip_high is None else args.clip_high
+    low, high = CLIPS[args.loss_type]
+    args.epsilon = low if args.epsilon is None else args.epsilon
+    args.epsilon_high = high if args.epsilon_high is None else args.epsilon_high
     options = _begin(args, accelerator.num_processes)
     measured_on = validation_samples(args.env, args.split, args.eval_split, args.eval_samples, args.data_root)
     args.model = args.model or _warm_start(args, accelerator)
     seed_everything(args.seed)
     policy = _load(args, str(accelerator.device))
-    check_shareable(policy.model, args.compile, accelerator, args.optimizer)
+    check_shareable(policy.model, args.torch_compile, accelerator, args.optim)
     if args.start_share and not can_merge(policy.model):  # a folder may record the format of its weights
         raise RunError(
             f"start_share {args.start_share:g} with weights of {args.model} that no adapter can be merged into exactly:"
@@ -205,11 +203,11 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     reward = {"kind": args.reward, "step_cost": args.step_cost, "invalid_penalty": args.invalid_penalty}
     env = make_vector_env(
         args.env,
-        args.prompts // accelerator.num_processes * args.group,
+        args.prompts // accelerator.num_processes * args.num_generations,
         split=args.split,
         data_root=args.data_root,
         strict=True,
-        max_steps=args.max_steps,
+        max_steps=args.episode_steps,
         view=policy.view,
         reward=reward,
     )
@@ -225,10 +223,10 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
             forget_run(args.out, RESULTS)
         write_json(args.out / CONFIG, options)
     keep_until = trainer.step if args.resume else None
-    trainer.log = log = MetricsLog(args.out, chief, args.tracker, keep_until, config=options)
+    trainer.log = log = MetricsLog(args.out, chief, args.report_to, keep_until, config=options)
 
     def evaluate(step: int) -> None:
-        due = step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0)
+        due = step in (0, args.steps) or (args.eval_steps and step % args.eval_steps == 0)
         # A run that was killed after a checkpoint may have one evaluation still to make.
         if due and measured_on and not trainer.agreed(log.holds(step, "eval/")):
             with trainer.whole_weights():
@@ -253,7 +251,7 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
             # The sharded model is of no use to one process alone: the same policy again, whole.
             policy = _load(args, "cpu")
             fill_parameters(policy.model, trained)
-        if args.lora_rank:
+        if args.lora_r:
             drop_reference(policy.model)
             if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
                 policy.save(args.out / "adapter", options)
@@ -298,7 +296,7 @@ def _load(args: Args, device: str) -> VLMPolicy:
         str(args.model),
         temperature=args.temperature,
         seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_completion_length,
         device=device,
         layout=args.layout,
         view=args.view,
@@ -306,8 +304,8 @@ def _load(args: Args, device: str) -> VLMPolicy:
     )
     if not args.stop:
         forbid_stop(policy)
-    policy.model = make_trainable(policy.model, args.lora_rank, reference=args.beta > 0)
-    if args.optimizer == "muon":
+    policy.model = make_trainable(policy.model, args.lora_r, args.lora_alpha, reference=args.beta > 0)
+    if args.optim == "muon":
         matrices = layer_matrices(policy.model)
         for name, parameter in policy.model.named_parameters():
             parameter.requires_grad_(name in matrices)
@@ -321,13 +319,13 @@ def _plan(args: Args) -> Plan:
         model=args.model or TINY_NAME,
         gpu_memory_gb=args.gpu_memory_gb,
         image=args.image,
-        new_tokens=args.max_new_tokens,
-        turns=args.max_steps,
-        rollout_rows=min(GENERATION_ROWS, args.prompts * args.group),
-        micro_batch=args.micro_batch,
-        lora_rank=args.lora_rank,
-        autocast=args.mixed_precision == "bf16",
-        reference_copy=args.beta > 0 and args.lora_rank == 0,
+        new_tokens=args.max_completion_length,
+        turns=args.episode_steps,
+        rollout_rows=min(GENERATION_ROWS, args.prompts * args.num_generations),
+        micro_batch=args.per_device_train_batch_size,
+        lora_rank=args.lora_r,
+        autocast=args.bf16,
+        reference_copy=args.beta > 0 and args.lora_r == 0,
     )
 
 
@@ -369,7 +367,7 @@ def _evaluate(policy: VLMPolicy, args: Args, indices: range, step: int) -> dict[
         args.env,
         args.eval_split,
         indices,
-        max_steps=args.max_steps,
+        max_steps=args.episode_steps,
         data_root=args.data_root,
         strict=True,
         view=policy.view,

@@ -48,28 +48,28 @@ class GRPOConfig:
 
     steps: int
     prompts: int
-    group: int
-    lr: float
-    warmup: int
+    num_generations: int
+    learning_rate: float
+    warmup_steps: int
     advantage: str
-    iterations: int
-    clip_low: float
-    clip_high: float
+    num_iterations: int
+    epsilon: float
+    epsilon_high: float
     beta: float
-    micro_batch: int
+    per_device_train_batch_size: int
     max_grad_norm: float
-    mask_truncated: bool
+    mask_truncated_completions: bool
     seed: int
-    save_every: int
-    loss: str = "dapo"
+    save_steps: int
+    loss_type: str = "dapo"
     omega: float = 1.0
-    scale: str = "none"
+    scale_rewards: str = "none"
     scale_floor: float = 1e-3
     kl_in: str = "loss"
     format_bonus: float = 0.0
     require_format: bool = False
     discount: float = 1.0
-    optimizer: str = "adamw"
+    optim: str = "adamw"
     cooldown: int = 0
     max_unusable: float = MAX_UNUSABLE
 
@@ -120,7 +120,7 @@ class GRPOTrainer:
             raise ValueError(
                 f"{config.prompts} prompts cannot be shared by {accelerator.num_processes} processes evenly"
             )
-        if config.group < 2:
+        if config.num_generations < 2:
             raise ValueError("a group of one has no other members to compare with: every advantage would be 0")
         _refuse_dropout(policy.model)
         self.policy, self.env, self.config = policy, env, config
@@ -134,10 +134,10 @@ class GRPOTrainer:
         policy.autocast = accelerator.autocast
         self.reference = self._reference(scorer) if config.beta > 0 else None
         optimizer: torch.optim.Optimizer
-        if config.optimizer == "muon":
-            optimizer = torch.optim.Muon(self.parameters, lr=config.lr, weight_decay=0.0)
+        if config.optim == "muon":
+            optimizer = torch.optim.Muon(self.parameters, lr=config.learning_rate, weight_decay=0.0)
         else:
-            optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+            optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.scorer: Any
         self.scorer, self.optimizer = accelerator.prepare(scorer, optimizer)
         # Sharding puts other parameters in the place of those that were there.
@@ -189,7 +189,9 @@ class GRPOTrainer:
             RunError: where it does not fit, or where processes see different checkpoints.
         """
         config, model = self.config, self.policy.model
-        self.step = load_state(self.folder, model, [self.optimizer], self.accelerator, config.steps, config.iterations)
+        self.step = load_state(
+            self.folder, model, [self.optimizer], self.accelerator, config.steps, config.num_iterations
+        )
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
@@ -202,7 +204,7 @@ class GRPOTrainer:
             self.step += 1
             self._warn_of_equal_groups(metrics["rollout/zero_variance_groups"])
             self.log.write(self.step, metrics)
-            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+            if self.step % self.config.save_steps == 0 or self.step == self.config.steps:
                 self.save()
             on_step(self.step, metrics)
 
@@ -237,7 +239,7 @@ class GRPOTrainer:
                 self.env,
                 self.policy,
                 indices.tolist(),
-                config.group,
+                config.num_generations,
                 watch,
                 format_bonus=config.format_bonus,
                 require_format=config.require_format,
@@ -247,16 +249,18 @@ class GRPOTrainer:
             rewards, metrics = self._rewards(groups)
         sampled = sum(v for episode in groups.turns for turn in episode for v in turn.log_probs)
         found = {"a reward": float(np.abs(rewards).sum()), "a sampled log-probability": sampled}
-        check_finite(self.step + 1, found, what_is_kept(self.folder, config.lr), accelerator)
+        check_finite(self.step + 1, found, what_is_kept(self.folder, config.learning_rate), accelerator)
         credit = self._credit(groups, rewards)
         watch.lap("reward")
         left = config.steps - self.step
-        lr = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup), left / max(1, config.cooldown))
+        lr = config.learning_rate * min(
+            1.0, (self.step + 1) / max(1, config.warmup_steps), left / max(1, config.cooldown)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         totals = self._totals(groups, credit)
         spare = groups.turns[0][0]
-        for iteration in range(config.iterations):
+        for iteration in range(config.num_iterations):
             metrics |= self._update(credit.rows, credit.advantages, spare, totals["denominator"], iteration == 0)
         watch.lap("update")
         metrics |= {"time/" + k: v for k, v in watch.seconds.items()}
@@ -280,8 +284,8 @@ class GRPOTrainer:
         flat = groups.rewards.reshape(-1, horizon).copy()  # (P * G, T)
         places = [(i, t) for i, episode in enumerate(groups.turns) for t in range(len(episode))]
         sums = torch.zeros(3, dtype=torch.float64)
-        for start in range(0, len(places), config.micro_batch):
-            part = places[start : start + config.micro_batch]
+        for start in range(0, len(places), config.per_device_train_batch_size):
+            part = places[start : start + config.per_device_train_batch_size]
             turns = [groups.turns[i][t] for i, t in part]
             with accelerator.autocast():
                 reference = self.reference(turns)
@@ -299,7 +303,7 @@ class GRPOTrainer:
         """Turns that carry a gradient, with their advantages."""
         config, out = self.config, Credit([], [], 0, 0)
         count, size, horizon = rewards.shape
-        batch_spread = self._batch_spread(rewards) if config.scale == "batch" else 1.0
+        batch_spread = self._batch_spread(rewards) if config.scale_rewards == "batch" else 1.0
         for g in range(count):
             if zero_variance(rewards[g]):
                 out.skipped += 1
@@ -307,12 +311,12 @@ class GRPOTrainer:
             episodes = groups.turns[g * size : (g + 1) * size]
             states = _states(episodes, horizon)
             values = advantages_of(config.advantage, rewards[g], groups.taken[g], states, config.omega, config.discount)
-            if config.scale != "none":
-                group = config.scale == "group"
+            if config.scale_rewards != "none":
+                group = config.scale_rewards == "group"
                 values = values / (spread(rewards[g].sum(-1), config.scale_floor) if group else batch_spread)
             for m, episode in enumerate(episodes):
                 for t, turn in enumerate(episode):
-                    if config.mask_truncated and not turn.finished:
+                    if config.mask_truncated_completions and not turn.finished:
                         out.masked_tokens += len(turn.completion)
                         continue  # a turn cut off by the limit was not an answer
                     out.rows.append(turn)
@@ -343,7 +347,7 @@ class GRPOTrainer:
         names = ("tokens", "sequences", "sampled", "actions", "episodes", "truncated", "masked_tokens", "images")
         totals = dict(zip(names, self.accelerator.reduce(counts, "sum").tolist(), strict=True))
         capacity = totals["episodes"] * groups.taken.shape[-1] * self.policy.sampling.max_new_tokens
-        totals["denominator"] = denominator(self.config.loss, totals["tokens"], totals["sequences"], capacity)
+        totals["denominator"] = denominator(self.config.loss_type, totals["tokens"], totals["sequences"], capacity)
         return totals
 
     def _update(
@@ -359,7 +363,7 @@ class GRPOTrainer:
             first: whether the policy is still the one that sampled.
         """
         config, accelerator = self.config, self.accelerator
-        parts = micro_batches(rows, config.micro_batch, self.policy.image_token, self.worth)
+        parts = micro_batches(rows, config.per_device_train_batch_size, self.policy.image_token, self.worth)
         # Every process must take part in the same number of backward passes, rows or no rows.
         most = int(accelerator.gather(torch.tensor([len(parts)], device=accelerator.device)).max())
         sums, worst = torch.zeros(7, dtype=torch.float64), 0.0
@@ -380,7 +384,7 @@ class GRPOTrainer:
         norm = torch.tensor(0.0)
         if most:
             norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
-            step, remedy = self.step + 1, what_is_kept(self.folder, config.lr)
+            step, remedy = self.step + 1, what_is_kept(self.folder, config.learning_rate)
             learned = {"an advantage": sum(map(abs, advantages)), "the loss": float(sums[0])}
             check_finite(step, learned | {"the gradient's norm": float(norm)}, remedy, accelerator)
             self.optimizer.step()
@@ -415,16 +419,16 @@ class GRPOTrainer:
         weights = torch.tensor(advantages, device=device).repeat_interleave(counts)  # (N,)
         sequence = torch.arange(len(turns), device=device).repeat_interleave(counts)  # (N,)
         log_probs, entropy = self.scorer(turns)
-        bounds = config.clip_low, config.clip_high
-        loss = LOSSES[config.loss](log_probs, old, weights, sequence, *bounds)
+        bounds = config.epsilon, config.epsilon_high
+        loss = LOSSES[config.loss_type](log_probs, old, weights, sequence, *bounds)
         kl = torch.zeros((), device=device)
         if self.reference is not None and config.kl_in == "loss":
             reference = self.reference(turns)
-            by_sequence = sequence if config.loss in PER_SEQUENCE else None
+            by_sequence = sequence if config.loss_type in PER_SEQUENCE else None
             loss = loss + config.beta * kl_loss(log_probs, old, reference, by_sequence)
             kl = k3(log_probs.detach(), reference).sum()
         with torch.no_grad():
-            low, high = clipped_sides(config.loss, log_probs, old, weights, sequence, *bounds)
+            low, high = clipped_sides(config.loss_type, log_probs, old, weights, sequence, *bounds)
             drift = (log_probs - old).abs()
         stats = [loss.detach(), entropy.detach().sum(), low, high, kl, drift.sum(), torch.tensor(float(len(old)))]
         return loss, torch.stack([s.double().cpu() for s in stats]), float(drift.max())

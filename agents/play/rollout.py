@@ -54,7 +54,7 @@ class Args:
     """Split of the data set."""
     index: int | None = None
     """Play this sample (from 0), and with more episodes the ones after it, instead of drawing."""
-    max_steps: int = 3
+    episode_steps: int = 3
     """Actions in an episode."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What the agent sees once there is a box. None: what it was trained for (`overlay` where it does not say)."""
@@ -96,7 +96,7 @@ def _set_up(args: Args) -> tuple[GroundingVectorEnv, Agent]:
         near = difflib.get_close_matches(args.env, ivt_env.IDS, n=1, cutoff=0.4)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"no environment {args.env!r}{hint}; there are {', '.join(ivt_env.IDS)}")
-    options = {"split": args.split, "data_root": args.data_root, "strict": args.strict, "max_steps": args.max_steps}
+    options = {"split": args.split, "data_root": args.data_root, "strict": args.strict, "max_steps": args.episode_steps}
     env = make_vector_env(args.env, num_envs=1, view=args.view or "overlay", **options)
     last = len(env.dataset) - 1
     if args.index is not None and not 0 <= args.index <= last - (args.episodes - 1):

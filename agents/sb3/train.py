@@ -66,7 +66,7 @@ class Args:
     """Training samples; their images are held in memory, 4 kB each."""
     side: int = 36
     """Of the image that the policy sees, pixels."""
-    max_steps: int = 3
+    episode_steps: int = 3
     """Actions in an episode."""
     potential: Literal["iou", "iou_squared", "giou"] = "giou"
     """What a step is paid the gain of."""
@@ -139,7 +139,7 @@ def _train(args: Args) -> dict[str, Any]:
     wrapper = envs.envs[0].env  # type: ignore[attr-defined]  # behind _LimitIsEnd
     assert isinstance(wrapper, SB3Wrapper)
     shape: dict[str, Any] = {"side": wrapper.side, "text_size": wrapper.text.size, "text_seed": wrapper.text.seed}
-    shape |= {"stop_above": wrapper.stop_above, "max_steps": args.max_steps}
+    shape |= {"stop_above": wrapper.stop_above, "max_steps": args.episode_steps}
 
     def save() -> dict[str, Any]:
         if name := unusable_weight(model.policy.named_parameters()):
@@ -152,13 +152,13 @@ def _train(args: Args) -> dict[str, Any]:
         save_sb3(args.out, model.policy, shape, record)
         return record
 
-    model.learn(args.steps, callback=_Report(args.steps, args.max_steps, save))
+    model.learn(args.steps, callback=_Report(args.steps, args.episode_steps, save))
     record = save()
     print(f"{record['actions']} actions, {record['seconds']} s ({record['cpu_seconds']} s of CPU); saved to {args.out}")
     results: dict[str, Any] = {"trained": record, "tables": []}
     if args.held_out:
         agent = SB3Agent(model.policy, shape)
-        played: dict[str, Any] = {"samples": args.held_out, "max_steps": args.max_steps, "seed": args.seed}
+        played: dict[str, Any] = {"samples": args.held_out, "max_steps": args.episode_steps, "seed": args.seed}
         for split, easy in itertools.product(args.splits, (True, False) if args.easy else (False,)):
             results["tables"].append(compare(agent, split, easy=easy, **played))
             print(f"\n{table(results['tables'][-1])}", flush=True)
@@ -212,7 +212,9 @@ class _LimitIsEnd(gym.Wrapper[dict[str, Any], np.ndarray, dict[str, Any], np.nda
 def _maker(dataset: SmallImages, args: Args) -> Callable[[], gym.Env[Any, Any]]:
     def make() -> gym.Env[Any, Any]:
         # At the size that is seen: a box drawn on the small image instead of shrunk with the large one.
-        env = GroundingEnv(dataset, max_steps=args.max_steps, canvas=args.side, reward={"potential": args.potential})
+        env = GroundingEnv(
+            dataset, max_steps=args.episode_steps, canvas=args.side, reward={"potential": args.potential}
+        )
         return _LimitIsEnd(SB3Wrapper(env, side=args.side))
 
     return make

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the script imports this module; only its type is needed her
     from ivt_agents.sft.train import Args
 
 MAY_CHANGE = frozenset(
-    {"save_every", "out", "tracker", "config", "resume", "overwrite", "dry_run", "gpu_memory_gb", "image"}
+    {"save_steps", "out", "report_to", "config", "resume", "overwrite", "dry_run", "gpu_memory_gb", "image"}
     | {"max_unusable", "teacher_cache", "teacher_max_requests", "teacher_max_tokens"}
 )
 """Options that a resumed run may change: neither the policy nor the table depends on them."""
@@ -26,10 +26,10 @@ _LEAST = {
     "samples": 1,
     "neighbours": 1,
     "steps": 0,
-    "save_every": 1,
-    "batch": 1,
-    "micro_batch": 1,
-    "lora_rank": 0,
+    "save_steps": 1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "lora_r": 0,
     "seed": 0,
     "eval_samples": 0,
     "teacher_max_requests": 0,
@@ -44,11 +44,11 @@ def check_options(args: Args) -> None:
         RunError: names the value and says what would have gone wrong.
         PolicyError: for a number format that cannot be had.
     """
-    check_tracker(args.tracker)
+    check_tracker(args.report_to)
     check_least(args, _LEAST)
-    check_rate(args.lr)
+    check_rate(args.learning_rate)
     check_share("max_unusable", args.max_unusable)
-    args.check_model(args.lora_rank)
+    args.check_model(args.lora_r)
     if args.harvested is not None and not 1 <= args.harvested <= args.neighbours:
         raise RunError(f"harvested {args.harvested} of {args.neighbours} neighbours: give 1 to {args.neighbours}")
     if args.first_answers != 1 and (args.lessons != "verification" or not 0 <= args.first_answers <= 1):

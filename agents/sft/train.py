@@ -131,31 +131,31 @@ class Recipe:
     """Teach first answers only. The control that every claim about the loop must beat."""
     steps: int = 300
     """Optimizer steps."""
-    batch: int = 64
-    """Demonstrations in a step, over all processes."""
-    micro_batch: int = 32
-    """Demonstrations in one forward pass."""
-    lr: float = 2e-4
+    per_device_train_batch_size: int = 32
+    """Demonstrations in one forward pass of one process."""
+    gradient_accumulation_steps: int = 2
+    """Forward passes in a step: each process learns from that many times the demonstrations of one pass."""
+    learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optim: Literal["adamw", "muon"] = "adamw"
     """`muon`: Muon at ten times that rate on the language model's matrices, AdamW on the rest."""
     smoothing: float = 0.0
     """Smooth the targets of coordinates over this many thousandths of an image's side; 0: hard targets."""
     decision_weight: float = 1.0
     """Weight of the token that follows a box in an answer (end here, look closer, or stop); any other counts 1."""
-    lora_rank: int = 0
+    lora_r: int = 0
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     seed: int = 0
     """Decides the samples and their order."""
-    save_every: int = 50
+    save_steps: int = 50
     """Steps between checkpoints."""
     eval_samples: int = 300
     """Validation samples of the table of before and after; 0 leaves it out."""
     eval_split: str = "val"
     """Split of that table."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Number format that the harvest and the training compute in."""
-    tracker: TrackerName = "tensorboard"
+    bf16: bool = False
+    """Compute in bfloat16, by autocast."""
+    report_to: TrackerName = "tensorboard"
     """Where metrics go besides `metrics.jsonl`; wandb and trackio need the extra `trackers`."""
     dry_run: bool = False
     """Build the true architecture without weights, print what it needs and what fits, and end."""
@@ -178,14 +178,12 @@ def main(args: Args) -> Path:
     check_options(args)
     teacher = _teacher(args)
     measured_on = validation_samples(args.env, args.split, args.eval_split, args.eval_samples, args.data_root)
-    accelerator = make_accelerator(args.mixed_precision)
+    accelerator = make_accelerator(args.bf16)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise RunError(
             f"{accelerator.distributed_type.value}: train_sft.py holds the whole model in each process, and would save"
             " a part of it; launch it with configs/accelerate/ddp.yaml (train_grpo.py can share weights)"
         )
-    if args.batch < accelerator.num_processes:
-        raise RunError(f"batch {args.batch} on {accelerator.num_processes} processes: some would have nothing to learn")
     if teacher is not None and accelerator.num_processes > 1:
         raise RunError(
             f"{accelerator.num_processes} processes would each ask {args.teacher}: run one process with --steps 0, "
@@ -226,7 +224,7 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         write_json(args.out / CONFIG, options)
     found = checkpoints(args.out) if args.resume else []
     keep_until = (int(found[-1].name[5:]) if found else 0) if args.resume else None
-    log = MetricsLog(args.out, chief, args.tracker, keep_until, config=asdict(args))
+    log = MetricsLog(args.out, chief, args.report_to, keep_until, config=asdict(args))
     with progress_bars(note=True, disable=not chief) as progress:
         before = _before(policy, args, measured_on, progress) if chief else {}
         taught = args.out / "demonstrations.jsonl"
@@ -261,21 +259,21 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
             accelerator,
             log,
             args.out,
-            save_every=args.save_every,
+            save_every=args.save_steps,
             resume=bool(found),
             steps=args.steps,
-            batch=args.batch,
-            micro_batch=args.micro_batch,
-            peak_lr=args.lr,
+            batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+            micro_batch=args.per_device_train_batch_size,
+            peak_lr=args.learning_rate,
             seed=args.seed,
             on_step=on_step,
             smoothing=args.smoothing,
             decision_weight=args.decision_weight,
-            optimizer=args.optimizer,
+            optimizer=args.optim,
         )
         folder = args.out / "policy"
         if chief:
-            if args.lora_rank:
+            if args.lora_r:
                 policy.model = merged(policy.model)
             policy.save(folder, options)
             after = _measure(policy, args, measured_on, progress, "after")
@@ -290,8 +288,8 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
 
 def _prepare_parameters(policy: VLMPolicy, args: Args) -> None:
     """Decide what is trained: everything, or adapters."""
-    policy.model = make_trainable(policy.model, args.lora_rank)
-    policy.frozen_vision = args.lora_rank > 0
+    policy.model = make_trainable(policy.model, args.lora_r, args.lora_alpha)
+    policy.frozen_vision = args.lora_r > 0
     args.prepare_update(policy.model)
 
 
@@ -305,9 +303,9 @@ def _plan(args: Args) -> Plan:
         new_tokens=48 if args.model == TINY_NAME else 160,
         turns=1,
         rollout_rows=100,
-        micro_batch=args.micro_batch,
-        lora_rank=args.lora_rank,
-        autocast=args.mixed_precision == "bf16",
+        micro_batch=args.per_device_train_batch_size,
+        lora_rank=args.lora_r,
+        autocast=args.bf16,
         pixels=args.pixels,
     )
 

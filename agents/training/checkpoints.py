@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from ivt_agents.config import with_new_names
 from ivt_agents.training.run import MetricsLog, RunError
 from ivt_agents.training.sharding import fill_optimizer, fill_parameters, gathered_optimizer, gathered_parameters
 from ivt_env.failures import reading
@@ -54,7 +55,7 @@ def check_new(folder: Path, results: Sequence[str]) -> None:
 
 
 def recorded_options(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` of a run holds.
+    """What ``config.json`` of a run holds, under today's names.
 
     Raises:
         RunError: where it is missing.
@@ -62,7 +63,7 @@ def recorded_options(folder: Path) -> dict[str, Any]:
     """
     if (recorded := asked_of(folder, CONFIG)) is None:
         raise RunError(f"nothing to resume in {folder}: no {CONFIG}; start without --resume")
-    return recorded
+    return with_new_names(recorded)
 
 
 def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path, may_change: Collection[str]) -> None:
@@ -124,7 +125,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def what_is_kept(folder: Path, lr: float) -> str:
     """What remains of a run that stops because something is not finite, and what to do."""
     kept = checkpoints(folder)
-    rate = f"begin another run with other options, for example an --lr below {lr:g}"
+    rate = f"begin another run with other options, for example a --learning-rate below {lr:g}"
     return f"The last good checkpoint is {kept[-1]}; {rate}" if kept else f"No checkpoint was written yet; {rate}"
 
 
@@ -248,7 +249,7 @@ class _Fit:
         for name, parameter in self._named.items():
             self._tensor(name, values[name], parameter)
         if not isinstance(saved, list) or len(saved) != len(optimizers):
-            self._refuse("it was written with another --optimizer")
+            self._refuse("it was written with another --optim")
         names = {id(p): n for n, p in self._named.items()}
         for one, its in zip(optimizers, saved, strict=True):
             self._optimizer(one, its, names, values, most_updates)
@@ -262,7 +263,7 @@ class _Fit:
             self._refuse("its optimizer state is none")
         theirs, moments = saved["param_groups"], saved["state"]
         if not isinstance(theirs, list) or [_settings(g) for g in theirs] != [_settings(g) for g in groups]:
-            self._refuse("it was written with another --optimizer, or with other settings of it")
+            self._refuse("it was written with another --optim, or with other settings of it")
         if not all(isinstance(g["lr"], float) and math.isfinite(g["lr"]) for g in theirs):
             self._refuse("a learning rate is not a finite number")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

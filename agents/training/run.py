@@ -47,7 +47,7 @@ def check_least(options: object, least: Mapping[str, int]) -> None:
 def check_rate(lr: float) -> None:
     """Refuse a learning rate that is not a positive number (``RunError``)."""
     if not 0 < lr < math.inf:
-        raise RunError(f"lr {lr:g}: the weights would stay, go uphill or be lost; give more than 0")
+        raise RunError(f"learning_rate {lr:g}: the weights would stay, go uphill or be lost; give more than 0")
 
 
 def check_share(name: str, value: float) -> None:
@@ -56,14 +56,14 @@ def check_share(name: str, value: float) -> None:
         raise RunError(f"{name} {value:g}: a share; give 0 to 1")
 
 
-def make_accelerator(mixed_precision: str) -> Accelerator:
+def make_accelerator(bf16: bool) -> Accelerator:
     """For one process or several, with or without GPUs.
 
     Unless it is told "cpu", accelerate makes each of several processes without a GPU a run of its own,
     and all of them would write into one folder.
 
     Args:
-        mixed_precision: ``no`` or ``bf16``.
+        bf16: compute in bfloat16, by autocast.
 
     Raises:
         RunError: where the launcher was told to shard the model, and accelerate would not.
@@ -83,7 +83,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
             "accelerate launch was told of several processes and started one, as it does without a GPU: this is one"
             " process; torchrun --standalone --nproc_per_node N starts N"
         )
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=cpu)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise RunError("FSDP version 1: rollouts need to gather its weights in a way it has not; set fsdp_version: 2")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -48,7 +48,7 @@ def check_shareable(model: nn.Module, compiled: bool, accelerator: Accelerator, 
             " for configs/accelerate/ddp.yaml"
         )
     if compiled:
-        raise RunError("compile with FSDP: the compiled layers are not those that are shared out; leave --compile out")
+        raise RunError("torch_compile with FSDP: the compiled layers are not those that are shared out; leave it out")
 
 
 @contextlib.contextmanager

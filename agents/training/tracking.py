@@ -39,7 +39,7 @@ def check_tracker(name: str) -> None:
     if found is None or found.origin is None:
         raise TrackerError(
             f'tracker {name}: its package is not installed; pip install "ivt-env[{_EXTRA[name]}]" (or pip install'
-            f" {name}), or give --tracker none: metrics.jsonl is written in any case"
+            f" {name}), or give --report-to none: metrics.jsonl is written in any case"
         )
 
 

@@ -29,14 +29,15 @@ TRAINED, REFERENCE = "default", "reference"
 """Names of the adapter that learns (peft's own default) and of the frozen copy of where it started."""
 
 
-def add_lora(model: Any, rank: int) -> Any:
+def add_lora(model: Any, rank: int, alpha: int | None = None) -> Any:
     """A fresh LoRA adapter on every matrix of the language model; dropout 0, so that ratios start at 1.
 
-    Adapters are float32 whatever the base is: AdamW's steps are too small for bfloat16.
+    It counts ``alpha / rank`` times; None: twice. Adapters are float32 whatever the base is: AdamW's steps are too
+    small for bfloat16.
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_MODULES)
+    config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=0.0, target_modules=LORA_MODULES)
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 by a name that is being retired; nothing a user can do.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -44,11 +45,11 @@ def add_lora(model: Any, rank: int) -> Any:
         model = get_peft_model(model, config)
     found = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if found != wanted:
-        raise RunError(f"lora_rank {rank}: {wanted:,} parameters of adapters were asked for, and peft made {found:,}")
+        raise RunError(f"lora_r {rank}: {wanted:,} parameters of adapters were asked for, and peft made {found:,}")
     return model
 
 
-def make_trainable(model: Any, rank: int, reference: bool = False) -> Any:
+def make_trainable(model: Any, rank: int, alpha: int | None = None, reference: bool = False) -> Any:
     """Decide what is trained: every weight, a fresh adapter, or the adapter that the model came with.
 
     An adapter on float32 weights is merged first, so that "without adapter" is the policy as given. On any other base
@@ -57,25 +58,26 @@ def make_trainable(model: Any, rank: int, reference: bool = False) -> Any:
     Args:
         model: as ``load_policy`` loads it, with or without an adapter.
         rank: of the adapter; 0 trains every weight.
+        alpha: of the adapter; None: twice the rank, or as the adapter has it that is trained further.
         reference: keep a frozen copy of an adapter that is trained further.
 
     Raises:
-        RunError: where the base cannot be trained in this way, or the adapter has another rank.
+        RunError: where the base cannot be trained in this way, or the adapter has another rank or alpha.
     """
     held = stored_as(model)
     if rank == 0 and not can_merge(model):
         raise RunError(
-            f"lora_rank 0 on weights in {_words(held)}: every weight would be trained, and steps of AdamW are lost in"
-            " the rounding; give a --lora-rank, or load with --dtype float32 --quantize none"
+            f"lora_r 0 on weights in {_words(held)}: every weight would be trained, and steps of AdamW are lost in"
+            " the rounding; give a --lora-r, or load with --dtype float32 --quantize none"
         )
     if hasattr(model, "merge_and_unload"):
         if not can_merge(model):
-            return _go_on(model, rank, held, reference)
+            return _go_on(model, rank, alpha, held, reference)
         # A second adapter would replace the first, and "without adapter" would be the model before its warm start:
         # the reference of the KL divergence must be the policy as given.
         model = model.merge_and_unload()
     model.requires_grad_(rank == 0)
-    return add_lora(model, rank) if rank else model
+    return add_lora(model, rank, alpha) if rank else model
 
 
 def layer_matrices(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -84,13 +86,18 @@ def layer_matrices(model: Any) -> dict[str, torch.nn.Parameter]:
     return {n: p for n, p in named if p.ndim == 2 and "language_model.layers" in n and "lora_" not in n}
 
 
-def _go_on(model: Any, rank: int, held: dict[str, str], reference: bool) -> Any:
+def _go_on(model: Any, rank: int, alpha: int | None, held: dict[str, str], reference: bool) -> Any:
     """Train the adapter that is there."""
     found = model.peft_config[TRAINED].r
     if found != rank:
         raise RunError(
-            f"lora_rank {rank}, but the model is an adapter of rank {found} on weights in {_words(held)}: merging it"
-            f" would change the policy, so this very adapter is trained further; give --lora-rank {found}"
+            f"lora_r {rank}, but the model is an adapter of rank {found} on weights in {_words(held)}: merging it"
+            f" would change the policy, so this very adapter is trained further; give --lora-r {found}"
+        )
+    if alpha not in (None, scale := model.peft_config[TRAINED].lora_alpha):
+        raise RunError(
+            f"lora_alpha {alpha}, but the model is an adapter with lora_alpha {scale}, which is trained further; leave"
+            " it out"
         )
     if reference:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict

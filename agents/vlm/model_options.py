@@ -16,6 +16,8 @@ from ivt_agents.vlm.speed import can_pack, checkpoint_layers, compile_layers
 class ModelOptions:
     """How a model is held and computed; the same in ``train_sft.py`` and ``train_grpo.py``."""
 
+    lora_alpha: int | None = None
+    """Adapters count lora_alpha / lora_r times. None: twice, or as an adapter says that is trained further."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Number format of the weights; adapters are always float32. None: bfloat16 under nf4; else as a policy
     folder records it, or float32. A large model wants bfloat16."""
@@ -23,37 +25,41 @@ class ModelOptions:
     """Hold the language model's matrices in four bits (NF4, double quantisation; needs `bitsandbytes` and LoRA).
     An adapter that was trained on such a base is trained further, never merged. None: as a policy folder
     records it, or none."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention code. None: sdpa on a GPU, eager on a CPU. With flash_attention_2, turns no longer share a row in
     the update, because it takes no mask that could tell them apart."""
     gradient_checkpointing: bool = False
     """Keep each layer's input alone for the backward pass and compute the layer again there: less memory, about
     a third more time in the update. The result is the same."""
-    compile: bool = False
+    torch_compile: bool = False
     """Compile the decoder layers' part of the update. The first steps take minutes. Not timed on a GPU yet, so it
     may gain nothing; rollouts are never compiled."""
 
-    def check_model(self, lora_rank: int) -> None:
+    def check_model(self, lora_r: int) -> None:
         """Refuse what contradicts itself (RunError) or cannot be had here (PolicyError), before anything is loaded."""
-        low = self.quantize if self.quantize == "nf4" else self.dtype
-        if lora_rank == 0 and low in ("nf4", "bfloat16"):
+        if self.lora_alpha is not None and (lora_r == 0 or self.lora_alpha < 1):
             raise RunError(
-                f"lora_rank 0 with weights in {low}: every weight would be trained, and steps of AdamW smaller than"
-                " 1/256 of a weight are lost in the rounding; give a --lora-rank, or leave out --dtype and --quantize"
+                f"lora_alpha {self.lora_alpha} with lora_r {lora_r}: no adapter would learn; give both at least 1"
+            )
+        low = self.quantize if self.quantize == "nf4" else self.dtype
+        if lora_r == 0 and low in ("nf4", "bfloat16"):
+            raise RunError(
+                f"lora_r 0 with weights in {low}: every weight would be trained, and steps of AdamW smaller than"
+                " 1/256 of a weight are lost in the rounding; give a --lora-r, or leave out --dtype and --quantize"
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         usual = "bfloat16" if self.quantize == "nf4" else "float32"
-        check_weights(self.dtype or usual, self.quantize or "none", self.attention, device)
+        check_weights(self.dtype or usual, self.quantize or "none", self.attn_implementation, device)
 
     def loading(self) -> dict[str, Any]:
         """Those that ``load_policy`` takes."""
-        return {"dtype": self.dtype, "quantize": self.quantize, "attention": self.attention}
+        return {"dtype": self.dtype, "quantize": self.quantize, "attention": self.attn_implementation}
 
     def prepare_update(self, model: Any) -> None:
         """Switch on what changes the update alone; the model's adapters must be in place."""
         if self.gradient_checkpointing:
             checkpoint_layers(model)
-        if self.compile:
+        if self.torch_compile:
             compile_layers(model)
         if not can_pack(model):
             print("attention flash_attention_2: packing is off, each turn is computed in a row of its own")

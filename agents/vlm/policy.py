@@ -230,7 +230,9 @@ class VLMPolicy:
             NotFiniteError: for weights that are not finite, before anything is written.
         """
         if name := unusable_weight(self.model.named_parameters()):
-            raise NotFiniteError(f"weight {name} is not finite, so {folder} is not written; train with a lower --lr")
+            raise NotFiniteError(
+                f"weight {name} is not finite, so {folder} is not written; train with a lower learning rate"
+            )
         asked = self.dialogue.prompts
         texts = {"prompt": asked.text, "closeup": asked.closeup, "with_closeup": asked.with_closeup}
         settings = texts | {"frame": self.codec.frame, "layout": self.layout, "view": self.view} | stored_as(self.model)

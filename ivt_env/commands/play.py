@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val", help="split of the data set (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=10, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides which samples are drawn (default: %(default)s)")
-    parser.add_argument("--max-steps", type=int, default=3, help="actions in an episode (default: %(default)s)")
+    parser.add_argument("--episode-steps", type=int, default=3, help="actions in an episode (default: %(default)s)")
     parser.add_argument(
         "--data-root", type=Path, metavar="FOLDER", help="folder of the real data sets (default: the variable IVT_DATA)"
     )
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{option} {value}: give {least} or more")
     root = None if args.data_root is None else str(args.data_root)
     # Strict: a person's hours must not go into scenes that stand in for the data set that was named.
-    options = {"split": args.split, "data_root": root, "strict": True, "max_steps": args.max_steps}
+    options = {"split": args.split, "data_root": root, "strict": True, "max_steps": args.episode_steps}
     env = gym.make(args.env, disable_env_checker=True, **options).unwrapped
     assert isinstance(env, GroundingEnv)
     with lock_folder(args.out):
