@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -17,6 +17,9 @@ from ivt_env import failures
 
 T = TypeVar("T")
 
+Hidden = Annotated[T, "not in --help"]
+"""An option that one experiment needs: accepted like any other, but listed in docs/command_line.md alone."""
+
 
 def parse(args: type[T], argv: list[str] | None = None, section: str | None = None) -> T:
     """``args`` from the command line and, where a script has a ``section``, the file that ``--config`` names."""
@@ -24,6 +27,13 @@ def parse(args: type[T], argv: list[str] | None = None, section: str | None = No
     for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if told := meant(flag.removeprefix("--no-").removeprefix("--"), args):
             raise ConfigError(f"{flag}: {told}")
+    hidden = {n: h for n, h in get_type_hints(args, include_extras=True).items() if "not in --help" in _notes(h)}
+    if hidden and {"-h", "--help"} & set(argv):
+        shown = {name: Annotated[hint, tyro.conf.Suppress] for name, hint in hidden.items()}
+        try:  # tyro would not accept what it does not show, so that the help is that of another class
+            tyro.cli(type(args.__name__, (args,), {"__annotations__": shown, "__doc__": args.__doc__}), args=argv)
+        finally:
+            print(f"{len(hidden)} more options are listed in docs/command_line.md.")
     if section is None:
         return tyro.cli(args, args=argv)
     # Only --config is looked for here; what else stands on the command line is tyro's, help included.
@@ -33,6 +43,10 @@ def parse(args: type[T], argv: list[str] | None = None, section: str | None = No
     if chosen is None:
         return tyro.cli(args, args=argv)
     return tyro.cli(args, args=argv, default=load_config(chosen, args, section))
+
+
+def _notes(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__metadata__", ())
 
 
 def run_command(

@@ -214,3 +214,22 @@ def test_the_table_of_pitfalls_holds_all_and_names_tests_that_exist():
     there = {n for f in (ROOT / "tests").glob("test_*.py") for n in re.findall(r"^def (test_\w+)", f.read_text(), re.M)}
     named = {n.split("::")[-1] for n in re.findall(r"`((?:test_\w+::)?test_\w+)`", table)}
     assert len(named) > 40 and named <= there, named - there
+
+
+@pytest.mark.parametrize(("args", "section", "count"), [(Args, "grpo", 28), (train_sft.Args, "sft", 24)])
+def test_help_shows_what_a_newcomer_needs_and_says_where_the_others_are(args, section, count, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(args, ["--help"], section)
+    said = capsys.readouterr().out
+    shown = set(re.findall(r"^[^\w\n]*--([a-z][a-z0-9-]+)", said, re.MULTILINE))
+    names = {f.name.replace("_", "-") for f in fields(args)}
+    assert ended.value.code == 0 and "config" in shown and len(shown) == count
+    assert f"{len(names - shown)} more options are listed in docs/command_line.md" in said
+    assert parse(args, ["--save-steps", "7"], section).save_steps == 7, "what is not shown is accepted"
+
+
+def test_the_table_of_options_is_that_of_both_commands():
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `--([a-z0-9-]+)`.* \| (?:SFT|GRPO|both) \|", page, re.MULTILINE)
+    names = {f.name.replace("_", "-") for args in (Args, train_sft.Args) for f in fields(args)}
+    assert sorted(listed) == sorted(names)

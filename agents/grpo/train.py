@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from ivt_agents.command import progress_bars
+from ivt_agents.command import Hidden, progress_bars
 from ivt_agents.grpo.checks import RESULTS, check_options, check_run
 from ivt_agents.grpo.losses import CLIPS
 from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
@@ -56,7 +56,7 @@ class Recipe:
     """The warm-started policy: a folder or hub name. None: `train_sft.py` is run first, on `tiny`."""
     env: str = "IVT-Scenes-v0"
     """Registered id to train in."""
-    split: str = "train"
+    split: Hidden[str] = "train"
     """Split to train on."""
     data_root: str | None = None
     """Folder of real data sets."""
@@ -74,85 +74,84 @@ class Recipe:
     """Episodes of each sample (the paper: 6)."""
     episode_steps: int = 3
     """Actions in an episode (the paper: one proposal and two refinements)."""
-    stop: bool = True
+    stop: Hidden[bool] = True
     """The policy may end an episode. False: it is not asked to, its stop cannot be sampled, and every episode
     makes all its refinements (the paper)."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on: the whole image, the region around it enlarged, or both. None: as the policy says."""
     layout: Literal["fresh", "prefix"] | None = None
     """A prompt of its own each step, or one growing conversation (the paper). None: as the policy says."""
-    reward: Literal["gain", "final"] = "gain"
+    reward: Hidden[Literal["gain", "final"]] = "gain"
     """`gain`: IoU gain at each step. `final`: IoU of the last box, paid at the end (the paper)."""
-    step_cost: float = 0.0
+    step_cost: Hidden[float] = 0.0
     """Subtracted for every proposal."""
-    invalid_penalty: float = 0.1
+    invalid_penalty: Hidden[float] = 0.1
     """Subtracted for an answer without a usable box or stop. Without it, an empty answer keeps the box as
     a stop does, and the policy learns to say nothing (seen after 40 steps)."""
-    format_bonus: float = 0.0
+    format_bonus: Hidden[float] = 0.0
     """Added once, at the end, where every answer of an episode held a usable box or stop (the paper: 0.1)."""
-    require_format: bool = False
+    require_format: Hidden[bool] = False
     """An episode with an unusable answer earns nothing. Where no stop is at hand an unusable answer is the only way
     to keep a box, and a bonus of 0.1 does not outweigh that (`docs/paper.md`)."""
     advantage: Literal["return_to_go", "trajectory", "episode_and_step"] = "return_to_go"
-    """Advantage of each step from its return-to-go, one for the whole episode, or that plus a comparison of equal
-    states (GiGPO)."""
-    omega: float = 1.0
+    """Credit by each step's return-to-go, by the whole episode, or that plus a comparison of equal states."""
+    omega: Hidden[float] = 1.0
     """Weight of the comparison of equal states in `episode_and_step`."""
-    discount: float = 1.0
+    discount: Hidden[float] = 1.0
     """What the next step's return counts in a step's own, with `return_to_go`. 1: all gains up to the end, so that the
     final IoU is maximised. 0: each action's own gain, for a policy that spoils any box it is given afterwards."""
     scale_rewards: Literal["none", "group", "batch"] = "none"
     """Divide advantages by the standard deviation of a group's returns, or of all returns of the step."""
-    scale_floor: float = 1e-3
+    scale_floor: Hidden[float] = 1e-3
     """That standard deviation counts as at least this much reward."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
     """Policy loss. With one optimizer step per rollout gspo equals grpo, and cispo equals dapo."""
-    optim: Literal["adamw", "muon"] = "adamw"
+    optim: Hidden[Literal["adamw", "muon"]] = "adamw"
     """`muon`: Muon on the matrices of the language model's layers, and nothing else is trained; with --lora-r 0. On
     the tiny model it learns from the same episodes what AdamW hardly does (`docs/paper.md`)."""
     learning_rate: float = 1e-3
     """Learning rate."""
-    warmup_steps: int = 5
+    warmup_steps: Hidden[int] = 5
     """Steps over which it rises from 0."""
-    cooldown: int = 0
+    cooldown: Hidden[int] = 0
     """Last steps over which it falls to 0: what the noise of single steps did to the policy evens out."""
-    start_share: float = 0.0
+    start_share: Hidden[float] = 0.0
     """Share of the weights that training began with in the policy that is saved, from 0 to below 1 (WiSE-FT, Wortsman
     et al. 2022): gives back some of what was lost without need, such as precise first boxes."""
     lora_r: int = 16
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
-    num_iterations: int = 1
+    num_iterations: Hidden[int] = 1
     """Optimizer steps on each rollout."""
-    epsilon: float | None = None
+    epsilon: Hidden[float | None] = None
     """The probability ratio is clipped at 1 - epsilon ... None: what fits the loss (dapo: 0.2)."""
-    epsilon_high: float | None = None
+    epsilon_high: Hidden[float | None] = None
     """... and at 1 + epsilon_high. None: what fits the loss (dapo: 0.28)."""
     beta: float = 0.0
     """Weight of the KL divergence to the warm-started policy (the paper: 0.04)."""
-    kl_in: Literal["loss", "reward"] = "loss"
+    kl_in: Hidden[Literal["loss", "reward"]] = "loss"
     """Add it to the loss (k3 times ratio), or subtract it from each step's reward (k1)."""
-    temperature: float = 1.0
+    temperature: Hidden[float] = 1.0
     """Of the rollouts; the update scores with the same."""
     max_completion_length: int = 40
     """Token limit of a turn."""
-    max_unusable: float = MAX_UNUSABLE
+    max_unusable: Hidden[float] = MAX_UNUSABLE
     """Refuse to go on where more than this share of the first rollouts' answers holds no usable box or stop. 1: go
     on whatever they hold."""
-    mask_truncated_completions: bool = True
+    mask_truncated_completions: Hidden[bool] = True
     """Leave turns that ran into the limit out of the loss."""
     per_device_train_batch_size: int = 64
     """Turns in one forward and backward pass."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Hidden[float] = 1.0
     """Gradients are clipped to this norm."""
     seed: int = 0
     """Decides samples and sampling."""
-    save_steps: int = 20
+    save_steps: Hidden[int] = 20
     """Steps between checkpoints."""
-    eval_steps: int = 20
+    eval_steps: Hidden[int] = 20
     """Steps between greedy evaluations on the validation split; 0: only before and after."""
     eval_samples: int = 300
     """Validation samples of each evaluation; 0: none at all."""
-    eval_split: str = "val"
+    eval_split: Hidden[str] = "val"
     """Split of those evaluations."""
     bf16: bool = False
     """Compute rollouts and the update in bfloat16, by autocast."""
@@ -160,9 +159,9 @@ class Recipe:
     """Where metrics go besides `metrics.jsonl`; wandb and trackio need the extra `trackers`."""
     dry_run: bool = False
     """Build the true architecture without weights, print what it needs and what fits, and end."""
-    gpu_memory_gb: float = 80.0
+    gpu_memory_gb: Hidden[float] = 80.0
     """Memory of the GPU that a dry run reckons with."""
-    image: tuple[int, int] = (480, 640)
+    image: Hidden[tuple[int, int]] = (480, 640)
     """Height and width of the images that a dry run reckons with."""
 
 

@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from rich.progress import Progress
 
-from ivt_agents.command import progress_bars
+from ivt_agents.command import Hidden, progress_bars
 from ivt_agents.play.on_split import MAX_UNUSABLE, play, summary, validation_samples
 from ivt_agents.sft.checks import HARVEST, MAY_CHANGE, RESULTS, check_options
 from ivt_agents.sft.demonstrations import (
@@ -80,7 +80,7 @@ class Recipe:
     """The student: `tiny`, a folder, or a hub name."""
     env: str = "IVT-Scenes-v0"
     """Registered id that serves the samples."""
-    split: str = "train"
+    split: Hidden[str] = "train"
     """Split to harvest and teach on."""
     data_root: str | None = None
     """Folder of real data sets."""
@@ -92,39 +92,38 @@ class Recipe:
     """Begin anew where `out` already holds a run, which is lost."""
     samples: int = 3000
     """Samples to harvest (all of the split if it has fewer)."""
-    neighbours: int = 1
+    neighbours: Hidden[int] = 1
     """Samples taken one after the other from each random place of the split. Where neighbours are about one
     image (six in `train_asked` of the scenes) it is encoded once for all that is taught about it."""
-    harvested: int | None = None
+    harvested: Hidden[int | None] = None
     """Of how many of the `neighbours`, drawn at random, the student is asked for its own box; None: of all. What is
     taught about the others needs none."""
-    max_unusable: float = MAX_UNUSABLE
+    max_unusable: Hidden[float] = MAX_UNUSABLE
     """Refuse to go on where more than this share of the harvested answers holds no usable box. 1: go on whatever they
     hold."""
     demonstrations: Path | None = None
     """JSON lines from any teacher; nothing is harvested then."""
     teacher: str = "template"
     """Who writes the traces: `template`, `hf:MODEL`, or `openai:BASE_URL[#MODEL]` (key in OPENAI_API_KEY)."""
-    teacher_max_requests: int = 10_000
+    teacher_max_requests: Hidden[int] = 10_000
     """Cost cap of an `openai:` teacher: requests of this run, retries included."""
-    teacher_max_tokens: int = 10_000_000
+    teacher_max_tokens: Hidden[int] = 10_000_000
     """Cost cap of an `openai:` teacher: tokens of this run, as the server counts them."""
-    teacher_cache: Path = Path("runs/teacher-cache")
+    teacher_cache: Hidden[Path] = Path("runs/teacher-cache")
     """Texts of model teachers, by a hash of model, prompt and image; asking again costs nothing."""
-    lessons: Literal["walks", "verification", "paper"] = "walks"
+    lessons: Hidden[Literal["walks", "verification", "paper"]] = "walks"
     """`walks`: from the student's box to the target, in words, with stops and first answers. `verification`: good,
     shifted, random boxes and those of other objects, each with what is right about it; without words. `paper`:
     the walks of bad first boxes only, in a straight line, and no stop anywhere."""
-    first_answers: float = 1.0
+    first_answers: Hidden[float] = 1.0
     """Share of the samples whose first answer is taught beside the lessons `verification`. 0: for a policy that goes on
     from another's first box (`relay:FIRST,THEN`)."""
     view: Literal["overlay", "closeup", "both"] | None = None
-    """What a box is shown on: the whole image, the region around it enlarged, or both. None: as the student
-    says, else `overlay`."""
-    pixels: float | None = None
+    """What a box is shown on: the image, its region enlarged, or both. None: as the student says, or overlay."""
+    pixels: Hidden[float | None] = None
     """Times the most pixels that the student may be shown of an image, trained and saved so: the control of equal
     compute that spends it on a larger image. None: as the student says."""
-    layout: Literal["fresh", "prefix"] | None = None
+    layout: Hidden[Literal["fresh", "prefix"] | None] = None
     """A prompt of its own each step, or one growing conversation (the paper). None: as the student says, else
     `fresh`."""
     single_shot: bool = False
@@ -137,21 +136,21 @@ class Recipe:
     """Forward passes in a step: each process learns from that many times the demonstrations of one pass."""
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
-    optim: Literal["adamw", "muon"] = "adamw"
+    optim: Hidden[Literal["adamw", "muon"]] = "adamw"
     """`muon`: Muon at ten times that rate on the language model's matrices, AdamW on the rest."""
-    smoothing: float = 0.0
+    smoothing: Hidden[float] = 0.0
     """Smooth the targets of coordinates over this many thousandths of an image's side; 0: hard targets."""
-    decision_weight: float = 1.0
+    decision_weight: Hidden[float] = 1.0
     """Weight of the token that follows a box in an answer (end here, look closer, or stop); any other counts 1."""
     lora_r: int = 0
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     seed: int = 0
     """Decides the samples and their order."""
-    save_steps: int = 50
+    save_steps: Hidden[int] = 50
     """Steps between checkpoints."""
     eval_samples: int = 300
     """Validation samples of the table of before and after; 0 leaves it out."""
-    eval_split: str = "val"
+    eval_split: Hidden[str] = "val"
     """Split of that table."""
     bf16: bool = False
     """Compute in bfloat16, by autocast."""
@@ -159,9 +158,9 @@ class Recipe:
     """Where metrics go besides `metrics.jsonl`; wandb and trackio need the extra `trackers`."""
     dry_run: bool = False
     """Build the true architecture without weights, print what it needs and what fits, and end."""
-    gpu_memory_gb: float = 80.0
+    gpu_memory_gb: Hidden[float] = 80.0
     """Memory of the GPU that a dry run reckons with."""
-    image: tuple[int, int] = (480, 640)
+    image: Hidden[tuple[int, int]] = (480, 640)
     """Height and width of the images that a dry run reckons with."""
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from ivt_agents.command import Hidden
 from ivt_agents.training.run import RunError
 from ivt_agents.vlm.load import check_weights
 from ivt_agents.vlm.speed import can_pack, checkpoint_layers, compile_layers
@@ -16,22 +17,19 @@ from ivt_agents.vlm.speed import can_pack, checkpoint_layers, compile_layers
 class ModelOptions:
     """How a model is held and computed; the same in ``train_sft.py`` and ``train_grpo.py``."""
 
-    lora_alpha: int | None = None
+    lora_alpha: Hidden[int | None] = None
     """Adapters count lora_alpha / lora_r times. None: twice, or as an adapter says that is trained further."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Number format of the weights; adapters are always float32. None: bfloat16 under nf4; else as a policy
-    folder records it, or float32. A large model wants bfloat16."""
+    """Format of the weights. None: bfloat16 under nf4, else as a policy folder records it, or float32."""
     quantize: Literal["none", "nf4"] | None = None
-    """Hold the language model's matrices in four bits (NF4, double quantisation; needs `bitsandbytes` and LoRA).
-    An adapter that was trained on such a base is trained further, never merged. None: as a policy folder
-    records it, or none."""
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """nf4: the language model's matrices in four bits, with LoRA alone. None: as a policy folder records it."""
+    attn_implementation: Hidden[Literal["eager", "sdpa", "flash_attention_2"] | None] = None
     """Attention code. None: sdpa on a GPU, eager on a CPU. With flash_attention_2, turns no longer share a row in
     the update, because it takes no mask that could tell them apart."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Hidden[bool] = False
     """Keep each layer's input alone for the backward pass and compute the layer again there: less memory, about
     a third more time in the update. The result is the same."""
-    torch_compile: bool = False
+    torch_compile: Hidden[bool] = False
     """Compile the decoder layers' part of the update. The first steps take minutes. Not timed on a GPU yet, so it
     may gain nothing; rollouts are never compiled."""
 
