@@ -65,7 +65,7 @@ VERSION_1 = (
 )
 """The last is not the paper's, and there only where it was trained."""
 
-REPORTED_2 = "the paper, reported: single shot 79.6, oracle best 82.0, best label-free rule 75.6 (one source) Acc@0.5"
+REPORTED_2 = "the paper, reported: single shot 79.6, oracle best 82.0, best other rule 75.6 (one source) Acc@0.5"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Claim:
 
 
 def most_confident(episodes: Sequence[Episode]) -> Column:
-    """The box of the action whose words the policy was surest of; a label-free rule, n episodes.
+    """The box of the action whose words the policy was surest of; a rule without ground truth, n episodes.
 
     The confidence is what the episodes state: for the project's models the geometric mean of the sampled
     tokens' probabilities. Where none is stated, the first box.
@@ -90,7 +90,7 @@ def most_confident(episodes: Sequence[Episode]) -> Column:
 
 
 def rules(played: Played) -> dict[str, Column]:
-    """Every way of choosing the answer, label-free ones first, the oracle last."""
+    """Every way of choosing the answer, those without ground truth first, the oracle last."""
     found = {**played.columns, "most_confident": most_confident(played.episodes)}
     return dict(sorted(found.items(), key=lambda item: (item[1].oracle, item[0] != "step_0")))
 
@@ -169,7 +169,7 @@ def claims(played: Mapping[str, Played]) -> list[Claim]:
         gains = {
             r: _compare(r, c, found["step_0"], clusters) for r, c in found.items() if not c.oracle and r != "step_0"
         }
-        text = f"the mirage after {name}: the oracle gains on step 0, no label-free rule does"
+        text = f"the mirage after {name}: the oracle gains on step 0, no rule without ground truth does"
         figures = f"oracle {_difference(ceiling)}; " + ", ".join(f"{r} {_difference(c)}" for r, c in gains.items())
         made.append(Claim(text, _up(ceiling) and not any(_up(c) for c in gains.values()), figures))
     if "own_gain" in played:
@@ -180,7 +180,7 @@ def claims(played: Mapping[str, Played]) -> list[Claim]:
 def _what_grpo_did(
     name: str, before: Played, after: Played, clusters: Sequence[str], reported: str = ""
 ) -> list[Claim]:
-    """Whether the drop per step fell five times, and whether that cost a label-free accuracy."""
+    """Whether the drop per step fell five times, and whether that cost an accuracy without ground truth."""
     sft, grpo = rules(before), rules(after)
     lost, left = drop(before), drop(after)
     times = lost / left if left > 0 else np.inf
@@ -191,7 +191,7 @@ def _what_grpo_did(
     shared = [r for r in sft if r in grpo and not sft[r].oracle]
     moved = {r: _compare(r, grpo[r], sft[r], clusters) for r in shared}
     figures = f"{name} - SFT: " + ", ".join(f"{r} {_difference(c)}" for r, c in moved.items())
-    text = f"no label-free Acc@0.5 falls through {name}"
+    text = f"no Acc@0.5 falls through {name}"
     return [fewer, Claim(text, not any(_down(c) for c in moved.values()), figures)]
 
 

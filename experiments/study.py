@@ -102,7 +102,7 @@ def _training(args: Args) -> list[Job]:
     shared += ["--per-device-train-batch-size", args.batch // 2, "--gradient-accumulation-steps", 2]
     shared += ["--optim", "muon", "--smoothing", "6", "--bf16", "--eval-samples", "0"]
     loop: list[object] = ["--view", "closeup", "--lessons", "verification", "--decision-weight", "3"]
-    # In the relay it never gives a first answer, so that none is taught.
+    # In the relay it never gives a first answer, so none is taught.
     loop += ["--samples", 6 * args.scenes, "--harvested", "1", "--first-answers", "0"]
     # Every answer once: what the loop spends on looking again, the control spends on new questions.
     control: list[object] = ["--single-shot", "--samples", args.steps * args.batch]
@@ -227,7 +227,7 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
                 process.terminate()
             raise
     if failed:
-        raise RunError(f"{failed[0].name} failed; its log: {out / failed[0].name}.log. Mend it and run this again")
+        raise RunError(f"{failed[0].name} failed; its log: {out / failed[0].name}.log. Fix it and run this again")
 
 
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None)

@@ -48,7 +48,7 @@ class Game:
         if self.box is not None and (why := boxes.invalid_reason(self.box)):
             raise ValueError(f"initial_box {np.asarray(initial_box).tolist()}: {why}")
         self.earlier: list[NDArray[np.float32]] = []
-        """The boxes that were in force before the current one, in their order."""
+        """The boxes that were current before this one, in their order."""
         self.sample = sample
         self.reward_config = reward
         self.max_steps = max_steps
@@ -109,7 +109,7 @@ class Game:
         return iou, iou if config.potential == "iou" else config.phi(self.box, self.sample.box)
 
     def info(self, invalid: str | None = None) -> dict[str, Any]:
-        """For scoring and logging, never for acting: the target box stands in it."""
+        """For scoring and logging, never for acting: it contains the target box."""
         info: dict[str, Any] = {
             "iou": self.iou,
             "best_iou": self.best_iou,

@@ -7,7 +7,7 @@
 
 Each policy is played twice on the same samples: with its stop honoured, and forced to make every
 refinement (``--no-forced`` leaves this out and halves the time). From these come step 0, the last
-step, the learned stop, the other label-free rules, a random step and the oracle's best step. Only
+step, the learned stop, the other rules without ground truth, a random step and the oracle's best step. Only
 the last of them looks at the target; it is there to be distrusted. Differences are paired over
 images; beside one whose 95 % interval holds zero stands *n.s.*, or *n too small* with fewer than 10 images.
 

@@ -282,7 +282,7 @@ def _strip(episode: Episode, image_of: Callable[[Episode], ImageArray], name: st
         jpeg = base64.b64encode(image_jpeg(image_of(episode), episode, 384)).decode("ascii")
     except DataMissingError as error:
         return f'<p class="missing">{_text(str(error))}</p>'
-    # The image stands in the page once; every panel refers to it.
+    # The page holds the image once; every panel refers to it.
     name = "".join(c if c.isalnum() else "-" for c in name)
     source = f'<image id="{name}" width="{width}" height="{height}" href="data:image/jpeg;base64,{jpeg}"/>'
     panels, before = [], episode.initial_box

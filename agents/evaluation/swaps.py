@@ -76,7 +76,7 @@ class _OwnPlay:
     """What a policy's own actions led to, action by action."""
 
     boxes: tuple[Box | None, ...]
-    """In force after each action."""
+    """The current box after each action."""
     stopped: tuple[bool, ...]
     """Whether it wanted to stop, at each action."""
 

@@ -27,7 +27,7 @@ class Groups:
     taken: NDArray[np.bool_]
     """(P, G, T)"""
     ious: NDArray[np.float64]
-    """IoU of the box in force after each action, the last one repeated. (P, G, T)"""
+    """IoU of the current box after each action, the last one repeated. (P, G, T)"""
     stopped: NDArray[np.bool_]
     """(P, G)"""
     parse_failures: int

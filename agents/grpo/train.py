@@ -9,7 +9,7 @@
 Each step plays groups of episodes of the same sample with the policy itself, credits every action
 with its return-to-go minus the mean of the other members', and takes one clipped policy-gradient
 step. Rewards are IoU gains, so an episode's return is its final IoU: nothing is picked with the
-target. It ends with a table of before and after, label-free, on the validation split.
+target. It ends with a table of before and after, without ground truth, on the validation split.
 
 Losses, advantages and scaling are options (`--loss-type`, `--advantage`, `--scale-rewards`); options that contradict
 each other are refused before anything is loaded. `docs/pitfalls.md` says which test guards against what.

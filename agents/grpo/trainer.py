@@ -44,7 +44,7 @@ GOOD = 0.5
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """What the learner needs to know; the meaning of each field stands in ``train_grpo.py``."""
+    """What the learner needs to know; the meaning of each field is in ``train_grpo.py``."""
 
     steps: int
     prompts: int

@@ -19,7 +19,7 @@ from ivt_env.vector_env import GroundingVectorEnv
 Actions = dict[str, Any]
 
 _GRID = 1000
-"""Random boxes have their edges on this many steps a side, so that none is empty in float32."""
+"""Random boxes have their edges on this many steps a side, so that no box is empty in float32."""
 _THINNEST = 1e-3
 """The oracle's noise never makes a box thinner than this, relative to the image."""
 

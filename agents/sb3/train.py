@@ -201,7 +201,7 @@ class _LimitIsEnd(gym.Wrapper[dict[str, Any], np.ndarray, dict[str, Any], np.nda
     """The limit of actions as a termination.
 
     Stable-Baselines3 adds the value of what would follow to a truncated episode's last reward. Here nothing
-    follows, the step stands in the observation, and the value of the last one is never learned.
+    follows, the observation holds the step, and the value of the last one is never learned.
     """
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any]]:
@@ -231,7 +231,7 @@ def _check(args: Args) -> None:
     if args.batch < 2 or args.num_envs * args.rollout % args.batch:
         raise ValueError(
             f"--batch {args.batch}: give a number that divides the {args.num_envs * args.rollout} actions of a"
-            " rollout (num-envs times rollout), so that none of them counts less than the others"
+            " rollout (num-envs times rollout), so that no action counts less than the others"
         )
     if args.held_out and args.held_out < 2:
         raise ValueError(f"--held-out {args.held_out}: give 0, or at least 2 samples for an interval")

@@ -62,7 +62,7 @@ def teach_to_verify(
         student_boxes: the student's step-0 box for each; None where it gave none.
         rng: decides which lessons are given, and their boxes.
         view: of the environment. With ``both`` a close-up stands beside the image, and boxes near the target
-            are kept or mended in its coordinates, which are finer.
+            are kept or corrected in its coordinates, which are finer.
         plan: how often each lesson is given.
         good_iou: from here on the answer is to stop.
     """
@@ -123,7 +123,7 @@ def _shown(
 def _lesson(
     sample: Sample, dataset: Dataset, index: int, shown: NDArray[np.float64], view: str, good_iou: float
 ) -> Demonstration:
-    """First write down where the target is, as in a first answer; then keep the drawn box, mend it, or leave it.
+    """First write down where the target is, as in a first answer; then keep the drawn box, correct it, or leave it.
 
     To compare two boxes in numbers is easier than to see whether one fits, and where to look is what a first
     answer has taught already.

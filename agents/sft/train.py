@@ -13,7 +13,7 @@
    boxes and writes the words.
 3. Fine-tune: cross-entropy on the answers only.
 
-It ends with a table of before and after, label-free, on the validation split.
+It ends with a table of before and after, without ground truth, on the validation split.
 """
 
 from __future__ import annotations

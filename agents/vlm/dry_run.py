@@ -122,6 +122,6 @@ def dry_run(plan: Plan) -> str:
         f"{CONTEXT_BYTES / _GB:g} GB for CUDA, of which {USABLE:.0%} can be filled.",
         "Parameters, weights, visual tokens and cache are exact; rollout and update are estimates (formulas in "
         "agents/vlm/footprint.py).",
-        "Every row can be run: --dtype bfloat16, --quantize nf4, --gradient-checkpointing. None has been on a GPU yet.",
+        "Every row can be run: --dtype bfloat16, --quantize nf4, --gradient-checkpointing. bfloat16 was run on a GPU.",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""M-RoPE: where each token of a sequence stands in time, row and column."""
+"""M-RoPE: where each token of a sequence lies in time, row and column."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from ivt_agents.vlm.turns import EncodedImage, Turn, images_in
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """Turns that share a beginning, and where each of their tokens stands in the row."""
+    """Turns that share a beginning, and where each of their tokens lies in the row."""
 
     turns: list[int] = field(default_factory=list)
     """Numbers of the turns, in the order in which they were given."""

@@ -2,7 +2,7 @@
 
     python -m ivt_agents.vlm.pretrain --out agents/vlm/tiny_qwen3vl
 
-Two stages. First the vision tower learns to say what stands in each cell of the image (shape, colour, texture,
+Two stages. First the vision tower learns to say what is in each cell of the image (shape, colour, texture,
 box, mark): without it, a small model's language loss never tells the tower where to look. Then the whole model
 answers several questions per image; every question sees the image and itself, never the other questions,
 exactly as at inference. Whole scenes and close-ups are alike: each is an image, and boxes are relative to it. The

@@ -1,6 +1,6 @@
 """What a policy is asked at each step.
 
-One wording serves SFT, rollouts and evaluation. The current box stands in it in the model's own
+One wording serves SFT, rollouts and evaluation. It holds the current box in the model's own
 coordinates (those of the first image shown), and the images say by themselves what is drawn.
 """
 

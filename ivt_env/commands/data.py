@@ -68,7 +68,7 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--images", type=Path, metavar="FOLDER", help="with --from: where the images are")
     one.add_argument("--out", type=Path, metavar="FOLDER", help="folder for dataset.json, SPLIT.jsonl and images/")
     one.add_argument("--name", metavar="LABEL", help="with --out: the new data set's label")
-    one.add_argument("--expression-key", metavar="KEY", help="with --from: where the expression stands in the file")
+    one.add_argument("--expression-key", metavar="KEY", help="with --from: where the file holds the expression")
     one.add_argument("--split", default=None, metavar="SPLIT", help="the split to write (default: train, or all)")
     one.add_argument(
         "--shares", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="with --from: divide the images"

@@ -6,7 +6,7 @@
     found = audit(stopping=load_episodes("episodes/mine"), forced=load_episodes("episodes/mine-forced"))
     found.runs[0].broke["learned_stop"].value, found.as_json()
 
-What each figure is, and what it may be used for, stands in ``docs/methods.md``.
+What each figure is, and what it may be used for, is in ``docs/methods.md``.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class RunAudit:
     """The stop probability against the box that was shown being right. As ``confidence_calibration``,
     of the stopping rollout where there is one: the decisions that the policy really faces."""
     confidence_calibration: Calibration
-    """The confidence stated with an action against the box in force after it being right."""
+    """The confidence stated with an action against the current box after it being right."""
     prefix_agreement: float | None
     """Share of the episodes that are alike in both rollouts up to the stop; None without both. Below
     1, columns of the two rollouts differ by more than their rule."""

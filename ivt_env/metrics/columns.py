@@ -1,7 +1,7 @@
 """Episodes as arrays, and the answer that each stopping rule would have given.
 
 A *column* is one way of choosing the answer of an episode among its boxes. All but ``oracle_best``
-are label-free: they never look at the target, so they could be deployed. The columns exist side by
+work without ground truth: they never look at the target, so they could be deployed. The columns exist side by
 side because a gain that only the oracle column shows is no gain (arXiv 2606.13156, second version).
 
 No episode is ever dropped: an action that could not be parsed or was refused leaves the box in
@@ -41,9 +41,9 @@ class Outcomes:
     start_box: Array
     """The box that the episode started from, zeros for none, xyxy relative. Shape (n, 4)."""
     iou: Array
-    """IoU of the box in force after each action. Shape (n, T)."""
+    """IoU of the current box after each action. Shape (n, T)."""
     box: Array
-    """The box in force after each action, zeros for none, xyxy relative. Shape (n, T, 4)."""
+    """The current box after each action, zeros for none, xyxy relative. Shape (n, T, 4)."""
     acted: Mask
     """An action was taken. Shape (n, T)."""
     stop: Mask
@@ -74,17 +74,17 @@ class Outcomes:
 
     @property
     def iou_before(self) -> Array:
-        """IoU of the box in force before each action. Shape (n, T)."""
+        """IoU of the current box before each action. Shape (n, T)."""
         return np.concatenate([self.start_iou[:, None], self.iou[:, :-1]], axis=1)
 
     @property
     def box_before(self) -> Array:
-        """The box in force before each action, zeros for none. Shape (n, T, 4)."""
+        """The current box before each action, zeros for none. Shape (n, T, 4)."""
         return np.concatenate([self.start_box[:, None], self.box[:, :-1]], axis=1)
 
     @property
     def has_box_before(self) -> Mask:
-        """A box was in force before the action, so the action refines it or keeps it. Shape (n, T)."""
+        """There was a current box before the action, so the action refines it or keeps it. Shape (n, T)."""
         return ~boxes.is_no_box(self.box_before)
 
 
@@ -249,7 +249,7 @@ def columns(
 
 
 def step_0(played: Outcomes) -> Array:
-    """IoU of the box in force after the first action: what a single shot would give. Shape (n,).
+    """IoU of the current box after the first action: what a single shot would give. Shape (n,).
 
     A first action that failed, or stopped at once, has IoU 0 unless the episode started from a box.
     """
@@ -257,7 +257,7 @@ def step_0(played: Outcomes) -> Array:
 
 
 def last_step(played: Outcomes) -> Array:
-    """IoU of the box in force at the end. Shape (n,).
+    """IoU of the current box at the end. Shape (n,).
 
     ``last_step`` on a forced rollout, ``learned_stop`` on one where the policy could stop.
     """
@@ -276,7 +276,7 @@ def box_stability(played: Outcomes, stable_iou: float = 0.9) -> Array:
 
 
 def confidence_gated(played: Outcomes, stop_gate: float = 0.5) -> Array:
-    """IoU of the box in force when the stated stop probability first reaches the gate. Shape (n,).
+    """IoU of the current box when the stated stop probability first reaches the gate. Shape (n,).
 
     The answer is the box *before* that action. The gate is closed while there is no box and where
     no probability is stated; an episode that never passes it ends with its last box.
@@ -343,7 +343,7 @@ def verifier_gated(
 def random_step(played: Outcomes) -> Column:
     """One of the proposals an episode made, each equally likely; exact expectations, K = T.
 
-    A refused or unparsed proposal counts with the box that was in force after it.
+    A refused or unparsed proposal counts with the current box after it.
 
     Raises:
         ValueError: For an episode without a proposal (it stopped at once).
@@ -357,7 +357,7 @@ def random_step(played: Outcomes) -> Column:
 
 
 def oracle_best(played: Outcomes) -> Array:
-    """Best IoU of any box in force, the starting box among them. Shape (n,). Uses the target."""
+    """Best IoU of any current box, the starting box among them. Shape (n,). Uses the target."""
     return np.maximum(played.start_iou, played.iou.max(axis=1))
 
 

@@ -48,7 +48,7 @@ class Nsri:
 class StepChanges:
     """What the refinements of a rollout did to the IoU.
 
-    A *refinement* is an action other than a stop, taken while a box is in force. A refused or
+    A *refinement* is an action other than a stop, taken while there is a current box. A refused or
     unparsed one is a refinement that changes nothing.
     """
 
@@ -179,7 +179,7 @@ def step_changes(played: Outcomes, tolerance: float = 1e-6) -> StepChanges:
     change = (played.iou - played.iou_before)[refined]
     total = len(change)
     degrade, improve = int((change < -tolerance).sum()), int((change > tolerance).sum())
-    # The box in force before the first refinement against the last one; 0 where nothing was refined.
+    # The current box before the first refinement against the last one; 0 where nothing was refined.
     first = played.iou_before[np.arange(len(refined)), refined.argmax(axis=1)]
     overall = np.where(refined.any(axis=1), played.iou[:, -1] - first, 0.0)
     return StepChanges(

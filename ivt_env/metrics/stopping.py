@@ -1,6 +1,6 @@
 """Does the policy know when it is right? Its stops, and what it says about itself.
 
-A *decision* is an action taken while a box is in force: to stop there, or to go on. The box in
+A *decision* is an action taken while there is a current box: to stop there, or to go on. The box in
 force is *right* when its IoU reaches the threshold (``>=``).
 """
 
@@ -56,7 +56,7 @@ def stop_precision(played: Outcomes, threshold: float = 0.5) -> Share:
 
 
 def stop_recall(played: Outcomes, threshold: float = 0.5) -> Share:
-    """Of the decisions taken with a right box in force, those that stopped.
+    """Of the decisions taken with a correct current box, those that stopped.
 
     A box that became right with the last action allowed left no decision, so it does not count.
     """
@@ -65,7 +65,7 @@ def stop_recall(played: Outcomes, threshold: float = 0.5) -> Share:
 
 
 def stop_calibration(played: Outcomes, threshold: float = 0.5, bins: int = 10) -> Calibration:
-    """The stated stop probability against whether the box in force is right, over all decisions.
+    """The stated stop probability against whether the current box is right, over all decisions.
 
     Read as "the probability that the box is good enough". The reference point is the correlation
     of about 0.22 that arXiv 2606.13156 reports for stated confidence.

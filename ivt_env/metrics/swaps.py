@@ -75,7 +75,7 @@ class Swap:
     action: str
     """One of ``ACTIONS``."""
     new_box: Box | None
-    """The box in force after the answer: the proposal, or else still the shown box."""
+    """The current box after the answer: the proposal, or else still the shown box."""
     new_iou: float
     """IoU of that box with the target, 0 without a box."""
     stop_probability: float | None = None
@@ -115,7 +115,7 @@ class Swap:
 
     @property
     def right(self) -> bool:
-        """The box in force after the answer is right."""
+        """The current box after the answer is right."""
         return self.new_iou >= RIGHT_FROM
 
 

@@ -46,7 +46,7 @@ class GroundingAction(Action):
     """A proposal, or a stop."""
 
     box: WireBox | None = Field(None, description="x1, y1, x2, y2 relative to the image, 0 to 1; null: not a number")
-    stop: StrictBool | Literal[0, 1] = Field(0, description="1 ends the episode with the box in force")
+    stop: StrictBool | Literal[0, 1] = Field(0, description="1 ends the episode with the current box")
 
 
 class GroundingReset(BaseModel):

@@ -6,7 +6,7 @@ const GOOD = 0.5; // a box counts as right from this IoU on
 const FILTERS = [
   ["all", "All", () => true],
   ["corrected", "Corrected", (e) => e.outcome === "corrected"],
-  ["broken", "Broken", (e) => e.outcome === "broken"],
+  ["broken", "Regressed", (e) => e.outcome === "broken"],
   ["right", "Kept right", (e) => e.outcome === "right"],
   ["wrong", "Stayed wrong", (e) => e.outcome === "wrong"],
   ["never", "Never right", (e) => e.best < GOOD],

@@ -30,7 +30,7 @@ def teacher_words() -> list[str]:
 
 
 def critique(box: ArrayLike, target: ArrayLike, siblings: Sequence[Sequence[float]] = ()) -> str:
-    """What is wrong with ``box`` and how to mend it, in one sentence.
+    """What is wrong with ``box`` and how to correct it, in one sentence.
 
     Args:
         box: the drawn box, xyxy relative.
