@@ -16,6 +16,9 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
+# They fork commands, so no other test may have started threads in their process.
+FORKING := tests/test_mutated_inputs.py tests/test_unwritable.py
+
 .PHONY: train test seeds paper study tiny docs check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -64,7 +67,8 @@ check: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 test: check
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(FORKING))
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(FORKING)
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

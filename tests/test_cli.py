@@ -131,7 +131,7 @@ def test_flags_reach_the_script_as_they_would_without_ivt(name, words, monkeypat
 
 
 def test_a_configuration_file_and_an_override_reach_the_training_script(monkeypatch, tmp_path):
-    (tmp_path / "c.yaml").write_text("grpo:\n  steps: 7\n  group: 4\nsft:\n  steps: 3\n")
+    (tmp_path / "c.yaml").write_text("grpo:\n  steps: 7\n  num_generations: 4\nsft:\n  steps: 3\n")
     for name, steps in (("train-grpo", 7), ("train-sft", 3)):
         _, got = stand_in(monkeypatch, name, tmp_path)
         assert cli.main([name, "--config", str(tmp_path / "c.yaml")]) == 0
@@ -195,7 +195,7 @@ def test_evaluate_prints_its_results_as_json_and_everything_else_elsewhere(scrip
     )
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout) == json.loads((tmp_path / "results.json").read_text())
-    assert "paired differences" in ended.stderr
+    assert "Acc@0.5 (%), without ground truth" in ended.stderr
 
 
 def test_agents_lists_every_form_that_load_agent_takes(capsys, tmp_path):

@@ -73,7 +73,9 @@ def test_the_trainer_reaches_95_hundredths_of_iou_on_a_single_object_from_a_weak
                 weight.add_(0.6 * weight.std() * torch.randn(weight.shape, generator=generator))
     torch.manual_seed(seed)
     policy.model = make_trainable(policy.model, 16)
-    config = small_config(steps=200, prompts=4, num_generations=16, seed=seed, warmup_steps=3, save_steps=1000)
+    config = small_config(
+        steps=200, prompts=4, num_generations=16, seed=seed, warmup_steps=3, save_steps=1000, max_unusable=1.0
+    )
     log = MetricsLog(tmp_path, enabled=False)
     trainer = GRPOTrainer(policy, environments(64), config, make_accelerator(False), log, tmp_path)
     sampled = []

@@ -238,5 +238,5 @@ def test_weights_that_overflow_in_half_precision_are_not_saved(tmp_path):
     model, tokenizer = build_model(build_tokenizer(), seed=0), build_tokenizer()
     next(model.parameters()).data.view(-1)[0] = 1e5
     with pytest.raises(NotFiniteError, match="not finite in half precision"):
-        save(model, tokenizer, Args(out=tmp_path / "run"))
+        save(model, tokenizer, Args(out=tmp_path / "run"), {})
     assert not (tmp_path / "run").exists()

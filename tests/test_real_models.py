@@ -293,7 +293,7 @@ def test_the_trainer_samples_as_it_scores(tmp_path):
         ({"quantize": "nf4"}, 0, "lora_r 0 with weights in nf4"),
         ({"dtype": "bfloat16"}, 0, "lora_r 0 with weights in bfloat16"),
         ({"quantize": "nf4", "dtype": "float32"}, 8, "dtype float32 with quantize nf4"),
-        ({"attention": "flash_attention_2"}, 8, "needs a GPU"),
+        ({"attn_implementation": "flash_attention_2"}, 8, "needs a GPU"),
     ],
 )
 def test_formats_that_contradict_each_other_or_cannot_be_had_are_refused(options, rank, said):

@@ -155,7 +155,7 @@ def test_a_mistake_in_a_run_anew_costs_nothing_of_the_old_one(tmp_path):
     train_grpo.main(train_grpo.Args(**with_out(GRPO, out)))
     before = files_of(out)
     for wrong in ({"env": "IVT-Nothing-v0"}, {"model": str(tmp_path / "nothing")}, {"num_generations": 1}):
-        with pytest.raises(Exception, match="IVT-Nothing|tmp.*nothing|group 1"):
+        with pytest.raises(Exception, match="IVT-Nothing|tmp.*nothing|num_generations 1"):
             train_grpo.main(train_grpo.Args(**with_out(GRPO, out, overwrite=True, **wrong)))
     assert files_of(out) == before
 

@@ -221,7 +221,7 @@ def _maker(dataset: SmallImages, args: Args) -> Callable[[], gym.Env[Any, Any]]:
 
 
 def _check(args: Args) -> None:
-    for name in ("steps", "samples", "max_steps", "num_envs", "rollout", "epochs"):
+    for name in ("steps", "samples", "episode_steps", "num_envs", "rollout", "epochs"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give an integer of at least 1")
     if not 0 <= args.gamma <= 1:
