@@ -19,7 +19,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # They fork commands, so no other test may have started threads in their process.
 FORKING := tests/test_mutated_inputs.py tests/test_unwritable.py
 
-.PHONY: train test seeds paper study tiny docs check clean
+.PHONY: train test quick seeds paper study tiny docs check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +69,14 @@ check: $(VENV)/.installed
 test: check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(FORKING))
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(FORKING)
+
+# Without browsers, builds, servers, models and trainings.
+SLOW := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,accelerate against checkpointing cli controls decode docs \
+	documented evaluate failures fetch footprint generation gpu grpo kills large layouts learning model mutated not_finite \
+	packaging packing paper play policy pretraining real_models report resume rollout_command run_folders sb3 server sft \
+	sharding small_splits study swaps teachers tiny trackers trl unusable unwritable viewer wrappers_sb3)))
+quick: $(VENV)/.installed
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(SLOW))
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
