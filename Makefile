@@ -16,8 +16,9 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-# They fork commands, so no other test may have started threads in their process.
-FORKING := tests/test_mutated_inputs.py tests/test_unwritable.py
+# A process for each file: the first two fork commands, so no other test may have started threads in their process;
+# the commands of the last go on from each other's files.
+ALONE := tests/test_mutated_inputs.py tests/test_unwritable.py tests/test_documented_commands.py
 
 .PHONY: train test quick seeds paper study tiny docs check clean
 
@@ -67,8 +68,8 @@ check: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 test: check
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(FORKING))
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(FORKING)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(ALONE))
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ALONE)
 
 # Without browsers, builds, servers, models and trainings.
 SLOW := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,accelerate against checkpointing cli controls decode docs \
