@@ -33,4 +33,7 @@ def test_weights_fit_into_eight_megabytes_and_say_how_they_were_made():
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 8_000_000
     record = json.loads((folder / "training.json").read_text())
     for run in (record, record["first_run"]):
-        assert "agents.vlm.pretrain" in run["command"] and f"--seed {run['args']['seed']}" in run["command"]
+        assert (
+            run["command"].startswith("python -m agents.vlm.pretrain")
+            and f"--seed {run['args']['seed']}" in run["command"]
+        )

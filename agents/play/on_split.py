@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 MAX_UNUSABLE = 0.9
 """Where more than this share of the first answers cannot be used, there is nothing to learn from."""
 _LOUD = 0.5
-"""A larger share than this is said even where it is no error."""
+"""A larger share than this is reported even if it is not an error."""
 
 
 def validation_samples(env_id: str, split: str, eval_split: str, wanted: int, data_root: str | None) -> range:
