@@ -18,7 +18,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # A process for each file: the first two fork commands, so no other test may have started threads in their process;
 # the commands of the last go on from each other's files.
-ALONE := tests/test_mutated_inputs.py tests/test_unwritable.py tests/test_documented_commands.py
+ALONE := tests/test_mutated_inputs.py tests/test_mutated_files.py tests/test_unwritable.py tests/test_documented_commands.py
 
 .PHONY: train test quick seeds paper study tiny docs check clean
 
