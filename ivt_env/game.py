@@ -58,6 +58,14 @@ class Game:
         self.iou, self.phi = self._worth()
         self.best_iou = self.iou
 
+    @classmethod
+    def with_history(cls, sample: Sample, boxes_so_far: Sequence[ArrayLike]) -> Game:
+        """A game in which these boxes were proposed, the last of which is current; it has one action left."""
+        game = cls(sample, RewardConfig(), len(boxes_so_far) + 1, boxes_so_far[-1] if len(boxes_so_far) else None)
+        game.earlier = [_float32(box) for box in boxes_so_far[:-1]]
+        game.step_count = len(boxes_so_far)
+        return game
+
     @property
     def over(self) -> bool:
         """Whether the episode has ended."""

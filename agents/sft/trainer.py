@@ -32,7 +32,6 @@ from ivt_agents.vlm.turns import Box, Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.game import Game
 from ivt_env.grounding import LiveEpisode, Screen
-from ivt_env.rewards import RewardConfig
 
 
 def to_turns(
@@ -52,13 +51,14 @@ def to_turns(
         if policy.layout == "prefix" and demonstration.shown is not None:
             boxes_shown = [None, *demonstration.before, demonstration.shown]
         states.append(boxes_shown)
-        for box in boxes_shown:
-            observation = LiveEpisode(
-                screen, 0, Game(sample, RewardConfig(), 1, box), opened[sample.image_id]
-            ).observe()
+        for number, box in enumerate(boxes_shown):
+            earlier = boxes_shown[1:number] if len(boxes_shown) > 1 else demonstration.before
+            game = Game.with_history(sample, [*(b for b in earlier if b is not None), *([] if box is None else [box])])
+            observation = LiveEpisode(screen, 0, game, opened[sample.image_id]).observe()
             seen = images_of({key: [value] for key, value in observation.items()}, 0)
             # Demonstrations about one image with one box drawn share it, and so its encoding.
-            names = [(sample.image_id, box, k) for k in range(len(seen))]
+            trail = tuple(map(tuple, earlier)) if screen.overlay.trail else ()
+            names = [(sample.image_id, box, trail, k) for k in range(len(seen))]
             images |= {name: image for name, (image, _) in zip(names, seen, strict=True)}
             shown.append([(name, window) for name, (_, window) in zip(names, seen, strict=True)])
     encoded = dict(zip(images, dialogue.process(list(images.values())), strict=True))

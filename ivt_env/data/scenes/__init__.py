@@ -157,9 +157,7 @@ class Scenes:
             asked = _questions(number)
             expression = asked[question % len(asked)]
         target = scene.things[expression.target]
-        siblings = tuple(
-            t.box for i, t in enumerate(scene.things) if i != expression.target and t.shape == target.shape
-        )
+        siblings = [t for i, t in enumerate(scene.things) if i != expression.target and t.shape == target.shape]
         return Sample(
             sample_id=f"{self.split}-{index}",
             image_id=f"scenes-{drawn}-{number}",
@@ -168,8 +166,13 @@ class Scenes:
             size=(scene.side, scene.side),
             dataset=self.name,
             split=self.split,
-            siblings=siblings,
-            meta={"kind": expression.kind, "index": int(index), "things": len(scene.things)},
+            siblings=tuple(t.box for t in siblings),
+            meta={
+                "kind": expression.kind,
+                "index": int(index),
+                "things": len(scene.things),
+                "looks": [t.looks for t in (target, *siblings)],
+            },
         )
 
     def image(self, sample: Sample) -> ImageArray:
@@ -181,4 +184,6 @@ class Scenes:
         """The split and index that a sample's scene is drawn from, and which of its questions is meant."""
         if self.split == "train_asked":
             return "train", index // QUESTIONS, index % QUESTIONS
+        if self.split == "train" and index % 3 == 2:  # a third of what is trained on are search scenes
+            return "train_search", index, None
         return self.split, index, None

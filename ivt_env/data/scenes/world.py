@@ -74,6 +74,12 @@ class Thing:
         return float(((x2 - x1) * (y2 - y1)) ** 0.5)
 
     @property
+    def looks(self) -> str:
+        """What a close look shows, without an article: ``striped red ring``, ``blue circle marked with a plus``."""
+        words = [self.colour, self.shape] if self.texture == "plain" else [self.texture, self.colour, self.shape]
+        return " ".join(words) + (f" marked with a {self.mark.kind}" if self.mark else "")
+
+    @property
     def size_word(self) -> str | None:
         """``small``, ``large`` or None for what lies between."""
         x1, y1, x2, y2 = self.box

@@ -1,0 +1,134 @@
+"""Lessons in looking: say what the close-up shows, then keep the box, correct it, or look elsewhere.
+
+Every sample is taught in several states of an episode: no box yet, the student's own box, the target's box with a
+small or a large error, the box of another object. What is right follows from where the box lies. In search scenes the
+whole image does not tell which object is meant, so the next look is at the leftmost one that was not looked at yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ivt_agents.sft.demonstrations import Demonstration, demonstration
+from ivt_agents.sft.teacher.template import FITS, MISSES, WRONG_OBJECT, critique
+from ivt_env import boxes
+from ivt_env.data.sample import Dataset, Sample
+from ivt_env.rendering import Surroundings
+
+Box = NDArray[np.float64]
+
+ON = 0.3
+"""IoU with an object from which on a box counts as lying on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How often each state is taught, per sample."""
+
+    first: float = 1.0
+    """No box yet: the student's own first answer, which is to stay as it is."""
+    own: float = 1.0
+    """The student's own first box."""
+    near: float = 0.6
+    """The target's box with an error that hardly matters."""
+    shifted: float = 0.6
+    """The target's box, moved and scaled."""
+    other: float = 0.5
+    """The box of another object, where the data set knows one; in search scenes for each of them."""
+
+
+def teach_to_look(
+    dataset: Dataset,
+    indices: Sequence[int],
+    student_boxes: Sequence[Sequence[float] | None],
+    rng: np.random.Generator,
+    around: Surroundings,
+    *,
+    shares: Shares | None = None,
+    good_iou: float = 0.85,
+) -> list[Demonstration]:
+    """Demonstrations for the view ``both``.
+
+    Args:
+        dataset: the split being taught.
+        indices: which samples.
+        student_boxes: the student's first box for each; None where it gave none.
+        rng: decides which states are taught, and their boxes.
+        around: what a close-up shows.
+        shares: how often each state is taught.
+        good_iou: from here on the answer is to stop.
+    """
+    shares, made = shares or Shares(), []
+    for index, own in zip(indices, student_boxes, strict=True):
+        sample = dataset[int(index)]
+        target = np.asarray(sample.box)
+        others = [np.asarray(box) for box in sample.siblings]
+        shown: list[tuple[Box, list[Box]]] = []
+        if own is not None and boxes.invalid_reason(own) is None:
+            if rng.random() < shares.first:
+                made.append(demonstration(sample, dataset, int(index), None, own))
+            if rng.random() < shares.own:
+                shown.append((np.asarray(own, dtype=np.float64), []))
+        search = sample.meta.get("kind") == "mark"
+        for chance, low, high in ((shares.near, 0.005, 0.03), (shares.shifted, 0.03, 0.2)):
+            if rng.random() < chance:
+                shown.append((_jitter(target, rng.uniform(low, high), rng), _visited(others, search, rng)))
+        for k in rng.permutation(len(others))[: None if search else 1]:
+            if rng.random() < shares.other:
+                rest = [box for j, box in enumerate(others) if j != k]
+                shown.append((_jitter(others[k], rng.uniform(0.005, 0.1), rng), _visited(rest, search, rng)))
+        for box, before in shown:
+            if boxes.invalid_reason(box) is None:
+                made.append(_lesson(sample, dataset, int(index), box, before, search, around, good_iou))
+    return made
+
+
+def _visited(others: Sequence[Box], search: bool, rng: np.random.Generator) -> list[Box]:
+    """Boxes of an episode so far: in search scenes some of the other objects, elsewhere seldom one."""
+    if search:
+        chosen = rng.permutation(len(others))[: int(rng.integers(len(others) + 1))]
+    else:
+        chosen = rng.permutation(len(others))[: int(rng.random() < 0.2)]
+    return [box for k in chosen if boxes.invalid_reason(box := _jitter(others[k], rng.uniform(0.005, 0.1), rng)) is None]
+
+
+def _lesson(
+    sample: Sample,
+    dataset: Dataset,
+    index: int,
+    shown: Box,
+    before: Sequence[Box],
+    search: bool,
+    around: Surroundings,
+    good_iou: float,
+) -> Demonstration:
+    target = np.asarray(sample.box)
+    candidates = np.array([target, *sample.siblings])
+    overlaps = np.asarray(boxes.iou(shown, candidates))
+    on = int(overlaps.argmax())
+    looks = sample.meta.get("looks")
+    seen = f"A {looks[on]}. " if looks and overlaps[on] >= ON else ""
+    if on == 0 and overlaps[0] >= ON:
+        if overlaps[0] >= good_iou:
+            return demonstration(sample, dataset, index, shown, None, seen + FITS, before=before)
+        inside = boxes.into_window(target, around.window(shown, sample.size))
+        image = 2 if (inside >= 0).all() and (inside <= 1).all() else 1
+        said = critique(shown, target)
+        said = "" if said == FITS else said
+        return demonstration(sample, dataset, index, shown, target, (seen + said).strip(), image, before)
+    said = WRONG_OBJECT if overlaps[on] >= ON else MISSES
+    following = target
+    if search:
+        left = [box for box in candidates if not any(float(boxes.iou(box, b)) >= ON for b in (*before, shown))]
+        following = min(left, key=lambda box: box[0])
+    return demonstration(sample, dataset, index, shown, following, seen + said, before=before)
+
+
+def _jitter(box: Box, share: float, rng: np.random.Generator) -> Box:
+    """A box whose edges are off by about ``share`` of its sides, inside the image."""
+    sides = np.tile(box[2:] - box[:2], 2)
+    return np.asarray(boxes.clip(box + rng.normal(0, share, 4) * sides))
