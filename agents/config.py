@@ -91,7 +91,7 @@ class ConfigError(ValueError):
     """A configuration file that cannot be used. Names file and key."""
 
 
-class _KeysOnce(yaml.SafeLoader):  # type: ignore[misc]
+class KeysOnce(yaml.SafeLoader):  # type: ignore[misc]
     """Refuses a key that stands twice in one mapping, at any depth."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -182,7 +182,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no configuration at {path}")
     with reading(path, kind=ConfigError, problem="cannot be read as YAML"):
-        content = yaml.load(path.read_text(encoding="utf-8"), _KeysOnce)  # a safe loader
+        content = yaml.load(path.read_text(encoding="utf-8"), KeysOnce)  # a safe loader
     _known(content, SECTIONS, f"{path}")
     return content  # type: ignore[no-any-return]
 

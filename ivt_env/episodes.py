@@ -48,6 +48,10 @@ class Step:
     stop_probability: float | None = None
     """That the agent states, as is its confidence in [0, 1] in the action taken."""
     confidence: float | None = None
+    tokens: int | None = None
+    """Of the question and the answer, as the model counts them."""
+    seconds: float | None = None
+    """That a served model took to answer."""
 
 
 @dataclass(slots=True)

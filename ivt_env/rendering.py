@@ -93,6 +93,13 @@ class Surroundings:
 _TRAIL = Overlay(colour=(128, 128, 128), opacity=0.6)
 
 
+def size_on_canvas(size: Sequence[int], side: int) -> tuple[int, int]:
+    """(height, width) that an image of that size has on a canvas of ``side`` pixels; never enlarged."""
+    height, width = size
+    scale = min(1.0, side / max(height, width))
+    return (max(1, round(height * scale)), max(1, round(width * scale))) if scale < 1 else (height, width)
+
+
 def place_on_canvas(image: ImageArray, side: int) -> tuple[ImageArray, tuple[int, int]]:
     """The image at the top left of a black canvas.
 
@@ -103,10 +110,8 @@ def place_on_canvas(image: ImageArray, side: int) -> tuple[ImageArray, tuple[int
     Returns:
         canvas (S, S, 3) and the extent (height, width) of the image on it.
     """
-    height, width = image.shape[:2]
-    scale = min(1.0, side / max(height, width))
-    if scale < 1:
-        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    height, width = size_on_canvas(image.shape[:2], side)
+    if (height, width) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     canvas = np.zeros((side, side, 3), dtype=np.uint8)
     canvas[:height, :width] = image

@@ -23,6 +23,9 @@ from ivt_env.vector_env import GroundingVectorEnv
 
 T = TypeVar("T")
 
+_STATED = {"stop_probability": float, "confidence": float, "tokens": int, "seconds": float}
+"""What an agent may state of each answer."""
+
 
 class Agent(Protocol):
     """What plays an episode: any object with these two methods."""
@@ -36,7 +39,8 @@ class Agent(Protocol):
 
         Returns:
             ``box`` (N, 4) float and ``stop`` (N,) int. An agent with more to say may add ``text``
-            (N str), ``parse_failure`` (N bool), ``stop_probability`` and ``confidence`` (N floats).
+            (N str), ``parse_failure`` (N bool), ``stop_probability`` and ``confidence`` (N floats), ``tokens``
+            (N ints) and ``seconds`` (N floats).
         """
         ...
 
@@ -68,8 +72,8 @@ class Moment:
 
     def said(self, i: int) -> dict[str, Any]:
         """What the agent of environment ``i`` said beside its action, as fields of a ``Step``."""
-        stated = {key: self.actions.get(key) for key in ("stop_probability", "confidence")}
-        return {key: None if values is None else float(values[i]) for key, values in stated.items()} | {
+        stated = {key: (self.actions.get(key), kind) for key, kind in _STATED.items()}
+        return {key: None if values is None else kind(values[i]) for key, (values, kind) in stated.items()} | {
             "text": str(self.actions["text"][i]) if "text" in self.actions else "",
             "parse_failure": bool(self.unparsable[i]),
         }
@@ -146,6 +150,7 @@ def rollout(
     ignore_stop: bool = False,
     agent_name: str = "",
     on_progress: Callable[[int], None] | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
 ) -> list[Episode]:
     """Play episodes to their end and return their records.
 
@@ -161,6 +166,7 @@ def rollout(
         ignore_stop: forced refinement, as in ``play``. Gives the columns that need every step.
         agent_name: written into the records.
         on_progress: called with the number of episodes finished in each wave.
+        on_episode: called with each episode as soon as it is over.
 
     Returns:
         ``episodes`` records, in order.
@@ -183,6 +189,8 @@ def rollout(
             for i in np.flatnonzero(moment.active).tolist():
                 stop, box = bool(moment.stops[i]), moment.boxes[i]
                 record_action(live[i], games[i], box, stop, moment.invalid[i], **moment.said(i))
+                if moment.ended[i] and on_episode is not None:
+                    on_episode(live[i])
         records += live
         if on_progress is not None:
             on_progress(count)

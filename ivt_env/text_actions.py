@@ -42,16 +42,16 @@ LONGEST_ANSWER = 65_536
 """Characters of a text that are read for an action: its end, where the action stands."""
 
 
-def parse_action(text: str) -> ParsedAction:
+def parse_action(text: str, key: str = "bbox_2d") -> ParsedAction:
     """The action in a model's text: the last complete JSON object with a box or a stop.
 
     Reasoning around it, a Markdown fence, a surrounding list or object, other keys with any text in them and an
     object that is cut off do no harm. A box may say which image it is relative to (``"picture": 2``). Two
     different actions in one object, four things that are not numbers, or no such object at all count as a failure;
-    no text raises an error.
+    no text raises an error. ``key`` is that of the box.
     """
-    action = _last_object(text[-LONGEST_ANSWER:])
-    stop, numbers, image = action.get("stop"), action.get("bbox_2d"), action.get("picture", 1)
+    action = _last_object(text[-LONGEST_ANSWER:], key)
+    stop, numbers, image = action.get("stop"), action.get(key), action.get("picture", 1)
     if not isinstance(image, int) or isinstance(image, bool) or image < 1:
         return ParsedAction()
     if stop is True and numbers is None:
@@ -68,7 +68,7 @@ _SHALLOW = 200
 """Characters that can be passed over where the decoder gives up nesting: fewer than the levels it went down."""
 
 
-def _last_object(text: str) -> dict[str, Any]:
+def _last_object(text: str, key: str) -> dict[str, Any]:
     """The JSON object with a box or a stop that is complete last; empty if there is none.
 
     In linear time, however the brackets are nested: where the decoder fails, it has seen every object that it
@@ -78,7 +78,7 @@ def _last_object(text: str) -> dict[str, Any]:
 
     def note(value: dict[str, Any]) -> dict[str, Any]:
         nonlocal found
-        if "bbox_2d" in value or "stop" in value:
+        if key in value or "stop" in value:
             found = value
         return value
 

@@ -3,6 +3,7 @@
     ivt evaluate --policies base=tiny sft=runs/sft/policy grpo=runs/grpo/policy
     ivt evaluate --policies floor=random ceiling=my_module:MyAgent --samples 200
     ivt evaluate --policies base=tiny loop=runs/s0/policy loop=runs/s1/policy loop=runs/s2/policy
+    ivt evaluate --policies vlm='openai:http://127.0.0.1:8000/v1#MODEL' --prompts qwen3-vl
     ivt evaluate --episodes base=runs/evaluation/episodes/base loop=runs/other/episodes/loop
 
 Each policy is played twice on the same samples: with its stop honoured, and forced to make every
@@ -19,15 +20,14 @@ episodes: ``ivt_env.metrics.audit``.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import ivt_env
 from ivt_agents.command import progress_bars
 from ivt_agents.evaluation.plots import (
     plot_accuracy_by_step,
@@ -39,14 +39,16 @@ from ivt_agents.evaluation.plots import (
 from ivt_agents.evaluation.report import last_screen, write_report
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.cost import Cost, Metered
-from ivt_agents.play.on_split import check_episodes, samples_to_compare
+from ivt_agents.play.on_split import Stages, check_episodes, samples_to_compare
+from ivt_agents.play.served import ANSWERS, FrameCheck, Served, ServedOptions, served_by
+from ivt_agents.play.served import MAY_CHANGE as SERVED_MAY_CHANGE
 from ivt_agents.training.checkpoints import CONFIG, check_new, check_resume, forget_run, recorded_options
-from ivt_agents.training.run import check_least, write_json
+from ivt_agents.training.run import check_least, made_by, write_json
 from ivt_agents.vlm.load import TINY_NAME
 from ivt_env.data.sample import ImageArray
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json
-from ivt_env.files import asked_of, lock_folder, whole_folder, write_whole
+from ivt_env.files import asked_of, lock_folder, whole_file, whole_folder, write_whole
 from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_lines
 from ivt_env.metrics.breakdown import group_table
 from ivt_env.metrics.columns import check_same_samples, outcomes
@@ -67,11 +69,15 @@ from ivt_env.vector_env import GroundingVectorEnv
 from ivt_env.viewer import write_page
 from ivt_env.viewer.images import ImageFinder
 
-MAY_CHANGE = frozenset({"out", "config", "resume", "overwrite", "margin", "guard", "runs", "page_episodes"})
+MAY_CHANGE = SERVED_MAY_CHANGE | {"out", "config", "resume", "overwrite", "margin", "guard", "runs", "page_episodes"}
 """Options that an evaluation that goes on may change: nothing that is played depends on them."""
 _PLOTS = ("accuracy_by_step.png", "before_after.png", "groups.png", "reliability.png", "training.png")
-RESULTS = ("results.json", "table.txt", "report.html", "episodes.html", *_PLOTS, "episodes")
+PREDICTIONS = "predictions"
+"""Folder of a JSON line per sample, for each policy."""
+RESULTS = ("results.json", "table.txt", "report.html", "episodes.html", *_PLOTS, PREDICTIONS, "episodes", ANSWERS)
 """What an evaluation writes; one anew removes it in this order."""
+_PLAYED = ("episodes", ANSWERS)
+"""What of it has been played, and is gone on with."""
 DEFAULT_POLICY = "base=tiny"
 RESAMPLES = 1000
 COST = "cost.json"
@@ -79,14 +85,14 @@ COST = "cost.json"
 
 
 @dataclass
-class Args:
+class Args(ServedOptions):
     """Columns of several policies on the same samples."""
 
     config: Path | None = None
     """YAML file whose part `evaluate` gives defaults; flags override it."""
     policies: list[str] = field(default_factory=list)
-    """`name=policy`: a model folder, `tiny`, a built-in agent, or `module:Class`. The first is the base; a name
-    given again is another seed of that policy. None given: `base=tiny`."""
+    """`name=policy`: a model folder, `tiny`, `openai:URL#MODEL`, a built-in agent, or `module:Class`. The first is
+    the base; a name given again is another seed of that policy. None given: `base=tiny`."""
     episodes: list[str] = field(default_factory=list)
     """`name=folder`: score the saved episodes of that folder, and of `folder-forced` where it is there, instead
     of playing. A name given again is another seed."""
@@ -159,7 +165,8 @@ def main(args: Args) -> dict[str, Played]:
 
 def _begin(args: Args) -> None:
     """Remove what another evaluation made, once it is known that this one can be."""
-    forget_run(args.out, [name for name in RESULTS if name != "episodes" or not (args.resume or args.episodes)])
+    kept = _PLAYED if args.resume or args.episodes else ()
+    forget_run(args.out, [name for name in RESULTS if name not in kept])
     write_json(args.out / CONFIG, asdict(args))
 
 
@@ -173,7 +180,9 @@ def _evaluate(args: Args) -> dict[str, Played]:
         sources = _named("episodes", args.episodes)
     else:
         sources = _named("policies", args.policies or [DEFAULT_POLICY])
-        runs, costs, dataset = _play(args, sources)
+        served = Served(args, args.out / ANSWERS)
+        with served.run(f", finished episodes in {args.out / 'episodes'}", "--resume"):
+            runs, costs, dataset = _play(args, sources, served)
     base_name, base = next(iter(runs.items()))
     played: dict[str, Played] = {}
     for name, of_policy in runs.items():
@@ -233,7 +242,7 @@ def _folders(names: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], str]:
 
 
 def _play(
-    args: Args, names: Mapping[str, Sequence[str]]
+    args: Args, names: Mapping[str, Sequence[str]], served: Served
 ) -> tuple[dict[str, list[Run]], dict[str, list[dict[str, float]]], Any]:
     """The runs of each policy, saved as they come, what its answers cost, and the data set that was served."""
     folders = _folders(names)
@@ -243,32 +252,40 @@ def _play(
     dataset = make_vector_env(args.env, 1, **env_kwargs).dataset
     indices = samples_to_compare(dataset, args.samples)
     count = len(indices)
+    envs = Stages(lambda **seen: make_vector_env(args.env, min(args.num_envs, count), **seen, **env_kwargs), args.view)
+
+    def saved_at(folder: str, forced: bool) -> Path:
+        return args.out / "episodes" / f"{folder}{'-forced' if forced else ''}"
+
+    passes = (False, True) if args.forced else (False,)
     begun = False
-    envs: dict[str, GroundingVectorEnv] = {}
-
-    def env_of(view: str) -> GroundingVectorEnv:
-        if view not in envs:
-            envs[view] = make_vector_env(args.env, min(args.num_envs, count), view=view, **env_kwargs)
-        return envs[view]
-
+    for (name, number), folder in folders.items():  # a server that is not there is found before anything is played
+        spec = _spec(names[name][number])
+        if "openai:" in spec and not all(args.resume and asked_of(saved_at(folder, one)) for one in passes):
+            load_agent(spec, env=envs.of(None), seed=args.seed, served=served)
+            if not begun:  # its answers are kept from the first on
+                _begin(args)
+            begun = True
     runs: dict[str, list[Run]] = {}
     costs: dict[str, list[dict[str, float]]] = {}
-    with progress_bars() as progress:
+    with progress_bars(note=begun) as progress:
         for (name, number), folder in folders.items():
             found: list[list[Episode]] = []
-            for forced in (False, True) if args.forced else (False,):
-                saved = args.out / "episodes" / f"{folder}{'-forced' if forced else ''}"
+            for forced in passes:
+                saved = saved_at(folder, forced)
                 if args.resume and asked_of(saved) is not None:  # complete: only then it has its name
                     found.append(load_episodes(saved))
                     if (saved / COST).exists() and not forced:
                         costs.setdefault(name, []).append(read_json(saved / COST, f"remove {saved}"))
                     continue
-                task = progress.add_task(f"{folder}{', forced' if forced else ''}", total=count)
+                task = progress.add_task(f"{folder}{', forced' if forced else ''}", total=count, note="")
+                served.usage.on_change = lambda task=task: progress.update(task, note=str(served.usage))  # type: ignore[misc]
                 # A fresh agent for each rollout: one that draws then draws the same. Its view is known once
                 # it is there, and the oracle is given the environment before: only it, and it looks at no image.
                 spec = _spec(names[name][number])
-                agent = Metered(load_agent(spec, env=env_of(args.view or "overlay"), seed=args.seed))
-                env = env_of(args.view or str(agent.view))
+                agent = Metered(load_agent(spec, env=envs.of(None), seed=args.seed, served=served))
+                env = envs.of(agent)
+                watch = _Watch(saved, agent, name, env, lambda task=task: progress.advance(task))  # type: ignore[misc]
                 found.append(
                     rollout(
                         env,
@@ -278,9 +295,10 @@ def _play(
                         indices=indices,
                         ignore_stop=forced,
                         agent_name=name,
-                        on_progress=lambda n, task=task: progress.advance(task, n),  # type: ignore[misc]
+                        on_episode=watch.finished,
                     )
                 )
+                watch.end()
                 check_episodes(found[-1], stop=not forced)
                 if not begun:  # a policy that cannot be played costs nothing of what is there
                     _begin(args)
@@ -290,8 +308,41 @@ def _play(
                     if agent.cost is not None and not forced:
                         costs.setdefault(name, []).append(agent.cost.per_episode(count))
                         write_json(partial / COST, costs[name][-1])
+                watch.journal.unlink(missing_ok=True)
             runs.setdefault(name, []).append(Run(found[0], found[1] if args.forced else None))
     return runs, costs, dataset
+
+
+class _Watch:
+    """Takes a policy's episodes as they are finished; those of a served model are on disk at once."""
+
+    def __init__(
+        self, saved: Path, agent: Metered, name: str, env: GroundingVectorEnv, advance: Callable[[], None]
+    ) -> None:
+        self.journal, self._advance = saved.with_name(f"{saved.name}.part.jsonl"), advance
+        served = served_by(agent)
+        self._frame = None if served is None else FrameCheck(name, served.asked, env.screen.side)
+        self._known: set[str] = set()
+        if served is not None and self.journal.exists():  # of the run that goes on here; its last line may be cut off
+            whole = self.journal.read_bytes()
+            write_whole(self.journal, whole[: whole.rfind(b"\n") + 1])
+            self._known = {episode.sample_id for episode in load_episodes(self.journal)}
+
+    def finished(self, episode: Episode) -> None:
+        """Count, check and keep one more."""
+        self._advance()
+        if self._frame is None:
+            return
+        self._frame.see(episode)
+        if episode.sample_id not in self._known:
+            self.journal.parent.mkdir(exist_ok=True)
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(episode), allow_nan=False) + "\n")
+
+    def end(self) -> None:
+        """Say what the answers look like, where they are few."""
+        if self._frame is not None:
+            self._frame.say()
 
 
 def _spec(text: str) -> str:
@@ -312,8 +363,7 @@ def _write(
     write_whole(args.out / "table.txt", "\n".join(_report(args, played, comparisons) + _costs(costs)) + "\n")
     results = {
         "args": asdict(args),
-        "version": ivt_env.__version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **made_by(),
         "policies": dict(sources),
         "served": served,
         "rows": as_json([row for one in audits.values() for row in one.rows]),
@@ -322,6 +372,8 @@ def _write(
         "behaviour": behaviour_lines(audits),
         "audits": {name: one.as_json() for name, one in audits.items()},
     }
+    for (name, number), folder in _folders(sources).items():
+        _write_predictions(args.out / PREDICTIONS / f"{folder}.jsonl", played[name].runs[number].episodes)
     write_json(args.out / "results.json", results)
     _plot(args, played)
     episodes = {name: one.runs[0].episodes for name, one in played.items()}
@@ -344,6 +396,24 @@ def _write(
     print(last_screen(results, page), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print((args.out / "results.json").read_text(encoding="utf-8").rstrip("\n"))
+
+
+def _write_predictions(path: Path, episodes: Sequence[Episode]) -> None:
+    """A JSON line per sample, as `ivt score` reads it: the answer, and what led to it, step by step."""
+    with whole_file(path, "w") as file:
+        file.write(json.dumps({"format": "xyxy", "frame": "relative"}) + "\n")
+        for episode in episodes:
+            steps = episode.steps
+            row = {
+                "sample_id": episode.sample_id,
+                "box": steps[-1].box if steps else episode.initial_box,
+                "boxes": [step.box for step in steps],
+                "stopped": episode.terminated,
+                "texts": [step.text for step in steps],
+                "tokens": [step.tokens for step in steps],
+                "seconds": [step.seconds for step in steps],
+            }
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comparison]) -> list[str]:

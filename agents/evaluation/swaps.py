@@ -21,8 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from ivt_agents.command import progress_bars, run_command
 from ivt_agents.play.by_name import load_agent
-from ivt_agents.play.on_split import samples_to_compare
-from ivt_agents.training.run import RunError, check_least, write_json
+from ivt_agents.play.on_split import Stages, samples_to_compare
+from ivt_agents.play.served import ANSWERS, Served, ServedOptions
+from ivt_agents.training.run import RunError, check_least, made_by, write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.episodes import Box
@@ -336,15 +337,15 @@ RESULTS = ("results.json", "table.txt", "swaps.png", "swaps")
 
 
 @dataclass
-class Args:
+class Args(ServedOptions):
     """Show policies other boxes than their own."""
 
     policies: list[str] = field(default_factory=lambda: ["base=tiny"])
-    """`name=policy`: a model folder, `tiny`, a built-in agent, or `module:Class`."""
+    """`name=policy`: a model folder, `tiny`, `openai:URL#MODEL`, a built-in agent, or `module:Class`."""
     env: str = "IVT-Scenes-v0"
     """Registered id."""
-    split: str = "val"
-    """Split to play."""
+    split: str = "test"
+    """Split to play; that of an evaluation whose report is to hold the swaps."""
     data_root: str | None = None
     """Folder of real data sets."""
     samples: int = 300
@@ -374,29 +375,30 @@ def main(args: Args) -> dict[str, list[Swap]]:
     with lock_folder(args.out):
         if not args.overwrite and (args.out / RESULTS[0]).exists():
             raise RunError(f"{args.out} holds swaps: add --overwrite to lose them, or give another --out")
-        return _swap(args, names)
+        served = Served(args, args.out / ANSWERS)
+        with served.run(""):
+            return _swap(args, names, served)
 
 
-def _swap(args: Args, names: dict[str, str]) -> dict[str, list[Swap]]:
+def _swap(args: Args, names: dict[str, str], served: Served) -> dict[str, list[Swap]]:
     # Named real data must be there: what is measured never falls back.
     env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
     env_kwargs |= {"split": args.split, "max_steps": args.episode_steps}
     indices = samples_to_compare(make_vector_env(args.env, 1, **env_kwargs).dataset, args.samples)
+    count = min(args.num_envs, len(indices))
+    envs = Stages(lambda **seen: make_vector_env(args.env, count, **seen, **env_kwargs), args.view)
+    for spec in names.values():  # a server that is not there is found before anything is lost
+        if "openai:" in spec:
+            load_agent(spec, env=envs.of(None), seed=args.seed, served=served)
     for name in RESULTS:
         forget(args.out / name)
-    envs: dict[str, GroundingVectorEnv] = {}
-
-    def env_of(view: str) -> GroundingVectorEnv:
-        if view not in envs:
-            envs[view] = make_vector_env(args.env, min(args.num_envs, len(indices)), view=view, **env_kwargs)
-        return envs[view]
-
     played: dict[str, list[Swap]] = {}
-    with progress_bars() as progress:
+    with progress_bars(note=True) as progress:
         for name, spec in names.items():
-            agent = load_agent(spec, env=env_of(args.view or "overlay"), seed=args.seed)
-            env = env_of(args.view or str(getattr(agent, "view", "overlay")))
-            task = progress.add_task(name, total=None)
+            agent = load_agent(spec, env=envs.of(None), seed=args.seed, served=served)
+            env = envs.of(agent)
+            task = progress.add_task(name, total=None, note="")
+            served.usage.on_change = lambda task=task: progress.update(task, note=str(served.usage))  # type: ignore[misc]
             played[name] = play_swaps(
                 env,
                 agent,
@@ -442,7 +444,7 @@ def _write(args: Args, played: dict[str, list[Swap]], names: dict[str, str], cou
     )
     write_whole(args.out / "table.txt", report + "\n")
     plot_swaps(scores, played, args.out / "swaps.png")
-    results = {"args": asdict(args), "policies": names, "served": served}
+    results = {"args": asdict(args), **made_by(), "policies": names, "served": served}
     write_json(args.out / "results.json", results | {"variants": as_json(scores), "dependence": as_json(depends)})
     print(f"{args.env}, served: {served}, n = {count}\n\n{swap_headline(depends)}\n")
     print(f"every table, figure and answer: {args.out} (in a report: ivt report FOLDER --swaps {args.out})")

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from ivt_agents.play.controls import CONTROL_FORMS, control_of
 from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, Relay, StopAfter
+from ivt_agents.play.served import Served
 from ivt_env import failures
 from ivt_env.rollouts import Agent
 from ivt_env.vector_env import GroundingVectorEnv
@@ -28,6 +29,7 @@ _FORMS = (
     "relay:AGENT,AGENT",
     "vlm:FOLDER",
     "sb3:FOLDER",
+    "openai:URL#MODEL",
     "pixels-K:vlm:FOLDER",
     *CONTROL_FORMS,
     "module:Class",
@@ -39,7 +41,14 @@ _TRAINED = {
 }
 
 
-def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 0, **options: Any) -> Agent:
+def load_agent(
+    spec: str,
+    *,
+    env: GroundingVectorEnv | None = None,
+    seed: int = 0,
+    served: Served | None = None,
+    **options: Any,
+) -> Agent:
     """The agent that ``spec`` names.
 
     ======================= ========================================================================
@@ -50,6 +59,7 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
     ``relay:FIRST,THEN``    the agent ``FIRST`` until there is a box, then the agent ``THEN``
     ``vlm:FOLDER``          a vision-language model: a checkpoint folder or a model id
     ``sb3:FOLDER``          a PPO of Stable-Baselines3: the folder of ``python -m ivt_agents.sb3.train``
+    ``openai:URL#MODEL``    a vision-language model behind an OpenAI-compatible address
     ``pixels-K:vlm:FOLDER`` a vision-language model with K times the pixels that an image may have
     ``medoid-N:VLM``        N sampled first answers, proposes the box that agrees most with the others
     ``best-of-N:VLM``       N sampled first answers, proposes that of the most confident one
@@ -57,13 +67,14 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
     ``module:Class``        your own: made as ``Class()``; the current directory is searched too
     ======================= ========================================================================
 
-    ``VLM`` is ``vlm:FOLDER`` or ``pixels-K:vlm:FOLDER``. The three in front of it are controls of equal
-    compute (``docs/controls.md``); they sample at temperature 1, or at T as ``medoid-N@T:VLM``.
+    ``VLM`` is ``vlm:FOLDER``, ``pixels-K:vlm:FOLDER`` or ``openai:URL#MODEL``. The three in front of it are controls
+    of equal compute (``docs/controls.md``); they sample at temperature 1, or at T as ``medoid-N@T:VLM``.
 
     Args:
         spec: one of these.
         env: the vector environment that will be played; only the oracle is given it.
         seed: for what is drawn or sampled at random; a ``module:Class`` does not get it.
+        served: how models behind an address are asked. None: the defaults, and no cache.
         **options: of the agent itself (``stop_probability``, ``noise``, what ``load_policy`` takes).
             A ``module:Class`` takes none.
 
@@ -84,27 +95,32 @@ def load_agent(spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 
             raise ValueError(
                 f"agent {spec!r}: say after how many proposals, and who proposes, like 'stop-after-1:random'"
             )
-        proposer = load_agent(rest, env=env, seed=seed, **options)
+        proposer = load_agent(rest, env=env, seed=seed, served=served, **options)
         return StopAfter(proposer, int(head.removeprefix("stop-after-")))
     if head == "relay":
         first, comma, then = rest.partition(",")
         if not (first and comma and then):
             raise ValueError(f"agent {spec!r}: say who begins and who goes on, like 'relay:vlm:tiny,vlm:FOLDER'")
-        return Relay(*(load_agent(one, env=env, seed=seed, **options) for one in (first, then)))
+        return Relay(*(load_agent(one, env=env, seed=seed, served=served, **options) for one in (first, then)))
     if head.startswith("pixels-"):
         if not re.fullmatch(r"pixels-[0-9]+(\.[0-9]+)?:vlm:.+", spec):
             raise ValueError(f"agent {spec!r}: say how many times the pixels, and of which model: 'pixels-2:vlm:tiny'")
         return load_agent(rest, seed=seed, pixels=float(head.removeprefix("pixels-")), **options)
     control = control_of(head)
     if control is not None:
-        if not re.match(r"(pixels-[^:]+:)?vlm:.", rest):
-            raise ValueError(f"agent {spec!r}: {head} samples answers of a model: write '{head}:vlm:FOLDER'")
+        if not re.match(r"((pixels-[^:]+:)?vlm|openai):.", rest):
+            raise ValueError(
+                f"agent {spec!r}: {head} samples answers of a model: write '{head}:vlm:FOLDER' or"
+                f" '{head}:openai:URL#MODEL'"
+            )
         if "temperature" in options:
             raise ValueError(f"agent {spec!r}: its temperature is part of its name, like 'medoid-8@0.7:vlm:tiny'")
-        return control(cast(Any, load_agent(rest, seed=seed, **options)))
+        return control(cast(Any, load_agent(rest, seed=seed, served=served, **options)))
+    if head == "openai" and rest:
+        return (served or Served()).policy(rest, seed=seed, **options)
     if head in _TRAINED and rest:
         return _load_trained(head, rest, {"seed": seed, **options})
-    if colon and rest and head not in _TRAINED:
+    if colon and rest and head not in (*_TRAINED, "openai"):
         if options:
             raise ValueError(f"agent {spec!r} is made without arguments: no {', '.join(sorted(options))}")
         return _load_class(spec, head, rest)

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ivt_agents.play.served import ServedPolicy
 from ivt_env import boxes
 
 if TYPE_CHECKING:
     from ivt_agents.vlm.policy import VLMPolicy
-    from ivt_agents.vlm.turns import Turn
+
+    Policy = VLMPolicy | ServedPolicy
 
 Actions = dict[str, Any]
 Pick = Callable[[NDArray[np.float64], NDArray[np.float64]], int]
@@ -51,7 +53,7 @@ class PickOfShots:
     is left out of the choice. Where no answer has one, the first is handed on as it is.
     """
 
-    def __init__(self, policy: VLMPolicy, count: int, pick: Pick, temperature: float = 1.0) -> None:
+    def __init__(self, policy: Policy, count: int, pick: Pick, temperature: float = 1.0) -> None:
         """``count`` answers of ``policy`` to each first observation; ``pick`` is ``medoid`` or ``most_confident``.
 
         Its own temperature and batch size are as before after each ``act``.
@@ -60,7 +62,9 @@ class PickOfShots:
             raise ValueError(f"count {count}: give an integer of at least 1")
         self.agent, self.count, self.pick, self.temperature = policy, count, pick, _usable_temperature(temperature)
         self.view, self.reuse = policy.view, policy.reuse
-        self.turns: list[Turn | None] = []
+        if pick is most_confident and isinstance(policy, ServedPolicy):
+            policy.confidence = True
+        self.turns: list[Any] = []
         """Every turn of the last ``act``, ``count`` for each environment that was at its first step."""
 
     def act(self, observations: Mapping[str, Any]) -> Actions:
@@ -88,7 +92,8 @@ class PickOfShots:
         ]
         if not usable:
             return start
-        return usable[self.pick(np.asarray(shots["box"][usable], dtype=np.float64), shots["confidence"][usable])]
+        sure = shots.get("confidence", np.zeros(len(shots["stop"])))[usable]
+        return usable[self.pick(np.asarray(shots["box"][usable], dtype=np.float64), sure)]
 
 
 class SecondShot:
@@ -97,11 +102,11 @@ class SecondShot:
     The second answer cannot know of the first: it is a new conversation about the image as the episode began.
     """
 
-    def __init__(self, policy: VLMPolicy, temperature: float = 1.0) -> None:
+    def __init__(self, policy: Policy, temperature: float = 1.0) -> None:
         """``temperature`` is that of the policy's second answer; with 0 it is the first one again."""
         self.agent, self.temperature = policy, _usable_temperature(temperature)
         self.view, self.reuse = policy.view, policy.reuse
-        self.turns: list[Turn | None] = []
+        self.turns: list[Any] = []
         """Every turn of the last ``act``."""
         self._first: dict[int, dict[str, Any]] = {}
 
@@ -140,11 +145,11 @@ class SecondShot:
         return self._first[row]
 
 
-CONTROL_FORMS = ("medoid-N:vlm:FOLDER", "best-of-N:vlm:FOLDER", "second-shot:vlm:FOLDER")
+CONTROL_FORMS = ("medoid-N:VLM", "best-of-N:VLM", "second-shot:VLM")
 """How a command line names a control; ``@T`` behind the name sets the temperature: ``medoid-8@0.7:vlm:tiny``."""
 
 
-def control_of(name: str) -> Callable[[VLMPolicy], PickOfShots | SecondShot] | None:
+def control_of(name: str) -> Callable[[Policy], PickOfShots | SecondShot] | None:
     """What makes the control that ``name`` (``medoid-8``, ``best-of-4@0.7``, ``second-shot``) names, or None.
 
     Raises:
@@ -181,7 +186,7 @@ def _split(observations: Mapping[str, Any], rows: NDArray[np.intp]) -> list[dict
     return [{key: value[row] for key, value in observations.items()} for row in rows.tolist()]
 
 
-def _shoot(policy: VLMPolicy, shown: Sequence[Mapping[str, Any]], count: int, temperature: float) -> Actions:
+def _shoot(policy: Policy, shown: Sequence[Mapping[str, Any]], count: int, temperature: float) -> Actions:
     """Independent answers, ``count`` to each observation in turn, as the policy's actions (M * count)."""
     batch: dict[str, Any] = {key: [one[key] for one in shown for _ in range(count)] for key in shown[0]}
     everyone = np.ones(len(shown) * count, dtype=bool)
@@ -195,9 +200,9 @@ def _shoot(policy: VLMPolicy, shown: Sequence[Mapping[str, Any]], count: int, te
 
 
 @contextmanager
-def _sampling(policy: VLMPolicy, temperature: float, count: int) -> Iterator[None]:
+def _sampling(policy: Policy, temperature: float, count: int) -> Iterator[None]:
     """Inside, the policy samples at ``temperature``, and no batch ends between answers to one observation."""
-    usual, rows = policy.sampling.temperature, policy.batch_size
+    usual, rows = policy.temperature, policy.batch_size
     policy.set_temperature(temperature)
     policy.batch_size = count * max(1, rows // count)
     try:
@@ -216,6 +221,10 @@ def _with_answers(actions: Actions, rows: NDArray[np.intp], shots: Actions, chos
     for row, place in zip(rows.tolist(), places, strict=True):
         text[row] = shots["text"][place]
     actions["text"] = text
+    for key in ("tokens", "seconds"):  # all answers cost, not the chosen one alone
+        if key in shots and places:
+            each = np.asarray(shots[key]).reshape(len(places), -1).sum(axis=1)
+            actions.setdefault(key, np.zeros(count, dtype=each.dtype))[rows] = each
     for key in ("parse_failure", "confidence", "stop_probability"):
         if key in shots:
             values = np.asarray(shots[key])

@@ -1,7 +1,8 @@
 """What an agent's completions cost: counted from what it was asked and what it said, never estimated.
 
 A prompt that several completions share counts once, and of a conversation that goes on only what is new. Padding and
-the time between model calls are not counted.
+the time between model calls are not counted. Of a served model the tokens are those that its server counts, and the
+patches are not known.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ivt_agents.play.chat import Answer
 from ivt_env.rollouts import Agent
 
 if TYPE_CHECKING:
@@ -43,7 +45,9 @@ class Cost:
         return {name: total / episodes for name, total in asdict(self).items()}
 
 
-def cost_of(turns: Sequence[Turn | None], before: Mapping[int, Turn] | None = None, reuse: bool = True) -> Cost:
+def cost_of(
+    turns: Sequence[Turn | Answer | None], before: Mapping[int, Turn] | None = None, reuse: bool = True
+) -> Cost:
     """What one ``act`` cost.
 
     Args:
@@ -55,7 +59,8 @@ def cost_of(turns: Sequence[Turn | None], before: Mapping[int, Turn] | None = No
     Raises:
         ValueError: for a turn that goes on with a conversation that is not in ``before``.
     """
-    said = [(place, turn) for place, turn in enumerate(turns) if turn is not None]
+    served = [turn for turn in turns if isinstance(turn, Answer)]
+    said = [(place, turn) for place, turn in enumerate(turns) if turn is not None and not isinstance(turn, Answer)]
     images: dict[int, Any] = {}
     prefilled = 0
     for place, prompt in {id(turn.prompt): (place, turn.prompt) for place, turn in said}.values():
@@ -73,11 +78,11 @@ def cost_of(turns: Sequence[Turn | None], before: Mapping[int, Turn] | None = No
         images |= {id(image): image for image in shown}
         prefilled += len(prompt.ids) - known
     return Cost(
-        answers=len(said),
-        images=len(images),
+        answers=len(said) + len(served),
+        images=len(images) + sum(answer.images for answer in served),
         patches=sum(int(np.prod(image.grid)) for image in images.values()),
-        prefilled=prefilled,
-        sampled=sum(len(turn.completion) for _, turn in said),
+        prefilled=prefilled + sum(answer.prompt_tokens for answer in served),
+        sampled=sum(len(turn.completion) for _, turn in said) + sum(answer.completion_tokens for answer in served),
     )
 
 
@@ -109,7 +114,8 @@ class Metered:
         if self._speaker is not None and self.cost is not None and self._speaker.turns is not self._counted:
             self._counted = turns = self._speaker.turns
             self.cost += cost_of(turns, self._before, self._speaker.reuse)
-            self._before = {place: turn for place, turn in enumerate(turns) if turn is not None}
+            said = ((k, turn) for k, turn in enumerate(turns) if turn is not None)
+            self._before = {k: turn for k, turn in said if not isinstance(turn, Answer)}
         return actions
 
     def reset(self, mask: NDArray[np.bool_]) -> None:

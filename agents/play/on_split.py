@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ivt_agents.play.served import served_by
 from ivt_env.data.sample import DataError, Dataset
 from ivt_env.episodes import Episode
 from ivt_env.rollouts import Agent, first_samples, make_vector_env, rollout
 from ivt_env.text_actions import STOP_TEXT
+from ivt_env.vector_env import GroundingVectorEnv
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,26 @@ def validation_samples(env_id: str, split: str, eval_split: str, wanted: int, da
             f"eval_split {eval_split}: {error}. Name a split that is there with --eval-split ({split} is), or give"
             " --eval-samples 0 to train without evaluations"
         ) from error
+
+
+class Stages:
+    """Vector environments of one command, one for each way in which a box is shown."""
+
+    def __init__(self, make: Callable[..., GroundingVectorEnv], view: str | None) -> None:
+        """``make(view=..., overlay=...)`` makes one; ``view`` is that of every agent, None: what each asks for."""
+        self._make, self._view = make, view
+        self._made: dict[str, GroundingVectorEnv] = {}
+
+    def of(self, agent: Any) -> GroundingVectorEnv:
+        """The environment that ``agent`` is played in; None: that of agents that do not say."""
+        served = served_by(agent)
+        shown: dict[str, Any] = {"view": self._view or str(getattr(agent, "view", "overlay"))}
+        if served is not None and served.asked.overlay is not None:
+            shown["overlay"] = served.asked.overlay
+        key = repr(sorted(shown.items()))
+        if key not in self._made:
+            self._made[key] = self._make(**shown)
+        return self._made[key]
 
 
 def samples_to_compare(dataset: Dataset, wanted: int) -> range:

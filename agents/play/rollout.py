@@ -27,6 +27,9 @@ from rich.markup import escape
 import ivt_env
 from ivt_agents.command import progress_bars, run_command
 from ivt_agents.play.by_name import Agent, load_agent
+from ivt_agents.play.chat import ServedError
+from ivt_agents.play.on_split import Stages
+from ivt_agents.play.served import ANSWERS, Served, ServedOptions
 from ivt_env.data.sample import ImageArray, Sample
 from ivt_env.episodes import Box, Episode, Step, save_episodes
 from ivt_env.files import forget, lock_folder
@@ -36,7 +39,7 @@ from ivt_env.viewer import write_page
 
 
 @dataclass
-class Args:
+class Args(ServedOptions):
     """Play a few episodes, show every step, and save them with a page to look at."""
 
     config: Path | None = None
@@ -44,8 +47,8 @@ class Args:
     env: str = "IVT-Scenes-v0"
     """Environment id."""
     agent: str = "oracle"
-    """random, centre, oracle, stop-after-K:AGENT, vlm:FOLDER, sb3:FOLDER, or your own as module:Class (`ivt agents`
-    lists every form, controls such as medoid-8:vlm:tiny among them)."""
+    """random, centre, oracle, stop-after-K:AGENT, vlm:FOLDER, openai:URL#MODEL, sb3:FOLDER, or your own as
+    module:Class (`ivt agents` lists every form, controls such as medoid-8:vlm:tiny among them)."""
     episodes: int = 1
     """How many."""
     seed: int = 0
@@ -72,22 +75,33 @@ class Args:
 
 def main(args: Args) -> None:
     """Play, print and save."""
-    env, agent = _set_up(args)
+    served = Served(args, args.out / ANSWERS)
+    with served.run(""):
+        _rollout(args, served)
+
+
+def _rollout(args: Args, served: Served) -> None:
+    env, agent = _set_up(args, served)
     asked = ivt_env.IDS[args.env]["dataset"]
     played, samples = [], {}
     with lock_folder(args.out):
-        for episode in _with_progress(args, _play(args, env, agent)):
-            played.append(episode)
-            samples[episode.sample_id] = env.samples[0]
-            if args.json:
-                print(json.dumps(asdict(episode)), flush=True)
-                continue
-            print(f"episode {len(played)} of {args.episodes}")
-            print(describe(episode, in_place_of=None if env.dataset.name == asked else asked), flush=True)
+        try:
+            for episode in _with_progress(args, _play(args, env, agent)):
+                played.append(episode)
+                samples[episode.sample_id] = env.samples[0]
+                if args.json:
+                    print(json.dumps(asdict(episode)), flush=True)
+                    continue
+                print(f"episode {len(played)} of {args.episodes}")
+                print(describe(episode, in_place_of=None if env.dataset.name == asked else asked), flush=True)
+        except ServedError:
+            if played:
+                _save(args, env, played, samples)
+            raise
         _save(args, env, played, samples)
 
 
-def _set_up(args: Args) -> tuple[GroundingVectorEnv, Agent]:
+def _set_up(args: Args, served: Served) -> tuple[GroundingVectorEnv, Agent]:
     if args.episodes < 1:
         raise ValueError(f"--episodes {args.episodes}: give an integer of at least 1")
     if args.seed < 0:
@@ -97,18 +111,16 @@ def _set_up(args: Args) -> tuple[GroundingVectorEnv, Agent]:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"no environment {args.env!r}{hint}; there are {', '.join(ivt_env.IDS)}")
     options = {"split": args.split, "data_root": args.data_root, "strict": args.strict, "max_steps": args.episode_steps}
-    env = make_vector_env(args.env, num_envs=1, view=args.view or "overlay", **options)
+    envs = Stages(lambda **seen: make_vector_env(args.env, num_envs=1, **seen, **options), args.view)
+    env = envs.of(None)
     last = len(env.dataset) - 1
     if args.index is not None and not 0 <= args.index <= last - (args.episodes - 1):
         raise ValueError(
             f"--index {args.index}, {args.episodes} episode(s): {env.dataset.name}/{env.dataset.split} "
             f"holds samples 0 to {last}"
         )
-    agent = load_agent(args.agent, env=env, seed=args.seed)
-    view = args.view or str(getattr(agent, "view", "overlay"))
-    if view != env.screen.view:
-        env = make_vector_env(args.env, num_envs=1, view=view, **options)
-    return env, agent
+    agent = load_agent(args.agent, env=env, seed=args.seed, served=served)
+    return envs.of(agent), agent
 
 
 def _play(args: Args, env: GroundingVectorEnv, agent: Agent) -> Iterator[Episode]:

@@ -13,10 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from ivt_agents.play.chat import AnswerCache, ServedError
 from ivt_agents.sft.demonstrations import Demonstration, load_demonstrations
 from ivt_agents.sft.teacher.load import Teacher
-from ivt_agents.sft.teacher.openai import TeacherError
-from ivt_agents.sft.teacher.prompts import QUESTION, SYSTEM, TraceRequest, tidy, trace_request, unusable_reason
+from ivt_agents.sft.teacher.prompts import (
+    QUESTION,
+    SYSTEM,
+    TeacherError,
+    TraceRequest,
+    tidy,
+    trace_request,
+    unusable_reason,
+)
 from ivt_env.data.sample import Dataset
 from ivt_env.failures import read_json
 from ivt_env.files import write_whole
@@ -29,34 +37,12 @@ _UNUSABLE_AFTER = 20
 log = logging.getLogger(__name__)
 
 
-class TraceCache:
-    """Answers on disk, one small file each, by a hash of teacher, prompt and image."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def get(self, key: str) -> str | None:
-        """The stored text, or None. A file that cannot be read is an answer to be asked for again."""
-        try:
-            text = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))["text"]
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            log.warning("%s is damaged and will be asked for again", self.folder / f"{key}.json")
-            return None
-        return text if isinstance(text, str) else None
-
-    def put(self, key: str, teacher: str, text: str) -> None:
-        """Store a text whole or not at all."""
-        write_whole(self.folder / f"{key}.json", json.dumps({"teacher": teacher, "text": text}) + "\n")
-
-
 def write_traces(
     drafts: Sequence[Demonstration],
     dataset: Dataset,
     teacher: Teacher,
     path: Path,
-    cache: TraceCache,
+    cache: AnswerCache,
     *,
     unusable_limit: float = UNUSABLE_LIMIT,
     on_progress: Callable[[int], None] | None = None,
@@ -74,8 +60,8 @@ def write_traces(
         on_progress: called with the number of drafts finished since the last call.
 
     Raises:
-        TeacherError: when the teacher gives up, is unfit, or the cost cap is reached; says what is
-            kept. Also for a file of another harvest.
+        ServedError: when the teacher is given up, or the cost cap is reached; says what is kept.
+        TeacherError: when it is unfit, and for a file of another harvest.
     """
     done = _begin(path, drafts, dataset, teacher)
     todo = [d for d in drafts if _key(d) not in done]
@@ -87,7 +73,7 @@ def write_traces(
             some = todo[start : start + teacher.batch]
             try:
                 texts = _texts(some, dataset, teacher, cache)
-            except TeacherError as error:
+            except ServedError as error:
                 raise type(error)(
                     f"{error}. {len(done)} of {len(drafts)} demonstrations are written and kept in {path}: run again "
                     f"to go on where it stopped, or train on them with --teacher template --demonstrations {path}"
@@ -112,7 +98,7 @@ def write_traces(
     return [done[_key(d)] for d in drafts if _key(d) in done]
 
 
-def _texts(drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher, cache: TraceCache) -> list[str | None]:
+def _texts(drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher, cache: AnswerCache) -> list[str | None]:
     """Tidied texts; None for a draft that needs no words."""
     requests: dict[int, tuple[TraceRequest, str]] = {}
     texts: dict[int, str] = {}
@@ -125,11 +111,15 @@ def _texts(drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher, 
         if stored is None:
             requests[k] = (request, key)
         else:
-            texts[k] = stored
+            texts[k] = stored["text"]
+    places = list(requests)
+
+    def keep(place: int, text: str) -> None:
+        cache.put(requests[places[place]][1], {"teacher": teacher.name, "text": text})
+        texts[places[place]] = text
+
     if requests:
-        for k, text in zip(requests, teacher.write([r for r, _ in requests.values()]), strict=True):
-            cache.put(requests[k][1], teacher.name, text)
-            texts[k] = text
+        teacher.write([request for request, _ in requests.values()], keep)
     return [tidy(texts[k]) if k in texts else None for k in range(len(drafts))]
 
 

@@ -30,6 +30,7 @@ from accelerate.utils import DistributedType
 from rich.progress import Progress
 
 from ivt_agents.command import Hidden, progress_bars
+from ivt_agents.play.chat import Budget
 from ivt_agents.play.on_split import MAX_UNUSABLE, play, summary, validation_samples
 from ivt_agents.sft.checks import HARVEST, MAY_CHANGE, RESULTS, check_options
 from ivt_agents.sft.demonstrations import (
@@ -40,10 +41,9 @@ from ivt_agents.sft.demonstrations import (
     teach,
     teach_as_the_paper,
 )
-from ivt_agents.sft.harvest import TraceCache, write_traces
+from ivt_agents.sft.harvest import AnswerCache, write_traces
 from ivt_agents.sft.lessons import LessonPlan, teach_to_verify
 from ivt_agents.sft.teacher.load import Teacher, load_teacher
-from ivt_agents.sft.teacher.openai import Budget
 from ivt_agents.sft.trainer import to_turns, train
 from ivt_agents.training.checkpoints import (
     CONFIG,
@@ -384,7 +384,7 @@ def _demonstrations(
         dataset,
         teacher,
         args.out / "harvest.jsonl",
-        TraceCache(args.teacher_cache),
+        AnswerCache(args.teacher_cache),
         on_progress=lambda n: progress.advance(task, n),
     )
 

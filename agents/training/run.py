@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
+import platform
 import random
+import subprocess
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+import ivt_env
 from ivt_agents.training.finite import check_finite
 from ivt_agents.training.tracking import open_tracker
 from ivt_env.failures import reading
@@ -207,6 +212,27 @@ def seed_everything(*parts: int) -> None:
 def derived_seed(*parts: int) -> int:
     """One 63-bit seed from several integers; equal parts give equal seeds on every machine."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def made_by() -> dict[str, Any]:
+    """What makes a result: this version and commit, the date, the machine, and the libraries that compute."""
+    source = Path(__file__).resolve().parents[2]
+    commit = None  # of an installed package nothing is known
+    if (source / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            asked = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+            commit = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return {
+        "version": ivt_env.__version__,
+        "commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,7 +8,7 @@ is tokenised again.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ivt_agents.vlm.codec import BoxCodec, ParsedAction
-from ivt_agents.vlm.prompts import Prompts
-from ivt_agents.vlm.turns import WHOLE, Box, EncodedImage, Prompt, Turn
+from ivt_agents.vlm.prompts import LAYOUTS, Prompts, images_of
+from ivt_agents.vlm.turns import Box, EncodedImage, Prompt, Turn
 from ivt_env import boxes
 
-LAYOUTS = ("fresh", "prefix")
+__all__ = ["LAYOUTS", "Dialogue", "images_of"]
 
 View = tuple[EncodedImage, Box]
 """An image and the region that it shows, relative to the whole image."""
@@ -93,19 +93,16 @@ class Dialogue:
 
     def box_of(self, action: ParsedAction, prompt: Prompt) -> list[float] | None:
         """The box of an answer, relative to the whole image; None if it speaks of an image that is not there."""
-        shown = prompt.shown(action.image)
-        if action.numbers is None or shown is None:
-            return None
-        image, window = shown
-        box = self.codec.decode(action.numbers, image.resized(self.image_processor.patch_size))
-        return box if window == WHOLE else [float(v) for v in boxes.out_of_window(box, window)]
+        patch, shown = self.image_processor.patch_size, prompt.images[-len(prompt.windows) :]
+        sizes = [image.resized(patch) for image in shown]
+        return self.codec.box_of(action, sizes, prompt.windows)
 
     def _asked(self, expression: str, box: Sequence[float] | None, views: Sequence[View], later: bool) -> list[int]:
         image, window = views[0]
         inside = None if box is None else boxes.clip(boxes.into_window(box, window)).tolist()
         resized = image.resized(self.image_processor.patch_size)
         text = self.prompts.fill(
-            expression, None if inside is None else self.codec.box_text(inside, resized), [w for _, w in views]
+            expression, None if inside is None else self.codec.box_text(inside, resized), [w for _, w in views], resized
         )
         before, after = self._frame(len(views), later)
         # The template is rendered once with a mark in place of the text, so special tokens that an
@@ -182,22 +179,3 @@ _CHUNK = 8
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="images")
-
-
-def images_of(observations: Mapping[str, Any], row: int) -> list[tuple[NDArray[np.uint8], Box]]:
-    """What one environment shows: images (height, width, 3) and their windows.
-
-    The close-up of ``view="both"`` counts once there is a box; before that it is the image again.
-    """
-    height, width = observations["extent"][row]
-    window: Box = WHOLE
-    if "window" in observations:
-        x1, y1, x2, y2 = (float(v) for v in observations["window"][row])
-        window = (x1, y1, x2, y2)
-    image = observations["image"][row][:height, :width]
-    if "closeup" not in observations:
-        return [(image, window)]
-    if not observations["box"][row].any():
-        return [(image, WHOLE)]
-    height, width = observations["closeup_extent"][row]
-    return [(image, WHOLE), (observations["closeup"][row][:height, :width], window)]

@@ -113,7 +113,7 @@ def load_policy(
             model,
             tokenizer,
             processor,
-            Prompts(settings["prompt"], settings["closeup"], settings["with_closeup"]),
+            Prompts(settings["prompt"], settings["closeup"], settings["with_closeup"], settings["first"]),
             BoxCodec(settings["frame"]),
             max_new_tokens=max_new_tokens or (48 if whole_words else 160),
             temperature=temperature,

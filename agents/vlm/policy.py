@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from ivt_agents.training.finite import NotFiniteError, unusable_weight
 from ivt_agents.vlm.adapters import folded
 from ivt_agents.vlm.cache import Memory
-from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec, parse_action
+from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec
 from ivt_agents.vlm.decode import fixed_decoder
 from ivt_agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
 from ivt_agents.vlm.generation import Sampling, core_of, generate
 from ivt_agents.vlm.precision import stored_as
-from ivt_agents.vlm.prompts import Prompts
+from ivt_agents.vlm.prompts import PromptFile, Prompts
 from ivt_agents.vlm.turns import WHOLE, Prompt, Turn
 from ivt_env.files import whole_folder, write_whole
 
@@ -108,6 +108,11 @@ class VLMPolicy:
         """The model without its adapter's shell (the adapters themselves stay in place)."""
         return core_of(self.model)
 
+    @property
+    def temperature(self) -> float:
+        """Of the sampling; 0 is greedy."""
+        return self.sampling.temperature
+
     def set_temperature(self, temperature: float) -> None:
         """Sample at another temperature from now on; 0 is greedy."""
         self.sampling = replace(self.sampling, temperature=temperature)
@@ -131,17 +136,19 @@ class VLMPolicy:
             "text": [""] * n,
             "parse_failure": np.zeros(n, dtype=bool),
             "confidence": np.zeros(n),
+            "tokens": np.zeros(n, dtype=np.int64),
         }
         if self.sampling.stop_id is not None:
             actions["stop_probability"] = np.zeros(n)
         for row, turn in zip(rows, turns, strict=True):
             self.turns[row] = turn
             text = self.text(turn)
-            action = parse_action(text) if turn.finished else parse_action("")
+            action = self.codec.parse(text if turn.finished else "")
             box, stop = self.dialogue.box_of(action, turn.prompt), action.stop and self.may_stop
             actions["text"][row], actions["stop"][row] = text, int(stop)
             actions["parse_failure"][row] = box is None and not stop
             actions["confidence"][row] = float(np.exp(np.mean(turn.log_probs)))
+            actions["tokens"][row] = len(turn.prompt.ids) + len(turn.completion)
             if turn.stop_probability is not None:
                 actions["stop_probability"][row] = turn.stop_probability
             if box is not None:
@@ -233,9 +240,8 @@ class VLMPolicy:
             raise NotFiniteError(
                 f"weight {name} is not finite, so {folder} is not written; train with a lower learning rate"
             )
-        asked = self.dialogue.prompts
-        texts = {"prompt": asked.text, "closeup": asked.closeup, "with_closeup": asked.with_closeup}
-        settings = texts | {"frame": self.codec.frame, "layout": self.layout, "view": self.view} | stored_as(self.model)
+        asked = PromptFile(self.dialogue.prompts, self.codec, self.layout, self.view)
+        settings = asked.settings() | stored_as(self.model)
         with whole_folder(folder, made_for or {}) as partial:
             self.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)

@@ -1,17 +1,45 @@
-"""What a policy is asked at each step.
+"""What a policy is asked at each step, in which layout, and in which frame its boxes come back.
 
-One wording serves SFT, rollouts and evaluation. It holds the current box in the model's own
-coordinates (those of the first image shown), and the images say by themselves what is drawn.
+All of it stands in a prompt file, YAML (or JSON, as the ``policy.json`` of a model folder is), whose keys
+``docs/prompts.md`` explains. One wording serves SFT, rollouts and evaluation. It holds the current box in the model's
+own coordinates (those of the first image shown), and the images say by themselves what is drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from PIL import Image
+
+from ivt_agents.config import KeysOnce
+from ivt_agents.vlm.codec import ANSWER, BoxCodec
+from ivt_env.failures import reading
+from ivt_env.grounding import VIEWS
+from ivt_env.rendering import Overlay
 
 NO_BOX_TEXT = "none"
 
-WHOLE = (0.0, 0.0, 1.0, 1.0)
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+LAYOUTS = ("fresh", "prefix")
+SHIPPED = Path(__file__).parent.parent / "prompts"
+"""Folder of the shipped prompt files."""
+DEFAULT = "qwen3-vl"
+"""What models are asked that do not say."""
+_IGNORED = ("dtype", "quantize")
+"""Keys of ``policy.json`` about the weights."""
+
+
+class PromptError(ValueError):
+    """A prompt file that cannot be used. Names the file and the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +51,28 @@ class Prompts:
     """Added where the only image shown is a close-up."""
     with_closeup: str = ""
     """Added where a close-up is shown beside the whole image."""
+    first: str = ""
+    """The turn while there is no box; empty: ``text``."""
 
     def fill(
-        self, expression: str, box_text: str | None, windows: Sequence[tuple[float, float, float, float]] = (WHOLE,)
+        self,
+        expression: str,
+        box_text: str | None,
+        windows: Sequence[Box] = (WHOLE,),
+        size: Sequence[int] = (0, 0),
     ) -> str:
-        """The user's text; ``box_text`` is in the model's coordinates, ``windows`` are what the images show."""
+        """The user's text.
+
+        Args:
+            expression: what is to be found.
+            box_text: the current box in the model's coordinates; None: there is none.
+            windows: what each image shows.
+            size: (height, width) of the first image in pixels, for ``{height}`` and ``{width}``.
+        """
         # str.replace, not str.format: an expression may hold braces.
-        filled = self.text.replace("{box}", box_text or NO_BOX_TEXT)
+        text = self.first if box_text is None and self.first else self.text
+        filled = text.replace("{box}", box_text or NO_BOX_TEXT)
+        filled = filled.replace("{height}", str(size[0])).replace("{width}", str(size[1]))
         if len(windows) > 1:
             filled += self.with_closeup
         elif tuple(windows[0]) != WHOLE:
@@ -37,16 +80,156 @@ class Prompts:
         return filled.replace("{expression}", expression)
 
 
-TINY = Prompts("Locate {expression}. Current box: {box}.")
-"""Short, because the tiny model learns and runs on two CPU cores."""
+@dataclass(frozen=True, slots=True)
+class ImageSize:
+    """The size at which a served model is sent an image; the aspect ratio is kept as nearly as that allows."""
 
-QWEN = Prompts(
-    'Locate the object that this expression describes: "{expression}". Current box: {box}.\n'
-    "The current box, if there is one, is drawn on the image as a translucent red rectangle. If it "
-    'fits the object, answer {"stop": true}. Otherwise say briefly what is wrong with it, if anything, '
-    'and answer with one JSON object: {"bbox_2d": [x1, y1, x2, y2]}.',
-    closeup=" The image shows only the region around the current box, enlarged; all coordinates refer to it.",
-    with_closeup=" The second image shows the region around the current box, enlarged. To answer in its coordinates,"
-    ' write {"picture": 2, "bbox_2d": [x1, y1, x2, y2]}.',
-)
-"""For pretrained models. Our choice: the paper does not give its prompts."""
+    multiple: int = 1
+    """Height and width are multiples of it."""
+    min_pixels: int = 1
+    """Smaller images are enlarged."""
+    max_pixels: int = 2**31
+    """Larger ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no image can have."""
+        values = (self.multiple, self.min_pixels, self.max_pixels)
+        if not all(type(v) is int and v >= 1 for v in values) or self.max_pixels < max(
+            self.min_pixels, self.multiple**2
+        ):
+            raise ValueError(f"image: multiple, min_pixels and max_pixels are {values}; give whole numbers that fit")
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels at which an image of that size is sent: the rule of Qwen's processors."""
+        unit = self.multiple
+        rows, columns = (max(unit, round(side / unit) * unit) for side in (height, width))
+        if rows * columns > self.max_pixels:
+            scale = math.sqrt(height * width / self.max_pixels)
+            rows, columns = (max(unit, math.floor(side / scale / unit) * unit) for side in (height, width))
+        elif rows * columns < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / (height * width))
+            rows, columns = (math.ceil(side * scale / unit) * unit for side in (height, width))
+        return rows, columns
+
+    def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """An RGB image (height, width, 3) at the size at which it is sent."""
+        rows, columns = self.of(*image.shape[:2])
+        if (rows, columns) == image.shape[:2]:
+            return image
+        return np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """What a prompt file says."""
+
+    prompts: Prompts
+    codec: BoxCodec = field(default_factory=BoxCodec)
+    layout: str = "fresh"
+    """``fresh``, a prompt of its own each step, or ``prefix``, one growing conversation."""
+    view: str = "overlay"
+    """What a box is shown on."""
+    overlay: Mapping[str, Any] | None = None
+    """How a box is drawn: options of ``Overlay``; None: its defaults."""
+    system: str = ""
+    image: ImageSize = field(default_factory=ImageSize)
+    max_tokens: int = 160
+    """Limit of an answer; one that runs into it has no action."""
+    request: Mapping[str, Any] = field(default_factory=dict)
+    """Added to what a server is sent; a null takes a key out."""
+
+    def settings(self) -> dict[str, Any]:
+        """Those keys that a model on this machine has in its ``policy.json``."""
+        texts = {"prompt": self.prompts.text, "first": self.prompts.first}
+        texts |= {"closeup": self.prompts.closeup, "with_closeup": self.prompts.with_closeup}
+        return texts | {"frame": self.codec.frame, "layout": self.layout, "view": self.view}
+
+
+def shipped_prompts() -> list[str]:
+    """Names of the shipped prompt files."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def find_prompts(name: str | Path) -> Path:
+    """The prompt file that is shipped under ``name``, or the file of that name.
+
+    Raises:
+        PromptError: where there is neither.
+    """
+    shipped, path = SHIPPED / f"{name}.yaml", Path(name)
+    if str(name) in shipped_prompts():
+        return shipped
+    if not path.is_file():
+        raise PromptError(f"no prompts {str(name)!r}: give one of {', '.join(shipped_prompts())}, or a file")
+    return path
+
+
+def load_prompts(name: str | Path) -> PromptFile:
+    """Read a shipped prompt file by its name, or a file.
+
+    Raises:
+        PromptError: for a file that is not there, is no YAML, or holds a key or value that does not belong there.
+    """
+    path = find_prompts(name)
+    with reading(path, kind=PromptError):
+        found = yaml.load(path.read_text(encoding="utf-8"), KeysOnce)
+        if not isinstance(found, dict):
+            raise ValueError(f"holds a {type(found).__name__}, not keys and values")
+        return _prompt_file({key: value for key, value in found.items() if key not in _IGNORED})
+
+
+def _prompt_file(found: Mapping[str, Any]) -> PromptFile:
+    kinds: dict[str, type] = dict.fromkeys(("prompt", "first", "closeup", "with_closeup", "system"), str)
+    kinds |= dict.fromkeys(("layout", "view", "frame", "answer"), str) | {"max_tokens": int}
+    kinds |= dict.fromkeys(("overlay", "image", "request"), dict)
+    for key, value in found.items():
+        if key not in kinds:
+            raise ValueError(f"unknown key {key!r}; there are {', '.join(kinds)}")
+        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+            raise ValueError(f"{key} is {value!r:.80}, expected a {kinds[key].__name__}")
+    for key in ("prompt", "first"):
+        if "{expression}" not in found.get(key, "" if key == "prompt" else "{expression}"):
+            raise ValueError(f"{key} is {found.get(key, '')!r:.80}, expected a text that asks for {{expression}}")
+    for key, known in (("layout", LAYOUTS), ("view", VIEWS)):
+        if found.get(key, known[0]) not in known:
+            raise ValueError(f"{key} is {found[key]!r}, expected one of {', '.join(known)}")
+    if found.get("max_tokens", 1) < 1:
+        raise ValueError(f"max_tokens is {found['max_tokens']}, expected at least 1")
+    if "frame" not in found:
+        raise ValueError("frame is not declared, and it is never guessed: relative_1000, resized_pixels, ...")
+    if found.get("overlay"):
+        Overlay.from_json(found["overlay"])
+    image = found.get("image", {})
+    if strange := set(image) - {"multiple", "min_pixels", "max_pixels"}:
+        raise ValueError(f"image has the unknown key {min(strange)!r}; there are multiple, min_pixels, max_pixels")
+    texts = {key: found.get(key, "") for key in ("closeup", "with_closeup", "first")}
+    same = ("layout", "view", "overlay", "system", "max_tokens", "request")
+    return PromptFile(
+        Prompts(found["prompt"], **texts),
+        BoxCodec(found["frame"], found.get("answer", ANSWER)),
+        image=ImageSize(**image),
+        **{key: found[key] for key in same if key in found},
+    )
+
+
+def images_of(observations: Mapping[str, Any], row: int) -> list[tuple[NDArray[np.uint8], Box]]:
+    """What one environment shows: images (height, width, 3) and their windows.
+
+    The close-up of ``view="both"`` counts once there is a box; before that it is the image again.
+    """
+    height, width = observations["extent"][row]
+    window: Box = WHOLE
+    if "window" in observations:
+        x1, y1, x2, y2 = (float(v) for v in observations["window"][row])
+        window = (x1, y1, x2, y2)
+    image = observations["image"][row][:height, :width]
+    if "closeup" not in observations:
+        return [(image, window)]
+    if not observations["box"][row].any():
+        return [(image, WHOLE)]
+    height, width = observations["closeup_extent"][row]
+    return [(image, WHOLE), (observations["closeup"][row][:height, :width], window)]
+
+
+TINY = load_prompts("tiny").prompts
+QWEN = load_prompts(DEFAULT).prompts

@@ -16,12 +16,12 @@ import numpy as np
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from ivt_agents.vlm.codec import FRAMES
+from ivt_agents.vlm.codec import ANSWER, FRAMES
 from ivt_agents.vlm.dialogue import LAYOUTS
 from ivt_agents.vlm.footprint import resized
 from ivt_agents.vlm.policy import POLICY_FILE
 from ivt_agents.vlm.precision import DTYPES
-from ivt_agents.vlm.prompts import QWEN
+from ivt_agents.vlm.prompts import DEFAULT, load_prompts
 from ivt_agents.vlm.tiny import weights_folder
 from ivt_env.failures import read_json, reading
 from ivt_env.grounding import VIEWS
@@ -33,6 +33,9 @@ CONFIG, ADAPTER, WEIGHTS = "config.json", "adapter_config.json", "*.safetensors"
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 AGAIN = "make the policy again, or fetch the model again"
+
+_PROMPTS = {"relative_1000": "qwen3-vl", "resized_pixels": "qwen2.5-vl"}
+"""Prompts of models that do not say what they are asked, by frame."""
 
 _MOST_LAYERS, _MOST_RANK = 1000, 4096
 _LEAST_PIXELS = 2**22
@@ -116,8 +119,8 @@ def read_settings(source: Source, model_type: str) -> dict[str, Any]:
     Raises:
         PolicyError: for a policy of a run that was not saved to its end, and for values out of range.
     """
-    settings: dict[str, Any] = {"frame": FRAMES.get(model_type), "layout": "fresh", "view": "overlay"}
-    settings |= {"prompt": QWEN.text, "closeup": QWEN.closeup, "with_closeup": QWEN.with_closeup}
+    asked = _PROMPTS.get(FRAMES.get(model_type, ""), DEFAULT)
+    settings: dict[str, Any] = load_prompts(asked).settings() | {"frame": FRAMES.get(model_type)}
     parts = [*source.adapters, Path(source.base)]
     path = next((part / POLICY_FILE for part in parts if (part / POLICY_FILE).exists()), None)
     if path is None:
@@ -128,12 +131,14 @@ def read_settings(source: Source, model_type: str) -> dict[str, Any]:
                 " --resume, or train it again"
             )
         print(
-            f"{source.name} holds no {POLICY_FILE}: it is asked as a pretrained model is (whole image with the box"
-            " drawn, a fresh prompt each step); a policy that was trained on another question needs its file",
+            f"{source.name} holds no {POLICY_FILE}: it is asked with the prompts {asked} (whole image with the box"
+            f" drawn, a fresh prompt each step); `ivt prompts NAME --into {source.name}` makes one that asks otherwise",
             file=sys.stderr,
         )
     else:
-        settings |= read_json(path, AGAIN, PolicyError)
+        settings |= {"first": ""} | read_json(path, AGAIN, PolicyError)
+    if settings.get("answer", ANSWER) != ANSWER:
+        raise PolicyError(f"{path}: answer is {settings['answer']!r:.80}; a model on this machine answers {ANSWER}")
     choices = {
         "frame": tuple(FRAMES.values()), "layout": LAYOUTS, "view": VIEWS, "dtype": tuple(DTYPES),
         "quantize": ("none", "nf4"),
@@ -142,7 +147,7 @@ def read_settings(source: Source, model_type: str) -> dict[str, Any]:
         if key in settings and settings[key] not in known:
             where = path or f"model type {model_type!r}"
             raise PolicyError(f"{where}: {key} is {settings[key]!r}, expected one of {', '.join(sorted(set(known)))}")
-    for key in ("prompt", "closeup", "with_closeup"):
+    for key in ("prompt", "closeup", "with_closeup", "first"):
         if not isinstance(settings[key], str) or (key == "prompt" and "{expression}" not in settings[key]):
             raise PolicyError(f"{path}: {key} is {settings[key]!r:.80}, expected a text that asks for {{expression}}")
     return settings

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ivt_agents.sft.teacher.openai import MAX_REPLY_TOKENS
-from ivt_agents.sft.teacher.prompts import SYSTEM, TraceRequest
+from ivt_agents.sft.teacher.prompts import MAX_REPLY_TOKENS, SYSTEM, TraceRequest
 from ivt_agents.vlm.generation import generate
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.prompts import Prompts
@@ -28,7 +27,7 @@ class HFTeacher:
         # The policy's own question would ask for a box.
         self._policy.dialogue.prompts = Prompts("{expression}")
 
-    def write(self, requests: Sequence[TraceRequest]) -> list[str]:
+    def write(self, requests: Sequence[TraceRequest], keep: Callable[[int, str], None]) -> None:
         """One text per request; empty where the model did not come to an end."""
         policy = self._policy
         images = policy.dialogue.process([r.image for r in requests])
@@ -37,4 +36,5 @@ class HFTeacher:
             for r, image in zip(requests, images, strict=True)
         ]
         turns = generate(policy.core, prompts, policy.sampling, policy.generator, keep=False)
-        return [policy.text(turn) if turn.finished else "" for turn in turns]
+        for place, turn in enumerate(turns):
+            keep(place, policy.text(turn) if turn.finished else "")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
-from ivt_agents.sft.teacher.openai import Budget, OpenAITeacher, TeacherError
-from ivt_agents.sft.teacher.prompts import TraceRequest
+from ivt_agents.play.chat import Budget, ChatClient, Usage, user_turn
+from ivt_agents.sft.teacher.prompts import MAX_REPLY_TOKENS, SYSTEM, TeacherError, TraceRequest
 
 
 class Teacher(Protocol):
@@ -17,9 +19,28 @@ class Teacher(Protocol):
     batch: int
     """How many requests it likes to be given at once."""
 
-    def write(self, requests: Sequence[TraceRequest]) -> list[str]:
-        """One text per request, unchecked."""
+    def write(self, requests: Sequence[TraceRequest], keep: Callable[[int, str], None]) -> None:
+        """Call ``keep`` with the place of each request and its text, unchecked, as soon as it is there.
+
+        It may be called in other threads; what was kept before an error stays.
+        """
         ...
+
+
+class ServedTeacher:
+    """The ``openai:`` teacher: any server that speaks chat completions with images."""
+
+    def __init__(self, client: ChatClient) -> None:
+        self._client, self.name, self.batch = client, client.name, client.concurrency
+
+    def write(self, requests: Sequence[TraceRequest], keep: Callable[[int, str], None]) -> None:
+        """As many requests at a time as the client sends."""
+        self._client.run([partial(self._write, k, request, keep) for k, request in enumerate(requests)])
+
+    def _write(self, place: int, request: TraceRequest, keep: Callable[[int, str], None]) -> None:
+        messages = [{"role": "system", "content": SYSTEM}, user_turn(request.question, [request.image])]
+        body = {"messages": messages, "temperature": 0, "max_tokens": MAX_REPLY_TOKENS}
+        keep(place, self._client.ask(body).text)
 
 
 def load_teacher(name: str, budget: Budget | None = None) -> Teacher:
@@ -30,9 +51,9 @@ def load_teacher(name: str, budget: Budget | None = None) -> Teacher:
     """
     kind, _, rest = name.partition(":")
     if kind == "openai" and rest:
-        served = OpenAITeacher(rest, budget)
-        served.check()
-        return served
+        client = ChatClient(rest, Usage(replace(budget or Budget(), options="--teacher-max")))
+        client.check()
+        return ServedTeacher(client)
     if kind == "hf" and rest:
         from ivt_agents.sft.teacher.hf import HFTeacher
 

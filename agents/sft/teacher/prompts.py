@@ -36,6 +36,9 @@ QUESTION = (
 IMAGE_SIDE = 768
 """Images are scaled down to this many pixels on the longer side: a box's error stays visible, and cost bounded."""
 
+MAX_REPLY_TOKENS = 120
+"""Two sentences; a longer text is cut off and too long to be used anyway."""
+
 MAX_CHARACTERS = 300
 """Two sentences at most; longer text is an essay, or no remark at all."""
 
@@ -47,6 +50,10 @@ _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i (?:can(?:'t|not| not)|won't)\b|as an ai\b|sorry\b)", re.IGNORECASE
 )
 _HIDDEN = re.compile(r"\bgreen (?:outline|box|rectangle|frame|border|line|area|region)\b", re.IGNORECASE)
+
+
+class TeacherError(ValueError):
+    """A teacher that cannot be used, or that is not fit for its work. Says why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
