@@ -233,7 +233,7 @@ def _play(
         max_steps=steps,
         data_root=sft.data_root,
         strict=True,
-        view=policy.view,
+        **policy.shown,
     )
 
 

@@ -156,6 +156,7 @@ def play_swaps(
             canvas=env.screen.side,
             view=env.screen.view,
             overlay=env.screen.overlay,
+            closeup=env.screen.around,
             autoreset_mode=AutoresetMode.DISABLED,
         )
         for step in sorted(set(steps)):

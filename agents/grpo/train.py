@@ -207,8 +207,8 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
         data_root=args.data_root,
         strict=True,
         max_steps=args.episode_steps,
-        view=policy.view,
         reward=reward,
+        **policy.shown,
     )
     config = GRPOConfig(**{k: getattr(args, k) for k in GRPOConfig.__dataclass_fields__})
     # The log is opened after the checkpoint is read: a resumed run drops what it will write again.
@@ -339,7 +339,7 @@ def _warm_start(args: Args, accelerator: Accelerator) -> str:
         seed=args.seed,
         view=args.view,
         layout=args.layout,
-        lessons="walks" if args.stop else "paper",
+        lessons="looks" if args.stop else "paper",
         eval_samples=args.eval_samples,
         eval_split=args.eval_split,
         max_unusable=args.max_unusable,
@@ -369,7 +369,7 @@ def _evaluate(policy: VLMPolicy, args: Args, indices: range, step: int) -> dict[
         max_steps=args.episode_steps,
         data_root=args.data_root,
         strict=True,
-        view=policy.view,
+        **policy.shown,
         agent_name=f"step {step}",
     )
     policy.sampling, policy.generator = sampling, generator

@@ -61,7 +61,7 @@ class PickOfShots:
         if count < 1:
             raise ValueError(f"count {count}: give an integer of at least 1")
         self.agent, self.count, self.pick, self.temperature = policy, count, pick, _usable_temperature(temperature)
-        self.view, self.reuse = policy.view, policy.reuse
+        self.shown, self.reuse = policy.shown, policy.reuse
         if pick is most_confident and isinstance(policy, ServedPolicy):
             policy.confidence = True
         self.turns: list[Any] = []
@@ -105,7 +105,7 @@ class SecondShot:
     def __init__(self, policy: Policy, temperature: float = 1.0) -> None:
         """``temperature`` is that of the policy's second answer; with 0 it is the first one again."""
         self.agent, self.temperature = policy, _usable_temperature(temperature)
-        self.view, self.reuse = policy.view, policy.reuse
+        self.shown, self.reuse = policy.shown, policy.reuse
         self.turns: list[Any] = []
         """Every turn of the last ``act``."""
         self._first: dict[int, dict[str, Any]] = {}

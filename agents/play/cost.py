@@ -96,7 +96,7 @@ class Metered:
             agent: any; where it wraps another (its ``agent``), that one's answers are counted.
         """
         self.agent = agent
-        self.view = getattr(agent, "view", "overlay")
+        self.shown = getattr(agent, "shown", {})
         speaker: Any = agent
         while speaker is not None and not hasattr(speaker, "turns"):
             speaker = getattr(speaker, "agent", None)

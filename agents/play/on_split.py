@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ivt_agents.play.served import served_by
 from ivt_env.data.sample import DataError, Dataset
 from ivt_env.episodes import Episode
 from ivt_env.rollouts import Agent, first_samples, make_vector_env, rollout
@@ -46,16 +45,15 @@ class Stages:
     """Vector environments of one command, one for each way in which a box is shown."""
 
     def __init__(self, make: Callable[..., GroundingVectorEnv], view: str | None) -> None:
-        """``make(view=..., overlay=...)`` makes one; ``view`` is that of every agent, None: what each asks for."""
+        """``make(view=..., ...)`` makes one; ``view`` is that of every agent, None: what each asks for."""
         self._make, self._view = make, view
         self._made: dict[str, GroundingVectorEnv] = {}
 
     def of(self, agent: Any) -> GroundingVectorEnv:
         """The environment that ``agent`` is played in; None: that of agents that do not say."""
-        served = served_by(agent)
-        shown: dict[str, Any] = {"view": self._view or str(getattr(agent, "view", "overlay"))}
-        if served is not None and served.asked.overlay is not None:
-            shown["overlay"] = served.asked.overlay
+        shown: dict[str, Any] = dict(getattr(agent, "shown", {}))
+        if self._view is not None:
+            shown["view"] = self._view
         key = repr(sorted(shown.items()))
         if key not in self._made:
             self._made[key] = self._make(**shown)

@@ -175,7 +175,7 @@ class StopAfter:
         if count < 0:
             raise ValueError(f"count {count}: give an integer of at least 0")
         self.agent, self.count = agent, count
-        self.view = getattr(agent, "view", "overlay")
+        self.shown = getattr(agent, "shown", {})
 
     def act(self, observations: Mapping[str, Any]) -> Mapping[str, Any]:
         """The wrapped agent's actions (N), stopped where it has had its proposals.
@@ -210,7 +210,7 @@ class Relay:
     def __init__(self, first: Agent, then: Agent) -> None:
         """``first`` proposes where there is no current box, ``then`` refines or stops."""
         self.first, self.then = first, then
-        self.view = getattr(then, "view", "overlay")
+        self.shown = getattr(then, "shown", {})
         """What the second agent was trained for. Without a box every view shows the whole image."""
         self.reuse = bool(getattr(then, "reuse", True))
         self.turns: list[Any] = []

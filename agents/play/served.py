@@ -136,7 +136,7 @@ class ServedPolicy:
             temperature: 0 for greedy.
         """
         self.client, self.asked, self.seed, self.temperature = client, asked, seed, temperature
-        self.view, self.layout = asked.view, asked.layout
+        self.shown, self.layout = asked.shown, asked.layout
         self.reuse, self.batch_size = True, client.concurrency
         self.confidence = False
         """Ask for the probabilities of the tokens, too (``logprobs``), for a confidence in each answer."""

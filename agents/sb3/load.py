@@ -35,7 +35,7 @@ class SB3Error(ValueError):
 class SB3Agent:
     """Plays this project's batches of observations with a policy of Stable-Baselines3."""
 
-    view = "overlay"
+    shown: Mapping[str, Any] = {"view": "overlay"}
     """What it was trained to see."""
 
     def __init__(self, policy: ActorCriticPolicy, shape: Mapping[str, Any], deterministic: bool = True) -> None:

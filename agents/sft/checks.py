@@ -24,7 +24,6 @@ HARVEST = ("harvest.jsonl", "harvest.json", "first_boxes.json")
 
 _LEAST = {
     "samples": 1,
-    "neighbours": 1,
     "steps": 0,
     "save_steps": 1,
     "per_device_train_batch_size": 1,
@@ -49,16 +48,8 @@ def check_options(args: Args) -> None:
     check_rate(args.learning_rate)
     check_share("max_unusable", args.max_unusable)
     args.check_model(args.lora_r)
-    if args.harvested is not None and not 1 <= args.harvested <= args.neighbours:
-        raise RunError(f"harvested {args.harvested} of {args.neighbours} neighbours: give 1 to {args.neighbours}")
-    if args.first_answers != 1 and (args.lessons != "verification" or not 0 <= args.first_answers <= 1):
-        raise RunError(f"first_answers {args.first_answers:g}: a share from 0 to 1, of the lessons verification alone")
     # So written, NaN is refused, too.
-    if not 0 <= args.smoothing < inf:
+    if args.smoothing is not None and not 0 <= args.smoothing < inf:
         raise RunError(f"smoothing {args.smoothing:g}: a standard deviation; give 0 or more thousandths")
-    if not 0 < args.decision_weight < inf:
-        raise RunError(
-            f"decision_weight {args.decision_weight:g}: decisions would not be learned, or unlearned; give more than 0"
-        )
     if args.pixels is not None and not 0 < args.pixels < inf:
         raise RunError(f"pixels {args.pixels:g}: no image has so many; give a factor above 0")

@@ -19,6 +19,7 @@ from ivt_env import boxes
 from ivt_env.data.sample import DataError, Dataset, Sample
 from ivt_env.failures import reading
 from ivt_env.files import whole_file
+from ivt_env.rendering import Surroundings
 
 Box = tuple[float, float, float, float]
 
@@ -43,10 +44,7 @@ class Demonstration:
     """In the frame of which image the answer is written: 1 the first (the whole image, or the only one
     shown), 2 the close-up beside it, where there is one. The box itself is always relative to the whole."""
     before: tuple[Box, ...] = ()
-    """Boxes proposed before the one shown; a growing conversation holds them."""
-    looks: tuple[tuple[int, Box], ...] = ()
-    """What the policy writes down before it acts: boxes of the target, each with the number of the image in
-    whose frame it stands. The action comes last, so that these are reasoning, in numbers."""
+    """Boxes proposed before the one shown, in their order."""
 
 
 def save_demonstrations(path: str | Path, demonstrations: Sequence[Demonstration]) -> None:
@@ -82,7 +80,6 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
         for key in ("shown", "answer"):
             row[key] = None if row[key] is None else tuple(float(v) for v in row[key])
         row["before"] = tuple(tuple(float(v) for v in box) for box in row.get("before", ()))
-        row["looks"] = tuple((int(k), tuple(float(v) for v in box)) for k, box in row.get("looks", ()))
         demonstration = Demonstration(**row)
     if (demonstration.dataset, demonstration.split) != (dataset.name, dataset.split):
         raise DataError(
@@ -90,13 +87,11 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
             f"but {dataset.name}/{dataset.split} is being served"
         )
     named = [("shown", demonstration.shown), ("answer", demonstration.answer)]
-    named += [("looks", box) for _, box in demonstration.looks]
     for name, box in [*named, *(("before", b) for b in demonstration.before)]:
         if box is not None and (why := boxes.invalid_reason(box)):
             raise DataError(f"{where}: {name}: {why}")
-    for number in (demonstration.image, *(k for k, _ in demonstration.looks)):
-        if number not in (1, 2):
-            raise DataError(f"{where}: image {number!r}: give 1 (the whole image) or 2 (its close-up)")
+    if demonstration.image not in (1, 2):
+        raise DataError(f"{where}: image {demonstration.image!r}: give 1 (the whole image) or 2 (its close-up)")
     if not 0 <= demonstration.index < len(dataset):
         raise DataError(f"{where}: index {demonstration.index} is outside the {len(dataset)} samples of the split")
     if dataset[demonstration.index].sample_id != demonstration.sample_id:
@@ -105,58 +100,6 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
             f"not {demonstration.sample_id!r}"
         )
     return demonstration
-
-
-def teach(
-    dataset: Dataset,
-    indices: Sequence[int],
-    student_boxes: Sequence[Sequence[float] | None],
-    rng: np.random.Generator,
-    *,
-    good_iou: float = 0.85,
-    steps: int = 2,
-    keep_share: float = 0.35,
-) -> list[Demonstration]:
-    """Traces from the student's own first boxes, as the template teacher writes them.
-
-    For each sample: the first answer (no box shown, the target), then a walk of ``steps`` from the
-    student's box to the target in equal parts, each step explained, and a stop at the end. A student
-    box that is already good gets a stop at once. Samples on which the student is right are most, so
-    only ``keep_share`` of the walks' last boxes are shown again as boxes to keep.
-
-    Args:
-        dataset: the split being taught.
-        indices: which samples.
-        student_boxes: the student's step-0 box for each; None where it gave none.
-        rng: decides which final boxes are shown again, and their small errors.
-        good_iou: from here on a box is good, and the answer is to stop (the paper filters at 0.85).
-        steps: of the walk.
-        keep_share: see above.
-    """
-    made: list[Demonstration] = []
-    for index, first in zip(indices, student_boxes, strict=True):
-        sample = dataset[int(index)]
-        made.append(demonstration(sample, dataset, int(index), None, sample.box))
-        if first is None or boxes.invalid_reason(first) is not None:
-            continue
-        target, shown = np.asarray(sample.box), np.asarray(first, dtype=np.float64)
-        if float(boxes.iou(shown, target)) >= good_iou:
-            made.append(demonstration(sample, dataset, int(index), shown, None))
-            continue
-        # Far from the target a straight walk crosses places that mean nothing: jump at once.
-        hops = steps if float(boxes.iou(shown, target)) >= 0.1 else 1
-        for hop in range(hops):
-            following = shown + (target - shown) / (hops - hop)
-            trace = critique(shown, target, sample.siblings)
-            before = () if hop == 0 else (first,)
-            made.append(demonstration(sample, dataset, int(index), shown, following, trace, before=before))
-            shown = following
-        if rng.random() < keep_share:
-            error = rng.normal(0, 0.02, 4) * np.tile(target[2:] - target[:2], 2)
-            near = boxes.clip(target + error)
-            if boxes.invalid_reason(near) is None and float(boxes.iou(near, target)) >= good_iou:
-                made.append(demonstration(sample, dataset, int(index), near, None))
-    return made
 
 
 def teach_as_the_paper(
@@ -209,13 +152,11 @@ def demonstration(
     trace: str = "",
     image: int = 1,
     before: Sequence[Sequence[float] | np.ndarray] = (),
-    looks: Sequence[tuple[int, Sequence[float] | np.ndarray]] = (),
 ) -> Demonstration:
     """A demonstration for ``sample``, its boxes rounded for the file."""
-    seen = tuple((number, rounded) for number, box in looks if (rounded := _box(box)) is not None)
     history = tuple(box for box in map(_box, before) if box is not None)
     return Demonstration(
-        dataset.name, dataset.split, index, sample.sample_id, _box(shown), _box(answer), trace, image, history, seen
+        dataset.name, dataset.split, index, sample.sample_id, _box(shown), _box(answer), trace, image, history
     )
 
 
@@ -226,24 +167,30 @@ def _box(box: Sequence[float] | np.ndarray | None) -> Box | None:
     return (x1, y1, x2, y2)
 
 
-def in_closeup(shown: Sequence[float] | np.ndarray, target: Sequence[float]) -> bool:
-    """Whether the close-up around ``shown`` holds all of the target, so that it can be measured there."""
-    inside = boxes.into_window(target, boxes.closeup_window(shown))
+def in_closeup(
+    shown: Sequence[float] | np.ndarray, target: Sequence[float] | np.ndarray, around: Surroundings, size: Sequence[int]
+) -> bool:
+    """Whether the close-up around ``shown`` holds all of the target, so that it can be measured there.
+
+    Args:
+        shown: the current box.
+        target: the box to be measured.
+        around: what a close-up shows.
+        size: (height, width) of the image in pixels.
+    """
+    inside = boxes.into_window(target, around.window(shown, size))
     return bool((inside[:2] >= 0).all() and (inside[2:] <= 1).all())
 
 
-def can_be_said(demonstration: Demonstration, view: str) -> bool:
-    """Whether every box of a demonstration lies in the image in whose frame it is to be written.
+def can_be_said(demonstration: Demonstration, view: str, around: Surroundings, size: Sequence[int]) -> bool:
+    """Whether the answer's box lies in the image in whose frame it is to be written.
 
     Where the only image shown is a close-up, each box must lie in the close-up around the one before.
     """
     shown, answer = demonstration.shown, demonstration.answer
     if view == "closeup":
         chain = [box for box in (*demonstration.before, shown, answer) if box is not None]
-        seen = [box for _, box in demonstration.looks]
-        near = all(in_closeup(a, b) for a, b in zip(chain, chain[1:], strict=False))
-        return near and (shown is None or all(in_closeup(shown, box) for box in seen))
-    finer = [box for number, box in demonstration.looks if number == 2]
-    if demonstration.image == 2 and answer is not None:
-        finer.append(answer)
-    return not finer or (view == "both" and shown is not None and all(in_closeup(shown, box) for box in finer))
+        return all(in_closeup(a, b, around, size) for a, b in zip(chain, chain[1:], strict=False))
+    if demonstration.image == 1 or answer is None:
+        return True
+    return view == "both" and shown is not None and in_closeup(shown, answer, around, size)

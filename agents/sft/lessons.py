@@ -1,8 +1,8 @@
-"""Lessons in verifying: what to do about a good box, a shifted one, and the box of another object.
+"""Lessons in looking: say what the close-up shows, then keep the box, correct it, or look elsewhere.
 
-The corrective walks of ``demonstrations.teach`` teach a policy to move; they hold few boxes to keep and
-no wrong object, so a policy that learned from them alone changes its box because there *is* one. Here
-every sample is shown several boxes, and what is right depends on how good the drawn one is.
+Every sample is taught in several states of an episode: no box yet, the student's own box, the target's box with a
+small or a large error, the box of another object. What is right follows from where the box lies. In search scenes the
+whole image does not tell which object is meant, so the next look is at the leftmost one that was not looked at yet.
 """
 
 from __future__ import annotations
@@ -14,139 +14,124 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ivt_agents.sft.demonstrations import Demonstration, demonstration, in_closeup
+from ivt_agents.sft.teacher.template import FITS, MISSES, WRONG_OBJECT, critique
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, Sample
+from ivt_env.rendering import Surroundings
+
+Box = NDArray[np.float64]
+
+ON = 0.3
+"""IoU with an object from which on a box counts as lying on it."""
 
 
 @dataclass(frozen=True, slots=True)
-class LessonPlan:
-    """How often each box is shown, per image, and about how many of its samples it is asked."""
+class Shares:
+    """How often each state is taught, per sample."""
 
     first: float = 1.0
-    """The first answer, per *sample*: no box shown."""
+    """No box yet: the student's own first answer, which is to stay as it is."""
     own: float = 1.0
-    """A first box of the student's own."""
-    wrong: float = 3.0
-    """How much likelier one of its wrong boxes is taken than a right one. They are the hard cases: other
-    objects that the student takes for the target."""
-    sibling: float = 0.4
-    """The box of another object of a target's class, where there is one."""
-    random: float = 0.15
-    """A box that has nothing to do with a target."""
-    shifted: float = 1.0
-    """A target's box, moved and scaled."""
-    good: float = 0.7
-    """A target's box with an error that does not matter."""
-    contrast: float = 1.0
-    """Samples that a box is *not* about and is asked of all the same, for each that it is about; one at least."""
+    """The student's own first box."""
+    near: float = 0.6
+    """The target's box with an error that hardly matters."""
+    shifted: float = 0.6
+    """The target's box, moved and scaled."""
+    other: float = 0.5
+    """The box of another object, where the data set knows one; in search scenes for each of them."""
 
 
-def teach_to_verify(
+def teach_to_look(
     dataset: Dataset,
     indices: Sequence[int],
     student_boxes: Sequence[Sequence[float] | None],
     rng: np.random.Generator,
-    *,
     view: str,
-    plan: LessonPlan | None = None,
-    good_iou: float = 0.92,
+    around: Surroundings,
+    *,
+    shares: Shares | None = None,
+    good_iou: float = 0.85,
 ) -> list[Demonstration]:
-    """Demonstrations of keeping, refining and looking elsewhere. No words, so that an answer is short.
-
-    The same box is shown with the expressions that it fits and with others about the same image, so that
-    nothing but the expression tells what to do.
+    """Demonstrations of keeping, correcting and looking elsewhere, each with what is seen.
 
     Args:
         dataset: the split being taught.
         indices: which samples.
-        student_boxes: the student's step-0 box for each; None where it gave none.
-        rng: decides which lessons are given, and their boxes.
-        view: of the environment. With ``both`` a close-up stands beside the image, and boxes near the target
-            are kept or corrected in its coordinates, which are finer.
-        plan: how often each lesson is given.
+        student_boxes: the student's first box for each; None where it gave none.
+        rng: decides which states are taught, and their boxes.
+        view: of the environment. With ``both`` a box near the target is corrected in the close-up's frame.
+        around: what a close-up shows.
+        shares: how often each state is taught.
         good_iou: from here on the answer is to stop.
     """
-    plan, made = plan or LessonPlan(), []
-    images: dict[str, list[tuple[int, Sample, Sequence[float] | None]]] = {}
+    shares, made = shares or Shares(), []
     for index, own in zip(indices, student_boxes, strict=True):
         sample = dataset[int(index)]
-        images.setdefault(sample.image_id, []).append((int(index), sample, own))
-    for asked in images.values():
-        made += [
-            demonstration(sample, dataset, index, None, sample.box)
-            for index, sample, _ in asked
-            if rng.random() < plan.first
-        ]
-        for box, author in _shown(asked, plan, rng):
-            if boxes.invalid_reason(box) is not None:
-                continue
-            about = [k for k, (_, s, _) in enumerate(asked) if k == author or float(boxes.iou(box, s.box)) >= _NEAR]
-            others = [k for k in range(len(asked)) if k not in about]
-            count = min(len(others), max(1, round(plan.contrast * len(about))))
-            for k in [*about, *rng.permutation(others)[:count].tolist()]:
-                index, sample, _ = asked[int(k)]
-                made.append(_lesson(sample, dataset, index, box, view, good_iou))
+        target = np.asarray(sample.box)
+        others = [np.asarray(box) for box in sample.siblings]
+        shown: list[tuple[Box, list[Box]]] = []
+        if own is not None and boxes.invalid_reason(own) is None:
+            if rng.random() < shares.first:
+                made.append(demonstration(sample, dataset, int(index), None, own))
+            if rng.random() < shares.own:
+                shown.append((np.asarray(own, dtype=np.float64), []))
+        search = sample.meta.get("kind") == "mark"
+        for chance, low, high in ((shares.near, 0.005, 0.03), (shares.shifted, 0.03, 0.2)):
+            if rng.random() < chance:
+                shown.append((_jitter(target, rng.uniform(low, high), rng), _visited(others, search, rng)))
+        for k in rng.permutation(len(others))[: None if search else 1]:
+            if rng.random() < shares.other:
+                rest = [box for j, box in enumerate(others) if j != k]
+                shown.append((_jitter(others[k], rng.uniform(0.005, 0.1), rng), _visited(rest, search, rng)))
+        for box, before in shown:
+            if boxes.invalid_reason(box) is None:
+                made.append(_lesson(sample, dataset, int(index), box, before, search, view, around, good_iou))
     return made
 
 
-_NEAR = 0.3
-"""IoU with a target from which on a box counts as being about it."""
-
-
-def _shown(
-    asked: Sequence[tuple[int, Sample, Sequence[float] | None]], plan: LessonPlan, rng: np.random.Generator
-) -> list[tuple[NDArray[np.float64], int]]:
-    """The boxes to show on one image, each with the number of the sample that it was proposed for (-1: none)."""
-    shown: list[tuple[NDArray[np.float64], int]] = []
-
-    def anyone() -> Sample:
-        return asked[int(rng.integers(len(asked)))][1]
-
-    own = [(k, np.asarray(b, dtype=np.float64)) for k, (_, _, b) in enumerate(asked) if b is not None]
-    if own and rng.random() < plan.own:
-        weights = np.array([1.0 if float(boxes.iou(b, asked[k][1].box)) >= 0.5 else plan.wrong for k, b in own])
-        k, box = own[int(rng.choice(len(own), p=weights / weights.sum()))]
-        shown.append((box, k))
-    target = anyone()
-    if target.siblings and rng.random() < plan.sibling:
-        sibling = np.asarray(target.siblings[int(rng.integers(len(target.siblings)))])
-        shown.append((_jitter(sibling, 0.03, rng), -1))
-    if rng.random() < plan.random:
-        shown.append((_anywhere(rng), -1))
-    if rng.random() < plan.shifted:
-        shown.append((_jitter(np.asarray(anyone().box), float(rng.uniform(0.03, 0.3)), rng), -1))
-    if rng.random() < plan.good:
-        shown.append((_jitter(np.asarray(anyone().box), 0.01, rng), -1))
-    return shown
+def _visited(others: Sequence[Box], search: bool, rng: np.random.Generator) -> list[Box]:
+    """Boxes of an episode so far: in search scenes some of the other objects, elsewhere seldom one."""
+    if search:
+        chosen = rng.permutation(len(others))[: int(rng.integers(len(others) + 1))]
+    else:
+        chosen = rng.permutation(len(others))[: int(rng.random() < 0.2)]
+    jittered = [_jitter(others[k], rng.uniform(0.005, 0.1), rng) for k in chosen]
+    return [box for box in jittered if boxes.invalid_reason(box) is None]
 
 
 def _lesson(
-    sample: Sample, dataset: Dataset, index: int, shown: NDArray[np.float64], view: str, good_iou: float
+    sample: Sample,
+    dataset: Dataset,
+    index: int,
+    shown: Box,
+    before: Sequence[Box],
+    search: bool,
+    view: str,
+    around: Surroundings,
+    good_iou: float,
 ) -> Demonstration:
-    """First write down where the target is, as in a first answer; then keep the drawn box, correct it, or leave it.
+    target = np.asarray(sample.box)
+    candidates = np.array([target, *sample.siblings])
+    overlaps = np.asarray(boxes.iou(shown, candidates))
+    on = int(overlaps.argmax())
+    looks = sample.meta.get("looks")
+    seen = f"A {looks[on]}. " if looks and overlaps[on] >= ON else ""
+    if on == 0 and overlaps[0] >= ON:
+        if overlaps[0] >= good_iou:
+            return demonstration(sample, dataset, index, shown, None, seen + FITS, before=before)
+        image = 2 if view == "both" and in_closeup(shown, target, around, sample.size) else 1
+        said = critique(shown, target)
+        said = "" if said == FITS else said
+        return demonstration(sample, dataset, index, shown, target, (seen + said).strip(), image, before)
+    said = WRONG_OBJECT if overlaps[on] >= ON else MISSES
+    following = target
+    if search:
+        left = [box for box in candidates if not any(float(boxes.iou(box, b)) >= ON for b in (*before, shown))]
+        following = min(left, key=lambda box: box[0])
+    return demonstration(sample, dataset, index, shown, following, seen + said, before=before)
 
-    To compare two boxes in numbers is easier than to see whether one fits, and where to look is what a first
-    answer has taught already.
-    """
-    target, keep = sample.box, float(boxes.iou(shown, sample.box)) >= good_iou
-    near = float(boxes.iou(shown, target)) >= _NEAR and in_closeup(shown, target)
-    looks: list[tuple[int, Sequence[float]]] = []
-    image = 1
-    if near and view == "both":
-        # The close-up beside the image is finer: what is seen roughly there is seen exactly here.
-        looks, image = [(1, target)], 2
-    if keep:
-        return demonstration(sample, dataset, index, shown, None, looks=[*looks, (image, target)])
-    return demonstration(sample, dataset, index, shown, target, image=image, looks=looks)
 
-
-def _jitter(box: NDArray[np.float64], share: float, rng: np.random.Generator) -> NDArray[np.float64]:
+def _jitter(box: Box, share: float, rng: np.random.Generator) -> Box:
     """A box whose edges are off by about ``share`` of its sides, inside the image."""
     sides = np.tile(box[2:] - box[:2], 2)
-    return boxes.clip(box + rng.normal(0, share, 4) * sides)
-
-
-def _anywhere(rng: np.random.Generator) -> NDArray[np.float64]:
-    size = rng.uniform(0.05, 0.5, 2)
-    low = rng.uniform(0, 1 - size)
-    return np.concatenate([low, low + size])
+    return np.asarray(boxes.clip(box + rng.normal(0, share, 4) * sides))

@@ -38,11 +38,10 @@ from ivt_agents.sft.demonstrations import (
     can_be_said,
     load_demonstrations,
     save_demonstrations,
-    teach,
     teach_as_the_paper,
 )
 from ivt_agents.sft.harvest import AnswerCache, write_traces
-from ivt_agents.sft.lessons import LessonPlan, teach_to_verify
+from ivt_agents.sft.lessons import teach_to_look
 from ivt_agents.sft.teacher.load import Teacher, load_teacher
 from ivt_agents.sft.trainer import to_turns, train
 from ivt_agents.training.checkpoints import (
@@ -63,11 +62,11 @@ from ivt_agents.vlm.model_options import ModelOptions
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.turns import Turn
 from ivt_agents.vlm.without_stop import forbid_stop
-from ivt_env.data.sample import Dataset
 from ivt_env.failures import read_json
 from ivt_env.files import lock_folder
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env
+from ivt_env.vector_env import GroundingVectorEnv
 
 
 @dataclass
@@ -92,12 +91,6 @@ class Recipe:
     """Begin anew where `out` already holds a run, which is lost."""
     samples: int = 3000
     """Samples to harvest (all of the split if it has fewer)."""
-    neighbours: Hidden[int] = 1
-    """Samples taken one after the other from each random place of the split. Where neighbours are about one
-    image (six in `train_asked` of the scenes) it is encoded once for all that is taught about it."""
-    harvested: Hidden[int | None] = None
-    """Of how many of the `neighbours`, drawn at random, the student is asked for its own box; None: of all. What is
-    taught about the others needs none."""
     max_unusable: Hidden[float] = MAX_UNUSABLE
     """Refuse to go on where more than this share of the harvested answers holds no usable box. 1: go on whatever they
     hold."""
@@ -111,13 +104,9 @@ class Recipe:
     """Cost cap of an `openai:` teacher: tokens of this run, as the server counts them."""
     teacher_cache: Hidden[Path] = Path("runs/teacher-cache")
     """Texts of model teachers, by a hash of model, prompt and image; asking again costs nothing."""
-    lessons: Hidden[Literal["walks", "verification", "paper"]] = "walks"
-    """`walks`: from the student's box to the target, in words, with stops and first answers. `verification`: good,
-    shifted, random boxes and those of other objects, each with what is right about it; without words. `paper`:
-    the walks of bad first boxes only, in a straight line, and no stop anywhere."""
-    first_answers: Hidden[float] = 1.0
-    """Share of the samples whose first answer is taught beside the lessons `verification`. 0: for a policy that goes on
-    from another's first box (`relay:FIRST,THEN`)."""
+    lessons: Hidden[Literal["looks", "paper"]] = "looks"
+    """`looks`: the student's own box, good and shifted ones and those of other objects, each with what is seen and what
+    to do. `paper`: a straight walk from bad first boxes only, and no stop anywhere."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on: the image, its region enlarged, or both. None: as the student says, or overlay."""
     pixels: Hidden[float | None] = None
@@ -138,10 +127,9 @@ class Recipe:
     """Peak learning rate of AdamW."""
     optim: Hidden[Literal["adamw", "muon"]] = "adamw"
     """`muon`: Muon at ten times that rate on the language model's matrices, AdamW on the rest."""
-    smoothing: Hidden[float] = 0.0
-    """Smooth the targets of coordinates over this many thousandths of an image's side; 0: hard targets."""
-    decision_weight: Hidden[float] = 1.0
-    """Weight of the token that follows a box in an answer (end here, look closer, or stop); any other counts 1."""
+    smoothing: Hidden[float | None] = None
+    """Smooth the targets of coordinates over this many thousandths of an image's side. 0: hard targets. None: 6 where
+    the model writes a number in one token, else 0."""
     lora_r: int = 0
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     seed: int = 0
@@ -211,7 +199,7 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
     if args.lessons == "paper":
         forbid_stop(policy)
     policy.autocast = accelerator.autocast
-    env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, "view": policy.view}
+    env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, **policy.shown}
     env = make_vector_env(args.env, 1, **env_kwargs)
     dataset = env.dataset
     chief = accelerator.is_main_process
@@ -230,10 +218,11 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         if args.resume and taught.exists():
             demonstrations = load_demonstrations(taught, dataset)
         else:
-            demonstrations = _demonstrations(args, policy, dataset, env_kwargs, teacher, progress)
+            demonstrations = _demonstrations(args, policy, env, env_kwargs, teacher, progress)
         accelerator.wait_for_everyone()  # all have looked before one writes
         teacher = None  # a local model's memory is needed for the training
-        usable = [d for d in demonstrations if can_be_said(d, policy.view)]
+        screen = env.screen
+        usable = [d for d in demonstrations if can_be_said(d, policy.view, screen.around, dataset[d.index].size)]
         if len(usable) < len(demonstrations) and chief:
             progress.console.print(
                 f"{len(demonstrations) - len(usable)} of {len(demonstrations)} demonstrations left out: a box lies"
@@ -267,7 +256,6 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
             seed=args.seed,
             on_step=on_step,
             smoothing=args.smoothing,
-            decision_weight=args.decision_weight,
             optimizer=args.optim,
         )
         folder = args.out / "policy"
@@ -326,46 +314,37 @@ def _teacher(args: Args) -> Teacher | None:
 def _demonstrations(
     args: Args,
     policy: VLMPolicy,
-    dataset: Dataset,
+    env: GroundingVectorEnv,
     env_kwargs: dict[str, Any],
     teacher: Teacher | None,
     progress: Progress,
 ) -> list[Demonstration]:
+    dataset = env.dataset
     if args.demonstrations is not None:
         return load_demonstrations(args.demonstrations, dataset)
     rng = np.random.default_rng((args.seed, 1))
     size = min(args.samples, len(dataset))
-    wanted, whole = -(-size // args.neighbours), len(dataset) // args.neighbours
-    # Only where whole places do not suffice the last one counts, whose neighbours are fewer.
-    places = rng.choice(max(wanted, whole), size=wanted, replace=False)
-    indices = [int(p) * args.neighbours + k for p in places for k in range(args.neighbours)]
-    indices = [index for index in indices if index < len(dataset)][:size]
+    indices = [int(i) for i in rng.choice(len(dataset), size=size, replace=False)]
     if args.single_shot:
         samples = [(i, dataset[i]) for i in indices]
         return [Demonstration(dataset.name, dataset.split, i, s.sample_id, None, s.box) for i, s in samples]
-    asked = _asked(args, indices)
     boxes_file = args.out / "first_boxes.json"
     made_for = {"model": args.model, "dataset": dataset.name, "split": dataset.split, "indices": indices}
     boxes = _saved_boxes(boxes_file, made_for) if teacher is not None else None
     if boxes is None:
-        task = progress.add_task("harvesting", total=len(asked), note="")
+        task = progress.add_task("harvesting", total=len(indices), note="")
         episodes = play(
             policy,
             args.env,
-            indices=asked,
+            indices=indices,
             ignore_stop=True,
             max_steps=1,
             max_unusable=args.max_unusable,
             on_progress=lambda n: progress.advance(task, n),
             **env_kwargs,
         )
-        own = dict(zip(asked, (e.steps[0].box for e in episodes), strict=True))
-        boxes = [own.get(index) for index in indices]
-    lesson_rng = np.random.default_rng((args.seed, 2))
-    if args.lessons == "verification":
-        plan = LessonPlan(first=args.first_answers)
-        drafts = teach_to_verify(dataset, indices, boxes, lesson_rng, view=policy.view, plan=plan)
-    elif args.lessons == "paper":
+        boxes = [episode.steps[0].box for episode in episodes]
+    if args.lessons == "paper":
         drafts = teach_as_the_paper(dataset, indices, boxes)
         if not drafts:
             raise RunError(
@@ -373,7 +352,8 @@ def _demonstrations(
                 " correct; give more --samples or a harder --split"
             )
     else:
-        drafts = teach(dataset, indices, boxes, lesson_rng)
+        lesson_rng, around = np.random.default_rng((args.seed, 2)), env.screen.around
+        drafts = teach_to_look(dataset, indices, boxes, lesson_rng, policy.view, around)
     if teacher is None:
         return drafts
     # A harvest that was cut off must go on with the very same boxes; not every GPU repeats itself to the bit.
@@ -387,19 +367,6 @@ def _demonstrations(
         AnswerCache(args.teacher_cache),
         on_progress=lambda n: progress.advance(task, n),
     )
-
-
-def _asked(args: Args, indices: Sequence[int]) -> list[int]:
-    """The samples of which the student is asked for its own box, in their order."""
-    if args.harvested is None:
-        return list(indices)
-    rng = np.random.default_rng((args.seed, 3))
-    found: list[int] = []
-    for start in range(0, len(indices), args.neighbours):
-        together = indices[start : start + args.neighbours]
-        chosen = rng.choice(len(together), size=min(args.harvested, len(together)), replace=False)
-        found += [together[k] for k in sorted(chosen)]
-    return found
 
 
 def _saved_boxes(path: Path, made_for: dict[str, Any]) -> list[Sequence[float] | None] | None:
@@ -429,7 +396,7 @@ def _measure(policy: VLMPolicy, args: Args, indices: range, progress: Progress, 
         indices,
         data_root=args.data_root,
         strict=True,
-        view=policy.view,
+        **policy.shown,
         on_progress=lambda n: progress.advance(task, n),
     )
     return dict(summary(episodes))

@@ -57,7 +57,7 @@ def to_turns(
             observation = LiveEpisode(screen, 0, game, opened[sample.image_id]).observe()
             seen = images_of({key: [value] for key, value in observation.items()}, 0)
             # Demonstrations about one image with one box drawn share it, and so its encoding.
-            trail = tuple(map(tuple, earlier)) if screen.overlay.trail else ()
+            trail = tuple(earlier) if screen.overlay.trail else ()
             names = [(sample.image_id, box, trail, k) for k in range(len(seen))]
             images |= {name: image for name, (image, _) in zip(names, seen, strict=True)}
             shown.append([(name, window) for name, (_, window) in zip(names, seen, strict=True)])
@@ -73,11 +73,10 @@ def to_turns(
             said = Turn(prompt, dialogue.completion(dialogue.action_text(box, current)), finished=True)
             current = next(views)
             prompt = dialogue.following(said, expression, box, current)
-        looked = "".join(dialogue.action_text(box, current, number) for number, box in demonstration.looks)
         if demonstration.answer is None:
-            text = looked + STOP_TEXT
+            text = STOP_TEXT
         else:
-            text = looked + dialogue.action_text(demonstration.answer, current, demonstration.image)
+            text = dialogue.action_text(demonstration.answer, current, demonstration.image)
         if demonstration.trace:
             text = f"{demonstration.trace}\n{text}"
         turns.append(Turn(prompt, dialogue.completion(text), finished=True))
@@ -114,46 +113,40 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
+SMOOTHING = 6.0
+
+
 class AnswerLoss(TokenScorer):
     """Cross-entropy of each answer token, with coordinates smoothed on request.
 
     A box that is off by two thousandths is nearly right, and a hard target says it is as wrong as any
     other. With ``smoothing`` a number's target is a Gaussian over the numbers near it. Where the
     tokenizer writes a number in several tokens there is nothing to smooth over.
-
-    What follows a box that was written down (the end, a look at the next image, a stop) is one token among
-    ten or twenty, and it is the decision: ``decision_weight`` makes it count for more.
     """
 
-    def __init__(
-        self, policy: VLMPolicy, frozen_vision: bool, smoothing: float = 0.0, decision_weight: float = 1.0
-    ) -> None:
+    def __init__(self, policy: VLMPolicy, frozen_vision: bool, smoothing: float | None = 0.0) -> None:
         """Wrap a policy's model.
 
         Args:
             policy: whose model is trained.
             frozen_vision: see ``TokenScorer``.
-            smoothing: standard deviation of the targets, in thousandths of an image's side; 0: hard targets.
-            decision_weight: of the token behind a box, where any other counts 1.
+            smoothing: standard deviation of the targets, in thousandths of an image's side. 0: hard targets. None:
+                ``SMOOTHING`` where the tokenizer has a token for each number, else 0.
 
         Raises:
-            ValueError: for ``smoothing`` with a tokenizer whose numbers are no single tokens, or a
-                ``decision_weight`` with one that ends a box in several.
+            ValueError: for ``smoothing`` with a tokenizer whose numbers are no single tokens.
         """
-        closing = policy.tokenizer("]}", add_special_tokens=False)["input_ids"]
-        if decision_weight != 1 and len(closing) != 1:
-            raise ValueError(
-                f"decision weight {decision_weight:g}: this model ends a box in {len(closing)} tokens; use weight 1"
-            )
-        self.closing, self.decision_weight = closing[0], decision_weight
+        encoded = [policy.tokenizer(str(n), add_special_tokens=False)["input_ids"] for n in range(1001)]
+        single = all(len(ids) == 1 for ids in encoded)
+        if smoothing is None:
+            smoothing = SMOOTHING if single else 0.0
         plain = Sampling(pad_id=policy.sampling.pad_id)
         super().__init__(policy.model, plain, frozen_vision, packing=can_pack(policy.model))
         self.smoothing = smoothing
         self.targets: torch.Tensor
         self.numbers: torch.Tensor
         if smoothing > 0:
-            encoded = [policy.tokenizer(str(n), add_special_tokens=False)["input_ids"] for n in range(1001)]
-            if any(len(ids) != 1 for ids in encoded):
+            if not single:
                 raise ValueError(
                     f"smoothing {smoothing:g}: this model writes a number in several tokens, so that near numbers are"
                     " no near tokens; use smoothing 0"
@@ -173,9 +166,7 @@ class AnswerLoss(TokenScorer):
             value = ids[:, None] == self.numbers  # (N, 1001)
             smooth = -(self.targets[value.int().argmax(1)] * log_probs[:, self.numbers]).sum(-1)
             losses = torch.where(value.any(1), smooth, losses)
-        # An answer never begins with the end of a box, so what follows one belongs to the same answer.
-        decides = torch.cat([ids.new_zeros(1), ids[:-1]]) == self.closing
-        return torch.where(decides, self.decision_weight * losses, losses)
+        return losses
 
 
 def make_optimizers(policy: VLMPolicy, kind: str) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -211,8 +202,7 @@ def train(
     peak_lr: float,
     seed: int,
     on_step: Callable[[int, float], None],
-    smoothing: float = 0.0,
-    decision_weight: float = 1.0,
+    smoothing: float | None = 0.0,
     optimizer: str = "adamw",
 ) -> None:
     """Cross-entropy on the answers' tokens, end of turn included; nothing else carries loss.
@@ -233,10 +223,9 @@ def train(
         seed: of the order.
         on_step: called with (step, loss) after each step.
         smoothing: see ``AnswerLoss``.
-        decision_weight: see ``AnswerLoss``.
         optimizer: see ``make_optimizers``.
     """
-    answer_loss: Any = AnswerLoss(policy, not _trains_vision(policy), smoothing, decision_weight)
+    answer_loss: Any = AnswerLoss(policy, not _trains_vision(policy), smoothing)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizers = [(accelerator.prepare(o), share) for o, share in make_optimizers(policy, optimizer)]
     kept = [one for one, _ in optimizers]

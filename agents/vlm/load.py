@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,19 @@ def load_policy(
             seed=seed,
             batch_size=batch_size,
             layout=layout or settings["layout"],
-            view=view or settings["view"],
+            shown=shown_of(settings, view),
             reuse=reuse,
         )
         policy.check()
     return policy
+
+
+def shown_of(settings: Mapping[str, Any], view: str | None = None) -> dict[str, Any]:
+    """Keywords of the environment from the keys of a ``policy.json``; ``view`` is taken before its own."""
+    found = {key: settings[key] for key in ("overlay", "canvas") if settings.get(key) is not None}
+    if settings.get("around") is not None:
+        found["closeup"] = settings["around"]
+    return found | {"view": view or settings["view"]}
 
 
 def _without_weights(config: Any) -> Any:

@@ -47,7 +47,7 @@ class VLMPolicy:
         seed: int = 0,
         batch_size: int = 64,
         layout: str = "fresh",
-        view: str = "overlay",
+        shown: Mapping[str, Any] | None = None,
         reuse: bool = True,
     ) -> None:
         """Wrap a loaded model; ``load_policy`` is the usual way here.
@@ -63,7 +63,8 @@ class VLMPolicy:
             seed: of the sampling.
             batch_size: rows in one forward pass of generation.
             layout: ``fresh``, a prompt of its own each step, or ``prefix``, one growing conversation.
-            view: the environment's view that the policy was trained for; for those who make one for it.
+            shown: keywords of the environment that the policy was trained for (``view``, ``overlay``, ``closeup``,
+                ``canvas``); for those who make one for it. None: the defaults.
             reuse: compute equal prompts once, keep image encodings, and continue conversations on
                 their key-value caches. False computes everything anew each time: slower, the same.
 
@@ -74,7 +75,8 @@ class VLMPolicy:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.codec, self.batch_size = codec, batch_size
-        self.layout, self.view, self.reuse = layout, view, reuse
+        self.layout, self.reuse = layout, reuse
+        self.shown: dict[str, Any] = {"view": "overlay"} | dict(shown or {})
         self.frozen_vision = True
         """Image encodings may be kept and used again."""
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -107,6 +109,11 @@ class VLMPolicy:
     def core(self) -> Any:
         """The model without its adapter's shell (the adapters themselves stay in place)."""
         return core_of(self.model)
+
+    @property
+    def view(self) -> str:
+        """What a box is shown on: ``overlay``, ``closeup`` or ``both``."""
+        return str(self.shown["view"])
 
     @property
     def temperature(self) -> float:
@@ -240,7 +247,9 @@ class VLMPolicy:
             raise NotFiniteError(
                 f"weight {name} is not finite, so {folder} is not written; train with a lower learning rate"
             )
-        asked = PromptFile(self.dialogue.prompts, self.codec, self.layout, self.view)
+        around = {"around": self.shown["closeup"]} if "closeup" in self.shown else {}
+        seen = {key: value for key, value in self.shown.items() if key != "closeup"} | around
+        asked = PromptFile(self.dialogue.prompts, self.codec, self.layout, **seen)
         settings = asked.settings() | stored_as(self.model)
         with whole_folder(folder, made_for or {}) as partial:
             self.model.save_pretrained(partial)

@@ -34,7 +34,7 @@ from ivt_agents.training.finite import NotFiniteError, check_finite, unusable_we
 from ivt_agents.vlm.policy import POLICY_FILE
 from ivt_agents.vlm.pretrain_model import CellHead, SlotModel, words_of
 from ivt_agents.vlm.pretrain_pool import ANSWER, KINDS, LABELS, NUMBERS, SEARCH_FROM, Drawing
-from ivt_agents.vlm.prompts import TINY
+from ivt_agents.vlm.prompts import load_prompts
 from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer
 from ivt_env.files import whole_folder, write_whole
 
@@ -263,7 +263,7 @@ def save(
     if name := unusable_weight(half.items()):
         raise NotFiniteError(f"weight {name} is not finite in half precision, so {args.out} is not written. {REMEDY}")
     half.pop("lm_head.weight")  # tied to the input embeddings
-    settings = {"prompt": TINY.text, "frame": "relative_1000"}
+    settings = load_prompts("tiny").settings()
     with whole_folder(args.out, asdict(args)) as partial:
         model.save_pretrained(partial, state_dict=half)
         tokenizer.save_pretrained(partial)
@@ -321,7 +321,7 @@ def train(
     """
     start = time.monotonic() if start is None else start
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer(marks=True)
+    tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -364,7 +364,7 @@ def train(
 def main(args: Args) -> None:
     """Draw the scenes, run both stages and save."""
     start = time.monotonic()
-    words = words_of(build_tokenizer(marks=True))
+    words = words_of(build_tokenizer())
     with ExitStack() as stack:
         # First, so that the processes are made before anything starts a thread or takes a GPU.
         held_out = stack.enter_context(Drawing(words, 0, 300, 1, split="val"))

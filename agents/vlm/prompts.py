@@ -22,7 +22,7 @@ from ivt_agents.config import KeysOnce
 from ivt_agents.vlm.codec import ANSWER, BoxCodec
 from ivt_env.failures import reading
 from ivt_env.grounding import VIEWS
-from ivt_env.rendering import Overlay
+from ivt_env.rendering import Overlay, Surroundings
 
 NO_BOX_TEXT = "none"
 
@@ -34,6 +34,7 @@ SHIPPED = Path(__file__).parent.parent / "prompts"
 """Folder of the shipped prompt files."""
 DEFAULT = "qwen3-vl"
 """What models are asked that do not say."""
+MOST_CANVAS = 8192
 _IGNORED = ("dtype", "quantize")
 """Keys of ``policy.json`` about the weights."""
 
@@ -131,6 +132,10 @@ class PromptFile:
     """What a box is shown on."""
     overlay: Mapping[str, Any] | None = None
     """How a box is drawn: options of ``Overlay``; None: its defaults."""
+    around: Mapping[str, Any] | None = None
+    """How much a close-up shows: options of ``Surroundings``; None: its defaults."""
+    canvas: int | None = None
+    """Side in pixels of the images that the environment makes; None: its default."""
     system: str = ""
     image: ImageSize = field(default_factory=ImageSize)
     max_tokens: int = 160
@@ -138,11 +143,18 @@ class PromptFile:
     request: Mapping[str, Any] = field(default_factory=dict)
     """Added to what a server is sent; a null takes a key out."""
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """Keywords of the environment that shows what the model is to see."""
+        found = {"view": self.view, "overlay": self.overlay, "closeup": self.around, "canvas": self.canvas}
+        return {key: value for key, value in found.items() if value is not None}
+
     def settings(self) -> dict[str, Any]:
         """Those keys that a model on this machine has in its ``policy.json``."""
         texts = {"prompt": self.prompts.text, "first": self.prompts.first}
         texts |= {"closeup": self.prompts.closeup, "with_closeup": self.prompts.with_closeup}
-        return texts | {"frame": self.codec.frame, "layout": self.layout, "view": self.view}
+        shown = {"around" if key == "closeup" else key: value for key, value in self.shown.items()}
+        return texts | {"frame": self.codec.frame, "layout": self.layout} | shown
 
 
 def shipped_prompts() -> list[str]:
@@ -180,8 +192,10 @@ def load_prompts(name: str | Path) -> PromptFile:
 
 def _prompt_file(found: Mapping[str, Any]) -> PromptFile:
     kinds: dict[str, type] = dict.fromkeys(("prompt", "first", "closeup", "with_closeup", "system"), str)
-    kinds |= dict.fromkeys(("layout", "view", "frame", "answer"), str) | {"max_tokens": int}
-    kinds |= dict.fromkeys(("overlay", "image", "request"), dict)
+    kinds |= dict.fromkeys(("layout", "view", "frame", "answer"), str)
+    kinds |= dict.fromkeys(("max_tokens", "canvas"), int) | dict.fromkeys(
+        ("overlay", "around", "image", "request"), dict
+    )
     for key, value in found.items():
         if key not in kinds:
             raise ValueError(f"unknown key {key!r}; there are {', '.join(kinds)}")
@@ -190,26 +204,39 @@ def _prompt_file(found: Mapping[str, Any]) -> PromptFile:
     for key in ("prompt", "first"):
         if "{expression}" not in found.get(key, "" if key == "prompt" else "{expression}"):
             raise ValueError(f"{key} is {found.get(key, '')!r:.80}, expected a text that asks for {{expression}}")
-    for key, known in (("layout", LAYOUTS), ("view", VIEWS)):
-        if found.get(key, known[0]) not in known:
-            raise ValueError(f"{key} is {found[key]!r}, expected one of {', '.join(known)}")
+    if found.get("layout", LAYOUTS[0]) not in LAYOUTS:
+        raise ValueError(f"layout is {found['layout']!r}, expected one of {', '.join(LAYOUTS)}")
     if found.get("max_tokens", 1) < 1:
         raise ValueError(f"max_tokens is {found['max_tokens']}, expected at least 1")
     if "frame" not in found:
         raise ValueError("frame is not declared, and it is never guessed: relative_1000, resized_pixels, ...")
-    if found.get("overlay"):
-        Overlay.from_json(found["overlay"])
+    check_shown(found)
     image = found.get("image", {})
     if strange := set(image) - {"multiple", "min_pixels", "max_pixels"}:
         raise ValueError(f"image has the unknown key {min(strange)!r}; there are multiple, min_pixels, max_pixels")
     texts = {key: found.get(key, "") for key in ("closeup", "with_closeup", "first")}
-    same = ("layout", "view", "overlay", "system", "max_tokens", "request")
+    same = ("layout", "view", "overlay", "around", "canvas", "system", "max_tokens", "request")
     return PromptFile(
         Prompts(found["prompt"], **texts),
         BoxCodec(found["frame"], found.get("answer", ANSWER)),
         image=ImageSize(**image),
         **{key: found[key] for key in same if key in found},
     )
+
+
+def check_shown(found: Mapping[str, Any]) -> None:
+    """Refuse values of ``view``, ``overlay``, ``around`` and ``canvas`` that no environment takes.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if found.get("view", VIEWS[0]) not in VIEWS:
+        raise ValueError(f"view is {found['view']!r}, expected one of {', '.join(VIEWS)}")
+    Overlay.from_json(found.get("overlay"))
+    Surroundings.from_json(found.get("around"))
+    canvas = found.get("canvas")
+    if canvas is not None and (type(canvas) is not int or not 16 <= canvas <= MOST_CANVAS):
+        raise ValueError(f"canvas is {canvas!r}, expected 16 to {MOST_CANVAS} pixels")
 
 
 def images_of(observations: Mapping[str, Any], row: int) -> list[tuple[NDArray[np.uint8], Box]]:

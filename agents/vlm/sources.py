@@ -21,10 +21,9 @@ from ivt_agents.vlm.dialogue import LAYOUTS
 from ivt_agents.vlm.footprint import resized
 from ivt_agents.vlm.policy import POLICY_FILE
 from ivt_agents.vlm.precision import DTYPES
-from ivt_agents.vlm.prompts import DEFAULT, load_prompts
+from ivt_agents.vlm.prompts import DEFAULT, check_shown, load_prompts
 from ivt_agents.vlm.tiny import weights_folder
 from ivt_env.failures import read_json, reading
-from ivt_env.grounding import VIEWS
 
 TINY_NAME = "tiny"
 """The name of the shipped model, wherever a model folder or hub name is taken."""
@@ -139,10 +138,9 @@ def read_settings(source: Source, model_type: str) -> dict[str, Any]:
         settings |= {"first": ""} | read_json(path, AGAIN, PolicyError)
     if settings.get("answer", ANSWER) != ANSWER:
         raise PolicyError(f"{path}: answer is {settings['answer']!r:.80}; a model on this machine answers {ANSWER}")
-    choices = {
-        "frame": tuple(FRAMES.values()), "layout": LAYOUTS, "view": VIEWS, "dtype": tuple(DTYPES),
-        "quantize": ("none", "nf4"),
-    }  # fmt: skip
+    with reading(path or source.base, AGAIN, PolicyError):
+        check_shown(settings)
+    choices = {"frame": tuple(FRAMES.values()), "layout": LAYOUTS, "dtype": tuple(DTYPES), "quantize": ("none", "nf4")}
     for key, known in choices.items():
         if key in settings and settings[key] not in known:
             where = path or f"model type {model_type!r}"

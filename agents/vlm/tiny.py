@@ -49,12 +49,8 @@ _CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(*, marks: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer, made in code: specials, 256 bytes, words, literals, and 0..1000.
-
-    Args:
-        marks: the words of search scenes behind all others, so that no other id moves.
-    """
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer, made in code: specials, 256 bytes, words, literals, 0..1000, and the words of search scenes."""
     words = {"user", "assistant", "system", NO_BOX_TEXT, *re.findall(r"[A-Za-z]+", TINY.text)}
     words |= {*vocabulary(), *teacher_words()} - {"expression", "box}"}
     pieces = list(SPECIALS) + sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -63,11 +59,10 @@ def build_tokenizer(*, marks: bool = False) -> PreTrainedTokenizerFast:
     byte_level += [f"{space}{w}" for w in sorted(words) for space in ("", "Ġ")]
     byte_level += [str(n) for n in range(1001)]
     pieces += [w for w in dict.fromkeys(byte_level) if w not in set(pieces)]
-    # Last, because it came when the shipped weights had been trained: no other id has moved.
+    # The order is that of the shipped weights: what came later stands last, so that no other id moved.
     pieces.append(_CLOSEUP_BOX.replace(" ", "Ġ"))
-    if marks:
-        more = [*search_vocabulary(), *_WORDS_ABOUT_MARKS]
-        pieces += [f"{space}{w}" for w in more for space in ("", "Ġ") if f"{space}{w}" not in set(pieces)]
+    more = [*search_vocabulary(), *_WORDS_ABOUT_MARKS]
+    pieces += [f"{space}{w}" for w in more for space in ("", "Ġ") if f"{space}{w}" not in set(pieces)]
     # ignore_merges: a pre-token in the vocabulary is one token; anything else falls into bytes.
     tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

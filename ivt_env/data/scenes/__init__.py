@@ -17,7 +17,7 @@ from ivt_env.data.scenes.language import Expression, ask, marked
 from ivt_env.data.scenes.search import place_alike, search_split
 from ivt_env.data.scenes.world import DISTRACTORS, SMALL, STANDARD, Recipe, Thing, place_things
 
-LENGTHS = {
+SPLITS = {
     "train": 10_000_000,
     "val": 10_000,
     "test": 10_000,
@@ -30,13 +30,9 @@ LENGTHS = {
     "val_search": 10_000,
     "test_search": 10_000,
 }
-"""Scenes, and samples, of each split. ``search.py`` says which others there are: the size of a mark in the name."""
-QUESTIONS = 6
-"""Samples about each image of ``train_asked``: the images of ``train``, each asked about several times, as
-in RefCOCOg. A learner encodes an image once for all of them."""
-SPLITS = LENGTHS | {"train_asked": QUESTIONS * LENGTHS["train"]}
-"""Samples of each split."""
-_SPLIT_CODE = {name: code for code, name in enumerate(LENGTHS)}
+"""Samples of each split, each with an image of its own; a third of ``train`` are those of ``train_search``.
+``search.py`` says which others there are: the size of a mark in the name."""
+_SPLIT_CODE = {name: code for code, name in enumerate(SPLITS)}
 _SALT = 20260
 # The training split holds some of every difficulty.
 _DIFFICULTY = {"distractors": DISTRACTORS, "small": SMALL}
@@ -103,11 +99,6 @@ def make_scene(split: str, index: int) -> Scene:
     raise AssertionError(f"no scene for {split} {index} in 1000 attempts")
 
 
-@lru_cache(maxsize=1024)  # the samples of an image are asked for one after the other
-def _questions(index: int) -> list[Expression]:
-    return make_scene("train", index).questions(QUESTIONS)
-
-
 def _recipe(split: str, rng: np.random.Generator) -> Recipe:
     if split == "train":
         return _TRAIN_MIXTURE[int(rng.choice(len(_TRAIN_MIXTURE), p=[p for _, p in _TRAIN_MIXTURE]))][0]
@@ -143,19 +134,16 @@ class Scenes:
         self._length = SPLITS[search[0] if search else split]
 
     def __len__(self) -> int:
-        """Number of samples (each with its own image; in ``train_asked`` six to an image)."""
+        """Number of samples, each with its own image."""
         return self._length
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``; IndexError outside the range."""
         if not 0 <= index < len(self):
             raise IndexError(f"scenes/{self.split} has {len(self)} samples, index {index} is outside")
-        drawn, number, question = self._place(int(index))
+        drawn, number = self._place(int(index))
         scene = make_scene(drawn, number)
         expression = scene.expression
-        if question is not None:
-            asked = _questions(number)
-            expression = asked[question % len(asked)]
         target = scene.things[expression.target]
         siblings = [t for i, t in enumerate(scene.things) if i != expression.target and t.shape == target.shape]
         return Sample(
@@ -177,13 +165,9 @@ class Scenes:
 
     def image(self, sample: Sample) -> ImageArray:
         """The sample's image, drawn anew, RGB uint8 (384, 384, 3), in search scenes 768 pixels a side."""
-        drawn, number, _ = self._place(sample.meta["index"])
+        drawn, number = self._place(sample.meta["index"])
         return make_scene(drawn, number).image()
 
-    def _place(self, index: int) -> tuple[str, int, int | None]:
-        """The split and index that a sample's scene is drawn from, and which of its questions is meant."""
-        if self.split == "train_asked":
-            return "train", index // QUESTIONS, index % QUESTIONS
-        if self.split == "train" and index % 3 == 2:  # a third of what is trained on are search scenes
-            return "train_search", index, None
-        return self.split, index, None
+    def _place(self, index: int) -> tuple[str, int]:
+        """The split and index that a sample's scene is drawn from."""
+        return ("train_search", index) if self.split == "train" and index % 3 == 2 else (self.split, index)
