@@ -18,6 +18,10 @@ MAX_ELONGATION = 100
 vision-language models refuse 200."""
 
 
+GOOD = 0.5
+"""IoU from which on a box counts as right, as in Acc@0.5."""
+
+
 def unplayable(sample: Sample) -> str | None:
     """Why no environment plays a sample, with what to do; None for one that can be played."""
     height, width = sample.size
@@ -87,6 +91,7 @@ class Game:
         reward = 0.0
         if stop:
             self.terminated = True
+            reward -= config.wrong_stop_penalty if self.iou < GOOD else 0.0
         else:
             self.step_count += 1
             reward -= config.step_cost

@@ -51,6 +51,9 @@ class RewardConfig:
     """Subtracted at every action that is not a stop."""
     invalid_penalty: float = 0.0
     """Subtracted when a proposal is not a usable box."""
+    wrong_stop_penalty: float = 0.0
+    """Subtracted when the agent stops on a box whose IoU is below 0.5. Without it a policy that is unsure learns to
+    stop at once: stopping costs nothing, looking on can only lose."""
 
     def __post_init__(self) -> None:
         """Refuse unknown names and negative costs."""
@@ -58,7 +61,7 @@ class RewardConfig:
             raise ValueError(f"reward kind {self.kind!r}: choose gain or final")
         if self.potential not in POTENTIALS:
             raise ValueError(f"potential {self.potential!r}: choose one of {', '.join(POTENTIALS)}")
-        for name in ("step_cost", "invalid_penalty"):
+        for name in ("step_cost", "invalid_penalty", "wrong_stop_penalty"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
                 raise ValueError(f"{name} is {value!r}: give a number >= 0 (it is subtracted)")

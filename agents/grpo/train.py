@@ -88,6 +88,8 @@ class Recipe:
     invalid_penalty: Hidden[float] = 0.1
     """Subtracted for an answer without a usable box or stop. Without it, an empty answer keeps the box as
     a stop does, and the policy learns to say nothing (seen after 40 steps)."""
+    wrong_stop_penalty: float = 0.0
+    """Subtracted for a stop on a box whose IoU is below 0.5: it must be worth less than looking on."""
     format_bonus: Hidden[float] = 0.0
     """Added once, at the end, where every answer of an episode held a usable box or stop (the paper: 0.1)."""
     require_format: Hidden[bool] = False
@@ -118,7 +120,7 @@ class Recipe:
     start_share: Hidden[float] = 0.0
     """Share of the weights that training began with in the policy that is saved, from 0 to below 1 (WiSE-FT, Wortsman
     et al. 2022): gives back some of what was lost without need, such as precise first boxes."""
-    lora_r: int = 16
+    lora_r: int = 32
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     num_iterations: Hidden[int] = 1
     """Optimizer steps on each rollout."""
@@ -199,7 +201,8 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
             f"start_share {args.start_share:g} with weights of {args.model} that no adapter can be merged into exactly:"
             " there are none to go back with; leave it out, or give --dtype float32"
         )
-    reward = {"kind": args.reward, "step_cost": args.step_cost, "invalid_penalty": args.invalid_penalty}
+    penalties = {name: getattr(args, name) for name in ("step_cost", "invalid_penalty", "wrong_stop_penalty")}
+    reward = {"kind": args.reward, **penalties}
     env = make_vector_env(
         args.env,
         args.prompts // accelerator.num_processes * args.num_generations,
@@ -254,7 +257,8 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
             drop_reference(policy.model)
             if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
                 policy.save(args.out / "adapter", options)
-            policy.model = merged(policy.model)
+            if policy.first_answers == "policy":
+                policy.model = merged(policy.model)
         if args.start_share:
             start = load_policy(str(args.model), device=str(accelerator.device), **args.loading())
             blend(policy.model, merged(start.model), args.start_share)
@@ -303,7 +307,8 @@ def _load(args: Args, device: str) -> VLMPolicy:
     )
     if not args.stop:
         forbid_stop(policy)
-    policy.model = make_trainable(policy.model, args.lora_r, args.lora_alpha, reference=args.beta > 0)
+    keep = policy.first_answers == "base"
+    policy.model = make_trainable(policy.model, args.lora_r, args.lora_alpha, reference=args.beta > 0, keep=keep)
     if args.optim == "muon":
         matrices = layer_matrices(policy.model)
         for name, parameter in policy.model.named_parameters():

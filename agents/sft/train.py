@@ -130,8 +130,11 @@ class Recipe:
     smoothing: Hidden[float | None] = None
     """Smooth the targets of coordinates over this many thousandths of an image's side. 0: hard targets. None: 6 where
     the model writes a number in one token, else 0."""
-    lora_r: int = 0
+    lora_r: int = 32
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
+    first_answers: Hidden[Literal["base", "policy"] | None] = None
+    """Who answers while there is no box. `base`: the adapter is switched off then, so that learning to refine costs no
+    first answer. None: `base` where an adapter learns `looks`, each step a prompt of its own; else `policy`."""
     seed: int = 0
     """Decides the samples and their order."""
     save_steps: Hidden[int] = 50
@@ -199,6 +202,7 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
     if args.lessons == "paper":
         forbid_stop(policy)
     policy.autocast = accelerator.autocast
+    policy.first_answers = args.first_answers or _first_answers(args, policy)
     env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, **policy.shown}
     env = make_vector_env(args.env, 1, **env_kwargs)
     dataset = env.dataset
@@ -222,6 +226,8 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         accelerator.wait_for_everyone()  # all have looked before one writes
         teacher = None  # a local model's memory is needed for the training
         screen = env.screen
+        if policy.first_answers == "base":  # an adapter that is switched off learns nothing
+            demonstrations = [d for d in demonstrations if d.shown is not None]
         usable = [d for d in demonstrations if can_be_said(d, policy.view, screen.around, dataset[d.index].size)]
         if len(usable) < len(demonstrations) and chief:
             progress.console.print(
@@ -260,7 +266,7 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         )
         folder = args.out / "policy"
         if chief:
-            if args.lora_r:
+            if policy.first_answers == "policy":
                 policy.model = merged(policy.model)
             policy.save(folder, options)
             after = _measure(policy, args, measured_on, progress, "after")
@@ -271,6 +277,11 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         print(before_and_after(before, after))
         print(f"policy saved to {folder}")
     return folder
+
+
+def _first_answers(args: Args, policy: VLMPolicy) -> str:
+    looks = args.lora_r > 0 and args.lessons == "looks" and not args.single_shot
+    return "base" if looks and policy.layout == "fresh" else "policy"
 
 
 def _prepare_parameters(policy: VLMPolicy, args: Args) -> None:

@@ -62,7 +62,8 @@ class Dialogue:
 
     def prompt(self, expression: str, box: Sequence[float] | None, views: Sequence[View]) -> Prompt:
         """One step's prompt of its own: the images, the question, and the current box in numbers."""
-        return Prompt(self._asked(expression, box, views, False), [p for p, _ in views], [w for _, w in views])
+        asked = self._asked(expression, box, views, False)
+        return Prompt(asked, [p for p, _ in views], [w for _, w in views], opening=box is None)
 
     def following(self, turn: Turn, expression: str, box: Sequence[float] | None, views: Sequence[View]) -> Prompt:
         """The next prompt of a growing conversation, behind ``turn``."""

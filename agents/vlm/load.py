@@ -123,6 +123,7 @@ def load_policy(
             layout=layout or settings["layout"],
             shown=shown_of(settings, view),
             reuse=reuse,
+            first_answers=settings.get("first_answers", "policy"),
         )
         policy.check()
     return policy

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ivt_agents.training.finite import NotFiniteError, unusable_weight
-from ivt_agents.vlm.adapters import folded
+from ivt_agents.vlm.adapters import folded, switched_off
 from ivt_agents.vlm.cache import Memory
 from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec
 from ivt_agents.vlm.decode import fixed_decoder
@@ -25,10 +25,14 @@ from ivt_agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
 from ivt_agents.vlm.generation import Sampling, core_of, generate
 from ivt_agents.vlm.precision import stored_as
 from ivt_agents.vlm.prompts import PromptFile, Prompts
+from ivt_agents.vlm.tiny import weights_folder
 from ivt_agents.vlm.turns import WHOLE, Prompt, Turn
 from ivt_env.files import whole_folder, write_whole
 
 POLICY_FILE = "policy.json"
+
+FIRST_ANSWERS = ("policy", "base")
+"""Who answers while there is no box."""
 
 
 class VLMPolicy:
@@ -49,6 +53,7 @@ class VLMPolicy:
         layout: str = "fresh",
         shown: Mapping[str, Any] | None = None,
         reuse: bool = True,
+        first_answers: str = "policy",
     ) -> None:
         """Wrap a loaded model; ``load_policy`` is the usual way here.
 
@@ -67,10 +72,17 @@ class VLMPolicy:
                 ``canvas``); for those who make one for it. None: the defaults.
             reuse: compute equal prompts once, keep image encodings, and continue conversations on
                 their key-value caches. False computes everything anew each time: slower, the same.
+            first_answers: ``base``: while there is no box the adapter is switched off, so that first answers stay
+                those of the model below it. ``policy``: the adapter answers always.
 
         Raises:
-            ValueError: for an unknown layout.
+            ValueError: for an unknown layout, and for first answers of a base that cannot be told apart.
         """
+        if first_answers not in FIRST_ANSWERS:
+            raise ValueError(f"first_answers {first_answers!r}: choose {' or '.join(FIRST_ANSWERS)}")
+        if first_answers == "base" and layout != "fresh":
+            raise ValueError("first_answers 'base' with layout 'prefix': one conversation would be held by two models")
+        self.first_answers = first_answers
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
@@ -134,8 +146,14 @@ class VLMPolicy:
         active = np.asarray(observations.get("active", np.ones(n, dtype=bool)))
         rows = [int(i) for i in np.flatnonzero(active)]
         self._said = {row: said for row, said in self._said.items() if row < n and active[row]}
-        with self.autocast(), folded(self.model):
-            turns = self._turns(observations, rows)
+        began = [row for row in rows if observations["box"][row].any() or self.first_answers == "policy"]
+        opening = sorted(set(rows) - set(began))
+        with self.autocast():
+            with folded(self.model) if began else nullcontext():
+                made = dict(zip(began, self._turns(observations, began), strict=True))
+            with switched_off(self.model) if opening else nullcontext():
+                made |= zip(opening, self._turns(observations, opening), strict=True)
+        turns = [made[row] for row in rows]
         self.turns = [None] * n
         actions: dict[str, Any] = {
             "box": np.full((n, 4), np.nan, dtype=np.float32),
@@ -250,7 +268,10 @@ class VLMPolicy:
         around = {"around": self.shown["closeup"]} if "closeup" in self.shown else {}
         seen = {key: value for key, value in self.shown.items() if key != "closeup"} | around
         asked = PromptFile(self.dialogue.prompts, self.codec, self.layout, **seen)
-        settings = asked.settings() | stored_as(self.model)
+        settings = asked.settings() | {"first_answers": self.first_answers} | stored_as(self.model)
+        for adapter in getattr(self.model, "peft_config", {}).values():
+            if adapter.base_model_name_or_path == str(weights_folder()):
+                adapter.base_model_name_or_path = "tiny"  # wherever the package lies on the next machine
         with whole_folder(folder, made_for or {}) as partial:
             self.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)

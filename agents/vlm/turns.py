@@ -40,6 +40,9 @@ class Prompt:
     windows: list[Box] = field(default_factory=lambda: [WHOLE])
     """What each image of the *current* step shows, relative to the whole image; they come last in ``images``."""
 
+    opening: bool = False
+    """There is no current box: what is asked for is a first answer."""
+
     def shown(self, number: int) -> tuple[EncodedImage, Box] | None:
         """The current step's image ``number`` (from 1) and its window; None where there is no such image."""
         if not 1 <= number <= len(self.windows):
