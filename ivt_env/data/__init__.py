@@ -149,11 +149,11 @@ def load_dataset(
         DataError: for an unknown name or split, and for data that are there but broken (with or
             without ``strict``: broken data never fall back).
     """
+    if name == "scenes":  # whose splits have more names than can be listed
+        return _scenes(split)
     valid = splits(name)
     if split not in valid:
         raise DataError(f"{name} has no split {split!r}{closest(split, valid)}; it has {', '.join(valid)}")
-    if name == "scenes":
-        return _scenes(split)
     if name == "photos":
         from ivt_env.data.photos import Photos
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from ivt_env.data.checked import closest
 from ivt_env.data.sample import DataError, ImageArray, Sample
 from ivt_env.data.scenes.drawing import draw
 from ivt_env.data.scenes.language import Expression, ask, marked
@@ -128,7 +129,8 @@ class Scenes:
         search = search_split(split)
         if (search[0] if search else split) not in SPLITS:
             raise DataError(
-                f"scenes have no split {split!r}; choose one of {', '.join(SPLITS)} (val_search_12: marks of 12 pixels)"
+                f"scenes has no split {split!r}{closest(split, SPLITS)}; it has {', '.join(SPLITS)}, and those with marks of"
+                " another size (val_search_12)"
             )
         self.split = split
         self._length = SPLITS[search[0] if search else split]
