@@ -133,6 +133,8 @@ def _advantage(a: Args) -> Refusals:
 def _step(a: Args) -> Refusals:
     lost = "the weights would stay, go uphill or be lost; give more than 0"
     yield not a.max_grad_norm > 0, f"max_grad_norm {a.max_grad_norm:g}: {lost}"
+    left = "it trains the layers' own matrices, of which an adapter leaves none; add --lora-r 0"
+    yield a.optim == "muon" and a.lora_r > 0, f"optim muon with lora_r {a.lora_r}: {left}"
     share, low = f"start_share {a.start_share:g}", a.quantize == "nf4" or a.dtype == "bfloat16"
     yield not 0 <= a.start_share < 1, f"{share}: nothing of what was learned would be left; give 0 to below 1"
     merged = "with an adapter that cannot be merged exactly: there are no weights to go back with; leave it out"

@@ -120,7 +120,7 @@ class Recipe:
     start_share: Hidden[float] = 0.0
     """Share of the weights that training began with in the policy that is saved, from 0 to below 1 (WiSE-FT, Wortsman
     et al. 2022): gives back some of what was lost without need, such as precise first boxes."""
-    lora_r: int = 32
+    lora_r: int = 16
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     num_iterations: Hidden[int] = 1
     """Optimizer steps on each rollout."""
@@ -257,8 +257,7 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
             drop_reference(policy.model)
             if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
                 policy.save(args.out / "adapter", options)
-            if policy.first_answers == "policy":
-                policy.model = merged(policy.model)
+            policy.model = merged(policy.model)
         if args.start_share:
             start = load_policy(str(args.model), device=str(accelerator.device), **args.loading())
             blend(policy.model, merged(start.model), args.start_share)
@@ -307,8 +306,7 @@ def _load(args: Args, device: str) -> VLMPolicy:
     )
     if not args.stop:
         forbid_stop(policy)
-    keep = policy.first_answers == "base"
-    policy.model = make_trainable(policy.model, args.lora_r, args.lora_alpha, reference=args.beta > 0, keep=keep)
+    policy.model = make_trainable(policy.model, args.lora_r, args.lora_alpha, reference=args.beta > 0)
     if args.optim == "muon":
         matrices = layer_matrices(policy.model)
         for name, parameter in policy.model.named_parameters():

@@ -319,8 +319,8 @@ class GRPOTrainer:
                     if config.mask_truncated_completions and not turn.finished:
                         out.masked_tokens += len(turn.completion)
                         continue  # a turn cut off by the limit was not an answer
-                    if self.policy.first_answers == "base" and turn.prompt.opening:
-                        continue  # the base's, which is not trained
+                    if self.policy.opener is not None and turn.prompt.opening:
+                        continue  # another model's, which is not trained
                     out.rows.append(turn)
                     out.advantages.append(float(values[m, t]))
         return out

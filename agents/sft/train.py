@@ -130,11 +130,11 @@ class Recipe:
     smoothing: Hidden[float | None] = None
     """Smooth the targets of coordinates over this many thousandths of an image's side. 0: hard targets. None: 6 where
     the model writes a number in one token, else 0."""
-    lora_r: int = 32
+    lora_r: int = 0
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
-    first_answers: Hidden[Literal["base", "policy"] | None] = None
-    """Who answers while there is no box. `base`: the adapter is switched off then, so that learning to refine costs no
-    first answer. None: `base` where an adapter learns `looks`, each step a prompt of its own; else `policy`."""
+    first_answers: Hidden[Literal["model", "policy"] | None] = None
+    """Who answers while there is no box. `model`: the student as it was, so that learning to refine costs no first
+    answer; it is kept by its name. None: `model` where every weight learns `looks`, else `policy`."""
     seed: int = 0
     """Decides the samples and their order."""
     save_steps: Hidden[int] = 50
@@ -202,7 +202,8 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
     if args.lessons == "paper":
         forbid_stop(policy)
     policy.autocast = accelerator.autocast
-    policy.first_answers = args.first_answers or _first_answers(args, policy)
+    if _keeps_first_answers(args, policy):
+        policy.opener = load_policy(args.model, device=str(accelerator.device), view=args.view, **args.loading())
     env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, **policy.shown}
     env = make_vector_env(args.env, 1, **env_kwargs)
     dataset = env.dataset
@@ -226,7 +227,7 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         accelerator.wait_for_everyone()  # all have looked before one writes
         teacher = None  # a local model's memory is needed for the training
         screen = env.screen
-        if policy.first_answers == "base":  # an adapter that is switched off learns nothing
+        if policy.opener is not None:  # what another model answers is not learned
             demonstrations = [d for d in demonstrations if d.shown is not None]
         usable = [d for d in demonstrations if can_be_said(d, policy.view, screen.around, dataset[d.index].size)]
         if len(usable) < len(demonstrations) and chief:
@@ -266,7 +267,7 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         )
         folder = args.out / "policy"
         if chief:
-            if policy.first_answers == "policy":
+            if args.lora_r:
                 policy.model = merged(policy.model)
             policy.save(folder, options)
             after = _measure(policy, args, measured_on, progress, "after")
@@ -279,9 +280,10 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
     return folder
 
 
-def _first_answers(args: Args, policy: VLMPolicy) -> str:
-    looks = args.lora_r > 0 and args.lessons == "looks" and not args.single_shot
-    return "base" if looks and policy.layout == "fresh" else "policy"
+def _keeps_first_answers(args: Args, policy: VLMPolicy) -> bool:
+    """Whether the student as it was goes on giving the first answers; one whose are another model's keeps that."""
+    looks = args.lora_r == 0 and args.lessons == "looks" and not args.single_shot and policy.layout == "fresh"
+    return policy.opener is None and (looks if args.first_answers is None else args.first_answers == "model")
 
 
 def _prepare_parameters(policy: VLMPolicy, args: Args) -> None:

@@ -49,9 +49,7 @@ def add_lora(model: Any, rank: int, alpha: int | None = None) -> Any:
     return model
 
 
-def make_trainable(
-    model: Any, rank: int, alpha: int | None = None, reference: bool = False, *, keep: bool = False
-) -> Any:
+def make_trainable(model: Any, rank: int, alpha: int | None = None, reference: bool = False) -> Any:
     """Decide what is trained: every weight, a fresh adapter, or the adapter that the model came with.
 
     An adapter on float32 weights is merged first, so that "without adapter" is the policy as given. On any other base
@@ -62,7 +60,6 @@ def make_trainable(
         rank: of the adapter; 0 trains every weight.
         alpha: of the adapter; None: twice the rank, or as the adapter has it that is trained further.
         reference: keep a frozen copy of an adapter that is trained further.
-        keep: train an adapter further that could be merged.
 
     Raises:
         RunError: where the base cannot be trained in this way, or the adapter has another rank or alpha.
@@ -74,7 +71,7 @@ def make_trainable(
             " the rounding; give a --lora-r, or load with --dtype float32 --quantize none"
         )
     if hasattr(model, "merge_and_unload"):
-        if keep or not can_merge(model):
+        if not can_merge(model):
             return _go_on(model, rank, alpha, held, reference)
         # A second adapter would replace the first, and "without adapter" would be the model before its warm start:
         # the reference of the KL divergence must be the policy as given.
@@ -84,9 +81,9 @@ def make_trainable(
 
 
 def layer_matrices(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The matrices of the language model's layers, or of their adapters, that are trained: what Muon is made for."""
+    """The matrices of the language model's layers that are trained, by name: what Muon is made for."""
     named = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    return {n: p for n, p in named if p.ndim == 2 and "language_model.layers" in n}
+    return {n: p for n, p in named if p.ndim == 2 and "language_model.layers" in n and "lora_" not in n}
 
 
 def _go_on(model: Any, rank: int, alpha: int | None, held: dict[str, str], reference: bool) -> Any:
@@ -142,11 +139,6 @@ def folded(model: Any) -> Iterator[None]:
         for layer, weight in kept:
             layer.base_layer.weight.data = weight
             layer.merged_adapters.clear()
-
-
-def switched_off(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Inside, an adapter changes nothing; a model without one is as it is."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
 
 
 def _is_plain(layer: Any) -> bool:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from ivt_agents.vlm.codec import BoxCodec
 from ivt_agents.vlm.dialogue import LAYOUTS
 from ivt_agents.vlm.generation import core_of
-from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.policy import OWN, VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, can_merge, stored_as, use_float32_head
 from ivt_agents.vlm.prompts import Prompts
 from ivt_agents.vlm.sources import (
@@ -123,9 +123,14 @@ def load_policy(
             layout=layout or settings["layout"],
             shown=shown_of(settings, view),
             reuse=reuse,
-            first_answers=settings.get("first_answers", "policy"),
+            name=str(name),
         )
         policy.check()
+    opener = settings.get("first_answers", OWN)
+    if opener != OWN:
+        same: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "batch_size": batch_size}
+        policy.opener = load_policy(opener, **same, max_new_tokens=max_new_tokens, reuse=reuse)
+
     return policy
 
 

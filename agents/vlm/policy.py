@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ivt_agents.training.finite import NotFiniteError, unusable_weight
-from ivt_agents.vlm.adapters import folded, switched_off
+from ivt_agents.vlm.adapters import folded
 from ivt_agents.vlm.cache import Memory
 from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec
 from ivt_agents.vlm.decode import fixed_decoder
@@ -31,8 +31,8 @@ from ivt_env.files import whole_folder, write_whole
 
 POLICY_FILE = "policy.json"
 
-FIRST_ANSWERS = ("policy", "base")
-"""Who answers while there is no box."""
+OWN = "policy"
+"""First answers are the policy's own."""
 
 
 class VLMPolicy:
@@ -53,7 +53,8 @@ class VLMPolicy:
         layout: str = "fresh",
         shown: Mapping[str, Any] | None = None,
         reuse: bool = True,
-        first_answers: str = "policy",
+        opener: VLMPolicy | None = None,
+        name: str = "",
     ) -> None:
         """Wrap a loaded model; ``load_policy`` is the usual way here.
 
@@ -72,17 +73,18 @@ class VLMPolicy:
                 ``canvas``); for those who make one for it. None: the defaults.
             reuse: compute equal prompts once, keep image encodings, and continue conversations on
                 their key-value caches. False computes everything anew each time: slower, the same.
-            first_answers: ``base``: while there is no box the adapter is switched off, so that first answers stay
-                those of the model below it. ``policy``: the adapter answers always.
+            opener: answers while there is no box, so that learning to refine costs no first answer; what is sampled
+                and how is the policy's own. None: the policy answers always.
+            name: under which it was loaded.
 
         Raises:
-            ValueError: for an unknown layout, and for first answers of a base that cannot be told apart.
+            ValueError: for an unknown layout, and for an opener in a conversation, which two models cannot hold.
         """
-        if first_answers not in FIRST_ANSWERS:
-            raise ValueError(f"first_answers {first_answers!r}: choose {' or '.join(FIRST_ANSWERS)}")
-        if first_answers == "base" and layout != "fresh":
-            raise ValueError("first_answers 'base' with layout 'prefix': one conversation would be held by two models")
-        self.first_answers = first_answers
+        if opener is not None and layout != "fresh":
+            raise ValueError(
+                "first_answers of another model: only with layout fresh, for two cannot hold a conversation"
+            )
+        self.opener, self.name = opener, name
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
@@ -123,6 +125,11 @@ class VLMPolicy:
         return core_of(self.model)
 
     @property
+    def first_answers(self) -> str:
+        """Who answers while there is no box: ``policy``, or the name of another model."""
+        return OWN if self.opener is None else self.opener.name
+
+    @property
     def view(self) -> str:
         """What a box is shown on: ``overlay``, ``closeup`` or ``both``."""
         return str(self.shown["view"])
@@ -146,13 +153,13 @@ class VLMPolicy:
         active = np.asarray(observations.get("active", np.ones(n, dtype=bool)))
         rows = [int(i) for i in np.flatnonzero(active)]
         self._said = {row: said for row, said in self._said.items() if row < n and active[row]}
-        began = [row for row in rows if observations["box"][row].any() or self.first_answers == "policy"]
-        opening = sorted(set(rows) - set(began))
-        with self.autocast():
-            with folded(self.model) if began else nullcontext():
-                made = dict(zip(began, self._turns(observations, began), strict=True))
-            with switched_off(self.model) if opening else nullcontext():
-                made |= zip(opening, self._turns(observations, opening), strict=True)
+        own = [row for row in rows if self.opener is None or observations["box"][row].any()]
+        others = [row for row in rows if row not in set(own)]
+        with self.autocast(), folded(self.model):
+            made = dict(zip(own, self._turns(observations, own), strict=True))
+            if self.opener is not None:
+                self.opener.sampling, self.opener.generator = self.sampling, self.generator
+                made |= zip(others, self.opener._turns(observations, others), strict=True)
         turns = [made[row] for row in rows]
         self.turns = [None] * n
         actions: dict[str, Any] = {

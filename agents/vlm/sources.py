@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from ivt_agents.vlm.codec import ANSWER, FRAMES
 from ivt_agents.vlm.dialogue import LAYOUTS
 from ivt_agents.vlm.footprint import resized
-from ivt_agents.vlm.policy import POLICY_FILE
+from ivt_agents.vlm.policy import OWN, POLICY_FILE
 from ivt_agents.vlm.precision import DTYPES
 from ivt_agents.vlm.prompts import DEFAULT, check_shown, load_prompts
 from ivt_agents.vlm.tiny import weights_folder
@@ -145,6 +145,8 @@ def read_settings(source: Source, model_type: str) -> dict[str, Any]:
         if key in settings and settings[key] not in known:
             where = path or f"model type {model_type!r}"
             raise PolicyError(f"{where}: {key} is {settings[key]!r}, expected one of {', '.join(sorted(set(known)))}")
+    if type(opener := settings.get("first_answers", OWN)) is not str or str(source.name) == opener:
+        raise PolicyError(f"{path}: first_answers is {opener!r:.80}, expected {OWN!r} or the name of another model")
     for key in ("prompt", "closeup", "with_closeup", "first"):
         if not isinstance(settings[key], str) or (key == "prompt" and "{expression}" not in settings[key]):
             raise PolicyError(f"{path}: {key} is {settings[key]!r:.80}, expected a text that asks for {{expression}}")
