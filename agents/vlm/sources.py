@@ -135,7 +135,7 @@ def read_settings(source: Source, model_type: str) -> dict[str, Any]:
             file=sys.stderr,
         )
     else:
-        settings |= {"first": ""} | read_json(path, AGAIN, PolicyError)
+        settings |= dict.fromkeys(("first", "closeup", "with_closeup"), "") | read_json(path, AGAIN, PolicyError)
     if settings.get("answer", ANSWER) != ANSWER:
         raise PolicyError(f"{path}: answer is {settings['answer']!r:.80}; a model on this machine answers {ANSWER}")
     with reading(path or source.base, AGAIN, PolicyError):
