@@ -30,50 +30,23 @@ PROMPT = "Please provide the bounding box coordinate of the region this sentence
 EXIF_ORIENTATION = 0x0112
 
 # Columns and Arrow types as the Hub's files have them.
+_SENTENCE = pa.struct({"raw": pa.string(), "sent": pa.string(), "sent_id": pa.int64(), "tokens": pa.list_(pa.string())})
 JXU124_SCHEMA = pa.schema(
-    [
-        ("sent_ids", pa.list_(pa.int64())),
-        ("file_name", pa.string()),
-        ("ann_id", pa.int64()),
-        ("ref_id", pa.int64()),
-        ("image_id", pa.int64()),
-        ("split", pa.string()),
-        (
-            "sentences",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("raw", pa.string()),
-                        ("sent", pa.string()),
-                        ("sent_id", pa.int64()),
-                        ("tokens", pa.list_(pa.string())),
-                    ]
-                )
-            ),
-        ),
-        ("category_id", pa.int64()),
-        ("raw_anns", pa.string()),
-        ("raw_image_info", pa.string()),
-        ("raw_sentences", pa.string()),
-        ("image_path", pa.string()),
-        ("bbox", pa.list_(pa.float64())),
-        ("captions", pa.list_(pa.string())),
-        ("global_image_id", pa.string()),
-        ("anns_id", pa.string()),
-    ]
-)
+    {
+        "sent_ids": pa.list_(pa.int64()), "file_name": pa.string(), "ann_id": pa.int64(), "ref_id": pa.int64(),
+        "image_id": pa.int64(), "split": pa.string(), "sentences": pa.list_(_SENTENCE), "category_id": pa.int64(),
+        "raw_anns": pa.string(), "raw_image_info": pa.string(), "raw_sentences": pa.string(),
+        "image_path": pa.string(), "bbox": pa.list_(pa.float64()), "captions": pa.list_(pa.string()),
+        "global_image_id": pa.string(), "anns_id": pa.string(),
+    }
+)  # fmt: skip
 LMMS_SCHEMA = pa.schema(
-    [
-        ("question_id", pa.string()),
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("question", pa.string()),
-        ("answer", pa.list_(pa.string())),
-        ("segmentation", pa.list_(pa.float32())),
-        ("bbox", pa.list_(pa.float32())),
-        ("iscrowd", pa.int8()),
-        ("file_name", pa.string()),
-    ]
-)
+    {
+        "question_id": pa.string(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "question": pa.string(), "answer": pa.list_(pa.string()), "segmentation": pa.list_(pa.float32()),
+        "bbox": pa.list_(pa.float32()), "iscrowd": pa.int8(), "file_name": pa.string(),
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -215,6 +188,9 @@ class Hub:
     schema: Any = None
     """Of the Parquet files."""
 
+    def __post_init__(self) -> None:
+        self.save()
+
     def save(self) -> None:
         """Write every file as it is now."""
         self.write(self)
@@ -322,12 +298,10 @@ def write_jxu124(root: Path, name: str, things: list[Thing]) -> Hub:
         ]  # fmt: skip
     folder = root / "jxu124" / name / "data"
     prefixes = jxu124.SPLITS[name]
-    hub = Hub(
+    return Hub(
         "jxu124", jxu124, root, name, rows, _write_parquet,
         lambda split: folder / f"{prefixes[split]}-00000-of-00001-94431d5f4bd5b93f.parquet", JXU124_SCHEMA,
     )  # fmt: skip
-    hub.save()
-    return hub
 
 
 def write_lmms(root: Path, name: str, things: list[Thing]) -> Hub:
@@ -350,19 +324,22 @@ def write_lmms(root: Path, name: str, things: list[Thing]) -> Hub:
         for split, held in _by_split(things).items()
     }
     folder = root / "lmms" / lmms.FOLDERS[name] / "data"
-    hub = Hub(
+    return Hub(
         "lmms", lmms, root, name, rows, _write_parquet,
         lambda split: folder / f"{split}-00000-of-00001.parquet", LMMS_SCHEMA,
     )  # fmt: skip
-    hub.save()
-    return hub
 
 
-def _write_json(hub: Hub) -> None:
+def _write_text(hub: Hub) -> None:
+    """JSON, or JSON lines."""
     for split, content in hub.rows.items():
         path = hub.path_of(split)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content), encoding="utf-8")
+        if path.suffix == ".jsonl":
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        else:
+            text = json.dumps(content)
+        path.write_text(text, encoding="utf-8")
 
 
 def write_mdetr(root: Path, name: str, things: list[Thing]) -> Hub:
@@ -389,12 +366,10 @@ def write_mdetr(root: Path, name: str, things: list[Thing]) -> Hub:
                 }
             )  # fmt: skip
         rows[split] = content | {"categories": categories}
-    hub = Hub(
-        "mdetr", mdetr, root, name, rows, _write_json,
+    return Hub(
+        "mdetr", mdetr, root, name, rows, _write_text,
         lambda split: root / "mdetr" / f"finetune_{mdetr.LABELS[name]}_{split}.json",
     )  # fmt: skip
-    hub.save()
-    return hub
 
 
 def write_vlm_r1(root: Path, name: str, things: list[Thing]) -> Hub:
@@ -415,19 +390,10 @@ def write_vlm_r1(root: Path, name: str, things: list[Thing]) -> Hub:
                 }
             )  # fmt: skip
     folder = root / "vlm_r1" / "rec_jsons_processed"
-    hub = Hub(
-        "vlm_r1", vlm_r1, root, name, rows, _write_json,
+    return Hub(
+        "vlm_r1", vlm_r1, root, name, rows, _write_text,
         lambda split: folder / f"{vlm_r1.LABELS[name]}_{split}.json",
     )  # fmt: skip
-    hub.save()
-    return hub
-
-
-def _write_jsonl(hub: Hub) -> None:
-    for split, rows in hub.rows.items():
-        path = hub.path_of(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_vlm_r1_jsonl(root: Path, name: str, things: list[Thing], as_text: bool = False) -> Hub:
@@ -446,12 +412,10 @@ def write_vlm_r1_jsonl(root: Path, name: str, things: list[Thing], as_text: bool
         for running, (t, sentence) in enumerate(_expressions(things))
     ]
     folder = root / "vlm_r1" / "rec_jsons_processed"
-    hub = Hub(
-        "vlm_r1", vlm_r1, root, name, {"train": rows}, _write_jsonl,
+    return Hub(
+        "vlm_r1", vlm_r1, root, name, {"train": rows}, _write_text,
         lambda split: folder / f"{vlm_r1.LABELS[name]}_{split}.jsonl",
     )  # fmt: skip
-    hub.save()
-    return hub
 
 
 def same_objects(found: list[Sample], expected: list[Sample], shared_meta: tuple[str, ...]) -> None:

@@ -31,11 +31,7 @@ FRAMES = ("px", "relative", "thousandths")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "data" / "custom.md"
 
 
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.delenv("IVT_DATA", raising=False)
-    monkeypatch.setattr(data, "_warned", set())
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 @pytest.fixture

@@ -16,18 +16,12 @@ import pyarrow as pa
 import pytest
 from eval_layouts import PHOTOS, REF_ADV, bomb_bytes, failure, opened, photo_rows, write_ref_adv
 
-import ivt_env.data as data
 from ivt_env.data import DataError, load_dataset
 from ivt_env.data import ref_adv as module
 from ivt_env.data.checked import BadRowError
 from ivt_env.data.images import read_image
 
-
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.delenv("IVT_DATA", raising=False)
-    monkeypatch.setattr(data, "_warned", set())
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 @pytest.fixture

@@ -15,16 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from eval_layouts import EXPRESSIONS, REF_L4, failure, opened, photo_rows, write_ref_l4
 
-import ivt_env.data as data
 from ivt_env.data import DataError, load_dataset
 from ivt_env.data import ref_l4 as module
 
-
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.delenv("IVT_DATA", raising=False)
-    monkeypatch.setattr(data, "_warned", set())
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 @pytest.fixture

@@ -22,11 +22,7 @@ from ivt_env.data import DataError, Dataset, load_dataset
 from ivt_env.data import refer as module
 from ivt_env.data.table import Table, open_table
 
-
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    """No test may see or fill the cache folder of whoever runs it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 @pytest.fixture

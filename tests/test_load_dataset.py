@@ -27,12 +27,7 @@ REAL = tuple(name for name in data.NAMES if name not in ("scenes", "photos"))
 REFER = ("refcocog", "refcoco", "refcocoplus")
 
 
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    """No test may see or fill the data and cache folders of whoever runs it, and each warns anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.delenv("IVT_DATA", raising=False)
-    monkeypatch.setattr(data, "_warned", set())
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 @pytest.fixture

@@ -258,6 +258,14 @@ def text(row: Any, key: str) -> str:
     return value
 
 
+def parsed(value: str | bytes, key: str) -> Any:
+    """The value of a JSON text; else BadRowError."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"{key} is {short(value)}, not whole JSON ({error})") from error
+
+
 def short(value: Any) -> str:
     """``repr``, cut to a line."""
     try:

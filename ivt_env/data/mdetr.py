@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial as bound
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,7 @@ from ivt_env.data.checked import (
     text,
     usable,
 )
-from ivt_env.data.hub import coco_image_id
-from ivt_env.data.jxu124 import IMAGE_FOLDERS, IMAGE_REMEDY, PUBLISHED, SPLITS
+from ivt_env.data.refcoco import PUBLISHED, coco_image_id, source
 from ivt_env.data.table import Row, Source
 
 LABELS = {"refcocog": "refcocog", "refcoco": "refcoco", "refcocoplus": "refcoco+"}
@@ -66,27 +65,14 @@ def find(root: Path, name: str) -> Source | None:
     if name not in LABELS:
         return None
     folder = root / "mdetr"
-    named = {split: folder / f"finetune_{LABELS[name]}_{split}.json" for split in SPLITS[name]}
-    files = {split: path for split, path in named.items() if path.is_file()}
-    if not files:
-        return None
-    return Source(
-        name=name,
-        layout="mdetr",
-        folder=folder,
-        files=tuple(files.values()),
-        splits=tuple(files),
-        read=bound(_read, files, LABELS[name]),
-        image_folders=[root / below for below in IMAGE_FOLDERS],
-        remedy=_REMEDY,
-        image_remedy=IMAGE_REMEDY,
-        published=PUBLISHED[name],
-    )
+    named = {split: folder / f"finetune_{LABELS[name]}_{split}.json" for split in PUBLISHED[name]}
+    files = {split: [path] for split, path in named.items() if path.is_file()}
+    return source(root, name, "mdetr", folder, files, bound(_read, files, LABELS[name]), _REMEDY)
 
 
-def _read(files: Mapping[str, Path], label: str, bad: BadRows, _folder: Path) -> Iterator[Row]:
+def _read(files: Mapping[str, Sequence[Path]], label: str, bad: BadRows, _folder: Path) -> Iterator[Row]:
     """One row per image entry."""
-    for split, path in files.items():
+    for split, (path,) in files.items():
         bad.split = split
         content = read_json(path, _REMEDY)
         lists_in(content, path, ("images", "annotations"), _REMEDY)
@@ -120,8 +106,7 @@ def _expression(
     image_id, ann_id = integer(image, "original_id"), integer(own[0], "original_id")
     category_id = integer(own[0], "category_id")
     file_name = plain_file_name(text(image, "file_name"))
-    if coco_image_id(file_name) != image_id:
-        raise BadRowError(f"{here}: its image is called {file_name!r}, but its original_id is {image_id}")
+    coco_image_id(file_name, image_id)
     size = image_size(image)
     return Row(
         split=split,

@@ -48,7 +48,7 @@ PUBLISHED_COUNTS = {"val": 13_420, "test": 31_921}
 COLUMNS: hub.Columns = {
     "id": hub.INTEGER,
     "caption": hub.TEXT,
-    "bbox": ("lists of numbers", hub.is_list_of(hub.NUMBER[1])),
+    "bbox": hub.NUMBERS,
     "bbox_area": hub.NUMBER,
     "bbox_id": hub.TEXT,
     "ori_category_id": hub.TEXT,
@@ -120,10 +120,7 @@ def _read(paths: dict[str, Path], bad: BadRows, _folder: Path) -> Iterator[Row]:
                     raise BadRowError(f"id {values['id']} is also that of {first}")
                 image = file_of.setdefault(row.image_id, (row.file_name, row.size))
                 if image != (row.file_name, row.size):
-                    raise BadRowError(
-                        f"image_id {values['image_id']} is {row.file_name} of (height, width) {row.size} here and "
-                        f"{image[0]} of {image[1]} in a row before"
-                    )
+                    raise BadRowError(f"image {(row.file_name, row.size)} is {image} in a row before")
             except BadRowError as error:
                 bad.add(f"{number} of {path.name}", error)
                 continue

@@ -4,7 +4,7 @@ Under a root::
 
     refcocog/instances.json  refcocog/refs(umd).p      (also refcoco/, refcoco+/)
     images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the images in images/train2014/ or train2014/)
+    (or the images in images/train2014/, train2014/ or coco/train2014/)
 
 Boxes are ``instances.json``'s **xywh**, floats in pixels of the image as stored; a row of the
 ``.p`` file is an object with one or more sentences, and has no box of its own.
@@ -39,6 +39,7 @@ from ivt_env.data.checked import (
     text,
 )
 from ivt_env.data.pickles import read_pickle
+from ivt_env.data.refcoco import IMAGE_FOLDERS, IMAGE_REMEDY, PUBLISHED
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
@@ -59,14 +60,6 @@ The google partitions divide objects, not images: their train and val share imag
 for people, testB for other objects.
 """
 
-IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014")
-"""Where COCO's train2014 images may lie under the root."""
-
-PUBLISHED_COUNTS = {
-    ("refcoco", "unc"): {"train": 120_624, "val": 10_834, "testA": 5_657, "testB": 5_095},
-    ("refcocoplus", "unc"): {"train": 120_191, "val": 10_758, "testA": 5_726, "testB": 4_889},
-    ("refcocog", "umd"): {"train": 80_512, "val": 4_896, "test": 9_602},
-}
 _REF_KEYS = frozenset(("sent_ids", "file_name", "ann_id", "ref_id", "image_id", "split", "sentences", "category_id"))
 _SENTENCE_KEYS = frozenset(("tokens", "raw", "sent", "sent_id"))
 _REMEDY = "unpack the data set again"
@@ -75,21 +68,13 @@ _log = logging.getLogger(__name__)
 
 
 def source(root: str | os.PathLike[str], name: str = "refcocog", partition: str | None = None) -> Source:
-    """Where a data set of this layout lies under ``root``, and how it is read.
+    """A data set in this layout; ``partition`` is who divided it (None: umd for RefCOCOg, unc for the other two).
 
     ``sample_id`` is ``"<ref_id>-<sent_id>"``, ``image_id`` ``"coco-<image_id>"`` (the same
     image has the same id in all three sets), ``siblings`` are the other annotated objects of the
     target's category in the image, and ``meta`` holds ``ann_id``, ``ref_id``, ``image_id`` and
     ``category``. The label is ``name``, with the partition where it is not the usual one
-    (``refcocog-google``).
-
-    Args:
-        root: the folder that holds ``refcocog/`` (or ``refcoco/``, ``refcoco+/``) and the images.
-        name: ``refcocog``, ``refcoco`` or ``refcocoplus``.
-        partition: who divided the set; None is umd for RefCOCOg and unc for the other two.
-
-    Raises:
-        DataError: for an unknown name or partition.
+    (``refcocog-google``). An unknown name or partition is a DataError.
     """
     if name not in PARTITIONS:
         raise DataError(f"no REFER data set {name!r}; there are {', '.join(PARTITIONS)}")
@@ -109,8 +94,8 @@ def source(root: str | os.PathLike[str], name: str = "refcocog", partition: str 
         read=bound(_read, refs_path, instances_path, PARTITIONS[name][partition]),
         image_folders=[base / below for below in IMAGE_FOLDERS],
         remedy=f"{_REMEDY}, with instances.json from the same archive",
-        image_remedy="unpack COCO's train2014.zip there (it holds 82,783 images)",
-        published=PUBLISHED_COUNTS.get((name, partition)),
+        image_remedy=IMAGE_REMEDY,
+        published=PUBLISHED[name] if partition == usual else None,
         may_share_images=partition == "google",
     )
 

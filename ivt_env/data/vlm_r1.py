@@ -26,7 +26,6 @@ served. A file knows neither the other objects of an image nor the names of cate
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -40,6 +39,7 @@ from ivt_env.data.checked import (
     image_size,
     integer,
     json_lines,
+    parsed,
     read_json,
     relative_box,
     relative_path,
@@ -47,9 +47,8 @@ from ivt_env.data.checked import (
     text,
     usable,
 )
-from ivt_env.data.hub import coco_image_id
 from ivt_env.data.images import read_header
-from ivt_env.data.jxu124 import IMAGE_REMEDY, PUBLISHED
+from ivt_env.data.refcoco import coco_image_id, source
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 from ivt_env.failures import reading
@@ -85,33 +84,21 @@ def find(root: Path, name: str) -> Source | None:
     if name not in LABELS:
         return None
     folder = root / FOLDER
-    files: dict[str, Path] = {}
-    for split, endings in (("train", (".json", ".jsonl")), ("val", (".json",))):
-        there = [path for ending in endings if (path := folder / f"{LABELS[name]}_{split}{ending}").is_file()]
-        if there:
-            files[split] = there[0]
-    if not files:
-        return None
+    files: dict[str, list[Path]] = {}
+    for split, ending in (("train", ".json"), ("train", ".jsonl"), ("val", ".json")):
+        path = folder / f"{LABELS[name]}_{split}{ending}"
+        if split not in files and path.is_file():
+            files[split] = [path]
     image_folders = [root / below for below in IMAGE_FOLDERS]
     remedy = _REMEDY
-    if any(path.suffix == ".jsonl" for path in files.values()):
+    if any(path.suffix == ".jsonl" for paths in files.values() for path in paths):
         remedy += ", or, where images are missing, unpack COCO's train2014.zip"
-    return Source(
-        name=name,
-        layout="vlm_r1",
-        folder=folder,
-        files=tuple(files.values()),
-        splits=tuple(files),
-        read=bound(_read, files, name, image_folders),
-        image_folders=image_folders,
-        remedy=remedy,
-        image_remedy=IMAGE_REMEDY,
-        published=PUBLISHED[name],
-    )
+    read = bound(_read, files, name, image_folders)
+    return source(root, name, "vlm_r1", folder, files, read, remedy, image_folders=image_folders)
 
 
 def _read(
-    files: Mapping[str, Path], name: str, image_folders: Sequence[Path], bad: BadRows, _folder: Path
+    files: Mapping[str, Sequence[Path]], name: str, image_folders: Sequence[Path], bad: BadRows, _folder: Path
 ) -> Iterator[Row]:
     """One row per object of the list, or per line."""
 
@@ -123,7 +110,7 @@ def _read(
         tried = ", ".join(map(str, image_folders))
         raise BadRowError(f"image {image!r}, whose size is needed, is in none of {tried}")
 
-    for split, path in files.items():
+    for split, (path,) in files.items():
         bad.split = split
         if path.suffix == ".jsonl":
             yield from usable(bad, path.name, _lines(path), bound(_conversation, split=split, size_of=size_of))
@@ -139,13 +126,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     with reading(path, _REMEDY, DataError, "not whole JSON"):
         for number, line in json_lines(path):
             try:
-                yield number - 1, json.loads(line or b"")
-            except (ValueError, RecursionError) as error:
-                # Not one bad row of many: a line that is cut off means that the rest is missing.
-                raise DataError(
-                    f"{path}: row {number - 1} is {short(line)}, not whole JSON ({error}), perhaps the file is only "
-                    f"half there; {_REMEDY}"
-                ) from error
+                yield number - 1, parsed(line or b"", f"row {number - 1}")
+            except BadRowError as error:  # not one bad row of many: what follows a line that is cut off is missing
+                raise DataError(f"{path}: {error}, perhaps the file is only half there; {_REMEDY}") from error
 
 
 def _record(entry: dict[str, Any], split: str, name: str) -> Row:
@@ -174,10 +157,9 @@ def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tu
     if not isinstance(row_id, str) or not row_id.strip():
         row_id = str(integer(entry, "id"))
     file_name, image_id = _image(entry)
-    turns = entry.get("conversations")
-    if not isinstance(turns, list) or [t.get("from") if isinstance(t, dict) else None for t in turns] != [
-        "human", "gpt",
-    ]:  # fmt: skip
+    turns: Any = entry.get("conversations")
+    is_chat = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+    if not is_chat or [turn.get("from") for turn in turns] != ["human", "gpt"]:
         raise BadRowError(f"conversations is {short(turns)}, not one turn of human and one of gpt")
     asked = text(turns[0], "value").strip()
     found = re.fullmatch(rf"(?:<image>)?\s*{re.escape(PROMPT)}(.*)\.", asked, re.DOTALL)
@@ -185,10 +167,7 @@ def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tu
         raise BadRowError(f"the human's value is {short(asked)}, not '<image>{PROMPT}...'")
     answer = turns[1].get("value")
     if isinstance(answer, str):
-        try:
-            answer = json.loads(answer)
-        except (ValueError, RecursionError) as error:
-            raise BadRowError(f"the answer is {short(answer)}, not a list of four numbers") from error
+        answer = parsed(answer, "the answer")
     size = size_of(file_name)
     return Row(
         split=split,
