@@ -94,14 +94,9 @@ _TRAIL = Overlay(colour=(128, 128, 128), opacity=0.6)
 
 
 def place_on_canvas(image: ImageArray, side: int) -> tuple[ImageArray, tuple[int, int]]:
-    """The image at the top left of a black canvas.
+    """The image (height, width, 3) at the top left of a black canvas (S, S, 3), and its extent (height, width) there.
 
-    Args:
-        image: RGB (height, width, 3); scaled down to fit if larger than the canvas, never enlarged.
-        side: S, the canvas's side in pixels.
-
-    Returns:
-        canvas (S, S, 3) and the extent (height, width) of the image on it.
+    It is scaled down to fit if it is larger than the canvas of ``side`` S, and never enlarged.
     """
     height, width = image.shape[:2]
     scale = min(1.0, side / max(height, width))

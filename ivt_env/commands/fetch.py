@@ -110,11 +110,7 @@ def _fetch(args: argparse.Namespace, patience: Patience = PATIENCE) -> None:
 
 
 def is_ready(file: RemoteFile, root: Path) -> bool:
-    """Whether a file is where it belongs, whole; an archive: whether it is unpacked.
-
-    Raises:
-        DataError: where a file without published checksum is not the one that was received.
-    """
+    """Whether a file is where it belongs, whole; an archive: whether it is unpacked."""
     if file.unpack_into is None:
         return held_file(root / file.path, file.bytes, file.sha256) is not None
     proven = file.listed_is_all or _unpacked_note(file, root).is_file()
@@ -158,11 +154,7 @@ def _size(file: RemoteFile, root: Path, patience: Patience) -> int | None:
 
 
 def _ask(sizes: Sequence[int | None], agreed: bool) -> None:
-    """Tell the size, and ask before more than 1 GB or an unknown size.
-
-    Raises:
-        ConsentError: where nobody can be asked.
-    """
+    """Tell the size, and ask before more than 1 GB or an unknown size."""
     known = sum(size for size in sizes if size is not None)
     if not known and None not in sizes:
         return
@@ -238,11 +230,7 @@ def _obtain_images(found: Entry, images: ImageSource, root: Path, args: argparse
 
 
 def image_names(name: str, split: str, root: Path) -> list[str]:
-    """The images of COCO train2014 that a split names, sorted; its annotations must be there, its images not.
-
-    Raises:
-        DataError: where the annotations are missing or broken, or name other images.
-    """
+    """The images of COCO train2014 that a split names, sorted; its annotations must be there, its images not."""
     from ivt_env.data.table import open_table
 
     layout = importlib.import_module(f"ivt_env.data.{'refer' if name in _REFER_SETS else name}")

@@ -30,23 +30,18 @@ _HEADER_BYTES = 512
 def unpack(
     archive: Path, folder: Path, *, only: Sequence[str] = (), flatten: bool = False, progress: Progress | None = None
 ) -> tuple[int, int]:
-    """Unpack a zip, tar or tar.gz (told by its content) into a folder.
+    """Unpack a zip, tar or tar.gz (told by its content) into a folder; gives how many files and bytes there are now.
 
     Args:
         archive: the file.
         folder: where members go; it is made. The user's own links inside it are followed.
-        only: ``fnmatch`` patterns of the plain file name; members that match none are left out. None means all.
+        only: ``fnmatch`` patterns of the plain file names that are wanted. None means all.
         flatten: drop the members' folders.
         progress: told of unpacked bytes.
 
-    Returns:
-        How many files and bytes there are now.
-
     Raises:
-        DataError: for an archive that is missing, cut off or broken; that holds a member outside its folder, a link,
-            a device or two members for one file; and that is too large for ``RATIO_LIMIT`` or the disk. Names
-            archive, member, remedy.
-        OSError: where the folder cannot be written.
+        DataError: for an archive that is missing or broken, that holds a member outside its folder, a link, a device or
+            two members for one file, or that is too large for ``RATIO_LIMIT`` or the disk.
     """
     members: dict[Path, tuple[int, Any]] = {}
     judged = 0

@@ -66,10 +66,6 @@ def from_coco(
         split: one split for all, or the share of the images in each.
         seed: of the drawing, where there are shares.
         copy: whether images are copied; else they are linked.
-
-    Raises:
-        DataError: for files that are missing or broken, too many unusable annotations, an ``out``
-            that holds a data set, shares that do not work out, and images that cannot be written.
     """
     source, folder = Path(annotations), Path(image_folder)
     remedy = "correct the file, or export it again"
@@ -211,10 +207,6 @@ def export(
         name: the label of the data set; not that of a known one, even if it is a copy of that.
         split: ``train``, ``val`` or ``test``; None is that of the table.
         copy: whether images are copied; else they are linked, by a relative path.
-
-    Raises:
-        DataError: where that split is there already, the table's split needs another name, or a
-            image is missing.
     """
     split = table.split if split is None else split
     folder = Path(out)

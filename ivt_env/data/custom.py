@@ -82,9 +82,6 @@ def find(root: Path, name: str) -> Source | None:
     Its label is the name in ``dataset.json``; it has the splits whose file is there. ``sample_id``
     is the line's ``id``, else the number of the line from 1; ``image_id`` the line's, else the
     path of the image; ``meta`` the line's, with ``category`` in it.
-
-    Raises:
-        DataError: where ``dataset.json`` is missing beside lines, broken, or names a known data set.
     """
     if name != "custom":
         return None
@@ -158,18 +155,10 @@ def _plain(name: str) -> str:
 
 
 def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox") -> Box:
-    """A box as declared to xyxy relative to the image.
+    """A box as declared to xyxy relative to the image of (height, width) ``size``; BadRowError as ``box_inside``.
 
-    Up to one pixel (one unit) outside the image is taken for rounding; nothing is cut off.
-
-    Args:
-        bbox: what the line holds.
-        size: (height, width) of the image in pixels.
-        declared: how boxes are written.
-        key: how a message names the box.
-
-    Raises:
-        BadRowError: as ``box_inside``; for a box that fits only in another frame it says which.
+    Up to one pixel (one unit) outside the image is taken for rounding; nothing is cut off. Of a box that fits only in
+    another frame it says which.
     """
     if declared.overhang:
         unit = frame_unit(declared.frame)

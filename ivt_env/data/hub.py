@@ -165,10 +165,7 @@ class EmbeddedImages:
     def put(self, image: Any, image_id: str, file_name: str) -> Header:
         """Write a row's image unless that is done; its header.
 
-        Raises:
-            BadRowError: for a row without an image, with one that cannot be read, or with another than an earlier
-                row of the same id.
-            DataError: where it cannot be written.
+        BadRowError for a row without an image, with one that cannot be read, or with another than an earlier row.
         """
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes) or not content:

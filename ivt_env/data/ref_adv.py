@@ -68,9 +68,6 @@ def find(root: Path, name: str) -> Source | None:
     ``image_id`` is ``coco-<number>`` for an image of COCO and ``oi-<name>`` for one of Open
     Images, there are no siblings, and ``meta`` holds ``distractors`` (a whole number),
     ``use_negation``, ``human_authored`` and ``image_source``.
-
-    Raises:
-        DataError: where there are Parquet files in both places.
     """
     folder = root / "refadv"
     if name != "refadv" or not os.path.lexists(folder):

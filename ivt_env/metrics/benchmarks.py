@@ -101,10 +101,6 @@ def score(
             class stays one of its own and the result says so: then the class averages are not Ref-L4's.
         resamples: bootstrap resamples of each interval; 0 gives no intervals.
         seed: of the intervals.
-
-    Raises:
-        BenchmarkError: for an unknown rule, and a sample that lacks what the rule needs.
-        ValueError: for shapes that do not fit, or no samples.
     """
     if name not in _RULES:
         raise BenchmarkError(f"no rule {name!r}; there are {', '.join(RULES)}")
@@ -235,11 +231,7 @@ RULES = tuple(_RULES)
 
 
 def targets_px(samples: Sequence[Sample]) -> Array:
-    """The target boxes, xyxy in pixels of the original images to 1e-6 px, shape (n, 4).
-
-    Raises:
-        ValueError: for no samples.
-    """
+    """The target boxes, xyxy in pixels of the original images to 1e-6 px, shape (n, 4)."""
     if not samples:
         raise ValueError("no samples to score")
     relative = np.array([s.box for s in samples], dtype=np.float64)
@@ -248,11 +240,7 @@ def targets_px(samples: Sequence[Sample]) -> Array:
 
 
 def overlap(predicted_px: ArrayLike, target_px: ArrayLike) -> Array:
-    """IoU of each prediction with its target, both (n, 4) xyxy in pixels; 0 for an unusable one. (n,).
-
-    Raises:
-        ValueError: for shapes that differ or are not (n, 4).
-    """
+    """IoU of each prediction with its target, both (n, 4) xyxy in pixels; 0 for an unusable one. (n,)."""
     targets = np.asarray(target_px, dtype=np.float64)
     predicted = _checked(predicted_px, targets)
     usable = has_area(predicted)
@@ -266,13 +254,7 @@ def has_area(boxes_xyxy: ArrayLike) -> NDArray[np.bool_]:
 
 
 def hits(overlaps: ArrayLike, threshold: float, *, strict: bool) -> Array:
-    """1.0 where an overlap (n,) counts at ``threshold`` and 0.0 elsewhere, shape (n,).
-
-    Args:
-        overlaps: IoU or GIoU.
-        threshold: a decimal such as 0.55 or ``55 / 100``; these are the same float.
-        strict: whether an overlap equal to the threshold is a miss.
-    """
+    """1.0 where an overlap (n,) counts at ``threshold``, else 0.0; ``strict``: one equal to it does not count."""
     values = np.asarray(overlaps, dtype=np.float64)
     return np.asarray(values > threshold if strict else values >= threshold, dtype=np.float64)
 
