@@ -306,11 +306,7 @@ def test_empty_data_set_folder_is_broken_not_absent(tmp_path):
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        (
-            "refcocg",
-            "train",
-            r"no data set 'refcocg' \(did you mean 'refcoco.?'\?\); there are scenes, photos, ",
-        ),
+        ("refcocg", "train", r"no data set 'refcocg' \(did you mean 'refcoco.?'\?\); there are scenes, photos, "),
         ("RefCOCOg", "train", "did you mean 'refcocog'"),
         ("imagenet", "train", "no data set 'imagenet'; there are"),
         ("refcocog", "tets", r"no split 'tets' \(did you mean 'test'\?\); it has train, val, test"),

@@ -20,15 +20,7 @@ from hypothesis import strategies as st
 
 from ivt_env.data.sample import Sample
 from ivt_env.metrics.benchmarks import score, targets_px
-from ivt_env.metrics.predictions import (
-    FORMATS,
-    FRAMES,
-    LAYOUTS,
-    Matched,
-    PredictionError,
-    match,
-    read_predictions,
-)
+from ivt_env.metrics.predictions import FORMATS, FRAMES, LAYOUTS, Matched, PredictionError, match, read_predictions
 
 SIZE = (427, 640)
 INPUT = (416, 640)
