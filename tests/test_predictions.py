@@ -359,11 +359,6 @@ def test_a_broken_file_names_row_and_remedy(tmp_path: Path) -> None:
         read_predictions(deep, "coco")
 
 
-def test_all_null_boxes_score_zero_without_an_error(tmp_path: Path) -> None:
-    found = matched(save(tmp_path, *answers([None, None])), SAMPLES[:2])
-    assert found.parse_failures == 2 and score("common", found.boxes_px, SAMPLES[:2]).rows[0].value == 0
-
-
 def test_blank_lines_byte_order_marks_and_odd_separators_do_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
     text = '{"sample_id": "ref-0", "box": [100, 100, 200, 200], "text": "a\u2028b"}\r\n\r\n'
