@@ -28,19 +28,8 @@ from typing import Any, TypeGuard
 
 import pyarrow as pa
 
-from ivt_env.data import hub, refcoco
-from ivt_env.data.checked import (
-    BadRowError,
-    BadRows,
-    image_size,
-    integer,
-    parsed,
-    per_sentence,
-    plain_file_name,
-    relative_box,
-    short,
-    text,
-)
+from ivt_env.data import checked, hub, refcoco
+from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
@@ -98,16 +87,16 @@ def _read(files: Mapping[str, Sequence[Path]], remedy: str, bad: BadRows, _folde
     for path, number, held in hub.split_rows(files, bad, _COLUMNS, remedy):
         _refuse_other_convention(held, f"{path}: row {number}", remedy)
         check = bound(_object, held, str(bad.split))
-        yield from per_sentence(bad, f"{number} of {path.name}", held["sentences"], check, bound(_said, held))
+        yield from checked.per_sentence(bad, f"{number} of {path.name}", held["sentences"], check, bound(_said, held))
 
 
 def _said(held: dict[str, Any], _number: int, sentence: Any) -> tuple[str, str]:
-    return f"{held['ref_id']}-{integer(sentence, 'sent_id')}", text(sentence, "sent").strip()
+    return f"{held['ref_id']}-{checked.integer(sentence, 'sent_id')}", checked.text(sentence, "sent").strip()
 
 
 def _object(held: dict[str, Any], split: str) -> Callable[..., Row]:
     """Check a row and the JSON in it; what its sentences share."""
-    ids = {key: integer(held, key) for key in ("ann_id", "ref_id", "image_id", "category_id")}
+    ids = {key: checked.integer(held, key) for key in ("ann_id", "ref_id", "image_id", "category_id")}
     here = f"ref_id {ids['ref_id']}"
     if held["split"] not in _STATED.get(split, (split,)):
         raise BadRowError(f"{here}: says split {short(held['split'])} in a file of {split}")
@@ -123,14 +112,14 @@ def _object(held: dict[str, Any], split: str) -> Callable[..., Row]:
         ("raw_anns", annotation, "category_id", ids["category_id"]),
         ("raw_image_info", image, "id", ids["image_id"]),
     ):
-        if integer(of, key) != expected:
+        if checked.integer(of, key) != expected:
             raise BadRowError(f"{here}: {key} in {which} is {of[key]}, and {expected} in the row itself")
     if not _four_numbers(annotation.get("bbox")):  # the convention of the row's box is then unproved
         raise BadRowError(f"{here}: bbox in raw_anns is {short(annotation.get('bbox'))}, not four finite numbers")
-    file_name = plain_file_name(text(image, "file_name"))
+    file_name = checked.plain_file_name(checked.text(image, "file_name"))
     refcoco.coco_image_id(file_name, ids["image_id"])
-    size = image_size(image)
-    box = relative_box(held["bbox"], size, "xyxy")
+    size = checked.image_size(image)
+    box = checked.relative_box(held["bbox"], size, "xyxy")
     return bound(
         Row, split=split, image_id=f"coco-{ids['image_id']}", file_name=file_name, size=size, box=box, meta=ids
     )
@@ -165,7 +154,7 @@ def _four_numbers(value: Any) -> TypeGuard[list[float]]:
 
 
 def _json(held: dict[str, Any], key: str) -> dict[str, Any]:
-    found = parsed(text(held, key), key)
+    found = checked.parsed(checked.text(held, key), key)
     if not isinstance(found, dict):
         raise BadRowError(f"{key} is {short(found)}, not a JSON object")
     return found

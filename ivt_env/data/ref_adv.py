@@ -23,19 +23,8 @@ from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
-from ivt_env.data import hub
-from ivt_env.data.checked import (
-    BadRowError,
-    BadRows,
-    flag,
-    image_size,
-    integer,
-    plain_file_name,
-    relative_box,
-    short,
-    text,
-    usable,
-)
+from ivt_env.data import checked, hub
+from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
@@ -104,20 +93,20 @@ def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
         counted = ((number, ({"row_idx": total + number} | values)) for number, values in entries)
         number = -1
         for number, values in counted:
-            yield from usable(bad, path.name, [(number, values)], bound(_row, images=images))
+            yield from checked.usable(bad, path.name, [(number, values)], bound(_row, images=images))
         total += number + 1
 
 
 def _row(values: dict[str, Any], images: hub.EmbeddedImages) -> Row:
-    sample_id = str(integer(values, "row_idx"))
-    file_name, source = plain_file_name(text(values, "file_name")), text(values, "image_source")
-    size = image_size(values)
-    box = relative_box(values["solution"], size, "xyxy", "solution")
-    expression = text(values, "normal_caption").strip()
+    sample_id = str(checked.integer(values, "row_idx"))
+    file_name, source = checked.plain_file_name(checked.text(values, "file_name")), checked.text(values, "image_source")
+    size = checked.image_size(values)
+    box = checked.relative_box(values["solution"], size, "xyxy", "solution")
+    expression = checked.text(values, "normal_caption").strip()
     meta = {
         "distractors": _count(values["distractors"]),
-        "use_negation": flag(values, "use_negation"),
-        "human_authored": flag(values, "human_authored"),
+        "use_negation": checked.flag(values, "use_negation"),
+        "human_authored": checked.flag(values, "human_authored"),
         "image_source": source,
     }
     image_id = _image_id(file_name, source)

@@ -24,20 +24,8 @@ from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
-from ivt_env.data.checked import (
-    BadRowError,
-    BadRows,
-    Box,
-    image_size,
-    integer,
-    lists_in,
-    per_sentence,
-    plain_file_name,
-    read_json,
-    relative_box,
-    short,
-    text,
-)
+from ivt_env.data import checked
+from ivt_env.data.checked import BadRowError, BadRows, Box, short
 from ivt_env.data.pickles import read_pickle
 from ivt_env.data.refcoco import IMAGE_FOLDERS, IMAGE_REMEDY, PUBLISHED
 from ivt_env.data.sample import DataError
@@ -115,15 +103,15 @@ class _Instances:
     """``instances.json``: every entry is checked; a bad one is kept as the reason why."""
 
     def __init__(self, path: Path) -> None:
-        content = read_json(path, _REMEDY)
-        lists_in(content, path, ("images", "annotations", "categories"), _REMEDY)
+        content = checked.read_json(path, _REMEDY)
+        checked.lists_in(content, path, ("images", "annotations", "categories"), _REMEDY)
         self.images: dict[int, _Image | str] = {}
         self.annotations: dict[int, _Annotation | str] = {}
         self.categories: dict[int, str] = {}
         self._of_class: dict[tuple[int, int], list[tuple[int, Box]]] = defaultdict(list)
         for entry in content["categories"]:
             with contextlib.suppress(BadRowError):
-                self.categories[integer(entry, "id")] = text(entry, "name")
+                self.categories[checked.integer(entry, "id")] = checked.text(entry, "name")
         unusable = sum(not _keep(self.images, entry, self._image) for entry in content["images"])
         unusable += sum(not _keep(self.annotations, entry, self._annotation) for entry in content["annotations"])
         for ann_id, found in self.annotations.items():
@@ -134,15 +122,15 @@ class _Instances:
 
     @staticmethod
     def _image(entry: dict[str, Any]) -> _Image:
-        return plain_file_name(text(entry, "file_name")), image_size(entry)
+        return checked.plain_file_name(checked.text(entry, "file_name")), checked.image_size(entry)
 
     def _annotation(self, entry: dict[str, Any]) -> _Annotation:
-        image_id = integer(entry, "image_id")
+        image_id = checked.integer(entry, "image_id")
         image = self.images.get(image_id)
         if image is None or isinstance(image, str):
             raise BadRowError(f"image {image_id}: {image or 'not in instances.json'}")
-        box = relative_box(entry.get("bbox"), image[1], "xywh")
-        return image_id, integer(entry, "category_id"), box
+        box = checked.relative_box(entry.get("bbox"), image[1], "xywh")
+        return image_id, checked.integer(entry, "category_id"), box
 
     def siblings(self, ann_id: int, annotation: _Annotation) -> list[Box]:
         """Boxes of the other annotations of the same category in the same image."""
@@ -158,7 +146,7 @@ def _read(refs_path: Path, instances_path: Path, splits: tuple[str, ...], bad: B
     for number, ref in enumerate(refs):
         held = ref if isinstance(ref, dict) else {}
         bad.split = stated if isinstance(stated := held.get("split"), str) and stated in splits else None
-        yield from per_sentence(
+        yield from checked.per_sentence(
             bad, f"{number} of {refs_path.name}", held.get("sentences"), bound(_object, ref, instances, splits),
             bound(_sentence, held),
         )  # fmt: skip
@@ -167,14 +155,14 @@ def _read(refs_path: Path, instances_path: Path, splits: tuple[str, ...], bad: B
 def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callable[..., Row]:
     """Check a ref and its joins; what its sentences share."""
     _exact_keys(ref, _REF_KEYS, "ref")
-    ref_id, ann_id = integer(ref, "ref_id"), integer(ref, "ann_id")
-    image_id, category_id = integer(ref, "image_id"), integer(ref, "category_id")
+    ref_id, ann_id = checked.integer(ref, "ref_id"), checked.integer(ref, "ann_id")
+    image_id, category_id = checked.integer(ref, "image_id"), checked.integer(ref, "category_id")
     here = f"ref_id {ref_id}"
     if ref["split"] not in splits:
         raise BadRowError(f"{here}: split {short(ref['split'])} is none of {', '.join(splits)}")
     if not isinstance(ref["sentences"], list) or not ref["sentences"]:
         raise BadRowError(f"{here}: sentences is {short(ref['sentences'])}, not a list of sentences")
-    stated = [integer(sentence, "sent_id") for sentence in ref["sentences"]]
+    stated = [checked.integer(sentence, "sent_id") for sentence in ref["sentences"]]
     if ref["sent_ids"] != stated:
         raise BadRowError(f"{here}: sent_ids {short(ref['sent_ids'])}, but its sentences have {stated}")
     annotation = instances.annotations.get(ann_id)
@@ -203,13 +191,13 @@ def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callabl
 
 def _sentence(ref: dict[str, Any], _number: int, sentence: Any) -> tuple[str, str]:
     _exact_keys(sentence, _SENTENCE_KEYS, "sentence")
-    return f"{ref['ref_id']}-{integer(sentence, 'sent_id')}", text(sentence, "sent").strip()
+    return f"{ref['ref_id']}-{checked.integer(sentence, 'sent_id')}", checked.text(sentence, "sent").strip()
 
 
 def _keep(into: dict[int, Any], entry: Any, check: Callable[[dict[str, Any]], Any]) -> bool:
     """Store ``check(entry)``, or the reason why not, under the entry's id; False for a bad entry."""
     try:
-        number = integer(entry, "id")
+        number = checked.integer(entry, "id")
     except BadRowError:
         return False
     try:
