@@ -102,9 +102,7 @@ def image_file(image_id: str) -> str:
 
 
 def save_episodes(
-    folder: str | Path,
-    episodes: Sequence[Episode],
-    image_of: Callable[[Episode], ImageArray] | None = None,
+    folder: str | Path, episodes: Sequence[Episode], image_of: Callable[[Episode], ImageArray] | None = None
 ) -> Path:
     """Write ``episodes.jsonl`` and, with ``image_of``, each distinct image; returns the file.
 

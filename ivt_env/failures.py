@@ -77,9 +77,7 @@ if sys.argv[:1] == ["-m"]:  # of `python -m`, until the module is imported that 
 def run(command: Callable[[], object], extra: str = "train") -> int:
     """Run a command and return its exit status; an expected failure becomes one line on standard error.
 
-    Args:
-        command: what to do. An integer that it returns is the exit status; anything else is 0.
-        extra: the installation that has what the command imports, for the remedy where it is missing.
+    An integer that ``command`` returns is the exit status. ``extra`` is the installation that has what it imports.
     """
     with _sigterm_ends_quietly():
         try:
@@ -163,11 +161,7 @@ def reading(
 
 
 def read_json(path: Path, remedy: str = "", kind: type[ValueError] = ReadError) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: of that ``kind``, for a file that is missing or broken or holds something else.
-    """
+    """The JSON object in a file; an error of that ``kind`` where it is missing or broken or holds something else."""
     with reading(path, remedy, kind):
         found = json.loads(path.read_bytes())
         if not isinstance(found, dict):

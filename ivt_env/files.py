@@ -49,10 +49,6 @@ def whole_file(path: str | Path, mode: str = "wb", *, sync: bool = True, **kwarg
         mode: of ``open``; text is UTF-8 and has its newlines as they are.
         sync: false where a power cut may leave the file empty, because whoever reads it notices and makes it again.
         kwargs: for ``open``.
-
-    Raises:
-        FileError: for a target that is not a regular file.
-        OSError: for what cannot be written; it names ``path``, and what was there before still is.
     """
     path = Path(path)
     if "b" not in mode:
@@ -84,18 +80,10 @@ def write_whole(path: str | Path, content: bytes | str, *, sync: bool = True) ->
 
 @contextlib.contextmanager
 def whole_folder(path: str | Path, asked: Mapping[str, Any]) -> Iterator[Path]:
-    """Build a folder beside its place; it gets its name when the block ends without an error.
+    """Build a folder beside its place, which is yielded; it gets its name when the block ends without an error.
 
-    Args:
-        path: of the folder. One that is there is replaced, if it was made here, too.
-        asked: what the folder was asked for; JSON-able, kept in it as ``asked.json``.
-
-    Yields:
-        Where to write.
-
-    Raises:
-        FileError: for a target that is a file, a link or a folder that was not made here.
-        OSError: for what cannot be written; what was there before still is.
+    A folder that is there is replaced if it was made here, too. What it was ``asked`` for (JSON-able) is kept in it as
+    ``asked.json``.
     """
     path = Path(path)
     with naming(path):
@@ -141,11 +129,7 @@ def as_read(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def asked_of(path: str | Path, name: str = ASKED) -> dict[str, Any] | None:
-    """What a folder was asked for; None where it does not say.
-
-    Raises:
-        FileError: where that cannot be read.
-    """
+    """What a folder was asked for; None where it does not say."""
     path = Path(path) / name
     return read_json(path, f"delete {path.parent}, or give another folder", FileError) if path.exists() else None
 
@@ -159,18 +143,7 @@ def first_difference(made: Mapping[str, Any], asked: Mapping[str, Any], may_diff
 def refuse_other(
     path: str | Path, made: Mapping[str, Any], asked: Mapping[str, Any], remedy: str, may_differ: Collection[str] = ()
 ) -> None:
-    """Refuse a folder that was made for something else.
-
-    Args:
-        path: of the folder.
-        made: what it was made for.
-        asked: what is asked for now.
-        remedy: what to do.
-        may_differ: names that do not matter.
-
-    Raises:
-        FileError: names the first option that differs, with both values.
-    """
+    """Refuse a folder made for something else, but for what ``may_differ``; names the first option that differs."""
     if (name := first_difference(made, asked, may_differ)) is not None:
         raise FileError(f"{path} was made with {name} {made.get(name)!r}, not {as_read(asked)[name]!r}: {remedy}")
 
@@ -179,10 +152,8 @@ def refuse_other(
 def lock_folder(path: str | Path) -> Iterator[None]:
     """Work in a folder alone. A process that ends, however it does, holds no lock any more.
 
-    What killed processes left half-written in the folder is removed.
-
-    Raises:
-        FileError: where somebody works there, this process included; says which process.
+    What killed processes left half-written in the folder is removed. FileError where somebody works there, this process
+    included.
     """
     folder = Path(path)
     _check_target(folder, stat.S_ISDIR, follow=True)

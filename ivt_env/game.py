@@ -40,12 +40,7 @@ class Game:
     def __init__(
         self, sample: Sample, reward: RewardConfig, max_steps: int, initial_box: ArrayLike | None = None
     ) -> None:
-        """Begin.
-
-        Raises:
-            DataError: for a sample that cannot be played.
-            ValueError: for an ``initial_box`` that is no usable box.
-        """
+        """Begin; DataError for a sample that cannot be played, ValueError for an ``initial_box`` that is no box."""
         if why := unplayable(sample):
             raise DataError(f"{sample.dataset}/{sample.split} {sample.sample_id}: {why}")
         self.box = None if initial_box is None else _float32(initial_box)
@@ -76,15 +71,7 @@ class Game:
         return self.terminated or self.truncated
 
     def act(self, box: ArrayLike, stop: bool) -> tuple[float, str | None]:
-        """Apply one action.
-
-        Args:
-            box: (4,) xyxy relative; ignored when ``stop``.
-            stop: end the episode with the current box.
-
-        Returns:
-            The reward, and why the proposal was refused (None if it was not).
-        """
+        """Apply one action, a ``box`` (4,) or a stop. Gives the reward, and why the box was refused."""
         if self.over:
             raise RuntimeError("the episode is over; call reset()")
         config, before, why = self.reward_config, self.phi, None

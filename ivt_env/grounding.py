@@ -171,13 +171,7 @@ class Grounding:
         initial_box: list[float] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        """See ``GroundingEnv``.
-
-        Raises:
-            ValueError: for an option that is not known or out of range.
-            DataError: for an unknown data set or split, or broken data.
-            DataMissingError: with ``strict``, where the data set is not on this machine.
-        """
+        """See ``GroundingEnv``; ValueError for an option that is not known or out of range."""
         if not isinstance(max_steps, int) or max_steps < 1:
             raise ValueError(f"max_steps {max_steps!r}: give an integer of at least 1")
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:

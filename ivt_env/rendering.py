@@ -101,14 +101,9 @@ def size_on_canvas(size: Sequence[int], side: int) -> tuple[int, int]:
 
 
 def place_on_canvas(image: ImageArray, side: int) -> tuple[ImageArray, tuple[int, int]]:
-    """The image at the top left of a black canvas.
+    """The image (height, width, 3) at the top left of a black canvas (S, S, 3), and its extent (height, width) there.
 
-    Args:
-        image: RGB (height, width, 3); scaled down to fit if larger than the canvas, never enlarged.
-        side: S, the canvas's side in pixels.
-
-    Returns:
-        canvas (S, S, 3) and the extent (height, width) of the image on it.
+    It is scaled down to fit if it is larger than the canvas of ``side`` S, and never enlarged.
     """
     height, width = size_on_canvas(image.shape[:2], side)
     if (height, width) != image.shape[:2]:

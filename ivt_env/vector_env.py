@@ -17,15 +17,7 @@ from numpy.typing import NDArray
 from ivt_env.batches import Batch
 from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.game import Game
-from ivt_env.grounding import (
-    DTYPES,
-    LiveEpisode,
-    Loaded,
-    Observation,
-    action_space,
-    observation_space,
-    take_options,
-)
+from ivt_env.grounding import DTYPES, LiveEpisode, Loaded, Observation, action_space, observation_space, take_options
 from ivt_env.states import Stateful
 
 

@@ -13,7 +13,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from file_server import server  # noqa: F401  (a fixture of several test files)
 
-from ivt_env import files
+from ivt_env import data, files
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,14 @@ def no_number_format_left_by_another_test():
     """accelerate keeps one number format a process: a test must not depend on which tests ran before it."""
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def private_machine(tmp_path, monkeypatch):
+    """The test sees and fills no data and cache folders of whoever runs it, and is warned as in a new process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.delenv("IVT_DATA", raising=False)
+    monkeypatch.setattr(data, "_warned", set())
 
 
 @pytest.fixture

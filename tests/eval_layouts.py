@@ -22,35 +22,20 @@ PHOTOS = Path(__file__).resolve().parent.parent / "ivt_env" / "assets" / "photos
 EXPRESSIONS = ("the ‘näive’ café 猫 🐈", "الكرسي على اليسار", "the red mug, left of the plate")
 
 REF_L4 = pa.schema(
-    [
-        ("id", pa.int64()),
-        ("caption", pa.string()),
-        ("bbox", pa.list_(pa.float64())),
-        ("bbox_area", pa.float64()),
-        ("bbox_id", pa.string()),
-        ("ori_category_id", pa.string()),
-        ("image_id", pa.string()),
-        ("height", pa.int64()),
-        ("width", pa.int64()),
-        ("file_name", pa.string()),
-        ("is_rewrite", pa.bool_()),
-        ("split", pa.string()),
-    ]
-)
+    {
+        "id": pa.int64(), "caption": pa.string(), "bbox": pa.list_(pa.float64()), "bbox_area": pa.float64(),
+        "bbox_id": pa.string(), "ori_category_id": pa.string(), "image_id": pa.string(), "height": pa.int64(),
+        "width": pa.int64(), "file_name": pa.string(), "is_rewrite": pa.bool_(), "split": pa.string(),
+    }
+)  # fmt: skip
 REF_ADV = pa.schema(
-    [
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("file_name", pa.string()),
-        ("normal_caption", pa.string()),
-        ("solution", pa.list_(pa.float64())),
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-        ("image_source", pa.string()),
-        ("human_authored", pa.bool_()),
-        ("use_negation", pa.bool_()),
-        ("distractors", pa.string()),
-    ]
-)
+    {
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "file_name": pa.string(),
+        "normal_caption": pa.string(), "solution": pa.list_(pa.float64()), "width": pa.int64(), "height": pa.int64(),
+        "image_source": pa.string(), "human_authored": pa.bool_(), "use_negation": pa.bool_(),
+        "distractors": pa.string(),
+    }
+)  # fmt: skip
 
 
 def photo_rows() -> list[dict[str, Any]]:

@@ -103,12 +103,13 @@ class Server:
             return
         if isinstance(fault, tuple):
             content = content[: fault[1]]
+        self.sent[handler.path] += len(content)  # before the client can have it all and look
         try:
             handler.wfile.write(content)
             handler.wfile.flush()
         except ConnectionError:
-            return  # the client has what it wants
-        self.sent[handler.path] += len(content)
+            self.sent[handler.path] -= len(content)  # the client has what it wants
+            return
         if isinstance(fault, tuple) and fault[0] == "stall":
             self.ending.wait(5)
 

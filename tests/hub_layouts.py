@@ -29,51 +29,22 @@ from ivt_env.data.table import Table, open_table
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: "
 EXIF_ORIENTATION = 0x0112
 
-# Columns and Arrow types as the Hub's files have them.
+# Columns and Arrow types as the Hub's files have them, without most of those that are not read.
+_SENTENCE = pa.struct({"raw": pa.string(), "sent": pa.string(), "sent_id": pa.int64()})
 JXU124_SCHEMA = pa.schema(
-    [
-        ("sent_ids", pa.list_(pa.int64())),
-        ("file_name", pa.string()),
-        ("ann_id", pa.int64()),
-        ("ref_id", pa.int64()),
-        ("image_id", pa.int64()),
-        ("split", pa.string()),
-        (
-            "sentences",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("raw", pa.string()),
-                        ("sent", pa.string()),
-                        ("sent_id", pa.int64()),
-                        ("tokens", pa.list_(pa.string())),
-                    ]
-                )
-            ),
-        ),
-        ("category_id", pa.int64()),
-        ("raw_anns", pa.string()),
-        ("raw_image_info", pa.string()),
-        ("raw_sentences", pa.string()),
-        ("image_path", pa.string()),
-        ("bbox", pa.list_(pa.float64())),
-        ("captions", pa.list_(pa.string())),
-        ("global_image_id", pa.string()),
-        ("anns_id", pa.string()),
-    ]
-)
+    {
+        "sent_ids": pa.list_(pa.int64()), "file_name": pa.string(), "ann_id": pa.int64(), "ref_id": pa.int64(),
+        "image_id": pa.int64(), "split": pa.string(), "sentences": pa.list_(_SENTENCE), "category_id": pa.int64(),
+        "raw_anns": pa.string(), "raw_image_info": pa.string(), "bbox": pa.list_(pa.float64()),
+    }
+)  # fmt: skip
 LMMS_SCHEMA = pa.schema(
-    [
-        ("question_id", pa.string()),
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("question", pa.string()),
-        ("answer", pa.list_(pa.string())),
-        ("segmentation", pa.list_(pa.float32())),
-        ("bbox", pa.list_(pa.float32())),
-        ("iscrowd", pa.int8()),
-        ("file_name", pa.string()),
-    ]
-)
+    {
+        "question_id": pa.string(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "question": pa.string(), "answer": pa.list_(pa.string()), "bbox": pa.list_(pa.float32()),
+        "file_name": pa.string(),
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -215,6 +186,9 @@ class Hub:
     schema: Any = None
     """Of the Parquet files."""
 
+    def __post_init__(self) -> None:
+        self.save()
+
     def save(self) -> None:
         """Write every file as it is now."""
         self.write(self)
@@ -295,39 +269,24 @@ def write_jxu124(root: Path, name: str, things: list[Thing]) -> Hub:
                 "ref_id": t.ref_id,
                 "image_id": t.image_id,
                 "split": split,
-                "sentences": [
-                    {"raw": s.upper(), "sent": s, "sent_id": number, "tokens": s.split()} for number, s in t.sentences
-                ],
+                "sentences": [{"raw": s.upper(), "sent": s, "sent_id": number} for number, s in t.sentences],
                 "category_id": t.category_id,
                 "raw_anns": json.dumps(
-                    {
-                        "segmentation": [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], "area": 1.0, "iscrowd": 0,
-                        "image_id": t.image_id, "bbox": list(t.xywh), "category_id": t.category_id, "id": t.ann_id,
-                    }
+                    {"image_id": t.image_id, "bbox": list(t.xywh), "category_id": t.category_id, "id": t.ann_id}
                 ),
                 "raw_image_info": json.dumps(
-                    {
-                        "license": 1, "file_name": t.file_name, "coco_url": "", "height": t.size[0],
-                        "width": t.size[1], "date_captured": "", "flickr_url": "", "id": t.image_id,
-                    }
+                    {"file_name": t.file_name, "height": t.size[0], "width": t.size[1], "id": t.image_id}
                 ),
-                "raw_sentences": json.dumps([{"sent": s} for _, s in t.sentences]),
-                "image_path": f"coco/train2014/{t.file_name}",
                 "bbox": t.xyxy,
-                "captions": [s for _, s in t.sentences],
-                "global_image_id": f"coco.{t.image_id}",
-                "anns_id": str(t.ann_id),
             }
             for t in held
         ]  # fmt: skip
     folder = root / "jxu124" / name / "data"
     prefixes = jxu124.SPLITS[name]
-    hub = Hub(
+    return Hub(
         "jxu124", jxu124, root, name, rows, _write_parquet,
         lambda split: folder / f"{prefixes[split]}-00000-of-00001-94431d5f4bd5b93f.parquet", JXU124_SCHEMA,
     )  # fmt: skip
-    hub.save()
-    return hub
 
 
 def write_lmms(root: Path, name: str, things: list[Thing]) -> Hub:
@@ -339,9 +298,7 @@ def write_lmms(root: Path, name: str, things: list[Thing]) -> Hub:
                 "image": {"bytes": t.image, "path": t.file_name},
                 "question": "Please carefully observe the area circled in the image and come up with a caption.",
                 "answer": [s for _, s in t.sentences],
-                "segmentation": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
                 "bbox": list(t.xywh),
-                "iscrowd": 0,
                 # The end is the annotation in RefCOCOg, and a small running number in the other two.
                 "file_name": f"COCO_train2014_{t.image_id:012d}_{t.ann_id if name == 'refcocog' else running}.jpg",
             }
@@ -350,51 +307,49 @@ def write_lmms(root: Path, name: str, things: list[Thing]) -> Hub:
         for split, held in _by_split(things).items()
     }
     folder = root / "lmms" / lmms.FOLDERS[name] / "data"
-    hub = Hub(
+    return Hub(
         "lmms", lmms, root, name, rows, _write_parquet,
         lambda split: folder / f"{split}-00000-of-00001.parquet", LMMS_SCHEMA,
     )  # fmt: skip
-    hub.save()
-    return hub
 
 
-def _write_json(hub: Hub) -> None:
+def _write_text(hub: Hub) -> None:
+    """JSON, or JSON lines."""
     for split, content in hub.rows.items():
         path = hub.path_of(split)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content), encoding="utf-8")
+        if path.suffix == ".jsonl":
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        else:
+            text = json.dumps(content)
+        path.write_text(text, encoding="utf-8")
 
 
 def write_mdetr(root: Path, name: str, things: list[Thing]) -> Hub:
     """``mdetr/finetune_<set>_<split>.json``; one image entry and one annotation per expression."""
     rows: dict[str, Any] = {}
-    categories = [
-        {"supercategory": "", "id": number, "name": label}
-        for number, label in {t.category_id: t.category for t in things}.items()
-    ]
+    names = {t.category_id: t.category for t in things}
+    categories = [{"id": number, "name": label} for number, label in names.items()]
     for split, held in _by_split(things).items():
-        content: dict[str, Any] = {"info": {}, "licenses": [], "images": [], "annotations": []}
+        content: dict[str, Any] = {"images": [], "annotations": []}
         for running, (t, sentence) in enumerate(_expressions(held)):
             content["images"].append(
                 {
                     "file_name": t.file_name, "height": t.size[0], "width": t.size[1], "id": running,
                     "original_id": t.image_id, "caption": sentence, "dataset_name": mdetr.LABELS[name],
-                    "tokens_negative": [[0, len(sentence)]],
                 }
             )  # fmt: skip
             content["annotations"].append(
                 {
-                    "area": 1.0, "iscrowd": 0, "image_id": running, "category_id": t.category_id, "id": running,
-                    "bbox": list(t.xywh), "original_id": t.ann_id, "tokens_positive": [[0, len(sentence)]],
+                    "image_id": running, "category_id": t.category_id, "id": running, "bbox": list(t.xywh),
+                    "original_id": t.ann_id,
                 }
             )  # fmt: skip
         rows[split] = content | {"categories": categories}
-    hub = Hub(
-        "mdetr", mdetr, root, name, rows, _write_json,
+    return Hub(
+        "mdetr", mdetr, root, name, rows, _write_text,
         lambda split: root / "mdetr" / f"finetune_{mdetr.LABELS[name]}_{split}.json",
     )  # fmt: skip
-    hub.save()
-    return hub
 
 
 def write_vlm_r1(root: Path, name: str, things: list[Thing]) -> Hub:
@@ -406,28 +361,18 @@ def write_vlm_r1(root: Path, name: str, things: list[Thing]) -> Hub:
             x1, y1, x2, y2 = t.xyxy
             rows[split].append(
                 {
-                    "height": t.size[0], "width": t.size[1], "id": running, "original_id": t.ann_id,
-                    "dataset_name": mdetr.LABELS[name], "area": 1.0, "iscrowd": 0, "image_id": running,
-                    "category_id": t.category_id, "bbox_list": [[x1, y1, x2 - 1, y2 - 1]], "text_type": "caption",
-                    "image": f"train2014/{t.file_name}", "problem": f"{PROMPT}{sentence}.",
+                    "height": t.size[0], "width": t.size[1], "original_id": t.ann_id, "image_id": running,
+                    "dataset_name": mdetr.LABELS[name], "category_id": t.category_id,
+                    "bbox_list": [[x1, y1, x2 - 1, y2 - 1]], "image": f"train2014/{t.file_name}",
                     "normal_caption": sentence, "solution": [x1, y1, x2, y2],
                     "normalized_solution": [math.floor(1000 * v) for v in t.relative],
                 }
             )  # fmt: skip
     folder = root / "vlm_r1" / "rec_jsons_processed"
-    hub = Hub(
-        "vlm_r1", vlm_r1, root, name, rows, _write_json,
+    return Hub(
+        "vlm_r1", vlm_r1, root, name, rows, _write_text,
         lambda split: folder / f"{vlm_r1.LABELS[name]}_{split}.json",
     )  # fmt: skip
-    hub.save()
-    return hub
-
-
-def _write_jsonl(hub: Hub) -> None:
-    for split, rows in hub.rows.items():
-        path = hub.path_of(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_vlm_r1_jsonl(root: Path, name: str, things: list[Thing], as_text: bool = False) -> Hub:
@@ -446,12 +391,10 @@ def write_vlm_r1_jsonl(root: Path, name: str, things: list[Thing], as_text: bool
         for running, (t, sentence) in enumerate(_expressions(things))
     ]
     folder = root / "vlm_r1" / "rec_jsons_processed"
-    hub = Hub(
-        "vlm_r1", vlm_r1, root, name, {"train": rows}, _write_jsonl,
+    return Hub(
+        "vlm_r1", vlm_r1, root, name, {"train": rows}, _write_text,
         lambda split: folder / f"{vlm_r1.LABELS[name]}_{split}.jsonl",
     )  # fmt: skip
-    hub.save()
-    return hub
 
 
 def same_objects(found: list[Sample], expected: list[Sample], shared_meta: tuple[str, ...]) -> None:

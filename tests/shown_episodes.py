@@ -96,14 +96,7 @@ def made_up_episodes(seed: int = 0) -> list[Episode]:
     long = "the cup " + "that stands on the saucer which lies on the table " * 30 + "and" + "n" * 300 + "d"
     refused = play(cup, [shifted(cup, 0.05, 0.0)], sample_id="refused", expression="the cup, refused once")
     refused.steps.append(
-        Step(
-            None,
-            False,
-            refused.steps[0].box,
-            refused.final_iou,
-            0.0,
-            invalid="x2 <= x1: [0.5, 0.1, 0.4, 0.9]",
-        )
+        Step(None, False, refused.steps[0].box, refused.final_iou, 0.0, invalid="x2 <= x1: [0.5, 0.1, 0.4, 0.9]")
     )
     return [
         *made,

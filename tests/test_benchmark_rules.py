@@ -147,10 +147,7 @@ def test_refl4_size_bins_end_at_128_and_256() -> None:
     # The root of w * h, not of either side.
     assert [
         r.n for r in b.score("refl4", [[0, 0, 64, 300]], [sample(0, (0, 0, 50, 320))]).rows if "small" in r.metric
-    ] == [
-        1,
-        1,
-    ]
+    ] == [1, 1]
 
 
 def test_refl4_class_average_weighs_classes_not_samples() -> None:

@@ -23,11 +23,7 @@ from ivt_env.data.converters import CATEGORY_NAME, export, from_coco
 from ivt_env.data.images import read_image
 from ivt_env.data.label_studio import from_label_studio
 
-
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.delenv("IVT_DATA", raising=False)
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 def samples(folder, split="train"):

@@ -31,11 +31,7 @@ FRAMES = ("px", "relative", "thousandths")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "data" / "custom.md"
 
 
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.delenv("IVT_DATA", raising=False)
-    monkeypatch.setattr(data, "_warned", set())
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 @pytest.fixture
@@ -294,26 +290,18 @@ def test_other_names_are_not(name):
     ("values", "said"),
     [
         ({"bbox": [20, 10, 10, 12]}, r"corners in the wrong order or no area; it would fit as xywh"),
-        ({"bbox": [5, 6, 5, 25]}, "wrong order or no area"),
         ({"bbox": [5, 6, 90, 25]}, "leaves the image, which is 40 wide and 30 high"),
         ({"bbox": [5, 6, 25, 39]}, "are width and height swapped?"),
         ({"bbox": [0.1, 0.2, 0.5, 0.9]}, "it would fit as 'relative': is the declared frame wrong?"),
         ({"bbox": [100, 200, 500, 900]}, "it would fit as 'thousandths'"),
-        ({"bbox": "5 6 20 25"}, "is not four numbers"),
-        ({"bbox": [5, 6, 20, True]}, "is not four finite numbers"),
         ({"bbox": [5, 6, 20, 1e999]}, "Infinity is no JSON number"),
         ({"bbox": [float("nan"), 6, 20, 25]}, "NaN is no JSON number"),
         ({"siblings": [[5, 6, 20, 25], [9, 9, 2, 2]]}, r"siblings[1] [9, 9, 2, 2]"),
         ({"siblings": 5}, "siblings is 5, not a list of boxes"),
         ({"image": "../a.jpg"}, "is not a path inside the folder"),
-        ({"image": "/etc/passwd"}, "is not a path inside the folder"),
-        ({"image": "C:\\a.jpg"}, "is not a path inside the folder"),
         ({"image": "b.jpg"}, "image 'b.jpg': no such image, neither"),
-        ({"image": 5}, "image is 5, not a text"),
         ({"expression": "  "}, "expression is '  ', not a text"),
-        ({"expression": "\ud800"}, "not valid Unicode"),
         ({"width": 40}, "height is None"),
-        ({"width": 0, "height": 30}, "height 30 and width 0 are not an image's"),
         ({"box": [1, 2, 3, 4]}, "unknown key 'box' (did you mean 'bbox'?)"),
         ({"meta": [1]}, "meta is [1], not a JSON object"),
         ({"meta": {"a": "\ud800"}}, "not valid Unicode"),

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import io
 import logging
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from eval_layouts import bomb_bytes
 from PIL import Image
 
 from ivt_env.data import images
@@ -215,21 +214,11 @@ def test_missing_file_is_named_with_a_remedy(tmp_path):
         read_image(tmp_path / "no.jpg", "no.jpg")
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header claims any size."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [8001, 10_000, 60_000])
 def test_oversized_image_is_refused_before_it_is_decoded(side):
     with pytest.raises(DataError, match=r"bomb\.png: image refused because it is too large .*scale it down"):
-        read_image(bomb(side, side), "bomb.png")
+        read_image(bomb_bytes(side, side), "bomb.png")
 
 
 def test_limit_is_on_pixels_and_inclusive(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import ivt_env.data.photos as module
-from ivt_env.data import Dataset, load_dataset, splits
+from ivt_env.data import Dataset, load_dataset
 from ivt_env.data.photos import SPLITS, Photos
 from ivt_env.data.sample import DataError
 
@@ -36,10 +36,6 @@ def test_every_split_serves_all_16_samples_under_its_own_name(split):
     assert {s.split for s in samples} == {split}
     assert {s.dataset for s in samples} == {"photos"}
     assert [s.expression for s in samples] == [row["expression"] for row in ROWS]
-
-
-def test_splits_are_the_documented_ones():
-    assert splits("photos") == ("train", "val", "test", "all")
 
 
 def test_sample_ids_are_unique_and_images_are_five():
@@ -90,11 +86,6 @@ def test_shared_image_cannot_be_drawn_on():
 def test_index_outside_the_range_is_an_index_error(index):
     with pytest.raises(IndexError, match=f"there is no sample {index}"):
         Photos()[index]
-
-
-def test_unknown_split_lists_the_valid_ones():
-    with pytest.raises(DataError, match="'testA'; it has train, val, test, all"):
-        Photos("testA")
 
 
 def test_sample_of_another_data_set_has_no_image_here():

@@ -15,18 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from geometry import to_pixels
-from PIL import Image
-from refer_layout import PHOTOS, python2_pickle, write_refer_folder
+from refer_layout import write_refer_folder
 
-from ivt_env.data import DataError, Dataset, load_dataset
+from ivt_env.data import DataError, Dataset
 from ivt_env.data import refer as module
 from ivt_env.data.table import Table, open_table
 
-
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    """No test may see or fill the cache folder of whoever runs it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 @pytest.fixture
@@ -128,15 +123,6 @@ def test_google_partition_may_share_images_and_is_named_so(tmp_path):
 # --- Images -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", module.IMAGE_FOLDERS)
-def test_images_are_found_in_every_documented_place(tmp_path, place):
-    layout = write_refer_folder(tmp_path, images=place)
-    dataset = opened(tmp_path)
-    photo = layout.known[dataset[0].sample_id]["photo"]
-    with Image.open(PHOTOS / photo) as image:
-        assert np.array_equal(dataset.image(dataset[0]), np.asarray(image))
-
-
 def test_missing_images_are_named_with_the_archive_that_holds_them(layout):
     layout.image_of(layout.refs[0]).unlink()
     dataset = opened(layout.root)
@@ -145,19 +131,6 @@ def test_missing_images_are_named_with_the_archive_that_holds_them(layout):
     layout.images.rename(layout.root / "elsewhere")
     with pytest.raises(DataError, match="refcocog is here but its images are not.*; unpack COCO's train2014.zip"):
         opened(layout.root)
-
-
-def test_exif_rotation_does_not_move_a_image_under_its_boxes(layout):
-    """The boxes refer to the annotated 600x400; a rotation note would give 400x600."""
-    ref = next(r for r in layout.refs if layout.annotated_image(r)["width"] == 600)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    with Image.open(layout.image_of(ref)) as image:
-        pixels = np.asarray(image)
-    Image.fromarray(pixels).save(layout.image_of(ref), "PNG", exif=exif)
-    dataset = opened(layout.root)
-    sample = next(s for s in samples_of(dataset) if s.meta["ref_id"] == ref["ref_id"])
-    assert np.array_equal(dataset.image(sample), pixels)
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -179,20 +152,6 @@ def test_tampered_refs_file_is_refused_unread_and_leaves_no_index(layout, tmp_pa
         opened(layout.root)
     assert not (tmp_path / "was-run").exists()
     assert not list(layout.folder.rglob("*.arrow"))
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "latin1"])
-def test_refs_file_of_python_2_is_read_with_its_accents(layout, encoding):
-    layout.refs[0]["sentences"][0]["sent"] = "the café at the left"
-    layout.refs_path.write_bytes(python2_pickle(layout.refs, encoding))
-    assert opened(layout.root)[0].expression == "the café at the left"
-
-
-@pytest.mark.parametrize("cut", [0, 1, 50, 2000])
-def test_truncated_refs_file_is_an_error_that_names_it(layout, cut):
-    layout.refs_path.write_bytes(layout.refs_path.read_bytes()[:cut])
-    with pytest.raises(DataError, match=r"refs\(umd\)\.p: not a whole pickle .*unpack the data set again"):
-        opened(layout.root)
 
 
 @pytest.mark.parametrize("value", [{}, [], "refs", 7, None])
@@ -290,14 +249,7 @@ def recursive_sent_ids(layout, ref):
 
 DAMAGES = {
     "zero width": (set_bbox([10, 10, 0, 5]), "has no area"),
-    "zero height": (set_bbox([10, 10, 5, 0.0]), "has no area"),
-    "negative width": (set_bbox([10, 10, -5, 5]), "has no area"),
     "NaN": (set_bbox([10, float("nan"), 5, 5]), "not four finite numbers"),
-    "infinite": (set_bbox([10, 10, float("inf"), 5]), "not four finite numbers"),
-    "huge integer": (set_bbox([10, 10, 10**400, 5]), "not four finite numbers"),
-    "three numbers": (set_bbox([10, 10, 5]), "not four numbers"),
-    "text in bbox": (set_bbox([10, 10, "5", 5]), "not four finite numbers"),
-    "true in bbox": (set_bbox([10, 10, True, 5]), "not four finite numbers"),
     "no bbox": (set_bbox(None), "not four numbers"),
     "no annotation": (remove_annotation, "annotation .* not in instances.json"),
     "no image": (remove_image, "image .* not in instances.json"),
@@ -305,25 +257,17 @@ DAMAGES = {
     "wrong image id": (set_ref("image_id", 581857), "says image 581857"),
     "wrong category id": (set_ref("category_id", 1), "category 1"),
     "unknown split": (set_ref("split", "trian"), "split 'trian' is none of train, val, test"),
-    "split is a list": (set_ref("split", ["train"]), "is none of train, val, test"),
     "missing ref key": (drop("ref", "file_name"), r"keys missing: \['file_name'\]"),
-    "extra ref key": (set_ref("box", 1), "unknown: .*box"),
-    "missing sentence key": (drop("sentence", "raw"), r"keys missing: \['raw'\]"),
     "extra sentence key": (set_sentence("score", 1), "unknown: .*score"),
     "sent_ids disagree": (set_ref("sent_ids", [77]), r"sent_ids \[77\], but its sentences have"),
     "sent_ids hold themselves": (recursive_sent_ids, "but its sentences have"),
     "no sentence": (set_ref("sentences", []), "not a list of sentences"),
     "sentence is text": (set_ref("sentences", ["a cat"]), "sent_id is None"),
     "blank expression": (set_sentence("sent", "  "), "sent is .*not a text"),
-    "expression is a number": (set_sentence("sent", 3), "sent is 3, not a text"),
-    "half a character": (set_sentence("sent", "a \udcff cat"), "not valid Unicode"),
-    "id is true": (set_ref("ref_id", True), "ref_id is True"),
     "id is text": (set_ref("ann_id", "5"), "ann_id is '5'"),
-    "id too large": (set_ref("ann_id", 2**63), "ann_id is 9223372036854775808"),
     "duplicate": (lambda layout, ref: layout.refs.append(ref), "occurs twice"),
     "not a dict": (lambda layout, ref: layout.refs.append([1]), "a ref is a dict"),
     "path as file name": (set_image(file_name="../../secret.jpg"), "not the plain name"),
-    "windows path as file name": (set_image(file_name="..\\secret.jpg"), "not the plain name"),
     "empty image": (set_image(height=0), "are not an image's"),
 }
 
@@ -354,8 +298,3 @@ def test_refs_whose_annotations_are_bad_count_against_the_limit_with_every_sente
         DataError, match=rf"refs\(umd\)\.p.*: {total} of {total} rows are unusable .*first: row 0 of refs"
     ):
         opened(layout.root)
-
-
-def load(layout, split):
-    dataset = load_dataset("refcocog", split, layout.root)
-    return [dataset[index] for index in range(len(dataset))]

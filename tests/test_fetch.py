@@ -128,14 +128,6 @@ def test_a_partial_file_that_is_too_long_is_started_again(server, tmp_path):
     assert "Range" not in server.requests("/b")[0]
 
 
-def test_a_damaged_tag_of_a_partial_file_only_cost_time(server, tmp_path):
-    server.files["/a"] = Served(CONTENT)
-    (tmp_path / "a.partial").write_bytes(b"half")
-    (tmp_path / "a.partial.tag").write_bytes(b"\xff{\0")
-    download(f"{server.url}/a", tmp_path / "a", patience=QUICK)
-    assert (tmp_path / "a").read_bytes() == CONTENT
-
-
 def test_a_server_without_content_length_is_believed_only_with_the_known_size(server, tmp_path):
     server.files["/a"] = Served(CONTENT, length=False)
     assert download(f"{server.url}/a", tmp_path / "a", patience=QUICK) == sha256(CONTENT)
@@ -160,12 +152,6 @@ def test_a_redirect_keeps_the_range_and_leads_nowhere_else(server, tmp_path):
 
 
 # --- What cannot be had ---------------------------------------------------------------------------
-
-
-def test_two_errors_of_the_server_are_outlived(server, tmp_path):
-    server.files["/a"] = Served(CONTENT, faults=[500, 500])
-    download(f"{server.url}/a", tmp_path / "a", patience=QUICK)
-    assert len(server.log) == 3
 
 
 def test_waits_double_and_heed_the_server(server, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ are replaced by something that works, or ``import ivt_env`` takes seconds.
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 import subprocess
 import sys
@@ -17,8 +16,9 @@ from types import SimpleNamespace
 
 import hub_layouts
 import pytest
+from eval_layouts import PHOTOS, photo_rows, write_custom
 from made_up_source import write_made_up
-from refer_layout import PHOTOS, write_refer_folder
+from refer_layout import write_refer_folder
 
 import ivt_env.data as data
 from ivt_env.data import DataError, DataMissingError, DatasetFallbackWarning, load_dataset
@@ -27,12 +27,7 @@ REAL = tuple(name for name in data.NAMES if name not in ("scenes", "photos"))
 REFER = ("refcocog", "refcoco", "refcocoplus")
 
 
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    """No test may see or fill the data and cache folders of whoever runs it, and each warns anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.delenv("IVT_DATA", raising=False)
-    monkeypatch.setattr(data, "_warned", set())
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 @pytest.fixture
@@ -40,15 +35,13 @@ def layout(tmp_path):
     return write_refer_folder(tmp_path / "root")
 
 
-def write_custom(root: Path, splits: tuple[str, ...]) -> None:
-    root.mkdir()
-    declared = {"name": "my-photos", "box": "xyxy", "frame": "px"}
-    (root / "dataset.json").write_text(json.dumps(declared), encoding="utf-8")
-    row = json.loads((PHOTOS / "annotations.jsonl").read_text("utf-8").splitlines()[0])
+def write_own(root: Path, splits: tuple[str, ...]) -> None:
+    """A data set of one's own, with one photograph in each split."""
+    row = photo_rows()[0]
     for number, split in enumerate(splits):
-        shutil.copyfile(PHOTOS / row["image"], root / f"{number}.jpg")
         line = {"image": f"{number}.jpg", "expression": f"{row['expression']} {split}", "bbox": row["bbox"]}
-        (root / f"{split}.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+        write_custom(root, [line], split)
+        shutil.copyfile(PHOTOS / row["image"], root / line["image"])
 
 
 # --- Where it looks -------------------------------------------------------------------------------
@@ -123,12 +116,12 @@ def test_data_that_are_there_are_served_without_a_warning(tmp_path, name):
 
 
 def test_data_set_of_ones_own_is_served_from_its_own_folder_under_its_own_name(tmp_path):
-    write_custom(tmp_path / "mine", ("train", "val", "test"))
+    write_own(tmp_path / "mine", ("train", "val", "test"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for split in ("train", "val", "test"):
             dataset = load_dataset("custom", split, data_root=tmp_path / "mine", strict=True)
-            assert dataset.name == dataset[0].dataset == "my-photos"
+            assert dataset.name == dataset[0].dataset == "my-set"
             assert dataset[0].expression.endswith(split)
             assert dataset.image(dataset[0]).shape == (*dataset[0].size, 3)
 
@@ -261,7 +254,7 @@ def test_nothing_takes_the_place_of_a_data_set_of_ones_own(tmp_path, strict):
     with pytest.raises(DataMissingError, match=r"dataset\.json and SPLIT\.jsonl") as caught:
         load_dataset("custom", "val", data_root=tmp_path / "mine", strict=strict)
     assert str(tmp_path / "mine") in str(caught.value)
-    write_custom(tmp_path / "mine", ("train",))
+    write_own(tmp_path / "mine", ("train",))
     with pytest.raises(DataMissingError, match="with this split"):
         load_dataset("custom", "val", data_root=tmp_path / "mine", strict=strict)
 
@@ -311,11 +304,7 @@ def test_empty_data_set_folder_is_broken_not_absent(tmp_path):
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        (
-            "refcocg",
-            "train",
-            r"no data set 'refcocg' \(did you mean 'refcoco.?'\?\); there are scenes, photos, ",
-        ),
+        ("refcocg", "train", r"no data set 'refcocg' \(did you mean 'refcoco.?'\?\); there are scenes, photos, "),
         ("RefCOCOg", "train", "did you mean 'refcocog'"),
         ("imagenet", "train", "no data set 'imagenet'; there are"),
         ("refcocog", "tets", r"no split 'tets' \(did you mean 'test'\?\); it has train, val, test"),

@@ -13,14 +13,7 @@ import numpy as np
 import pytest
 
 from ivt_env.metrics import statistics as module
-from ivt_env.metrics.statistics import (
-    MIN_CLUSTERS,
-    bootstrap_mean,
-    clustered_se,
-    mcnemar,
-    paired_bootstrap,
-    wilson,
-)
+from ivt_env.metrics.statistics import MIN_CLUSTERS, bootstrap_mean, clustered_se, mcnemar, paired_bootstrap, wilson
 
 
 def correlated(rng: np.random.Generator, clusters: int, mean: float) -> tuple[np.ndarray, list[int]]:

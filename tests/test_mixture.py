@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from made_up_source import write_made_up
 
 from ivt_agents.cli import main
-from ivt_env.data import DataError, DataMissingError, load_dataset, mixture
+from ivt_env.data import DataError, load_dataset, mixture
 from ivt_env.data.mixture import PARTS, SIZES, draw, open_mixture, read_ids
-from ivt_env.data.table import Row, open_table
+from ivt_env.data.table import Row
 
 
 class Fake:
@@ -174,18 +173,6 @@ def test_broken_ids_are_refused_with_the_remedy(tmp_path, content, reason):
     path.write_text(content, "utf-8")
     with pytest.raises(DataError, match=reason + ".*delete it"):
         read_ids(path)
-
-
-def test_absent_parts_are_named(tmp_path):
-    with pytest.raises(DataMissingError, match=r"ivt data fetch refadv"):
-        load_dataset("mixed", "train", tmp_path, strict=True)
-
-
-def test_ids_of_a_table_are_those_of_its_samples(parts):
-    table = open_table(mixture.find_source("refl4", "test", Path()), "test")
-    samples = [table[i] for i in range(len(table))]
-    assert table.sample_ids() == [sample.sample_id for sample in samples]
-    assert table.image_ids() == [sample.image_id for sample in samples]
 
 
 def test_ids_are_kept_where_they_cannot_be_drawn_anew(tmp_path, capsys):

@@ -20,15 +20,7 @@ from hypothesis import strategies as st
 
 from ivt_env.data.sample import Sample
 from ivt_env.metrics.benchmarks import score, targets_px
-from ivt_env.metrics.predictions import (
-    FORMATS,
-    FRAMES,
-    LAYOUTS,
-    Matched,
-    PredictionError,
-    match,
-    read_predictions,
-)
+from ivt_env.metrics.predictions import FORMATS, FRAMES, LAYOUTS, Matched, PredictionError, match, read_predictions
 
 SIZE = (427, 640)
 INPUT = (416, 640)
@@ -365,11 +357,6 @@ def test_a_broken_file_names_row_and_remedy(tmp_path: Path) -> None:
     assert "not a whole JSON array" in refused(deep, **declared)
     with pytest.raises(PredictionError, match="no layout 'coco'"):
         read_predictions(deep, "coco")
-
-
-def test_all_null_boxes_score_zero_without_an_error(tmp_path: Path) -> None:
-    found = matched(save(tmp_path, *answers([None, None])), SAMPLES[:2])
-    assert found.parse_failures == 2 and score("common", found.boxes_px, SAMPLES[:2]).rows[0].value == 0
 
 
 def test_blank_lines_byte_order_marks_and_odd_separators_do_no_harm(tmp_path: Path) -> None:

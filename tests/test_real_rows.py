@@ -64,12 +64,7 @@ def test_four_layouts_agree_on_ids_boxes_and_expressions(real):
         held = {module: table(module, root, split) for module in (refer, jxu124)}
         assert {len(one) for one in held.values()} == {count}
         for a, b in zip(*held.values(), strict=True):
-            assert (a.sample_id, a.image_id, a.expression, a.size) == (
-                b.sample_id,
-                b.image_id,
-                b.expression,
-                b.size,
-            )
+            assert (a.sample_id, a.image_id, a.expression, a.size) == (b.sample_id, b.image_id, b.expression, b.size)
             assert np.allclose(a.box, b.box, rtol=0, atol=1e-9) and a.meta["ann_id"] == b.meta["ann_id"]
         truth |= {(s.image_id, s.expression, s.size): pixels(s) for s in held[refer]}
         assert len(table(mdetr, root, split)) == count
@@ -124,10 +119,7 @@ def test_label_studio_exports(real, tmp_path):
         ("export_yolo", "no object has an expression .*TextArea"),
         ("export_obb", "rotation is 328.* a turned rectangle is no box"),
         ("csv_test", "a review rejected.*lies elsewhere; fetch the images"),
-        (
-            "export_coco",
-            r"no rectangles \(polygonlabels\).*no rectangles \(keypointlabels\).*expression.*: 1",
-        ),
+        ("export_coco", r"no rectangles \(polygonlabels\).*no rectangles \(keypointlabels\).*expression.*: 1"),
     ):
         with pytest.raises(DataError, match=said):
             convert(name)

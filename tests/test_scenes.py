@@ -59,19 +59,10 @@ _SENTENCE = re.compile(
     + r"| marked with a (?P<mark>dot|bar|pipe|plus|cross|hoop))?"
 )
 _DIRECTION = {
-    "leftmost": (0, 1),
-    "rightmost": (0, -1),
-    "topmost": (1, 1),
-    "bottommost": (1, -1),
-    "left": (0, 1),
-    "right": (0, -1),
-    "top": (1, 1),
-    "bottom": (1, -1),
-    "to the left of": (0, 1),
-    "to the right of": (0, -1),
-    "above": (1, 1),
-    "below": (1, -1),
-}
+    "leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1),
+    "left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1),
+    "to the left of": (0, 1), "to the right of": (0, -1), "above": (1, 1), "below": (1, -1),
+}  # fmt: skip
 
 
 def _sides(thing: Thing) -> tuple[float, float]:
@@ -377,15 +368,8 @@ def test_an_index_outside_the_split_is_an_index_error_that_gives_the_length(inde
 
 
 def test_an_unknown_split_is_a_data_error_that_lists_the_splits():
-    for split in (
-        "dev",
-        "val_search_0",
-        "val_search_5",
-        "val_search_49",
-        "val_search_100",
-        "train_asked_20",
-        "a_search",
-    ):
+    unknown = "dev val_search_0 val_search_5 val_search_49 val_search_100 train_asked_20 a_search"
+    for split in unknown.split():
         with pytest.raises(DataError, match=f"'{split}'.*train, val, test, test_distractors, test_small"):
             Scenes(split)
 

@@ -20,11 +20,7 @@ from ivt_env.data import DataError
 from ivt_env.data import table as module
 from ivt_env.data.table import open_table
 
-
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    """No test may see or fill the cache folder of whoever runs it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 @pytest.fixture

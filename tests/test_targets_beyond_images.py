@@ -20,7 +20,7 @@ from refer_layout import write_refer_folder
 
 import ivt_env  # noqa: F401  registers the environments
 from ivt_agents.cli import main
-from ivt_env import boxes, data
+from ivt_env import boxes
 from ivt_env.data import DataError, load_dataset, ref_adv, ref_l4, refer
 from ivt_env.data.converters import export
 from ivt_env.data.table import open_table
@@ -29,11 +29,7 @@ BEYOND = [(-0.75, -0.5, 20.0, 20.0), (-1.0, 3.0, 9.5, 9.0), (-30.0, -7.25, 60.0,
 """xywh in an image of 120 x 80: a little, by a pixel, and far outside."""
 
 
-@pytest.fixture(autouse=True)
-def private_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.delenv("IVT_DATA", raising=False)
-    monkeypatch.setattr(data, "_warned", set())
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 @pytest.fixture

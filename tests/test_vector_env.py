@@ -306,8 +306,7 @@ def test_options_are_given_per_environment_with_none_for_the_default():
 
 
 @pytest.mark.parametrize(
-    ("box", "stop"),
-    [((3, 4), (4,)), ((4, 4), (3,)), ((4,), (4,)), ((4, 5), (4,)), ((4, 4), ()), ((4, 4), (4, 1))],
+    ("box", "stop"), [((3, 4), (4,)), ((4, 4), (3,)), ((4,), (4,)), ((4, 5), (4,)), ((4, 4), ()), ((4, 4), (4, 1))]
 )
 def test_actions_of_a_wrong_shape_are_a_value_error_and_play_nothing(box, stop):
     env = disabled(4)

@@ -16,13 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from shown_episodes import (
-    HOSTILE,
-    SEPARATORS,
-    made_up_episodes,
-    photo_of,
-    play,
-)
+from shown_episodes import HOSTILE, SEPARATORS, made_up_episodes, photo_of, play
 
 import ivt_env
 from ivt_env.data.sample import DataError, ImageArray
@@ -151,12 +145,7 @@ def test_iou_just_below_half_is_not_rounded_up(tmp_path: Path) -> None:
 
 def test_the_page_names_what_was_really_served(tmp_path: Path) -> None:
     box: Box = (0.1, 0.1, 0.5, 0.5)
-    served = [
-        ("scenes", "test", "1"),
-        ("scenes", "test", "2"),
-        ("photos", "all", "1"),
-        ("photos", "all", "1"),
-    ]
+    served = [("scenes", "test", "1"), ("scenes", "test", "2"), ("photos", "all", "1"), ("photos", "all", "1")]
     episodes = [play(box, [box], dataset=d, split=s, sample_id=i) for d, s, i in served]
     page = write_page(tmp_path / "p.html", episodes, photo_of, "t")
     assert "photos / all (1 sample), scenes / test (2 samples)" in page.read_text("utf-8")

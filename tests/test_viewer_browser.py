@@ -20,15 +20,7 @@ import pytest
 from browser import Page, chromium
 from geometry import to_pixels
 from PIL import Image
-from shown_episodes import (
-    HOSTILE,
-    SEPARATORS,
-    made_up_episodes,
-    photo,
-    photo_of,
-    play,
-    shifted,
-)
+from shown_episodes import HOSTILE, SEPARATORS, made_up_episodes, photo, photo_of, play, shifted
 from test_viewer_server import served
 
 from ivt_env.data.sample import DataMissingError, ImageArray
@@ -250,12 +242,7 @@ def test_a_link_leads_back_to_episode_and_step(open_page: Callable[..., Page]) -
     page = open_page(episodes, "#sample=photos-2&step=1")
     assert page.expression() == episodes[2].expression
     assert page.text(".strip button[aria-current] .name") == "Step 1"
-    for nonsense in (
-        "#sample=absent&step=9",
-        "#sample=photos-2&step=99",
-        "#%%%",
-        "#step=NaN&sample=photos-1&copy=x",
-    ):
+    for nonsense in ("#sample=absent&step=9", "#sample=photos-2&step=99", "#%%%", "#step=NaN&sample=photos-1&copy=x"):
         page = open_page(episodes, nonsense)
         assert page.expression() in {e.expression for e in episodes}
 
@@ -267,10 +254,7 @@ def test_an_initial_box_is_shown_as_the_start(open_page: Callable[..., Page]) ->
     assert page.text(".strip button[aria-current] .name") == "Step 0"
     page.press("\ue012")
     assert page.text(".strip button[aria-current] .name") == "Start"
-    origin, extent = (
-        page.rect(".image img")[[0, 1, 0, 1]],
-        np.ptp(page.rect(".image img").reshape(2, 2), axis=0),
-    )
+    origin, extent = (page.rect(".image img")[[0, 1, 0, 1]], np.ptp(page.rect(".image img").reshape(2, 2), axis=0))
     assert episode.initial_box is not None
     np.testing.assert_allclose(
         page.rect("rect.current"), origin + np.tile(extent, 2) * np.array(episode.initial_box), atol=0.75
@@ -305,8 +289,7 @@ def test_a_long_list_stays_fast(
 @pytest.mark.parametrize("width", [1400, 480, 320])
 def test_nothing_runs_over_the_edge(open_page: Callable[..., Page], driver: Any, width: int) -> None:
     driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     )
     episodes = made_up_episodes()
     page = open_page(

@@ -146,27 +146,6 @@ def test_a_page_to_look_at_takes_no_orders(server: LocalServer) -> None:
     assert status == 405 and b"only shows" in body
 
 
-def test_hundreds_of_connections_that_say_nothing_leave_the_server_alive(server: LocalServer) -> None:
-    import socket
-
-    before = threading.active_count()
-    idle = []
-    try:
-        for _ in range(300):
-            idle.append(socket.create_connection(("127.0.0.1", server.server_port), timeout=5))
-        assert threading.active_count() - before <= 70
-    finally:
-        for connection in idle:
-            connection.close()
-    for _ in range(50):
-        try:
-            assert ask(server, "/image/0")[0] == 200
-            return
-        except (ConnectionError, http.client.HTTPException):  # until the closed ones are noticed
-            threading.Event().wait(0.1)
-    pytest.fail("the server did not recover")
-
-
 def test_a_port_that_is_taken_is_one_clear_line(server: LocalServer) -> None:
     for port in (server.server_port, 70_000):
         with pytest.raises(ValueError, match=f"--port {port}: cannot listen"):

@@ -177,11 +177,8 @@ def _convert(args: argparse.Namespace) -> int:
             divided = {s: share for s, share in zip(("train", "val", "test"), args.shares, strict=True) if share}
         keys = {} if args.expression_key is None else {"expression_key": args.expression_key}
         convert = from_coco if args.kind == "coco" else from_label_studio
-        _say(
-            convert(
-                args.source, args.images, args.out, args.name, split=divided, seed=args.seed, copy=args.copy, **keys
-            )
-        )
+        options = {"split": divided, "seed": args.seed, "copy": args.copy, **keys}
+        _say(convert(args.source, args.images, args.out, args.name, **options))
         return 0
     if Path(args.source).suffix and args.source not in NAMES:
         raise DataError(f"{args.source} is a file: say what it is with --from coco or --from label-studio")
@@ -242,9 +239,8 @@ def _show(args: argparse.Namespace) -> int:
     if outside:
         raise DataError(f"--index {outside[0]}: {args.name} {dataset.split} has samples 0 to {len(dataset) - 1}")
     columns = min(args.columns, len(chosen))
-    height, width = (
-        n * size for n, size in zip((-(-len(chosen) // columns), columns), cell_size(args.side), strict=True)
-    )
+    cell_height, cell_width = cell_size(args.side)
+    height, width = -(-len(chosen) // columns) * cell_height, columns * cell_width
     if height * width > _MOST_PIXELS:
         raise DataError(f"a sheet of {width} x {height} pixels is too large; give a smaller --side or fewer samples")
     sheet = Image.fromarray(contact_sheet(dataset, chosen, args.columns, args.side))

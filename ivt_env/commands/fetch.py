@@ -22,8 +22,6 @@ from ivt_env.data import data_folder
 from ivt_env.data.archives import unpack
 from ivt_env.data.catalogue import CATALOGUE, Entry, ImageSource, RemoteFile, entry, hub_files, mirrored
 from ivt_env.data.fetch import (
-    PATIENCE,
-    Patience,
     Progress,
     check_space,
     download,
@@ -81,7 +79,7 @@ def _workers(word: str) -> int:
     return int(word)
 
 
-def _fetch(args: argparse.Namespace, patience: Patience = PATIENCE) -> None:
+def _fetch(args: argparse.Namespace) -> None:
     found = entry(args.name)
     if args.split is not None and args.split not in found.splits:
         raise DataError(f"{found.name} has no split {args.split!r}; it has {', '.join(found.splits)}")
@@ -90,7 +88,7 @@ def _fetch(args: argparse.Namespace, patience: Patience = PATIENCE) -> None:
         raise DataError(f"the images of {found.name} are not served one by one; leave --images out to get them with it")
     root = data_folder(args.data_root)
     print(f"{found.title} ({found.homepage})\nLicence: {found.licence}\n{found.notice}\nInto {root}")
-    on_hub = [file for folder in found.hub for file in hub_files(folder, args.split, args.mirror, patience)]
+    on_hub = [file for folder in found.hub for file in hub_files(folder, args.split, args.mirror)]
     if found.hub and not on_hub:
         raise DataError(f"{', '.join(f.dataset for f in found.hub)}: none holds files of split {args.split!r}")
     wanted = [*found.files, *on_hub]
@@ -98,11 +96,11 @@ def _fetch(args: argparse.Namespace, patience: Patience = PATIENCE) -> None:
         wanted.append(found.images.archive)
     files = [replace(file, url=mirrored(file.url, args.mirror)) for file in wanted]
     absent = [file for file in files if not is_ready(file, root)]
-    _ask([_size(file, root, patience) for file in absent], args.yes)
+    _ask([_size(file, root) for file in absent], args.yes)
     for file in absent:
-        _obtain(file, root, args.keep_archives, patience)
+        _obtain(file, root, args.keep_archives)
     if found.images is not None and how == "single":
-        _obtain_images(found, found.images, root, args, patience)
+        _obtain_images(found, found.images, root, args)
     print(f"{found.name}: complete in {root}" + (" (without images)" if found.images and how == "none" else ""))
 
 
@@ -110,11 +108,7 @@ def _fetch(args: argparse.Namespace, patience: Patience = PATIENCE) -> None:
 
 
 def is_ready(file: RemoteFile, root: Path) -> bool:
-    """Whether a file is where it belongs, whole; an archive: whether it is unpacked.
-
-    Raises:
-        DataError: where a file without published checksum is not the one that was received.
-    """
+    """Whether a file is where it belongs, whole; an archive: whether it is unpacked."""
     if file.unpack_into is None:
         return held_file(root / file.path, file.bytes, file.sha256) is not None
     proven = file.listed_is_all or _unpacked_note(file, root).is_file()
@@ -145,24 +139,20 @@ def _is_complete_elsewhere(images: ImageSource, root: Path) -> bool:
     return must_hold is not None and any(_files_in(root / f) >= must_hold[1] for f in images.folders[1:])
 
 
-def _size(file: RemoteFile, root: Path, patience: Patience) -> int | None:
+def _size(file: RemoteFile, root: Path) -> int | None:
     """Bytes still to come; None where not even the server says."""
     target = root / file.path
     size = file.bytes or file.about_bytes
     if file.unpack_into is not None and target.is_file():
         return 0
     if size is None:
-        size = remote_size(file.url, str(target), patience)
+        size = remote_size(file.url, str(target))
     partial = partial_path(target)
     return None if size is None else max(0, size - (partial.stat().st_size if partial.exists() else 0))
 
 
 def _ask(sizes: Sequence[int | None], agreed: bool) -> None:
-    """Tell the size, and ask before more than 1 GB or an unknown size.
-
-    Raises:
-        ConsentError: where nobody can be asked.
-    """
+    """Tell the size, and ask before more than 1 GB or an unknown size."""
     known = sum(size for size in sizes if size is not None)
     if not known and None not in sizes:
         return
@@ -186,13 +176,13 @@ def _ask(sizes: Sequence[int | None], agreed: bool) -> None:
 # --- Doing it -------------------------------------------------------------------------------------
 
 
-def _obtain(file: RemoteFile, root: Path, keep: bool, patience: Patience) -> None:
+def _obtain(file: RemoteFile, root: Path, keep: bool) -> None:
     """Download a file, and unpack it where it is an archive."""
     target = root / file.path
     with _shown(target.name) as progress:
         sha256 = download(
             file.url, target, size=file.bytes, sha256=file.sha256, space_factor=file.unpack_factor,
-            patience=patience, progress=progress,
+            progress=progress,
         )  # fmt: skip
     checked = "as published" if file.sha256 is not None else "no published one to compare with; noted beside it"
     print(f"{target}: {readable(target.stat().st_size)}, sha256 {sha256} ({checked})")
@@ -217,7 +207,7 @@ def _unpacked_note(file: RemoteFile, root: Path) -> Path:
     return root / f"{file.path}.unpacked"
 
 
-def _obtain_images(found: Entry, images: ImageSource, root: Path, args: argparse.Namespace, patience: Patience) -> None:
+def _obtain_images(found: Entry, images: ImageSource, root: Path, args: argparse.Namespace) -> None:
     """Download the images that the annotations name, one by one."""
     single_url = images.single_url
     assert single_url is not None
@@ -232,17 +222,13 @@ def _obtain_images(found: Entry, images: ImageSource, root: Path, args: argparse
     with _shown("images", "images") as progress:
         downloaded = fetch_images(
             names, folder, lambda name: mirrored(single_url.format(name=name), args.mirror), args.workers,
-            patience=patience, progress=progress,
+            progress=progress,
         )  # fmt: skip
     print(f"{folder}: {downloaded} images downloaded, {len(names) - downloaded} were there")
 
 
 def image_names(name: str, split: str, root: Path) -> list[str]:
-    """The images of COCO train2014 that a split names, sorted; its annotations must be there, its images not.
-
-    Raises:
-        DataError: where the annotations are missing or broken, or name other images.
-    """
+    """The images of COCO train2014 that a split names, sorted; its annotations must be there, its images not."""
     from ivt_env.data.table import open_table
 
     layout = importlib.import_module(f"ivt_env.data.{'refer' if name in _REFER_SETS else name}")

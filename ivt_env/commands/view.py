@@ -93,12 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve(server: object, what: str) -> None:
-    """Serve until Ctrl-C, which is how it is meant to end. The address is the line on standard output.
-
-    Args:
-        server: a ``LocalServer``.
-        what: is served, in words.
-    """
+    """Serve ``what``, in words, until Ctrl-C, which is how it is meant to end; standard output gets the address."""
     from ivt_env.viewer.server import LocalServer
 
     assert isinstance(server, LocalServer)

@@ -67,13 +67,10 @@ class DatasetFallbackWarning(UserWarning):
 
 
 def cache_folder() -> Path:
-    r"""The folder for this package's own files in the user's cache; it need not exist yet.
+    r"""This package's own folder in the user's cache; it need not exist yet.
 
-    ``$XDG_CACHE_HOME/ivt_env`` where that variable holds an absolute path, else
-    ``%LOCALAPPDATA%\ivt_env`` on Windows and ``~/.cache/ivt_env`` elsewhere.
-
-    Raises:
-        DataError: where the user has no home folder, and no variable names another.
+    ``$XDG_CACHE_HOME/ivt_env`` where that is an absolute path, else ``%LOCALAPPDATA%\ivt_env`` on Windows and
+    ``~/.cache/ivt_env`` elsewhere; DataError where the user has no home folder.
     """
     chosen = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(chosen) and sys.platform == "win32":
@@ -90,14 +87,7 @@ def cache_folder() -> Path:
 
 
 def data_folder(data_root: str | os.PathLike[str] | None = None) -> Path:
-    """Where real data sets are looked for; one folder, which need not exist.
-
-    Args:
-        data_root: the folder itself. None: the variable ``IVT_DATA``, else ``data`` in ``cache_folder()``.
-
-    Raises:
-        DataError: for the home folder of a user who has none.
-    """
+    """Where real data sets are looked for: ``data_root``, else the variable ``IVT_DATA``, else the cache."""
     chosen = data_root or os.environ.get("IVT_DATA")
     if not chosen:
         return cache_folder() / "data"
@@ -108,11 +98,7 @@ def data_folder(data_root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def splits(name: str) -> tuple[str, ...]:
-    """The splits of a data set; it need not be on this machine.
-
-    Raises:
-        DataError: for an unknown name.
-    """
+    """The splits of a data set, which need not be on this machine; DataError for an unknown name."""
     if name in _SPLITS:
         return _SPLITS[name]
     # Each imported only when asked for: this package must import fast.
@@ -130,24 +116,17 @@ def splits(name: str) -> tuple[str, ...]:
 def load_dataset(
     name: str, split: str = "train", data_root: str | os.PathLike[str] | None = None, strict: bool = False
 ) -> Dataset:
-    """Open a split of a data set.
+    """Open a split of a data set; ``name`` and ``split`` of the result and of its samples say what is really served.
 
     Args:
         name: one of ``NAMES``.
         split: one of ``splits(name)``.
-        data_root: the folder that holds the real data sets (see ``data_folder``); the embedded
-            ones need none.
-        strict: whether an absent real data set is an error. Otherwise the embedded scenes are
-            served in its place, with one ``DatasetFallbackWarning`` per process and name. Use
-            True for everything whose result will be reported.
-
-    Returns:
-        The data set. Its ``name``, and that of every sample, says what is really served.
+        data_root: the folder that holds the real data sets (see ``data_folder``).
+        strict: whether an absent real data set is an error (``DataMissingError``). Otherwise the embedded scenes are
+            served, with one ``DatasetFallbackWarning`` per process and name. Use True for all that will be reported.
 
     Raises:
-        DataMissingError: with ``strict``, where the data set is not in the folder.
-        DataError: for an unknown name or split, and for data that are there but broken (with or
-            without ``strict``: broken data never fall back).
+        DataError: for an unknown name or split, and for data that are there but broken, which never fall back.
     """
     if name == "scenes":  # whose splits have more names than can be listed
         return _scenes(split)

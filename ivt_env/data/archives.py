@@ -10,10 +10,10 @@ import fnmatch
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import Any
 
 from ivt_env.data.fetch import Progress, check_space, readable
 from ivt_env.data.sample import DataError
@@ -30,39 +30,34 @@ _HEADER_BYTES = 512
 def unpack(
     archive: Path, folder: Path, *, only: Sequence[str] = (), flatten: bool = False, progress: Progress | None = None
 ) -> tuple[int, int]:
-    """Unpack a zip, tar or tar.gz (told by its content) into a folder.
+    """Unpack a zip, tar or tar.gz (told by its content) into a folder; gives how many files and bytes there are now.
 
     Args:
         archive: the file.
         folder: where members go; it is made. The user's own links inside it are followed.
-        only: ``fnmatch`` patterns of the plain file name; members that match none are left out. None means all.
+        only: ``fnmatch`` patterns of the plain file names that are wanted. None means all.
         flatten: drop the members' folders.
         progress: told of unpacked bytes.
 
-    Returns:
-        How many files and bytes there are now.
-
     Raises:
-        DataError: for an archive that is missing, cut off or broken; that holds a member outside its folder, a link,
-            a device or two members for one file; and that is too large for ``RATIO_LIMIT`` or the disk. Names
-            archive, member, remedy.
-        OSError: where the folder cannot be written.
+        DataError: for an archive that is missing or broken, that holds a member outside its folder, a link, a device or
+            two members for one file, or that is too large for ``RATIO_LIMIT`` or the disk.
     """
     members: dict[Path, tuple[int, Any]] = {}
     judged = 0
-    with _reading(archive), _opened(archive) as (infos, _):
+    with _reading(archive), _opened(archive) as opened:
         limit = RATIO_LIMIT * archive.stat().st_size + _ALWAYS_ALLOWED_BYTES
-        for name, size, info in infos:
-            parts = _safe_parts(name, info)
+        for info in opened.infolist() if isinstance(opened, zipfile.ZipFile) else opened:
+            name, size, is_folder = _judged(info)
             judged += size + _HEADER_BYTES
             if size < 0 or judged > limit:
                 raise ValueError(
                     f"at its member {name!r} it has grown to {readable(judged)}, the limit is {limit} bytes"
                 )
-            if name.endswith("/") or not parts or parts[0] == "__MACOSX":  # what the Finder adds about each file
-                continue
+            parts = PurePosixPath(name).parts
             target = folder.joinpath(*(parts[-1:] if flatten else parts))
-            if only and not any(fnmatch.fnmatchcase(target.name, pattern) for pattern in only):
+            # __MACOSX is what the Finder adds about each file.
+            if is_folder or parts[0] == "__MACOSX" or not any(fnmatch.fnmatchcase(parts[-1], p) for p in only or "*"):
                 continue
             if target in members:
                 raise ValueError(f"its member {name!r} and an earlier one would be the same file")
@@ -70,15 +65,14 @@ def unpack(
         if not members:
             raise ValueError("it holds no files" + (f" that match {', '.join(only)}" if only else ""))
     total = sum(size for size, _ in members.values())
-    absent = [t for t, (size, _) in members.items() if not t.is_file() or t.stat().st_size != size]
-    to_come = sum(members[target][0] for target in absent)
+    absent = {t: held for t, held in members.items() if not t.is_file() or t.stat().st_size != held[0]}
+    to_come = sum(size for size, _ in absent.values())
     if absent:
         check_space(folder, to_come, f"unpacking {archive.name}")
-    with _opened(archive) as (_, opener):
-        for target in absent:
-            size, info = members[target]
+    with _opened(archive) as opened:
+        for target, (size, info) in absent.items():
             with whole_file(target, sync=False) as file:  # after a power cut, one of another size is unpacked again
-                for block in _blocks(archive, opener, info, size):
+                for block in _blocks(archive, opened, info, size):
                     file.write(block)
             to_come -= size
             if progress is not None:
@@ -86,27 +80,20 @@ def unpack(
     return len(members), total
 
 
-@contextmanager
-def _opened(archive: Path) -> Iterator[tuple[Iterator[tuple[str, int, Any]], Callable[[Any], IO[bytes]]]]:
-    """Name, size and handle of the members (a folder's name ends with a slash), and what opens one by its handle."""
-    with archive.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip:
-        with zipfile.ZipFile(archive) as opened:
-            yield ((info.orig_filename, info.file_size, info) for info in opened.infolist()), opened.open
-    else:
-        with tarfile.open(archive) as tar:
-            members = ((info.name + "/" * info.isdir(), info.size, info) for info in tar)
-            yield members, cast(Callable[[Any], IO[bytes]], tar.extractfile)
-
-
 def _reading(archive: Path) -> AbstractContextManager[None]:
     return reading(archive, "delete this file and fetch the original again", DataError, "cannot be unpacked")
 
 
-def _blocks(archive: Path, opener: Callable[[Any], IO[bytes]], info: Any, size: int) -> Iterator[bytes]:
+def _opened(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
+    with archive.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    return zipfile.ZipFile(archive) if is_zip else tarfile.open(archive)
+
+
+def _blocks(archive: Path, opened: Any, info: Any, size: int) -> Iterator[bytes]:
     """The content of a member; what is wrong with it becomes a DataError, what is wrong with the disk does not."""
-    with _reading(archive), opener(info) as source:
+    open_member = opened.open if isinstance(opened, zipfile.ZipFile) else opened.extractfile
+    with _reading(archive), open_member(info) as source:
         while block := source.read(1 << 20):
             size -= len(block)
             yield block
@@ -114,15 +101,15 @@ def _blocks(archive: Path, opener: Callable[[Any], IO[bytes]], info: Any, size: 
             raise ValueError(f"{size} bytes of a member are missing")
 
 
-def _safe_parts(name: str, info: Any) -> tuple[str, ...]:
-    """The parts of a member's path; ValueError for one that leaves its folder, and for all but files and folders."""
-    parts = PurePosixPath(name).parts
-    if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-        raise ValueError(f"its member {name!r} would leave the folder")
+def _judged(info: zipfile.ZipInfo | tarfile.TarInfo) -> tuple[str, int, bool]:
+    """Name and size of a member, and whether it is a folder; ValueError for one that leaves its folder or is a link."""
     if isinstance(info, tarfile.TarInfo):
-        is_plain = info.isreg() or info.isdir()
+        name, size, is_plain, is_folder = info.name, info.size, info.isreg() or info.isdir(), info.isdir()
     else:
+        name, size, is_folder = info.orig_filename, info.file_size, info.is_dir()
         is_plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+    if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
+        raise ValueError(f"its member {name!r} would leave the folder")
     if not is_plain:
         raise ValueError(f"its member {name!r} is a link or a device")
-    return parts
+    return name, size, is_folder

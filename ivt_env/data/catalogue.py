@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ivt_env.data.checked import closest
-from ivt_env.data.fetch import PATIENCE, Patience, get_bytes
+from ivt_env.data.fetch import get_bytes
 from ivt_env.data.sample import DataError
 from ivt_env.failures import reading
 
@@ -25,12 +25,9 @@ DOWNLOADS = "downloads"
 
 
 def mirrored(url: str, mirror: str | None) -> str:
-    """``url`` on another server: scheme and host are replaced by ``mirror``, which may have a path.
+    """``url`` on another server: ``mirror``, which may have a path, takes the place of scheme and host.
 
     An address in the Internet Archive counts as the address that it archives.
-
-    Raises:
-        DataError: for a mirror that is no http or https address.
     """
     if mirror is None:
         return url
@@ -120,11 +117,7 @@ class Entry:
 
 
 def entry(name: str) -> Entry:
-    """The data set of that name.
-
-    Raises:
-        DataError: for a name that cannot be fetched; it lists those that can.
-    """
+    """The data set of that name; DataError for one that cannot be fetched."""
     if name in CATALOGUE:
         return CATALOGUE[name]
     if name in ("scenes", "photos"):
@@ -137,20 +130,14 @@ def hub_url(dataset: str, revision: str, path: str) -> str:
     return f"https://huggingface.co/datasets/{dataset}/resolve/{revision}/{path}"
 
 
-def hub_files(
-    folder: HubFolder, split: str | None = None, mirror: str | None = None, patience: Patience = PATIENCE
-) -> list[RemoteFile]:
-    """The files of a Hub folder (of a split, where that can be told), with the sizes and checksums that the Hub states.
-
-    Raises:
-        DataError: where the Hub does not have the folder or any file that fits, or answers something else.
-    """
+def hub_files(folder: HubFolder, split: str | None = None, mirror: str | None = None) -> list[RemoteFile]:
+    """The files of a Hub folder (of a split, where that can be told), with the sizes and checksums of the Hub."""
     place = f"{folder.dataset}/tree/{folder.revision}" + (f"/{folder.folder}" if folder.folder else "")
     url: str | None = f"https://huggingface.co/api/datasets/{place}"
     listed: list[RemoteFile] = []
     while url is not None:
         url = mirrored(url, mirror)
-        body, headers = get_bytes(url, f"the listing of {folder.dataset}", patience)
+        body, headers = get_bytes(url, f"the listing of {folder.dataset}")
         remedy = "if you gave a --mirror, it must serve the Hub's /api too"
         with reading(f"the listing of {folder.dataset}: {url}", remedy, DataError, "is not a list of files"):
             for row in json.loads(body):

@@ -42,12 +42,7 @@ class BadRows:
     """Counts the rows of a file that were left out, logs the first ones, and refuses too many."""
 
     def __init__(self, where: str, remedy: str) -> None:
-        """Start at none.
-
-        Args:
-            where: the file, as an error names it.
-            remedy: what to do where too many rows are bad, as an imperative without a full stop.
-        """
+        """Start at none; ``where`` is the file, ``remedy`` an imperative without a full stop."""
         self.reasons: list[str] = []
         self.split: str | None = None
         """Of the rows that are being read; None where that is not known."""
@@ -107,12 +102,8 @@ def per_sentence(
 ) -> Iterator[_T]:
     """One row per sentence of an object; an object that cannot be used counts once for each of its sentences.
 
-    Args:
-        bad: takes what is left out.
-        here: the object's row in the file.
-        sentences: of the object, as the file has them.
-        check: gives what makes a row of ``sample_id`` and ``expression``, or raises BadRowError.
-        spoken: both of these, from the number of a sentence and the sentence.
+    ``check`` gives what makes a row of ``sample_id`` and ``expression``, and ``spoken`` both of these, from the number
+    of a sentence and the sentence. Either may raise BadRowError.
     """
     sentences = sentences if isinstance(sentences, list) and sentences else [None]
     try:
@@ -139,17 +130,9 @@ def lists_in(content: Any, path: Path, keys: Iterable[str], remedy: str) -> None
 def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox") -> Box:
     """A box in pixels of the original image to xyxy relative to it, neither clipped nor rounded.
 
-    A box may reach beyond its image: benchmarks hold such targets and score them as they are.
-
-    Args:
-        bbox: what the file holds: four finite numbers, else it is refused.
-        size: (height, width) of the image in pixels.
-        convention: ``xyxy`` (two corners) or ``xywh`` (corner, width, height); never guessed.
-        key: how a message names the box.
-
-    Raises:
-        BadRowError: for anything but four finite numbers, and for a box without area. A box that is
-            impossible as declared and possible under the other convention is said to be so.
+    A box may reach beyond its image: benchmarks hold such targets and score them as they are. BadRowError for anything
+    but four finite numbers with an area; it says where the box is possible under the other convention. ``size`` is
+    (height, width), the convention is never guessed, and ``key`` is how a message names the box.
     """
     if not isinstance(bbox, list | tuple) or len(bbox) != 4:
         raise BadRowError(f"{key} {short(bbox)} is not four numbers")
@@ -172,17 +155,9 @@ def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: 
 def box_inside(
     bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox", slack: tuple[float, float] = (1.0, 1.0)
 ) -> Box:
-    """``relative_box`` of a file of one's own: a box outside its image is a mistake there.
+    """``relative_box`` of a file of one's own, where a box that leaves its image is a BadRowError, too.
 
-    Args:
-        bbox: see ``relative_box``, as the next three.
-        size: see there.
-        convention: see there.
-        key: see there.
-        slack: how far outside is taken for rounding, down and to the right.
-
-    Raises:
-        BadRowError: as ``relative_box``, and for a box that leaves the image.
+    ``slack`` is how far outside is taken for rounding, down and to the right.
     """
     box = relative_box(bbox, size, convention, key)
     shown = f"{key} {list(bbox)} ({_CORNERS[convention]})"
@@ -256,6 +231,14 @@ def text(row: Any, key: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise BadRowError(f"{key} is {value!r}, which is not valid Unicode")
     return value
+
+
+def parsed(value: str | bytes, key: str) -> Any:
+    """The value of a JSON text; else BadRowError."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"{key} is {short(value)}, not whole JSON ({error})") from error
 
 
 def short(value: Any) -> str:

@@ -89,7 +89,7 @@ def check_source(
     workers: int = 4,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Check a data set.
+    """Check a data set; DataError where a split cannot be opened at all.
 
     Args:
         source: where it lies and how it is read.
@@ -97,9 +97,6 @@ def check_source(
         read_images: whether to decode every image (slow: some 100 a second and core).
         workers: threads that decode images.
         progress: called with images done and images in all.
-
-    Raises:
-        DataError: where a split cannot be opened at all.
     """
     report = Report(source.name, source.layout, str(source.folder))
     tables = {split: open_table(source, split, need_images=read_images) for split in splits or source.splits}
@@ -143,10 +140,8 @@ def left_out(source: Source, tables: Mapping[str, Table]) -> Iterator[Finding]:
 def leaks(tables: Mapping[tuple[str, str], Table], allowed: bool = False, every: bool = False) -> Iterator[Finding]:
     """Images that are in a training split and in another one, in one data set or across several.
 
-    Args:
-        tables: (data set, split) -> opened split.
-        allowed: whether the data set is known to be divided like this (the google partitions).
-        every: whether to name every image instead of the first few.
+    ``allowed`` says that the data set is known to be divided like this (the google partitions), ``every`` names all
+    images instead of the first few.
     """
     images = {key: set(table.image_ids()) for key, table in tables.items()}
     for train, of_train in images.items():

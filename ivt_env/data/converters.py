@@ -17,17 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ivt_env.data.checked import (
-    BadRowError,
-    BadRows,
-    box_inside,
-    image_size,
-    integer,
-    lists_in,
-    read_json,
-    relative_path,
-    text,
-)
+from ivt_env.data import checked
+from ivt_env.data.checked import BadRowError, BadRows
 from ivt_env.data.custom import Declared
 from ivt_env.data.custom_writer import Converted, Images, Splits, Writer, same_image
 from ivt_env.data.sample import DataError
@@ -66,21 +57,17 @@ def from_coco(
         split: one split for all, or the share of the images in each.
         seed: of the drawing, where there are shares.
         copy: whether images are copied; else they are linked.
-
-    Raises:
-        DataError: for files that are missing or broken, too many unusable annotations, an ``out``
-            that holds a data set, shares that do not work out, and images that cannot be written.
     """
     source, folder = Path(annotations), Path(image_folder)
     remedy = "correct the file, or export it again"
     writer = Writer(Path(out), Declared(name, "xywh", "px"), copy)
-    content = read_json(source, remedy)
+    content = checked.read_json(source, remedy)
     if isinstance(content, list) and content and isinstance(content[0], dict) and "score" in content[0]:
         raise DataError(
             f"{source}: is a list of detections (results in COCO's form), which have no expressions; give an "
             "annotation file whose annotations have them"
         )
-    lists_in(content, source, ("images", "annotations", "categories"), remedy)
+    checked.lists_in(content, source, ("images", "annotations", "categories"), remedy)
     images = _coco_images(source, content["images"])
     categories = {entry["id"]: entry for entry in content["categories"] if isinstance(entry, dict) and "id" in entry}
     if expression_key != CATEGORY_NAME and not any(
@@ -169,28 +156,28 @@ def _coco_images(source: Path, entries: list[Any]) -> dict[int, Any]:
 def _coco_object(
     entry: Any, images: dict[int, Any], categories: dict[int, Any], held: Images, expression_key: str
 ) -> _CocoObject:
-    number, image_id, category_id = integer(entry, "id"), integer(entry, "image_id"), integer(entry, "category_id")
+    number, image_id, category_id = (checked.integer(entry, key) for key in ("id", "image_id", "category_id"))
     try:
         if image_id not in images:
             raise BadRowError(f"image_id {image_id} is not in 'images'")
         image = images[image_id]
-        size = image_size(image)
-        header = held.header(relative_path(text(image, "file_name"), "file_name"))
+        size = checked.image_size(image)
+        header = held.header(checked.relative_path(checked.text(image, "file_name"), "file_name"))
         if not header.fits(size):
             raise BadRowError(
                 f"{held.folder / image['file_name']}: is {header.stored[1]} wide and {header.stored[0]} high, image "
                 f"{image_id} says {size[1]} wide and {size[0]} high, so the box would be wrong; put the original there"
             )
-        box_inside(entry.get("bbox"), size, "xywh")
+        checked.box_inside(entry.get("bbox"), size, "xywh")
         if category_id not in categories:
             raise BadRowError(f"category_id {category_id} is not in 'categories'")
-        category = text(categories[category_id], "name")
+        category = checked.text(categories[category_id], "name")
         if expression_key == CATEGORY_NAME:
             expressions = [category]
         else:
             said = entry.get(expression_key)
             said = [] if said is None else said if isinstance(said, list) else [said]
-            expressions = [text({expression_key: one}, expression_key).strip() for one in said]
+            expressions = [checked.text({expression_key: one}, expression_key).strip() for one in said]
     except BadRowError as error:
         raise BadRowError(f"annotation {number}: {error}") from error
     crowd = entry.get("iscrowd", 0) in (1, True)
@@ -211,10 +198,6 @@ def export(
         name: the label of the data set; not that of a known one, even if it is a copy of that.
         split: ``train``, ``val`` or ``test``; None is that of the table.
         copy: whether images are copied; else they are linked, by a relative path.
-
-    Raises:
-        DataError: where that split is there already, the table's split needs another name, or a
-            image is missing.
     """
     split = table.split if split is None else split
     folder = Path(out)

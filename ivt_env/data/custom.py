@@ -29,23 +29,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 from ivt_env.boxes import FRAMES, frame_unit
-from ivt_env.data import NAMES
-from ivt_env.data.checked import (
-    MAX_LINE_BYTES,
-    BadRowError,
-    BadRows,
-    Box,
-    Convention,
-    box_inside,
-    closest,
-    image_size,
-    json_lines,
-    read_json,
-    relative_box,
-    relative_path,
-    short,
-    text,
-)
+from ivt_env.data import NAMES, checked
+from ivt_env.data.checked import BadRowError, BadRows, Box, Convention, short
 from ivt_env.data.images import read_header
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
@@ -82,9 +67,6 @@ def find(root: Path, name: str) -> Source | None:
     Its label is the name in ``dataset.json``; it has the splits whose file is there. ``sample_id``
     is the line's ``id``, else the number of the line from 1; ``image_id`` the line's, else the
     path of the image; ``meta`` the line's, with ``category`` in it.
-
-    Raises:
-        DataError: where ``dataset.json`` is missing beside lines, broken, or names a known data set.
     """
     if name != "custom":
         return None
@@ -113,7 +95,7 @@ def read_declared(path: Path) -> Declared:
         'it must hold {"name": "my-set", "box": "xyxy" or "xywh", "frame": "px", "relative" or "thousandths", or a '
         "whole number such as 999}"
     )
-    content = read_json(path, example)
+    content = checked.read_json(path, example)
     if not isinstance(content, dict) or not {"name", "box", "frame"} <= content.keys():
         raise DataError(f"{path}: holds {short(content)}; {example}")
     unknown = sorted(content.keys() - {"name", "box", "frame", "overhang", "description"})
@@ -158,22 +140,14 @@ def _plain(name: str) -> str:
 
 
 def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox") -> Box:
-    """A box as declared to xyxy relative to the image.
+    """A box as declared to xyxy relative to the image of (height, width) ``size``; BadRowError as ``box_inside``.
 
-    Up to one pixel (one unit) outside the image is taken for rounding; nothing is cut off.
-
-    Args:
-        bbox: what the line holds.
-        size: (height, width) of the image in pixels.
-        declared: how boxes are written.
-        key: how a message names the box.
-
-    Raises:
-        BadRowError: as ``box_inside``; for a box that fits only in another frame it says which.
+    Up to one pixel (one unit) outside the image is taken for rounding; nothing is cut off. Of a box that fits only in
+    another frame it says which.
     """
     if declared.overhang:
         unit = frame_unit(declared.frame)
-        return relative_box(bbox, (unit, unit) if unit else size, declared.box, key)
+        return checked.relative_box(bbox, (unit, unit) if unit else size, declared.box, key)
     is_numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
     numbers: list[float] = bbox if is_numbers else []
     if declared.frame != "relative" and numbers and all(abs(value) <= 1 for value in numbers):
@@ -184,12 +158,12 @@ def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox
     unit = frame_unit(declared.frame)
     if unit is None:
         try:
-            return box_inside(bbox, size, declared.box, key)
+            return checked.box_inside(bbox, size, declared.box, key)
         except BadRowError as error:
             raise BadRowError(f"{error}{_other_frame(numbers, size, declared)}") from error
     try:
         slack = (1 / size[0], 1 / size[1]) if declared.frame == "relative" else (1.0, 1.0)  # one unit is a whole image
-        return box_inside(bbox, (unit, unit), declared.box, key, slack)
+        return checked.box_inside(bbox, (unit, unit), declared.box, key, slack)
     except BadRowError as error:
         hint = _other_frame(numbers, size, declared)
         raise BadRowError(f"{error} (the frame is {declared.frame!r}: the image is {unit} x {unit}){hint}") from error
@@ -202,7 +176,7 @@ def _other_frame(numbers: list[float], size: tuple[int, int], declared: Declared
         if frame == declared.frame or (frame != "relative" and all(abs(value) <= 1 for value in numbers)):
             continue
         try:
-            box_inside(numbers, (unit, unit) if unit else size, declared.box)
+            checked.box_inside(numbers, (unit, unit) if unit else size, declared.box)
         except BadRowError:
             continue
         if frame != "relative" or all(abs(value) <= 1 for value in numbers):
@@ -217,7 +191,7 @@ def _read(
     for split, path in paths.items():
         bad.split = split
         with reading(path, _REMEDY, DataError):
-            for number, line in json_lines(path):
+            for number, line in checked.json_lines(path):
                 try:
                     row = _row(line, split, number, declared, images)
                 except BadRowError as error:
@@ -228,8 +202,9 @@ def _read(
 
 def _row(line: bytes | None, split: str, number: int, declared: Declared, images: _Images) -> Row:
     values = _parsed(line)
-    image = str(PurePosixPath(relative_path(text(values, "image"))))  # "./a.jpg" and "a.jpg" are one image
-    stated = image_size(values) if {"width", "height"} & values.keys() else None
+    # "./a.jpg" and "a.jpg" are one image.
+    image = str(PurePosixPath(checked.relative_path(checked.text(values, "image"))))
+    stated = checked.image_size(values) if {"width", "height"} & values.keys() else None
     size = images.size(image, stated)
     image_id = _name(values, "image_id", image)
     images.check_identity(image_id, image, size)
@@ -242,7 +217,7 @@ def _row(line: bytes | None, split: str, number: int, declared: Declared, images
         image_id=image_id,
         file_name=image,
         size=size,
-        expression=text(values, "expression").strip(),
+        expression=checked.text(values, "expression").strip(),
         box=boxed(values.get("bbox"), size, declared),
         siblings=[boxed(box, size, declared, f"siblings[{i}]") for i, box in enumerate(siblings)],
         meta=_meta(values),
@@ -251,7 +226,7 @@ def _row(line: bytes | None, split: str, number: int, declared: Declared, images
 
 def _parsed(line: bytes | None) -> dict[str, Any]:
     if line is None:
-        raise BadRowError(f"a line is longer than {MAX_LINE_BYTES >> 20} MB")
+        raise BadRowError(f"a line is longer than {checked.MAX_LINE_BYTES >> 20} MB")
     try:
         values = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -261,7 +236,7 @@ def _parsed(line: bytes | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BadRowError(f"a line is a JSON object, this is {short(values)}")
     for key in sorted(values.keys() - KEYS):
-        raise BadRowError(f"unknown key {short(key)}{closest(key, KEYS)}; what is your own goes into 'meta'")
+        raise BadRowError(f"unknown key {short(key)}{checked.closest(key, KEYS)}; what is your own goes into 'meta'")
     return values
 
 
@@ -273,7 +248,7 @@ def _name(values: dict[str, Any], key: str, default: str) -> str:
     """An id: a text, or a whole number; ``default`` where the line has none."""
     if key not in values:
         return default
-    return str(values[key]) if type(values[key]) is int else text(values, key)
+    return str(values[key]) if type(values[key]) is int else checked.text(values, key)
 
 
 def _meta(values: dict[str, Any]) -> dict[str, Any]:
@@ -281,7 +256,7 @@ def _meta(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise BadRowError(f"meta is {short(meta)}, not a JSON object")
     if "category" in values:
-        category = text(values, "category")
+        category = checked.text(values, "category")
         if meta.get("category", category) != category:
             raise BadRowError(f"category is {short(category)}, but in meta it is {short(meta['category'])}")
         meta = meta | {"category": category}

@@ -82,11 +82,7 @@ class Writer:
     def __init__(self, out: Path, declared: Declared, copy: bool, add_split: str | None = None) -> None:
         """Refuse what is there already.
 
-        Args:
-            out: the folder to write.
-            declared: what ``dataset.json`` will say.
-            copy: whether images are copied; else they are linked.
-            add_split: the only split to write, into a folder that may hold others; None: into a new one.
+        ``add_split`` is the only split to write, into a folder that may hold others; None: into a new one.
         """
         check_name(declared.name)
         self.declared = declared

@@ -104,7 +104,7 @@ def download(
     patience: Patience = PATIENCE,
     progress: Progress | None = None,
 ) -> str:
-    """Download a file, or resume a download, unless the file is there and right.
+    """Download a file, or resume a download, unless the file is there and right; gives its SHA-256.
 
     Args:
         url: http or https.
@@ -116,13 +116,9 @@ def download(
         patience: retries, waits and the timeout.
         progress: told of bytes received.
 
-    Returns:
-        The SHA-256 of what is at ``target`` now.
-
     Raises:
-        DataError: where the server does not give the file, or gives another one than published or received
-            earlier, or the disk is too small. Names file, url and remedy.
-        OSError: where the disk is full or cannot be written; names the file.
+        DataError: where the server does not give the file, or another one than published or received earlier, or the
+            disk is too small.
     """
     held = held_file(target, size, sha256)
     if held is not None:
@@ -215,8 +211,7 @@ def download(
 def held_file(target: Path, size: int | None = None, sha256: str | None = None) -> str | None:
     """The SHA-256 of the file, if it is there and right; None where it must be downloaded.
 
-    Raises:
-        DataError: where no checksum is published and the file is not the one that its note tells of.
+    Where no checksum is published and the file is not the one that its note tells of, that is a DataError.
     """
     if not target.exists():
         return None
@@ -287,7 +282,7 @@ def fetch_images(
     patience: Patience = PATIENCE,
     progress: Progress | None = None,
 ) -> int:
-    """Download images, several at a time; those that are there and whole are skipped.
+    """Download images, several at a time, except those that are there and whole; gives how many were downloaded.
 
     Args:
         file_names: plain names, without a folder.
@@ -297,12 +292,8 @@ def fetch_images(
         patience: retries, waits and the timeout.
         progress: told of images that are done.
 
-    Returns:
-        How many were downloaded.
-
     Raises:
         DataError: where any failed, after all others were tried; lists them. A server that is gone ends it early.
-        OSError: for a full disk or a missing permission, at once.
     """
     names = sorted(set(file_names))
     for name in names:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ivt_env.data.checked import BadRowError, short
+from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.images import Header, read_header
 from ivt_env.data.sample import DataError
 from ivt_env.files import write_whole
@@ -52,35 +52,19 @@ def _is_image(kind: Any) -> bool:
     )
 
 
-def _is_flag(kind: Any) -> bool:
-    return pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
 def _is_number(kind: Any) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind)
-
-
-def anything(_kind: Any) -> bool:
-    """Test for Arrow types: every one."""
-    return True
 
 
 INTEGER = ("whole numbers", pa.types.is_integer)
 TEXT = ("texts", is_text)
 NUMBER = ("numbers", _is_number)
-FLAG = ("true and false (or 1 and 0)", _is_flag)
+FLAG = ("true and false (or 1 and 0)", lambda kind: pa.types.is_boolean(kind) or _is_number(kind))
+NUMBERS = ("lists of numbers", is_list_of(_is_number))
 BOX = ("lists of floating-point numbers", is_list_of(pa.types.is_floating))
 IMAGE = ("images (binary, or a struct with binary bytes)", _is_image)
 
 _BUFFER = 2**20  # bytes per column
-
-
-def coco_image_id(file_name: str) -> int:
-    """581857 of ``COCO_train2014_000000581857.jpg`` (or ``..._16.jpg``); else BadRowError."""
-    found = re.fullmatch(r"COCO_train2014_([0-9]{12})(?:_[0-9]+)?\.jpg", file_name)
-    if found is None:
-        raise BadRowError(f"file name {file_name!r} is not that of a COCO train2014 image")
-    return int(found[1])
 
 
 def shards(folder: Path) -> dict[str, list[Path]]:
@@ -95,47 +79,45 @@ def shards(folder: Path) -> dict[str, list[Path]]:
 
 
 def split_rows(
-    paths: Sequence[Path], columns: Columns, remedy: str, rows_at_once: int = 1024
+    files: Mapping[str, Sequence[Path]], bad: BadRows, columns: Columns, remedy: str, rows_at_once: int = 1024
 ) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    """(file, number from 0, row) of each row of a split.
+    """(file, number from 0, row) of each row of all splits; ``bad.split`` is that of the row.
 
     Raises:
-        DataError: as ``typed_rows``, and where a part of the split is missing or there twice, as the names
-            (``-00000-of-00002``) tell.
+        DataError: as ``typed_rows``, and where a part of a split is missing or there twice, as the names tell.
     """
-    numbered = [(path, re.search(r"-([0-9]{5})-of-([0-9]{5})", path.name)) for path in paths]
-    if len(paths) > 1 or numbered[0][1] is not None:
-        parts: dict[int, Path] = {}
-        wanted = {int(found[2]) for _, found in numbered if found}
-        for path, found in numbered:
-            if found is None or len(wanted) != 1 or int(found[1]) in parts:
-                raise DataError(
-                    f"{path}: a second edition of this split lies beside it ({', '.join(p.name for p in paths)}), and "
-                    f"its rows would be read twice; delete all of them and {remedy}"
-                )
-            parts[int(found[1])] = path
-        missing = sorted(set(range(wanted.pop())) - parts.keys())
-        if missing:
-            raise DataError(f"{paths[0]}: of its split, part {missing[0]} (counted from 0) is not there; {remedy}")
-    for path in paths:
-        for number, row in typed_rows(path, columns, remedy, rows_at_once):
-            yield path, number, row
+    for split, paths in files.items():
+        bad.split = split
+        _check_parts(paths, remedy)
+        for path in paths:
+            for number, row in typed_rows(path, columns, remedy, rows_at_once):
+                yield path, number, row
+
+
+def _check_parts(paths: Sequence[Path], remedy: str) -> None:
+    """Whether the parts of a split (``-00000-of-00002``) are there, each once."""
+    found = [re.search(r"-([0-9]{5})-of-([0-9]{5})", path.name) for path in paths]
+    parts = [(int(part[1]), int(part[2])) for part in found if part]
+    if len(paths) == 1 and not parts:
+        return
+    numbers, counts = {number for number, _ in parts}, {count for _, count in parts}
+    if len(numbers) != len(paths) or len(counts) != 1:
+        raise DataError(
+            f"{paths[0]}: a second edition of this split lies beside it ({', '.join(p.name for p in paths)}), and "
+            f"its rows would be read twice; delete all of them and {remedy}"
+        )
+    missing = sorted(set(range(counts.pop())) - numbers)
+    if missing:
+        raise DataError(f"{paths[0]}: of its split, part {missing[0]} (counted from 0) is not there; {remedy}")
 
 
 def typed_rows(
     path: Path, columns: Columns, remedy: str, rows_at_once: int = 1024, optional: Columns | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 0, row) of each row of a Parquet file, as plain Python values, once its columns hold what they must.
+    """(number from 0, row) of each row of a Parquet file, as plain Python values; ``rows_at_once`` are in memory.
 
-    Args:
-        path: the file.
-        columns: which columns to read, and what they must hold.
-        remedy: what to do where the file is broken, as an imperative without a full stop.
-        rows_at_once: how many rows are in memory; few, where each holds an image.
-        optional: columns that are read where the file has them.
-
-    Raises:
-        DataError: for a file that is cut off or damaged, lacks a column, or holds another type in one.
+    ``optional`` columns are read where the file has them. A file that is cut off or damaged, lacks a column, or holds
+    another type in one is a DataError with the remedy.
     """
     names = check_columns(path, columns, remedy, optional)
     number = 0
@@ -183,10 +165,7 @@ class EmbeddedImages:
     def put(self, image: Any, image_id: str, file_name: str) -> Header:
         """Write a row's image unless that is done; its header.
 
-        Raises:
-            BadRowError: for a row without an image, with one that cannot be read, or with another than an earlier
-                row of the same id.
-            DataError: where it cannot be written.
+        BadRowError for a row without an image, with one that cannot be read, or with another than an earlier row.
         """
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes) or not content:

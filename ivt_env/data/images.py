@@ -76,16 +76,9 @@ class Header:
 
 
 def read_header(source: str | os.PathLike[str] | bytes, where: str) -> Header:
-    """Size and orientation of an image.
+    """Size and orientation of an image; BadRowError for what ``read_image`` refuses without looking at the pixels.
 
     Only the header is read; a PNG without an EXIF block is decoded, as the block may come last.
-
-    Args:
-        source: path of the file, or its bytes.
-        where: how an error names the image.
-
-    Raises:
-        BadRowError: for what ``read_image`` refuses without looking at the pixels.
     """
     try:
         with _opened(source, where) as (_, header):
@@ -95,7 +88,7 @@ def read_header(source: str | os.PathLike[str] | bytes, where: str) -> Header:
 
 
 def read_image(source: str | os.PathLike[str] | bytes, where: str, size: tuple[int, int] | None = None) -> ImageArray:
-    """Decode an image to RGB; the first frame, where the file holds several.
+    """Decode an image to RGB, uint8 (height, width, 3); the first frame, where the file holds several.
 
     Grayscale, palette, CMYK and 16-bit images are converted; transparency is laid on white.
 
@@ -105,13 +98,9 @@ def read_image(source: str | os.PathLike[str] | bytes, where: str, size: tuple[i
         size: annotated (height, width) in pixels. Without it the EXIF rotation is applied; with it
             the frame that has this size is taken, the pixels as stored first (see the module).
 
-    Returns:
-        uint8 array (height, width, 3), owned by the caller.
-
     Raises:
-        DataError: for an image that is absent, no image, cut off, too large (more than
-            ``MAX_PIXELS``), of a kind with no 8-bit meaning (floating point), or of another size
-            than the annotated one. Starts with ``where`` and ends with what to do.
+        DataError: for an image that is absent, broken, larger than ``MAX_PIXELS``, of floating point, or of another
+            size than the annotated one.
     """
     with _opened(source, where) as (image, header):
         image.load()

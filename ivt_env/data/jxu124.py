@@ -20,7 +20,6 @@ categories by COCO's number alone: ``siblings`` are empty and ``meta`` has ``cat
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial as bound
@@ -29,18 +28,8 @@ from typing import Any, TypeGuard
 
 import pyarrow as pa
 
-from ivt_env.data import hub, refer
-from ivt_env.data.checked import (
-    BadRowError,
-    BadRows,
-    image_size,
-    integer,
-    per_sentence,
-    plain_file_name,
-    relative_box,
-    short,
-    text,
-)
+from ivt_env.data import checked, hub, refcoco
+from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
@@ -53,18 +42,6 @@ SPLITS = {
 
 PLACES: dict[str, tuple[str, ...]] = {name: (f"jxu124/{name}/data/*.parquet",) for name in SPLITS}
 """Data set name -> what is looked for under the root."""
-
-IMAGE_FOLDERS = (*refer.IMAGE_FOLDERS, "coco/train2014")
-"""Where COCO's train2014 images may lie under the root."""
-
-IMAGE_REMEDY = "unpack COCO's train2014.zip there (it holds 82,783 images)"
-
-PUBLISHED = {
-    "refcocog": refer.PUBLISHED_COUNTS["refcocog", "umd"],
-    "refcoco": refer.PUBLISHED_COUNTS["refcoco", "unc"],
-    "refcocoplus": refer.PUBLISHED_COUNTS["refcocoplus", "unc"],
-}
-"""Data set name -> split -> number of expressions."""
 
 _TOLERANCE = 1e-4  # px, between a box and its other form: what float64 -> text -> float64 may lose, and more
 _STATED = {"val": ("val", "validation"), "testA": ("testA", "test")}
@@ -101,42 +78,26 @@ def find(root: Path, name: str) -> Source | None:
     folder = root / "jxu124" / name
     found = hub.shards(folder / "data") if name in SPLITS else {}
     files = {split: found[prefix] for split, prefix in SPLITS.get(name, {}).items() if prefix in found}
-    if not files:
-        return None
     remedy = f"download the Hub data set jxu124/{name} again (`ivt data fetch jxu124`)"
-    return Source(
-        name=name,
-        layout="jxu124",
-        folder=folder,
-        files=[path for paths in files.values() for path in paths],
-        splits=tuple(files),
-        read=bound(_read, files, remedy),
-        image_folders=[root / below for below in IMAGE_FOLDERS],
-        remedy=remedy,
-        image_remedy=IMAGE_REMEDY,
-        published=PUBLISHED[name],
-        boxes_proven=True,
-    )
+    read = bound(_read, files, remedy)
+    return refcoco.source(root, name, "jxu124", folder, files, read, remedy, boxes_proven=True)
 
 
 def _read(files: Mapping[str, Sequence[Path]], remedy: str, bad: BadRows, _folder: Path) -> Iterator[Row]:
-    for split, paths in files.items():
-        bad.split = split
-        for path, number, held in hub.split_rows(paths, _COLUMNS, remedy):
-            _refuse_other_convention(held, f"{path}: row {number}", remedy)
-            where = f"{number} of {path.name}"
-            yield from per_sentence(bad, where, held["sentences"], bound(_object, held, split), bound(_said, held))
+    for path, number, held in hub.split_rows(files, bad, _COLUMNS, remedy):
+        _refuse_other_convention(held, f"{path}: row {number}", remedy)
+        check = bound(_object, held, str(bad.split))
+        yield from checked.per_sentence(bad, f"{number} of {path.name}", held["sentences"], check, bound(_said, held))
 
 
 def _said(held: dict[str, Any], _number: int, sentence: Any) -> tuple[str, str]:
-    return f"{held['ref_id']}-{integer(sentence, 'sent_id')}", text(sentence, "sent").strip()
+    return f"{held['ref_id']}-{checked.integer(sentence, 'sent_id')}", checked.text(sentence, "sent").strip()
 
 
 def _object(held: dict[str, Any], split: str) -> Callable[..., Row]:
     """Check a row and the JSON in it; what its sentences share."""
-    ref_id, ann_id = integer(held, "ref_id"), integer(held, "ann_id")
-    image_id, category_id = integer(held, "image_id"), integer(held, "category_id")
-    here = f"ref_id {ref_id}"
+    ids = {key: checked.integer(held, key) for key in ("ann_id", "ref_id", "image_id", "category_id")}
+    here = f"ref_id {ids['ref_id']}"
     if held["split"] not in _STATED.get(split, (split,)):
         raise BadRowError(f"{here}: says split {short(held['split'])} in a file of {split}")
     if not held["sentences"]:
@@ -145,29 +106,22 @@ def _object(held: dict[str, Any], split: str) -> Callable[..., Row]:
     if held["sent_ids"] != stated:
         raise BadRowError(f"{here}: sent_ids {short(held['sent_ids'])}, but its sentences have {short(stated)}")
     annotation, image = _json(held, "raw_anns"), _json(held, "raw_image_info")
-    for key, of, expected in (
-        ("id", annotation, ann_id),
-        ("image_id", annotation, image_id),
-        ("category_id", annotation, category_id),
-        ("id", image, image_id),
+    for which, of, key, expected in (
+        ("raw_anns", annotation, "id", ids["ann_id"]),
+        ("raw_anns", annotation, "image_id", ids["image_id"]),
+        ("raw_anns", annotation, "category_id", ids["category_id"]),
+        ("raw_image_info", image, "id", ids["image_id"]),
     ):
-        if integer(of, key) != expected:
-            which = "raw_anns" if of is annotation else "raw_image_info"
+        if checked.integer(of, key) != expected:
             raise BadRowError(f"{here}: {key} in {which} is {of[key]}, and {expected} in the row itself")
     if not _four_numbers(annotation.get("bbox")):  # the convention of the row's box is then unproved
         raise BadRowError(f"{here}: bbox in raw_anns is {short(annotation.get('bbox'))}, not four finite numbers")
-    file_name = plain_file_name(text(image, "file_name"))
-    if hub.coco_image_id(file_name) != image_id:
-        raise BadRowError(f"{here}: its image is called {file_name!r}, but its image_id is {image_id}")
-    size = image_size(image)
+    file_name = checked.plain_file_name(checked.text(image, "file_name"))
+    refcoco.coco_image_id(file_name, ids["image_id"])
+    size = checked.image_size(image)
+    box = checked.relative_box(held["bbox"], size, "xyxy")
     return bound(
-        Row,
-        split=split,
-        image_id=f"coco-{image_id}",
-        file_name=file_name,
-        size=size,
-        box=relative_box(held["bbox"], size, "xyxy"),
-        meta={"ann_id": ann_id, "ref_id": ref_id, "image_id": image_id, "category_id": category_id},
+        Row, split=split, image_id=f"coco-{ids['image_id']}", file_name=file_name, size=size, box=box, meta=ids
     )
 
 
@@ -200,10 +154,7 @@ def _four_numbers(value: Any) -> TypeGuard[list[float]]:
 
 
 def _json(held: dict[str, Any], key: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text(held, key))
-    except (ValueError, RecursionError) as error:
-        raise BadRowError(f"{key} is {short(held[key])}, not whole JSON ({error})") from error
+    found = checked.parsed(checked.text(held, key), key)
     if not isinstance(found, dict):
         raise BadRowError(f"{key} is {short(found)}, not a JSON object")
     return found

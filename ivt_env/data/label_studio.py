@@ -61,9 +61,6 @@ def from_label_studio(
         split: one split for all, or the share of the images in each.
         seed: of the drawing, where there are shares.
         copy: whether images are copied; else they are linked.
-
-    Raises:
-        DataError: as ``from_coco``.
     """
     source, folder = Path(export_file), Path(image_folder)
     if expression_key is not None and not expression_key.startswith("data."):

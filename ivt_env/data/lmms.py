@@ -34,9 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from ivt_env.data import hub
+from ivt_env.data import hub, refcoco
 from ivt_env.data.checked import BadRowError, BadRows, per_sentence, plain_file_name, relative_box, text
-from ivt_env.data.jxu124 import PUBLISHED
 from ivt_env.data.table import Row, Source
 
 FOLDERS = {"refcocog": "RefCOCOg", "refcoco": "RefCOCO", "refcocoplus": "RefCOCOplus"}
@@ -51,8 +50,6 @@ PLACES: dict[str, tuple[str, ...]] = {
 """Data set name -> what is looked for under the root."""
 
 _ROWS_AT_ONCE = 16  # of about 150 kB each
-
-
 _COLUMNS: hub.Columns = {
     "question_id": hub.TEXT,
     "image": hub.IMAGE,
@@ -73,32 +70,20 @@ def find(root: Path, name: str) -> Source | None:
     folder = root / "lmms" / FOLDERS[name]
     found = hub.shards(folder / "data")
     files = {split: found[split] for split in SPLITS[name] if split in found}
-    if not files:
-        return None
     remedy = f"download the Hub data set lmms-lab-encoder/{FOLDERS[name]} again (`ivt data fetch lmms`)"
-    return Source(
-        name=name,
-        layout="lmms",
-        folder=folder,
-        files=[path for paths in files.values() for path in paths],
-        splits=tuple(files),
-        read=bound(_read, files, name, remedy),
-        image_folders=(),
-        remedy=remedy,
-        image_remedy=f"delete {name}-lmms.arrow beside that folder and open the data set again, which writes it out",
-        published=PUBLISHED[name],
-        embedded=True,
-    )
+    image_remedy = f"delete {name}-lmms.arrow beside that folder and open the data set again, which writes it out"
+    return refcoco.source(
+        root, name, "lmms", folder, files, bound(_read, files, name, remedy), remedy,
+        image_folders=(), image_remedy=image_remedy, embedded=True,
+    )  # fmt: skip
 
 
 def _read(files: Mapping[str, Sequence[Path]], name: str, remedy: str, bad: BadRows, folder: Path) -> Iterator[Row]:
     """One row per answer; the images of good rows are written out."""
     images = hub.EmbeddedImages(folder / "images")
-    for split, paths in files.items():
-        bad.split = split
-        for path, number, held in hub.split_rows(paths, _COLUMNS, remedy, _ROWS_AT_ONCE):
-            check = bound(_object, held, name, split, images)
-            yield from per_sentence(bad, f"{number} of {path.name}", held["answer"], check, bound(_said, held))
+    for path, number, held in hub.split_rows(files, bad, _COLUMNS, remedy, _ROWS_AT_ONCE):
+        check = bound(_object, held, name, str(bad.split), images)
+        yield from per_sentence(bad, f"{number} of {path.name}", held["answer"], check, bound(_said, held))
 
 
 def _said(held: dict[str, Any], number: int, answer: Any) -> tuple[str, str]:
@@ -110,7 +95,7 @@ def _object(held: dict[str, Any], name: str, split: str, images: hub.EmbeddedIma
     question_id, file_name = text(held, "question_id"), plain_file_name(text(held, "file_name"))
     if not re.fullmatch("[0-9]{1,18}", question_id):
         raise BadRowError(f"question_id is {question_id!r}, not the number of an annotation")
-    image_id = hub.coco_image_id(file_name)
+    image_id = refcoco.coco_image_id(file_name)
     # RefCOCOg's names end in the annotation's number, those of the other two in a small running number.
     if name == "refcocog" and not file_name.endswith(f"_{question_id}.jpg"):
         raise BadRowError(f"question_id {question_id}: file_name {file_name!r} is of another annotation")

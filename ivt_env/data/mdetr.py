@@ -22,26 +22,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
-from ivt_env.data.checked import (
-    BadRowError,
-    BadRows,
-    image_size,
-    integer,
-    lists_in,
-    plain_file_name,
-    read_json,
-    relative_box,
-    short,
-    text,
-    usable,
-)
-from ivt_env.data.hub import coco_image_id
-from ivt_env.data.jxu124 import IMAGE_FOLDERS, IMAGE_REMEDY, PUBLISHED, SPLITS
+from ivt_env.data import checked
+from ivt_env.data.checked import BadRowError, BadRows, short
+from ivt_env.data.refcoco import PUBLISHED, coco_image_id, source
 from ivt_env.data.table import Row, Source
 
 LABELS = {"refcocog": "refcocog", "refcoco": "refcoco", "refcocoplus": "refcoco+"}
@@ -66,71 +54,60 @@ def find(root: Path, name: str) -> Source | None:
     if name not in LABELS:
         return None
     folder = root / "mdetr"
-    named = {split: folder / f"finetune_{LABELS[name]}_{split}.json" for split in SPLITS[name]}
-    files = {split: path for split, path in named.items() if path.is_file()}
-    if not files:
-        return None
-    return Source(
-        name=name,
-        layout="mdetr",
-        folder=folder,
-        files=tuple(files.values()),
-        splits=tuple(files),
-        read=bound(_read, files, LABELS[name]),
-        image_folders=[root / below for below in IMAGE_FOLDERS],
-        remedy=_REMEDY,
-        image_remedy=IMAGE_REMEDY,
-        published=PUBLISHED[name],
-    )
+    named = {split: folder / f"finetune_{LABELS[name]}_{split}.json" for split in PUBLISHED[name]}
+    files = {split: [path] for split, path in named.items() if path.is_file()}
+    return source(root, name, "mdetr", folder, files, bound(_read, files, LABELS[name]), _REMEDY)
 
 
-def _read(files: Mapping[str, Path], label: str, bad: BadRows, _folder: Path) -> Iterator[Row]:
+def _read(files: Mapping[str, Sequence[Path]], label: str, bad: BadRows, _folder: Path) -> Iterator[Row]:
     """One row per image entry."""
-    for split, path in files.items():
+    for split, (path,) in files.items():
         bad.split = split
-        content = read_json(path, _REMEDY)
-        lists_in(content, path, ("images", "annotations"), _REMEDY)
+        content = checked.read_json(path, _REMEDY)
+        checked.lists_in(content, path, ("images", "annotations"), _REMEDY)
         categories: dict[int, str] = {}
         for entry in content["categories"] if isinstance(content.get("categories"), list) else ():
             with contextlib.suppress(BadRowError):  # a row then lacks its category's name, which is no harm
-                categories[integer(entry, "id")] = text(entry, "name")
+                categories[checked.integer(entry, "id")] = checked.text(entry, "name")
         annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
         entries = enumerate(content["annotations"])
-        where = f"the annotations of {path.name}"
-        for image_id, entry in usable(bad, where, entries, lambda entry: (integer(entry, "image_id"), entry)):
+        for image_id, entry in checked.usable(bad, f"the annotations of {path.name}", entries, _with_image_id):
             annotations[image_id].append(entry)
         check = bound(_expression, annotations=annotations, categories=categories, label=label, split=split)
-        yield from usable(bad, f"the images of {path.name}", enumerate(content["images"]), check)
+        yield from checked.usable(bad, f"the images of {path.name}", enumerate(content["images"]), check)
         held = {image["id"] for image in content["images"] if isinstance(image, dict) and type(image.get("id")) is int}
         for image_id in annotations.keys() - held:
             bad.add(f"of the annotations of {path.name}", f"there is no image with their image_id {image_id}")
+
+
+def _with_image_id(annotation: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    return checked.integer(annotation, "image_id"), annotation
 
 
 def _expression(
     image: Any, annotations: Mapping[int, list[dict[str, Any]]], categories: Mapping[int, str], label: str, split: str
 ) -> Row:
     """Check an image entry and its annotation."""
-    running = integer(image, "id")
+    running = checked.integer(image, "id")
     here = f"image id {running}"
     own = annotations.get(running, [])
     if len(own) != 1:
         raise BadRowError(f"{here}: has {len(own)} annotations, not one")
     if image.get("dataset_name") != label:
         raise BadRowError(f"{here}: dataset_name is {short(image.get('dataset_name'))}, not {label!r}")
-    image_id, ann_id = integer(image, "original_id"), integer(own[0], "original_id")
-    category_id = integer(own[0], "category_id")
-    file_name = plain_file_name(text(image, "file_name"))
-    if coco_image_id(file_name) != image_id:
-        raise BadRowError(f"{here}: its image is called {file_name!r}, but its original_id is {image_id}")
-    size = image_size(image)
+    image_id, ann_id = checked.integer(image, "original_id"), checked.integer(own[0], "original_id")
+    category_id = checked.integer(own[0], "category_id")
+    file_name = checked.plain_file_name(checked.text(image, "file_name"))
+    coco_image_id(file_name, image_id)
+    size = checked.image_size(image)
     return Row(
         split=split,
         sample_id=f"{ann_id}-{running}",
         image_id=f"coco-{image_id}",
         file_name=file_name,
         size=size,
-        expression=text(image, "caption").strip(),
-        box=relative_box(own[0].get("bbox"), size, "xywh"),
+        expression=checked.text(image, "caption").strip(),
+        box=checked.relative_box(own[0].get("bbox"), size, "xywh"),
         meta={"ann_id": ann_id, "image_id": image_id, "category_id": category_id}
         | ({"category": categories[category_id]} if category_id in categories else {}),
     )

@@ -56,11 +56,7 @@ class Mixture:
     name = "mixed"
 
     def __init__(self, split: str, parts: Mapping[tuple[str, str], Table], ids: Ids, where: str) -> None:
-        """Put the parts, (data set, its split) -> table, together; ``where`` is how an error names the ids.
-
-        Raises:
-            DataError: for an id that its data set does not hold.
-        """
+        """Put the parts, (data set, its split) -> table, together; ``where`` is how an error names the ids."""
         self.split = split
         self._parts = dict(parts)
         row_of = {key: {sample_id: row for row, sample_id in enumerate(t.sample_ids())} for key, t in parts.items()}
@@ -88,11 +84,7 @@ class Mixture:
         return replace(sample, sample_id=f"{key[0]}/{sample.sample_id}", split=self.split)
 
     def image(self, sample: Sample) -> ImageArray:
-        """The sample's image, uint8 (height, width, 3); shared and read-only.
-
-        Raises:
-            DataError: for a sample of another data set, and a missing or broken image.
-        """
+        """The sample's image, uint8 (height, width, 3); shared and read-only."""
         for (part, _), table in self._parts.items():
             if part == sample.dataset or table.name == sample.dataset:
                 return table.image(sample)
@@ -100,18 +92,10 @@ class Mixture:
 
 
 def draw(tables: Mapping[tuple[str, str], Table], seed: int, sizes: Mapping[str, int] = SIZES) -> Ids:
-    """Choose the samples of all splits.
+    """Choose the samples of all splits from ``tables``, which hold every (data set, split) that ``PARTS`` names.
 
-    Args:
-        tables: every (data set, split) that ``PARTS`` names.
-        seed: decides the choice, together with the ids and their order in the files.
-        sizes: samples in each split.
-
-    Returns:
-        The ids; no two splits share an image, and each third is full.
-
-    Raises:
-        DataError: where a data set has too few samples left for its third.
+    No two splits share an image, and each third is full; DataError where a data set has too few samples left for its
+    third. ``seed`` decides the choice, together with the ids and their order in the files.
     """
     taken_images: set[str] = set()
     ids: Ids = {}
@@ -157,9 +141,6 @@ def open_mixture(root: Path, split: str, seed: int = 0) -> Mixture:
     """Open a split; draws the ids with ``seed`` where there is no file of ids yet, and writes it.
 
     The file is ``mixed/ids.json`` under ``root`` or, where that cannot be written, in the user's cache.
-
-    Raises:
-        DataError: where a part is broken or too small, or the ids are of other files.
     """
     places = _places(root)
     held = held_ids(root)
@@ -179,11 +160,7 @@ def held_ids(root: Path) -> Path | None:
 
 
 def redraw(root: Path, seed: int) -> Path:
-    """Draw the ids, in the place of those that there are; gives the file.
-
-    Raises:
-        DataError: where a part is absent, broken or too small, or no file can be written. What there was is kept.
-    """
+    """Draw the ids, in the place of those that there are; gives the file. What there was is kept where that fails."""
     ids = draw(_opened(root, [key for parts in PARTS.values() for key in parts]), seed)
     held = held_ids(root)  # another one would not count
     places = _places(root) if held is None else [held]

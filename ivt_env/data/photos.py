@@ -31,14 +31,7 @@ class Photos:
     name = "photos"
 
     def __init__(self, split: str = "train") -> None:
-        """Open a split.
-
-        Args:
-            split: one of ``SPLITS``; all give the same samples.
-
-        Raises:
-            DataError: for another split, or where the package was installed without the photographs.
-        """
+        """Open a split; DataError for another than ``SPLITS``, which all give the same samples."""
         if split not in SPLITS:
             raise DataError(f"photos has no split {split!r}; it has {', '.join(SPLITS)} (all the same)")
         self.split = split
@@ -55,11 +48,7 @@ class Photos:
         return self._samples[index]
 
     def image(self, sample: Sample) -> ImageArray:
-        """The photograph, uint8 (height, width, 3); shared and read-only, copy it to draw on it.
-
-        Raises:
-            DataError: for a sample of another data set.
-        """
+        """The photograph, uint8 (height, width, 3); shared and read-only, copy it to draw on it."""
         if sample.dataset != self.name:
             raise DataError(f"sample {sample.sample_id!r} is of {sample.dataset!r}, not of photos")
         return _photograph(sample.image_id, sample.size)

@@ -11,14 +11,9 @@ from ivt_env.data.sample import DataError
 
 
 def read_pickle(path: Path) -> Any:
-    """Read a pickle of plain lists, dicts, strings and numbers; nothing in it can be called.
+    """Read a pickle of plain lists, dicts, strings and numbers; one that asks for a class or function is refused.
 
-    Pickles written by Python 2 hold byte strings: these are read as UTF-8, and as Latin-1 where a
-    file is not UTF-8.
-
-    Raises:
-        DataError: for a file that is missing, cut off, no pickle, or that asks for any class or
-            function (which is how a pickle runs code). Nothing from the file has run then.
+    Pickles written by Python 2 hold byte strings: these are read as UTF-8, and as Latin-1 where a file is not UTF-8.
     """
     try:
         content = path.read_bytes()

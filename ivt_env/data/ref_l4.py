@@ -25,18 +25,8 @@ from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
-from ivt_env.data import hub
-from ivt_env.data.checked import (
-    BadRowError,
-    BadRows,
-    flag,
-    image_size,
-    integer,
-    plain_file_name,
-    relative_box,
-    short,
-    text,
-)
+from ivt_env.data import checked, hub
+from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.table import Row, Source
 
 SPLITS = ("val", "test")
@@ -48,7 +38,7 @@ PUBLISHED_COUNTS = {"val": 13_420, "test": 31_921}
 COLUMNS: hub.Columns = {
     "id": hub.INTEGER,
     "caption": hub.TEXT,
-    "bbox": ("lists of numbers", hub.is_list_of(hub.NUMBER[1])),
+    "bbox": hub.NUMBERS,
     "bbox_area": hub.NUMBER,
     "bbox_id": hub.TEXT,
     "ori_category_id": hub.TEXT,
@@ -120,10 +110,7 @@ def _read(paths: dict[str, Path], bad: BadRows, _folder: Path) -> Iterator[Row]:
                     raise BadRowError(f"id {values['id']} is also that of {first}")
                 image = file_of.setdefault(row.image_id, (row.file_name, row.size))
                 if image != (row.file_name, row.size):
-                    raise BadRowError(
-                        f"image_id {values['image_id']} is {row.file_name} of (height, width) {row.size} here and "
-                        f"{image[0]} of {image[1]} in a row before"
-                    )
+                    raise BadRowError(f"image {(row.file_name, row.size)} is {image} in a row before")
             except BadRowError as error:
                 bad.add(f"{number} of {path.name}", error)
                 continue
@@ -133,26 +120,26 @@ def _read(paths: dict[str, Path], bad: BadRows, _folder: Path) -> Iterator[Row]:
 
 
 def _row(values: dict[str, Any], split: str) -> Row:
-    sample_id = integer(values, "id")
+    sample_id = checked.integer(values, "id")
     try:
         if values["split"] != split:
             raise BadRowError(f"split is {short(values['split'])} in the file of {split}")
         source, number = _image_of(values)
-        size = image_size(values)
-        box = relative_box(values["bbox"], size, "xywh")
+        size = checked.image_size(values)
+        box = checked.relative_box(values["bbox"], size, "xywh")
         return Row(
             split=split,
             sample_id=str(sample_id),
             image_id=f"{source}-{number}",
-            file_name=plain_file_name(text(values, "file_name")),
+            file_name=checked.plain_file_name(checked.text(values, "file_name")),
             size=size,
-            expression=text(values, "caption").strip(),
+            expression=checked.text(values, "caption").strip(),
             box=box,
             meta={
                 "id": sample_id,
-                "category": text(values, "ori_category_id"),
-                "bbox_id": text(values, "bbox_id"),
-                "is_rewrite": flag(values, "is_rewrite"),
+                "category": checked.text(values, "ori_category_id"),
+                "bbox_id": checked.text(values, "bbox_id"),
+                "is_rewrite": checked.flag(values, "is_rewrite"),
                 "source": source,
             },
         )
@@ -162,7 +149,7 @@ def _row(values: dict[str, Any], split: str) -> Row:
 
 def _image_of(values: dict[str, Any]) -> tuple[str, int]:
     """``coco`` or ``o365``, and the image's number there; both names of the image must agree."""
-    image_id, file_name = text(values, "image_id"), text(values, "file_name")
+    image_id, file_name = checked.text(values, "image_id"), checked.text(values, "file_name")
     found = _IMAGE_ID.fullmatch(image_id)
     if found is None:
         raise BadRowError(f"image_id is {short(image_id)}, not like 'coco_128974' or 'o365_922765'")

@@ -4,7 +4,7 @@ Under a root::
 
     refcocog/instances.json  refcocog/refs(umd).p      (also refcoco/, refcoco+/)
     images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the images in images/train2014/ or train2014/)
+    (or the images in images/train2014/, train2014/ or coco/train2014/)
 
 Boxes are ``instances.json``'s **xywh**, floats in pixels of the image as stored; a row of the
 ``.p`` file is an object with one or more sentences, and has no box of its own.
@@ -24,21 +24,10 @@ from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
-from ivt_env.data.checked import (
-    BadRowError,
-    BadRows,
-    Box,
-    image_size,
-    integer,
-    lists_in,
-    per_sentence,
-    plain_file_name,
-    read_json,
-    relative_box,
-    short,
-    text,
-)
+from ivt_env.data import checked
+from ivt_env.data.checked import BadRowError, BadRows, Box, short
 from ivt_env.data.pickles import read_pickle
+from ivt_env.data.refcoco import IMAGE_FOLDERS, IMAGE_REMEDY, PUBLISHED
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
@@ -59,14 +48,6 @@ The google partitions divide objects, not images: their train and val share imag
 for people, testB for other objects.
 """
 
-IMAGE_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014")
-"""Where COCO's train2014 images may lie under the root."""
-
-PUBLISHED_COUNTS = {
-    ("refcoco", "unc"): {"train": 120_624, "val": 10_834, "testA": 5_657, "testB": 5_095},
-    ("refcocoplus", "unc"): {"train": 120_191, "val": 10_758, "testA": 5_726, "testB": 4_889},
-    ("refcocog", "umd"): {"train": 80_512, "val": 4_896, "test": 9_602},
-}
 _REF_KEYS = frozenset(("sent_ids", "file_name", "ann_id", "ref_id", "image_id", "split", "sentences", "category_id"))
 _SENTENCE_KEYS = frozenset(("tokens", "raw", "sent", "sent_id"))
 _REMEDY = "unpack the data set again"
@@ -75,21 +56,13 @@ _log = logging.getLogger(__name__)
 
 
 def source(root: str | os.PathLike[str], name: str = "refcocog", partition: str | None = None) -> Source:
-    """Where a data set of this layout lies under ``root``, and how it is read.
+    """A data set in this layout; ``partition`` is who divided it (None: umd for RefCOCOg, unc for the other two).
 
     ``sample_id`` is ``"<ref_id>-<sent_id>"``, ``image_id`` ``"coco-<image_id>"`` (the same
     image has the same id in all three sets), ``siblings`` are the other annotated objects of the
     target's category in the image, and ``meta`` holds ``ann_id``, ``ref_id``, ``image_id`` and
     ``category``. The label is ``name``, with the partition where it is not the usual one
-    (``refcocog-google``).
-
-    Args:
-        root: the folder that holds ``refcocog/`` (or ``refcoco/``, ``refcoco+/``) and the images.
-        name: ``refcocog``, ``refcoco`` or ``refcocoplus``.
-        partition: who divided the set; None is umd for RefCOCOg and unc for the other two.
-
-    Raises:
-        DataError: for an unknown name or partition.
+    (``refcocog-google``). An unknown name or partition is a DataError.
     """
     if name not in PARTITIONS:
         raise DataError(f"no REFER data set {name!r}; there are {', '.join(PARTITIONS)}")
@@ -109,8 +82,8 @@ def source(root: str | os.PathLike[str], name: str = "refcocog", partition: str 
         read=bound(_read, refs_path, instances_path, PARTITIONS[name][partition]),
         image_folders=[base / below for below in IMAGE_FOLDERS],
         remedy=f"{_REMEDY}, with instances.json from the same archive",
-        image_remedy="unpack COCO's train2014.zip there (it holds 82,783 images)",
-        published=PUBLISHED_COUNTS.get((name, partition)),
+        image_remedy=IMAGE_REMEDY,
+        published=PUBLISHED[name] if partition == usual else None,
         may_share_images=partition == "google",
     )
 
@@ -130,15 +103,15 @@ class _Instances:
     """``instances.json``: every entry is checked; a bad one is kept as the reason why."""
 
     def __init__(self, path: Path) -> None:
-        content = read_json(path, _REMEDY)
-        lists_in(content, path, ("images", "annotations", "categories"), _REMEDY)
+        content = checked.read_json(path, _REMEDY)
+        checked.lists_in(content, path, ("images", "annotations", "categories"), _REMEDY)
         self.images: dict[int, _Image | str] = {}
         self.annotations: dict[int, _Annotation | str] = {}
         self.categories: dict[int, str] = {}
         self._of_class: dict[tuple[int, int], list[tuple[int, Box]]] = defaultdict(list)
         for entry in content["categories"]:
             with contextlib.suppress(BadRowError):
-                self.categories[integer(entry, "id")] = text(entry, "name")
+                self.categories[checked.integer(entry, "id")] = checked.text(entry, "name")
         unusable = sum(not _keep(self.images, entry, self._image) for entry in content["images"])
         unusable += sum(not _keep(self.annotations, entry, self._annotation) for entry in content["annotations"])
         for ann_id, found in self.annotations.items():
@@ -149,15 +122,15 @@ class _Instances:
 
     @staticmethod
     def _image(entry: dict[str, Any]) -> _Image:
-        return plain_file_name(text(entry, "file_name")), image_size(entry)
+        return checked.plain_file_name(checked.text(entry, "file_name")), checked.image_size(entry)
 
     def _annotation(self, entry: dict[str, Any]) -> _Annotation:
-        image_id = integer(entry, "image_id")
+        image_id = checked.integer(entry, "image_id")
         image = self.images.get(image_id)
         if image is None or isinstance(image, str):
             raise BadRowError(f"image {image_id}: {image or 'not in instances.json'}")
-        box = relative_box(entry.get("bbox"), image[1], "xywh")
-        return image_id, integer(entry, "category_id"), box
+        box = checked.relative_box(entry.get("bbox"), image[1], "xywh")
+        return image_id, checked.integer(entry, "category_id"), box
 
     def siblings(self, ann_id: int, annotation: _Annotation) -> list[Box]:
         """Boxes of the other annotations of the same category in the same image."""
@@ -173,7 +146,7 @@ def _read(refs_path: Path, instances_path: Path, splits: tuple[str, ...], bad: B
     for number, ref in enumerate(refs):
         held = ref if isinstance(ref, dict) else {}
         bad.split = stated if isinstance(stated := held.get("split"), str) and stated in splits else None
-        yield from per_sentence(
+        yield from checked.per_sentence(
             bad, f"{number} of {refs_path.name}", held.get("sentences"), bound(_object, ref, instances, splits),
             bound(_sentence, held),
         )  # fmt: skip
@@ -182,14 +155,14 @@ def _read(refs_path: Path, instances_path: Path, splits: tuple[str, ...], bad: B
 def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callable[..., Row]:
     """Check a ref and its joins; what its sentences share."""
     _exact_keys(ref, _REF_KEYS, "ref")
-    ref_id, ann_id = integer(ref, "ref_id"), integer(ref, "ann_id")
-    image_id, category_id = integer(ref, "image_id"), integer(ref, "category_id")
+    ref_id, ann_id = checked.integer(ref, "ref_id"), checked.integer(ref, "ann_id")
+    image_id, category_id = checked.integer(ref, "image_id"), checked.integer(ref, "category_id")
     here = f"ref_id {ref_id}"
     if ref["split"] not in splits:
         raise BadRowError(f"{here}: split {short(ref['split'])} is none of {', '.join(splits)}")
     if not isinstance(ref["sentences"], list) or not ref["sentences"]:
         raise BadRowError(f"{here}: sentences is {short(ref['sentences'])}, not a list of sentences")
-    stated = [integer(sentence, "sent_id") for sentence in ref["sentences"]]
+    stated = [checked.integer(sentence, "sent_id") for sentence in ref["sentences"]]
     if ref["sent_ids"] != stated:
         raise BadRowError(f"{here}: sent_ids {short(ref['sent_ids'])}, but its sentences have {stated}")
     annotation = instances.annotations.get(ann_id)
@@ -218,13 +191,13 @@ def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callabl
 
 def _sentence(ref: dict[str, Any], _number: int, sentence: Any) -> tuple[str, str]:
     _exact_keys(sentence, _SENTENCE_KEYS, "sentence")
-    return f"{ref['ref_id']}-{integer(sentence, 'sent_id')}", text(sentence, "sent").strip()
+    return f"{ref['ref_id']}-{checked.integer(sentence, 'sent_id')}", checked.text(sentence, "sent").strip()
 
 
 def _keep(into: dict[int, Any], entry: Any, check: Callable[[dict[str, Any]], Any]) -> bool:
     """Store ``check(entry)``, or the reason why not, under the entry's id; False for a bad entry."""
     try:
-        number = integer(entry, "id")
+        number = checked.integer(entry, "id")
     except BadRowError:
         return False
     try:

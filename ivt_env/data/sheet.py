@@ -44,12 +44,6 @@ def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, si
         indices: which samples.
         columns: cells in a row.
         side: of an image's place in pixels; images are scaled down to it, never enlarged.
-
-    Returns:
-        RGB uint8 (rows * cell height, columns * cell width, 3).
-
-    Raises:
-        ValueError: for no indices, or fewer than one column.
     """
     if not indices or columns < 1:
         raise ValueError(f"a sheet needs samples and columns, got {len(indices)} samples and {columns} columns")

@@ -111,14 +111,9 @@ class Source:
 class Table:
     """One split of a data set on disk; one sample per expression.
 
-    Samples are made when asked for and images decoded when asked for; the last few images are
-    kept. An opened table can be sent to a worker process, which maps the same file.
-
-    Attributes:
-        name: the data set.
-        split: the split.
-        layout: the reader that it came through.
-        skipped: rows of the annotation files (all splits) that were unusable and left out.
+    Samples are made when asked for and images decoded when asked for; the last few images are kept. An opened table can
+    be sent to a worker process, which maps the same file. ``layout`` is the reader that it came through, ``skipped``
+    the number of rows of the annotation files (all splits) that were unusable and left out.
     """
 
     def __init__(self, source: Source, split: str, batch: pa.RecordBatch, opened: _Opened, cached_images: int) -> None:
@@ -166,12 +161,7 @@ class Table:
         )
 
     def image(self, sample: Sample) -> ImageArray:
-        """The sample's image, uint8 (height, width, 3); shared and read-only, copy it to draw on it.
-
-        Raises:
-            DataError: where the file is missing, broken, or not of the annotated size, and for a
-                sample of another data set or split.
-        """
+        """The sample's image, uint8 (height, width, 3); shared and read-only, copy it to draw on it."""
         cached = self._images.get(sample.image_id)
         if cached is None:
             path, size = self._file(sample.image_id)
@@ -268,9 +258,8 @@ def open_table(source: Source, split: str, cached_images: int = 32, need_images:
             image is one when it is asked for.)
 
     Raises:
-        DataError: for an unknown split, for files that are missing, broken, or hold too many bad
-            rows or duplicate ids, an empty split, and images shared by train and another split
-            where that may not be.
+        DataError: for an unknown or empty split, files that are missing, broken, or hold too many bad rows, and images
+            shared by train and another split where that may not be.
     """
     held = (*source.splits, *source.unions)
     if split not in held:

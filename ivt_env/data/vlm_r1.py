@@ -26,7 +26,6 @@ served. A file knows neither the other objects of an image nor the names of cate
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -34,22 +33,10 @@ from functools import partial as bound
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ivt_env.data.checked import (
-    BadRowError,
-    BadRows,
-    image_size,
-    integer,
-    json_lines,
-    read_json,
-    relative_box,
-    relative_path,
-    short,
-    text,
-    usable,
-)
-from ivt_env.data.hub import coco_image_id
+from ivt_env.data import checked
+from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.images import read_header
-from ivt_env.data.jxu124 import IMAGE_REMEDY, PUBLISHED
+from ivt_env.data.refcoco import coco_image_id, source
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 from ivt_env.failures import reading
@@ -85,33 +72,21 @@ def find(root: Path, name: str) -> Source | None:
     if name not in LABELS:
         return None
     folder = root / FOLDER
-    files: dict[str, Path] = {}
-    for split, endings in (("train", (".json", ".jsonl")), ("val", (".json",))):
-        there = [path for ending in endings if (path := folder / f"{LABELS[name]}_{split}{ending}").is_file()]
-        if there:
-            files[split] = there[0]
-    if not files:
-        return None
+    files: dict[str, list[Path]] = {}
+    for split, ending in (("train", ".json"), ("train", ".jsonl"), ("val", ".json")):
+        path = folder / f"{LABELS[name]}_{split}{ending}"
+        if split not in files and path.is_file():
+            files[split] = [path]
     image_folders = [root / below for below in IMAGE_FOLDERS]
     remedy = _REMEDY
-    if any(path.suffix == ".jsonl" for path in files.values()):
+    if any(path.suffix == ".jsonl" for paths in files.values() for path in paths):
         remedy += ", or, where images are missing, unpack COCO's train2014.zip"
-    return Source(
-        name=name,
-        layout="vlm_r1",
-        folder=folder,
-        files=tuple(files.values()),
-        splits=tuple(files),
-        read=bound(_read, files, name, image_folders),
-        image_folders=image_folders,
-        remedy=remedy,
-        image_remedy=IMAGE_REMEDY,
-        published=PUBLISHED[name],
-    )
+    read = bound(_read, files, name, image_folders)
+    return source(root, name, "vlm_r1", folder, files, read, remedy, image_folders=image_folders)
 
 
 def _read(
-    files: Mapping[str, Path], name: str, image_folders: Sequence[Path], bad: BadRows, _folder: Path
+    files: Mapping[str, Sequence[Path]], name: str, image_folders: Sequence[Path], bad: BadRows, _folder: Path
 ) -> Iterator[Row]:
     """One row per object of the list, or per line."""
 
@@ -123,48 +98,44 @@ def _read(
         tried = ", ".join(map(str, image_folders))
         raise BadRowError(f"image {image!r}, whose size is needed, is in none of {tried}")
 
-    for split, path in files.items():
+    for split, (path,) in files.items():
         bad.split = split
         if path.suffix == ".jsonl":
-            yield from usable(bad, path.name, _lines(path), bound(_conversation, split=split, size_of=size_of))
+            yield from checked.usable(bad, path.name, _lines(path), bound(_conversation, split=split, size_of=size_of))
             continue
-        content = read_json(path, _REMEDY)
+        content = checked.read_json(path, _REMEDY)
         if not isinstance(content, list):
             raise DataError(f"{path}: holds {short(content)}, not a list of objects; {_REMEDY}")
-        yield from usable(bad, path.name, enumerate(content), bound(_record, split=split, name=name))
+        yield from checked.usable(bad, path.name, enumerate(content), bound(_record, split=split, name=name))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """The values of a JSONL file, numbered from 0; blank lines are counted and skipped."""
     with reading(path, _REMEDY, DataError, "not whole JSON"):
-        for number, line in json_lines(path):
+        for number, line in checked.json_lines(path):
             try:
-                yield number - 1, json.loads(line or b"")
-            except (ValueError, RecursionError) as error:
-                # Not one bad row of many: a line that is cut off means that the rest is missing.
-                raise DataError(
-                    f"{path}: row {number - 1} is {short(line)}, not whole JSON ({error}), perhaps the file is only "
-                    f"half there; {_REMEDY}"
-                ) from error
+                yield number - 1, checked.parsed(line or b"", f"row {number - 1}")
+            except BadRowError as error:  # not one bad row of many: what follows a line that is cut off is missing
+                raise DataError(f"{path}: {error}, perhaps the file is only half there; {_REMEDY}") from error
 
 
 def _record(entry: dict[str, Any], split: str, name: str) -> Row:
     """A row of ``.json``."""
-    ann_id, running = integer(entry, "original_id"), integer(entry, "image_id")
+    ann_id, running = checked.integer(entry, "original_id"), checked.integer(entry, "image_id")
     stated = entry.get("dataset_name")
     if isinstance(stated, str) and _DATASET_NAMES.get(stated, name) != name:
         raise BadRowError(f"dataset_name is {stated!r} in a file of {name}")
     file_name, image_id = _image(entry)
-    size = image_size(entry)
+    size = checked.image_size(entry)
     return Row(
         split=split,
         sample_id=f"{ann_id}-{running}",
         image_id=f"coco-{image_id}",
         file_name=file_name,
         size=size,
-        expression=text(entry, "normal_caption").strip(),
-        box=relative_box(entry.get("solution"), size, "xyxy", "solution"),
-        meta={"ann_id": ann_id, "image_id": image_id, "category_id": integer(entry, "category_id")},
+        expression=checked.text(entry, "normal_caption").strip(),
+        box=checked.relative_box(entry.get("solution"), size, "xyxy", "solution"),
+        meta={"ann_id": ann_id, "image_id": image_id, "category_id": checked.integer(entry, "category_id")},
     )
 
 
@@ -172,23 +143,19 @@ def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tu
     """A row of ``.jsonl``."""
     row_id = entry.get("id")
     if not isinstance(row_id, str) or not row_id.strip():
-        row_id = str(integer(entry, "id"))
+        row_id = str(checked.integer(entry, "id"))
     file_name, image_id = _image(entry)
-    turns = entry.get("conversations")
-    if not isinstance(turns, list) or [t.get("from") if isinstance(t, dict) else None for t in turns] != [
-        "human", "gpt",
-    ]:  # fmt: skip
+    turns: Any = entry.get("conversations")
+    is_chat = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+    if not is_chat or [turn.get("from") for turn in turns] != ["human", "gpt"]:
         raise BadRowError(f"conversations is {short(turns)}, not one turn of human and one of gpt")
-    asked = text(turns[0], "value").strip()
+    asked = checked.text(turns[0], "value").strip()
     found = re.fullmatch(rf"(?:<image>)?\s*{re.escape(PROMPT)}(.*)\.", asked, re.DOTALL)
     if found is None:
         raise BadRowError(f"the human's value is {short(asked)}, not '<image>{PROMPT}...'")
     answer = turns[1].get("value")
     if isinstance(answer, str):
-        try:
-            answer = json.loads(answer)
-        except (ValueError, RecursionError) as error:
-            raise BadRowError(f"the answer is {short(answer)}, not a list of four numbers") from error
+        answer = checked.parsed(answer, "the answer")
     size = size_of(file_name)
     return Row(
         split=split,
@@ -196,13 +163,13 @@ def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tu
         image_id=f"coco-{image_id}",
         file_name=file_name,
         size=size,
-        expression=text({"expression": found[1]}, "expression").strip(),
-        box=relative_box(answer, size, "xyxy", "the answer"),
+        expression=checked.text({"expression": found[1]}, "expression").strip(),
+        box=checked.relative_box(answer, size, "xyxy", "the answer"),
         meta={"image_id": image_id},
     )
 
 
 def _image(entry: dict[str, Any]) -> tuple[str, int]:
     """The path of the image below a folder of images, and COCO's number of it."""
-    path = relative_path(text(entry, "image"))
+    path = checked.relative_path(checked.text(entry, "image"))
     return path, coco_image_id(PurePosixPath(path).name)

@@ -42,13 +42,7 @@ from ivt_env.metrics.scores import (
     rollout_summary,
     step_changes,
 )
-from ivt_env.metrics.stopping import (
-    Calibration,
-    confidence_calibration,
-    stop_calibration,
-    stop_precision,
-    stop_recall,
-)
+from ivt_env.metrics.stopping import Calibration, confidence_calibration, stop_calibration, stop_precision, stop_recall
 
 GAIN_METRICS = ("Acc@0.5", "Acc@0.9", "mIoU")
 """Metrics of the differences to the policy's own first box."""
@@ -141,12 +135,9 @@ class Audit:
 def audit(
     *, stopping: Sequence[Episode] | None = None, forced: Sequence[Episode] | None = None, **options: Any
 ) -> Audit:
-    """Audit one run of a policy from its saved or fresh episodes.
+    """Audit one run of a policy from n episodes with the stop honoured, the same n without it, or both.
 
-    Args:
-        stopping: n episodes with the stop honoured.
-        forced: The same n samples with the stop not available.
-        **options: As in ``audit_runs``.
+    The ``options`` are those of ``audit_runs``.
     """
     return audit_runs([Run(stopping, forced)], **options)
 

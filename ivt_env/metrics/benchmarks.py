@@ -101,85 +101,68 @@ def score(
             class stays one of its own and the result says so: then the class averages are not Ref-L4's.
         resamples: bootstrap resamples of each interval; 0 gives no intervals.
         seed: of the intervals.
-
-    Raises:
-        BenchmarkError: for an unknown rule, and a sample that lacks what the rule needs.
-        ValueError: for shapes that do not fit, or no samples.
     """
     if name not in _RULES:
         raise BenchmarkError(f"no rule {name!r}; there are {', '.join(RULES)}")
-    rows = _Rows(samples, resamples, seed)
-    targets = targets_px(samples)
+    rows = _Rows(predicted_px, samples, category_map or {}, resamples, seed)
     source, rule = _RULES[name]
-    notes = rule(rows, _checked(predicted_px, targets), targets, samples, category_map or {})
-    return RuleResult(name, source, tuple(rows.done), tuple(notes))
+    rule(rows)
+    return RuleResult(name, source, tuple(rows.done), tuple(rows.notes))
 
 
-def _common(
-    rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], _: Mapping[str, str]
-) -> list[str]:
+def _common(rows: _Rows) -> None:
     """IoU >= t, no clamping. mAcc, after COCO, is the mean of the accuracies at 0.50, 0.55, ..., 0.95."""
-    iou = overlap(predicted, targets)
-    rows.accuracies(iou, _REPORTED, strict=False)
-    rows.add("mIoU", iou, "mean of IoU")
-    return []
+    rows.accuracies(rows.iou, _REPORTED, strict=False)
+    rows.add("mIoU", rows.iou, "mean of IoU")
 
 
-def _refcoco(
-    rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], _: Mapping[str, str]
-) -> list[str]:
+def _refcoco(rows: _Rows) -> None:
     """IoU >= 0.5 on continuous areas, as lmms-eval scores.
 
     REFER publishes no rule for boxes: its evaluation code scores generated sentences. **Unknown:** by which rule
     (strict or not, areas with or without + 1 px) any other published number was made; the rules ``refcoco``,
     ``mdetr`` and ``vlmr1`` say how much could hang on it.
     """
-    rows.accuracies(overlap(predicted, targets), (0.5,), strict=False, mean=False)
-    return []
+    rows.accuracies(rows.iou, (0.5,), strict=False, mean=False)
 
 
-def _mdetr(rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], _: Mapping[str, str]) -> list[str]:
+def _mdetr(rows: _Rows) -> None:
     """**GIoU** >= 0.5, the precision at 1 of MDETR's evaluation code (github.com/ashkamath/mdetr).
 
     GIoU = IoU - (hull - union) / hull (Rezatofighi et al., arXiv 1902.09630) is never above IoU: the harder rule.
     """
-    usable = has_area(predicted)
-    giou = np.where(usable, boxes.giou(np.where(usable[:, None], predicted, targets), targets), -1.0)
+    usable = has_area(rows.predicted)
+    giou = np.where(usable, boxes.giou(np.where(usable[:, None], rows.predicted, rows.targets), rows.targets), -1.0)
     rows.add("Acc@0.5", hits(giou, 0.5, strict=False), "GIoU >= 0.5")
-    return []
 
 
-def _vlm_r1(
-    rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], _: Mapping[str, str]
-) -> list[str]:
+def _vlm_r1(rows: _Rows) -> None:
     """**Strict** IoU > 0.5 of VLM-R1's evaluation script (github.com/om-ai-lab/VLM-R1).
 
     Its intersection counts pixels (-1, then +1), which is the continuous one wherever boxes overlap
     by more than 1 px in both directions, and 0 elsewhere; so it is here.
     """
-    shared = np.minimum(predicted[:, 2:], targets[:, 2:]) - np.maximum(predicted[:, :2], targets[:, :2])  # (n, 2)
-    iou = np.where((shared > 1).all(axis=1), overlap(predicted, targets), 0.0)
+    low = np.maximum(rows.predicted[:, :2], rows.targets[:, :2])  # (n, 2)
+    shared = np.minimum(rows.predicted[:, 2:], rows.targets[:, 2:]) - low
+    iou = np.where((shared > 1).all(axis=1), rows.iou, 0.0)
     rows.accuracies(iou, (0.5,), strict=True, mean=False)
-    return []
 
 
-def _ref_l4(
-    rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], category_map: Mapping[str, str]
-) -> list[str]:
+def _ref_l4(rows: _Rows) -> None:
     """Everything **strict**, IoU > t, without clamping; by the target's size and as averages over classes, too.
 
     Source: ``RefL4Evaluator`` (github.com/JierunChen/Ref-L4, ``ref_l4/evaluation.py``, commit bae942c). It
     computes in float32, this in float64: an IoU within 1e-7 of a threshold may fall differently.
     """
-    iou = overlap(predicted, targets)
+    iou = rows.iou
     rows.accuracies(iou, _REPORTED, strict=True)
-    side = np.sqrt(np.prod(targets[:, 2:] - targets[:, :2], axis=1))
+    side = np.sqrt(np.prod(rows.targets[:, 2:] - rows.targets[:, :2], axis=1))
     size_bin = (side >= 128).astype(int) + (side > 256)
     for place, label in enumerate(_SIZES):
         rows.accuracies(iou, (0.5,), strict=True, label=f", {label}", members=np.flatnonzero(size_bin == place))
-    categories = [_category(sample) for sample in samples]
-    unmapped = sorted({c for c in categories if c.startswith("refcoco_") and c not in category_map})
-    _, index = np.unique([category_map.get(c, c) for c in categories], return_inverse=True)
+    categories = [_category(sample) for sample in rows.samples]
+    unmapped = sorted({c for c in categories if c.startswith("refcoco_") and c not in rows.category_map})
+    _, index = np.unique([rows.category_map.get(c, c) for c in categories], return_inverse=True)
     for metric, values, rule in (
         ("Acc@0.5", hits(iou, 0.5, strict=True), "IoU > 0.5"),
         ("mAcc", mean_hits(iou, strict=True), "IoU > 0.50, 0.55, ..., 0.95"),
@@ -187,37 +170,34 @@ def _ref_l4(
         means = np.bincount(index, weights=values) / np.bincount(index)  # of each class
         rule = f"{rule}, mean of {len(means)} classes"
         rows.done.append(ScoreRow(f"{metric}, class average", float(means.mean()), len(iou), rule))
-    return [
-        f"class averages are over UNMAPPED classes: {len(unmapped)} refcoco_* classes ({c} is one) stay "
-        "apart from the o365_* classes that Ref-L4 joins them with, so these two rows are not Ref-L4's and must "
-        "not be compared with published ones; give a category map (mapping_dict in Ref-L4's evaluation.py as JSON)"
-        for c in unmapped[:1]
-    ]
+    if unmapped:
+        rows.notes.append(
+            f"class averages are over UNMAPPED classes: {len(unmapped)} refcoco_* classes ({unmapped[0]} is one) stay "
+            "apart from the o365_* classes that Ref-L4 joins them with, so these two rows are not Ref-L4's and must "
+            "not be compared with published ones; give a category map (mapping_dict in Ref-L4's evaluation.py as JSON)"
+        )
 
 
-def _ref_adv(
-    rows: _Rows, predicted: Array, targets: Array, samples: Sequence[Sample], _: Mapping[str, str]
-) -> list[str]:
+def _ref_adv(rows: _Rows) -> None:
     """IoU >= t after sorting the corners and **clamping the prediction to the image**; by same-class distractors, too.
 
     Source: ``run.py`` and ``report.py`` of github.com/dddraxxx/Ref-Adv. Its second request after an
     unreadable answer is part of producing predictions, not of scoring them.
     """
-    limits = np.array([(s.size[1], s.size[0]) for s in samples], dtype=np.float64)  # (n, 2): width, height
-    low = np.clip(np.minimum(predicted[:, :2], predicted[:, 2:]), 0, limits)
-    high = np.clip(np.maximum(predicted[:, :2], predicted[:, 2:]), 0, limits)
-    iou = overlap(np.concatenate([low, high], axis=1), targets)
+    limits = np.array([(s.size[1], s.size[0]) for s in rows.samples], dtype=np.float64)  # (n, 2): width, height
+    low = np.clip(np.minimum(rows.predicted[:, :2], rows.predicted[:, 2:]), 0, limits)
+    high = np.clip(np.maximum(rows.predicted[:, :2], rows.predicted[:, 2:]), 0, limits)
+    iou = overlap(np.concatenate([low, high], axis=1), rows.targets)
     rows.accuracies(iou, _REPORTED, strict=False, mean=False)
-    count = np.array([_distractors(sample) for sample in samples])
+    count = np.array([_distractors(sample) for sample in rows.samples])
     for label, least, most in (("2-3", 2, 3), ("4-6", 4, 6), (">=7", 7, math.inf)):
         found = np.flatnonzero((count >= least) & (count <= most))
         rows.accuracies(iou, (0.5,), strict=False, mean=False, label=f", {label} distractors", members=found)
-    few = int((count < 2).sum())
-    note = f"{few} samples have fewer than 2 distractors: in the totals, in none of the published bins"
-    return [note] if few else []
+    if few := int((count < 2).sum()):
+        rows.notes.append(f"{few} samples have fewer than 2 distractors: in the totals, in none of the published bins")
 
 
-_Rule = Callable[["_Rows", Array, Array, Sequence[Sample], Mapping[str, str]], list[str]]
+_Rule = Callable[["_Rows"], None]
 _RULES: dict[str, tuple[str, _Rule]] = {
     "common": ("one rule for every data set, by which they can be compared", _common),
     "refcoco": (
@@ -235,11 +215,7 @@ RULES = tuple(_RULES)
 
 
 def targets_px(samples: Sequence[Sample]) -> Array:
-    """The target boxes, xyxy in pixels of the original images to 1e-6 px, shape (n, 4).
-
-    Raises:
-        ValueError: for no samples.
-    """
+    """The target boxes, xyxy in pixels of the original images to 1e-6 px, shape (n, 4)."""
     if not samples:
         raise ValueError("no samples to score")
     relative = np.array([s.box for s in samples], dtype=np.float64)
@@ -248,11 +224,7 @@ def targets_px(samples: Sequence[Sample]) -> Array:
 
 
 def overlap(predicted_px: ArrayLike, target_px: ArrayLike) -> Array:
-    """IoU of each prediction with its target, both (n, 4) xyxy in pixels; 0 for an unusable one. (n,).
-
-    Raises:
-        ValueError: for shapes that differ or are not (n, 4).
-    """
+    """IoU of each prediction with its target, both (n, 4) xyxy in pixels; 0 for an unusable one. (n,)."""
     targets = np.asarray(target_px, dtype=np.float64)
     predicted = _checked(predicted_px, targets)
     usable = has_area(predicted)
@@ -266,13 +238,7 @@ def has_area(boxes_xyxy: ArrayLike) -> NDArray[np.bool_]:
 
 
 def hits(overlaps: ArrayLike, threshold: float, *, strict: bool) -> Array:
-    """1.0 where an overlap (n,) counts at ``threshold`` and 0.0 elsewhere, shape (n,).
-
-    Args:
-        overlaps: IoU or GIoU.
-        threshold: a decimal such as 0.55 or ``55 / 100``; these are the same float.
-        strict: whether an overlap equal to the threshold is a miss.
-    """
+    """1.0 where an overlap (n,) counts at ``threshold``, else 0.0; ``strict``: one equal to it does not count."""
     values = np.asarray(overlaps, dtype=np.float64)
     return np.asarray(values > threshold if strict else values >= threshold, dtype=np.float64)
 
@@ -302,10 +268,18 @@ def legend(results: Sequence[RuleResult]) -> list[str]:
 
 
 class _Rows:
-    """Collects the rows of one rule, with their intervals."""
+    """What a rule scores, and the rows that it makes of it, with their intervals."""
 
-    def __init__(self, samples: Sequence[Sample], resamples: int, seed: int) -> None:
+    def __init__(
+        self, predicted_px: ArrayLike, samples: Sequence[Sample], category_map: Mapping[str, str], resamples: int,
+        seed: int,
+    ) -> None:  # fmt: skip
         self.done: list[ScoreRow] = []
+        self.notes: list[str] = []
+        self.samples, self.category_map = samples, category_map
+        self.targets = targets_px(samples)
+        self.predicted = _checked(predicted_px, self.targets)
+        self.iou = overlap(self.predicted, self.targets)
         self._images = [sample.image_id for sample in samples]
         self._resamples, self._seed = resamples, seed
 

@@ -127,15 +127,10 @@ class Column:
 
 
 def outcomes(episodes: Sequence[Episode], *, verify: bool = True) -> Outcomes:
-    """Turn n episodes into arrays.
+    """Turn n episodes, saved or fresh, into arrays.
 
-    Args:
-        episodes: Saved or fresh records, in the order that the results keep.
-        verify: Recompute every IoU from its box and the target, and refuse records that disagree.
-
-    Raises:
-        ValueError: For no episodes, an episode without a step, a step after a stop, or a recorded
-            IoU further than 1e-4 from the one recomputed.
+    ``verify`` recomputes every IoU from its box and the target, and refuses a record that is further than 1e-4 from it.
+    An episode without a step, or with one after its stop, is a ValueError.
     """
     if not episodes:
         raise ValueError("no episodes to score: the list is empty")
@@ -362,18 +357,10 @@ def oracle_best(played: Outcomes) -> Array:
 
 
 def prefix_agreement(forced: Outcomes, stopping: Outcomes, tolerance: float = 1e-6) -> float:
-    """Share of episodes whose two rollouts hold the same boxes up to the stop.
+    """Share of episodes whose two rollouts hold the same boxes (to ``tolerance``) up to the stop.
 
     1 for a deterministic policy that the mere availability of the stop does not change. Below 1,
     ``oracle_best`` (of the forced rollout) need not bound the columns of the stopping one.
-
-    Args:
-        forced: n episodes without the stop.
-        stopping: The same n samples with it.
-        tolerance: Largest difference of a coordinate that still counts as the same box.
-
-    Raises:
-        ValueError: For different numbers of episodes.
     """
     if len(forced.sample_ids) != len(stopping.sample_ids):
         raise ValueError(f"{len(forced.sample_ids)} forced and {len(stopping.sample_ids)} stopping episodes")
@@ -403,11 +390,7 @@ def check_same_samples(a: Sequence[Episode], b: Sequence[Episode], a_name: str =
 
 
 def select(column: Column, keep: Mask) -> Column:
-    """The column restricted to the episodes where ``keep`` (n,) is True.
-
-    Raises:
-        ValueError: When nothing is left or the shapes differ.
-    """
+    """The column restricted to the episodes where ``keep`` (n,) is True; ValueError when nothing is left."""
     if keep.shape != (len(column),):
         raise ValueError(f"the mask has shape {keep.shape}, the column {column.name!r} {len(column)} episodes")
     if not keep.any():
@@ -421,9 +404,6 @@ def pool_seeds(columns: Sequence[Column]) -> Column:
     A seed is treated as a draw: the answer of an episode is that of each run with probability
     1 / S. Every score of the result is then the mean of the runs' scores, and its value for an
     episode the mean of the runs' values, so that intervals resample images with all their runs.
-
-    Raises:
-        ValueError: For no columns, or columns of different rules, rollouts or lengths.
     """
     if not columns:
         raise ValueError("no columns to pool: give one for every seed")

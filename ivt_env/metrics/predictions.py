@@ -43,7 +43,7 @@ FORMATS = {
 """What the four numbers are."""
 
 FRAMES = boxes.FRAMES | {
-    "resized": "pixels of the resized image that the model saw; each row then has input_size: [height, width]",
+    "resized": "pixels of the resized image that the model saw; each row then has input_size: [height, width]"
 }
 """What they are measured in; beside these, a whole number N for 0 to N, relative to the image."""
 
@@ -144,18 +144,17 @@ def read_predictions(
     id_field: str | None = None,
     box_field: str | None = None,
 ) -> PredictionFile:
-    """Read a file of predictions.
+    """Read a file of predictions: JSON lines or a JSON array, UTF-8.
+
+    A box that is null, not four finite numbers or [0, 0, 0, 0] is a parse failure, not an error.
 
     Args:
-        path: JSON lines or a JSON array, UTF-8.
+        path: the file.
         layout: one of ``LAYOUTS``.
         box_format: one of ``FORMATS``, if the caller declares it.
         frame: one of ``FRAMES``, if the caller declares it.
         id_field: the field of the sample's id, where it is not the layout's.
         box_field: the field of the box, where it is not the layout's.
-
-    Returns:
-        All rows. A box that is null, not four finite numbers or [0, 0, 0, 0] is a parse failure, not an error.
 
     Raises:
         PredictionError: for a file that is unreadable, empty or no JSON, a format or frame that is
@@ -220,10 +219,6 @@ def match(
             ``ignore``.
         trust: score even where many boxes look as if the declaration were wrong (see
             ``SUSPICIOUS_SHARE``).
-
-    Raises:
-        PredictionError: for rows without sample and samples without row, as said above, for a
-            declaration that does not fit, and for sample ids that are not unique.
     """
     index = {sample.sample_id: number for number, sample in enumerate(samples)}
     if len(index) != len(samples):

@@ -89,14 +89,9 @@ class RolloutSummary:
 
 
 def per_episode(column: Column, metric: str) -> Array:
-    """The value of each episode whose mean is the score, for the paired statistics. Shape (n,).
+    """The value of each episode (n,) whose mean is the score, for the paired statistics.
 
-    Args:
-        column: The answers of a rule.
-        metric: ``mIoU``, ``mAcc`` or ``Acc@<threshold>``, for example ``Acc@0.5``.
-
-    Raises:
-        ValueError: For an unknown metric, or no episodes.
+    ``metric`` is ``mIoU``, ``mAcc`` or ``Acc@<threshold>``, for example ``Acc@0.5``.
     """
     if not len(column):
         raise ValueError(f"the column {column.name!r} holds no episodes")
@@ -117,9 +112,6 @@ def hits(column: Column, threshold: float) -> Array:
 
     0 or 1 where the rule decides; the mean of the indicator over the draws (not the indicator of
     the mean IoU) where it draws.
-
-    Raises:
-        ValueError: For a threshold outside [0, 1].
     """
     return (_right(column.ious, threshold) * column.weights).sum(axis=1)
 
@@ -130,22 +122,13 @@ def scores(column: Column, metrics: Sequence[str] = METRICS) -> dict[str, float]
 
 
 def correction_rate(before: Column, after: Column, threshold: float = 0.5) -> Share:
-    """Of the episodes that ``before`` got wrong, those that ``after`` gets right.
-
-    (prior wrong, final right) / (prior wrong).
-
-    Raises:
-        ValueError: For columns of different lengths, or a ``before`` that draws at random.
-    """
+    """Of the episodes that ``before`` got wrong, those that ``after`` gets right."""
     prior = _prior(before, after, threshold)
     return Share(float((hits(after, threshold) * ~prior).sum()), int((~prior).sum()))
 
 
 def break_rate(before: Column, after: Column, threshold: float = 0.5) -> Share:
-    """Of the episodes that ``before`` got right, those that ``after`` gets wrong.
-
-    (prior right, final wrong) / (prior right).
-    """
+    """Of the episodes that ``before`` got right, those that ``after`` gets wrong."""
     prior = _prior(before, after, threshold)
     return Share(float(((1 - hits(after, threshold)) * prior).sum()), int(prior.sum()))
 
@@ -168,12 +151,8 @@ def nsri(before: Column, after: Column, threshold: float = 0.5) -> Nsri:
 def step_changes(played: Outcomes, tolerance: float = 1e-6) -> StepChanges:
     """What the refinements did to the IoU, one by one and over whole episodes.
 
-    The paper does not define its "IoU drop per step"; compare minus ``mean_change`` on a forced
-    rollout with it, and its "samples degrading" with ``samples_degrading``.
-
-    Args:
-        played: n episodes.
-        tolerance: A change of IoU no larger than this counts as none.
+    A change of IoU no larger than ``tolerance`` counts as none. The paper does not define its "IoU drop per step";
+    compare minus ``mean_change`` on a forced rollout with it, and its "samples degrading" with ``samples_degrading``.
     """
     refined = played.acted & ~played.stop & played.has_box_before  # (n, T)
     change = (played.iou - played.iou_before)[refined]

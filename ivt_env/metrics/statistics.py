@@ -58,25 +58,16 @@ class Difference:
 
 
 def bootstrap_mean(
-    values: ArrayLike,
-    clusters: Sequence[object],
-    *,
-    n_boot: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    values: ArrayLike, clusters: Sequence[object], *, n_boot: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
     """Percentile interval of a mean, drawing whole images with replacement.
 
     Args:
-        values: One number per episode, shape (n,).
-        clusters: The image of each episode, length n.
+        values: One finite number per episode, shape (n,).
+        clusters: The image of each episode, length n; at least 2 images.
         n_boot: Number of resamples.
         seed: Fixes the resamples; the same seed and images give the same ones for every value.
         level: Coverage, 0.95 for 95 %.
-
-    Raises:
-        ValueError: For no values, a value that is not finite, lengths that differ, fewer than 2
-            images, or a level outside (0, 1).
     """
     v, index = _checked(values, clusters)
     low, high = _percentiles(v, index, n_boot, seed, level)
@@ -84,13 +75,7 @@ def bootstrap_mean(
 
 
 def paired_bootstrap(
-    a: ArrayLike,
-    b: ArrayLike,
-    clusters: Sequence[object],
-    *,
-    n_boot: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    a: ArrayLike, b: ArrayLike, clusters: Sequence[object], *, n_boot: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Difference:
     """Percentile interval of mean(a) - mean(b) over the same episodes, drawing whole images.
 
@@ -105,9 +90,6 @@ def paired_bootstrap(
         n_boot: Number of resamples.
         seed: Fixes the resamples.
         level: Coverage, 0.95 for 95 %.
-
-    Raises:
-        ValueError: As in ``bootstrap_mean``, and for ``a`` and ``b`` of different shapes.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:
@@ -135,28 +117,18 @@ def clustered_se(values: ArrayLike, clusters: Sequence[object]) -> float:
 
     sqrt(C / (C - 1) * sum over clusters of (sum of residuals)^2) / n (Liang and Zeger, Biometrika
     1986, for a mean, with the usual small-sample factor).
-
-    Raises:
-        ValueError: As in ``bootstrap_mean``.
     """
     return _clustered_se(*_checked(values, clusters))
 
 
 def mcnemar(a: ArrayLike, b: ArrayLike) -> tuple[float, int, int]:
-    """Exact two-sided McNemar test of paired rights and wrongs (Psychometrika 1947, binomial form).
+    """Exact two-sided McNemar test of paired rights (1) and wrongs (0), (n,) (Psychometrika 1947, binomial form).
 
     It takes every pair as independent: with several expressions per image, prefer
     ``paired_bootstrap``, or pass one episode per image.
 
-    Args:
-        a: Rights (1) and wrongs (0), shape (n,).
-        b: The same episodes under the other rule or policy, shape (n,).
-
     Returns:
         The p-value, the number right in ``a`` only, and the number right in ``b`` only.
-
-    Raises:
-        ValueError: For no pairs, shapes that differ, or values other than 0 and 1.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape or left.ndim != 1 or not len(left):
@@ -172,16 +144,7 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> tuple[float, int, int]:
 
 
 def wilson(count: float, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion (JASA 1927), for independent trials.
-
-    Args:
-        count: Successes; may be fractional (an expectation).
-        total: Trials.
-        level: Coverage.
-
-    Raises:
-        ValueError: For no trials, a count outside [0, total], or a level outside (0, 1).
-    """
+    """Wilson score interval of a proportion (JASA 1927), for independent trials; ``count`` may be an expectation."""
     if total < 1 or not 0 <= count <= total:
         raise ValueError(f"{count} of {total} is no proportion")
     z = _z(0.5 + _in_unit(level, "level") / 2)

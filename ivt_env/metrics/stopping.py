@@ -90,12 +90,8 @@ def calibration(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> C
 def ece(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
     """Expected calibration error over equal-width bins (Guo et al., arXiv 1706.04599, eq. 3).
 
-    The sum over bins of (share of statements in it) * |mean outcome - mean probability|.
-
-    Args:
-        probability: Statements in [0, 1], shape (m,).
-        correct: Outcomes, 0 or 1, shape (m,).
-        bins: Bins of [0, 1]; 1 itself belongs to the last.
+    The sum over bins of (share of statements in it) * |mean outcome - mean probability|, of statements in [0, 1] and
+    outcomes 0 or 1, both (m,). 1 itself belongs to the last bin.
     """
     # The gap of a bin's means times its count is |sum of (outcome - probability)|: an empty one adds 0.
     p, c = _pairs(probability, correct)
@@ -106,13 +102,7 @@ def ece(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
 
 
 def reliability(probability: ArrayLike, correct: ArrayLike, bins: int = 10) -> tuple[Bin, ...]:
-    """The bins of ``ece`` from 0 to 1, the empty ones among them: what a reliability diagram draws.
-
-    Args:
-        probability: Statements in [0, 1], shape (m,).
-        correct: Outcomes, 0 or 1, shape (m,).
-        bins: How many, of equal width.
-    """
+    """The bins of ``ece`` from 0 to 1, the empty ones among them: what a reliability diagram draws."""
     p, c = _pairs(probability, correct)
     index = _bin_of(p, bins)
     found = []
@@ -127,15 +117,12 @@ def auroc(score: ArrayLike, correct: ArrayLike, weights: ArrayLike | None = None
     """Area under the receiver operating characteristic: P(a correct one scores above a wrong one).
 
     The Mann-Whitney form (Hanley and McNeil, Radiology 1982), a tie counting half. 0.5 tells
-    nothing; below it the score is the wrong way round.
+    nothing; below it the score is the wrong way round; NaN where all are correct or all are wrong.
 
     Args:
         score: Any numbers, shape (m,): only their order matters.
         correct: Outcomes, 0 or 1, shape (m,).
         weights: A value of weight w counts as w equal ones, shape (m,); None: 1 each.
-
-    Returns:
-        A value in [0, 1]; NaN where all are correct or all are wrong.
     """
     s, c = _pairs(score, correct)
     w = np.ones(len(s)) if weights is None else np.asarray(weights, dtype=np.float64)

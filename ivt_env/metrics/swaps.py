@@ -164,16 +164,7 @@ def summarise(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: i
     """A row for each step and variant that was played, in the order of ``VARIANTS``.
 
     Shares have Wilson intervals over the effective number of answers (see ``share``), the IoU
-    change a bootstrap interval over images.
-
-    Args:
-        policy: name for the rows.
-        swaps: of one policy.
-        n_boot: resamples.
-        seed: of the resamples.
-
-    Raises:
-        ValueError: for no swaps, or one sample twice in a row.
+    change a bootstrap interval over images. The swaps are of one policy; ``policy`` is its name in the rows.
     """
     rows = []
     for step, of_step in _by_step(swaps).items():
@@ -205,7 +196,7 @@ def summarise(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: i
 
 
 def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: int = 0) -> list[Dependence]:
-    """What the decision to stop depends on, for each step.
+    """What the decision to stop depends on, for each step; NaN where nothing was played that a statistic compares.
 
     - ``AUROC good / bad``: the chance that a good shown box gets a higher stop probability than a bad
       one *of the same sample* (ties count half), mean over samples. 0.5: the answer does not depend on
@@ -222,15 +213,6 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
 
     The AUROCs use stated stop probabilities where every answer compared has one, else whether it stopped;
     ``measure`` says which. All intervals are bootstrapped over images.
-
-    Args:
-        policy: name for the rows.
-        swaps: of one policy.
-        n_boot: resamples.
-        seed: of the resamples.
-
-    Returns:
-        A row for each statistic; NaN where nothing was played that it compares.
     """
     rows = []
     for step, of_step in _by_step(swaps).items():
@@ -270,17 +252,10 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
 
 
 def share(values: ArrayLike, clusters: Sequence[object]) -> Interval:
-    """A proportion of n answers with its Wilson interval, widened where answers share images.
+    """A proportion of n answers (0 or 1) with its Wilson interval, widened where answers share images.
 
     Wilson's interval is taken over the number of *independent* answers that would have the clustered
     standard error, p (1 - p) / se^2, at most n; where all answers are alike, over the number of images.
-
-    Args:
-        values: 0 or 1, shape (n,).
-        clusters: the image of each, length n.
-
-    Raises:
-        ValueError: for no values, or lengths that differ.
     """
     v = np.asarray(values, dtype=np.float64)
     num_clusters = len(set(clusters))
@@ -316,11 +291,7 @@ def dependence_table(rows: Sequence[Dependence]) -> str:
 
 
 def swap_headline(rows: Sequence[Dependence]) -> str:
-    """Can a policy tell a good drawn box from a bad one? A line for each policy and step, of at most ``MOST_POLICIES``.
-
-    Args:
-        rows: of ``dependence``, for all policies.
-    """
+    """Can a policy tell a good drawn box from a bad one? A line for each policy and step, at most ``MOST_POLICIES``."""
     lines = []
     for r in (r for r in rows if r.name == GOOD_BAD):
         told = "tells good from bad" if r.value.value > r.null else "prefers bad boxes"

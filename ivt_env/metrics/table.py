@@ -24,13 +24,10 @@ ORACLE_NOTE = "* chosen with the target box: a ceiling that nothing deployed can
 
 
 def number(value: float | None, metric: str = "share", *, sign: bool = False, digits: int | None = None) -> str:
-    """A score; ``-`` where there is none.
+    """A score; ``-`` for None and NaN.
 
-    Args:
-        value: None or NaN for none.
-        metric: ``mIoU`` and ``IoU`` are printed as they are, all others in percent.
-        sign: with a plus, for differences.
-        digits: behind the point; None: 3 for IoU, else 1.
+    ``mIoU`` and ``IoU`` are printed as they are, all other metrics in percent; ``sign`` writes a plus, for differences.
+    ``digits`` stand behind the point (None: 3 for IoU, else 1).
     """
     if value is None or math.isnan(value):
         return "-"
@@ -107,13 +104,8 @@ def score_rows(
 ) -> list[Row]:
     """One row per column, each score with its interval clustered by image.
 
-    Args:
-        policy: Name printed for the policy.
-        columns: What ``columns()`` returned, n episodes each.
-        image_ids: ``Outcomes.image_ids``, length n.
-        metrics: Names as in ``per_episode``.
-        n_boot: Resamples of the interval.
-        seed: Seed of the interval.
+    ``columns`` and ``image_ids`` are those of n episodes, ``metrics`` names as in ``per_episode``, ``n_boot`` and
+    ``seed`` those of the intervals.
     """
     return [
         Row(
@@ -257,8 +249,7 @@ def seed_table(rows: Sequence[Row], metric: str) -> str:
 def headline(audits: Mapping[str, Mapping[str, Any]]) -> str:
     """Does refinement help? A line for each policy, of at most ``MOST_POLICIES``; at most 100 columns wide.
 
-    Args:
-        audits: by policy, what ``Audit.as_json`` gives.
+    ``audits`` holds by policy what ``Audit.as_json`` gives.
     """
     lines = []
     for name, audit in audits.items():
@@ -280,11 +271,7 @@ def own_gains(audit: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render(header: Sequence[str], lines: Sequence[Sequence[str]], *, markdown: bool = False, left: int = 1) -> str:
-    """An aligned table: the first ``left`` columns to the left, the others to the right.
-
-    Raises:
-        ValueError: For a line with another number of cells than the header.
-    """
+    """An aligned table: the first ``left`` columns to the left, the others to the right."""
     for line in lines:
         if len(line) != len(header):
             raise ValueError(f"a line of {len(line)} cells under {len(header)} headings: {list(line)}")
@@ -307,10 +294,7 @@ def render(header: Sequence[str], lines: Sequence[Sequence[str]], *, markdown: b
 def as_json(value: Any) -> Any:
     """Records, arrays and mappings of this package as plain JSON values; NaN becomes None.
 
-    A ``Share`` is given with its value.
-
-    Raises:
-        TypeError: For a value of another type, or an infinite number.
+    A ``Share`` is given with its value. Another type, or an infinite number, is a TypeError.
     """
     if isinstance(value, Share):
         return {"value": as_json(value.value), "count": as_json(value.count), "total": value.total}

@@ -26,13 +26,7 @@ class ImageFinder:
     def __init__(
         self, runs: Mapping[str, Sequence[Episode]], folders: Mapping[str, Path], data_root: str | Path | None = None
     ) -> None:
-        """Set up; nothing is read yet.
-
-        Args:
-            runs: episodes by run.
-            folders: the folder of each run.
-            data_root: of the real data sets, as ``load_dataset`` takes it.
-        """
+        """Set up, from the episodes and the folder of each run; nothing is read yet."""
         self.data_root = data_root
         self._folders: dict[tuple[str, str], list[Path]] = {}
         for name, run in runs.items():
@@ -46,12 +40,9 @@ class ImageFinder:
         self._lock = threading.Lock()
 
     def __call__(self, episode: Episode) -> ImageArray:
-        """The image at full resolution.
+        """The image at full resolution; DataError for a data set that is there and broken.
 
-        Raises:
-            DataMissingError: where neither the run nor this machine's data sets hold it, or what the run saved is
-                broken; says what was tried.
-            DataError: for a data set that is there and broken.
+        DataMissingError, which says what was tried, where there is none, or what the run saved is broken.
         """
         for folder in self._folders.get((episode.dataset, episode.image_id), ()):
             path = folder / "images" / image_file(episode.image_id)
@@ -116,11 +107,7 @@ def _at_number(dataset: Dataset, sample_id: str) -> Sample | None:
 
 
 def saved_image(path: Path) -> ImageArray:
-    """An image that a run or a session saved.
-
-    Raises:
-        DataMissingError: where it is broken or not there.
-    """
+    """An image that a run or a session saved; DataMissingError where it is broken or not there."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))

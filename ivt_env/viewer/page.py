@@ -55,10 +55,6 @@ def write_page(
             raises ``DataMissingError``, the page shows that message in the image's place.
         title: heading of the page.
         max_image_side: larger images are scaled down to this many pixels; none is enlarged.
-
-    Raises:
-        ValueError: if there is nothing to show or ``max_image_side`` is below 1.
-        DataError: if an episode or image cannot be shown, or two runs disagree about a sample.
     """
     if max_image_side < 1:
         raise ValueError(f"max_image_side is {max_image_side}, it must be at least 1 pixel")
@@ -88,12 +84,8 @@ def page_parts(
 ) -> tuple[str, str, str]:
     """The text of a page: before its episodes' details, from there to its images, and the end.
 
-    Args:
-        title: heading of the page.
-        served: which data were really read, for a person.
-        content: what the script reads, JSON-able.
-        from_server: whether the script may ask the server that the page came from for more.
-        play: whether the page is there to play as well.
+    ``served`` says which data were really read, ``content`` is what the script reads, ``from_server`` lets it ask for
+    more, and with ``play`` the page is there to play as well.
     """
     folder = files("ivt_env.viewer")
     names = ["template.html", "viewer.css", "loading.js", "viewer.js", *(["play.js"] if play else [])]
@@ -133,11 +125,7 @@ def script_json(value: Any) -> str:
 
 
 def image_jpeg(pixels: ImageArray, episode: Episode, max_side: int) -> bytes:
-    """The image as a JPEG file, at most ``max_side`` pixels on its longer side.
-
-    Raises:
-        DataError: for what is no image, and for one of another shape than the episode was played on.
-    """
+    """The image as a JPEG file, at most ``max_side`` pixels on its longer side; DataError for another image's shape."""
     where = f"image {episode.image_id!r} of {where_of(episode)}"
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise DataError(f"{where} is {pixels.dtype} {pixels.shape}, it must be uint8 (height, width, 3)")

@@ -46,9 +46,6 @@ class PlayApp(ViewApp):
             total: episodes to play, those of earlier sessions counted.
             seed: decides which samples are drawn; episode i is seeded with ``seed + i``.
             title: heading of the page.
-
-        Raises:
-            DataError: where ``folder`` holds episodes that are not this session's own.
         """
         self.env, self.folder, self.total, self.seed = env, Path(folder), total, seed
         self.episodes = self._earlier()
@@ -146,12 +143,7 @@ class PlayApp(ViewApp):
             raise Refused(
                 500, f"The episode is not saved yet ({error}): make room, then press a button again."
             ) from error
-        return {
-            "over": True,
-            "short": self.content.short(episode),
-            "details": details(episode),
-            **self._standing(),
-        }
+        return {"over": True, "short": self.content.short(episode), "details": details(episode), **self._standing()}
 
     def _standing(self) -> dict[str, Any]:
         played = len(self.episodes)
@@ -212,11 +204,7 @@ class PlayApp(ViewApp):
 def demonstrations(episode: Episode, index: int) -> list[dict[str, Any]]:
     """The steps of an episode as lines of the file that ``train_sft.py --demonstrations`` reads.
 
-    A proposal that the environment refused demonstrates nothing and is left out.
-
-    Args:
-        episode: what was played.
-        index: of its sample in the split.
+    A proposal that the environment refused demonstrates nothing and is left out. ``index`` is that of the sample.
     """
     rows: list[dict[str, Any]] = []
     shown, before = episode.initial_box, list[Box]()

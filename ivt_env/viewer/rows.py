@@ -19,14 +19,7 @@ class Content:
     """Runs to show, checked. A page needs the overview at once and each episode's details later."""
 
     def __init__(self, runs: Mapping[str, Sequence[Episode]]) -> None:
-        """Check every episode.
-
-        Args:
-            runs: episodes by the name of their run, in the order in which they are shown.
-
-        Raises:
-            DataError: if an episode cannot be shown, or two runs disagree about a sample.
-        """
+        """Check every episode; DataError if one cannot be shown, or two runs disagree about a sample."""
         self.runs = {name: list(run) for name, run in runs.items()}
         _check_runs_agree(self.runs)
         self.images: list[Episode] = []

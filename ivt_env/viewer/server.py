@@ -78,17 +78,7 @@ class ViewApp:
         title: str,
         max_image_side: int = 1024,
     ) -> None:
-        """Set up.
-
-        Args:
-            runs: episodes by the name of their run.
-            image_of: as for ``write_page``; called when an image is looked at.
-            title: heading of the page.
-            max_image_side: larger images are scaled down to this many pixels; none is enlarged.
-
-        Raises:
-            DataError: as ``write_page``.
-        """
+        """Set up, from the episodes by the name of their run; the other arguments are those of ``write_page``."""
         self.content = Content(runs)
         self.names = list(self.content.runs)
         self.title, self.image_of, self.side = title, image_of, max_image_side
@@ -156,15 +146,7 @@ class LocalServer(ThreadingHTTPServer):
     request_queue_size = 32
 
     def __init__(self, app: App, port: int = 0) -> None:
-        """Listen.
-
-        Args:
-            app: what answers.
-            port: 0: any that is free.
-
-        Raises:
-            ValueError: for a port that is taken or cannot be had.
-        """
+        """Listen on ``port``, or on any that is free (0); ValueError for a port that is taken or cannot be had."""
         self.app = app
         self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
         self._moved: dict[Any, None] = {}

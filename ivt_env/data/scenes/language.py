@@ -204,13 +204,5 @@ def vocabulary() -> list[str]:
 
     articles = "the object small large largest smallest that is not a"
     places = "closest to of from left right top bottom above below"
-    words = {
-        *articles.split(),
-        *places.split(),
-        *SHAPES,
-        *COLOURS,
-        *TEXTURES,
-        *_ORDINALS,
-        *_EXTREME_WORDS.values(),
-    }
+    words = {*articles.split(), *places.split(), *SHAPES, *COLOURS, *TEXTURES, *_ORDINALS, *_EXTREME_WORDS.values()}
     return sorted(words)

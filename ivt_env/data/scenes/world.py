@@ -116,12 +116,7 @@ DISTRACTORS = Recipe(
     kinds={k: p / (1 - _KINDS["attributes"]) for k, p in _KINDS.items() if k != "attributes"},
     names_shape=True,
 )
-SMALL = Recipe(
-    count=(3, 7),
-    bands={"tiny": 0.5, "small": 0.3, "medium": 0.2},
-    same_shape=0.35,
-    target_band="tiny",
-)
+SMALL = Recipe(count=(3, 7), bands={"tiny": 0.5, "small": 0.3, "medium": 0.2}, same_shape=0.35, target_band="tiny")
 
 
 def place_things(rng: np.random.Generator, recipe: Recipe) -> list[Thing] | None:

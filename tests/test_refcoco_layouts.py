@@ -1,0 +1,639 @@
+"""The layouts of jxu124, lmms-lab, MDETR and VLM-R1 give REFER's samples, or an error with file, row and remedy.
+
+Silent when false: the same box lies in these files as xyxy and as xywh, one pixel short, or beside running numbers
+that look like COCO's, and a model trained on such boxes is merely weak. A part of a split that was not downloaded, or
+a mixed split with images of the train split, makes a score that cannot be compared with the published one.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub_layouts import (
+    PROMPT,
+    boxes_in_images,
+    image_bytes,
+    is_the_record,
+    many,
+    odd_things,
+    put_images,
+    record,
+    same_objects,
+    thing_at,
+    things_of,
+    write_jxu124,
+    write_lmms,
+    write_mdetr,
+    write_vlm_r1,
+    write_vlm_r1_jsonl,
+)
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from refer_layout import PHOTOS, write_refer_folder
+
+import ivt_env.data as data
+from ivt_env.data import DataError, lmms, refcoco, refer, vlm_r1
+from ivt_env.data.table import open_table
+
+NAMES = ("refcocog", "refcoco", "refcocoplus")
+WRITERS = {
+    "jxu124": write_jxu124,
+    "lmms": write_lmms,
+    "mdetr": write_mdetr,
+    "vlm_r1": write_vlm_r1,
+    "lines": write_vlm_r1_jsonl,
+}
+SET = {"mdetr": "refcocoplus", "vlm_r1": "refcocoplus"}
+"""Layout -> the data set of ``hub``, where it is not RefCOCO."""
+SPLITS = {"lmms": ("testA", "testB"), "vlm_r1": ("train", "val"), "lines": ("train",)}
+REMEDY = {"lmms": "lmms-lab-encoder/RefCOCO again", "mdetr": "zenodo.org/record/4729015"}
+
+
+pytestmark = pytest.mark.usefixtures("private_machine")
+
+
+def written(tmp_path, layout):
+    """40 objects in each of two splits (in one of VLM-R1's lines)."""
+    things = [thing for split in SPLITS.get(layout, ("train", "testA")) for thing in many(split)]
+    return WRITERS[layout](tmp_path, SET.get(layout, "refcoco"), things)
+
+
+@pytest.fixture(params=WRITERS)
+def hub(tmp_path, request):
+    found = written(tmp_path, request.param)
+    found.key = request.param
+    found.split = SPLITS.get(request.param, ("train",))[0]
+    return found
+
+
+def served_splits(layout, name):
+    held = {"lmms": lmms.SPLITS[name], "vlm_r1": ("train", "val"), "lines": ("train",)}
+    return held.get(layout, next(iter(refer.PARTITIONS[name].values())))
+
+
+# --- What is read ---------------------------------------------------------------------------------
+
+OF_RECORD = {
+    "jxu124": ("0-0", {"ann_id": 1719310, "ref_id": 0, "image_id": 581857, "category_id": 1}),
+    "lmms": ("1719310-0", {"ann_id": 1719310, "image_id": 581857}),
+    "mdetr": ("1719310-0", {"ann_id": 1719310, "image_id": 581857, "category_id": 1, "category": "person"}),
+    "vlm_r1": ("1719310-0", {"ann_id": 1719310, "image_id": 581857, "category_id": 1}),
+    "lines": ("0", {"image_id": 581857}),
+}
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_published_record_is_reproduced(tmp_path, layout):
+    split = "testA" if layout == "lmms" else "train"
+    sample = WRITERS[layout](tmp_path, "refcoco", [record(split)]).samples(split)[0]
+    is_the_record(sample)
+    assert (sample.sample_id, sample.meta) == OF_RECORD[layout]
+    if layout == "lmms":  # not only to float32, as the file holds it, but to the digits of the annotators' file
+        assert sample.box == tuple(np.divide([103.93, 299.99, 103.93 + 134.22, 299.99 + 177.42], [427, 640] * 2))
+
+
+def test_published_record_is_reproduced_from_an_answer_as_text(tmp_path):
+    is_the_record(write_vlm_r1_jsonl(tmp_path, "refcoco", [record()], as_text=True).samples("train")[0])
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_and_images_are_those_of_the_refer_layout(tmp_path, name, layout):
+    splits = served_splits(layout, name)
+    things = things_of(write_refer_folder(tmp_path, name))
+    hub = WRITERS[layout](tmp_path, name, [thing for thing in things if thing.split in splits])
+    assert hub.module.find(tmp_path, name).splits == splits
+    shared = [key for key in ("ann_id", "ref_id", "image_id", "category") if key in OF_RECORD[layout][1]]
+    for split in splits:
+        original, table = open_table(refer.source(tmp_path, name), split), hub.open(split)
+        same_objects(list(table), list(original), tuple(shared))
+        assert np.array_equal(table.image(table[0]), original.image(original[0]))
+        if layout == "jxu124":
+            assert table.sample_ids() == original.sample_ids()
+        if layout == "lmms":  # byte for byte: a JPEG that is encoded again is another image
+            assert table.image_path(table[0]).read_bytes() == original.image_path(original[0]).read_bytes()
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_odd_sizes_texts_and_images_round_trip_in_the_stored_frame(tmp_path, layout):
+    split, name = ("val", "refcocoplus") if layout == "lmms" else ("train", "refcoco")
+    things = odd_things(split)
+    put_images(tmp_path / "train2014", things)
+    table = WRITERS[layout](tmp_path, name, things).open(split)
+    for sample, thing in zip(table, things, strict=True):
+        assert (sample.expression, sample.size) == (thing.sentences[0][1], thing.size)
+        # float32 gives a third of a pixel back as no short decimal
+        assert np.allclose(sample.box, thing.relative, rtol=0, atol=3e-7 if layout == "lmms" else 1e-15)
+        with Image.open(io.BytesIO(thing.image)) as image:  # no EXIF turn, also where the image is square
+            assert np.array_equal(table.image(sample), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("layout", "place"),
+    [(layout, place) for layout in ("jxu124", "mdetr") for place in refcoco.IMAGE_FOLDERS]
+    + [("vlm_r1", f"{place}/train2014".lstrip("/")) for place in vlm_r1.IMAGE_FOLDERS],
+)
+def test_images_are_found_in_every_documented_place(tmp_path, layout, place):
+    things = [t for t in things_of(write_refer_folder(tmp_path / "elsewhere")) if t.split == "train"]
+    put_images(tmp_path / place, things)
+    hub = WRITERS[layout](tmp_path, "refcocog", things)
+    table = open_table(hub.module.find(tmp_path, "refcocog"), "train")
+    with Image.open(PHOTOS / "astronaut.jpg") as image:
+        assert np.array_equal(table.image(table[0]), np.asarray(image))
+
+
+def test_only_splits_on_disk_are_offered(tmp_path, hub):
+    source = hub.module.find(tmp_path, hub.name)
+    splits = SPLITS.get(hub.key, ("train", "testA"))
+    assert (source.name, source.layout, source.splits) == (hub.name, hub.layout, splits)
+    assert hub.module.find(tmp_path, "refcocog") is hub.module.find(tmp_path, "photos") is None
+    with pytest.raises(DataError, match=rf"\({hub.layout}\) has no split 'test'; it has {', '.join(splits)}"):
+        open_table(source, "test")
+
+
+def test_sets_in_one_folder_have_an_index_each(tmp_path):
+    hub, other = written(tmp_path, "mdetr"), write_mdetr(tmp_path, "refcoco", [record()])
+    for _ in range(2):  # the second time from the index
+        assert (len(hub.open("train")), len(other.open("train"))) == (40, 3)
+    assert len(list((tmp_path / "mdetr" / ".ivt_index").glob("*.arrow"))) == 2
+
+
+# --- Bad rows -------------------------------------------------------------------------------------
+
+
+def first_sentence(**changes):
+    return lambda row: row["sentences"][0].update(changes)
+
+
+def in_json(key, **changes):
+    return lambda row: row.update({key: json.dumps(json.loads(row[key]) | changes)})
+
+
+def annotation(**changes):
+    return lambda content: content["annotations"][3].update(changes)
+
+
+def turns(asked, answer):
+    return {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]}
+
+
+GOOD = f"<image>{PROMPT}the cat."
+NOT_FINITE, NO_TURNS = "is not four finite numbers", "not one turn of human and one of gpt"
+# What is done to row 3, as a change of its fields or a function, and a part of what is said.
+BAD_ROWS = {
+    "jxu124": [
+        (lambda row: row["bbox"].__setitem__(2, float("nan")), NOT_FINITE),
+        ({"bbox": None}, "bbox None is not four numbers"),
+        (
+            lambda row: (row.update(bbox=[5.0, 6.0, 5.0, 15.0]), in_json("raw_anns", bbox=[5.0, 6.0, 0.0, 9.0])(row)),
+            "bbox [5.0, 6.0, 5.0, 15.0] (x1, y1, x2, y2) has",
+        ),
+        (in_json("raw_anns", bbox=None), "bbox in raw_anns is None"),
+        (in_json("raw_anns", id=5), "id in raw_anns is 5, and"),
+        (in_json("raw_image_info", id=5), "id in raw_image_info is 5, and"),
+        (in_json("raw_image_info", file_name="COCO_train2014_000000000005.jpg"), "5.jpg', but its id is"),
+        (in_json("raw_image_info", file_name="../x.jpg"), "'../x.jpg' is not the plain name"),
+        (in_json("raw_image_info", height=0), "height 0 and width 120 are not an image's"),
+        (lambda row: row.update(raw_anns=row["raw_anns"][:30]), "not whole JSON"),
+        ({"raw_image_info": "[1]"}, "raw_image_info is [1], not a JSON object"),
+        ({"split": "testB"}, "says split 'testB' in a file of train"),
+        ({"sentences": [], "sent_ids": []}, "has no sentences"),
+        ({"sentences": [None]}, "sent_ids"),
+        ({"sent_ids": [1, 2]}, "sent_ids [1, 2], but its sentences have"),
+        (first_sentence(sent="  "), "sent is '  ', not a text"),
+        ({"ann_id": -1}, "ann_id is -1, not a whole number from 0"),
+    ],
+    "lmms": [
+        ({"bbox": [1.0, float("nan"), 3.0, 4.0]}, NOT_FINITE),
+        ({"bbox": None}, "bbox None is not four numbers"),
+        ({"bbox": [5.0, 6.0, 0.0, 9.0]}, "bbox [5.0, 6.0, 0.0, 9.0] (x, y, width, height) has no area"),
+        ({"question_id": "12a"}, "question_id is '12a', not the number of an annotation"),
+        ({"file_name": "17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 image"),
+        ({"file_name": "../x.jpg"}, "file_name '../x.jpg' is not the plain name of a file"),
+        ({"answer": []}, "answer is None, not a text"),
+        ({"answer": [" "]}, "answer is ' ', not a text"),
+        ({"image": None}, "the image is not in the file (image is None)"),
+        ({"image": {"bytes": None, "path": "x.jpg"}}, "the image is not in the file (image is {"),
+        ({"image": {"bytes": b"no image", "path": "x"}}, "holds another image than an earlier row with"),
+        ({"image": {"bytes": image_bytes(120, 80, shade=9), "path": None}}, "another image than an earlier row with"),
+    ],
+    "mdetr": [
+        (annotation(bbox=[1.0, float("nan"), 3.0, 4.0]), NOT_FINITE),
+        (annotation(bbox=None), "bbox None is not four numbers"),
+        (annotation(bbox=[5, 6, 0, 9]), "bbox [5, 6, 0, 9] (x, y, width, height) has no area"),
+        (annotation(original_id="12"), "original_id is '12', not a whole number"),
+        (lambda content: content["annotations"].pop(3), "image id 3: has 0 annotations, not one"),
+        (
+            lambda content: content["annotations"].append(copy.deepcopy(content["annotations"][3])),
+            "image id 3: has 2 annotations, not one",
+        ),
+        ({"dataset_name": "refcoco"}, "dataset_name is 'refcoco', not 'refcoco+'"),
+        ({"original_id": 4}, "but its id is 4"),
+        ({"file_name": "17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 image"),
+        ({"file_name": "/etc/COCO_train2014_000000000004.jpg"}, "is not the plain name of a file"),
+        ({"width": None}, "width is None"),
+        ({"caption": " "}, "caption is ' ', not a text"),
+    ],
+    "vlm_r1": [
+        ({"solution": [1.0, float("nan"), 3.0, 4.0]}, NOT_FINITE),
+        ({"solution": None}, "solution None is not four numbers"),
+        ({"solution": [5, 6, 5, 9]}, "solution [5, 6, 5, 9] (x1, y1, x2, y2) has its corners in the wrong"),
+        ({"solution": [60, 40, 20, 30]}, "it would fit as xywh (x, y, width, height)"),
+        ({"dataset_name": "refcocog"}, "dataset_name is 'refcocog' in a file of refcocoplus"),
+        ({"image": "train2014/17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 image"),
+        ({"image": "../COCO_train2014_000000000004.jpg"}, "is not a path inside the folder of the images"),
+        ({"image": ["a.jpg", "b.jpg"]}, "image is ['a.jpg', 'b.jpg'], not a text"),
+        ({"height": None}, "height is None"),
+        ({"normal_caption": ""}, "normal_caption is '', not a text"),
+        ({"original_id": 1.5}, "original_id is 1.5, not a whole number"),
+        ({"category_id": None}, "category_id is None"),
+    ],
+    "lines": [
+        (turns(GOOD, [1.0, float("nan"), 3.0, 4.0]), "the answer [1.0, nan, 3.0, 4.0] is not four finite numbers"),
+        (turns(GOOD, "at 1, 2, 3, 4"), "the answer is 'at 1, 2, 3, 4', not whole JSON"),
+        (turns(GOOD, [5, 6, 9, 6]), "the answer [5, 6, 9, 6] (x1, y1, x2, y2) has its corners"),
+        (turns(GOOD, "[60, 40, 20, 30]"), "it would fit as xywh (x, y, width, height)"),
+        (turns("<image>Where is the cat?", [1, 2, 3, 4]), "the human's value is '<image>Where is the cat?'"),
+        (turns(GOOD[:-1], [1, 2, 3, 4]), "not '<image>Please provide the bounding box"),
+        (turns(f"<image>{PROMPT} .", [1, 2, 3, 4]), "expression is ' ', not a text"),
+        ({"conversations": turns(GOOD, None)["conversations"][:1]}, NO_TURNS),
+        ({"conversations": turns(GOOD, "[1, 2, 3, 4]")["conversations"][::-1]}, NO_TURNS),
+        ({"conversations": None}, "conversations is None"),
+        ({"conversations": [GOOD, "[1, 2, 3, 4]"]}, NO_TURNS),
+        ({"id": None}, "id is None"),
+        ({"image": "train2014/COCO_train2014_000000000004.jpg"}, "4.jpg', whose size is needed, is in none of"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "damage", "reason"), [(layout, *case) for layout, cases in BAD_ROWS.items() for case in cases]
+)
+def test_bad_row_is_named_and_left_out_and_the_rest_is_served(tmp_path, caplog, layout, damage, reason):
+    hub = written(tmp_path, layout)
+    split = next(iter(hub.rows))
+    content = hub.rows[split]
+    is_mdetr = layout == "mdetr"
+    if not callable(damage):
+        (content["images"] if is_mdetr else content)[3].update(damage)
+    else:
+        damage(content if is_mdetr else content[3])
+    hub.save()
+    log = hub.left_out(split, caplog)
+    assert f"row 3 of {'the images of ' if is_mdetr else ''}{hub.path_of(split).name}: " in log and reason in log
+
+
+@pytest.mark.parametrize("layout", ["vlm_r1", "lines"])
+def test_row_that_is_no_object_is_named(tmp_path, caplog, layout):
+    hub = written(tmp_path, layout)
+    hub.rows["train"][3] = [1, 2]
+    hub.save()
+    assert "is [1, 2], not an object" in hub.left_out("train", caplog)
+
+
+@pytest.mark.parametrize("layout", ["lmms", "mdetr", "vlm_r1"])
+def test_file_of_boxes_in_the_other_convention_is_refused_and_said_to_be_so(tmp_path, layout):
+    hub = written(tmp_path, layout)
+    split = list(hub.rows)[1] if layout != "mdetr" else "train"
+    rows = hub.rows[split]["annotations"] if layout == "mdetr" else hub.rows[split]
+    for row in rows:
+        if layout == "vlm_r1":
+            x1, y1, x2, y2 = row["solution"]
+            row["solution"] = [x1 + 40, y1 + 40, x2 - x1, y2 - y1]
+        else:
+            x, y, w, h = row["bbox"]
+            row["bbox"] = [x + 45, y + 40, x + 45 + w, y + 40 + h]
+    hub.save()
+    message = hub.error(next(iter(hub.rows)))
+    assert ("would fit as xywh" if layout == "vlm_r1" else "would fit as xyxy") in message
+    assert "(the limit is 10)" in message and REMEDY.get(layout, f"`ivt data fetch {layout}`") in message
+    assert str(hub.path_of(split)) in message
+
+
+# --- Broken files ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 3, 200, 0.5, -1])
+def test_half_a_file_is_named(hub, keep):
+    path = hub.path_of(hub.split)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
+    if hub.key == "lines":  # not one bad row of many: what follows it is missing
+        if keep not in (0, -1):
+            assert "only half there" in hub.error(hub.split)
+        return
+    message = hub.error(hub.split)
+    kind = "not a whole Parquet file" if path.suffix == ".parquet" else "not whole JSON"
+    assert message.startswith(f"{path}: {kind}") and f"`ivt data fetch {hub.layout}`" in message
+
+
+@pytest.mark.parametrize("content", [[], None, {}, {"images": []}, {"images": {}, "annotations": []}, "x", 5])
+@pytest.mark.parametrize("layout", ["mdetr", "vlm_r1"])
+def test_file_of_another_form_is_named(tmp_path, layout, content):
+    hub = written(tmp_path, layout)
+    hub.path_of("train").write_text(json.dumps(content))
+    said = "has no list" if layout == "mdetr" else "holds"
+    if layout == "mdetr" or content != []:
+        assert f"{hub.path_of('train')}: {said}" in hub.error("train")
+
+
+# --- jxu124 ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    return written(tmp_path, "jxu124")
+
+
+def test_xywh_in_the_column_is_refused_and_said_to_be_so(parquet):
+    parquet.rows["train"][7]["bbox"] = [8.5, 2.25, 30.75, 20.5]
+    parquet.save()
+    message = parquet.error("train")
+    assert f"{parquet.path_of('train')}: row 7: bbox [8.5, 2.25, 30.75, 20.5] should be xyxy" in message
+    assert "probably xywh" in message and "`ivt data fetch jxu124`" in message
+
+
+@pytest.mark.parametrize("corner", range(4))
+def test_one_disagreement_of_more_than_the_tolerance_refuses_the_file(parquet, corner):
+    row = parquet.rows["train"][39]
+    exact = list(row["bbox"])
+    row["bbox"][corner] = exact[corner] + 5e-5
+    parquet.save()
+    assert len(parquet.open("train")) == 40
+    row["bbox"][corner] = exact[corner] + 2e-4
+    parquet.save()
+    message = parquet.error("train")
+    assert "row 39: bbox" in message and "can be trusted" in message and "probably" not in message
+
+
+@pytest.mark.parametrize("stated", ["test", "testA"])
+def test_people_split_may_call_itself_test(parquet, stated):
+    for row in parquet.rows["testA"]:
+        row["split"] = stated
+    parquet.save()
+    assert len(parquet.open("testA")) == 40
+
+
+def test_damage_in_the_middle_of_a_file_is_never_another_error(parquet):
+    path = parquet.path_of("train")
+    content = path.read_bytes()
+    refused = 0
+    for at in range(10, len(content) - 8, 997):
+        path.write_bytes(content[:at] + bytes(255 - b for b in content[at : at + 60]) + content[at + 60 :])
+        try:
+            parquet.open("train")
+        except DataError as error:
+            refused += str(path) in str(error)
+    assert refused > 0
+
+
+def test_missing_column_is_named(parquet):
+    for row in parquet.rows["train"]:
+        del row["raw_anns"]
+    parquet.save()
+    assert f"{parquet.path_of('train')}: has no column 'raw_anns' (it has sent_ids," in parquet.error("train")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("bbox", "[1, 2, 3, 4]", "column 'bbox' is string, not lists of floating-point numbers"),
+        ("bbox", [1, 2, 3, 4], "column 'bbox' is list<element: int64>, not lists of floating-point numbers"),
+        ("image_id", "5", "column 'image_id' is string, not whole numbers"),
+        ("sentences", ["a", "b"], "column 'sentences' is list<element: string>, not lists of structs with sent"),
+    ],
+)
+def test_column_of_another_type_is_named(parquet, column, value, message):
+    for row in parquet.rows["train"]:
+        row[column] = value
+    position = parquet.schema.get_field_index(column)
+    parquet.schema = parquet.schema.set(position, pa.field(column, pa.array([value]).type))
+    parquet.rows = {"train": parquet.rows["train"]}
+    parquet.save()
+    assert f"{parquet.path_of('train')}: {message}" in parquet.error("train")
+
+
+def test_parts_of_a_split_are_read_in_order_and_a_missing_or_second_one_is_refused(tmp_path):
+    things = many("train")
+    hub = write_jxu124(tmp_path, "refcoco", things[:25])
+    path = hub.path_of("train")
+    first = path.rename(path.with_name("train-00000-of-00002.parquet"))
+    assert "of its split, part 1 (counted from 0) is not there" in hub.error("train")
+    hub.rows["train"] = write_jxu124(tmp_path / "other", "refcoco", things[25:]).rows["train"]
+    hub.save()
+    path.rename(path.with_name("train-00001-of-00002.parquet"))
+    assert [s.expression for s in hub.samples("train")] == [t.sentences[0][1] for t in things]
+    path.write_bytes(first.read_bytes())
+    message = hub.error("train")
+    assert "a second edition of this split lies beside it" in message and "read twice" in message
+
+
+# --- lmms -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def embedded(tmp_path):
+    return written(tmp_path, "lmms")
+
+
+def image_folder(hub):
+    return hub.path_of("testA").parent.parent / ".ivt_index" / "images"
+
+
+def test_plain_binary_images_are_read_too(tmp_path):
+    hub = write_lmms(tmp_path, "refcoco", many("testA"))
+    for row in hub.rows["testA"]:
+        row["image"] = row["image"]["bytes"]
+    hub.schema = hub.schema.set(1, pa.field("image", pa.binary()))
+    hub.save()
+    table = hub.open("testA")
+    assert table.image(table[0]).shape == (80, 120, 3)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(boxes_in_images())
+def test_any_box_in_any_image_comes_back(tmp_path, drawn):
+    thing = thing_at(*drawn, "testA")
+    (tmp_path / "written" / "images" / thing.file_name).unlink(missing_ok=True)
+    (box,) = write_lmms(tmp_path, "refcoco", [thing]).boxes()
+    assert np.allclose(box, thing.relative, rtol=0, atol=1e-9)
+    assert 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
+
+
+def test_float32_that_is_no_short_decimal_stays_within_its_own_rounding():
+    for value in np.random.default_rng(0).uniform(0, 2000, 300).astype(np.float32):
+        assert np.float32(lmms._as_written(float(value))) == value
+    assert lmms._as_written(1 / 3) == 1 / 3  # a float64 is not touched
+    assert np.isnan(lmms._as_written(float("nan"))) and lmms._as_written(None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("refcoco", ("train", "val", "test")), ("refcocog", ("train", "val")), ("refcocoplus", ("train",))],
+)
+def test_mixed_and_absent_splits_are_never_served(tmp_path, name, refused):
+    hub = write_lmms(tmp_path, name, [t for split in (*refused, *lmms.SPLITS[name]) for t in many(split, 3)])
+    source = lmms.find(tmp_path, name)
+    assert source.splits == lmms.SPLITS[name]
+    for split in refused:
+        assert hub.path_of(split) not in source.files
+        assert data.find_source(name, split, tmp_path) is None
+    assert {s.split for split in source.splits for s in hub.samples(split)} == set(source.splits)
+    for split in source.splits:
+        hub.path_of(split).unlink()
+    assert lmms.find(tmp_path, name) is None
+
+
+def test_image_of_several_rows_is_written_once_and_then_left_alone(embedded):
+    embedded.open("testA")
+    paths = list(image_folder(embedded).iterdir())
+    assert sorted(path.name for path in paths) == sorted(
+        {f"COCO_train2014_{1000 + sum(map(ord, split)):012d}.jpg" for split in ("testA", "testB")}
+    )
+    for path in paths:
+        os.utime(path, ns=(5, 5))
+    (image_folder(embedded).parent / "refcoco-lmms.arrow").unlink()
+    embedded.open("testB")
+    assert {path.stat().st_mtime_ns for path in image_folder(embedded).iterdir()} == {5}
+
+
+@pytest.mark.parametrize("damage", ["cut off", "other bytes", "gone"])
+def test_damaged_image_is_written_again_with_the_index(embedded, damage):
+    table = embedded.open("testA")
+    path = table.image_path(table[0])
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[:100] if damage == "cut off" else bytes(len(content)))
+    with pytest.raises(DataError, match=r"refcoco-lmms.arrow|not a whole image"):
+        table.image(table[0])
+    (image_folder(embedded).parent / "refcoco-lmms.arrow").unlink()
+    table = embedded.open("testA")
+    assert table.image(table[0]).shape == (80, 120, 3)
+    assert path.read_bytes() == content
+
+
+def test_few_images_are_in_memory_at_once(tmp_path):
+    rng = np.random.default_rng(0)
+    row = write_lmms(tmp_path, "refcoco", many("testA", 1)).rows["testA"][0]
+    rows = [row | {"image": {"bytes": rng.bytes(100_000), "path": "x"}} for _ in range(200)]
+    path = tmp_path / "big.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=10)
+    del rows
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in lmms.hub.typed_rows(path, lmms._COLUMNS, "fetch it again", lmms._ROWS_AT_ONCE):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert 0 < most < path.stat().st_size / 2
+
+
+def test_file_name_must_end_in_the_annotation_in_refcocog_alone(tmp_path, caplog):
+    for name, split, skipped in (("refcocog", "test", 1), ("refcoco", "testA", 0), ("refcocoplus", "testB", 0)):
+        hub = write_lmms(tmp_path, name, many(split))
+        hub.rows[split][3]["question_id"] = "5"
+        hub.save()
+        assert hub.open(split).skipped == skipped, name
+    assert "is of another annotation" in caplog.text
+
+
+# --- MDETR ----------------------------------------------------------------------------------------
+
+
+def test_running_numbers_join_nothing_but_the_two_lists(tmp_path):
+    hub = written(tmp_path, "mdetr")
+    expected = hub.samples("train")
+    content = hub.rows["train"]
+    for entry in content["images"]:
+        entry["id"] += 581_000
+    for entry in content["annotations"]:
+        entry["image_id"] += 581_000
+        entry["id"] = 3
+    content["annotations"].reverse()
+    hub.save()
+    found = hub.samples("train")
+    assert [s.sample_id for s in found] != [s.sample_id for s in expected]
+    same_objects(found, expected, ("ann_id", "image_id", "category"))
+
+
+@pytest.mark.parametrize("categories", [None, [], [{"id": 1}], "none"])
+def test_file_without_names_of_categories_is_served_without_them(tmp_path, categories):
+    hub = written(tmp_path, "mdetr")
+    hub.rows["train"]["categories"] = categories
+    hub.save()
+    assert hub.samples("train")[0].meta.keys() == {"ann_id", "image_id", "category_id"}
+
+
+def test_annotation_without_an_image_is_reported(tmp_path, caplog):
+    hub = written(tmp_path, "mdetr")
+    content = hub.rows["train"]
+    content["annotations"] += [content["annotations"][3] | {"image_id": 99}, {"id": 5}]
+    hub.save()
+    assert (hub.open("train").skipped, len(hub.open("train"))) == (2, 40)
+    assert "there is no image with their image_id 99" in caplog.text
+    assert "row 41 of the annotations of finetune_refcoco+_train.json: image_id is None" in caplog.text
+    content["images"][3] = 5  # its annotation has no image: two rows to report, one sample lost
+    hub.save()
+    assert (hub.open("train").skipped, len(hub.open("train"))) == (4, 39)
+    assert "row 3 of the images of finetune_refcoco+_train.json: is 5, not an object" in caplog.text
+
+
+# --- VLM-R1 ---------------------------------------------------------------------------------------
+
+
+def test_bbox_list_is_never_looked_at(tmp_path):
+    hub = written(tmp_path, "vlm_r1")
+    expected = hub.samples("train")
+    for row in hub.rows["train"]:
+        row["bbox_list"] = [[0, 0, 1, 1]]
+        del row["normalized_solution"]
+    hub.save()
+    assert hub.samples("train") == expected
+
+
+def test_json_goes_before_jsonl(tmp_path):
+    hub = written(tmp_path, "vlm_r1")
+    write_vlm_r1_jsonl(tmp_path, "refcocoplus", many("train", 3))
+    assert len(hub.open("train")) == 40
+    files = vlm_r1.find(tmp_path, "refcocoplus").files
+    assert [path.name for path in files] == ["refcocop_train.json", "refcocop_val.json"]
+
+
+@pytest.fixture
+def lines(tmp_path):
+    return written(tmp_path, "lines")
+
+
+@pytest.mark.parametrize("between", ["", "\n", " "])
+def test_prompt_is_taken_off_and_one_full_stop_with_it(lines, between):
+    turn = lines.rows["train"][0]["conversations"][0]
+    turn["value"] = f"<image>{between}{PROMPT}Mr. X, left...."
+    lines.rows["train"][0]["id"] = "refcoco-17"
+    lines.save()
+    sample = lines.samples("train")[0]
+    assert (sample.expression, sample.sample_id) == ("Mr. X, left...", "refcoco-17")
+
+
+def test_blank_lines_are_no_rows(lines):
+    path = lines.path_of("train")
+    path.write_text(path.read_text("utf-8").replace("\n", "\n\n", 5) + "  \n", "utf-8")
+    assert (len(lines.open("train")), lines.open("train").skipped) == (40, 0)
+
+
+def test_line_whose_image_is_no_image_names_the_image(lines, caplog):
+    path = lines.root / "vlm_r1" / "train2014" / "COCO_train2014_000000000004.jpg"
+    path.write_bytes(b"half a pict")
+    lines.rows["train"][3]["image"] = f"train2014/{path.name}"
+    lines.save()
+    assert f"{path}: not a whole image that can be read" in lines.left_out("train", caplog)
+
+
+def test_lines_without_any_image_are_refused_with_the_remedy(lines):
+    (lines.root / "vlm_r1" / "train2014").rename(lines.root / "elsewhere")
+    message = lines.error("train")
+    assert "40 of 40 rows are unusable" in message and "unpack COCO's train2014.zip" in message
