@@ -55,7 +55,8 @@ def model(tokenizer):
 
 
 def test_the_tokenizer_knows_the_words_of_marks_whole():
-    assert {f"{space}{w}" for w in (*MARKS, "marked", "with") for space in ("", "Ġ")} <= build_tokenizer().get_vocab().keys()
+    words = {f"{space}{w}" for w in (*MARKS, "marked", "with") for space in ("", "Ġ")}
+    assert words <= build_tokenizer().get_vocab().keys()
 
 
 def test_a_slot_reads_as_the_policys_prompt_and_answer(words, tokenizer):

@@ -129,8 +129,8 @@ class Scenes:
         search = search_split(split)
         if (search[0] if search else split) not in SPLITS:
             raise DataError(
-                f"scenes has no split {split!r}{closest(split, SPLITS)}; it has {', '.join(SPLITS)}, and those with marks of"
-                " another size (val_search_12)"
+                f"scenes has no split {split!r}{closest(split, SPLITS)}; it has {', '.join(SPLITS)}, and those with"
+                " marks of another size (val_search_12)"
             )
         self.split = split
         self._length = SPLITS[search[0] if search else split]
