@@ -5,10 +5,6 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 OUT ?= runs/train
-SFT_STEPS ?= 300
-GRPO_STEPS ?= 60
-# The control gets as many gradient steps as SFT and GRPO together.
-CONTROL_STEPS := $(shell expr $(SFT_STEPS) + $(GRPO_STEPS))
 export HF_HUB_OFFLINE ?= 1
 # glibc hands large blocks back to the system after every use and gets them page by page again; for a
 # model this small that is a third of the time of a step. Ignored where the C library is another.
@@ -20,7 +16,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # the commands of the last go on from each other's files.
 ALONE := tests/test_mutated_inputs.py tests/test_mutated_files.py tests/test_unwritable.py tests/test_documented_commands.py
 
-.PHONY: train test quick seeds paper study tiny docs check clean
+.PHONY: train test quick paper study tiny docs check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,27 +27,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 train: $(VENV)/.installed
-	$(RUN) train_sft.py --out $(OUT)/sft --steps $(SFT_STEPS) --overwrite
-	$(RUN) train_grpo.py --model $(OUT)/sft/policy --out $(OUT)/grpo --steps $(GRPO_STEPS) --overwrite
-	$(RUN) train_sft.py --single-shot --out $(OUT)/control --steps $(CONTROL_STEPS) --samples 20000 --overwrite
-	$(RUN) evaluate.py --out $(OUT)/evaluation --overwrite --runs $(OUT)/grpo --policies \
-		base=tiny sft=$(OUT)/sft/policy sft+grpo=$(OUT)/grpo/policy control=$(OUT)/control/policy
-
-# Two more seeds of GRPO from the warm start of `make train`, and all three curves in one plot.
-seeds: $(VENV)/.installed
-	for seed in 1 2; do $(RUN) train_grpo.py --model $(OUT)/sft/policy --out $(OUT)/grpo-seed$$seed \
-		--steps $(GRPO_STEPS) --seed $$seed --overwrite || exit 1; done
-	$(RUN) evaluate.py --out $(OUT)/seeds --overwrite --runs $(OUT)/grpo $(OUT)/grpo-seed1 $(OUT)/grpo-seed2 --policies \
-		base=tiny sft=$(OUT)/sft/policy grpo=$(OUT)/grpo/policy grpo=$(OUT)/grpo-seed1/policy \
-		grpo=$(OUT)/grpo-seed2/policy
+	$(RUN) -m experiments.study --out $(OUT)
 
 # The paper's own recipe on the scenes and both versions of its table (docs/paper.md).
 paper: $(VENV)/.installed
 	$(RUN) -m experiments.paper --out runs/paper
 
-# Does the loop pay? Three seeds, controls of equal compute, swaps (docs/results.md).
+# The same with three seeds, more samples and splits, and GRPO from half the warm start (docs/results.md): hours.
 study: $(VENV)/.installed
-	$(RUN) -m experiments.study --out runs/study
+	$(RUN) -m experiments.study --out runs/study --seeds 3 --half --samples 2000 --swap-samples 300 --map-samples 1000 \
+		--splits test test_distractors test_small test_search
 
 # A tiny model from scratch, the next one: minutes on a GPU, hours on two cores (docs/experiments.md).
 tiny: $(VENV)/.installed

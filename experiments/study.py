@@ -1,14 +1,13 @@
-"""Does refinement help? The study behind ``docs/results.md``, by one command.
+"""Does a second look pay? The study behind ``docs/results.md``, and ``make train``, by one command.
 
-    python -m experiments.study                     # three seeds; about two hours on two cores
-    python -m experiments.study --seeds 1 --samples 300 --steps 60 --out runs/quick
+    python -m experiments.study --out runs/train                     # one seed, about half an hour on two cores
+    python -m experiments.study --seeds 3 --samples 2000 --out runs/study --splits test test_search ...
 
-For each seed a policy is trained to refine (close-ups, lessons in verifying) and a control: the same base, the same
-number of gradient steps and demonstrations, all of them single shots. In the loop the base gives the first box and the
-policy goes on. Three more controls spend their compute on several
-answers, and with ``--large`` one on a larger image. Then every policy answers the same samples of every test split,
-and the overlay of the loop is swapped. Each part is a command of the project, printed before it runs and written to
-``commands.txt``; what is done is not done again, so a study that was cut off goes on.
+For each seed: SFT on lessons in looking, GRPO from it, and two controls that are trained with as many steps on single
+shots, one of them on images with as many pixels as the loop looks at in all. Every policy answers the same samples of
+every split, the overlay of the loop is swapped, and the map plays search scenes with marks of several sizes. Each part
+is a command of the project, printed before it runs and written to ``commands.txt``; what is done is not done again, so
+a study that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -22,181 +21,184 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
 
-from experiments.study_tables import summary
+from experiments.study_tables import last_screen, plot_map, summary
 from ivt_agents.command import run_command
 from ivt_agents.config import with_new_names
 from ivt_agents.training.checkpoints import CONFIG
 from ivt_agents.training.run import RunError, check_least, write_json
 from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
 
-SPLITS = ("test", "test_distractors", "test_small")
+TRAINED = ("sft", "grpo", "control", "control-pixels")
+"""What is made anew for each seed."""
+PIXELS = 7.11
+"""Times the pixels of one image that the second control is given: 256 instead of 96 a side. The loop looks at the
+whole image once, and at each later step at the whole image and a close-up: 6.8 images at three later steps."""
 
 
 @dataclass
 class Args:
-    """Train loops and controls, play them, and put them side by side."""
+    """Train the loop and its controls, play them, and put them side by side."""
 
-    out: Path = Path("runs/study")
+    out: Path = Path("runs/train")
     """Folder of everything."""
     model: str = "tiny"
     """The base that all start from."""
-    seeds: int = 3
-    """Seeds of the loop and of its control."""
-    scenes: int = 20_000
-    """Training images of the loop; each is asked about six times."""
-    steps: int = 600
-    """Gradient steps of each policy."""
-    batch: int = 240
-    """Demonstrations in a step; an even number, because half of them make one forward pass."""
-    samples: int = 2000
-    """Samples of each test split."""
-    episode_steps: int = 2
-    """Actions in an episode: a box, then a better one or a stop."""
-    swap_samples: int = 300
-    """Samples of `test` on which the overlay is swapped."""
-    answers: list[str] = field(default_factory=lambda: ["medoid-8", "best-of-8", "second-shot"])
-    """Controls that spend their compute on several answers of the first seed's control."""
-    alone: bool = False
-    """Also play each trained policy by itself, from its own first box."""
-    large: bool = False
-    """Train one more control, whose image has twice the pixels: half an hour more on two cores."""
+    seeds: int = 1
+    """Seeds of all that is trained."""
+    sft_samples: int = 8000
+    """Training samples that SFT makes its lessons of."""
+    sft_steps: int = 700
+    """Gradient steps of SFT."""
+    grpo_steps: int = 60
+    """Steps of GRPO. The controls get as many steps as SFT and GRPO together."""
+    half: bool = False
+    """Also train an SFT of half the steps, and GRPO from it."""
+    splits: list[str] = field(default_factory=lambda: ["test", "test_search"])
+    """Splits on which every policy answers."""
+    samples: int = 500
+    """Samples of each split."""
+    episode_steps: int = 8
+    """Actions in an episode."""
+    swap_samples: int = 100
+    """Samples on which the overlay is swapped; 0: none."""
+    marks: list[int] = field(default_factory=lambda: [8, 12, 16, 24, 32])
+    """Sides of the marks in pixels of 768, for the map."""
+    map_samples: int = 200
+    """Samples of each size of mark; 0: no map."""
     jobs: int = 2
     """Commands at a time, one core each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One command, and the file that says that it is done."""
+    """One command, the file that says that it is done, and the jobs that must be done before."""
 
     name: str
     command: tuple[str, ...]
     made: Path
+    needs: tuple[str, ...] = ()
 
 
 def main(args: Args) -> None:
-    """Run what is missing, stage by stage."""
-    numbers = ("seeds", "scenes", "steps", "batch", "samples", "episode_steps", "swap_samples", "jobs")
-    check_least(args, dict.fromkeys(numbers, 1) | {"episode_steps": 2, "batch": 2})
-    if args.batch % 2:
-        raise RunError(f"batch {args.batch}: a step is two forward passes of equal size; give an even number")
+    """Run what is missing, and show what came of it."""
+    least = dict.fromkeys(("seeds", "sft_samples", "sft_steps", "samples", "jobs"), 1)
+    check_least(args, least | {"episode_steps": 2, "grpo_steps": 0, "swap_samples": 0, "map_samples": 0})
     with lock_folder(args.out):
         if made := asked_of(args.out, "study.json"):
             refuse_other(args.out, with_new_names(made), asdict(args), "give another --out", may_differ={"out", "jobs"})
         write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
-        for stage in (_training, _playing, _scoring, _reporting):
-            run_jobs(stage(args), args.out, args.jobs)
-        write_whole(args.out / "summary.md", summary(args.out, SPLITS))
-    print(f"tables: {args.out}/summary.md")
-    print(f"reports: {args.out}/report.html ({SPLITS[0]}, with swaps), {', '.join(f'{s}/report.html' for s in SPLITS)}")
+        run_jobs([*_training(args), *_playing(args), *_scoring(args)], args.out, args.jobs)
+        write_whole(args.out / "summary.md", summary(args.out, args.splits, swapped=args.swap_samples > 0))
+        if args.map_samples:
+            plot_map(args.out, args.marks)
+    print(last_screen(args.out, args.splits))
+
+
+def names(args: Args) -> list[str]:
+    """Everything that is trained: ``sft-0``, ``grpo-0``, ..."""
+    kinds = [*TRAINED, *(("half", "half-grpo") if args.half else ())]
+    return [f"{kind}-{seed}" for seed in range(args.seeds) for kind in kinds]
 
 
 def _training(args: Args) -> list[Job]:
-    """The loops first: they take longer."""
-    shared: list[object] = ["--model", args.model, "--split", "train_asked", "--neighbours", "6"]
-    shared += ["--steps", args.steps, "--learning-rate", "8e-4"]
-    shared += ["--per-device-train-batch-size", args.batch // 2, "--gradient-accumulation-steps", 2]
-    shared += ["--optim", "muon", "--smoothing", "6", "--bf16", "--eval-samples", "0"]
-    loop: list[object] = ["--view", "closeup", "--lessons", "verification", "--decision-weight", "3"]
-    # In the relay it never gives a first answer, so none is taught.
-    loop += ["--samples", 6 * args.scenes, "--harvested", "1", "--first-answers", "0"]
-    # Every answer once: what the loop spends on looking again, the control spends on new questions.
-    control: list[object] = ["--single-shot", "--samples", args.steps * args.batch]
-    seeds = range(args.seeds)
-    wanted = [(f"loop-{s}", loop, s) for s in seeds] + [(f"control-{s}", control, s) for s in seeds]
-    if args.large:  # one seed, to see whether pixels alone would do
-        wanted.append(("large-0", [*control, "--pixels", "2"], 0))
-    return [
-        _job(args, name, "train_sft", [*shared, *own, "--seed", seed], "policy/policy.json")
-        for name, own, seed in wanted
-    ]
+    total = args.sft_steps + args.grpo_steps
+    jobs = []
+    for name in names(args):
+        kind, _, seed = name.rpartition("-")
+        common: list[object] = ["--seed", seed, "--eval-samples", "0", "--bf16"]
+        if kind in ("sft", "half"):
+            steps = args.sft_steps // (2 if kind == "half" else 1)
+            own = ["--model", args.model, "--samples", args.sft_samples, "--steps", steps]
+        elif kind.endswith("grpo"):
+            warm = f"{'half' if kind == 'half-grpo' else 'sft'}-{seed}"
+            own = ["--model", args.out / warm / "policy", "--steps", args.grpo_steps]
+            jobs.append(_job(args, name, "train_grpo", [*common, *own], "policy/policy.json", (warm,)))
+            continue
+        else:
+            own = ["--model", args.model, "--single-shot", "--samples", 48 * total, "--steps", total]
+            if kind == "control-pixels":  # in which the vision tower must learn, too, to see a larger image
+                own += ["--pixels", PIXELS, "--no-freeze-vision-tower"]
+        jobs.append(_job(args, name, "train_sft", [*common, *own], "policy/policy.json"))
+    return jobs
 
 
 def _playing(args: Args) -> list[Job]:
-    """Every policy on every split by itself, so that a core is never idle; and the swaps."""
-    seeds = range(args.seeds)
-    large = ["large-0"] if args.large else []
-    controls = [f"control-{s}" for s in seeds]
-    policies = {name: str(args.out / name / "policy") for name in [*controls, *large]}
-    # What learned to refine goes on from the first box of the base, on which it learned.
-    trained = [str(args.out / f"loop-{s}" / "policy") for s in seeds]
-    policies |= {f"loop-{s}": f"relay:vlm:{args.model},vlm:{trained[s]}" for s in seeds}
-    policies |= {f"alone-{s}": trained[s] for s in seeds if args.alone}
-    # Answers that are sampled are one control of the first seed: they are compared with its greedy answer.
-    first = policies[controls[0]]
-    policies |= {name: f"{name}:vlm:{first}" for name in args.answers}
-    policies["base"] = args.model
-    options: list[object] = ["--split", "test", "--samples", args.swap_samples, "--episode-steps", args.episode_steps]
-    options += ["--steps", "1", "--policies", *(f"loop-{s}={policies[f'loop-{s}']}" for s in seeds)]
-    jobs = [_job(args, "swaps", "ivt_agents.evaluation.swaps", options)]
-    for split in SPLITS:
-        for name, spec in policies.items():
-            # A single shot's first box is its answer. The base is made to go on where the collapse is to be seen.
-            single = name in (*controls, *large) or (name == "base" and split != SPLITS[0])
-            options = [
-                "--split",
-                split,
-                "--samples",
-                args.samples,
-                "--episode-steps",
-                1 if single else args.episode_steps,
-            ]
-            options += ["--policies", f"{name}={spec}", "--page-episodes", 1]
-            # What every step would have given is asked once, of the policies that are to take several.
-            forced = split == SPLITS[0] and (name == "base" or name.startswith("loop-"))
-            options += [] if forced else ["--no-forced"]
-            jobs.append(_job(args, f"played/{split}/{name}", "evaluate", options, "report.html"))
+    """Every policy on every split by itself, so that a core is never idle; the swaps; and the map."""
+    jobs = []
+    policies = {"base": args.model} | {name: str(args.out / name / "policy") for name in names(args)}
+    last = "grpo-0"
+    for name, spec in policies.items():
+        loops = name == "base" or name.rpartition("-")[0] not in ("control", "control-pixels")
+        needs = () if name == "base" else (name,)
+        for split in args.splits:
+            options = ["--split", split, "--samples", args.samples, "--page-episodes", 1 if name != last else 50]
+            options += ["--episode-steps", args.episode_steps if loops else 1, "--policies", f"{name}={spec}"]
+            # What every step would have given is asked of the base, which collapses, and of the loop that never stops.
+            options += [] if name in ("base", last) else ["--no-forced"]
+            jobs.append(_job(args, f"played/{split}/{name}", "evaluate", options, needs=needs))
+        if args.map_samples and name in ("base", "grpo-0", "control-pixels-0"):
+            steps = args.episode_steps if name == last else 1
+            for side in args.marks:
+                options = ["--split", f"test_search_{side}", "--samples", args.map_samples, "--no-forced"]
+                options += ["--episode-steps", steps, "--page-episodes", 1, "--policies", f"{name}={spec}"]
+                jobs.append(_job(args, f"map/{side}/{name}", "evaluate", options, needs=needs))
+    if args.swap_samples:
+        for split in args.splits:
+            options = ["--split", split, "--samples", args.swap_samples, "--steps", "1"]
+            options += ["--episode-steps", args.episode_steps, "--policies", f"loop={policies[last]}"]
+            jobs.append(_job(args, f"swaps/{split}", "ivt_agents.evaluation.swaps", options, needs=(last,)))
     return jobs
 
 
 def _scoring(args: Args) -> list[Job]:
     """All policies of a split in one table, by name: several seeds of one are one policy."""
     jobs = []
-    for split in SPLITS:
-        several = ["control", "loop", *(["alone"] if args.alone else [])]
-        names = ["base", *(f"{name}-{s}" for name in several for s in range(args.seeds))]
-        names += ["large-0"] if args.large else []
-        names += args.answers
-        folders = [f"{_policy(name)}={args.out}/played/{split}/{name}/episodes/{name}" for name in names]
-        jobs.append(_job(args, split, "evaluate", ["--episodes", *folders], "report.html"))
+    for split in args.splits:
+        played = ["base", *names(args)]
+        folders = [
+            f"{name.rpartition('-')[0] or name}={args.out}/played/{split}/{name}/episodes/{name}" for name in played
+        ]
+        needs = tuple(f"played-{split}-{name}" for name in played)
+        jobs.append(_job(args, split, "evaluate", ["--episodes", *folders], "report.html", needs))
+        if args.swap_samples:
+            page = args.out / split / "swaps.html"
+            words = (str(args.out / split), "--swaps", str(args.out / "swaps" / split), "--out", str(page))
+            command = (sys.executable, "-m", "ivt_agents.evaluation.report", *words)
+            jobs.append(Job(f"report-{split}", command, page, (split, f"swaps-{split}")))
     return jobs
 
 
-def _reporting(args: Args) -> list[Job]:
-    """The page of `test`, with the swaps."""
-    page = args.out / "report.html"
-    options = (str(args.out / "test"), "--swaps", str(args.out / "swaps"), "--out", str(page))
-    return [Job("report", (sys.executable, "-m", "ivt_agents.evaluation.report", *options), page)]
-
-
-def _policy(name: str) -> str:
-    """The name in the tables: without the seed where there are several."""
-    head, _, _ = name.rpartition("-")
-    return head if head in ("loop", "alone", "control", "large") else name
-
-
-def _job(args: Args, where: str, module: str, options: list[object], made: str = "results.json") -> Job:
+def _job(
+    args: Args,
+    where: str,
+    module: str,
+    options: list[object],
+    made: str = "results.json",
+    needs: tuple[str, ...] = (),
+) -> Job:
     out = args.out / where
     name = where.replace("/", "-")
     again = ["--resume"] if (out / CONFIG).exists() else []  # it was cut off
-    return Job(name, (sys.executable, "-m", module, "--out", str(out), *map(str, options), *again), out / made)
+    command = (sys.executable, "-m", module, "--out", str(out), *map(str, options), *again)
+    return Job(name, command, out / made, needs)
 
 
 def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
-    """Run the commands that have not been run, ``workers`` at a time, each on one core.
+    """Run the commands that have not been run, ``workers`` at a time, each on one core, none before what it needs.
 
     Raises:
-        RunError: naming the log of the first command that failed. The others are run to their end.
+        RunError: naming the log of the first command that failed. Those that run are run to their end.
     """
     missing = [job for job in jobs if not job.made.exists()]
+    done = {job.name for job in jobs} - {job.name for job in missing}
     # torch's threads wait for each other actively: two commands with two threads each take far longer than
     # the same commands with one.
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-
     lock = Lock()
     running: list[subprocess.Popen[bytes]] = []
 
@@ -218,9 +220,19 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
             write_json(times, known | {job.name: round((time.time() - started) / 60, 2)})
         return job if status else None
 
+    running_now: dict[Future[Job | None], Job] = {}
+    failed: list[Job] = []
     with ThreadPoolExecutor(workers) as pool:
         try:
-            failed = [job for job in pool.map(run, missing) if job is not None]
+            while running_now or (missing and not failed):
+                ready = [] if failed else [job for job in missing if done.issuperset(job.needs)]
+                for job in ready[: workers - len(running_now)]:
+                    missing.remove(job)
+                    running_now[pool.submit(run, job)] = job
+                for future in wait(running_now, return_when=FIRST_COMPLETED).done:
+                    job = running_now.pop(future)
+                    failed += [job] if future.result() else []
+                    done.add(job.name)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:

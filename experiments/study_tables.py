@@ -1,8 +1,4 @@
-"""The study's results as Markdown: what ``docs/results.md`` shows, from what the study wrote.
-
-Everything is read from ``results.json`` files. Which control is the best one is not chosen by hand: it is the one
-with the highest score on the split in question, which favours the controls.
-"""
+"""The study's results: one screen, the tables of ``docs/results.md``, and the map. Everything is read from files."""
 
 from __future__ import annotations
 
@@ -11,116 +7,160 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ivt_env.metrics.table import difference, interval, number, render
 
-METRICS = ("Acc@0.5", "Acc@0.9", "mIoU")
-LOOP = "loop"
-CONTROLS = (
-    ("base", "step_0"),
-    ("control", "step_0"),
-    ("large", "step_0"),
-    ("medoid-8", "learned_stop"),
-    ("best-of-8", "learned_stop"),
-    ("second-shot", "learned_stop"),
-)
-"""Each control and what it answers: single shots their first box, the others what they end with."""
+METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mIoU")
+LOOP, BASE = "grpo", "base"
+ANSWERS = {"sft": "learned_stop", "grpo": "learned_stop", "half": "learned_stop", "half-grpo": "learned_stop"}
+"""The column that counts as a policy's answer; of all others it is the first box."""
+SEARCH = "search"
 
 
-def summary(out: Path, splits: Sequence[str]) -> str:
-    """All tables of a finished study.
+def last_screen(out: Path, splits: Sequence[str]) -> str:
+    """A line for each policy, the verdict in words, and where the rest is."""
+    results = {split: _read(out / split) for split in splits}
+    lines = []
+    for name in results[splits[0]]["policies"]:
+        line = [name]
+        for split, found in results.items():
+            row = _scores(found, name, ANSWERS.get(name, "step_0"))
+            line += [number(row[m]["value"], m) for m in ("Acc@0.5", "Acc@0.9")]
+        behaviour = _behaviour(results[splits[-1]], name)
+        lines.append([*line, *((f"{behaviour['mean_proposals']:.2f}",) if name in ANSWERS else ("1.00",))])
+        if name == BASE:
+            again = [_scores(found, name, "last_step") for found in results.values()]
+            values = [number(row[m]["value"], m) for row in again for m in ("Acc@0.5", "Acc@0.9")]
+            lines.append(["base, asked to iterate", *values, "-"])
+    head = ["policy", *(f"{split} {m}" for split in splits for m in ("Acc@0.5", "Acc@0.9")), "boxes"]
+    said = [_verdict(found, split) for split, found in results.items()]
+    files = f"report: {out / splits[-1] / 'report.html'}   tables: {out / 'summary.md'}   map: {out / 'map.png'}"
+    return "\n".join([render(head, lines), "", *said, files])
 
-    Args:
-        out: folder of the study.
-        splits: that were scored.
-    """
+
+def _verdict(results: Mapping[str, Any], split: str) -> str:
+    """What the loop's answer gains on a split, over the base's single shot and over the best control."""
+    parts = []
+    for other in (BASE, "control-pixels"):
+        found = [_compared(results, f"{other} step_0", metric)["difference"] for metric in METRICS]
+        better = [m for m, d in zip(METRICS, found, strict=True) if d["low"] > 0]
+        worse = [m for m, d in zip(METRICS, found, strict=True) if d["high"] < 0]
+        word = "above" if better and not worse else "below" if worse and not better else "level with"
+        word = "mixed against" if better and worse else word
+        parts.append(f"{word} {other} ({number(found[0]['diff'], 'Acc@0.5', sign=True)} Acc@0.5)")
+    return f"{split}: the loop is {' and '.join(parts)}, without ground truth"
+
+
+def summary(out: Path, splits: Sequence[str], swapped: bool) -> str:
+    """All tables of a finished study, as Markdown."""
     parts = []
     for split in splits:
         results = _read(out / split)
-        parts += [f"## {split}", scores(results), differences(results)]
-    parts += ["## Swaps", swaps(_read(out / "swaps")), "## Cost of an episode", costs(out, splits[0])]
+        parts += [f"## {split}", _score_table(results), _difference_table(results)]
+        if swapped:
+            parts += [f"### Swaps on {split}", _swap_table(_read(out / "swaps" / split))]
     return "\n\n".join(parts) + "\n"
 
 
-def scores(results: Mapping[str, Any]) -> str:
-    """A line for each policy: its first box, its answer, and how it got from the one to the other."""
-    found = {(row["policy"], row["column"]): row["scores"] for row in results["rows"]}
+def _score_table(results: Mapping[str, Any]) -> str:
     lines = []
-    for name, audit in results["audits"].items():
-        runs = audit["runs"]
-        both = [found[name, column][m] for column in ("step_0", "learned_stop") for m in METRICS]
-        best = found.get((name, "oracle_best"))
-        # Over the seeds that have a value: where no first box was right, none could be broken.
-        broke = [share for run in runs if (share := run["broke"]["learned_stop"]["value"]) is not None]
+    for name, seeds in results["policies"].items():
+        first, last = (_scores(results, name, column) for column in ("step_0", "learned_stop"))
+        values = [number(score[m]["value"], m) for score in (first, last) for m in METRICS]
+        runs = results["audits"][name]["runs"]
+        broke = [v for run in runs if (v := run["broke"]["learned_stop"]["value"]) is not None]
+        behaviour = _behaviour(results, name)
         lines.append(
-            [name, str(len(runs)), *(number(score["value"], m) for score, m in zip(both, METRICS * 2, strict=True))]
-            + ["-" if best is None else number(best["Acc@0.5"]["value"]), number(np.mean(broke)) if broke else "-"]
-            + [f"{np.mean([run['stopping'][key] for run in runs]):.2f}" for key in ("mean_proposals", "mean_actions")]
+            [name, str(len(seeds)), *values, number(sum(broke) / len(broke)) if broke else "-"]
+            + [f"{behaviour[key]:.2f}" for key in ("mean_proposals", "mean_actions")]
         )
-    head = ["policy", "seeds", *(f"first box {m}" for m in METRICS), *(f"answer {m}" for m in METRICS)]
-    head += ["oracle Acc@0.5", "regressed (%)", "boxes", "actions"]
-    return render(head, lines, markdown=True)
+    head = ["policy", "seeds", *(f"first {m}" for m in METRICS), *(f"answer {m}" for m in METRICS)]
+    return render([*head, "regressed (%)", "boxes", "actions"], lines, markdown=True)
 
 
-def best_control(results: Mapping[str, Any], metric: str) -> tuple[str, str]:
-    """Policy and column of the control that scores highest on ``metric``."""
-    rows = [r for r in results["rows"] if (r["policy"], r["column"]) in CONTROLS]
-    best = max(rows, key=lambda r: r["scores"][metric]["value"])
-    return best["policy"], best["column"]
-
-
-def differences(results: Mapping[str, Any]) -> str:
-    """The loop's answer minus its own first box, and minus each control's."""
+def _difference_table(results: Mapping[str, Any]) -> str:
+    """The loop's answer minus every other policy's."""
     lines = []
     for metric in METRICS:
-        strongest = " ".join(best_control(results, metric))
-        played = [" ".join(control) for control in CONTROLS if control[0] in results["policies"]]
-        for other in (f"{LOOP} step_0", *played):
-            one = next(
-                c
-                for c in results["comparisons"]
-                if (c["a"], c["b"], c["metric"]) == (f"{LOOP} learned_stop", other, metric)
-            )
-            lines.append(_difference(one, other + (" (the best control)" if other == strongest else "")))
-    head = ["metric", "loop's answer minus", "difference", "95 % interval", "detectable", "each seed"]
+        for other in results["policies"]:
+            column = "step_0" if other == LOOP else ANSWERS.get(other, "step_0")
+            one = _compared(results, f"{other} {column}", metric)
+            d = one["difference"]
+            each = " ".join(number(v, metric, sign=True) for v in one["by_seed"])
+            value = difference(d["diff"], d["shown"], d["num_clusters"], metric)
+            bounds = interval(d["low"], d["high"], metric, sign=True)
+            lines.append([metric, f"{other} {column}", value, bounds, number(d["detectable"], metric), each])
+    head = ["metric", "the loop's answer minus", "difference", "95 % interval", "detectable", "each seed"]
     return render(head, lines, markdown=True, left=2)
 
 
-def swaps(results: Mapping[str, Any]) -> str:
-    """What the loops do with each drawn box, seed by seed."""
+def _swap_table(results: Mapping[str, Any]) -> str:
     lines = []
     for row in results["variants"]:
         shares = [number(row[key]["value"]) for key in ("stopped", "left", "towards", "right")]
-        shown = number(row["shown_iou"], "IoU", digits=2)
-        lines.append([row["variant"], row["policy"], str(row["num"]), shown, *shares])
-    lines.sort(key=lambda line: [r["variant"] for r in results["variants"]].index(line[0]))
-    head = ["box drawn", "policy", "n", "its IoU", "stops (%)", "leaves (%)", "towards the target (%)"]
-    return render([*head, "then right (%)"], lines, markdown=True, left=2)
+        lines.append([row["variant"], str(row["num"]), number(row["shown_iou"], "IoU", digits=2), *shares])
+    head = ["box drawn", "n", "its IoU", "stops (%)", "leaves (%)", "towards the target (%)", "then right (%)"]
+    return render(head, lines, markdown=True)
 
 
-def costs(out: Path, split: str) -> str:
-    """What each policy's episodes cost on one split, as counted while they were played."""
-    lines, fields = [], []
-    for path in sorted((out / "played" / split).glob("*/results.json")):
-        for name, seeds in json.loads(path.read_text(encoding="utf-8"))["costs"].items():
-            fields = list(seeds[0])
-            lines.append([name, *(f"{seeds[0][field]:.1f}" for field in fields)])
-    return render(["policy", *fields], lines, markdown=True)
+def plot_map(out: Path, marks: Sequence[int]) -> None:
+    """Accuracy against the size of the mark, for single shots and the loop: where a second look pays."""
+    from ivt_agents.evaluation.plots import STYLE, line_style, plt, save_figure
+
+    labels = {
+        "base": "base, one look at 96 px",
+        "control-pixels-0": "trained control, one look at 256 px",
+        "grpo-0": "loop, looks of 96 px",
+    }
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+        for place, (name, label) in enumerate(labels.items()):
+            rows = [_scores(_read(out / "map" / str(m) / name), name, _column(name)) for m in marks]
+            values = [row["Acc@0.5"]["value"] * 100 for row in rows]
+            bars = [
+                [v - row["Acc@0.5"]["low"] * 100 for v, row in zip(values, rows, strict=True)],
+                [row["Acc@0.5"]["high"] * 100 - v for v, row in zip(values, rows, strict=True)],
+            ]
+            pixels = _pixels(out, name, marks)
+            axes.errorbar(marks, values, bars, label=f"{label} ({pixels})", capsize=3, **line_style(place, len(labels)))
+        axes.axhline(23.75, color="grey", linewidth=1, linestyle=":")
+        axes.annotate("chance", (marks[0], 24.5), color="grey")
+        axes.set_xlabel("side of the mark that tells the objects apart, in pixels of 768")
+        axes.set_ylabel("Acc@0.5, without ground truth (%)")
+        axes.set_xticks(list(marks))
+        axes.set_ylim(0, 100)
+        axes.legend(loc="lower right", fontsize=9)
+        axes.set_title("Where a second look pays")
+        save_figure(figure, out / "map.png")
 
 
-def _difference(comparison: Mapping[str, Any], other: str) -> list[str]:
-    d, metric = comparison["difference"], comparison["metric"]
-    value = difference(d["diff"], d["shown"], d["num_clusters"], metric)
-    each = " ".join(number(v, metric, sign=True) for v in comparison["by_seed"])
-    return [
-        metric,
-        other,
-        value,
-        interval(d["low"], d["high"], metric, sign=True),
-        number(d["detectable"], metric),
-        each,
-    ]
+def _pixels(out: Path, name: str, marks: Sequence[int]) -> str:
+    """Thousands of pixels that an answer looks at, over the sizes of marks."""
+    side = 256 if name.startswith("control") else 96
+    looks = [1.0] * len(marks)
+    if name.startswith(LOOP):  # the whole image once, then the whole image and a close-up at each further action
+        found = [_behaviour(_read(out / "map" / str(m) / name), name)["mean_actions"] for m in marks]
+        looks = [1 + 2 * (actions - 1) for actions in found]
+    low, high = (round(v * side * side / 1000) for v in (min(looks), max(looks)))
+    return f"{low} k pixels" if low == high else f"{low} to {high} k pixels"
+
+
+def _column(name: str) -> str:
+    return ANSWERS.get(name.rpartition("-")[0] or name, "step_0")
+
+
+def _scores(results: Mapping[str, Any], name: str, column: str) -> Any:
+    return next(row["scores"] for row in results["rows"] if (row["policy"], row["column"]) == (name, column))
+
+
+def _compared(results: Mapping[str, Any], other: str, metric: str) -> Any:
+    wanted = (f"{LOOP} learned_stop", other, metric)
+    return next(c for c in results["comparisons"] if (c["a"], c["b"], c["metric"]) == wanted)
+
+
+def _behaviour(results: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Means over the seeds."""
+    runs = [run["stopping"] for run in results["audits"][name]["runs"]]
+    return {key: sum(run[key] for run in runs) / len(runs) for key in ("mean_proposals", "mean_actions")}
 
 
 def _read(folder: Path) -> Any:

@@ -468,7 +468,7 @@ def _comparisons(played: Mapping[str, Played], seed: int) -> list[Comparison]:
         ]
         pairs += [((name, "step_0"), (base, "step_0"))] if name != base else []
     found = []
-    for metric in GAIN_METRICS:
+    for metric in (*GAIN_METRICS, "Acc@0.7"):
         for a, b in pairs:
             first, second = (audits[policy].columns[column] for policy, column in (a, b))
             images = audits[base].image_ids

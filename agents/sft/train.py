@@ -89,7 +89,7 @@ class Recipe:
     """Go on where a run in `out` was cut off; what decides the result must be as it was."""
     overwrite: bool = False
     """Begin anew where `out` already holds a run, which is lost."""
-    samples: int = 3000
+    samples: int = 8000
     """Samples to harvest (all of the split if it has fewer)."""
     max_unusable: Hidden[float] = MAX_UNUSABLE
     """Refuse to go on where more than this share of the harvested answers holds no usable box. 1: go on whatever they
@@ -117,15 +117,15 @@ class Recipe:
     `fresh`."""
     single_shot: bool = False
     """Teach first answers only. The control that every claim about the loop must beat."""
-    steps: int = 300
+    steps: int = 700
     """Optimizer steps."""
-    per_device_train_batch_size: int = 32
+    per_device_train_batch_size: int = 24
     """Demonstrations in one forward pass of one process."""
     gradient_accumulation_steps: int = 2
     """Forward passes in a step: each process learns from that many times the demonstrations of one pass."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
-    optim: Hidden[Literal["adamw", "muon"]] = "adamw"
+    optim: Hidden[Literal["adamw", "muon"]] = "muon"
     """`muon`: Muon at ten times that rate on the language model's matrices, AdamW on the rest."""
     smoothing: Hidden[float | None] = None
     """Smooth the targets of coordinates over this many thousandths of an image's side. 0: hard targets. None: 6 where
@@ -135,6 +135,8 @@ class Recipe:
     first_answers: Hidden[Literal["model", "policy"] | None] = None
     """Who answers while there is no box. `model`: the student as it was, so that learning to refine costs no first
     answer; it is kept by its name. None: `model` where every weight learns `looks`, else `policy`."""
+    freeze_vision_tower: Hidden[bool] = True
+    """Train the language model alone; its image encodings are then computed without gradient."""
     seed: int = 0
     """Decides the samples and their order."""
     save_steps: Hidden[int] = 50
@@ -289,7 +291,9 @@ def _keeps_first_answers(args: Args, policy: VLMPolicy) -> bool:
 def _prepare_parameters(policy: VLMPolicy, args: Args) -> None:
     """Decide what is trained: everything, or adapters."""
     policy.model = make_trainable(policy.model, args.lora_r, args.lora_alpha)
-    policy.frozen_vision = args.lora_r > 0
+    if args.freeze_vision_tower:
+        policy.core.model.visual.requires_grad_(False)
+    policy.frozen_vision = args.freeze_vision_tower or args.lora_r > 0
     args.prepare_update(policy.model)
 
 
