@@ -139,7 +139,7 @@ def _playing(args: Args) -> list[Job]:
             options = ["--split", split, "--samples", args.samples, "--page-episodes", 1 if name != last else 50]
             options += ["--episode-steps", args.episode_steps if loops else 1, "--policies", f"{name}={spec}"]
             # What every step would have given is asked of the base, which collapses, and of the loop that never stops.
-            options += [] if name in ("base", last) else ["--no-forced"]
+            options += [] if name.partition("-")[0] in ("base", "grpo") else ["--no-forced"]
             jobs.append(_job(args, f"played/{split}/{name}", "evaluate", options, needs=needs))
         if args.map_samples and name in ("base", "grpo-0", "control-pixels-0"):
             steps = args.episode_steps if name == last else 1

@@ -22,7 +22,7 @@ def last_screen(out: Path, splits: Sequence[str]) -> str:
     lines = []
     for name in results[splits[0]]["policies"]:
         line = [name]
-        for split, found in results.items():
+        for found in results.values():
             row = _scores(found, name, ANSWERS.get(name, "step_0"))
             line += [number(row[m]["value"], m) for m in ("Acc@0.5", "Acc@0.9")]
         behaviour = _behaviour(results[splits[-1]], name)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import tyro
 
-from experiments.study import SPLITS, Args, Job, _playing, _policy, _scoring, _training, run_jobs
-from experiments.study_tables import CONTROLS, best_control, summary
+from experiments.study import Args, Job, _playing, _scoring, _training, names, run_jobs
+from experiments.study_tables import last_screen, plot_map, summary
 from ivt_agents.evaluation import evaluate, swaps
 from ivt_agents.training.run import RunError
 
@@ -37,95 +37,88 @@ def test_what_is_done_is_not_done_again(tmp_path):
 def test_a_command_that_fails_is_named_with_its_log_and_the_others_are_finished(tmp_path):
     jobs = [write(tmp_path, "bad", status=3), write(tmp_path, "good")]
     with pytest.raises(RunError, match=r"bad failed; its log: .*bad\.log"):
-        run_jobs(jobs, tmp_path, 1)
+        run_jobs(jobs, tmp_path, 2)
     assert jobs[1].made.exists()
+
+
+def test_no_command_runs_before_what_it_needs(tmp_path):
+    first = write(tmp_path, "first")
+    code = f"assert open({str(first.made)!r}).read() == 'x'; open({str(tmp_path / 'second.txt')!r}, 'w')"
+    second = Job("second", (sys.executable, "-c", code), tmp_path / "second.txt", ("first",))
+    run_jobs([second, first], tmp_path, 2)
+    assert second.made.exists()
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_every_command_of_the_study_is_one_that_its_script_takes(tmp_path, seeds):
-    args = Args(out=tmp_path, seeds=seeds, large=seeds == 1)
-    for job in [*_training(args), *_playing(args), *_scoring(args)]:
+    args = Args(out=tmp_path, seeds=seeds, half=seeds == 3)
+    jobs = [*_training(args), *_playing(args), *_scoring(args)]
+    scripts = {"train_sft": "ivt_agents.sft.train", "train_grpo": "ivt_agents.grpo.train"}
+    scripts["evaluate"] = "ivt_agents.evaluation.evaluate"
+    for job in jobs:
         _, minus_m, module, *options = job.command
         assert minus_m == "-m"
-        scripts = {"train_sft": "ivt_agents.sft.train", "evaluate": "ivt_agents.evaluation.evaluate"}
         tyro.cli(importlib.import_module(scripts.get(module, module)).Args, args=options)
+    assert {need for job in jobs for need in job.needs} <= {job.name for job in jobs}
 
 
-def test_the_control_gets_the_steps_and_the_demonstrations_of_the_loop(tmp_path):
+def test_the_controls_get_the_steps_of_the_loop_and_no_answer_twice(tmp_path):
     """And the same seed, rate, optimizer and numbers: only what is taught differs."""
     args = Args(out=tmp_path, seeds=2)
     train = importlib.import_module("ivt_agents.sft.train").Args
-    parsed = {job.name: tyro.cli(train, args=list(job.command[3:])) for job in _training(args)}
-    for seed in range(2):
-        loop, control = parsed[f"loop-{seed}"], parsed[f"control-{seed}"]
-        for name in (
-            *("model", "split", "steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-            *("learning_rate", "optim", "smoothing", "bf16", "seed"),
-        ):
-            assert getattr(loop, name) == getattr(control, name), name
-        assert (loop.single_shot, control.single_shot) == (False, True)
-        assert control.samples >= control.steps * args.batch, "no answer is taught to the control twice"
-
-
-def test_what_is_scored_is_what_was_played_and_seeds_share_a_name(tmp_path):
-    args = Args(out=tmp_path, seeds=3, large=True, alone=True)
-    played = {job.made.parent for job in _playing(args)}
-    for split, job in zip(SPLITS, _scoring(args), strict=True):
-        parsed = tyro.cli(evaluate.Args, args=list(job.command[3:]))
-        names = [text.partition("=")[0] for text in parsed.episodes]
-        assert [names.count(name) for name in ("base", "control", "loop", "alone", "large")] == [1, 3, 3, 3, 1]
-        assert names[0] == "base", "what the others are compared with"
-        for text in parsed.episodes:
-            folder = Path(text.partition("=")[2])
-            # The folder of the episodes has the name under which the policy was played.
-            assert folder.parts[-2:] == ("episodes", folder.parts[-3]) and folder.parent.parent in played
-            assert folder.parts[-4] == split
-
-
-def test_the_loop_goes_on_from_the_first_box_of_the_base(tmp_path):
-    played = {
-        job.name: tyro.cli(evaluate.Args, args=list(job.command[3:]))
-        for job in _playing(Args(out=tmp_path, alone=True))[1:]
+    parsed = {
+        job.name: tyro.cli(train, args=list(job.command[3:]))
+        for job in _training(args)
+        if job.command[2] == "train_sft"
     }
-    for split in SPLITS:
-        (loop,), (alone,) = (played[f"played-{split}-{name}-1"].policies for name in ("loop", "alone"))
-        assert (
-            loop == f"loop-1=relay:vlm:tiny,vlm:{tmp_path}/loop-1/policy"
-            and alone == f"alone-1={tmp_path}/loop-1/policy"
-        )
+    for seed in range(2):
+        loop = parsed[f"sft-{seed}"]
+        for name in ("control", "control-pixels"):
+            control = parsed[f"{name}-{seed}"]
+            for same in ("model", "per_device_train_batch_size", "learning_rate", "optim", "smoothing", "bf16", "seed"):
+                assert getattr(loop, same) == getattr(control, same), same
+            assert control.steps == args.sft_steps + args.grpo_steps and not loop.single_shot and control.single_shot
+            batch = control.per_device_train_batch_size * control.gradient_accumulation_steps
+            assert control.samples >= control.steps * batch
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
-    """A study's folder, played by scripted agents under the names of the study: two seeds of loop and control."""
-    out = tmp_path_factory.mktemp("study")
-    agents = {"base-0": "centre", "control-0": "random", "control-1": "centre", "loop-0": "oracle", "loop-1": "random"}
-    agents |= {"large-0": "random", "medoid-8": "centre", "best-of-8": "random", "second-shot": "random"}
-    for name, spec in agents.items():
-        folder = out / "played" / "val" / name
-        options = {"split": "val", "samples": 40, "episode_steps": 2, "page_episodes": 1, "seed": len(name)}
-        evaluate.main(evaluate.Args(policies=[f"{name}={spec}"], out=folder, **options))
-    episodes = [f"{_policy(name)}={out}/played/val/{name}/episodes/{name}" for name in agents if name != "base-0"]
-    base = f"base={out}/played/val/base-0/episodes/base-0"
-    evaluate.main(evaluate.Args(episodes=[base, *episodes], out=out / "val"))
-    swaps.main(swaps.Args(policies=["loop-0=oracle"], samples=10, split="val", steps=[1], out=out / "swaps"))
-    # Costs are of models alone; one stands for all.
-    path = out / "played" / "val" / "loop-0" / "results.json"
-    costs = {"loop-0": [{"answers": 2.0, "images": 2.0}]}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"costs": costs}))
-    return out
+    """A study's folder, played by scripted agents under the names of the study, by its own commands: two seeds."""
+    args = Args(
+        out=tmp_path_factory.mktemp("study"), seeds=2, splits=["val"], samples=40, marks=[8, 16], map_samples=12
+    )
+    agents = {"base": "centre", "grpo-0": "oracle", "control-pixels-0": "centre"}
+    for name in names(args):
+        agents.setdefault(name, "random")
+    for job in _playing(args):
+        options = list(job.command[3:])
+        if job.name.startswith("swaps"):
+            parsed = tyro.cli(swaps.Args, args=options)
+            swaps.main(dataclasses.replace(parsed, policies=["loop=oracle"], samples=10))
+            continue
+        parsed = tyro.cli(evaluate.Args, args=options)
+        name = parsed.policies[0].partition("=")[0]
+        evaluate.main(dataclasses.replace(parsed, policies=[f"{name}={agents[name]}"]))
+    for job in _scoring(args)[:1]:
+        evaluate.main(tyro.cli(evaluate.Args, args=list(job.command[3:])))
+    return args
 
 
-def test_the_summary_says_what_the_results_say_and_finds_the_strongest_control(scored):
-    results, text = json.loads((scored / "val" / "results.json").read_text()), summary(scored, ["val"])
+def test_the_summary_and_the_last_screen_say_what_the_results_say(scored):
+    results = json.loads((scored.out / "val" / "results.json").read_text())
+    assert {name: len(seeds) for name, seeds in results["policies"].items()} == {
+        "base": 1, "sft": 2, "grpo": 2, "control": 2, "control-pixels": 2,
+    }  # fmt: skip
+    rows = {(r["policy"], r["column"]): r["scores"]["Acc@0.5"]["value"] for r in results["rows"]}
+    text, screen = summary(scored.out, ["val"], swapped=True), last_screen(scored.out, ["val"])
     lines = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in text.splitlines()}
-    for metric, factor, digits in (("Acc@0.5", 100, 1), ("mIoU", 1, 3)):
-        policy, column = best_control(results, metric)
-        rows = {(r["policy"], r["column"]): r["scores"][metric]["value"] for r in results["rows"]}
-        assert rows[policy, column] == max(rows[control] for control in CONTROLS)
-        line = lines[metric, f"{policy} {column} (the best control)"]
-        expected = rows["loop", "learned_stop"] - rows[policy, column]
-        cells = [cell.strip() for cell in line.split("|")]
-        assert cells[3].startswith(f"{factor * expected:+.{digits}f}")
-        assert len(cells[-2].split()) == 2, "two seeds"
-    assert "| sibling" in text and "| loop-0 |     2.0 |" in text
+    expected = 100 * (rows["grpo", "learned_stop"] - rows["control", "step_0"])
+    assert f"{expected:+.1f}" in lines["Acc@0.5", "control step_0"]
+    assert f"{100 * rows['grpo', 'learned_stop']:.1f}" in screen and "val: the loop is" in screen
+    assert len(screen.splitlines()) <= 15 and "| sibling" in text
+
+
+def test_the_map_is_drawn_from_what_was_played(scored):
+    plot_map(scored.out, scored.marks)
+    assert (scored.out / "map.png").stat().st_size > 10_000
