@@ -32,6 +32,8 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 LAYOUTS = ("fresh", "prefix")
 SHIPPED = Path(__file__).parent.parent / "prompts"
 """Folder of the shipped prompt files."""
+POLICY_FILE = "policy.json"
+"""In a model's folder: what the model is asked."""
 DEFAULT = "qwen3-vl"
 """What models are asked that do not say."""
 _IGNORED = ("dtype", "quantize")
