@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,9 +100,6 @@ def test_evaluate_swaps_rollout_and_controls_take_a_served_model(chat, tmp_path,
 
 
 def test_nothing_imports_the_client_before_a_served_model_is_named():
-    import subprocess
-    import sys
-
     code = "import sys, ivt_agents.cli, ivt_agents.evaluation.evaluate, ivt_agents.play.by_name; "
     code += "assert 'openai' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -434,7 +436,7 @@ def test_the_line_of_each_sample_holds_what_was_said_and_is_scored_alike(chat, t
 def test_a_report_refuses_swaps_of_other_policies_or_of_another_split(tmp_path, capsys):
     evaluate.main(evaluate.Args(policies=["a=random"], samples=5, forced=False, out=tmp_path / "e"))
     for name, more, why in (
-        ("b", {}, "a is there"),
+        ("b", {}, "b is not there"),
         ("a", {"split": "val"}, "swaps on scenes/val.*--split test"),
         ("a", {}, None),
     ):
@@ -444,19 +446,35 @@ def test_a_report_refuses_swaps_of_other_policies_or_of_another_split(tmp_path, 
         error = capsys.readouterr().err
         assert (status == 0) == (why is None)
         if why:
-            import re
-
             assert re.search(why, error), error
 
 
 # --- A real server ------------------------------------------------------------------------------------------------
 
 
-def test_the_tiny_model_behind_transformers_own_server_scores_as_it_does_here(tmp_path):
-    shutil.copytree(weights_folder(), tmp_path / "tiny")
-    with transformers_serve("tiny", tmp_path) as url:
-        policies = ["here=tiny", f"served=openai:{url}#tiny"]
-        evaluate.main(options(tmp_path / "e", url, policies=policies, samples=40, num_envs=20))
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The base address of transformers' own server with the tiny model."""
+    folder = tmp_path_factory.mktemp("real")
+    shutil.copytree(weights_folder(), folder / "tiny")
+    with transformers_serve("tiny", folder) as url:
+        yield url
+
+
+def test_the_page_for_newcomers_shows_what_its_commands_print(real, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "evaluate_your_vlm.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```console\n\$ ivt (.*)\n((?:.*\n)+?)```", page)
+    assert len(shown) == 3
+    for command, output in shown:
+        assert cli.main(shlex.split(command.replace("http://127.0.0.1:8000/v1", real))) == 0
+        said = capsys.readouterr().out
+        assert [line.rstrip() for line in said.splitlines()] == [line.rstrip() for line in output.splitlines()]
+
+
+def test_the_tiny_model_behind_transformers_own_server_scores_as_it_does_here(real, tmp_path):
+    policies = ["here=tiny", f"served=openai:{real}#tiny"]
+    evaluate.main(options(tmp_path / "e", real, policies=policies, samples=40, num_envs=20))
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     scores = {
         name: {r["column"]: r["scores"] for r in results["rows"] if r["policy"] == name} for name in ("here", "served")

@@ -142,7 +142,7 @@ class PromptFile:
 
     def settings(self) -> dict[str, Any]:
         """Those keys that a model on this machine has in its ``policy.json``."""
-        texts = {"prompt": self.prompts.text, "first": self.prompts.first}
+        texts = {"prompt": self.prompts.text} | ({"first": self.prompts.first} if self.prompts.first else {})
         texts |= {"closeup": self.prompts.closeup, "with_closeup": self.prompts.with_closeup}
         return texts | {"frame": self.codec.frame, "layout": self.layout, "view": self.view}
 
@@ -190,7 +190,7 @@ def _prompt_file(found: Mapping[str, Any]) -> PromptFile:
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
             raise ValueError(f"{key} is {value!r:.80}, expected a {kinds[key].__name__}")
     for key in ("prompt", "first"):
-        if "{expression}" not in found.get(key, "" if key == "prompt" else "{expression}"):
+        if "{expression}" not in found.get(key, "") and (key == "prompt" or found.get(key)):
             raise ValueError(f"{key} is {found.get(key, '')!r:.80}, expected a text that asks for {{expression}}")
     for key, known in (("layout", LAYOUTS), ("view", VIEWS)):
         if found.get(key, known[0]) not in known:
