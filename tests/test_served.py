@@ -436,11 +436,11 @@ def test_the_line_of_each_sample_holds_what_was_said_and_is_scored_alike(chat, t
 def test_a_report_refuses_swaps_of_other_policies_or_of_another_split(tmp_path, capsys):
     evaluate.main(evaluate.Args(policies=["a=random"], samples=5, forced=False, out=tmp_path / "e"))
     for name, more, why in (
-        ("b", {}, "b is not there"),
-        ("a", {"split": "val"}, "swaps on scenes/val.*--split test"),
-        ("a", {}, None),
+        ("a=centre", {}, "swaps of a=centre, and the evaluation is of random"),
+        ("a=random", {"split": "val"}, "swaps on scenes/val.*--split test"),
+        ("b=random", {}, None),
     ):
-        swaps.main(swaps.Args(policies=[f"{name}=random"], samples=5, out=tmp_path / "s", overwrite=True, **more))
+        swaps.main(swaps.Args(policies=[name], samples=5, out=tmp_path / "s", overwrite=True, **more))
         capsys.readouterr()
         status = cli.main(["report", str(tmp_path / "e"), "--swaps", str(tmp_path / "s")])
         error = capsys.readouterr().err

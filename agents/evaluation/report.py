@@ -24,7 +24,7 @@ from ivt_agents.vlm.prompts import DEFAULT
 from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode, Step, load_episodes
 from ivt_env.failures import read_json
-from ivt_env.files import write_whole
+from ivt_env.files import asked_of, write_whole
 from ivt_env.metrics.table import difference, each_seed, headline, interval, number, own_gains, p_value, verdict
 from ivt_env.viewer.page import image_jpeg
 
@@ -192,7 +192,8 @@ def _made_of(results: Mapping[str, Any]) -> Html:
         ["served", results["served"]],
         ["samples", str(results["audits"][next(iter(results["audits"]))]["episodes"])],
         ["seed", str(args["seed"])],
-        ["version", f"ivt-env {results.get('version', '-')}, commit {results.get('commit') or 'not known'}"],
+        ["version", f"ivt-env {results.get('version', '-')}"],
+        ["commit", results.get("commit") or "-"],
         ["date", results.get("date", "-")],
         ["machine", results.get("machine", "-")],
     ]
@@ -251,14 +252,25 @@ def _check_swaps(folder: Path, swaps: Mapping[str, Any], results: Mapping[str, A
             f"{folder} holds swaps on {swaps['served']}, and the evaluation is of {results['served']}: make them with"
             f" --split {results['served'].rpartition('/')[2]}, or give another --swaps"
         )
+    known = {_bare(spec) for spec in _specs(results)}
     for name, spec in swaps["policies"].items():
-        known = results["policies"].get(name, [])
-        if not {spec, spec.removeprefix("vlm:")} & set(known):
-            played = f"is {', '.join(known)} there" if known else f"is not there ({', '.join(results['policies'])} are)"
+        if None not in known and _bare(spec) not in known:
             raise DataError(
-                f"{folder} holds swaps of {name}={spec}, and the evaluation is of others: {name} {played}; make them"
-                " of the same policies, or give another --swaps"
+                f"{folder} holds swaps of {name}={spec}, and the evaluation is of {', '.join(map(str, known))}: make"
+                " them of the same policies, or give another --swaps"
             )
+
+
+def _specs(results: Mapping[str, Any]) -> list[str | None]:
+    """The policies that were played; None for saved episodes that do not say of whom they are."""
+    sources = [source for of_name in results["policies"].values() for source in of_name]
+    if not results["args"]["episodes"]:
+        return sources
+    return [(asked_of(folder) or {}).get("policy") for folder in sources]
+
+
+def _bare(spec: str | None) -> str | None:
+    return None if spec is None else spec.removeprefix("vlm:")
 
 
 def _swaps(folder: Path, evaluation: Mapping[str, Any]) -> Html:
