@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -52,17 +53,17 @@ def main(args: Args) -> None:
             command = [sys.executable, str(ROOT / "evaluate.py"), "--split", "val", "--samples", str(args.samples)]
             command += ["--policies", f"m=openai:http://127.0.0.1:{port}/v1#m", "--prompts", "tiny", "--out", str(out)]
             command += ["--concurrency", str(at_a_time)] + ([] if args.forced else ["--no-forced"])
-            start = time.monotonic()
+            start, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             subprocess.run(command, check=True, capture_output=True, env=os.environ | {"no_proxy": "*"})
-            seconds = time.monotonic() - start
-            rows.append((at_a_time, seconds, len(log.read_text().split()) - before))
+            seconds, used = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used
+            rows.append((at_a_time, seconds, used, len(log.read_text().split()) - before))
             found[at_a_time] = json.loads((out / "results.json").read_text())["rows"]
         server.kill()
         server.wait()
     print(f"{args.samples} samples of IVT-Scenes-v0/val, a server that answers in {args.seconds * 1000:.0f} ms")
-    print("concurrency  seconds  answers  times as fast")
-    for at_a_time, seconds, answers in rows:
-        print(f"{at_a_time:>11}  {seconds:>7.1f}  {answers:>7}  {rows[0][1] / seconds:>13.1f}")
+    print("concurrency  seconds  of the processor  answers  times as fast")
+    for at_a_time, seconds, used, answers in rows:
+        print(f"{at_a_time:>11}  {seconds:>7.1f}  {used:>16.1f}  {answers:>7}  {rows[0][1] / seconds:>13.1f}")
     same = all(scores == found[args.concurrency[0]] for scores in found.values())
     print("the scores are equal" if same else "THE SCORES DIFFER")
 
