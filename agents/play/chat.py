@@ -371,12 +371,12 @@ class SentImage:
     """An image in a request: encoded once, and only where it is sent; in a cache's key it is its pixels' hash."""
 
     def __init__(self, pixels: np.ndarray) -> None:
-        """Wrap RGB uint8 (height, width, 3)."""
-        self._pixels = pixels
-        self._url = ""
+        """Wrap a copy of RGB uint8 (height, width, 3): an environment may draw its next image into the same array."""
+        self._pixels, self._url = np.array(pixels), ""
+        self._name = f"{pixels.shape} {hashlib.sha256(self._pixels).hexdigest()}"
 
     def __str__(self) -> str:
-        return f"{self._pixels.shape} {hashlib.sha256(self._pixels.tobytes()).hexdigest()}"
+        return self._name
 
     def part(self) -> dict[str, Any]:
         """The part of a message that holds it, as PNG."""
