@@ -19,7 +19,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -276,8 +276,10 @@ class ChatClient:
             return theirs.result()
         try:
             stored = None if self.cache is None else self.cache.get(key)
-            answer = self._send(body) if stored is None else Answer(**stored)
-            if self.cache is not None and stored is None:
+            # Files of other fields are another version's.
+            known = stored is not None and stored.keys() == {field.name for field in fields(Answer)}
+            answer = Answer(**stored) if stored is not None and known else self._send(body)
+            if self.cache is not None and not known:
                 self.cache.put(key, asdict(answer))
             mine.set_result(answer)
             return answer

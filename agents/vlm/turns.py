@@ -40,12 +40,6 @@ class Prompt:
     windows: list[Box] = field(default_factory=lambda: [WHOLE])
     """What each image of the *current* step shows, relative to the whole image; they come last in ``images``."""
 
-    def shown(self, number: int) -> tuple[EncodedImage, Box] | None:
-        """The current step's image ``number`` (from 1) and its window; None where there is no such image."""
-        if not 1 <= number <= len(self.windows):
-            return None
-        return self.images[len(self.images) - len(self.windows) + number - 1], self.windows[number - 1]
-
 
 @dataclass(slots=True, eq=False)
 class Turn:
