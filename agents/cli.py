@@ -49,6 +49,7 @@ PARSED = {
     "play": ("ivt_env.commands.play", "draw the boxes yourself, scored by the environment and saved"),
     "data": ("ivt_env.commands.data", "fetch, check, convert and look at data sets"),
     "score": ("ivt_env.commands.score", "score a file of predictions, by the benchmark's own rule and a common one"),
+    "prompts": ("ivt_agents.play.asking", "list, show and copy what models are asked"),
     "agents": ("ivt_agents.play.listings", "list the built-in agents and the trained policies found here"),
     "envs": ("ivt_agents.play.listings", "list the environments, what data each would serve now and from where"),
 }
@@ -81,6 +82,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
         "train-grpo",
         "data",
         "score",
+        "prompts",
         "agents",
         "envs",
     ):

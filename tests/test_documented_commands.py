@@ -26,8 +26,8 @@ from ivt_agents.grpo import train as grpo
 from ivt_agents.sft import train as sft
 
 ROOT = Path(__file__).resolve().parent.parent
-# The console blocks of these pages are run by test_docs.
-TRANSCRIPTS = ("own_agent.md", "sb3.md", "viewer.md")
+# The console blocks of these pages are run by test_docs, those of the last by test_served.
+TRANSCRIPTS = ("own_agent.md", "sb3.md", "viewer.md", "evaluate_your_vlm.md")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -59,6 +59,8 @@ RUN = {
     "ivt --help": "",
     "ivt envs": "",
     "ivt agents": "",
+    "ivt prompts": "",
+    "ivt prompts gemini": "",
     "python -m experiments.paper --config configs/paper_scenes.yaml --dry-run": "",
 }
 
@@ -98,7 +100,7 @@ NOT_HERE = {
     "ivt train-sft --teacher 'openai:http://127.0.0.1:8000/v1#MODEL'": "needs a served model; test_teachers",
     "ivt train-sft --teacher openai:http://127.0.0.1:8000/v1 --teacher-max-requests 6000"
     " --teacher-max-tokens 5000000": "needs a served model; test_teachers",
-    "python examples/chat_agent.py http://127.0.0.1:8000/v1 --model X --episodes 2": "needs a served model; test_text",
+    "ivt prompts qwen3-vl --into FOLDER": "writes into a model's folder; test_served",
     "ivt train-grpo --report-to wandb": "needs an account; test_trackers runs the package offline",
     "accelerate launch --num_processes 2 train_grpo.py": "needs two GPUs; test_accelerate_configs",
     "torchrun --standalone --nproc_per_node 2 train_grpo.py": "takes two cores; test_grpo runs it small",

@@ -162,3 +162,29 @@ def test_the_command_runs_without_torch_and_prints_json_only(perfect: Path) -> N
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert json.loads(done.stdout)["rules"]["common"]["rows"][0]["value"] == 1
+
+
+@pytest.mark.parametrize(("id_field", "box_field"), [("id", "bbox"), ("sample_id", "box"), ("id", "box")])
+def test_both_spellings_of_the_fields_are_read(capsys, tmp_path: Path, id_field: str, box_field: str) -> None:
+    answers = zip(PHOTOS, targets_px(PHOTOS).tolist(), strict=True)
+    rows = [{id_field: sample.sample_id, box_field: box, "texts": ["x"]} for sample, box in answers]
+    lines = [{"format": "xyxy", "frame": "px"}, *rows]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = record(capsys, tmp_path / "p.jsonl", "--dataset", "photos", "--split", "test")
+    assert set(values(found).values()) == {1}
+
+
+def test_the_projects_own_data_are_read_as_predictions_with_the_ids_of_their_lines(capsys, tmp_path: Path) -> None:
+    rows = [
+        {"image": "chelsea.jpg", "expression": "the eye on the left", "bbox": [133, 87, 207, 148]},
+        {"id": "cup", "image": "coffee.jpg", "expression": "the cup", "bbox": [174, 16, 412, 302]},
+    ]
+    photos = ROOT / "ivt_env" / "assets" / "photos"
+    for name in ("chelsea.jpg", "coffee.jpg"):
+        (tmp_path / name).write_bytes((photos / name).read_bytes())
+    (tmp_path / "dataset.json").write_text('{"name": "mine", "box": "xyxy", "frame": "px"}')
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = ("--dataset", "custom", "--split", "val", "--data-root", tmp_path)
+    found = record(capsys, tmp_path / "val.jsonl", *where)
+    assert set(values(found).values()) == {1}
+    assert "dataset.json says xyxy" in refused(capsys, tmp_path / "val.jsonl", *where, "--format", "xywh")

@@ -22,14 +22,14 @@ from chat_server import GOOD, ChatServer, answer
 from harvesting import make_drafts
 from PIL import Image
 
+from ivt_agents.play.chat import AnswerCache, Budget, BudgetError, ChatClient, ServedError, Usage
 from ivt_agents.play.on_split import play
 from ivt_agents.sft import train as train_sft
 from ivt_agents.sft.demonstrations import load_demonstrations, save_demonstrations, teach
-from ivt_agents.sft.harvest import TraceCache, write_traces
+from ivt_agents.sft.harvest import write_traces
 from ivt_agents.sft.teacher import prompts
-from ivt_agents.sft.teacher.load import load_teacher
-from ivt_agents.sft.teacher.openai import Budget, BudgetError, OpenAITeacher, TeacherError
-from ivt_agents.sft.teacher.prompts import trace_request, unusable_reason
+from ivt_agents.sft.teacher.load import ServedTeacher, load_teacher
+from ivt_agents.sft.teacher.prompts import TeacherError, trace_request, unusable_reason
 from ivt_agents.sft.teacher.template import critique
 from ivt_agents.training.run import RunError
 from ivt_agents.vlm.codec import parse_action
@@ -43,7 +43,7 @@ KEY = "sk-test-7f3a9c-never-to-be-seen"
 def chat(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("ivt_agents.play.chat.FIRST_WAIT_S", 0.01)
     running = ChatServer()
     yield running
     running.close()
@@ -60,11 +60,18 @@ def drafts(dataset):
 
 
 def teacher_of(chat, budget=None, model="#m", timeout_s=5.0):
-    return OpenAITeacher(chat.url + model, budget, 4, timeout_s)
+    usage = Usage(None if budget is None else Budget(budget.max_requests, budget.max_tokens, "--teacher-max"))
+    return ServedTeacher(ChatClient(chat.url + model, usage, concurrency=1, attempts=4, timeout_s=timeout_s))
+
+
+def texts_of(teacher, requests):
+    found = {}
+    teacher.write(requests, found.__setitem__)
+    return [found[k] for k in range(len(requests))]
 
 
 def harvest(tmp_path, drafts, dataset, teacher, name="harvest.jsonl", **options):
-    return write_traces(drafts, dataset, teacher, tmp_path / name, TraceCache(tmp_path / "cache"), **options)
+    return write_traces(drafts, dataset, teacher, tmp_path / name, AnswerCache(tmp_path / "cache"), **options)
 
 
 # --- What is sent ---------------------------------------------------------------------------------
@@ -72,7 +79,7 @@ def harvest(tmp_path, drafts, dataset, teacher, name="harvest.jsonl", **options)
 
 def test_the_request_holds_the_drawn_image_the_expression_and_the_key_in_its_header(chat, dataset, drafts):
     draft = next(d for d in drafts if d.trace)
-    teacher_of(chat).write([trace_request(dataset, draft.index, draft.shown)])
+    texts_of(teacher_of(chat), [trace_request(dataset, draft.index, draft.shown)])
     ((path, headers, body),) = chat.seen
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}" and body["model"] == "m"
     image, text = body["messages"][1]["content"]
@@ -110,7 +117,7 @@ def test_a_server_of_one_model_needs_no_name_and_of_several_does(chat, dataset, 
     harvest(tmp_path, drafts[:2], dataset, teacher_of(chat, model=""))
     assert chat.chats[0]["model"] == "one"
     chat.models = ["one", "two"]
-    with pytest.raises(TeacherError, match="serves 2 models \\(one, two\\): name one"):
+    with pytest.raises(ServedError, match="serves 2 models \\(one, two\\): name one"):
         harvest(tmp_path, drafts[:3], dataset, teacher_of(chat, model=""))
 
 
@@ -201,7 +208,7 @@ def test_a_passing_trouble_is_tried_again(chat, dataset, drafts, tmp_path, fault
 
 def test_a_server_that_asks_for_too_long_a_wait_is_given_up(chat, dataset, drafts, tmp_path):
     chat.faults = [(429, {"Retry-After": "3600"})]
-    with pytest.raises(TeacherError, match="429.*asks to wait 3600"):
+    with pytest.raises(ServedError, match="429.*asks to wait 3600"):
         harvest(tmp_path, drafts[:2], dataset, teacher_of(chat))
     assert len(chat.chats) == 1
 
@@ -214,7 +221,7 @@ def test_a_server_that_is_silent_times_out_and_is_asked_again(chat, dataset, dra
 
 def test_after_the_last_attempt_it_says_what_is_kept_and_the_next_run_goes_on(chat, dataset, drafts, tmp_path):
     chat.faults = [None, 500, 500, 500, 500]
-    with pytest.raises(TeacherError, match="gave up after 4 attempts.*500.*2 of 15 demonstrations.*kept.*run again"):
+    with pytest.raises(ServedError, match="gave up after 4 attempts.*500.*2 of 15 demonstrations.*kept.*run again"):
         harvest(tmp_path, drafts, dataset, teacher_of(chat))
     before = len(chat.chats)
     assert len(harvest(tmp_path, drafts, dataset, teacher_of(chat))) == len(drafts)
@@ -225,7 +232,7 @@ def test_a_server_that_is_not_there_is_named(dataset, drafts, tmp_path, monkeypa
     monkeypatch.setenv("no_proxy", "*")
     gone = ChatServer()
     gone.close()
-    with pytest.raises(TeacherError, match="127.0.0.1.*gave up after 4 attempts.*refused"):
+    with pytest.raises(ServedError, match="127.0.0.1.*gave up after 4 attempts.*refused"):
         harvest(tmp_path, drafts[:2], dataset, teacher_of(gone))
 
 
@@ -242,7 +249,7 @@ def test_a_server_that_is_not_there_is_named(dataset, drafts, tmp_path, monkeypa
 )
 def test_what_no_second_try_can_mend_is_an_error_at_once(chat, dataset, drafts, tmp_path, fault, message):
     chat.faults = [fault]
-    with pytest.raises(TeacherError, match=message):
+    with pytest.raises(ServedError, match=message):
         harvest(tmp_path, drafts[:2], dataset, teacher_of(chat))
     assert len(chat.chats) == 1
 
@@ -252,7 +259,7 @@ def test_what_no_second_try_can_mend_is_an_error_at_once(chat, dataset, drafts, 
 
 def test_a_wrong_key_is_a_clear_error_at_once_and_is_not_repeated(chat, dataset, drafts, tmp_path, caplog):
     chat.key = "another"
-    with caplog.at_level(logging.DEBUG), pytest.raises(TeacherError) as error:
+    with caplog.at_level(logging.DEBUG), pytest.raises(ServedError) as error:
         harvest(tmp_path, drafts, dataset, teacher_of(chat))
     assert "401, the key in OPENAI_API_KEY was refused" in str(error.value) and len(chat.chats) == 1
     assert "Incorrect API key provided: [key]" in str(error.value)
@@ -262,7 +269,7 @@ def test_a_wrong_key_is_a_clear_error_at_once_and_is_not_repeated(chat, dataset,
 def test_a_missing_key_is_told_apart(chat, dataset, drafts, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     chat.key = "another"
-    with pytest.raises(TeacherError, match="OPENAI_API_KEY is not set"):
+    with pytest.raises(ServedError, match="OPENAI_API_KEY is not set"):
         harvest(tmp_path, drafts, dataset, teacher_of(chat))
 
 
@@ -280,21 +287,21 @@ def test_the_key_is_in_no_file_no_message_and_no_representation(chat, dataset, d
 @pytest.mark.parametrize("key", ["sk-with\nnewline", "sk-ünicode"])
 def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(TeacherError, match="value not shown") as error:
-        OpenAITeacher("http://127.0.0.1:1/v1")
+    with pytest.raises(ServedError, match="value not shown") as error:
+        ChatClient("http://127.0.0.1:1/v1")
     assert "sk-" not in str(error.value)
 
 
 @pytest.mark.parametrize("address", ["http://me:secret@127.0.0.1/v1", "http://127.0.0.1/v1?key=secret"])
 def test_a_password_in_the_address_is_refused_without_showing_it(address):
-    with pytest.raises(TeacherError, match="put the key into OPENAI_API_KEY") as error:
+    with pytest.raises(ServedError, match="put the key into OPENAI_API_KEY") as error:
         load_teacher(f"openai:{address}")
     assert "secret" not in str(error.value)
 
 
 def test_a_key_sent_in_the_clear_to_another_machine_is_warned_of(monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    OpenAITeacher("http://example.invalid/v1")
+    ChatClient("http://example.invalid/v1")
     assert "without encryption" in caplog.text and KEY not in caplog.text
 
 
@@ -353,7 +360,7 @@ def test_retries_count_against_the_cap(chat, dataset, drafts, tmp_path):
 
 
 def test_a_cap_that_allows_nothing_is_refused():
-    with pytest.raises(TeacherError, match="0 requests allows nothing"):
+    with pytest.raises(ServedError, match="0 requests allows nothing"):
         Budget(max_requests=0)
 
 
@@ -362,12 +369,13 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from harvesting import make_drafts
-from ivt_agents.sft.harvest import TraceCache, write_traces
-from ivt_agents.sft.teacher.openai import OpenAITeacher
+from ivt_agents.play.chat import AnswerCache, ChatClient
+from ivt_agents.sft.harvest import write_traces
+from ivt_agents.sft.teacher.load import ServedTeacher
 from ivt_env.data.scenes import Scenes
 dataset, folder = Scenes("train"), Path(sys.argv[2])
-teacher = OpenAITeacher(sys.argv[1] + "#m")
-write_traces(make_drafts(dataset, 12), dataset, teacher, folder / "harvest.jsonl", TraceCache(folder / "cache"))
+teacher = ServedTeacher(ChatClient(sys.argv[1] + "#m", concurrency=1))
+write_traces(make_drafts(dataset, 12), dataset, teacher, folder / "harvest.jsonl", AnswerCache(folder / "cache"))
 """
 
 
@@ -407,7 +415,9 @@ def test_the_file_of_another_harvest_is_refused(chat, dataset, drafts, tmp_path)
 
 
 def test_unknown_teachers_are_refused():
-    for name in ("openai:", "hf:", "gpt", "openai:ftp://x/v1"):
+    with pytest.raises(ServedError, match="openai:"):
+        load_teacher("openai:ftp://x/v1")
+    for name in ("openai:", "hf:", "gpt"):
         with pytest.raises(TeacherError, match="openai:"):
             load_teacher(name)
 
@@ -416,9 +426,9 @@ def test_the_local_teacher_runs_and_its_useless_words_are_caught(dataset, drafts
     """The tiny model knows no remarks: it answers with a box, which must never become a trace."""
     teacher = load_teacher("hf:tiny")
     requests = [trace_request(dataset, d.index, d.shown) for d in drafts if d.trace][:3]
-    texts = teacher.write(requests)
-    assert len(texts) == 3 and texts == teacher.write(requests) and all(isinstance(t, str) for t in texts)
-    assert [teacher.write([r])[0] for r in requests] == texts, "a batch answers as one by one"
+    texts = texts_of(teacher, requests)
+    assert len(texts) == 3 and texts == texts_of(teacher, requests) and all(isinstance(t, str) for t in texts)
+    assert [texts_of(teacher, [r])[0] for r in requests] == texts, "a batch answers as one by one"
     made = harvest(tmp_path, drafts, dataset, teacher)
     usable = [d for d in drafts if not d.trace]
     assert [d for d in made if not d.trace] == usable
@@ -468,7 +478,7 @@ def test_a_teacher_that_cannot_answer_is_found_before_anything_is_done(chat, tmp
         chat.models, address = ["one", "two"], f"openai:{chat.url}"
     else:
         chat.faults = [fault, fault]
-    with pytest.raises(TeacherError, match=f"one small question first.*({message})"):
+    with pytest.raises(ServedError, match=f"one small question first.*({message})"):
         small(tmp_path / "run", teacher=address, teacher_cache=tmp_path / "cache")
     assert not (tmp_path / "run").exists() and len(chat.seen) <= 2
 

@@ -5,24 +5,16 @@ Silent when false: a model is scored on boxes that it never gave, or a run ends 
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import pickle
-import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from chat_server import ChatServer, answer
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from ivt_agents.vlm import codec
 from ivt_env import text_actions
@@ -154,79 +146,3 @@ def test_what_cannot_be_wrapped_is_refused_by_name(photos):
     photos.reset(seed=0)
     with pytest.raises(TypeError, match="dict"):
         photos.step({"box": [0, 0, 1, 1], "stop": 0})
-
-
-# ---- the example, against a real server ------------------------------------------------------
-
-
-@pytest.fixture
-def server():
-    chat = ChatServer()
-    yield chat
-    chat.close()
-
-
-def run_example(*argv):
-    return subprocess.run(
-        [sys.executable, "examples/chat_agent.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
-ANSWERS = (
-    '{"bbox_2d": [280, 280, 470, 460]}',
-    'The box is right, but too large on all sides. {"bbox_2d": [305, 315, 430, 425]}',
-    '{"stop": true}',
-    "I see several objects.",
-    '{"bbox_2d": [720, 640, 960, 860]}',
-    'That fits. {"stop": true}',
-)
-"""What the server of the documentation's transcript says, one after the other."""
-
-
-def test_the_transcript_in_the_documentation_is_what_the_example_prints(server):
-    page = (ROOT / "docs" / "text_actions.md").read_text(encoding="utf-8")
-    command, shown = re.search(r"```console\n\$ python examples/chat_agent\.py (.*)\n((?:.*\n)+?)```", page).groups()
-    given = iter(ANSWERS)
-    server.reply = lambda body: answer(next(given))
-    argv = command.replace("http://127.0.0.1:8000/v1", server.url).split()
-    done = run_example(*argv)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == shown
-    assert next(given, None) is None, "every answer was asked for"
-
-
-def test_the_model_is_sent_the_image_with_its_box_and_the_question(server):
-    server.reply = answer('{"bbox_2d": [0, 0, 500, 500]}')
-    done = run_example(
-        server.url, "--episodes", "1", "--episode-steps", "2", "--env", "IVT-Photos-v0", "--split", "test"
-    )
-    assert done.returncode == 0, done.stderr
-    env = make(max_steps=2)
-    expected, _ = env.reset(options={"index": 0})
-    assert len(server.chats) == 2 and server.chats[0]["model"] == "one"
-    for body in server.chats:
-        image, question = body["messages"][-1]["content"]
-        png = base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), visible_image(expected))
-        assert question["text"] == expected["text"]
-        expected = env.step('{"bbox_2d": [0, 0, 500, 500]}')[0]
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["ftp://x", "--episodes", "1"], "http"),
-        (["URL", "--episodes", "0"], "--episodes 0"),
-        (["URL", "--env", "IVT-RefCOCOg-v0", "--data-root-is-no-option"], "data-root-is-no-option"),
-    ],
-)
-def test_a_wrong_option_ends_with_a_line_and_not_with_a_traceback(server, argv, said):
-    done = run_example(*[server.url if a == "URL" else a for a in argv])
-    assert done.returncode == 2 and said in done.stderr + done.stdout and "Traceback" not in done.stderr
-
-
-def test_a_server_that_refuses_ends_the_run_with_its_own_words(server):
-    server.faults = [400]
-    done = run_example(server.url, "--model", "one", "--episodes", "1")
-    assert done.returncode == 2 and "400" in done.stderr and "busy" in done.stderr and "Traceback" not in done.stderr
-    assert json.dumps(server.chats[0]["messages"])

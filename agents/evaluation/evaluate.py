@@ -278,7 +278,8 @@ def _play(
                     if (saved / COST).exists() and not forced:
                         costs.setdefault(name, []).append(read_json(saved / COST, f"remove {saved}"))
                     continue
-                task = progress.add_task(f"{folder}{', forced' if forced else ''}", total=count, note="")
+                note = str(served.usage) if begun else ""
+                task = progress.add_task(f"{folder}{', forced' if forced else ''}", total=count, note=note)
                 served.usage.on_change = lambda task=task: progress.update(task, note=str(served.usage))  # type: ignore[misc]
                 # A fresh agent for each rollout: one that draws then draws the same. Its view is known once
                 # it is there, and the oracle is given the environment before: only it, and it looks at no image.

@@ -20,10 +20,11 @@ from tyro.conf import Positional
 
 from ivt_agents.command import run_command
 from ivt_agents.config import with_new_names
+from ivt_agents.vlm.prompts import DEFAULT
 from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode, Step, load_episodes
 from ivt_env.failures import read_json
-from ivt_env.files import write_whole
+from ivt_env.files import asked_of, write_whole
 from ivt_env.metrics.table import difference, each_seed, headline, interval, number, own_gains, p_value, verdict
 from ivt_env.viewer.page import image_jpeg
 
@@ -141,7 +142,7 @@ def write_report(
     results = _read(folder / "results.json", "evaluate.py")
     parts = [_verdicts(results), _made_of(results), _scores(results), _behaviour(results), _plots(folder, PLOTS)]
     if swaps is not None:
-        parts.append(_swaps(swaps))
+        parts.append(_swaps(swaps, results))
     parts += [_examples(episodes, image_of, examples), _methods()]
     count = results["audits"][next(iter(results["audits"]))]["episodes"]
     head = f"served: {results['served']}, n = {count} samples. Intervals: 95 %, over images."
@@ -186,14 +187,21 @@ def _made_of(results: Mapping[str, Any]) -> Html:
     ]
     lines = [
         *([f"policy {name}", ", ".join(sources)] for name, sources in results["policies"].items()),
+        *([["asked", f"prompts {args['prompts'] or DEFAULT}"]] if _asks_servers(results) else []),
         ["environment", "saved episodes" if args["episodes"] else played[0]],
         ["served", results["served"]],
         ["samples", str(results["audits"][next(iter(results["audits"]))]["episodes"])],
         ["seed", str(args["seed"])],
         ["version", f"ivt-env {results.get('version', '-')}"],
+        ["commit", results.get("commit") or "-"],
         ["date", results.get("date", "-")],
+        ["machine", results.get("machine", "-")],
     ]
     return _section("Provenance", _table(["", ""], lines, left=2))
+
+
+def _asks_servers(results: Mapping[str, Any]) -> bool:
+    return any("openai:" in source for sources in results["policies"].values() for source in sources)
 
 
 def _scores(results: Mapping[str, Any]) -> Html:
@@ -237,8 +245,37 @@ def _plots(folder: Path, plots: Sequence[tuple[str, str]]) -> Html:
     return _section("Plots", Html("".join(figures)))
 
 
-def _swaps(folder: Path) -> Html:
+def _check_swaps(folder: Path, swaps: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Refuse swaps of other policies or data than those of the page: they would be read as its own."""
+    if swaps["served"] != results["served"]:
+        raise DataError(
+            f"{folder} holds swaps on {swaps['served']}, and the evaluation is of {results['served']}: make them with"
+            f" --split {results['served'].rpartition('/')[2]}, or give another --swaps"
+        )
+    known = {_bare(spec) for spec in _specs(results)}
+    for name, spec in swaps["policies"].items():
+        if None not in known and _bare(spec) not in known:
+            raise DataError(
+                f"{folder} holds swaps of {name}={spec}, and the evaluation is of {', '.join(map(str, known))}: make"
+                " them of the same policies, or give another --swaps"
+            )
+
+
+def _specs(results: Mapping[str, Any]) -> list[str | None]:
+    """The policies that were played; None for saved episodes that do not say of whom they are."""
+    sources = [source for of_name in results["policies"].values() for source in of_name]
+    if not results["args"]["episodes"]:
+        return sources
+    return [(asked_of(folder) or {}).get("policy") for folder in sources]
+
+
+def _bare(spec: str | None) -> str | None:
+    return None if spec is None else spec.removeprefix("vlm:")
+
+
+def _swaps(folder: Path, evaluation: Mapping[str, Any]) -> Html:
     results = _read(folder / "results.json", "python -m ivt_agents.evaluation.swaps")
+    _check_swaps(folder, results, evaluation)
     lines = [
         [row["policy"], row["step"], row["variant"], row["num"], number(row["shown_iou"], "IoU", digits=2)]
         + [_value(row[key], "share", digits=0) for key in ("stopped", "kept", "left", "towards", "right")]

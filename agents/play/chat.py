@@ -19,7 +19,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -276,8 +276,10 @@ class ChatClient:
             return theirs.result()
         try:
             stored = None if self.cache is None else self.cache.get(key)
-            answer = self._send(body) if stored is None else Answer(**stored)
-            if self.cache is not None and stored is None:
+            # Files of other fields are another version's.
+            known = stored is not None and stored.keys() == {field.name for field in fields(Answer)}
+            answer = Answer(**stored) if stored is not None and known else self._send(body)
+            if self.cache is not None and not known:
                 self.cache.put(key, asdict(answer))
             mine.set_result(answer)
             return answer
@@ -299,10 +301,9 @@ class ChatClient:
                     )
                 self._model = names[0]
         rest = {key: value for key, value in body.items() if key != "messages"}
+        messages = [_encoded(turn) for turn in body["messages"]]
         reply, seconds = self._try(
-            lambda client: client.chat.completions.create(
-                model=self._model, messages=body["messages"], extra_body=rest
-            ),
+            lambda client: client.chat.completions.create(model=self._model, messages=messages, extra_body=rest)
         )
         sent = getattr(reply.usage, "prompt_tokens", None)
         said = getattr(reply.usage, "completion_tokens", None)
@@ -325,7 +326,7 @@ class ChatClient:
             prompt_tokens=sent if type(sent) is int else total,
             completion_tokens=said if type(said) is int else 0,
             seconds=round(seconds, 3),
-            images=sum(part.get("type") == "image_url" for turn in body["messages"] for part in _parts(turn)),
+            images=sum(isinstance(part, SentImage) for turn in body["messages"] for part in turn["content"]),
             confidence=_confidence(choice) if rest.get("logprobs") else None,
         )
 
@@ -368,19 +369,37 @@ class ChatClient:
         return text.replace(self._key, "[key]") if self._key else text
 
 
+class SentImage:
+    """An image in a request: encoded once, and only where it is sent; in a cache's key it is its pixels' hash."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        """Wrap a copy of RGB uint8 (height, width, 3): an environment may draw its next image into the same array."""
+        self._pixels, self._url = np.array(pixels), ""
+        self._name = f"{pixels.shape} {hashlib.sha256(self._pixels).hexdigest()}"
+
+    def __str__(self) -> str:
+        return self._name
+
+    def part(self) -> dict[str, Any]:
+        """The part of a message that holds it, as PNG."""
+        if not self._url:
+            file = io.BytesIO()
+            Image.fromarray(self._pixels).save(file, "PNG", compress_level=1)
+            self._url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+        return {"type": "image_url", "image_url": {"url": self._url}}
+
+
 def user_turn(text: str, images: Sequence[np.ndarray]) -> dict[str, Any]:
     """A user's turn: images, RGB uint8 (height, width, 3), in front of a text."""
-    content: list[dict[str, Any]] = []
-    for image in images:
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "PNG", compress_level=1)
-        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-        content.append({"type": "image_url", "image_url": {"url": url}})
-    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    return {"role": "user", "content": [*map(SentImage, images), {"type": "text", "text": text}]}
 
 
-def _parts(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return turn["content"] if isinstance(turn["content"], list) else []
+def _encoded(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn as it is sent."""
+    parts = turn["content"]
+    if isinstance(parts, list):
+        parts = [part.part() if isinstance(part, SentImage) else part for part in parts]
+    return {**turn, "content": parts}
 
 
 def _confidence(choice: Any) -> float | None:

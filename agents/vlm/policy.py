@@ -24,12 +24,12 @@ from ivt_agents.vlm.decode import fixed_decoder
 from ivt_agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
 from ivt_agents.vlm.generation import Sampling, core_of, generate
 from ivt_agents.vlm.precision import stored_as
-from ivt_agents.vlm.prompts import PromptFile, Prompts
+from ivt_agents.vlm.prompts import POLICY_FILE, PromptFile, Prompts
 from ivt_agents.vlm.tiny import weights_folder
 from ivt_agents.vlm.turns import WHOLE, Prompt, Turn
 from ivt_env.files import whole_folder, write_whole
 
-POLICY_FILE = "policy.json"
+__all__ = ["POLICY_FILE", "VLMPolicy"]
 
 OWN = "policy"
 """First answers are the policy's own."""

@@ -32,6 +32,8 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 LAYOUTS = ("fresh", "prefix")
 SHIPPED = Path(__file__).parent.parent / "prompts"
 """Folder of the shipped prompt files."""
+POLICY_FILE = "policy.json"
+"""In a model's folder: what the model is asked."""
 DEFAULT = "qwen3-vl"
 """What models are asked that do not say."""
 MOST_CANVAS = 8192
@@ -151,7 +153,7 @@ class PromptFile:
 
     def settings(self) -> dict[str, Any]:
         """Those keys that a model on this machine has in its ``policy.json``."""
-        texts = {"prompt": self.prompts.text, "first": self.prompts.first}
+        texts = {"prompt": self.prompts.text} | ({"first": self.prompts.first} if self.prompts.first else {})
         texts |= {"closeup": self.prompts.closeup, "with_closeup": self.prompts.with_closeup}
         shown = {"around" if key == "closeup" else key: value for key, value in self.shown.items()}
         return texts | {"frame": self.codec.frame, "layout": self.layout} | shown
@@ -202,7 +204,7 @@ def _prompt_file(found: Mapping[str, Any]) -> PromptFile:
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
             raise ValueError(f"{key} is {value!r:.80}, expected a {kinds[key].__name__}")
     for key in ("prompt", "first"):
-        if "{expression}" not in found.get(key, "" if key == "prompt" else "{expression}"):
+        if "{expression}" not in found.get(key, "") and (key == "prompt" or found.get(key)):
             raise ValueError(f"{key} is {found.get(key, '')!r:.80}, expected a text that asks for {{expression}}")
     if found.get("layout", LAYOUTS[0]) not in LAYOUTS:
         raise ValueError(f"layout is {found['layout']!r}, expected one of {', '.join(LAYOUTS)}")

@@ -119,7 +119,7 @@ def read_settings(source: Source, model_type: str) -> dict[str, Any]:
         PolicyError: for a policy of a run that was not saved to its end, and for values out of range.
     """
     asked = _PROMPTS.get(FRAMES.get(model_type, ""), DEFAULT)
-    settings: dict[str, Any] = load_prompts(asked).settings() | {"frame": FRAMES.get(model_type)}
+    settings: dict[str, Any] = {"first": ""} | load_prompts(asked).settings() | {"frame": FRAMES.get(model_type)}
     parts = [*source.adapters, Path(source.base)]
     path = next((part / POLICY_FILE for part in parts if (part / POLICY_FILE).exists()), None)
     if path is None:

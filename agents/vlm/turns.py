@@ -43,12 +43,6 @@ class Prompt:
     opening: bool = False
     """There is no current box: what is asked for is a first answer."""
 
-    def shown(self, number: int) -> tuple[EncodedImage, Box] | None:
-        """The current step's image ``number`` (from 1) and its window; None where there is no such image."""
-        if not 1 <= number <= len(self.windows):
-            return None
-        return self.images[len(self.images) - len(self.windows) + number - 1], self.windows[number - 1]
-
 
 @dataclass(slots=True, eq=False)
 class Turn:

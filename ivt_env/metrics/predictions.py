@@ -6,6 +6,9 @@ A file is JSON lines, one object per prediction, or one JSON array of such objec
     {"sample_id": "1-2", "box": [103.9, 300, 238.2, 477.4]}
     {"sample_id": "1-3", "box": null}                       the model gave no box: a counted miss
 
+``id`` and ``bbox`` are read alike. So is a file of the project's own data (``ivt_env.data.custom``): its
+``dataset.json`` declares the boxes, and a line without an id goes by its number. Other keys do no harm.
+
 What the four numbers mean is **declared** (by the caller, the header or a published layout) and
 never guessed. A guess goes by magnitude, and pixels of a small image look like thousandths:
 scores would be wrong by points, with nothing to see. A declaration that does not fit many of the
@@ -30,6 +33,7 @@ from numpy.typing import NDArray
 from ivt_env import boxes
 from ivt_env.boxes import frame_unit
 from ivt_env.data.checked import MAX_LINE_BYTES, json_lines
+from ivt_env.data.custom import read_declared
 from ivt_env.data.sample import Sample
 
 Array = NDArray[np.float64]
@@ -168,9 +172,16 @@ def read_predictions(
     fields = replace(fields, id_field=id_field or fields.id_field, box_field=box_field or fields.box_field)
     rows = _objects(where)
     first = next(rows, None)
+    fields = _spelt(fields, first)
     header = _header(first, fields, where) if first else {}
+    if header:
+        first = next(rows, None)
+        fields = _spelt(fields, first)
     claims = {"--{}": (box_format, frame), "the header line": (header.get("format"), header.get("frame"))}
     claims[f"the layout {layout}"] = fields.box_format, fields.frame
+    if layout == "ivt" and first and "image" in first[1] and (beside := where.with_name("dataset.json")).is_file():
+        own = read_declared(beside)
+        claims[str(beside)] = own.box, own.frame
     declared_format = _agreed(where, "format", _format_of, {who.format("format"): c for who, (c, _) in claims.items()})
     declared_frame = _agreed(where, "frame", _frame_of, {who.format("frame"): c for who, (_, c) in claims.items()})
     if declared_format is None and fields.format_field is None:
@@ -180,7 +191,9 @@ def read_predictions(
     found: dict[str, Prediction] = {}
     unreadable: tuple[int, Any] | None = None
     # One row after the other: what else a row holds (all that a model wrote) is not kept.
-    for number, row in rows if header or first is None else chain([first], rows):
+    for number, row in [] if first is None else chain([first], rows):
+        if "image" in row and "bbox" in row:
+            row = {"id": str(number)} | row
         prediction = _row(where, number, row, fields, declared_format, declared_frame)
         value = row[fields.box_field]
         if prediction.numbers is None and unreadable is None and value not in (None, []) and not _is_mark(value):
@@ -338,6 +351,16 @@ def _inner_list(value: dict[str, Any]) -> str | None:
         if isinstance(held, list) and held and isinstance(held[0], dict):
             return f": its {_short(key)} is a list of {len(held)} objects; write that list to a file of its own"
     return None
+
+
+def _spelt(fields: Layout, first: tuple[int, dict[str, Any]] | None) -> Layout:
+    """``fields`` as a row writes them: ``id`` for ``sample_id``, ``bbox`` for ``box``."""
+    row = first[1] if first else {}
+    if fields.box_field == "box" and "box" not in row and "bbox" in row:
+        fields = replace(fields, box_field="bbox")
+    if fields.id_field == "sample_id" and "sample_id" not in row and ("id" in row or "image" in row):
+        fields = replace(fields, id_field="id")
+    return fields
 
 
 def _header(first: tuple[int, dict[str, Any]], fields: Layout, path: Path) -> dict[str, Any]:

@@ -1,0 +1,485 @@
+"""A model behind an address is a policy like any other, and what was paid for is never lost or paid for again.
+
+Silent when false: scores of a frame that the model does not use, answers of another model from a cache, a run of
+hours that ends in a traceback, a bill that is twice as high.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chat_server import ChatServer
+from scripted_server import PING, box_of
+from server_processes import free_port, scripted, transformers_serve
+
+from ivt_agents import cli
+from ivt_agents.evaluation import evaluate, swaps
+from ivt_agents.play.by_name import load_agent
+from ivt_agents.play.chat import BudgetError, ServedError
+from ivt_agents.play.served import FrameCheck, Served, ServedOptions
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.prompts import ImageSize, PromptError, load_prompts, shipped_prompts
+from ivt_agents.vlm.tiny import weights_folder
+from ivt_env import boxes
+from ivt_env.data.scenes import Scenes
+from ivt_env.episodes import load_episodes
+from ivt_env.rollouts import make_vector_env, rollout
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("ivt_agents.play.chat.FIRST_WAIT_S", 0.01)
+
+
+def said(text, finish="stop", **more):
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish, **more}
+    return {"choices": [choice], "usage": {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}}
+
+
+def asked(body):
+    """The text and the image of a request's last turn."""
+    image, text = body["messages"][-1]["content"][-2:]
+    return text["text"], image["image_url"]["url"]
+
+
+@pytest.fixture
+def chat():
+    running = ChatServer()
+    running.reply = lambda body: said(box_of(*asked(body)))
+    yield running
+    running.close()
+
+
+def options(out, url, **changes):
+    values = dict(policies=[f"m=openai:{url}#m"], prompts="tiny", split="val", samples=12, num_envs=8, out=out)
+    return evaluate.Args(**(values | {"concurrency": 4} | changes))
+
+
+def predictions(out, name="m"):
+    lines = (out / "predictions" / f"{name}.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def questions(chat):
+    return [body for body in chat.chats if asked(body)[0] != PING]
+
+
+# --- Everywhere where a policy is named ---------------------------------------------------------------------------
+
+
+def test_evaluate_swaps_rollout_and_controls_take_a_served_model(chat, tmp_path, capsys):
+    name = f"openai:{chat.url}#m"
+    evaluate.main(options(tmp_path / "e", chat.url, forced=False))
+    assert not (tmp_path / "e" / "answers").exists() and not list(tmp_path.glob("e/episodes/*.part.jsonl"))
+    swaps.main(swaps.Args(policies=[f"m={name}"], prompts="tiny", split="val", samples=6, out=tmp_path / "s"))
+    words = ["rollout", "--agent", name, "--prompts", "tiny", "--out", str(tmp_path / "r")]
+    assert cli.main(words) == 0
+    assert cli.main(["report", str(tmp_path / "e"), "--swaps", str(tmp_path / "s")]) == 0
+    env = make_vector_env("IVT-Scenes-v0", 4, split="val", max_steps=2)
+    served = Served(ServedOptions(prompts="tiny"))
+    for spec in (f"medoid-3:{name}", f"second-shot:{name}", f"stop-after-1:{name}", f"relay:{name},{name}"):
+        before = len(questions(chat))
+        played = rollout(env, load_agent(spec, env=env, served=served), 4, 0, indices=range(4))
+        assert all(e.steps[0].proposal is not None and e.steps[0].tokens for e in played), spec
+        assert len(questions(chat)) - before >= 4
+    assert {b["temperature"] for b in questions(chat)} == {0, 1.0}
+
+
+def test_nothing_imports_the_client_before_a_served_model_is_named():
+    code = "import sys, ivt_agents.cli, ivt_agents.evaluation.evaluate, ivt_agents.play.by_name; "
+    code += "assert 'openai' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_best_of_takes_the_answer_that_the_server_is_surest_of(chat):
+    boxes_sent = iter([[100, 100, 200, 200], [300, 300, 400, 400], [500, 500, 600, 600]])
+    sure = iter([-1.0, -0.1, -2.0])
+
+    def reply(body):
+        if asked(body)[0] == PING:
+            return said("ready")
+        assert body["logprobs"] is True
+        return said(f'{{"bbox_2d": {next(boxes_sent)}}}', logprobs={"content": [{"logprob": next(sure), "token": "x"}]})
+
+    chat.reply = reply
+    env = make_vector_env("IVT-Scenes-v0", 1, split="val")
+    served = Served(ServedOptions(prompts="tiny", concurrency=1))
+    (episode,) = rollout(env, load_agent(f"best-of-3:openai:{chat.url}#m", served=served), 1, 0, indices=[0])
+    assert episode.steps[0].proposal == pytest.approx((0.3, 0.3, 0.4, 0.4))
+    assert episode.steps[0].confidence == pytest.approx(np.exp(-0.1)) and episode.steps[0].tokens == 300
+    chat.reply = lambda body: said(box_of(*asked(body)))
+    with pytest.raises(ServedError, match="gives no logprobs"):
+        rollout(env, load_agent(f"best-of-3:openai:{chat.url}#m", served=served), 1, 0, indices=[1])
+
+
+# --- A dead, wrong or failing server ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("gone", "refused"), (404, "404 Not Found"), (401, "OPENAI_API_KEY"), ("broken", "not JSON")]
+)
+def test_a_wrong_address_is_found_by_one_small_request_before_anything_is_lost(chat, tmp_path, fault, message, capsys):
+    evaluate.main(options(tmp_path, chat.url, policies=["r=random"], forced=False))
+    before = (tmp_path / "results.json").read_bytes()
+    seen = len(chat.seen)
+    if fault == "gone":
+        chat.close()
+    chat.faults = [fault] * 2
+    policies = ["first=random", f"m=openai:{chat.url}#m"]
+    with pytest.raises(ServedError, match=f"one small question first.*{message}"):
+        evaluate.main(options(tmp_path, chat.url, policies=policies, overwrite=True))
+    assert (tmp_path / "results.json").read_bytes() == before and len(chat.seen) - seen <= 2
+
+
+def test_a_failing_server_ends_with_status_2_one_line_and_the_command_that_goes_on(chat, tmp_path, capsys):
+    answered = threading.Semaphore(30)
+
+    def reply(body):
+        return said(box_of(*asked(body))) if answered.acquire(blocking=False) else None
+
+    usual, chat.handle = (
+        chat.handle,
+        lambda handler, body: usual(handler, body) if chat.reply(body) else chat.send(handler, 500, b"down"),
+    )
+    chat.reply = reply
+    words = f"evaluate --policies m=openai:{chat.url}#m --prompts tiny --split val --samples 20 --num-envs 4".split()
+    words += ["--out", str(tmp_path / "e"), "--concurrency", "2"]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "gave up after 6 attempts" in error and "answers are kept" in error
+    assert (
+        error.endswith(f"asks nothing twice: ivt {' '.join(words)} --resume".replace("#", "#")) or "--resume" in error
+    )
+    kept = list((tmp_path / "e" / "episodes").glob("*.part.jsonl"))
+    assert kept and len(load_episodes(kept[0])) >= 4 and len(list((tmp_path / "e" / "answers").iterdir())) >= 10
+
+
+@pytest.mark.parametrize("fault", [429, 500, "broken", "cut", ("stall", 0.5), (429, {"Retry-After": "0"})])
+def test_a_passing_trouble_changes_no_score(chat, tmp_path, fault, monkeypatch):
+    evaluate.main(options(tmp_path / "calm", chat.url, forced=False))
+    expected = predictions(tmp_path / "calm")
+    chat.faults = [None, fault, None, fault, fault]
+    if isinstance(fault, tuple) and fault[0] == "stall":
+        usual = evaluate.Served.policy
+
+        def impatient(self, address, **more):
+            policy = usual(self, address, **more)
+            policy.client._client = policy.client._client.with_options(timeout=0.2)
+            return policy
+
+        monkeypatch.setattr(evaluate.Served, "policy", impatient)
+    evaluate.main(options(tmp_path / "rough", chat.url, forced=False))
+    assert predictions(tmp_path / "rough") == expected and not chat.faults
+
+
+def test_the_caps_hold_and_the_next_run_goes_on(chat, tmp_path):
+    for cap, message in (({"max_requests": 9}, "cap of 9 requests"), ({"max_tokens": 500}, "cap of 500 tokens")):
+        out, before = tmp_path / message, len(chat.chats)
+        with pytest.raises(BudgetError, match=f"{message}.*--max-.*--resume"):
+            evaluate.main(options(out, chat.url, concurrency=1, forced=False, **cap))
+        assert len(chat.chats) - before == (9 if "max_requests" in cap else 5)
+        evaluate.main(options(out, chat.url, forced=False, resume=True))
+        asked_for = Counter(json.dumps(b, sort_keys=True) for b in chat.chats[before:] if asked(b)[0] != PING)
+        assert set(asked_for.values()) == {1}
+
+
+def test_a_server_killed_at_ten_random_moments_loses_nothing_and_is_paid_once(tmp_path):
+    port, log = free_port(), tmp_path / "paid.log"
+    calm_log = tmp_path / "calm.log"
+    calm = scripted(port, 0.0, calm_log)
+    evaluate.main(options(tmp_path / "calm", f"http://127.0.0.1:{port}/v1", samples=40, num_envs=16))
+    calm.kill()
+    calm.wait()
+    total, rng = len(calm_log.read_text().split()), random.Random(5)
+    out, finished = tmp_path / "killed", 0
+    log.touch()
+    moments = sorted(rng.sample(range(1, total), 10))
+    for moment in moments:
+        server = scripted(port, 0.01, log)
+
+        def kill(server=server, moment=moment):
+            while len(log.read_text().split()) < moment and server.poll() is None:
+                time.sleep(0.002)
+            server.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        more = {"resume": True} if (out / "config.json").exists() else {}
+        args = options(out, f"http://127.0.0.1:{port}/v1", samples=40, num_envs=16, **more)
+        with pytest.raises(ServedError, match="this goes on|one small question first"):
+            evaluate.main(args)
+        killer.join()
+        server.wait()
+        now = sum(len(load_episodes(path)) for path in out.glob("episodes/*.part.jsonl"))
+        now += sum(len(load_episodes(path.parent)) for path in out.glob("episodes/*/episodes.jsonl"))
+        assert now >= finished, "finished episodes are on disk, and stay there"
+        finished = now
+    server = scripted(port, 0.0, log)
+    evaluate.main(options(out, f"http://127.0.0.1:{port}/v1", samples=40, num_envs=16, resume=True))
+    server.kill()
+    server.wait()
+    paid = Counter(log.read_text().split())
+    assert set(paid.values()) == {1} and set(paid) == set(calm_log.read_text().split()) and len(paid) == total
+    assert predictions(out) == predictions(tmp_path / "calm")
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "calm"))
+    assert a["rows"] == b["rows"] and a["costs"] == b["costs"]
+
+
+def test_sixteen_at_a_time_are_many_times_as_fast_as_one(tmp_path):
+    """benchmarks/served.py measures it on 500 samples; here few, on a machine that may be busy."""
+    port, seconds = free_port(), {}
+    server = scripted(port, 0.2, tmp_path / "log")
+    env = make_vector_env("IVT-Scenes-v0", 48, split="val", max_steps=1)
+    for at_a_time in (1, 16):
+        served = Served(ServedOptions(prompts="tiny", concurrency=at_a_time))
+        agent = load_agent(f"openai:http://127.0.0.1:{port}/v1#m", served=served)
+        start = time.monotonic()
+        rollout(env, agent, 48, 0, indices=range(48))
+        seconds[at_a_time] = time.monotonic() - start
+    server.kill()
+    server.wait()
+    assert seconds[1] / seconds[16] > 6, seconds
+
+
+# --- What is asked, and what comes back ---------------------------------------------------------------------------
+
+
+def test_every_shipped_prompt_file_gives_back_the_box_that_it_writes():
+    assert len(shipped_prompts()) == 6
+    for name in shipped_prompts():
+        file = load_prompts(name)
+        size = file.image.of(480, 640)
+        box = [0.1, 0.25, 0.6, 0.75]
+        text = file.codec.box_text(box, size)
+        answer = text if file.codec.key is None else f'Yes: [{{"{file.codec.key}": {text}, "label": "x"}}]'
+        action = file.codec.parse(answer)
+        assert file.codec.decode(action.numbers, size) == pytest.approx(box, abs=2e-3), name
+        assert file.codec.parse('It fits. {"stop": true}').stop and file.codec.parse("nothing").failed
+        question = file.prompts.fill("the {box} cup", text, size=size)
+        assert text in question and "the {box} cup" in question and "{width}" not in question
+
+
+def test_gemini_answers_y_first_and_qwen_vl_in_tags():
+    assert load_prompts("gemini").codec.parse('{"box_2d": [10, 20, 30, 40]}').numbers == (20, 10, 40, 30)
+    tags = load_prompts("qwen-vl-v1").codec
+    text = "<ref>cup</ref><box>(1,2),(3,4)</box> or <box>(100,200),(300,400)</box>"
+    assert tags.parse(text).numbers == (100, 200, 300, 400) and tags.parse(text + ' {"stop": true}').stop
+    assert tags.parse('{"stop": true} no, <box>(1,2),(3,4)</box>').numbers == (1, 2, 3, 4)
+    assert tags.decode((0, 0, 999, 999), (1, 1)) == [0, 0, 1, 1]
+
+
+def test_images_are_sent_at_the_size_that_the_frame_counts_in():
+    size = load_prompts("qwen2.5-vl").image
+    assert size.of(480, 640) == (476, 644) and size.of(427, 640) == (420, 644)  # as Qwen's own processor
+    assert ImageSize(max_pixels=10_000).of(200, 400) == (70, 141) and ImageSize().of(33, 77) == (33, 77)
+    assert size.resize(np.zeros((480, 640, 3), np.uint8)).shape == (476, 644, 3)
+
+
+def test_the_rule_for_sizes_is_that_of_the_processor():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    size, rng = load_prompts("qwen2.5-vl").image, np.random.default_rng(0)
+    for height, width in rng.integers(20, 3000, (300, 2)).tolist():
+        assert size.of(height, width) == smart_resize(height, width, 28, 3136, 12845056)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("prompt: 'find {expression}'", "frame is not declared"),
+        ("prompt: find it\nframe: relative_1000", "asks for {expression}"),
+        ("prompt: '{expression}'\nframe: percent", "coordinate frame 'percent'"),
+        ("prompt: '{expression}'\nframe: relative_1000\nfames: 1", "unknown key 'fames'"),
+        ("prompt: '{expression}'\nframe: relative_1000\nanswer: '[x1, y1, x2, x1]'", "once each"),
+        ("prompt: '{expression}'\nframe: relative_1000\nlayout: long", "layout is 'long'"),
+        ("prompt: '{expression}'\nframe: relative_1000\nimage: {side: 3}", "unknown key 'side'"),
+        ("prompt: '{expression}'\nframe: relative_1000\nimage: {max_pixels: 0}", "max_pixels"),
+        ("prompt: '{expression}'\nframe: relative_1000\noverlay: {style: dots}", "style 'dots'"),
+        ("prompt: '{expression}'\nframe: relative_1000\nprompt: x", "given twice"),
+        ("[1]", "holds a list"),
+    ],
+)
+def test_a_wrong_prompt_file_is_refused_by_its_key(tmp_path, text, why):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(PromptError, match=rf"p\.yaml: .*{why}"):
+        load_prompts(tmp_path / "p.yaml")
+    with pytest.raises(PromptError, match="give one of gemini"):
+        load_prompts("gemni")
+
+
+def test_a_prompt_file_decides_what_is_drawn_asked_and_sent(chat, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "first: 'Find {expression}.'\nsystem: Be brief.\n"
+        "prompt: 'Better than {box}? {expression}, {width} x {height}'\n"
+        "layout: prefix\nview: both\noverlay: {style: outline, colour: [0, 255, 0]}\nframe: relative_1\n"
+        "image: {max_pixels: 10000}\nmax_tokens: 33\n"
+        "request: {max_tokens: null, max_completion_tokens: 34, top_p: 0.5}\n"
+    )
+    chat.reply = said('{"bbox_2d": [0.1, 0.1, 0.5, 0.5]}')
+    out = tmp_path / "e"
+    evaluate.main(options(out, chat.url, prompts=str(tmp_path / "mine.yaml"), samples=4, forced=False))
+    first, later = (next(b for b in questions(chat) if len(b["messages"]) == n) for n in (2, 4))
+    assert first["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert first["messages"][1]["content"][-1]["text"].startswith("Find ")
+    assert [m["role"] for m in later["messages"]] == ["system", "user", "assistant", "user"]
+    assert later["messages"][3]["content"][-1]["text"].startswith("Better than [0.1, 0.1, 0.5, 0.5]?")
+    assert later["messages"][3]["content"][-1]["text"].endswith("100 x 100")
+    assert sum(part["type"] == "image_url" for part in later["messages"][3]["content"]) == 2
+    assert (first["max_completion_tokens"], first["top_p"]) == (34, 0.5) and "max_tokens" not in first
+    assert load_episodes(out / "episodes" / "m")[0].steps[0].proposal == pytest.approx((0.1, 0.1, 0.5, 0.5))
+
+
+def test_an_answer_that_ran_into_its_limit_has_no_action(chat, tmp_path):
+    chat.reply = said('{"bbox_2d": [100, 100, 500, 500]} and', finish="length")
+    evaluate.main(options(tmp_path, chat.url, forced=False, samples=3))
+    assert all(s.parse_failure for e in load_episodes(tmp_path / "episodes" / "m") for s in e.steps)
+
+
+def test_a_frame_that_fits_much_worse_than_another_is_warned_of_with_numbers(chat, tmp_path, caplog):
+    dataset, by_text = Scenes("val"), {}
+    for index in range(60):
+        by_text.setdefault(dataset[index].expression, dataset[index].box)
+    only = [i for i in range(60) if by_text[dataset[i].expression] == dataset[i].box]
+
+    def pixels(body):
+        text = asked(body)[0]
+        box = next((b for e, b in by_text.items() if f"Locate {e}. " in text), (0, 0, 1, 1))
+        return said(f'{{"bbox_2d": {[round(v * 384) for v in box]}}}')
+
+    chat.reply = pixels
+    evaluate.main(options(tmp_path / "wrong", chat.url, samples=60, forced=False, episode_steps=1))
+    (warning,) = [r.message for r in caplog.records if "mean IoU" in r.message]
+    assert "the first 50 boxes" in warning and "(relative_1000)" in warning and "as resized_pixels" in warning
+    caplog.clear()
+    (tmp_path / "p.yaml").write_text("prompt: 'Locate {expression}. '\nframe: resized_pixels\n")
+    file = str(tmp_path / "p.yaml")
+    evaluate.main(options(tmp_path / "right", chat.url, prompts=file, samples=60, forced=False, episode_steps=1))
+    assert not [r for r in caplog.records if "mean IoU" in r.message] and len(only) > 30
+
+
+def test_the_check_of_the_frame_sees_swapped_axes_and_needs_some_answers():
+    env = make_vector_env("IVT-Scenes-v0", 1, split="val")
+    (episode,) = rollout(env, load_agent("oracle", env=env), 1, 0, indices=[0])
+    x1, y1, x2, y2 = (round(v * 1000) for v in episode.target)
+    episode.steps[0].text = f'{{"bbox_2d": [{y1}, {x1}, {y2}, {x2}]}}'
+    check = FrameCheck("m", load_prompts("qwen3-vl"), env.screen.side)
+    for _ in range(9):
+        check.see(episode)
+    assert check.warning() is None
+    check.see(episode)
+    assert "as relative_1000, x and y swapped" in check.warning()
+    assert float(boxes.iou((y1, x1, y2, x2), (x1, y1, x2, y2))) < 0.8
+
+
+def test_prompts_are_listed_shown_and_put_into_a_models_folder(tmp_path, capsys):
+    assert cli.main(["prompts"]) == 0 and "qwen2.5-vl" in capsys.readouterr().out
+    assert cli.main(["prompts", "gemini"]) == 0 and "box_2d" in capsys.readouterr().out
+    folder = tmp_path / "model"
+    shutil.copytree(weights_folder(), folder)
+    (folder / "policy.json").unlink()
+    load_policy(folder)
+    assert "asked with the prompts qwen3-vl" in capsys.readouterr().err
+    assert cli.main(["prompts", "tiny", "--into", str(folder)]) == 0
+    assert (
+        load_policy(folder).dialogue.prompts
+        == load_prompts("tiny").prompts
+        == load_prompts(folder / "policy.json").prompts
+    )
+    assert cli.main(["prompts", "qwen3-vl", "--into", str(folder)]) == 2
+    assert cli.main(["prompts", "gemini", "--into", str(folder), "--overwrite"]) == 2
+
+
+def test_a_served_model_without_prompts_is_asked_with_a_named_default_and_told_so(chat, tmp_path, capsys):
+    evaluate.main(options(tmp_path, chat.url, prompts=None, samples=3, forced=False))
+    assert "is asked with the prompts qwen3-vl" in capsys.readouterr().err
+
+
+# --- Results that travel ------------------------------------------------------------------------------------------
+
+
+def test_the_line_of_each_sample_holds_what_was_said_and_is_scored_alike(chat, tmp_path, capsys):
+    evaluate.main(options(tmp_path, chat.url))
+    header, *rows = predictions(tmp_path)
+    assert header == {"format": "xyxy", "frame": "relative"} and len(rows) == 12
+    episodes = load_episodes(tmp_path / "episodes" / "m")
+    for row, episode in zip(rows, episodes, strict=True):
+        assert row["sample_id"] == episode.sample_id and row["texts"] == [s.text for s in episode.steps]
+        assert len(row["boxes"]) == len(row["tokens"]) == len(episode.steps) and row["tokens"][0] == 100
+    raw = json.loads((tmp_path / "predictions" / "m.jsonl").read_text().splitlines()[1])
+    assert all(0 <= s < 60 for s in raw["seconds"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    capsys.readouterr()
+    words = ["score", str(tmp_path / "predictions" / "m.jsonl"), "--dataset", "scenes", "--split", "val"]
+    assert cli.main([*words, "--samples", "12", "--resamples", "0", "--json"]) == 0
+    scored = {r["metric"]: r["value"] for r in json.loads(capsys.readouterr().out)["rules"]["common"]["rows"]}
+    row = next(r for r in results["rows"] if r["column"] == "learned_stop")
+    for metric in ("Acc@0.5", "Acc@0.9"):
+        assert scored[metric] == pytest.approx(row["scores"][metric]["value"])
+    assert {"version", "commit", "date", "machine", "python", "args", "policies"} <= results.keys()
+    assert results["costs"]["m"][0]["answers"] > 1
+
+
+def test_a_report_refuses_swaps_of_other_policies_or_of_another_split(tmp_path, capsys):
+    evaluate.main(evaluate.Args(policies=["a=random"], samples=5, forced=False, out=tmp_path / "e"))
+    for name, more, why in (
+        ("a=centre", {}, "swaps of a=centre, and the evaluation is of random"),
+        ("a=random", {"split": "val"}, "swaps on scenes/val.*--split test"),
+        ("b=random", {}, None),
+    ):
+        swaps.main(swaps.Args(policies=[name], samples=5, out=tmp_path / "s", overwrite=True, **more))
+        capsys.readouterr()
+        status = cli.main(["report", str(tmp_path / "e"), "--swaps", str(tmp_path / "s")])
+        error = capsys.readouterr().err
+        assert (status == 0) == (why is None)
+        if why:
+            assert re.search(why, error), error
+
+
+# --- A real server ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The base address of transformers' own server with the tiny model."""
+    folder = tmp_path_factory.mktemp("real")
+    shutil.copytree(weights_folder(), folder / "tiny")
+    with transformers_serve("tiny", folder) as url:
+        yield url
+
+
+def test_the_page_for_newcomers_shows_what_its_commands_print(real, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "evaluate_your_vlm.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```console\n\$ ivt (.*)\n((?:.*\n)+?)```", page)
+    assert len(shown) == 3
+    for command, output in shown:
+        assert cli.main(shlex.split(command.replace("http://127.0.0.1:8000/v1", real))) == 0
+        said = capsys.readouterr().out
+        assert [line.rstrip() for line in said.splitlines()] == [line.rstrip() for line in output.splitlines()]
+
+
+def test_the_tiny_model_behind_transformers_own_server_scores_as_it_does_here(real, tmp_path):
+    policies = ["here=tiny", f"served=openai:{real}#tiny"]
+    evaluate.main(options(tmp_path / "e", real, policies=policies, samples=40, num_envs=20))
+    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    scores = {
+        name: {r["column"]: r["scores"] for r in results["rows"] if r["policy"] == name} for name in ("here", "served")
+    }
+    stated = {"confidence_gated", "verifier_gated"}  # a chat answer states no stop probability
+    assert set(scores["here"]) - set(scores["served"]) == stated and len(scores["served"]) >= 6
+    assert all(scores["here"][column] == found for column, found in scores["served"].items())
+    assert predictions(tmp_path / "e", "served") == predictions(tmp_path / "e", "here")
