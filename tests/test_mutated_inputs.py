@@ -70,7 +70,9 @@ def made(tmp_path_factory):
     (root / "configurations" / "c.yaml").write_text(CONFIGURATION)
     shutil.copytree(weights_folder(), root / "policies")
     shutil.copytree(root / "run" / "adapter", root / "adapters")
-    load_policy(root / "policies")  # everything is imported before the first fork
+    # Everything is imported before the first fork: by a policy, and by a run that has nothing left to do.
+    load_policy(root / "policies")
+    assert cli.main(command("runs", root / "run", random.Random(0))) == 0
     return root
 
 
