@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -187,6 +188,7 @@ def forked(command: Callable[[], object], folder: Path | None = None) -> Ended:
 
 def _run_and_exit(command: Callable[[], object], folder: Path | None, output: int, errors: int) -> None:
     status = _BUG
+    gc.freeze()  # to look through all that the parent made would copy its memory
     try:
         os.dup2(output, 1)
         os.dup2(errors, 2)

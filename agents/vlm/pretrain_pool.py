@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ class Drawing:
             self.pool = empty_pool(standard, search, folder)
         # fork: a worker has the pool, and is at work at once, without importing what trains.
         context = multiprocessing.get_context("fork")
-        self._workers = ProcessPoolExecutor(workers, context, _begin, (words, self.pool, first, split))
+        self._end = context.Event()
+        self._workers = ProcessPoolExecutor(workers, context, _begin, (words, self.pool, first, split, self._end))
         self._done = self._workers.map(_fill, *zip(*_jobs(standard, search), strict=True))
 
     def __enter__(self) -> Drawing:
@@ -172,7 +174,8 @@ class Drawing:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the processes, each when it has drawn what it is at."""
+        """End the processes, each with the scene that it is at."""
+        self._end.set()
         self._workers.shutdown(cancel_futures=True)
 
     def until(self, share: float) -> None:
@@ -204,17 +207,19 @@ def _jobs(standard: int, search: int) -> Iterator[tuple[int, int, int]]:
 _shared: list[Any] = []
 
 
-def _begin(words: Words, pool: Pool, first: int, split: str) -> None:
+def _begin(words: Words, pool: Pool, first: int, split: str, end: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which reaches all: the one that trains ends these
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent()
-    _shared[:] = [words, pool, first, split]
+    _shared[:] = [words, pool, first, split, end]
 
 
 def _fill(search: int, low: int, high: int) -> tuple[int, int]:
     """Draw scenes ``low`` to ``high`` into the pool's rows."""
-    words, pool, first, split = _shared
+    words, pool, first, split, end = _shared
     for number in range(low, high):
+        if end.is_set():  # nobody waits for these
+            break
         views = search_views(split, first + number) if search else standard_views(split, first + number)
         for kind, view in enumerate(views, SEARCH_FROM if search else 0):
             view.write(pool, pool.row(kind, number), words)
