@@ -12,12 +12,10 @@ a study that was cut off goes on.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -31,6 +29,7 @@ from ivt_agents.command import run_command
 from ivt_agents.config import with_new_names
 from ivt_agents.training.checkpoints import CONFIG
 from ivt_agents.training.run import RunError, check_least, write_json
+from ivt_env.failures import end_with_parent
 from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
 
 TRAINED = ("sft", "grpo", "control", "control-pixels")
@@ -209,7 +208,7 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
             file.write(f"python {shlex.join(job.command[1:])}\n")
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
-                job.command, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=_die_with_parent
+                job.command, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_parent
             )
             running.append(process)
             status = process.wait()
@@ -240,15 +239,6 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
             raise
     if failed:
         raise RunError(f"{failed[0].name} failed; its log: {out / failed[0].name}.log. Fix it and run this again")
-
-
-_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
-
-
-def _die_with_parent() -> None:
-    """In a child: end when the study does, SIGKILL included. The system counts the thread that waits as the parent."""
-    if _PRCTL is not None:  # Linux
-        _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _machine() -> str:

@@ -10,6 +10,7 @@ prints nor exits. What a library raises for broken content is turned into one by
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import logging
@@ -167,6 +168,16 @@ def read_json(path: Path, remedy: str = "", kind: type[ValueError] = ReadError) 
         if not isinstance(found, dict):
             raise ValueError(f"holds a {type(found).__name__}, not an object")
     return found
+
+
+def end_with_parent() -> None:
+    """In a forked child: get SIGTERM when the thread that forked it ends, SIGKILL of its process included."""
+    if _PRCTL is not None:
+        _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
+"""None where the system is not Linux."""
 
 
 def _kinds(error: BaseException) -> set[tuple[str, str]]:

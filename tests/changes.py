@@ -1,7 +1,8 @@
 """Seeded changes to files and folders, and commands that meet them in forked children.
 
     rng = random.Random(0)
-    what, changed = mutate(path.read_bytes(), rng, "json")      # one content
+    what, content = mutate(path.read_bytes(), rng, "json")      # one content
+    what, value = changed({"a": [1]}, rng)                      # one value
     what = mutate_folder(folder, rng)                           # one file of a folder, or the file itself
     ended = forked(lambda: cli.main(["score", str(path), ...])) # status, output, peak of memory
     assert ended.promised, (what, ended)
@@ -13,7 +14,9 @@ makes is ``number(few)``: few of them in the suite, as many as the variable IVT_
 from __future__ import annotations
 
 import contextlib
+import copy
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -37,9 +40,10 @@ SECONDS = 60
 _BUG = 70
 _SWAPS: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3, 10**9, 2**31, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, 1e-320,
-    float("nan"), float("inf"), float("-inf"), "", " ", "x", "0", "1e999", "\x00", "a\x00b", "\ud800", "é" * 300,
-    "x" * 100_000, "../../etc/passwd", "/", "/dev/null", "${HOME}", "{{ 7 * 7 }}", "<script>", [], {}, [None], [[]],
-    {"": None}, {"x": {"y": []}}, [0] * 4, [1, 2], ["x"] * 1000,
+    float("nan"), float("inf"), float("-inf"), "", " ", "x", "0", "NaN", "1e999", "\x00", "a\x00b", "\ud800",
+    "é" * 5000, "x" * 300_000, "../../etc/passwd", "/", "/dev/null", "${HOME}", "{{ 7 * 7 }}", "<script>", [], {},
+    [None], [[]], {"": None}, {"x": {"y": []}}, [0] * 4, [1, 2], ["x"] * 1000, [0] * 10_000,
+    {str(n): n for n in range(3000)},
 )  # fmt: skip
 
 
@@ -67,7 +71,7 @@ def number(few: int) -> int:
     return int(os.environ.get("IVT_MUTATIONS", few))
 
 
-def mutate(raw: bytes, rng: random.Random, kind: str) -> tuple[str, bytes]:
+def mutate(raw: bytes, rng: random.Random, kind: str = "bytes") -> tuple[str, bytes]:
     """What was done, and the changed content.
 
     Args:
@@ -75,11 +79,62 @@ def mutate(raw: bytes, rng: random.Random, kind: str) -> tuple[str, bytes]:
         rng: decides.
         kind: "json", "jsonl" or "yaml", of which values and keys are changed as well; or "bytes".
     """
-    if kind in ("json", "jsonl", "yaml") and rng.random() < 0.7:
-        changed = _structure(raw, rng, kind)
-        if changed is not None:
-            return changed
+    if kind != "bytes" and rng.random() < 0.7:
+        try:
+            content = [json.loads(line) for line in raw.splitlines()] if kind == "jsonl" else _READ[kind](raw)
+        except (ValueError, yaml.YAMLError):  # not what it is called
+            return _bytes(raw, rng)
+        what, content = changed(content, rng)
+        if kind == "yaml":
+            with contextlib.suppress(RecursionError):  # else as JSON, which is YAML too
+                return what, yaml.safe_dump(content, allow_unicode=True).encode("utf-8", "surrogatepass")
+        if kind == "jsonl" and isinstance(content, list):
+            return what, b"".join(written(line) + b"\n" for line in content)
+        text = written(content)
+        if rng.random() < 0.05 and text.startswith(b"{"):
+            return f"{what}, all keys twice", b"{" + text[1:-1] + b", " + text[1:]
+        return what, text
     return _bytes(raw, rng)
+
+
+def changed(value: Any, rng: random.Random) -> tuple[str, Any]:
+    """What was done, and a copy of a JSON-like value of which one place or three hold something else."""
+    root = [copy.deepcopy(value)]
+    done = []
+    for _ in range(rng.choice((1, 1, 1, 3))):
+        holder, key, name = rng.choice(_places(root) or [(root, 0, "")])
+        if not root:  # all of it was deleted
+            break
+        done.append(f"{name} {_change(holder, key, value, rng)}")
+    return ", ".join(done), root[0] if root else None
+
+
+def written(value: Any) -> bytes:
+    """JSON of any depth: Python's own writer gives up before a thousand levels."""
+    pieces: list[str] = []
+    work: list[Any] = [value]
+    while work:
+        one = work.pop()
+        if isinstance(one, _Text):
+            pieces.append(one)
+        elif isinstance(one, (dict, list)):
+            opening, closing = "{}" if isinstance(one, dict) else "[]"
+            parts: list[Any] = [_Text(opening)]
+            for key, held in one.items() if isinstance(one, dict) else enumerate(one):
+                name = f"{json.dumps(str(key))}: " if isinstance(one, dict) else ""
+                parts += [_Text((", " if len(parts) > 1 else "") + name), held]
+            work += reversed([*parts, _Text(closing)])
+        else:
+            pieces.append(json.dumps(one, default=str))
+    return "".join(pieces).encode("utf-8", "surrogatepass")
+
+
+def nested(depth: int, as_dict: bool) -> Any:
+    """A list in a list, or an object in an object, ``depth`` times."""
+    value: Any = 1
+    for _ in range(depth):
+        value = {"a": value} if as_dict else [value]
+    return value
 
 
 def kind_of(path: Path) -> str:
@@ -103,8 +158,8 @@ def mutate_folder(folder: Path, rng: random.Random, pattern: str = "**/*") -> st
         elif how == "of another file":
             path.write_bytes(content)
         return f"{name}: {how}"
-    what, changed = mutate(path.read_bytes(), rng, kind_of(path))
-    path.write_bytes(changed)
+    what, content = mutate(path.read_bytes(), rng, kind_of(path))
+    path.write_bytes(content)
     return f"{name}: {what}"
 
 
@@ -133,6 +188,7 @@ def forked(command: Callable[[], object], folder: Path | None = None) -> Ended:
 
 def _run_and_exit(command: Callable[[], object], folder: Path | None, output: int, errors: int) -> None:
     status = _BUG
+    gc.freeze()  # to look through all that the parent made would copy its memory
     try:
         os.dup2(output, 1)
         os.dup2(errors, 2)
@@ -199,76 +255,52 @@ def _bytes(raw: bytes, rng: random.Random) -> tuple[str, bytes]:
     return f"bits flipped in {places}", bytes(flipped)
 
 
-def _structure(raw: bytes, rng: random.Random, kind: str) -> tuple[str, bytes] | None:
-    """Another value, key or depth somewhere inside; None for content that is not what it is called."""
-    lines = raw.splitlines(keepends=True) if kind == "jsonl" else [raw]
-    place = rng.randrange(len(lines)) if lines else 0
-    try:
-        content = (yaml.safe_load if kind == "yaml" else json.loads)(lines[place])
-    except (ValueError, IndexError, yaml.YAMLError):
-        return None
-    what, content = _changed(content, rng)
-    if kind == "yaml":
-        text = yaml.safe_dump(content, allow_unicode=True).replace("\ud800", "?")
+class _Text(str):
+    """Of the JSON itself, not a value in it."""
+
+
+_READ: dict[str, Callable[[bytes], Any]] = {"json": json.loads, "yaml": yaml.safe_load}
+_WAYS = ("deleted", "renamed", "repeated", "in a list", "times", "nested", "of elsewhere", "swapped", "swapped")
+
+
+def _change(holder: Any, key: Any, whole: Any, rng: random.Random) -> str:
+    """Change what ``holder`` has at ``key``; says how."""
+    value, how = holder[key], rng.choice(_WAYS)
+    if how == "deleted":
+        del holder[key]
+    elif how == "renamed" and isinstance(holder, dict):
+        holder[rng.choice((f"{key}x", str(key).upper()))] = holder.pop(key)
+    elif how == "repeated" and isinstance(holder, list):
+        holder[key:key] = [value] * rng.choice((1, 50))
+    elif how == "in a list":
+        holder[key] = [value]
+    elif how == "times" and type(value) in (int, float):
+        how = f"times {(factor := rng.choice((-1, 0, 2, 7, 1000, 10**7, 10**12)))}"
+        holder[key] = value * factor
+    elif how == "nested":
+        depth, as_dict = rng.choice((30, 60, 990, 3000, 100_000)), rng.random() < 0.5
+        how = f"is {depth} {'objects' if as_dict else 'lists'} deep"
+        holder[key] = nested(depth, as_dict)
+    elif how == "of elsewhere" and (places := _places(whole)):
+        other, at, name = rng.choice(places)
+        how = f"is that of {name}"
+        holder[key] = copy.deepcopy(other[at])
     else:
-        text = json.dumps(content)
-    # Nested so deeply that no library writes it: put into the written text.
-    for mark, deep in _NESTED.items():
-        text = text.replace(f'"{mark}"', deep).replace(mark, deep)
-    if rng.random() < 0.05 and text.startswith("{"):
-        what, text = "a key twice", "{" + text[1:-1] + ", " + text[1:]
-    lines[place] = text.encode("utf-8", "surrogatepass") + (b"\n" if kind == "jsonl" else b"")
-    return what, b"".join(lines)
+        new = rng.choice(_SWAPS)
+        how = f"is {str(new)[:40]!r}"
+        holder[key] = copy.deepcopy(new)  # a later change must not reach the table
+    return how
 
 
-_NESTED = {f"NESTED{n}": opened * n + closed * n for n, opened, closed in ((60, "[", "]"), (3000, "[", "]"))}
-_NESTED |= {"NESTED100000": "[" * 100_000, "NESTEDMAP": '{"a": ' * 5000 + "1" + "}" * 5000}
-
-
-def _changed(content: Any, rng: random.Random) -> tuple[str, Any]:
-    """Change one random place of a JSON-able value."""
-    places = list(_places(content, ()))
-    where = rng.choice(places)
-    how = rng.random()
-    if not where:
-        return _swap(content, rng, "all of it")
-    parent = content
-    for key in where[:-1]:
-        parent = parent[key]
-    key, name = where[-1], "/".join(map(str, where))
-    if how < 0.2:
-        del parent[key]
-        return f"{name} deleted", content
-    if how < 0.3 and isinstance(parent, dict):
-        parent[f"{key}x" if rng.random() < 0.5 else str(key).upper()] = parent.pop(key)
-        return f"{name} renamed", content
-    if how < 0.35 and isinstance(parent, list):
-        parent.insert(key, parent[key])
-        return f"{name} twice", content
-    if how < 0.4:
-        parent[key] = [parent[key]]
-        return f"{name} in a list", content
-    what, parent[key] = _swap(parent[key], rng, name)
-    return what, content
-
-
-def _swap(value: Any, rng: random.Random, name: str) -> tuple[str, Any]:
-    if rng.random() < 0.12:
-        mark = rng.choice(list(_NESTED))
-        return f"{name} is {mark}", mark
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and rng.random() < 0.4:
-        factor = rng.choice((-1, 0, 2, 7, 1000, 10**7, 10**12))
-        return f"{name} times {factor}", value * factor
-    new = rng.choice(_SWAPS)
-    return f"{name} is {repr(new)[:40]}", new
-
-
-def _places(content: Any, where: tuple[Any, ...]) -> Any:
-    yield where
-    items: Any = ()
-    if isinstance(content, dict):
-        items = list(content.items())
-    elif isinstance(content, list):
-        items = list(enumerate(content))[:50]
-    for key, value in items:
-        yield from _places(value, (*where, key))
+def _places(root: Any) -> list[tuple[Any, Any, str]]:
+    """The places below, the first thousands of them: what holds each, its key there, and its name."""
+    found, work = [], [(root, "")]
+    for holder, name in work:
+        if len(found) > 5000:
+            break
+        items = holder.items() if isinstance(holder, dict) else enumerate(holder) if isinstance(holder, list) else ()
+        for key, held in items:
+            found.append((holder, key, f"{name}/{key}"[-60:]))
+            if isinstance(held, (dict, list)):
+                work.append((held, found[-1][2]))
+    return found

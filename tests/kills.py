@@ -10,6 +10,7 @@ a final name must be complete, what was finished before must be as it was, and t
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -29,7 +30,8 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["ivt_agents.cli", "ivt_agents.evaluation.evaluate", "ivt_agents.grpo.train", "ivt_agents.play.rollout"]
-    + ["ivt_env.commands.data", "ivt_env.commands.view", "ivt_env.viewer.page"]
+    + ["ivt_env.commands.data", "ivt_env.commands.view", "ivt_env.viewer.page", "ivt_agents.sb3.train"]
+    + ["ivt_agents.evaluation.swap_plots", "ivt_agents.vlm.pretrain"]
 )
 
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -42,6 +44,12 @@ SFT = [
 ]
 GRPO = ["train-grpo", "--model", "tiny", "--steps", "2", "--prompts", "1", "--num-generations", "2", *TRAINING]
 GRPO += ["--max-completion-length", "14", "--lora-r", "4"]
+# Both must begin anew where the killed one had come to its end.
+SWAPS = "ivt_agents.evaluation.swaps --policies a=centre b=random --samples 4 --overwrite".split()
+PPO = "ivt_agents.sb3.train --steps 128 --samples 8 --num-envs 4 --rollout 8 --batch 16 --epochs 1".split()
+PPO += "--held-out 4 --overwrite".split()
+PRETRAIN = "ivt_agents.vlm.pretrain --scenes 20 --search-scenes 12 --vision-steps 2 --vision-batch 4".split()
+PRETRAIN += "--steps 2 --batch 4 --save-seconds 0 --workers 1".split()
 EVALUATE = ["evaluate", "--policies", "base=random", "centre=centre", "--samples", "4", "--page-episodes", "2"]
 
 
@@ -50,7 +58,8 @@ class Command:
     """One that writes."""
 
     words: list[str]
-    """``{out}``: the folder that is looked at; ``{run}``: a finished rollout."""
+    """A module with a command, or the words of ``ivt``. ``{out}``: the folder that is looked at; ``{run}``: a finished
+    rollout; ``{evaluation}``: a finished evaluation."""
     again: list[str] = field(default_factory=list)
     """What is added to go on with a run that was cut off."""
     finished: str = ""
@@ -79,6 +88,10 @@ COMMANDS = {
         weight=2,
     ),
     "evaluate": Command([*EVALUATE, "--out", "{out}"], ["--resume"], "report.html", weight=4),
+    "report": Command(["report", "{evaluation}", "--out", "{out}/page.html"], weight=2),
+    "swaps": Command([*SWAPS, "--out", "{out}"], weight=2),
+    "ppo": Command([*PPO, "--out", "{out}"]),
+    "pretrain": Command([*PRETRAIN, "--out", "{out}"]),
     "train-sft": Command([*SFT, "--out", "{out}"], ["--resume"], "before_after.json", weight=2),
     "train-grpo": Command([*GRPO, "--out", "{out}"], ["--resume"], "before_after.json", weight=2),
 }
@@ -89,6 +102,8 @@ def _command(words: list[str], folder: str, log: str, die: tuple[int, int, float
     import torch
 
     from ivt_agents.cli import main
+    from ivt_agents.command import parse
+    from ivt_env import failures
 
     torch.set_num_threads(1)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -113,7 +128,11 @@ def _command(words: list[str], folder: str, log: str, die: tuple[int, int, float
         timer = threading.Timer(die[2], os.kill, (os.getpid(), die[0]))
         timer.daemon = True
         timer.start()
-    status = main(words)
+    if "." in words[0]:
+        module = importlib.import_module(words[0])
+        status = failures.run(lambda: module.main(parse(module.Args, words[1:])))
+    else:
+        status = main(words)
     if die is None and not limit:
         Path(log + ".count").write_text(str(seen))
     sys.stdout.flush()
@@ -194,12 +213,14 @@ class Trials:
         self.wrong: list[str] = []
 
     def words(self, name: str, out: Path) -> list[str]:
-        return [w.format(out=out, run=self.work / "run") for w in COMMANDS[name].words]
+        given = {"out": out, "run": self.work / "run", "evaluation": self.work / "evaluation"}
+        return [word.format(**given) for word in COMMANDS[name].words]
 
     def prepare(self, names: list[str]) -> None:
         """Run each command once: what it makes, how many file operations and seconds it takes."""
-        status, _ = run(self.words("rollout", self.work / "run"), self.work / "run", self.log)
-        assert status == 0, self.log.read_text()
+        for name, folder in (("rollout", self.work / "run"), ("evaluate", self.work / "evaluation")):
+            status, _ = run(self.words(name, folder), folder, self.log)
+            assert status == 0, self.log.read_text()
         write_coco(self.work / "run")
         for name in names:
             out = self.work / "done" / name.replace(" ", "-")

@@ -7,6 +7,7 @@ were not fixed, two people who say "the mixture" would mean different samples.
 from __future__ import annotations
 
 import json
+import resource
 from collections import Counter
 from dataclasses import replace
 
@@ -196,3 +197,20 @@ def test_drawing_anew_replaces_the_ids_that_count_wherever_they_lie(parts, monke
         assert f"ids in {path}" in capsys.readouterr().out
         assert json.loads(path.read_text("utf-8"))["seed"] == 7
         path.unlink()
+
+
+def test_a_disk_that_is_full_is_named_and_the_ids_stay(parts, monkeypatch, capsys):
+    open_mixture(parts, "test", seed=1)
+    path = parts / "mixed" / "ids.json"
+    kept, before = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        assert main(["data", "mix", "--again", "--data-root", str(parts)]) == 2
+        assert f"error: {path}: File too large" in capsys.readouterr().err and path.read_bytes() == kept
+        path.unlink()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(parts / "user-cache"))
+        assert main(["data", "mix", "--data-root", str(parts)]) == 2
+        assert "user-cache" in (told := capsys.readouterr().err) and "File too large" in told, "both places"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [p for p in parts.rglob("*") if p.name.endswith((".partial", "ids.json"))]

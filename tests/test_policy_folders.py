@@ -13,7 +13,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from mutations import of_bytes, of_value, written
+from changes import copied, mutate_folder
 from safetensors.torch import load_file, save_file
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -228,17 +228,13 @@ def test_without_a_policy_file_the_default_question_is_said_and_an_unfinished_ru
 
 def test_changed_folders_load_or_are_refused_in_one_kind_of_error(folder, tmp_path):
     """Of 400 changes 299 were refused and 101 loaded, with 0 other errors and 0.45 GB at most."""
-    rng, refused = random.Random(0), 0
+    refused = 0
     for number in range(12):
-        changed = shutil.copytree(folder, tmp_path / str(number))
-        what = rng.choice(sorted(changed.iterdir()))
-        as_json = what.suffix == ".json" and what.name != "tokenizer.json" and rng.random() < 0.7
-        content = what.read_bytes()
-        what.write_bytes(written(of_value(json.loads(content), rng)) if as_json else of_bytes(content, rng))
+        changed = copied(folder, tmp_path / "changed")
+        what = mutate_folder(changed, random.Random(number))
         try:
             load_policy(changed)
         except PolicyError as error:
             refused += 1
-            assert str(changed) in str(error) or str(tmp_path) in str(error), (what, error)
-        shutil.rmtree(changed)
+            assert str(tmp_path) in str(error), (what, error)
     assert refused > 2, "nothing was broken"

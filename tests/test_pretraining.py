@@ -7,6 +7,9 @@ that is saved, gives weights that are worse for reasons that no loss curve shows
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from ivt_agents.vlm.pretrain_pool import (
     SLOT,
     Drawing,
     cell_labels,
+    empty_pool,
     search_views,
     standard_views,
 )
@@ -189,6 +193,28 @@ def test_a_copy_of_the_pool_on_a_device_gives_the_rows_of_the_pool(words):
             assert torch.equal(copied.take(name, rows, picks), plain.take(name, rows, picks))
         assert len({drawing.pool.images[row].tobytes() for row in rows}) > 30
         assert (plain.take("lengths", rows, picks)[:, 0] > 0).all(), "a question that there is not comes before one"
+
+
+def test_a_folder_without_room_for_the_pool_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
+    """Without it, a process that draws is ended by SIGBUS in the middle, and the one that trains waits for ever."""
+    pool = empty_pool(3, 2, str(tmp_path))
+    size = sum(array.nbytes for array in (pool.images, pool.cells, pool.slots, pool.lengths))
+    assert sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()) >= size
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"5 scenes take 0.00 GB; TMPDIR says where.*ivt-pool-"):
+            Drawing(None, 3, 2, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("ivt-pool-*"))
+
+
+def test_a_process_that_draws_and_is_killed_ends_the_training(words):
+    with Drawing(words, 1000, 0, 1) as drawing, pytest.raises(ChildProcessError, match="was killed; where memory"):
+        os.kill(next(iter(drawing._workers._processes)), signal.SIGKILL)
+        drawing.until(1.0)
 
 
 SHRUNKEN = {

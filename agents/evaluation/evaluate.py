@@ -48,7 +48,7 @@ from ivt_agents.vlm.load import TINY_NAME
 from ivt_env.data.sample import ImageArray
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json
-from ivt_env.files import asked_of, lock_folder, whole_file, whole_folder, write_whole
+from ivt_env.files import asked_of, forget, lock_folder, whole_file, whole_folder, write_whole
 from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_lines
 from ivt_env.metrics.breakdown import group_table
 from ivt_env.metrics.columns import check_same_samples, outcomes
@@ -165,8 +165,12 @@ def main(args: Args) -> dict[str, Played]:
 
 def _begin(args: Args) -> None:
     """Remove what another evaluation made, once it is known that this one can be."""
-    kept = _PLAYED if args.resume or args.episodes else ()
-    forget_run(args.out, [name for name in RESULTS if name not in kept])
+    if args.resume or args.episodes:  # the episodes stay, and so does what they were played for until it is replaced
+        for name in RESULTS:
+            if name not in _PLAYED:
+                forget(args.out / name)
+    else:
+        forget_run(args.out, RESULTS)
     write_json(args.out / CONFIG, asdict(args))
 
 

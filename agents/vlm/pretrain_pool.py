@@ -1,17 +1,21 @@
 """What the tiny model is pretrained on: whole scenes and close-ups of them, drawn in processes beside the training.
 
 An image is kept as the model takes it in, 96 pixels a side, with the labels of its cells and with questions that are
-token ids already. Everything is a function of the index of a scene, never of how fast it was drawn. No torch here:
-the processes that draw start at once.
+token ids already. Everything is a function of the index of a scene, never of how fast it was drawn.
 """
 
 from __future__ import annotations
 
 import math
 import multiprocessing
+import os
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from ivt_env import boxes
 from ivt_env.data.scenes import Scene, make_scene
 from ivt_env.data.scenes.language import Expression
 from ivt_env.data.scenes.world import COLOURS, MARKS, SHAPES, TEXTURES, Thing
+from ivt_env.failures import end_with_parent
 
 INPUT_SIDE = 96
 """A square image reaches the model as 96 x 96 pixels: 36 merged tokens."""
@@ -117,7 +122,11 @@ class Pool:
 
 
 def empty_pool(standard: int, search: int, folder: str | None = None) -> Pool:
-    """Room for all images of so many scenes; in files of ``folder``, which processes share, or in memory."""
+    """Room for all images of so many scenes; in files of ``folder``, which processes share, or in memory.
+
+    Raises:
+        OSError: where the folder has no room for them.
+    """
     n = 2 * standard + 3 * search
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "images": ((n, INPUT_SIDE, INPUT_SIDE, 3), np.uint8),
@@ -127,41 +136,61 @@ def empty_pool(standard: int, search: int, folder: str | None = None) -> Pool:
     }
     if folder is None:
         return Pool(**{k: np.zeros(s, t) for k, (s, t) in shapes.items()}, scenes=(standard, search), drawn=[0, 0])
-    mode = "r+" if (Path(folder) / "images").exists() else "w+"
-    maps = {k: np.memmap(Path(folder) / k, t, mode, shape=s) for k, (s, t) in shapes.items()}  # type: ignore[call-overload]
+    maps: dict[str, Any] = {}
+    try:
+        for name, (shape, kind) in shapes.items():
+            maps[name] = np.memmap(Path(folder) / name, kind, "w+", shape=shape)  # type: ignore[call-overload]
+            if hasattr(os, "posix_fallocate"):
+                # All of it now: where a disk is full, writing to a mapped file ends the process by a signal.
+                with open(Path(folder) / name, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, maps[name].nbytes)
+    except OSError as error:
+        size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in shapes.values())
+        told = (
+            f"{error.strerror}: the images of {standard + search:,} scenes take {size / 1e9:.2f} GB; TMPDIR says where"
+        )
+        raise OSError(error.errno, told, folder) from error
     return Pool(**maps, scenes=(standard, search), drawn=[0, 0])
 
 
 class Drawing:
-    """A pool that fills while one trains. Use as a context: at its end the processes and files go."""
+    """A pool that fills while one trains. Use as a context: at its end the processes go."""
 
     def __init__(
         self, words: Words, standard: int, search: int, workers: int, first: int = 0, split: str = "train"
     ) -> None:
         """Start drawing scenes ``first``, ``first + 1``, ... of ``split`` and of its search scenes."""
-        self._folder = tempfile.TemporaryDirectory(prefix="ivt-pool-")
-        self.pool = empty_pool(standard, search, self._folder.name)
-        # fork, where there is such a thing: a worker is then at work at once, without importing what trains.
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
-        self._workers = context.Pool(workers, _begin, (words, self._folder.name, standard, search, first, split))
-        self._done: Iterator[tuple[int, int]] = self._workers.imap(_fill, _jobs(standard, search))
+        # The files lose their names at once, so that nothing is left of them however this ends.
+        with tempfile.TemporaryDirectory(prefix="ivt-pool-") as folder:
+            self.pool = empty_pool(standard, search, folder)
+        # fork: a worker has the pool, and is at work at once, without importing what trains.
+        context = multiprocessing.get_context("fork")
+        self._end = context.Event()
+        self._workers = ProcessPoolExecutor(workers, context, _begin, (words, self.pool, first, split, self._end))
+        self._done = self._workers.map(_fill, *zip(*_jobs(standard, search), strict=True))
 
     def __enter__(self) -> Drawing:
         """Itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the processes and remove the files."""
-        self._workers.terminate()
-        self._workers.join()
-        self._folder.cleanup()
+        """End the processes, each with the scene that it is at."""
+        self._end.set()
+        self._workers.shutdown(cancel_futures=True)
 
     def until(self, share: float) -> None:
-        """Wait until this share of both kinds of scenes is drawn."""
+        """Wait until this share of both kinds of scenes is drawn.
+
+        Raises:
+            ChildProcessError: where a process that draws was killed.
+        """
         pool = self.pool
         while any(d < math.ceil(min(share, 1.0) * n) for d, n in zip(pool.drawn, pool.scenes, strict=True)):
-            search, upto = next(self._done)
+            try:
+                search, upto = next(self._done)
+            except BrokenProcessPool:
+                told = "a process that draws scenes was killed; where memory is short, give fewer --workers or --scenes"
+                raise ChildProcessError(told) from None
             pool.drawn[search] = upto
 
 
@@ -178,15 +207,19 @@ def _jobs(standard: int, search: int) -> Iterator[tuple[int, int, int]]:
 _shared: list[Any] = []
 
 
-def _begin(words: Words, folder: str, standard: int, search: int, first: int, split: str) -> None:
-    _shared[:] = [words, empty_pool(standard, search, folder), first, split]
+def _begin(words: Words, pool: Pool, first: int, split: str, end: Event) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which reaches all: the one that trains ends these
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()
+    _shared[:] = [words, pool, first, split, end]
 
 
-def _fill(job: tuple[int, int, int]) -> tuple[int, int]:
-    """Draw the scenes of a job into the pool's rows."""
-    words, pool, first, split = _shared
-    search, low, high = job
+def _fill(search: int, low: int, high: int) -> tuple[int, int]:
+    """Draw scenes ``low`` to ``high`` into the pool's rows."""
+    words, pool, first, split, end = _shared
     for number in range(low, high):
+        if end.is_set():  # nobody waits for these
+            break
         views = search_views(split, first + number) if search else standard_views(split, first + number)
         for kind, view in enumerate(views, SEARCH_FROM if search else 0):
             view.write(pool, pool.row(kind, number), words)

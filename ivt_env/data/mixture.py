@@ -148,9 +148,11 @@ def open_mixture(root: Path, split: str, seed: int = 0) -> Mixture:
         return Mixture(split, _opened(root, PARTS[split]), read_ids(held), str(held))
     every = _opened(root, [key for parts in PARTS.values() for key in parts])
     ids = draw(every, seed)
-    written = _write_to_first(places, ids, seed)
-    if written is None:
-        _log.warning("the ids of the mixture can be written to none of %s: drawn anew at each opening", places)
+    written = None
+    try:
+        written = _write_to_first(places, ids, seed)
+    except OSError as error:
+        _log.warning("the ids of the mixture cannot be written, and are drawn anew at each opening: %s", error)
     return Mixture(split, {key: every[key] for key in PARTS[split]}, ids, str(written or "mixed"))
 
 
@@ -160,15 +162,16 @@ def held_ids(root: Path) -> Path | None:
 
 
 def redraw(root: Path, seed: int) -> Path:
-    """Draw the ids, in the place of those that there are; gives the file. What there was is kept where that fails."""
+    """Draw the ids, in the place of those that there are; gives the file.
+
+    Raises:
+        DataError: where a part is absent, broken or too small.
+        OSError: where no file can be written. What there was is kept.
+    """
     ids = draw(_opened(root, [key for parts in PARTS.values() for key in parts]), seed)
     held = held_ids(root)  # another one would not count
     places = _places(root) if held is None else [held]
-    written = _write_to_first(places, ids, seed)
-    if written is None:
-        where = " or ".join(map(str, places))
-        raise DataError(f"the ids of the mixture cannot be written to {where}; make that writable")
-    return written
+    return _write_to_first(places, ids, seed)
 
 
 def _places(root: Path) -> list[Path]:
@@ -184,17 +187,24 @@ def write_ids(path: Path, ids: Ids, seed: int) -> None:
     write_whole(path, json.dumps({"seed": seed, "splits": ids}, indent=0, ensure_ascii=False))
 
 
-def _write_to_first(places: Sequence[Path], ids: Ids, seed: int) -> Path | None:
-    """The first place that can be written, with the ids in it; None where none can."""
-    for path in places:
+def _write_to_first(places: Sequence[Path], ids: Ids, seed: int) -> Path:
+    """The first place that can be written, with the ids in it.
+
+    Raises:
+        OSError: of the last place, where none can.
+    """
+    *earlier, last = places
+    for path in earlier:
         try:
             write_ids(path, ids, seed)
+            break
         except OSError as error:
-            _log.info("%s: ids not written (%s)", path, error)
-        else:
-            _log.info("%s: %s samples drawn with seed %d", path, "/".join(str(len(ids[s])) for s in ids), seed)
-            return path
-    return None
+            _log.warning("%s: the ids are not written there (%s)", path, error)
+    else:
+        path = last
+        write_ids(path, ids, seed)
+    _log.info("%s: %s samples drawn with seed %d", path, "/".join(str(len(ids[s])) for s in ids), seed)
+    return path
 
 
 def read_ids(path: Path) -> Ids:
