@@ -4,28 +4,28 @@ what its name says, and the loss goes down all the same.
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from learner import small_policy
 
-from ivt_agents.sft import train as train_sft
-from ivt_agents.sft.demonstrations import can_be_said, demonstration, in_closeup, load_demonstrations
-from ivt_agents.sft.lessons import LessonPlan, teach_to_verify
-from ivt_agents.sft.trainer import AnswerLoss, make_optimizers, to_turns
-from ivt_agents.training.run import RunError
+from ivt_agents.sft.demonstrations import can_be_said, demonstration, in_closeup
+from ivt_agents.sft.lessons import Shares, teach_to_look
+from ivt_agents.sft.teacher.template import FITS, MISSES, WRONG_OBJECT
+from ivt_agents.sft.trainer import SMOOTHING, AnswerLoss, make_optimizers, to_turns
 from ivt_agents.vlm.codec import parse_action
 from ivt_agents.vlm.generation import generate
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.turns import Turn
 from ivt_env import boxes
 from ivt_env.data import load_dataset
-from ivt_env.episodes import Episode, Step
+from ivt_env.rendering import Surroundings
 from ivt_env.rollouts import make_vector_env
 
-INDICES = range(60)
+INDICES = range(90)
+AROUND = {"margin": 0.5, "smallest": 0.1, "square": True}
+VIEWS = ("overlay", "closeup", "both")
+NOTHING = {"first": 0.0, "own": 0.0, "near": 0.0, "shifted": 0.0, "other": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -33,120 +33,137 @@ def dataset():
     return load_dataset("scenes", "train", None, True)
 
 
-def taught(dataset, closeups: bool, plan: LessonPlan | None = None, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    own = [boxes.clip(np.asarray(dataset[i].box) + rng.normal(0, 0.05, 4)) for i in INDICES]
-    own = [None if boxes.invalid_reason(b) else tuple(b) for b in own]
-    return teach_to_verify(dataset, list(INDICES), own, rng, view="both" if closeups else "overlay", plan=plan)
+def first_boxes(dataset):
+    """Of a student that is often near, sometimes nowhere, and sometimes gives no box."""
+    rng = np.random.default_rng(0)
+    near = [boxes.clip(np.asarray(dataset[i].box) + rng.normal(0, 0.02, 4)) for i in INDICES]
+    answers = {0: None, 1: (0.001, 0.001, 0.02, 0.02)}
+    found = [answers.get(i % 5, tuple(box)) for i, box in zip(INDICES, near, strict=True)]
+    return [None if box is None or boxes.invalid_reason(box) else box for box in found]
+
+
+def taught(dataset, view="both", seed=0, **shares):
+    rng, around = np.random.default_rng(seed), Surroundings.from_json(AROUND)
+    chosen = Shares(**(NOTHING | shares)) if shares else None
+    return teach_to_look(dataset, INDICES, first_boxes(dataset), rng, view, around, shares=chosen)
 
 
 @pytest.fixture(scope="module")
-def asked():
-    return load_dataset("scenes", "train_asked", None, True)
+def made(dataset):
+    return taught(dataset)
 
 
-def taught_together(asked, plan: LessonPlan | None = None):
-    """Lessons about 20 images with six questions each; the student answers near the target."""
-    rng = np.random.default_rng(0)
-    own = [boxes.clip(np.asarray(asked[i].box) + rng.normal(0, 0.01, 4)) for i in range(120)]
-    return teach_to_verify(asked, range(120), own, rng, view="both", plan=plan)
+def window_of(env, demonstration):
+    """What the environment itself shows beside a box."""
+    return env.reset(options={"index": [demonstration.index], "initial_box": [demonstration.shown]})[0]["window"][0]
 
 
-@pytest.mark.parametrize("closeups", [False, True])
-def test_the_answer_depends_on_how_good_the_box_is(dataset, closeups):
-    made = taught(dataset, closeups)
-    kinds = {"first": 0, "stop": 0, "near": 0, "far": 0}
+def test_the_right_answer_follows_from_where_the_box_lies(dataset, made):
+    """A stop where it fits; the target, in the close-up's frame where that holds it; else somewhere else."""
+    env = make_vector_env("IVT-Scenes-v0", 1, split="train", view="both", closeup=AROUND)
+    kinds = {"first": 0, "stop": 0, "closeup": 0, "whole": 0, "other": 0, "nowhere": 0, "search": 0}
     for d in made:
-        target = dataset[d.index].box
+        sample = dataset[d.index]
         if d.shown is None:
             kinds["first"] += 1
-            assert d.answer is not None and d.image == 1
-        elif float(boxes.iou(d.shown, target)) >= 0.92:
+            assert np.allclose(d.answer, first_boxes(dataset)[d.index], atol=1e-6) and (d.image, d.trace) == (1, "")
+            continue
+        objects = [sample.box, *sample.siblings]
+        overlaps = [float(boxes.iou(d.shown, box)) for box in objects]
+        on = int(np.argmax(overlaps)) if max(overlaps) >= 0.3 else None
+        seen = "" if on is None else f"A {sample.meta['looks'][on]}."
+        assert d.trace.startswith(seen) and (on is not None or not d.trace.startswith("A "))
+        said = d.trace.removeprefix(seen).strip()
+        if on == 0 and overlaps[0] >= 0.85:
             kinds["stop"] += 1
-            assert d.answer is None
-            assert [number for number, _ in d.looks] == ([1, 2] if closeups else [1])
-            assert np.allclose([box for _, box in d.looks], target, atol=1e-5), "a stop looks first, too"
+            assert (d.answer, said) == (None, FITS)
+        elif on == 0:
+            x1, y1, x2, y2 = window_of(env, d)
+            a, b, c, e = sample.box
+            inside = x1 <= a and y1 <= b and c <= x2 and e <= y2
+            kinds["closeup" if inside else "whole"] += 1
+            assert d.image == (2 if inside else 1) and np.allclose(d.answer, sample.box, atol=1e-6)
+            assert said not in (FITS, MISSES, WRONG_OBJECT)
         else:
-            near = in_closeup(d.shown, target) and float(boxes.iou(d.shown, target)) >= 0.3
-            kinds["near" if near else "far"] += 1
-            assert [number for number, _ in d.looks] == ([1] if closeups and near else [])
-            assert np.allclose(d.answer, target, atol=1e-5)
-            assert d.image == (2 if closeups and near else 1)
+            kinds["nowhere" if on is None else "other"] += 1
+            assert (d.image, said) == (1, MISSES if on is None else WRONG_OBJECT)
+            wanted = sample.box
+            if sample.meta["kind"] == "mark":
+                kinds["search"] += 1
+                looked = [*d.before, d.shown]
+                left = [box for box in objects if all(float(boxes.iou(box, b)) < 0.3 for b in looked)]
+                wanted = sorted(left)[0]
+                assert tuple(sample.box) in [tuple(box) for box in left], "the target was never ruled out"
+            assert np.allclose(d.answer, wanted, atol=1e-6)
     assert all(kinds.values()), kinds
 
 
-def test_boxes_of_other_objects_are_shown_where_there_are_any(dataset):
-    plan = LessonPlan(first=0, own=0, sibling=1, random=0, shifted=0, good=0)
-    made = taught(dataset, True, plan)
-    with_siblings = [i for i in INDICES if dataset[i].siblings]
-    assert [d.index for d in made] == with_siblings and with_siblings
-    for d in made:
-        assert max(float(boxes.iou(d.shown, s)) for s in dataset[d.index].siblings) > 0.6
+def test_what_was_looked_at_before_is_other_objects_and_in_search_scenes_all_numbers_of_them(dataset, made):
+    counts = {True: set(), False: set()}
+    for d in (d for d in made if d.shown is not None):
+        sample = dataset[d.index]
+        for box in d.before:
+            on = [float(boxes.iou(box, other)) for other in (sample.box, *sample.siblings)]
+            assert np.argmax(on) > 0 and float(boxes.iou(box, sample.siblings[np.argmax(on) - 1])) > 0.3
+            assert sample.meta["kind"] != "mark" or float(boxes.iou(box, d.shown)) < 0.1
+        counts[sample.meta["kind"] == "mark"].add(len(d.before))
+    assert counts[False] == {0, 1} and counts[True] >= {0, 1, 2, 3, 4}
 
 
-def test_one_box_is_shown_with_what_it_is_about_and_with_what_it_is_not(asked):
-    """Otherwise the box alone, or the image, could tell what to do."""
-    plan = LessonPlan(first=0, own=1, sibling=0, random=0, shifted=1, good=1)
-    made = taught_together(asked, plan)
-    shown: dict[tuple[str, tuple[float, ...]], list[bool]] = {}
-    for d in made:
-        near = float(boxes.iou(d.shown, asked[d.index].box)) >= 0.3
-        shown.setdefault((asked[d.index].image_id, d.shown), []).append(near)
-    mixed = sum(len(set(near)) == 2 for near in shown.values())
-    assert mixed > 0.8 * len(shown), f"{mixed} of {len(shown)} boxes are shown with both"
-    # The wrong ones are no more than the right ones, but for boxes that are about nothing.
-    assert sum(map(sum, shown.values())) > 0.4 * len(made)
+def test_each_state_can_be_left_out_and_search_scenes_show_every_other_object(dataset):
+    assert all(d.shown is None for d in taught(dataset, first=1.0))
+    with_box = [i for i, box in enumerate(first_boxes(dataset)) if box is not None]
+    own = taught(dataset, own=1.0)
+    assert [d.index for d in own] == with_box and not any(d.before for d in own)
+    near, shifted = (taught(dataset, **{name: 1.0}) for name in ("near", "shifted"))
+    overlap = [np.mean([boxes.iou(d.shown, dataset[d.index].box) for d in some]) for some in (near, shifted)]
+    assert overlap[0] > 0.9 > overlap[1] > 0.6 and len(near) == len(shifted) == len(INDICES)
+    others = [d.index for d in taught(dataset, other=1.0)]
+    for i in INDICES:
+        siblings = len(dataset[i].siblings)
+        assert others.count(i) == (siblings if dataset[i].meta["kind"] == "mark" else min(1, siblings))
 
 
-def test_a_wrong_box_of_the_students_is_shown_more_often_than_a_right_one(asked):
-    plan = LessonPlan(first=0, own=1, sibling=0, random=0, shifted=0, good=0, contrast=0)
-    wrong = {k: tuple(asked[k].siblings[0]) for k in range(120) if asked[k].siblings}
-    own = [wrong.get(k, asked[k].box) for k in range(120)]
-    made = teach_to_verify(asked, range(120), own, np.random.default_rng(0), view="both", plan=plan)
-    authors = [d for d in made if d.index in wrong and d.shown == pytest.approx(wrong[d.index], abs=1e-5)]
-    assert len(authors) / 20 > len(wrong) / 120, "one box is shown on each of the 20 images"
+def test_lessons_are_the_same_for_the_same_seed_and_without_a_close_up_only_the_frame_differs(dataset, made):
+    assert taught(dataset) == made != taught(dataset, seed=1)
+    flat = taught(dataset, view="overlay")
+    assert [(d.shown, d.answer, d.trace, d.before) for d in flat] == [
+        (d.shown, d.answer, d.trace, d.before) for d in made
+    ]
+    assert {d.image for d in flat} == {1} < {d.image for d in made}
 
 
-def test_what_is_taught_about_one_image_and_box_shares_its_images(asked):
-    """The encoding of images is most of the work; and one that is shared is the very same input."""
-    policy = load_policy("tiny", view="both")
-    env = make_vector_env("IVT-Scenes-v0", 1, split="train_asked", view="both")
-    made = taught_together(asked)[:40]
-    together = to_turns(policy, env.screen, asked, made)
-    alone = [to_turns(policy, env.screen, asked, [d])[0] for d in made]
-    distinct = {id(p) for turn in together for p in turn.prompt.images}
-    shows = {(asked[d.index].image_id, d.shown) for d in made}
-    assert len(distinct) == sum(1 if shown is None else 2 for _, shown in shows) < len(made)
-    for a, b in zip(together, alone, strict=True):
-        assert (a.prompt.ids, a.completion, a.prompt.windows) == (b.prompt.ids, b.completion, b.prompt.windows)
-        for x, y in zip(a.prompt.images, b.prompt.images, strict=True):
-            assert torch.equal(x.patches, y.patches)
-
-
-def test_lessons_are_the_same_for_the_same_seed(dataset):
-    assert taught(dataset, True) == taught(dataset, True)
-    assert taught(dataset, True) != taught(dataset, True, seed=1)
-
-
-def test_a_near_box_is_mended_in_the_finer_frame(dataset):
+def test_a_near_box_is_mended_in_the_finer_frame(dataset, made):
     """The answer's numbers, read back through the close-up, are the target to a thousandth of the close-up."""
-    policy = load_policy("tiny", view="both")
-    env = make_vector_env("IVT-Scenes-v0", 1, split="train", view="both")
-    near = [d for d in taught(dataset, True) if d.image == 2][:10]
-    assert near
+    policy = load_policy("tiny")
+    env = make_vector_env("IVT-Scenes-v0", 1, split="train", **policy.shown)
+    near = [d for d in made if d.image == 2][:10]
     for d, turn in zip(near, to_turns(policy, env.screen, dataset, near), strict=True):
         action = parse_action(policy.text(turn))
         assert action.image == 2
         window = turn.prompt.windows[1]
         error = np.abs(np.array(policy.dialogue.box_of(action, turn.prompt)) - d.answer)
         assert (error <= 0.00051 * np.array([window[2] - window[0], window[3] - window[1]] * 2) + 1e-6).all()
+    assert len(near) == 10
+
+
+def test_every_lesson_is_words_that_the_tiny_model_knows_whole_and_fits_its_limit(dataset, made):
+    policy = load_policy("tiny")
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train", **policy.shown).screen
+    chosen = made[::4]
+    for d, turn in zip(chosen, to_turns(policy, screen, dataset, chosen), strict=True):
+        action = parse_action(policy.text(turn))
+        assert action.stop == (d.answer is None) and not action.failed
+        assert len(turn.completion) <= policy.sampling.max_new_tokens
+        ids = policy.tokenizer(d.trace)["input_ids"]
+        assert len(ids) <= len(d.trace.split()) + d.trace.count(".") + d.trace.count(";")
 
 
 @pytest.fixture(scope="module")
 def turns(dataset):
     policy = load_policy("tiny")
-    screen = make_vector_env("IVT-Scenes-v0", 1, split="train").screen
-    return policy, to_turns(policy, screen, dataset, taught(dataset, False)[:12])
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train", **policy.shown).screen
+    return policy, to_turns(policy, screen, dataset, taught(dataset)[:12])
 
 
 def test_smoothing_is_the_cross_entropy_against_a_gaussian_over_the_numbers(turns):
@@ -167,33 +184,6 @@ def test_smoothing_is_the_cross_entropy_against_a_gaussian_over_the_numbers(turn
         assert float(smooth[k]) == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_a_policy_writes_down_where_the_target_is_before_it_keeps_mends_or_leaves_a_box(dataset):
-    """The place is in the frame of the whole image, then of the close-up; the action is what stands last."""
-    policy = load_policy("tiny", view="both")
-    screen = make_vector_env("IVT-Scenes-v0", 1, split="train", view="both").screen
-    made = [d for d in taught(dataset, True) if d.shown is not None]
-    seen = set()
-    for d, turn in zip(made, to_turns(policy, screen, dataset, made), strict=True):
-        text, action = policy.text(turn), parse_action(policy.text(turn))
-        first = parse_action(text[: text.index("}") + 1])
-        whole = np.array(policy.dialogue.box_of(first, turn.prompt))
-        assert first.image == 1 and np.abs(whole - dataset[d.index].box).max() <= 0.00051
-        assert action.stop == (d.answer is None) and text.count("bbox_2d") == len(d.looks) + (not action.stop)
-        seen.add((action.stop, action.image, len(d.looks)))
-    assert seen == {(True, 1, 2), (False, 2, 1), (False, 1, 0)}
-
-
-def test_the_decision_weight_multiplies_what_follows_a_box_and_nothing_else(turns):
-    policy, rows = turns
-    with torch.no_grad():
-        plain, weighted = (AnswerLoss(policy, True, 6.0, weight)(rows) for weight in (1.0, 3.0))
-    ids = [i for t in rows for i in t.completion]
-    closing = policy.tokenizer.convert_tokens_to_ids("]}")
-    follows = torch.tensor([k > 0 and ids[k - 1] == closing for k in range(len(ids))])
-    assert 0 < int(follows.sum()) < len(ids)
-    assert torch.allclose(weighted, torch.where(follows, 3 * plain, plain))
-
-
 def test_the_stop_is_heard_wherever_in_an_answer_it_comes():
     """Its probability is the highest that it had anywhere, not that of an answer that begins with it."""
     policy = load_policy("tiny")
@@ -207,13 +197,13 @@ def test_the_stop_is_heard_wherever_in_an_answer_it_comes():
     assert said.stop_probability == pytest.approx(float(log_probs[:, policy.sampling.stop_id].exp().max()), rel=1e-3)
 
 
-def test_smoothing_is_refused_where_a_number_is_several_tokens():
+def test_smoothing_is_the_usual_one_where_numbers_are_single_tokens_and_refused_elsewhere():
     policy = load_policy("tiny")
-    whole = policy.tokenizer
+    assert AnswerLoss(policy, True, None).smoothing == SMOOTHING > 0
     policy.tokenizer = lambda text, **kwargs: {"input_ids": [1] * len(text)}
+    assert AnswerLoss(policy, True, None).smoothing == 0
     with pytest.raises(ValueError, match="several tokens"):
         AnswerLoss(policy, True, 6.0)
-    policy.tokenizer = whole
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -231,59 +221,24 @@ def test_every_trained_weight_has_one_optimizer_and_adapters_never_muon(lora, ki
 def test_an_answer_outside_the_image_that_is_shown_is_refused_and_left_out(dataset):
     """Clipped to the close-up it would be a line, or another box, and SFT would teach it."""
     policy = load_policy("tiny", view="closeup")
-    screen = make_vector_env("IVT-Scenes-v0", 1, split="train", view="closeup").screen
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train", **policy.shown).screen
     index = next(i for i in INDICES if dataset[i].box[0] > 0.5 and dataset[i].box[1] > 0.5)
-    far = demonstration(dataset[index], dataset, index, (0.0, 0.0, 0.2, 0.2), dataset[index].box)
-    near = demonstration(dataset[index], dataset, index, dataset[index].box, dataset[index].box)
-    assert not can_be_said(far, "closeup") and can_be_said(near, "closeup")
-    assert can_be_said(far, "overlay") and can_be_said(far, "both")
+    target, size = dataset[index].box, dataset[index].size
+    far = demonstration(dataset[index], dataset, index, (0.0, 0.0, 0.2, 0.2), target)
+    near = demonstration(dataset[index], dataset, index, target, target)
+    second = demonstration(dataset[index], dataset, index, (0.0, 0.0, 0.2, 0.2), target, image=2)
+    said = {view: [can_be_said(d, view, screen.around, size) for d in (far, near, second)] for view in VIEWS}
+    assert said == {"overlay": [True, True, False], "closeup": [False, True, False], "both": [True, True, False]}
     with pytest.raises(ValueError, match="does not lie in"):
         to_turns(policy, screen, dataset, [far])
     assert to_turns(policy, screen, dataset, [near])
-    second = demonstration(dataset[index], dataset, index, (0.0, 0.0, 0.2, 0.2), dataset[index].box, image=2)
-    assert not can_be_said(second, "both") and not can_be_said(second, "overlay")
 
 
-def test_the_student_is_asked_about_some_of_each_image_and_everything_else_is_taught_all_the_same(
-    monkeypatch, tmp_path
-):
-    asked: list[int] = []
-
-    def answers(policy, env, indices, on_progress, **kwargs):
-        asked.extend(indices)
-        return [
-            Episode("", "", "", "", "", (0, 0, 1, 1), (9, 9), [Step((0, 0, 1, 1), False, (0.1, 0.1, 0.5, 0.5), 0, 0)])
-            for _ in indices
-        ]
-
-    monkeypatch.setattr(train_sft, "play", answers)
-    args = train_sft.Args(
-        lessons="verification",
-        split="train_asked",
-        samples=60,
-        neighbours=6,
-        harvested=2,
-        seed=3,
-        steps=0,
-        eval_samples=0,
-        report_to="none",
-        out=tmp_path / "run",
-    )
-    train_sft.main(args)
-    assert len(asked) == 20 and np.unique(np.array(asked) // 6, return_counts=True)[1].tolist() == [2] * 10
-    made = load_demonstrations(
-        tmp_path / "run" / "demonstrations.jsonl", load_dataset("scenes", "train_asked", None, True)
-    )
-    first = [d.index for d in made if d.shown is None]
-    assert len(set(first)) == 60, "every sample is taught its first answer"
-    with pytest.raises(RunError, match="harvested 0"):
-        train_sft.main(dataclasses.replace(args, harvested=0))
-    relayed = dataclasses.replace(args, first_answers=0.0, out=tmp_path / "relayed")
-    train_sft.main(relayed)
-    lessons = load_demonstrations(
-        tmp_path / "relayed" / "demonstrations.jsonl", load_dataset("scenes", "train_asked", None, True)
-    )
-    assert lessons and all(d.shown is not None for d in lessons)
-    for wrong in ({"first_answers": 1.5}, {"first_answers": 0.0, "lessons": "walks"}):
-        with pytest.raises(RunError, match="first_answers"):
-            train_sft.main(dataclasses.replace(args, **wrong))
+def test_whether_a_close_up_holds_the_target_depends_on_how_much_it_shows():
+    shown, target, size = (0.4, 0.4, 0.5, 0.5), (0.34, 0.42, 0.48, 0.5), (400, 800)
+    held = {m: in_closeup(shown, target, Surroundings(m, 0.0), size) for m in (0.0, 0.5, 1.0)}
+    assert held == {0.0: False, 0.5: False, 1.0: True}
+    # As high as it is wide in pixels: half as wide a share of an image that is twice as wide as high.
+    wide = Surroundings(0.0, 0.2, square=True)
+    assert in_closeup(shown, (0.41, 0.26, 0.49, 0.64), wide, size)
+    assert not in_closeup(shown, (0.26, 0.41, 0.64, 0.49), wide, size)

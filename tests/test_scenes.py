@@ -26,7 +26,7 @@ import pytest
 
 import ivt_env
 from ivt_env.data import DataError, Dataset, load_dataset, splits
-from ivt_env.data.scenes import LENGTHS, QUESTIONS, SPLITS, Scene, Scenes, make_scene
+from ivt_env.data.scenes import SPLITS, Scene, Scenes, make_scene
 from ivt_env.data.scenes.drawing import draw, mark_mask, shape_mask
 from ivt_env.data.scenes.world import MARKS, Thing
 
@@ -180,10 +180,10 @@ def test_the_judge_refuses_what_it_cannot_read():
 @pytest.fixture(scope="module")
 def scenes() -> dict[str, list[Scene]]:
     """The first few hundred scenes of each split."""
-    return {split: [make_scene(split, i) for i in range(PER_SPLIT)] for split in LENGTHS}
+    return {split: [make_scene(split, i) for i in range(PER_SPLIT)] for split in SPLITS}
 
 
-@pytest.mark.parametrize("split", LENGTHS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_an_expression_fits_its_target_and_nothing_else(scenes, split):
     kinds = Counter()
     for index, scene in enumerate(scenes[split]):
@@ -197,7 +197,7 @@ def test_an_expression_fits_its_target_and_nothing_else(scenes, split):
     assert set(kinds) == everything - ({"attributes"} if split.endswith("_distractors") else set())
 
 
-@pytest.mark.parametrize("split", LENGTHS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_a_question_about_a_scene_fits_its_target_and_nothing_else(scenes, split):
     asked = targets = 0
     for index, scene in enumerate(scenes[split][:120]):
@@ -226,19 +226,33 @@ def test_the_samples_of_a_split_are_its_scenes():
         assert np.array_equal(dataset.image(sample), scene.image())
 
 
-def test_the_samples_of_a_image_asked_several_times_are_questions_about_one_scene_of_the_training_split():
-    dataset, plain = Scenes("train_asked"), Scenes("train")
-    for number in (0, 3, 9_999_999):
-        scene = make_scene("train", number)
-        samples = [dataset[QUESTIONS * number + k] for k in range(QUESTIONS)]
-        assert samples[0].expression == plain[number].expression
-        assert {s.image_id for s in samples} == {plain[number].image_id}, "the same image as in train"
-        assert len({s.sample_id for s in samples}) == QUESTIONS
-        assert len({s.expression for s in samples}) == len(scene.questions(QUESTIONS))
-        for sample in samples:
-            (target,) = fitting(sample.expression, scene.things)
-            assert sample.box == scene.things[target].box
-            assert np.array_equal(dataset.image(sample), scene.image())
+def test_a_third_of_the_training_split_are_search_scenes_and_the_rest_are_its_own():
+    dataset, search = Scenes("train"), Scenes("train_search")
+    for index in range(9):
+        sample, of_search = dataset[index], index % 3 == 2
+        there = search[index] if of_search else sample
+        scene = make_scene("train_search" if of_search else "train", index)
+        assert sample.image_id == there.image_id and (sample.meta["kind"] == "mark") == of_search
+        assert (sample.expression, sample.box, sample.sample_id) == (there.expression, there.box, f"train-{index}")
+        assert sample.size == ((768, 768) if of_search else (SIDE, SIDE))
+        assert np.array_equal(dataset.image(sample), scene.image())
+
+
+def test_what_a_sample_says_about_looks_is_true_of_the_target_and_then_of_each_sibling(scenes):
+    for split in ("train", "val_search", "val_distractors"):
+        dataset = Scenes(split)
+        for index in range(60):
+            sample = dataset[index]
+            things = make_scene(*dataset._place(index)).things
+            assert len(sample.meta["looks"]) == 1 + len(sample.siblings)
+            for box, looks in zip((sample.box, *sample.siblings), sample.meta["looks"], strict=True):
+                (thing,) = [t for t in things if t.box == box]
+                fits = fitting(f"the {looks}", things)
+                assert things.index(thing) in fits
+                assert all(
+                    (things[k].shape, things[k].colour, things[k].mark) == (thing.shape, thing.colour, thing.mark)
+                    for k in fits
+                )
 
 
 def test_targets_among_distractors_have_3_siblings_of_their_shape_and_the_shape_is_said(scenes):
@@ -274,7 +288,7 @@ def test_the_objects_of_a_search_scene_are_alike_in_all_but_their_marks(scenes):
         for thing in scene.things:
             assert 0.085 < max(_sides(thing)) < 0.135
             x1, y1, x2, y2 = thing.mark.box_px
-            assert x2 - x1 == y2 - y1 == 20
+            assert x2 - x1 == y2 - y1 == 16
             assert thing.box_px[0] < x1 and thing.box_px[1] < y1 and x2 < thing.box_px[2] and y2 < thing.box_px[3]
     assert set(counts) == {3, 4, 5, 6}
     samples = Scenes("val_search")
@@ -283,7 +297,7 @@ def test_the_objects_of_a_search_scene_are_alike_in_all_but_their_marks(scenes):
 
 def test_the_size_in_a_splits_name_changes_the_marks_and_nothing_else():
     for index in range(20):
-        small, usual, named = (Scenes(f"test_search{size}") for size in ("_8", "", "_20"))
+        small, usual, named = (Scenes(f"test_search{size}") for size in ("_8", "", "_16"))
         assert usual[index].expression == small[index].expression and usual[index].box == small[index].box
         images = [d.image(d[index]).astype(int) for d in (small, usual, named)]
         assert np.array_equal(images[1], images[2])
@@ -313,9 +327,9 @@ def test_search_scenes_are_the_ones_that_published_numbers_refer_to():
 
 _DIGEST = """
 import hashlib
-from ivt_env.data.scenes import LENGTHS, make_scene
+from ivt_env.data.scenes import SPLITS, make_scene
 digest = hashlib.sha256()
-for split in LENGTHS:
+for split in SPLITS:
     for index in (0, 1, 2, 3, 4321):
         scene = make_scene(split, index)
         digest.update(repr((scene.things, scene.expression, scene.questions(6))).encode())
@@ -349,7 +363,7 @@ def test_no_two_scenes_are_the_same_within_or_across_splits(scenes):
 
 
 def test_images_of_different_splits_have_different_backgrounds():
-    images = [make_scene(split, index).image() for split in LENGTHS for index in range(3)]
+    images = [make_scene(split, index).image() for split in SPLITS for index in range(3)]
     assert len({p[:4, :4].tobytes() for p in images}) == len(images)
 
 
@@ -368,7 +382,7 @@ def test_an_index_outside_the_split_is_an_index_error_that_gives_the_length(inde
 
 
 def test_an_unknown_split_is_a_data_error_that_lists_the_splits():
-    unknown = "dev val_search_0 val_search_5 val_search_49 val_search_100 train_asked_20 a_search"
+    unknown = "dev val_search_0 val_search_5 val_search_49 val_search_100 train_asked a_search"
     for split in unknown.split():
         with pytest.raises(DataError, match=f"'{split}'.*train, val, test, test_distractors, test_small"):
             Scenes(split)
@@ -377,12 +391,13 @@ def test_an_unknown_split_is_a_data_error_that_lists_the_splits():
 # ---- images --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", LENGTHS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_a_image_is_384_or_768_pixels_square_rgb_and_the_callers_own(split):
     dataset = Scenes(split)
     sample = dataset[5]
     image = dataset.image(sample)
-    side = 768 if split.endswith("_search") else SIDE
+    side = 768 if sample.meta["kind"] == "mark" else SIDE
+    assert (side == 768) == (split.endswith("_search") or split == "train")
     assert (image.shape, image.dtype, sample.size) == ((side, side, 3), np.uint8, (side, side))
     image[...] = 0
     assert dataset.image(sample).any()
@@ -412,7 +427,7 @@ def test_the_pixels_of_a_lone_object_fill_its_box_and_nothing_outside(shape):
             assert np.array_equal(drawn[outside], empty[outside])
 
 
-@pytest.mark.parametrize("split", [s for s in LENGTHS if not s.endswith("_search")])
+@pytest.mark.parametrize("split", [s for s in SPLITS if not s.endswith("_search")])
 def test_no_object_is_covered_on_more_than_a_quarter_of_its_box(scenes, split):
     overlaps = 0
     for scene in scenes[split]:
