@@ -35,10 +35,13 @@ class Shares:
     """The student's own first box."""
     near: float = 0.6
     """The target's box with an error that hardly matters."""
-    shifted: float = 0.6
+    shifted: float = 1.0
     """The target's box, moved and scaled."""
-    other: float = 0.5
-    """The box of another object, where the data set knows one; in search scenes for each of them."""
+    other: float = 0.2
+    """The box of another object, where the data set knows one. Seldom: a policy that expects wrong objects leaves right
+    ones."""
+    candidate: float = 0.5
+    """In search scenes, each of the other objects."""
 
 
 def teach_to_look(
@@ -80,7 +83,7 @@ def teach_to_look(
             if rng.random() < chance:
                 shown.append((_jitter(target, rng.uniform(low, high), rng), _visited(others, search, rng)))
         for k in rng.permutation(len(others))[: None if search else 1]:
-            if rng.random() < shares.other:
+            if rng.random() < (shares.candidate if search else shares.other):
                 rest = [box for j, box in enumerate(others) if j != k]
                 shown.append((_jitter(others[k], rng.uniform(0.005, 0.1), rng), _visited(rest, search, rng)))
         for box, before in shown:
