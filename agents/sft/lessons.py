@@ -53,7 +53,7 @@ def teach_to_look(
     around: Surroundings,
     *,
     shares: Shares | None = None,
-    good_iou: float = 0.85,
+    good_iou: float = 0.9,
 ) -> list[Demonstration]:
     """Demonstrations of keeping, correcting and looking elsewhere, each with what is seen.
 
