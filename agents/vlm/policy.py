@@ -73,8 +73,8 @@ class VLMPolicy:
                 ``canvas``); for those who make one for it. None: the defaults.
             reuse: compute equal prompts once, keep image encodings, and continue conversations on
                 their key-value caches. False computes everything anew each time: slower, the same.
-            opener: answers while there is no box, so that learning to refine costs no first answer; what is sampled
-                and how is the policy's own. None: the policy answers always.
+            opener: answers while there is no box, so that learning to refine costs no first answer. Always greedy, so
+                that a group of episodes differs by what is learned alone. None: the policy answers always.
             name: under which it was loaded.
 
         Raises:
@@ -158,7 +158,7 @@ class VLMPolicy:
         with self.autocast(), folded(self.model):
             made = dict(zip(own, self._turns(observations, own), strict=True))
             if self.opener is not None:
-                self.opener.sampling, self.opener.generator = self.sampling, self.generator
+                self.opener.sampling = replace(self.sampling, temperature=0.0)
                 made |= zip(others, self.opener._turns(observations, others), strict=True)
         turns = [made[row] for row in rows]
         self.turns = [None] * n
