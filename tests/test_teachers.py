@@ -22,19 +22,21 @@ from chat_server import GOOD, ChatServer, answer
 from harvesting import make_drafts
 from PIL import Image
 
+from ivt_agents.play.chat import AnswerCache, Budget, BudgetError, ChatClient, ServedError, Usage
 from ivt_agents.play.on_split import play
 from ivt_agents.sft import train as train_sft
-from ivt_agents.sft.demonstrations import load_demonstrations, save_demonstrations, teach
-from ivt_agents.sft.harvest import TraceCache, write_traces
+from ivt_agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations
+from ivt_agents.sft.harvest import write_traces
+from ivt_agents.sft.lessons import teach_to_look
 from ivt_agents.sft.teacher import prompts
-from ivt_agents.sft.teacher.load import load_teacher
-from ivt_agents.sft.teacher.openai import Budget, BudgetError, OpenAITeacher, TeacherError
-from ivt_agents.sft.teacher.prompts import trace_request, unusable_reason
+from ivt_agents.sft.teacher.load import ServedTeacher, load_teacher
+from ivt_agents.sft.teacher.prompts import TeacherError, trace_request, unusable_reason
 from ivt_agents.sft.teacher.template import critique
 from ivt_agents.training.run import RunError
 from ivt_agents.vlm.codec import parse_action
 from ivt_agents.vlm.load import load_policy
 from ivt_env.data.scenes import Scenes
+from ivt_env.rendering import Surroundings
 
 KEY = "sk-test-7f3a9c-never-to-be-seen"
 
@@ -51,7 +53,7 @@ def chat(monkeypatch):
 
 @pytest.fixture(scope="module")
 def dataset():
-    return Scenes("train")
+    return Scenes("val")
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +61,20 @@ def drafts(dataset):
     return make_drafts(dataset, 5)
 
 
-def teacher_of(chat, budget=None, model="#m", timeout_s=5.0):
-    return OpenAITeacher(chat.url + model, budget, 4, timeout_s)
+def teacher_of(chat, model="#m", timeout_s=5.0, **budget):
+    """One request after the other, so that a test can say which is the one that fails."""
+    usage = Usage(Budget(**budget, options="--teacher-max"))
+    return ServedTeacher(ChatClient(chat.url + model, usage, concurrency=1, attempts=4, timeout_s=timeout_s))
+
+
+def written(teacher, requests):
+    texts = {}
+    teacher.write(requests, texts.__setitem__)
+    return [texts[place] for place in range(len(requests))]
 
 
 def harvest(tmp_path, drafts, dataset, teacher, name="harvest.jsonl", **options):
-    return write_traces(drafts, dataset, teacher, tmp_path / name, TraceCache(tmp_path / "cache"), **options)
+    return write_traces(drafts, dataset, teacher, tmp_path / name, AnswerCache(tmp_path / "cache"), **options)
 
 
 # --- What is sent ---------------------------------------------------------------------------------
@@ -72,7 +82,7 @@ def harvest(tmp_path, drafts, dataset, teacher, name="harvest.jsonl", **options)
 
 def test_the_request_holds_the_drawn_image_the_expression_and_the_key_in_its_header(chat, dataset, drafts):
     draft = next(d for d in drafts if d.trace)
-    teacher_of(chat).write([trace_request(dataset, draft.index, draft.shown)])
+    written(teacher_of(chat), [trace_request(dataset, draft.index, draft.shown)])
     ((path, headers, body),) = chat.seen
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}" and body["model"] == "m"
     image, text = body["messages"][1]["content"]
@@ -110,7 +120,7 @@ def test_a_server_of_one_model_needs_no_name_and_of_several_does(chat, dataset, 
     harvest(tmp_path, drafts[:2], dataset, teacher_of(chat, model=""))
     assert chat.chats[0]["model"] == "one"
     chat.models = ["one", "two"]
-    with pytest.raises(TeacherError, match="serves 2 models \\(one, two\\): name one"):
+    with pytest.raises(ServedError, match="serves 2 models \\(one, two\\): name one"):
         harvest(tmp_path, drafts[:3], dataset, teacher_of(chat, model=""))
 
 
@@ -201,7 +211,7 @@ def test_a_passing_trouble_is_tried_again(chat, dataset, drafts, tmp_path, fault
 
 def test_a_server_that_asks_for_too_long_a_wait_is_given_up(chat, dataset, drafts, tmp_path):
     chat.faults = [(429, {"Retry-After": "3600"})]
-    with pytest.raises(TeacherError, match="429.*asks to wait 3600"):
+    with pytest.raises(ServedError, match="429.*asks to wait 3600"):
         harvest(tmp_path, drafts[:2], dataset, teacher_of(chat))
     assert len(chat.chats) == 1
 
@@ -214,7 +224,7 @@ def test_a_server_that_is_silent_times_out_and_is_asked_again(chat, dataset, dra
 
 def test_after_the_last_attempt_it_says_what_is_kept_and_the_next_run_goes_on(chat, dataset, drafts, tmp_path):
     chat.faults = [None, 500, 500, 500, 500]
-    with pytest.raises(TeacherError, match="gave up after 4 attempts.*500.*2 of 15 demonstrations.*kept.*run again"):
+    with pytest.raises(ServedError, match="gave up after 4 attempts.*500.*2 of 15 demonstrations.*kept.*run again"):
         harvest(tmp_path, drafts, dataset, teacher_of(chat))
     before = len(chat.chats)
     assert len(harvest(tmp_path, drafts, dataset, teacher_of(chat))) == len(drafts)
@@ -225,7 +235,7 @@ def test_a_server_that_is_not_there_is_named(dataset, drafts, tmp_path, monkeypa
     monkeypatch.setenv("no_proxy", "*")
     gone = ChatServer()
     gone.close()
-    with pytest.raises(TeacherError, match="127.0.0.1.*gave up after 4 attempts.*refused"):
+    with pytest.raises(ServedError, match="127.0.0.1.*gave up after 4 attempts.*refused"):
         harvest(tmp_path, drafts[:2], dataset, teacher_of(gone))
 
 
@@ -242,7 +252,7 @@ def test_a_server_that_is_not_there_is_named(dataset, drafts, tmp_path, monkeypa
 )
 def test_what_no_second_try_can_mend_is_an_error_at_once(chat, dataset, drafts, tmp_path, fault, message):
     chat.faults = [fault]
-    with pytest.raises(TeacherError, match=message):
+    with pytest.raises(ServedError, match=message):
         harvest(tmp_path, drafts[:2], dataset, teacher_of(chat))
     assert len(chat.chats) == 1
 
@@ -252,7 +262,7 @@ def test_what_no_second_try_can_mend_is_an_error_at_once(chat, dataset, drafts, 
 
 def test_a_wrong_key_is_a_clear_error_at_once_and_is_not_repeated(chat, dataset, drafts, tmp_path, caplog):
     chat.key = "another"
-    with caplog.at_level(logging.DEBUG), pytest.raises(TeacherError) as error:
+    with caplog.at_level(logging.DEBUG), pytest.raises(ServedError) as error:
         harvest(tmp_path, drafts, dataset, teacher_of(chat))
     assert "401, the key in OPENAI_API_KEY was refused" in str(error.value) and len(chat.chats) == 1
     assert "Incorrect API key provided: [key]" in str(error.value)
@@ -262,7 +272,7 @@ def test_a_wrong_key_is_a_clear_error_at_once_and_is_not_repeated(chat, dataset,
 def test_a_missing_key_is_told_apart(chat, dataset, drafts, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     chat.key = "another"
-    with pytest.raises(TeacherError, match="OPENAI_API_KEY is not set"):
+    with pytest.raises(ServedError, match="OPENAI_API_KEY is not set"):
         harvest(tmp_path, drafts, dataset, teacher_of(chat))
 
 
@@ -280,21 +290,21 @@ def test_the_key_is_in_no_file_no_message_and_no_representation(chat, dataset, d
 @pytest.mark.parametrize("key", ["sk-with\nnewline", "sk-ünicode"])
 def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(TeacherError, match="value not shown") as error:
-        OpenAITeacher("http://127.0.0.1:1/v1")
+    with pytest.raises(ServedError, match="value not shown") as error:
+        ChatClient("http://127.0.0.1:1/v1")
     assert "sk-" not in str(error.value)
 
 
 @pytest.mark.parametrize("address", ["http://me:secret@127.0.0.1/v1", "http://127.0.0.1/v1?key=secret"])
 def test_a_password_in_the_address_is_refused_without_showing_it(address):
-    with pytest.raises(TeacherError, match="put the key into OPENAI_API_KEY") as error:
+    with pytest.raises(ServedError, match="put the key into OPENAI_API_KEY") as error:
         load_teacher(f"openai:{address}")
     assert "secret" not in str(error.value)
 
 
 def test_a_key_sent_in_the_clear_to_another_machine_is_warned_of(monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    OpenAITeacher("http://example.invalid/v1")
+    ChatClient("http://example.invalid/v1")
     assert "without encryption" in caplog.text and KEY not in caplog.text
 
 
@@ -329,15 +339,15 @@ def test_a_damaged_cache_file_is_asked_for_again(chat, dataset, drafts, tmp_path
 @pytest.mark.parametrize(
     ("budget", "sent", "message"),
     [
-        (Budget(max_requests=4), 4, "cap of 4 requests is reached .--teacher-max-requests"),
-        (Budget(max_tokens=250), 3, "cap of 250 tokens is reached: 300 used .--teacher-max-tokens"),
+        ({"max_requests": 4}, 4, "cap of 4 requests is reached .--teacher-max-requests"),
+        ({"max_tokens": 250}, 3, "cap of 250 tokens is reached: 300 used .--teacher-max-tokens"),
     ],
 )
 def test_the_cap_stops_with_a_clear_message_and_what_is_done_is_kept(
     chat, dataset, drafts, tmp_path, budget, sent, message
 ):
     with pytest.raises(BudgetError, match=message) as error:
-        harvest(tmp_path, drafts, dataset, teacher_of(chat, budget))
+        harvest(tmp_path, drafts, dataset, teacher_of(chat, **budget))
     assert len(chat.chats) == sent and "kept in" in str(error.value) and "--demonstrations" in str(error.value)
     kept = load_demonstrations(tmp_path / "harvest.jsonl", dataset)
     assert sum(bool(d.trace) for d in kept) == sent
@@ -348,12 +358,12 @@ def test_the_cap_stops_with_a_clear_message_and_what_is_done_is_kept(
 def test_retries_count_against_the_cap(chat, dataset, drafts, tmp_path):
     chat.faults = [500, 500, 500]
     with pytest.raises(BudgetError, match="cap of 2 requests"):
-        harvest(tmp_path, drafts, dataset, teacher_of(chat, Budget(max_requests=2)))
+        harvest(tmp_path, drafts, dataset, teacher_of(chat, max_requests=2))
     assert len(chat.chats) == 2
 
 
 def test_a_cap_that_allows_nothing_is_refused():
-    with pytest.raises(TeacherError, match="0 requests allows nothing"):
+    with pytest.raises(ServedError, match="0 requests allows nothing"):
         Budget(max_requests=0)
 
 
@@ -362,12 +372,13 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from harvesting import make_drafts
-from ivt_agents.sft.harvest import TraceCache, write_traces
-from ivt_agents.sft.teacher.openai import OpenAITeacher
+from ivt_agents.play.chat import AnswerCache, ChatClient
+from ivt_agents.sft.harvest import write_traces
+from ivt_agents.sft.teacher.load import ServedTeacher
 from ivt_env.data.scenes import Scenes
-dataset, folder = Scenes("train"), Path(sys.argv[2])
-teacher = OpenAITeacher(sys.argv[1] + "#m")
-write_traces(make_drafts(dataset, 12), dataset, teacher, folder / "harvest.jsonl", TraceCache(folder / "cache"))
+dataset, folder = Scenes("val"), Path(sys.argv[2])
+teacher = ServedTeacher(ChatClient(sys.argv[1] + "#m", concurrency=1))
+write_traces(make_drafts(dataset, 12), dataset, teacher, folder / "harvest.jsonl", AnswerCache(folder / "cache"))
 """
 
 
@@ -408,7 +419,7 @@ def test_the_file_of_another_harvest_is_refused(chat, dataset, drafts, tmp_path)
 
 def test_unknown_teachers_are_refused():
     for name in ("openai:", "hf:", "gpt", "openai:ftp://x/v1"):
-        with pytest.raises(TeacherError, match="openai:"):
+        with pytest.raises((TeacherError, ServedError), match="openai:"):
             load_teacher(name)
 
 
@@ -416,9 +427,9 @@ def test_the_local_teacher_runs_and_its_useless_words_are_caught(dataset, drafts
     """The tiny model knows no remarks: it answers with a box, which must never become a trace."""
     teacher = load_teacher("hf:tiny")
     requests = [trace_request(dataset, d.index, d.shown) for d in drafts if d.trace][:3]
-    texts = teacher.write(requests)
-    assert len(texts) == 3 and texts == teacher.write(requests) and all(isinstance(t, str) for t in texts)
-    assert [teacher.write([r])[0] for r in requests] == texts, "a batch answers as one by one"
+    texts = written(teacher, requests)
+    assert len(texts) == 3 and texts == written(teacher, requests) and all(isinstance(t, str) for t in texts)
+    assert [written(teacher, [r])[0] for r in requests] == texts, "a batch answers as one by one"
     made = harvest(tmp_path, drafts, dataset, teacher)
     usable = [d for d in drafts if not d.trace]
     assert [d for d in made if not d.trace] == usable
@@ -468,19 +479,28 @@ def test_a_teacher_that_cannot_answer_is_found_before_anything_is_done(chat, tmp
         chat.models, address = ["one", "two"], f"openai:{chat.url}"
     else:
         chat.faults = [fault, fault]
-    with pytest.raises(TeacherError, match=f"one small question first.*({message})"):
+    with pytest.raises(ServedError, match=f"one small question first.*({message})"):
         small(tmp_path / "run", teacher=address, teacher_cache=tmp_path / "cache")
     assert not (tmp_path / "run").exists() and len(chat.seen) <= 2
 
 
-def test_the_template_still_writes_just_what_teach_makes_and_asks_nobody(tmp_path):
-    small(tmp_path / "run")
-    dataset = Scenes("train")
+def test_the_template_writes_just_what_the_lessons_are_and_asks_nobody(tmp_path):
+    small(tmp_path / "run", first_answers="policy")
+    dataset, student = Scenes("train"), load_policy("tiny")
     indices = [int(i) for i in np.random.default_rng((0, 1)).choice(len(dataset), size=12, replace=False)]
-    played = play(load_policy("tiny"), "IVT-Scenes-v0", "train", indices, ignore_stop=True, max_steps=1)
-    expected = teach(dataset, indices, [e.steps[0].box for e in played], np.random.default_rng((0, 2)))
+    played = play(student, "IVT-Scenes-v0", "train", indices, ignore_stop=True, max_steps=1, **student.shown)
+    first, around = [e.steps[0].box for e in played], Surroundings.from_json(student.shown["closeup"])
+    expected = teach_to_look(dataset, indices, first, np.random.default_rng((0, 2)), student.view, around)
     save_demonstrations(tmp_path / "expected.jsonl", expected)
     assert (tmp_path / "run" / "demonstrations.jsonl").read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
+
+
+def test_a_stop_and_what_is_seen_in_a_search_scene_keep_the_templates_words(chat, tmp_path):
+    """The teacher sees the target, and would say that it lies where the student has not looked yet."""
+    dataset = Scenes("train")
+    stop = Demonstration("scenes", "train", 0, "train-0", dataset[0].box, None, "A red ring. The box fits.")
+    away = Demonstration("scenes", "train", 2, "train-2", (0.1, 0.1, 0.2, 0.2), dataset[2].siblings[0], "Wrong place.")
+    assert harvest(tmp_path, [stop, away], dataset, teacher_of(chat)) == [stop, away] and not chat.seen
 
 
 def test_a_teacher_that_would_have_nothing_to_do_is_refused(tmp_path):
