@@ -298,7 +298,10 @@ class GRPOTrainer:
             sums += torch.stack([v.double().cpu() for v in values])
         kl, paid, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
         episodes = len(groups.turns) * accelerator.num_processes
-        return flat.reshape(groups.rewards.shape), {"train/kl": kl / max(count, 1), "rollout/kl_penalty": paid / episodes}
+        return flat.reshape(groups.rewards.shape), {
+            "train/kl": kl / max(count, 1),
+            "rollout/kl_penalty": paid / episodes,
+        }
 
     def _is_anothers(self, turn: Turn) -> bool:
         """Whether a turn is a first answer of another model, which is not trained."""
