@@ -41,32 +41,6 @@ def test_a_command_that_fails_is_named_with_its_log_and_the_others_are_finished(
     assert jobs[1].made.exists()
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_every_command_of_the_study_is_one_that_its_script_takes(tmp_path, seeds):
-    args = Args(out=tmp_path, seeds=seeds, large=seeds == 1)
-    for job in [*_training(args), *_playing(args), *_scoring(args)]:
-        _, minus_m, module, *options = job.command
-        assert minus_m == "-m"
-        scripts = {"train_sft": "ivt_agents.sft.train", "evaluate": "ivt_agents.evaluation.evaluate"}
-        tyro.cli(importlib.import_module(scripts.get(module, module)).Args, args=options)
-
-
-def test_the_control_gets_the_steps_and_the_demonstrations_of_the_loop(tmp_path):
-    """And the same seed, rate, optimizer and numbers: only what is taught differs."""
-    args = Args(out=tmp_path, seeds=2)
-    train = importlib.import_module("ivt_agents.sft.train").Args
-    parsed = {job.name: tyro.cli(train, args=list(job.command[3:])) for job in _training(args)}
-    for seed in range(2):
-        loop, control = parsed[f"loop-{seed}"], parsed[f"control-{seed}"]
-        for name in (
-            *("model", "split", "steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-            *("learning_rate", "optim", "smoothing", "bf16", "seed"),
-        ):
-            assert getattr(loop, name) == getattr(control, name), name
-        assert (loop.single_shot, control.single_shot) == (False, True)
-        assert control.samples >= control.steps * args.batch, "no answer is taught to the control twice"
-
-
 def test_what_is_scored_is_what_was_played_and_seeds_share_a_name(tmp_path):
     args = Args(out=tmp_path, seeds=3, large=True, alone=True)
     played = {job.made.parent for job in _playing(args)}

@@ -452,7 +452,10 @@ def small(out, **changes):
 def test_the_training_command_takes_a_model_teacher(chat, tmp_path):
     folder = small(tmp_path / "run", teacher=f"openai:{chat.url}#m", teacher_cache=tmp_path / "cache")
     rows = [json.loads(x) for x in (tmp_path / "run" / "demonstrations.jsonl").read_text().splitlines()]
-    assert {r["trace"] for r in rows} == {"", GOOD} and (folder / "policy.json").exists()
+    search = {r["index"] for r in rows if r["index"] % 3 == 2}
+    assert {(r["trace"] == GOOD) for r in rows if r["index"] not in search and r["answer"]} == {True}
+    assert search and not any(r["trace"] == GOOD for r in rows if r["index"] in search or not r["answer"])
+    assert (folder / "policy.json").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["teacher"] == f"openai:{chat.url}#m"
     sent = len(chat.seen)
     small(tmp_path / "again", teacher=f"openai:{chat.url}#m", teacher_cache=tmp_path / "cache")
