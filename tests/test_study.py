@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from experiments.study import SPLITS, Args, Job, _playing, _policy, _scoring, _training, run_jobs
+from experiments.study import SPLITS, Args, Job, _playing, _policy, _scoring, run_jobs
 from experiments.study_tables import CONTROLS, best_control, summary
 from ivt_agents.evaluation import evaluate, swaps
 from ivt_agents.training.run import RunError
