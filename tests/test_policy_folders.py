@@ -226,7 +226,7 @@ def test_a_weight_that_is_not_finite_is_named(folder, value):
 )
 def test_a_policy_file_that_cannot_be_meant_is_named_with_key_and_value(folder, values):
     change(folder / "policy.json", **values)
-    with pytest.raises(PolicyError, match=rf"policy.json: {next(iter(values))} is "):
+    with pytest.raises(PolicyError, match=rf"policy.json: .*{next(iter(values))} is "):
         load_policy(folder)
 
 
