@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ivt_agents.sft.demonstrations import teach
+from ivt_agents.sft.demonstrations import teach_as_the_paper
 from ivt_env import boxes
 
 
@@ -16,6 +16,6 @@ def make_drafts(dataset, count):
         shift = 0.3 * np.array([x2 - x1, y2 - y1, x2 - x1, y2 - y1])
         moved = np.array([x1, y1, x2, y2]) + shift
         students.append(tuple(boxes.clip(moved if moved.max() <= 1 else moved - 2 * shift)))
-    made = teach(dataset, range(count), students, np.random.default_rng(0), keep_share=0)
+    made = teach_as_the_paper(dataset, range(count), students)
     assert len(made) == 3 * count and sum(bool(d.trace) for d in made) == 2 * count
     return made

@@ -224,7 +224,7 @@ def test_envs_says_what_each_would_serve_and_where_it_looked(capsys, tmp_path):
     checked = 0
     for row in rows.values():
         for split, said in row["splits"].items():
-            if said["serves"] is None or split == "train_asked":
+            if said["serves"] is None:
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DatasetFallbackWarning)

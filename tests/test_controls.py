@@ -314,7 +314,7 @@ def test_any_number_of_shots_shares_one_image_and_one_prefill() -> None:
 
 def test_metering_changes_nothing_but_the_count() -> None:
     assert proposals(Metered(load_agent("vlm:tiny"))) == proposals(load_agent("vlm:tiny"))
-    assert Metered(load_agent("vlm:tiny", view="both")).view == "both"
+    assert Metered(load_agent("vlm:tiny", view="both")).shown["view"] == "both"
 
 
 def test_an_agent_that_does_not_show_its_turns_has_no_cost_rather_than_none() -> None:
@@ -385,7 +385,7 @@ def test_a_spec_gives_the_control_that_it_names() -> None:
     best = load_agent("best-of-3:vlm:tiny")
     assert isinstance(best, PickOfShots) and best.pick is most_confident and best.temperature == 1.0
     second = load_agent("second-shot@2:pixels-2:vlm:tiny", view="closeup")
-    assert isinstance(second, SecondShot) and second.temperature == 2.0 and second.view == "closeup"
+    assert isinstance(second, SecondShot) and second.temperature == 2.0 and second.shown["view"] == "closeup"
     assert second.agent.image_processor.size["longest_edge"] == 2 * 96 * 96
     stopped = load_agent("stop-after-1:medoid-2:vlm:tiny")
     assert isinstance(stopped, StopAfter) and isinstance(stopped.agent, PickOfShots)

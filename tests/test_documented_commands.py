@@ -42,7 +42,7 @@ GRPO = "--prompts 2 --num-generations 2 --eval-samples 2 --report-to none"
 RUN = {
     "python train_sft.py": SFT,
     "python train_sft.py --demonstrations traces.jsonl --out runs/taught": SFT,
-    "ivt train-sft --view closeup --lessons verification": f"{SFT} --out runs/closeup",
+    "ivt train-sft --first-answers policy": f"{SFT} --out runs/own-first",
     "python train_grpo.py": f"{GRPO} --steps 1",
     "python train_grpo.py --resume": f"{GRPO} --steps 2",
     "python train_grpo.py --env IVT-Photos-v0 --steps 5 --out runs/photos": GRPO,

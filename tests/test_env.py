@@ -76,7 +76,7 @@ def test_an_env_made_with_every_option_is_made_again_from_its_json(env_id, tmp_p
         "canvas": 48,
         "view": "both",
         "overlay": {"style": "both", "colour": [0, 80, 255], "opacity": 0.5, "width": 2},
-        "reward": {"kind": "final", "potential": "giou", "step_cost": 0.01, "invalid_penalty": 0.2},
+        "reward": {"kind": "final", "potential": "giou", "step_cost": 0.01, "wrong_stop_penalty": 0.2},
         "initial_box": [0.1, 0.2, 0.5, 0.9],
         "render_mode": "ansi",
     }
@@ -183,6 +183,26 @@ def test_a_step_costs_what_was_asked_and_a_refused_box_costs_more_and_a_stop_not
     assert env.step(STOP)[1] == 0
 
 
+@pytest.mark.parametrize("kind", ["gain", "final"])
+def test_a_stop_below_half_an_iou_costs_what_was_asked_and_nothing_else_does(kind):
+    options = {"reward": {"kind": kind, "wrong_stop_penalty": 0.3}, "max_steps": 2}
+    env, vector = scenes(**options), GroundingVectorEnv(1, autoreset_mode="Disabled", **options)
+    x1, y1, x2, y2 = env.dataset[3].box
+    starts = {None: -0.3, (x1, y1, x2, y1 + 0.45 * (y2 - y1)): -0.3, (x1, y1, x2, y1 + 0.55 * (y2 - y1)): 0.0}
+    for box, penalty in starts.items():
+        start = {"index": 3, "initial_box": box}
+        at = env.reset(options=start)[1]["iou"]
+        assert at == pytest.approx(0 if box is None else 0.45 if penalty else 0.55, abs=1e-3)
+        wanted = penalty + (at if kind == "final" else 0.0)
+        assert env.step(STOP)[1] == pytest.approx(wanted)
+        vector.reset(options={"index": [3]} | ({"initial_box": [box]} if box else {}))
+        stop = {"box": np.zeros((1, 4), np.float32), "stop": np.ones(1, int)}
+        assert vector.step(stop)[1][0] == pytest.approx(wanted)
+    env.reset(options={"index": 3})
+    proposed = [env.step(propose(0, 0, 0.01, 0.01)) for _ in range(2)]
+    assert proposed[1][3] and sum(step[1] for step in proposed) == proposed[1][4]["iou"], "out of steps is no stop"
+
+
 def test_a_stop_ends_the_episode_with_reward_0_and_ignores_its_box():
     for first in (None, [0.1, 0.1, 0.6, 0.6]):
         for ignored in ([0.2, 0.2, 0.9, 0.9], [NAN] * 4, [1, 1, 0, 0]):
@@ -275,6 +295,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"reward": {"step_cost": -0.1}}, "step_cost is -0.1"),
     ({"reward": {"step_cost": NAN}}, "step_cost is nan"),
     ({"reward": {"invalid_penalty": "1"}}, "invalid_penalty is '1'"),
+    ({"reward": {"wrong_stop_penalty": -1}}, "wrong_stop_penalty is -1"),
     ({"initial_box": [0.5, 0.1, 0.2, 0.3]}, "initial_box [0.5, 0.1, 0.2, 0.3]"),
     ({"initial_box": [0.1, 0.1, 0.3]}, "initial_box [0.1, 0.1, 0.3]"),
     ({"render_mode": "video"}, "render_mode 'video'"),

@@ -140,18 +140,20 @@ def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
 
 
 def test_each_policy_is_shown_what_it_was_trained_for(tmp_path):
-    policy = load_policy("tiny", view="both")
+    policy = load_policy("tiny", view="overlay")
+    policy.shown |= {"canvas": 128, "overlay": {"style": "fill"}}
     policy.save(tmp_path / "policy")
-    assert load_policy(tmp_path / "policy").view == "both"
-    seen: dict[str, set[bool]] = {}
+    assert load_policy(tmp_path / "policy").shown == policy.shown
+    seen: dict[str, set[object]] = {}
     act = VLMPolicy.act
 
     def watching(self, observations):
-        seen.setdefault(self.view, set()).add("closeup" in observations)
+        what = ("closeup" in observations, "history" in observations, observations["image"].shape[1])
+        seen.setdefault(self.view, set()).add(what)
         return act(self, observations)
 
     arguments = {"samples": 3, "split": "val", "out": tmp_path / "out", "page_episodes": 1, "num_envs": 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VLMPolicy, "act", watching)
-        main(Args(policies=["base=tiny", f"close={tmp_path / 'policy'}"], **arguments))
-    assert seen == {"overlay": {False}, "both": {True}}
+        main(Args(policies=["base=tiny", f"plain={tmp_path / 'policy'}"], **arguments))
+    assert seen == {"overlay": {(False, False, 128)}, "both": {(True, True, 256)}}

@@ -15,6 +15,7 @@ import torch
 from learner import small_policy, small_trainer
 from refer_layout import write_refer_folder
 
+from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.losses import CLIPS, LOSSES, denominator
 from ivt_agents.grpo.trainer import _states
@@ -22,6 +23,8 @@ from ivt_agents.training.checkpoints import load_checkpoint
 from ivt_agents.training.run import RunError
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy
+from ivt_env.rendering import Overlay, Surroundings
+from ivt_env.rewards import RewardConfig
 from ivt_env.rollouts import make_vector_env
 
 ROOT = Path(__file__).parent.parent
@@ -447,6 +450,27 @@ def test_every_new_option_runs_from_the_command_and_is_recorded(tmp_path):
     assert recorded["advantage"] == "episode_and_step" and recorded["beta"] == 0.01
     trained = [r for r in metrics_of(tmp_path / "run") if "train/loss" in r]
     assert len(trained) == 2 and all("rollout/kl_penalty" in r and "train/masked_tokens" in r for r in trained)
+
+
+def test_the_environment_of_the_command_has_its_reward_and_shows_what_the_policy_was_trained_for(tmp_path, monkeypatch):
+    made = []
+
+    def stop_here(policy, env, *_):
+        made.append((policy, env))
+        raise InterruptedError
+
+    monkeypatch.setattr(train_grpo, "GRPOTrainer", stop_here)
+    args = train_grpo.Args(model="tiny", out=tmp_path / "run", wrong_stop_penalty=0.3, step_cost=0.02, eval_samples=0)
+    with pytest.raises(InterruptedError):
+        train_grpo.main(args)
+    ((policy, env),) = made
+    assert env.reward_config == RewardConfig(step_cost=0.02, invalid_penalty=0.1, wrong_stop_penalty=0.3)
+    screen, shown = env.screen, policy.shown
+    assert (screen.view, screen.side) == (shown["view"], shown["canvas"]) == ("both", 256)
+    assert (screen.overlay, screen.around) == (
+        Overlay.from_json(shown["overlay"]),
+        Surroundings.from_json(shown["closeup"]),
+    )
 
 
 def test_the_command_is_one_run_on_two_processes(tmp_path):

@@ -32,7 +32,7 @@ SMALL += ["--eval-samples", "0", "--report-to", "none", "--save-steps", "1", "--
 BATCH = "--per-device-train-batch-size 2 --gradient-accumulation-steps 1".split()
 
 CONFIGURATION = """\
-sft: {model: tiny, samples: 4, steps: 1, per_device_train_batch_size: 2, learning_rate: 1.0e-4, lessons: verification}
+sft: {model: tiny, samples: 4, steps: 1, per_device_train_batch_size: 2, learning_rate: 1.0e-4, lessons: looks}
 grpo:
   model: tiny
   prompts: 1

@@ -92,17 +92,16 @@ def test_a_contradiction_is_refused_with_its_value_and_its_consequence(options, 
 SFT_REFUSED = [
     *(
         ({name: 0}, f"{name} 0", "at least 1")
-        for name in ("samples", "neighbours", "gradient_accumulation_steps", "per_device_train_batch_size")
+        for name in ("samples", "gradient_accumulation_steps", "per_device_train_batch_size")
     ),
     *(({name: -1}, f"{name} -1", "at least 0") for name in ("steps", "lora_r", "seed", "eval_samples")),
     *(({name: -1}, f"{name} -1", "at least 0") for name in ("teacher_max_requests", "teacher_max_tokens")),
-    ({"harvested": 2}, "harvested 2 of 1", "1 to 1"),
-    ({"first_answers": 0.5}, "first_answers 0.5", "verification"),
+    ({"first_answers": "model", "single_shot": True}, "first_answers model", "nothing would be learned"),
+    ({"first_answers": "model", "layout": "prefix"}, "first_answers model", "two models"),
     ({"learning_rate": -1.0}, "learning_rate -1", "uphill"),
     ({"learning_rate": NAN}, "learning_rate nan", "be lost"),
     ({"smoothing": -1.0}, "smoothing -1", "0 or more"),
     ({"smoothing": NAN}, "smoothing nan", "0 or more"),
-    ({"decision_weight": 0.0}, "decision_weight 0", "would not be learned"),
     ({"pixels": 0.0}, "pixels 0", "factor above 0"),
 ]
 
@@ -216,7 +215,7 @@ def test_the_table_of_pitfalls_holds_all_and_names_tests_that_exist():
     assert len(named) > 40 and named <= there, named - there
 
 
-@pytest.mark.parametrize(("args", "section", "count"), [(Args, "grpo", 28), (train_sft.Args, "sft", 24)])
+@pytest.mark.parametrize(("args", "section", "count"), [(Args, "grpo", 29), (train_sft.Args, "sft", 24)])
 def test_help_shows_what_a_newcomer_needs_and_says_where_the_others_are(args, section, count, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(args, ["--help"], section)

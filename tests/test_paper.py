@@ -85,7 +85,7 @@ def test_bad_first_boxes_walk_in_a_straight_line_and_good_ones_are_dropped(datas
 
 
 def test_neither_a_stop_nor_a_first_answer_of_its_own_is_taught(dataset):
-    """The only first boxes are the student's, and no box is ever kept: ``walks`` holds both."""
+    """The only first boxes are the student's, and no box is ever kept: ``looks`` holds both."""
     indices = list(range(80))
     student = [moved(dataset, i, 0.02 * (i % 20)) for i in indices]
     made = teach_as_the_paper(dataset, indices, student)
@@ -258,7 +258,7 @@ def test_the_configuration_of_the_scenes_says_of_every_value_whose_it_is():
 @pytest.mark.parametrize(
     ("part", "key", "value"),
     [
-        ("sft", "lessons", "walks"),
+        ("sft", "lessons", "looks"),
         ("grpo", "stop", True),
         ("grpo", "advantage", "return_to_go"),
         ("grpo", "reward", "gain"),
@@ -463,6 +463,6 @@ def test_a_warm_start_made_on_the_way_has_the_papers_lessons(tmp_path, monkeypat
     """GRPO without the stop, started from nothing, must not be taught stops first."""
     asked = []
     monkeypatch.setattr(train_sft, "main", lambda args: asked.append(args) or tmp_path)
-    for stop, lessons in ((False, "paper"), (True, "walks")):
+    for stop, lessons in ((False, "paper"), (True, "looks")):
         train_grpo._warm_start(train_grpo.Args(stop=stop, out=tmp_path / f"run{stop}"), Mock())
         assert asked[-1].lessons == lessons

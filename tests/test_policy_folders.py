@@ -24,6 +24,7 @@ from ivt_agents.vlm import sources
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.generation import generate
 from ivt_agents.vlm.load import PolicyError, load_policy
+from ivt_agents.vlm.prompts import Prompts
 from ivt_agents.vlm.tiny import build_image_processor, weights_folder
 
 IMAGE = [np.zeros((384, 384, 3), np.uint8)]
@@ -142,6 +143,20 @@ def test_an_adapter_as_peft_writes_it_takes_tokenizer_processor_and_prompts_from
     assert said(policy) != said(load_policy(folder))
 
 
+def test_what_a_policy_does_not_say_beside_its_question_is_empty_and_not_that_of_another_model(folder):
+    """The texts of Qwen about a close-up would be words that the model was never shown."""
+    change(folder / "policy.json", first="Where?", closeup="C", with_closeup="W")
+    assert load_policy(folder).dialogue.prompts == Prompts(
+        "Locate {expression}. Current box: {box}.", "C", "W", "Where?"
+    )
+    change(folder / "policy.json", first=..., closeup=..., with_closeup=...)
+    policy = load_policy(folder)
+    assert policy.dialogue.prompts == Prompts("Locate {expression}. Current box: {box}.", "", "", "")
+    images = [(policy.dialogue.process(IMAGE)[0], (0.0, 0.0, 1.0, 1.0))] * 2
+    text = policy.tokenizer.decode(policy.dialogue.prompt("the ring", (0.1, 0.1, 0.2, 0.2), images).ids)
+    assert "the ring. Current box: [100, 100, 200, 200].<|im_end|>" in text
+
+
 def test_an_adapter_of_an_adapter_is_both(folder, tmp_path):
     adapter(folder, tmp_path / "one", seed=1)
     adapter(tmp_path / "one", tmp_path / "two", seed=2)
@@ -211,7 +226,7 @@ def test_a_weight_that_is_not_finite_is_named(folder, value):
 )
 def test_a_policy_file_that_cannot_be_meant_is_named_with_key_and_value(folder, values):
     change(folder / "policy.json", **values)
-    with pytest.raises(PolicyError, match=rf"policy.json: {next(iter(values))} is "):
+    with pytest.raises(PolicyError, match=rf"policy.json: .*{next(iter(values))} is "):
         load_policy(folder)
 
 

@@ -69,7 +69,7 @@ def test_who_failed_to_give_a_box_is_asked_again():
 
 
 def test_the_view_is_that_of_the_one_who_sees_boxes():
-    assert Relay(load_policy("tiny"), load_policy("tiny", view="closeup")).view == "closeup"
+    assert Relay(load_policy("tiny"), load_policy("tiny", view="closeup")).shown["view"] == "closeup"
 
 
 @pytest.mark.parametrize("spec", ["relay:centre", "relay:,centre", "relay:centre,"])

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivt_agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations, teach
+from ivt_agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations, teach_as_the_paper
 from ivt_agents.sft.teacher.template import FITS, MISSES, WRONG_OBJECT, critique, teacher_words
 from ivt_agents.sft.trainer import batches, to_turns, train
 from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.codec import parse_action
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.tiny import build_tokenizer
-from ivt_env import boxes
+from ivt_agents.vlm.turns import Turn
 from ivt_env.data.sample import DataError
 from ivt_env.data.scenes import Scenes
 from ivt_env.rollouts import make_vector_env
@@ -32,8 +33,8 @@ def dataset():
     return Scenes("train")
 
 
-def taught(dataset, student, **options) -> list[Demonstration]:
-    return teach(dataset, [5], [student], np.random.default_rng(0), **options)
+def taught(dataset, student=(0.1, 0.1, 0.2, 0.2)) -> list[Demonstration]:
+    return teach_as_the_paper(dataset, [5], [student])
 
 
 @pytest.mark.parametrize(
@@ -74,31 +75,9 @@ def test_every_trace_is_made_of_words_the_tokenizer_knows_whole(values):
     assert len(build_tokenizer()(text)["input_ids"]) <= len(words) + text.count(";") + text.count(".")
 
 
-def test_a_walk_leads_from_the_students_box_to_the_target(dataset):
-    target = np.array(dataset[5].box)
-    student = boxes.clip(target + 0.25 * np.tile(target[2:] - target[:2], 2))
-    made = taught(dataset, student, steps=3, keep_share=0)
-    assert made[0].shown is None and np.allclose(made[0].answer, target, atol=1e-6)
-    walk = made[1:]
-    assert len(walk) == 3 and np.allclose(walk[0].shown, student, atol=1e-6)
-    assert np.allclose(walk[-1].answer, target, atol=1e-6)
-    for before, after in zip(walk, walk[1:], strict=False):
-        assert after.shown == before.answer
-    overlap = [float(boxes.iou(d.shown, target)) for d in walk] + [1.0]
-    assert overlap == sorted(overlap) and all(d.trace for d in walk)
-
-
-def test_a_good_box_is_answered_with_a_stop(dataset):
-    made = taught(dataset, dataset[5].box)
-    assert made[1].shown is not None and made[1].answer is None and len(made) == 2
-
-
-def test_a_student_without_a_box_gets_the_first_answer_only(dataset):
-    assert len(taught(dataset, None)) == 1
-
-
 def test_demonstrations_survive_the_file(tmp_path, dataset):
-    made = taught(dataset, (0.1, 0.1, 0.2, 0.2))
+    made = taught(dataset)
+    assert made[-1].before
     save_demonstrations(tmp_path / "d.jsonl", made)
     assert load_demonstrations(tmp_path / "d.jsonl", dataset) == made
 
@@ -117,7 +96,7 @@ def test_demonstrations_survive_the_file(tmp_path, dataset):
     ],
 )
 def test_a_bad_line_is_refused_with_file_and_line(tmp_path, dataset, changes, message):
-    good = asdict(taught(dataset, None)[0])
+    good = asdict(taught(dataset)[0])
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps(good | changes) + "\n")
     with pytest.raises(DataError, match=message) as error:
@@ -133,23 +112,52 @@ def test_missing_and_empty_files_are_refused(tmp_path, dataset):
         load_demonstrations(tmp_path / "empty.jsonl", dataset)
 
 
-def test_a_demonstration_looks_exactly_like_the_rollout_it_teaches(dataset):
-    """Same pixels, same ids: one formatter serves SFT, rollouts and evaluation."""
+@pytest.mark.parametrize("layout", ["fresh", "prefix"])
+@pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
+def test_a_demonstration_looks_exactly_like_the_rollout_it_teaches(dataset, view, layout):
+    """Same pixels, trail included, and same ids, at every step: one formatter serves SFT, rollouts and evaluation."""
+    policy = load_policy("tiny", view=view, layout=layout)
+    env = make_vector_env("IVT-Scenes-v0", 1, split="train", **policy.shown)
+    assert env.screen.overlay.trail
+    proposals = [(0.1, 0.2, 0.5, 0.7), (0.15, 0.25, 0.6, 0.65), (0.15, 0.3, 0.45, 0.65)]
+    observations, _ = env.reset(options={"index": [5]})
+    for number, answer in enumerate([*proposals, None]):
+        (rolled,) = policy.prompts_for(observations, [0])
+        shown = proposals[number - 1] if number else None
+        earlier = tuple(proposals[: max(0, number - 1)])
+        demonstration = Demonstration("scenes", "train", 5, "train-5", shown, answer, before=earlier)
+        (turn,) = to_turns(policy, env.screen, dataset, [demonstration])
+        assert turn.prompt.ids == rolled.ids and turn.prompt.windows == rolled.windows
+        assert turn.prompt.opening == rolled.opening == (number == 0)
+        assert len(turn.prompt.images) == len(rolled.images)
+        for mine, its in zip(turn.prompt.images, rolled.images, strict=True):
+            assert torch.equal(mine.patches, its.patches) and mine.grid == its.grid
+        if answer is not None:
+            if layout == "prefix":  # what a policy that says just that would have said
+                policy._said = {0: (Turn(rolled, turn.completion, finished=True), None)}
+            observations = env.step({"box": np.array([answer], np.float32), "stop": np.zeros(1, int)})[0]
+
+
+def test_demonstrations_made_together_share_equal_images_and_no_others(dataset):
+    """The encoding of images is most of the work; one that is shared must be the very same input."""
     policy = load_policy("tiny")
-    env = make_vector_env("IVT-Scenes-v0", 1, split="train")
-    shown = (0.1, 0.2, 0.5, 0.7)
-    observations, _ = env.reset(options={"index": [5], "initial_box": [shown]})
-    (rolled,) = policy.prompts_for(observations, [0])
-    demonstration = Demonstration("scenes", "train", 5, "train-5", shown, dataset[5].box, "Too high; move down.")
-    (turn,) = to_turns(policy, env.screen, dataset, [demonstration])
-    assert turn.prompt.ids == rolled.ids
-    assert (turn.prompt.images[0].patches == rolled.images[0].patches).all()
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train", **policy.shown).screen
+    a, b = (0.1, 0.2, 0.5, 0.7), (0.15, 0.25, 0.6, 0.65)
+    states = [(None, ()), (b, ()), (b, (a,)), (b, (a,)), (a, ()), (None, ())]
+    made = [Demonstration("scenes", "train", 5, "train-5", box, None, before=earlier) for box, earlier in states]
+    together = to_turns(policy, screen, dataset, made)
+    for turn, alone in zip(together, (to_turns(policy, screen, dataset, [d])[0] for d in made), strict=True):
+        assert turn.prompt.ids == alone.prompt.ids
+        for mine, its in zip(turn.prompt.images, alone.prompt.images, strict=True):
+            assert torch.equal(mine.patches, its.patches)
+    assert len({id(image) for turn in together for image in turn.prompt.images}) == 1 + 2 * 3
 
 
 def test_the_answer_ends_with_the_end_of_turn_and_parses(dataset):
     policy = load_policy("tiny")
-    screen = make_vector_env("IVT-Scenes-v0", 1, split="train").screen
-    for demonstration in taught(dataset, (0.05, 0.05, 0.2, 0.2)) + taught(dataset, dataset[5].box):
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train", **policy.shown).screen
+    kept = Demonstration("scenes", "train", 5, "train-5", dataset[5].box, None)
+    for demonstration in [*taught(dataset), kept]:
         (turn,) = to_turns(policy, screen, dataset, [demonstration])
         assert turn.completion[-1] in policy.sampling.end_ids and turn.finished
         action = parse_action(policy.text(turn))
@@ -170,8 +178,8 @@ def test_batches_show_every_demonstration_once_an_epoch():
 def test_training_lowers_the_loss_on_its_demonstrations(tmp_path, dataset):
     policy = load_policy("tiny")
     policy.model.requires_grad_(True)
-    screen = make_vector_env("IVT-Scenes-v0", 1, split="train").screen
-    made = [d for i in range(8) for d in teach(dataset, [i], [(0.1, 0.1, 0.3, 0.3)], np.random.default_rng(0))]
+    screen = make_vector_env("IVT-Scenes-v0", 1, split="train", **policy.shown).screen
+    made = teach_as_the_paper(dataset, range(4), [(0.1, 0.1, 0.3, 0.3)] * 4)
     turns = to_turns(policy, screen, dataset, made)
     losses: list[float] = []
     train(

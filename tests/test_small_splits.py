@@ -68,17 +68,6 @@ def test_both_learners_train_on_a_small_set_with_the_numbers_that_they_have_by_d
     assert (tmp_path / "run" / "before_after.json").exists()
 
 
-@pytest.mark.parametrize("neighbours", [5, 6, 12, 20])
-def test_neighbours_need_not_divide_the_split(tmp_path, own, neighbours):
-    train_sft.main(
-        train_sft.Args(
-            out=tmp_path / "run", neighbours=neighbours, single_shot=True, eval_samples=0, **own(train=12), **SFT
-        )
-    )
-    lines = (tmp_path / "run" / "demonstrations.jsonl").read_text().splitlines()
-    assert sorted(json.loads(line)["index"] for line in lines) == list(range(12))
-
-
 @pytest.mark.parametrize("script", [train_sft, train_grpo])
 def test_a_missing_evaluation_split_is_found_first_and_the_options_that_help_are_named(
     tmp_path, own, monkeypatch, script

@@ -282,7 +282,8 @@ class GRPOTrainer:
             return groups.rewards, {}
         horizon = groups.rewards.shape[-1]
         flat = groups.rewards.reshape(-1, horizon).copy()  # (P * G, T)
-        places = [(i, t) for i, episode in enumerate(groups.turns) for t in range(len(episode))]
+        played = enumerate(groups.turns)
+        places = [(i, t) for i, episode in played for t, turn in enumerate(episode) if not self._is_anothers(turn)]
         sums = torch.zeros(3, dtype=torch.float64)
         for start in range(0, len(places), config.per_device_train_batch_size):
             part = places[start : start + config.per_device_train_batch_size]
@@ -297,7 +298,14 @@ class GRPOTrainer:
             sums += torch.stack([v.double().cpu() for v in values])
         kl, paid, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
         episodes = len(groups.turns) * accelerator.num_processes
-        return flat.reshape(groups.rewards.shape), {"train/kl": kl / count, "rollout/kl_penalty": paid / episodes}
+        return flat.reshape(groups.rewards.shape), {
+            "train/kl": kl / max(count, 1),
+            "rollout/kl_penalty": paid / episodes,
+        }
+
+    def _is_anothers(self, turn: Turn) -> bool:
+        """Whether a turn is a first answer of another model, which is not trained."""
+        return self.policy.opener is not None and turn.prompt.opening
 
     def _credit(self, groups: Groups, rewards: NDArray[np.float64]) -> Credit:
         """Turns that carry a gradient, with their advantages."""
@@ -319,8 +327,8 @@ class GRPOTrainer:
                     if config.mask_truncated_completions and not turn.finished:
                         out.masked_tokens += len(turn.completion)
                         continue  # a turn cut off by the limit was not an answer
-                    if self.policy.opener is not None and turn.prompt.opening:
-                        continue  # another model's, which is not trained
+                    if self._is_anothers(turn):
+                        continue
                     out.rows.append(turn)
                     out.advantages.append(float(values[m, t]))
         return out

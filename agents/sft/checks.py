@@ -48,6 +48,10 @@ def check_options(args: Args) -> None:
     check_rate(args.learning_rate)
     check_share("max_unusable", args.max_unusable)
     args.check_model(args.lora_r)
+    if args.first_answers == "model" and args.single_shot:
+        raise RunError("first_answers model with single_shot: nothing would be learned; leave one of them out")
+    if args.first_answers == "model" and args.layout == "prefix":
+        raise RunError("first_answers model with layout prefix: two models cannot hold one conversation; leave one out")
     # So written, NaN is refused, too.
     if args.smoothing is not None and not 0 <= args.smoothing < inf:
         raise RunError(f"smoothing {args.smoothing:g}: a standard deviation; give 0 or more thousandths")

@@ -50,8 +50,8 @@ def write_traces(
     """The drafts with the teacher's words; those it had no usable words for are left out.
 
     Args:
-        drafts: as the template teacher makes them. Those without a trace (first answers, stops) need
-            no words and stay as they are.
+        drafts: as the template teacher makes them. First answers and stops need no words of the teacher's, and in
+            search scenes the words must say what is seen, not where the target is: these stay as they are.
         dataset: that they are about.
         teacher: writes the words.
         path: JSON lines, appended to one by one; what is there from an earlier run is kept.
@@ -103,7 +103,8 @@ def _texts(drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher, 
     requests: dict[int, tuple[TraceRequest, str]] = {}
     texts: dict[int, str] = {}
     for k, draft in enumerate(drafts):
-        if not draft.trace or draft.shown is None:
+        search = dataset[draft.index].meta.get("kind") == "mark"
+        if not draft.trace or draft.shown is None or draft.answer is None or search:
             continue
         request = trace_request(dataset, draft.index, draft.shown)
         key = request.key(teacher.name)

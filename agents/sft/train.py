@@ -238,6 +238,11 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
                 f" outside the image that view {policy.view} shows"
             )
         demonstrations = usable
+        if not demonstrations:
+            raise RunError(
+                "no demonstrations are left to learn from: where first_answers is another model, none without a box is"
+                " used, and each answer must lie in the image that it is measured in"
+            )
         if chief:
             save_demonstrations(taught, demonstrations)
         _prepare_parameters(policy, args)

@@ -129,8 +129,8 @@ def load_policy(
     opener = settings.get("first_answers", OWN)
     if opener != OWN:
         same: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "batch_size": batch_size}
-        policy.opener = load_policy(opener, **same, max_new_tokens=max_new_tokens, reuse=reuse)
-
+        with reading(source.name, kind=PolicyError):
+            policy.opener = load_policy(opener, **same, max_new_tokens=max_new_tokens, reuse=reuse)
     return policy
 
 

@@ -80,16 +80,12 @@ class VLMPolicy:
         Raises:
             ValueError: for an unknown layout, and for an opener in a conversation, which two models cannot hold.
         """
-        if opener is not None and layout != "fresh":
-            raise ValueError(
-                "first_answers of another model: only with layout fresh, for two cannot hold a conversation"
-            )
-        self.opener, self.name = opener, name
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.codec, self.batch_size = codec, batch_size
-        self.layout, self.reuse = layout, reuse
+        self.layout, self.reuse, self.name = layout, reuse, name
+        self.opener = opener
         self.shown: dict[str, Any] = {"view": "overlay"} | dict(shown or {})
         self.frozen_vision = True
         """Image encodings may be kept and used again."""
@@ -123,6 +119,20 @@ class VLMPolicy:
     def core(self) -> Any:
         """The model without its adapter's shell (the adapters themselves stay in place)."""
         return core_of(self.model)
+
+    @property
+    def opener(self) -> VLMPolicy | None:
+        """Who answers while there is no box; None: the policy itself."""
+        return self._opener
+
+    @opener.setter
+    def opener(self, opener: VLMPolicy | None) -> None:
+        if opener is not None and self.layout != "fresh":
+            raise ValueError(
+                f"first_answers of another model with layout {self.layout}: two models cannot hold one conversation;"
+                " take layout fresh"
+            )
+        self._opener = opener
 
     @property
     def first_answers(self) -> str:
