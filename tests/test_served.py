@@ -35,6 +35,7 @@ from ivt_agents.vlm.tiny import weights_folder
 from ivt_env import boxes
 from ivt_env.data.scenes import Scenes
 from ivt_env.episodes import load_episodes
+from ivt_env.files import FileError
 from ivt_env.rollouts import make_vector_env, rollout
 
 
@@ -184,6 +185,20 @@ def test_a_passing_trouble_changes_no_score(chat, tmp_path, fault, monkeypatch):
         monkeypatch.setattr(evaluate.Served, "policy", impatient)
     evaluate.main(options(tmp_path / "rough", chat.url, forced=False))
     assert predictions(tmp_path / "rough") == expected and not chat.faults
+
+
+def test_a_prompt_file_that_was_changed_is_not_gone_on_with(chat, tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text("prompt: '{expression} {box}'\nframe: relative_1000\n")
+    more = {"prompts": str(file), "forced": False, "concurrency": 1}
+    with pytest.raises(BudgetError):
+        evaluate.main(options(tmp_path / "e", chat.url, max_requests=4, **more))
+    assert (tmp_path / "e" / "prompts.yaml").read_text() == file.read_text()
+    file.write_text(file.read_text().replace("{box}", "{box}!"))
+    with pytest.raises(FileError, match="are not those that .* was begun with"):
+        evaluate.main(options(tmp_path / "e", chat.url, resume=True, **more))
+    evaluate.main(options(tmp_path / "e", chat.url, overwrite=True, **more))
+    assert "!" in (tmp_path / "e" / "prompts.yaml").read_text()
 
 
 def test_the_caps_hold_and_the_next_run_goes_on(chat, tmp_path):
