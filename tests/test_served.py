@@ -24,6 +24,7 @@ from chat_server import ChatServer
 from scripted_server import PING, box_of
 from server_processes import free_port, scripted, transformers_serve
 
+from benchmarks import served as benchmark
 from ivt_agents import cli
 from ivt_agents.evaluation import evaluate, swaps
 from ivt_agents.play.by_name import load_agent
@@ -268,6 +269,11 @@ def test_sixteen_at_a_time_are_many_times_as_fast_as_one(tmp_path):
     server.kill()
     server.wait()
     assert seconds[1] / seconds[16] > 6, seconds
+
+
+def test_the_benchmark_of_it_runs_and_finds_equal_scores(capsys):
+    benchmark.main(benchmark.Args(samples=6, seconds=0.01, concurrency=(1, 4), forced=False))
+    assert "the scores are equal" in capsys.readouterr().out
 
 
 # --- What is asked, and what comes back ---------------------------------------------------------------------------
