@@ -44,7 +44,7 @@ from ivt_agents.play.served import ANSWERS, PROMPTS, FrameCheck, Served, ServedO
 from ivt_agents.play.served import MAY_CHANGE as SERVED_MAY_CHANGE
 from ivt_agents.training.checkpoints import CONFIG, check_new, check_resume, forget_run, recorded_options
 from ivt_agents.training.run import check_least, made_by, write_json
-from ivt_agents.vlm.load import TINY_NAME
+from ivt_agents.vlm.prompts import TINY_NAME
 from ivt_env.data.sample import ImageArray
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json

@@ -21,13 +21,10 @@ from ivt_agents.vlm.dialogue import LAYOUTS
 from ivt_agents.vlm.footprint import resized
 from ivt_agents.vlm.policy import POLICY_FILE
 from ivt_agents.vlm.precision import DTYPES
-from ivt_agents.vlm.prompts import DEFAULT, load_prompts
+from ivt_agents.vlm.prompts import DEFAULT, TINY_NAME, load_prompts
 from ivt_agents.vlm.tiny import weights_folder
 from ivt_env.failures import read_json, reading
 from ivt_env.grounding import VIEWS
-
-TINY_NAME = "tiny"
-"""The name of the shipped model, wherever a model folder or hub name is taken."""
 
 CONFIG, ADAPTER, WEIGHTS = "config.json", "adapter_config.json", "*.safetensors"
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
