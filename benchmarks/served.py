@@ -4,7 +4,7 @@
 
 A server in a process of its own answers each request after 200 ms, always alike. Each evaluation is the whole command
 (``ivt evaluate``: both passes, tables, plots, report), on the same samples of ``val``; its seconds are those of the
-wall clock. The scores of both must be equal.
+wall clock, with those of playing alone beside them. The scores of both must be equal.
 """
 
 from __future__ import annotations
@@ -56,14 +56,17 @@ def main(args: Args) -> None:
             start, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             subprocess.run(command, check=True, capture_output=True, env=os.environ | {"no_proxy": "*"})
             seconds, used = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used
-            rows.append((at_a_time, seconds, used, len(log.read_text().split()) - before))
+            last = out / "episodes" / ("m-forced" if args.forced else "m") / "episodes.jsonl"
+            playing = last.stat().st_mtime - (out / "config.json").stat().st_mtime  # written as it begins
+            rows.append((at_a_time, seconds, playing, used, len(log.read_text().split()) - before))
             found[at_a_time] = json.loads((out / "results.json").read_text())["rows"]
         server.kill()
         server.wait()
     print(f"{args.samples} samples of IVT-Scenes-v0/val, a server that answers in {args.seconds * 1000:.0f} ms")
-    print("concurrency  seconds  of the processor  answers  times as fast")
-    for at_a_time, seconds, used, answers in rows:
-        print(f"{at_a_time:>11}  {seconds:>7.1f}  {used:>16.1f}  {answers:>7}  {rows[0][1] / seconds:>13.1f}")
+    print("concurrency  answers  seconds  times as fast  playing alone  times as fast  processor's seconds")
+    for at_a_time, seconds, playing, used, answers in rows:
+        line = f"{at_a_time:>11}  {answers:>7}  {seconds:>7.1f}  {rows[0][1] / seconds:>13.1f}"
+        print(f"{line}  {playing:>13.1f}  {rows[0][2] / playing:>13.1f}  {used:>19.1f}")
     same = all(scores == found[args.concurrency[0]] for scores in found.values())
     print("the scores are equal" if same else "THE SCORES DIFFER")
 

@@ -24,6 +24,7 @@ from chat_server import ChatServer
 from scripted_server import PING, box_of
 from server_processes import free_port, scripted, transformers_serve
 
+from benchmarks import served as benchmark
 from ivt_agents import cli
 from ivt_agents.evaluation import evaluate, swaps
 from ivt_agents.play.by_name import load_agent
@@ -35,6 +36,7 @@ from ivt_agents.vlm.tiny import weights_folder
 from ivt_env import boxes
 from ivt_env.data.scenes import Scenes
 from ivt_env.episodes import load_episodes
+from ivt_env.files import FileError
 from ivt_env.rollouts import make_vector_env, rollout
 
 
@@ -186,6 +188,20 @@ def test_a_passing_trouble_changes_no_score(chat, tmp_path, fault, monkeypatch):
     assert predictions(tmp_path / "rough") == expected and not chat.faults
 
 
+def test_a_prompt_file_that_was_changed_is_not_gone_on_with(chat, tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text("prompt: '{expression} {box}'\nframe: relative_1000\n")
+    more = {"prompts": str(file), "forced": False, "concurrency": 1}
+    with pytest.raises(BudgetError):
+        evaluate.main(options(tmp_path / "e", chat.url, max_requests=4, **more))
+    assert (tmp_path / "e" / "prompts.yaml").read_text() == file.read_text()
+    file.write_text(file.read_text().replace("{box}", "{box}!"))
+    with pytest.raises(FileError, match="are not those that .* was begun with"):
+        evaluate.main(options(tmp_path / "e", chat.url, resume=True, **more))
+    evaluate.main(options(tmp_path / "e", chat.url, overwrite=True, **more))
+    assert "!" in (tmp_path / "e" / "prompts.yaml").read_text()
+
+
 def test_the_caps_hold_and_the_next_run_goes_on(chat, tmp_path):
     for cap, message in (({"max_requests": 9}, "cap of 9 requests"), ({"max_tokens": 500}, "cap of 500 tokens")):
         out, before = tmp_path / message, len(chat.chats)
@@ -253,6 +269,11 @@ def test_sixteen_at_a_time_are_many_times_as_fast_as_one(tmp_path):
     server.kill()
     server.wait()
     assert seconds[1] / seconds[16] > 6, seconds
+
+
+def test_the_benchmark_of_it_runs_and_finds_equal_scores(capsys):
+    benchmark.main(benchmark.Args(samples=6, seconds=0.01, concurrency=(1, 4), forced=False))
+    assert "the scores are equal" in capsys.readouterr().out
 
 
 # --- What is asked, and what comes back ---------------------------------------------------------------------------

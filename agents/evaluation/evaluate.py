@@ -40,11 +40,11 @@ from ivt_agents.evaluation.report import last_screen, write_report
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.cost import Cost, Metered
 from ivt_agents.play.on_split import Stages, check_episodes, samples_to_compare
-from ivt_agents.play.served import ANSWERS, FrameCheck, Served, ServedOptions, served_by
+from ivt_agents.play.served import ANSWERS, PROMPTS, FrameCheck, Served, ServedOptions, served_by
 from ivt_agents.play.served import MAY_CHANGE as SERVED_MAY_CHANGE
 from ivt_agents.training.checkpoints import CONFIG, check_new, check_resume, forget_run, recorded_options
 from ivt_agents.training.run import check_least, made_by, write_json
-from ivt_agents.vlm.load import TINY_NAME
+from ivt_agents.vlm.prompts import TINY_NAME
 from ivt_env.data.sample import ImageArray
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json
@@ -74,9 +74,19 @@ MAY_CHANGE = SERVED_MAY_CHANGE | {"out", "config", "resume", "overwrite", "margi
 _PLOTS = ("accuracy_by_step.png", "before_after.png", "groups.png", "reliability.png", "training.png")
 PREDICTIONS = "predictions"
 """Folder of a JSON line per sample, for each policy."""
-RESULTS = ("results.json", "table.txt", "report.html", "episodes.html", *_PLOTS, PREDICTIONS, "episodes", ANSWERS)
+RESULTS = (
+    "results.json",
+    "table.txt",
+    "report.html",
+    "episodes.html",
+    *_PLOTS,
+    PREDICTIONS,
+    "episodes",
+    ANSWERS,
+    PROMPTS,
+)
 """What an evaluation writes; one anew removes it in this order."""
-_PLAYED = ("episodes", ANSWERS)
+_PLAYED = ("episodes", ANSWERS, PROMPTS)
 """What of it has been played, and is gone on with."""
 DEFAULT_POLICY = "base=tiny"
 RESAMPLES = 1000
@@ -268,7 +278,10 @@ def _play(
         if "openai:" in spec and not all(args.resume and asked_of(saved_at(folder, one)) for one in passes):
             load_agent(spec, env=envs.of(None), seed=args.seed, served=served)
             if not begun:  # its answers are kept from the first on
+                if args.resume:
+                    served.check_same(args.out)
                 _begin(args)
+                write_whole(args.out / PROMPTS, served.text)
             begun = True
     runs: dict[str, list[Run]] = {}
     costs: dict[str, list[dict[str, float]]] = {}

@@ -375,7 +375,7 @@ class SentImage:
     def __init__(self, pixels: np.ndarray) -> None:
         """Wrap a copy of RGB uint8 (height, width, 3): an environment may draw its next image into the same array."""
         self._pixels, self._url = np.array(pixels), ""
-        self._name = f"{pixels.shape} {hashlib.sha256(self._pixels).hexdigest()}"
+        self._name = f"{pixels.shape} {hashlib.sha256(self._pixels.tobytes()).hexdigest()}"
 
     def __str__(self) -> str:
         return self._name

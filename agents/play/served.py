@@ -23,16 +23,18 @@ from numpy.typing import NDArray
 
 from ivt_agents.play.chat import Answer, AnswerCache, Budget, ChatClient, ServedError, Usage, user_turn
 from ivt_agents.vlm.codec import BoxCodec
-from ivt_agents.vlm.prompts import DEFAULT, PromptFile, images_of, load_prompts
+from ivt_agents.vlm.prompts import DEFAULT, PromptFile, find_prompts, images_of, load_prompts
 from ivt_env import boxes
 from ivt_env.episodes import Episode
-from ivt_env.files import forget
+from ivt_env.files import FileError, forget
 from ivt_env.rendering import size_on_canvas
 
 log = logging.getLogger(__name__)
 
 ANSWERS = "answers"
 """Folder of what a run has been answered; lies there only until the run is finished."""
+PROMPTS = "prompts.yaml"
+"""Copy of the prompt file of a run."""
 FRAME_ANSWERS = 50
 """First answers by which a declared frame is checked."""
 _LEAST_ANSWERS, _MUCH_BETTER = 10, 0.15
@@ -75,7 +77,8 @@ class Served:
         self.options = options or ServedOptions()
         self.cache = None if cache is None else AnswerCache(cache)
         self.usage = Usage(Budget(self.options.max_requests, self.options.max_tokens))
-        self.asked = load_prompts(self.options.prompts or DEFAULT)
+        name = self.options.prompts or DEFAULT
+        self.asked, self.text = load_prompts(name), find_prompts(name).read_text(encoding="utf-8")
         self._clients: dict[str, ChatClient] = {}
 
     def policy(self, address: str, *, seed: int = 0, temperature: float = 0.0) -> ServedPolicy:
@@ -92,6 +95,15 @@ class Served:
                 )
             self._clients[address] = client
         return ServedPolicy(self._clients[address], self.asked, seed=seed, temperature=temperature)
+
+    def check_same(self, folder: Path) -> None:
+        """Refuse to go on with a run whose prompt file has been changed (``FileError``)."""
+        copy = folder / PROMPTS
+        if copy.exists() and copy.read_text(encoding="utf-8") != self.text:
+            raise FileError(
+                f"the prompts {self.options.prompts or DEFAULT} are not those that {folder} was begun with: {copy} is a"
+                " copy of them; change the file back, or begin anew with another --out"
+            )
 
     @contextmanager
     def run(self, kept: str, *flags: str) -> Iterator[None]:

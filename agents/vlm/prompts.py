@@ -24,6 +24,8 @@ from ivt_env.failures import reading
 from ivt_env.grounding import VIEWS
 from ivt_env.rendering import Overlay, Surroundings
 
+TINY_NAME = "tiny"
+"""The name of the shipped model, wherever a model folder or hub name is taken."""
 NO_BOX_TEXT = "none"
 
 Box = tuple[float, float, float, float]

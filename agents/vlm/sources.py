@@ -21,12 +21,9 @@ from ivt_agents.vlm.dialogue import LAYOUTS
 from ivt_agents.vlm.footprint import resized
 from ivt_agents.vlm.policy import OWN, POLICY_FILE
 from ivt_agents.vlm.precision import DTYPES
-from ivt_agents.vlm.prompts import DEFAULT, check_shown, load_prompts
+from ivt_agents.vlm.prompts import DEFAULT, TINY_NAME, check_shown, load_prompts
 from ivt_agents.vlm.tiny import weights_folder
 from ivt_env.failures import read_json, reading
-
-TINY_NAME = "tiny"
-"""The name of the shipped model, wherever a model folder or hub name is taken."""
 
 CONFIG, ADAPTER, WEIGHTS = "config.json", "adapter_config.json", "*.safetensors"
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
