@@ -49,11 +49,11 @@ class Args:
     """The base that all start from."""
     seeds: int = 1
     """Seeds of all that is trained."""
-    sft_samples: int = 8000
+    sft_samples: int = 10_000
     """Training samples that SFT makes its lessons of."""
-    sft_steps: int = 700
+    sft_steps: int = 1000
     """Gradient steps of SFT."""
-    grpo_steps: int = 60
+    grpo_steps: int = 50
     """Steps of GRPO. The controls get as many steps as SFT and GRPO together."""
     half: bool = False
     """Also train an SFT of half the steps, and GRPO from it."""

@@ -66,13 +66,13 @@ class Recipe:
     """Go on from the newest checkpoint in `out`; what decides the result must be as it was."""
     overwrite: bool = False
     """Begin anew where `out` already holds a run, which is lost."""
-    steps: int = 60
+    steps: int = 50
     """Training steps: a rollout and an update each."""
-    prompts: int = 16
+    prompts: int = 8
     """Samples in a step, over all processes."""
     num_generations: int = 8
     """Episodes of each sample (the paper: 6)."""
-    episode_steps: int = 3
+    episode_steps: int = 8
     """Actions in an episode (the paper: one proposal and two refinements)."""
     stop: Hidden[bool] = True
     """The policy may end an episode. False: it is not asked to, its stop cannot be sampled, and every episode
@@ -83,12 +83,12 @@ class Recipe:
     """A prompt of its own each step, or one growing conversation (the paper). None: as the policy says."""
     reward: Hidden[Literal["gain", "final"]] = "gain"
     """`gain`: IoU gain at each step. `final`: IoU of the last box, paid at the end (the paper)."""
-    step_cost: Hidden[float] = 0.0
-    """Subtracted for every proposal."""
+    step_cost: float = 0.005
+    """Subtracted for every proposal: a look must bring more than that."""
     invalid_penalty: Hidden[float] = 0.1
     """Subtracted for an answer without a usable box or stop. Without it, an empty answer keeps the box as
     a stop does, and the policy learns to say nothing (seen after 40 steps)."""
-    wrong_stop_penalty: float = 0.0
+    wrong_stop_penalty: float = 0.2
     """Subtracted for a stop on a box whose IoU is below 0.5: it must be worth less than looking on."""
     format_bonus: Hidden[float] = 0.0
     """Added once, at the end, where every answer of an episode held a usable box or stop (the paper: 0.1)."""
@@ -108,9 +108,10 @@ class Recipe:
     """That standard deviation counts as at least this much reward."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
     """Policy loss. With one optimizer step per rollout gspo equals grpo, and cispo equals dapo."""
-    optim: Hidden[Literal["adamw", "muon"]] = "adamw"
+    optim: Hidden[Literal["adamw", "muon"] | None] = None
     """`muon`: Muon on the matrices of the language model's layers, and nothing else is trained; with --lora-r 0. On
-    the tiny model it learns from the same episodes what AdamW hardly does (`docs/paper.md`)."""
+    the tiny model it learns from the same episodes what AdamW hardly does (`docs/paper.md`). None: `adamw` for an
+    adapter, else `muon`."""
     learning_rate: float = 1e-3
     """Learning rate."""
     warmup_steps: Hidden[int] = 5
@@ -120,7 +121,7 @@ class Recipe:
     start_share: Hidden[float] = 0.0
     """Share of the weights that training began with in the policy that is saved, from 0 to below 1 (WiSE-FT, Wortsman
     et al. 2022): gives back some of what was lost without need, such as precise first boxes."""
-    lora_r: int = 16
+    lora_r: int = 0
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     num_iterations: Hidden[int] = 1
     """Optimizer steps on each rollout."""
@@ -132,9 +133,9 @@ class Recipe:
     """Weight of the KL divergence to the warm-started policy (the paper: 0.04)."""
     kl_in: Hidden[Literal["loss", "reward"]] = "loss"
     """Add it to the loss (k3 times ratio), or subtract it from each step's reward (k1)."""
-    temperature: Hidden[float] = 1.0
+    temperature: Hidden[float] = 0.7
     """Of the rollouts; the update scores with the same."""
-    max_completion_length: int = 40
+    max_completion_length: int = 48
     """Token limit of a turn."""
     max_unusable: Hidden[float] = MAX_UNUSABLE
     """Refuse to go on where more than this share of the first rollouts' answers holds no usable box or stop. 1: go
@@ -188,6 +189,7 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     chief = accelerator.is_main_process
     check_options(args, accelerator.num_processes)
     low, high = CLIPS[args.loss_type]
+    args.optim = args.optim or ("adamw" if args.lora_r else "muon")
     args.epsilon = low if args.epsilon is None else args.epsilon
     args.epsilon_high = high if args.epsilon_high is None else args.epsilon_high
     options = _begin(args, accelerator.num_processes)
@@ -343,6 +345,10 @@ def _warm_start(args: Args, accelerator: Accelerator) -> str:
         view=args.view,
         layout=args.layout,
         lessons="looks" if args.stop else "paper",
+        samples=4000,
+        steps=400,
+        bf16=args.bf16,
+        episode_steps=args.episode_steps,
         eval_samples=args.eval_samples,
         eval_split=args.eval_split,
         max_unusable=args.max_unusable,

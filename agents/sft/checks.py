@@ -31,6 +31,7 @@ _LEAST = {
     "lora_r": 0,
     "seed": 0,
     "eval_samples": 0,
+    "episode_steps": 1,
     "teacher_max_requests": 0,
     "teacher_max_tokens": 0,
 }

@@ -89,7 +89,7 @@ class Recipe:
     """Go on where a run in `out` was cut off; what decides the result must be as it was."""
     overwrite: bool = False
     """Begin anew where `out` already holds a run, which is lost."""
-    samples: int = 8000
+    samples: int = 10_000
     """Samples to harvest (all of the split if it has fewer)."""
     max_unusable: Hidden[float] = MAX_UNUSABLE
     """Refuse to go on where more than this share of the harvested answers holds no usable box. 1: go on whatever they
@@ -117,7 +117,7 @@ class Recipe:
     `fresh`."""
     single_shot: bool = False
     """Teach first answers only. The control that every claim about the loop must beat."""
-    steps: int = 700
+    steps: int = 1000
     """Optimizer steps."""
     per_device_train_batch_size: int = 24
     """Demonstrations in one forward pass of one process."""
@@ -143,6 +143,8 @@ class Recipe:
     """Steps between checkpoints."""
     eval_samples: int = 300
     """Validation samples of the table of before and after; 0 leaves it out."""
+    episode_steps: Hidden[int] = 8
+    """Actions in an episode of that table."""
     eval_split: Hidden[str] = "val"
     """Split of that table."""
     bf16: bool = False
@@ -416,6 +418,7 @@ def _measure(policy: VLMPolicy, args: Args, indices: range, progress: Progress, 
         args.env,
         args.eval_split,
         indices,
+        max_steps=args.episode_steps,
         data_root=args.data_root,
         strict=True,
         **policy.shown,
