@@ -117,7 +117,7 @@ class Recipe:
     `fresh`."""
     single_shot: bool = False
     """Teach first answers only. The control that every claim about the loop must beat."""
-    steps: int = 1000
+    steps: int = 900
     """Optimizer steps."""
     per_device_train_batch_size: int = 24
     """Demonstrations in one forward pass of one process."""

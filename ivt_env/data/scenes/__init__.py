@@ -130,7 +130,7 @@ class Scenes:
         if (search[0] if search else split) not in SPLITS:
             raise DataError(
                 f"scenes has no split {split!r}{closest(split, SPLITS)}; it has {', '.join(SPLITS)}, and those with"
-                " marks of another size (val_search_12)"
+                " marks of another size (val_search_16)"
             )
         self.split = split
         self._length = SPLITS[search[0] if search else split]

@@ -1,7 +1,7 @@
 """Search scenes: objects alike in all but a small mark, on images so large that a first look cannot read it.
 
 Whether a second look pays depends on the size of the mark, so the size is part of a split's name: ``test_search``
-has marks of 16 pixels, ``test_search_12`` the same scenes with marks of 12.
+has marks of 12 pixels, ``test_search_16`` the same scenes with marks of 16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ivt_env.data.scenes.world import COLOURS, MARKS, Mark, Thing
 
 SEARCH_SIDE = 768
 """Side of a search scene's image in pixels: eight times what the tiny model takes in at once."""
-MARK_SIDE = 16
+MARK_SIDE = 12
 """Side of a mark in pixels where the split does not say."""
 MARK_SIDES = (6, 48)
 """Smallest and largest side of a mark."""
