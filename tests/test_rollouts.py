@@ -111,7 +111,7 @@ def test_a_record_says_what_the_single_environment_says():
         observation, info = env.reset(seed=100 + number)
         assert (episode.seed, episode.agent, episode.sample_id) == (100 + number, "reader", info["sample_id"])
         assert episode.expression == observation["expression"]
-        assert (episode.dataset, episode.split, episode.size) == ("scenes", "train", (384, 384))
+        assert (episode.dataset, episode.split, episode.size) == ("scenes", "train", env.sample.size)
         assert episode.target == env.sample.box and tuple(episode.siblings) == env.sample.siblings
         terminated = truncated = False
         for step in episode.steps:
