@@ -118,7 +118,7 @@ def _lesson(
     overlaps = np.asarray(boxes.iou(shown, candidates))
     on = int(overlaps.argmax())
     looks = sample.meta.get("looks")
-    seen = f"A {looks[on]}. " if looks and overlaps[on] >= ON else ""
+    seen = f"{_article(looks[on])} {looks[on]}. " if looks and overlaps[on] >= ON else ""
     if on == 0 and overlaps[0] >= ON:
         if overlaps[0] >= good_iou:
             return demonstration(sample, dataset, index, shown, None, seen + FITS, before=before)
@@ -132,6 +132,10 @@ def _lesson(
         left = [box for box in candidates if not any(float(boxes.iou(box, b)) >= ON for b in (*before, shown))]
         following = min(left, key=lambda box: box[0])
     return demonstration(sample, dataset, index, shown, following, seen + said, before=before)
+
+
+def _article(words: str) -> str:
+    return "An" if words[0] in "aeiou" else "A"
 
 
 def _jitter(box: Box, share: float, rng: np.random.Generator) -> Box:
