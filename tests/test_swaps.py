@@ -248,7 +248,7 @@ def test_the_command_writes_records_tables_and_plot(tmp_path, capsys) -> None:
     assert len(screen) <= 15 and [line.split()[0] for line in screen[4:8]] == ["floor", "floor", "top", "top"]
     assert "index: target - sibling, random" in table and "floor" in table
     results = json.loads((args.out / "results.json").read_text())
-    assert results["served"] == "scenes/val"
+    assert results["served"] == "scenes/test"
     assert {(r["policy"], r["variant"]) for r in results["variants"]} == {(p, v) for p in played for v in VARIANTS}
 
 
