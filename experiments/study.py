@@ -119,8 +119,10 @@ def _training(args: Args) -> list[Job]:
             jobs.append(_job(args, name, "train_grpo", [*common, *own], "policy/policy.json", (warm,)))
             continue
         else:
-            own = ["--model", args.model, "--single-shot", "--samples", 48 * total, "--steps", total]
-            own += ["--pixels", PIXELS] if kind == "control-pixels" else []
+            batch = 16 if kind == "control-pixels" else 48
+            own = ["--model", args.model, "--single-shot", "--samples", batch * total, "--steps", total]
+            if kind == "control-pixels":  # a step of it costs then what a step of the loop's SFT does
+                own += ["--pixels", PIXELS, "--per-device-train-batch-size", batch, "--gradient-accumulation-steps", 1]
         jobs.append(_job(args, name, "train_sft", [*common, *own], "policy/policy.json"))
     return jobs
 
