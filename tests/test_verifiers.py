@@ -28,7 +28,8 @@ BIN = Path(sys.prefix) / "verifiers" / "bin"
 SAMPLES = 6
 
 pytestmark = pytest.mark.skipif(
-    not (BIN / "vf-eval").exists(), reason="needs verifiers in an environment of its own: make .venv/verifiers/.installed"
+    not (BIN / "vf-eval").exists(),
+    reason="needs verifiers in an environment of its own: make .venv/verifiers/.installed",
 )
 
 
