@@ -16,6 +16,8 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # the commands of the last go on from each other's files.
 ALONE := tests/test_mutated_inputs.py tests/test_mutated_files.py tests/test_unwritable.py tests/test_documented_commands.py
 
+SITE := import sysconfig; print(sysconfig.get_path('purelib'))
+
 .PHONY: train test quick paper study tiny docs check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -24,6 +26,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt torch
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,sb3,human,quantize,openenv,docs,dev]"
 	$(RUN) -m pip install --quiet -c constraints.txt --no-deps openenv
+	touch $@
+
+# verifiers wants an older openai and a newer mcp than the others do: an environment of its own, on top of the first.
+$(VENV)/verifiers/.installed: $(VENV)/.installed environments/ivt_grounding/pyproject.toml
+	$(RUN) -m venv $(VENV)/verifiers
+	below=$$($(RUN) -c "$(SITE)"); \
+	echo "import site; site.addsitedir('$$below')" > "$$($(VENV)/verifiers/bin/python -c "$(SITE)")/below.pth"
+	$(VENV)/verifiers/bin/python -m pip install --quiet -c environments/ivt_grounding/constraints.txt \
+		-e environments/ivt_grounding
 	touch $@
 
 train: $(VENV)/.installed
@@ -52,7 +63,7 @@ check: $(VENV)/.installed
 	mkdir -p build/typing && ln -sfn ../../agents build/typing/ivt_agents
 	$(VENV)/bin/mypy
 
-test: check
+test: check $(VENV)/verifiers/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(ALONE))
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ALONE)
 

@@ -13,6 +13,7 @@ import os
 import tempfile
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -21,6 +22,7 @@ from transformers import PrinterCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from ivt_agents.command import run_command  # noqa: E402
+from ivt_agents.trl import config_fields  # noqa: E402
 from ivt_agents.trl.rollout import TRLRollout, episode_return, rollout_processor, rollout_rows  # noqa: E402
 from ivt_agents.vlm.load import load_policy  # noqa: E402
 
@@ -31,6 +33,11 @@ class Args:
 
     model: str = "tiny"
     """A policy's folder or a model id."""
+    env: str = "IVT-Scenes-v0"
+    """A registered id."""
+    data_root: str | None = None
+    """The folder of real data sets; where one is absent, nothing else is played."""
+    split: str = "train"
     steps: int = 2
     """Optimizer steps."""
     prompts: int = 2
@@ -41,35 +48,39 @@ class Args:
     """Actions in an episode."""
     seed: int = 0
     """Decides the samples' order and what is sampled."""
+    grpo: tuple[str, ...] = ()
+    """Fields of GRPOConfig, name=value each, which go before those below."""
 
 
 def main(args: Args) -> None:
     """Train, and print one line a step."""
     policy = load_policy(args.model, temperature=1.0, max_new_tokens=40, layout="prefix")
+    played = {"data_root": args.data_root, "strict": True, "split": args.split, "max_steps": args.turns}
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=args.prompts * args.group,
-            num_generations=args.group,
-            max_steps=args.steps,
-            learning_rate=1e-4,
-            temperature=1.0,
-            scale_rewards="none",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            seed=args.seed,
-        )
+        settings: dict[str, Any] = {
+            "output_dir": folder,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": args.prompts * args.group,
+            "num_generations": args.group,
+            "max_steps": args.steps,
+            "learning_rate": 1e-4,
+            "temperature": 1.0,
+            "scale_rewards": "none",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "seed": args.seed,
+        }
+        config = GRPOConfig(**(settings | config_fields(args.grpo, GRPOConfig)))
         trainer = GRPOTrainer(
             model=policy.model,
             reward_funcs=episode_return,
             args=config,
             processing_class=rollout_processor(policy),
-            rollout_func=TRLRollout(policy, "IVT-Scenes-v0", split="train", max_steps=args.turns),
+            rollout_func=TRLRollout(policy, args.env, **played),
             train_dataset=rollout_rows(range(args.steps * args.prompts)),
         )
         trainer.remove_callback(PrinterCallback)

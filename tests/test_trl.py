@@ -7,6 +7,7 @@ log-probability a little, raise no error, and train the model on conversations t
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import re
 import subprocess
@@ -19,9 +20,11 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
+from ivt_agents.trl import config_fields
 from ivt_agents.trl.rollout import RolloutImages, TRLRollout, episode_return, rollout_processor, rollout_rows
 from ivt_agents.vlm.adapters import add_lora
 from ivt_agents.vlm.load import load_policy
+from ivt_env.data.sample import DataMissingError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:You are using")
 
@@ -142,3 +145,25 @@ def test_an_example_trains_two_steps_and_prints_what_the_page_shows(script):
     assert [without_figures(line) for line in printed] == [without_figures(line) for line in transcript(script)]
     rewards = [float(re.search(r"reward ([\d.]+)", line)[1]) for line in printed[:2]]
     assert len(rewards) == 2 and all(0 <= r <= 1 for r in rewards) and max(rewards) > 0
+
+
+@pytest.mark.parametrize("script", ["trl_environment", "trl_rollout"])
+def test_an_example_takes_other_data_and_fields_of_trl(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module(script)
+    options = {"steps": 5, "prompts": 1, "group": 2, "turns": 2, "env": "IVT-Photos-v0"}
+    example.main(example.Args(**options, grpo=("learning_rate=0.0", "max_steps=1")))
+    printed = capsys.readouterr().out
+    assert printed.count("step ") == 1 and "\n0 of 109 weights changed" in printed
+    options["env"] = "IVT-RefCOCO-v0"
+    with pytest.raises(DataMissingError):
+        example.main(example.Args(**options, data_root=str(tmp_path)))
+
+
+def test_a_field_that_trl_does_not_have_is_refused_with_the_nearest():
+    words = ["use_vllm=true", "learning_rate=1e-5", "vllm_mode=colocate", "report_to=[]", "max_steps=3"]
+    values = {"use_vllm": True, "learning_rate": 1e-5, "vllm_mode": "colocate", "report_to": [], "max_steps": 3}
+    assert config_fields(words, GRPOConfig) == values
+    for word, message in (("use_vlm=1", "GRPOConfig, such as use_vllm"), ("seed", "give name="), ("seed=[", "be read")):
+        with pytest.raises(ValueError, match=message):
+            config_fields([word], GRPOConfig)

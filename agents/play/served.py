@@ -214,14 +214,8 @@ class ServedPolicy:
         self, observations: Mapping[str, Any], row: int, draw: tuple[int, int] | None
     ) -> tuple[Answer, list[float] | None, bool]:
         """The answer of one environment, its box relative to the whole image, and whether it is a stop."""
-        asked, codec = self.asked, self.asked.codec
-        views = [(asked.image.resize(image), window) for image, window in images_of(observations, row)]
-        sizes, windows = [image.shape[:2] for image, _ in views], [window for _, window in views]
-        box, shown = observations["box"][row], None
-        if box.any():
-            shown = codec.box_text(boxes.clip(boxes.into_window(box, windows[0])).tolist(), sizes[0])
-        text = asked.prompts.fill(str(observations["expression"][row]), shown, windows, sizes[0])
-        turn = user_turn(text, [image for image, _ in views])
+        asked, question = self.asked, self.asked.question(observations, row)
+        turn = user_turn(question.text, question.images)
         messages = [{"role": "system", "content": asked.system}] if asked.system else []
         messages = [*self._said.get(row, messages), turn]
         body = {"messages": messages, "temperature": self.temperature, "max_tokens": asked.max_tokens}
@@ -232,8 +226,7 @@ class ServedPolicy:
             raise ServedError(f"{self.client.name} gives no logprobs, and the most confident answer was asked for")
         if self.layout == "prefix":
             self._said[row] = [*messages, {"role": "assistant", "content": answer.text}]
-        action = codec.parse(answer.text if answer.finished else "")
-        return answer, codec.box_of(action, sizes, windows), action.stop
+        return answer, *question.read(answer.text if answer.finished else "")
 
 
 def served_by(agent: Any) -> ServedPolicy | None:

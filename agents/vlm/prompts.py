@@ -20,6 +20,7 @@ from PIL import Image
 
 from ivt_agents.config import KeysOnce
 from ivt_agents.vlm.codec import ANSWER, BoxCodec
+from ivt_env import boxes
 from ivt_env.failures import reading
 from ivt_env.grounding import VIEWS
 from ivt_env.rendering import Overlay, Surroundings
@@ -125,6 +126,23 @@ class ImageSize:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """What one observation asks, and how an answer to it is read."""
+
+    text: str
+    images: list[NDArray[np.uint8]]
+    """RGB (height, width, 3), at the size at which they are sent."""
+    windows: list[Box]
+    """What each of them shows."""
+    codec: BoxCodec
+
+    def read(self, answer: str) -> tuple[list[float] | None, bool]:
+        """The box of an answer, relative to the whole image (None: there is none), and whether it is a stop."""
+        action = self.codec.parse(answer)
+        return self.codec.box_of(action, [image.shape[:2] for image in self.images], self.windows), action.stop
+
+
+@dataclass(frozen=True, slots=True)
 class PromptFile:
     """What a prompt file says."""
 
@@ -152,6 +170,16 @@ class PromptFile:
         """Keywords of the environment that shows what the model is to see."""
         found = {"view": self.view, "overlay": self.overlay, "closeup": self.around, "canvas": self.canvas}
         return {key: value for key, value in found.items() if value is not None}
+
+    def question(self, observations: Mapping[str, Any], row: int) -> Question:
+        """What the environment ``row`` of a batch of observations asks of a served model."""
+        views = [(self.image.resize(image), window) for image, window in images_of(observations, row)]
+        images, windows = [image for image, _ in views], [window for _, window in views]
+        box, size, shown = observations["box"][row], images[0].shape[:2], None
+        if box.any():
+            shown = self.codec.box_text(boxes.clip(boxes.into_window(box, windows[0])).tolist(), size)
+        text = self.prompts.fill(str(observations["expression"][row]), shown, windows, size)
+        return Question(text, images, windows, self.codec)
 
     def settings(self) -> dict[str, Any]:
         """Those keys that a model on this machine has in its ``policy.json``."""
