@@ -43,7 +43,7 @@ SFT = [
     *TRAINING,
 ]
 GRPO = ["train-grpo", "--model", "tiny", "--steps", "2", "--prompts", "1", "--num-generations", "2", *TRAINING]
-GRPO += ["--max-completion-length", "14", "--lora-r", "4"]
+GRPO += ["--max-completion-length", "14", "--lora-r", "4", "--episode-steps", "3"]
 # Both must begin anew where the killed one had come to its end.
 SWAPS = "ivt_agents.evaluation.swaps --policies a=centre b=random --samples 4 --overwrite".split()
 PPO = "ivt_agents.sb3.train --steps 128 --samples 8 --num-envs 4 --rollout 8 --batch 16 --epochs 1".split()

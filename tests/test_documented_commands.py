@@ -36,7 +36,7 @@ PAGES = [
 
 SFT = "--samples 6 --per-device-train-batch-size 2 --gradient-accumulation-steps 1 --steps 1 --eval-samples 2"
 SFT += " --report-to none"
-GRPO = "--prompts 2 --num-generations 2 --eval-samples 2 --report-to none"
+GRPO = "--prompts 2 --num-generations 2 --episode-steps 3 --eval-samples 2 --report-to none"
 
 # In this order, in one folder: what the command is run with besides what the page says.
 RUN = {

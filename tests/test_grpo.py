@@ -389,6 +389,7 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 
 
 SMALL = "--model tiny --steps 2 --prompts 2 --num-generations 4 --eval-samples 8 --report-to none".split()
+SMALL += ["--episode-steps", "3"]
 
 
 @pytest.mark.parametrize("place", ["photos", "refer"])

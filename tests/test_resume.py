@@ -42,6 +42,7 @@ TINY = {
     "model": "tiny",
     "prompts": 1,
     "num_generations": 2,
+    "episode_steps": 3,
     "max_completion_length": 14,
     "lora_r": 4,
     "learning_rate": 5e-3,

@@ -39,6 +39,7 @@ GRPO = {
     "model": "tiny",
     "prompts": 1,
     "num_generations": 2,
+    "episode_steps": 3,
     "max_completion_length": 14,
     "lora_r": 4,
     "learning_rate": 5e-3,
@@ -331,9 +332,9 @@ def test_a_study_begun_again_with_other_numbers_is_refused_by_name(tmp_path, mon
     args = study.Args(out=tmp_path, seeds=1)
     study.main(args)
     study.main(replace(args, jobs=1))
-    with pytest.raises(FileError, match="was made with samples 2000, not 5: give another --out"):
+    with pytest.raises(FileError, match="was made with samples 500, not 5: give another --out"):
         study.main(replace(args, samples=5))
-    assert asked_of(tmp_path, "study.json")["samples"] == 2000
+    assert asked_of(tmp_path, "study.json")["samples"] == 500
 
 
 SLEEPER = """

@@ -19,7 +19,7 @@ from ivt_env.data.sample import DataError
 from ivt_env.rollouts import first_samples, make_vector_env
 
 SFT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "steps": 1, "report_to": "none"}
-GRPO = {"steps": 1, "prompts": 1, "num_generations": 2, "report_to": "none"}
+GRPO = {"steps": 1, "prompts": 1, "num_generations": 2, "episode_steps": 3, "report_to": "none"}
 
 
 @pytest.fixture

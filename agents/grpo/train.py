@@ -79,7 +79,7 @@ class Recipe:
     makes all its refinements (the paper)."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on: the whole image, the region around it enlarged, or both. None: as the policy says."""
-    layout: Literal["fresh", "prefix"] | None = None
+    layout: Hidden[Literal["fresh", "prefix"] | None] = None
     """A prompt of its own each step, or one growing conversation (the paper). None: as the policy says."""
     reward: Hidden[Literal["gain", "final"]] = "gain"
     """`gain`: IoU gain at each step. `final`: IoU of the last box, paid at the end (the paper)."""
