@@ -7,7 +7,6 @@ that is evaluated here. verifiers has an environment of its own (`make test` mak
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys

@@ -8,9 +8,9 @@
     accelerate launch --num_processes 2 train_sft.py       # the same on several processes
 
 1. Harvest: the student plays one step on samples of the training split.
-2. Teach: the template teacher walks from each of its boxes to the target, in words and numbers, and
-   answers *stop* where the box is already good. A model teacher (``hf:`` or ``openai:``) keeps the
-   boxes and writes the words.
+2. Teach: the template teacher shows its boxes, shifted ones and those of other objects, says what is seen there, and
+   keeps the box, corrects it or goes to another object. A model teacher (``hf:`` or ``openai:``) keeps the boxes and
+   writes the words.
 3. Fine-tune: cross-entropy on the answers only.
 
 It ends with a table of before and after, without ground truth, on the validation split.

@@ -2,7 +2,7 @@
 
     vf-eval ivt-grounding -m MODEL --client.base-url http://127.0.0.1:8000/v1 -n 20
 
-``GroundingTaskset`` says which samples are played, ``GroundingEnv`` plays them, and ``GroundingHarness`` asks the model.
+``GroundingTaskset`` says which samples are played, ``GroundingEnv`` plays them, ``GroundingHarness`` asks the model.
 Written for verifiers 0.4.
 """
 
