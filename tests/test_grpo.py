@@ -68,7 +68,12 @@ def bounds(loss: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def rows():
-    return [t for episode in play().turns for t in episode]
+    """Of several lengths, which the shipped model's answers do not have: else some losses are the same."""
+    turns = [t for episode in play().turns for t in episode]
+    for number, turn in enumerate(turns):
+        keep = len(turn.completion) - number % 4
+        turn.completion, turn.log_probs = turn.completion[:keep], turn.log_probs[:keep]
+    return turns
 
 
 @pytest.mark.parametrize(("lora", "loss"), [(False, "dapo"), *((True, loss) for loss in LOSSES)])
