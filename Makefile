@@ -71,7 +71,7 @@ test: check $(VENV)/verifiers/.installed
 SLOW := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,accelerate against checkpointing cli controls decode docs \
 	documented evaluate failures fetch footprint generation gpu grpo kills large layouts learning model mutated not_finite \
 	packaging packing paper play policy pretraining real_models report resume rollout_command run_folders sb3 server served sft \
-	sharding small_splits study swaps teachers tiny trackers trl unusable unwritable viewer wrappers_sb3)))
+	sharding small_splits study swaps teachers tiny trackers trl unusable unwritable verifiers viewer wrappers_sb3)))
 quick: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(SLOW))
 

@@ -26,10 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.prefix) / "verifiers" / "bin"
 SAMPLES = 6
 
-pytestmark = pytest.mark.skipif(
-    not (BIN / "vf-eval").exists(),
-    reason="needs verifiers in an environment of its own: make .venv/verifiers/.installed",
-)
+pytestmark = pytest.mark.skipif(not BIN.exists(), reason="needs verifiers: make .venv/verifiers/.installed")
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +164,9 @@ def test_it_loads_from_python_and_nothing_else_here_imports_verifiers():
     """
     run = subprocess.run([str(BIN / "python"), "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
+    wrong = [str(BIN / "vf-eval"), "ivt-grounding", "--no-push", "--env.taskset.prompts", "gpt", "--dry-run"]
+    run = subprocess.run(wrong, capture_output=True, text=True, check=False)
+    assert run.returncode != 0 and "no prompts 'gpt'" in run.stderr + run.stdout
     for folder in ("ivt_env", "agents", "experiments", "benchmarks"):
         for path in (ROOT / folder).glob("**/*.py"):
             assert "import verifiers" not in path.read_text(encoding="utf-8"), path

@@ -21,11 +21,8 @@ def config_fields(words: Sequence[str], config: type) -> dict[str, Any]:
         name, given, value = word.partition("=")
         known = [field.name for field in fields(config) if field.init]
         if not given or name not in known:
-            near = get_close_matches(name, known, 1)
-            raise ValueError(
-                f"{word!r}: give name=value with a field of {config.__name__}"
-                + (f", such as {near[0]}" if near else "")
-            )
+            near = "".join(f", such as {near}" for near in get_close_matches(name, known, 1))
+            raise ValueError(f"{word!r}: give name=value with a field of {config.__name__}{near}")
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:

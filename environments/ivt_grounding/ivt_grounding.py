@@ -11,12 +11,12 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import openai
 import verifiers.v1 as vf
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import ivt_env
 from ivt_agents.play.chat import SentImage, user_turn
@@ -45,6 +45,14 @@ class GroundingConfig(vf.TasksetConfig):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """More keywords of the environment, for example {"max_steps": 6}."""
 
+    @model_validator(mode="after")
+    def playable(self) -> Self:
+        """Refuse what there is not, before anything is loaded."""
+        if self.env not in ivt_env.IDS:
+            raise ValueError(f"no environment {self.env!r}; there are {', '.join(ivt_env.IDS)}")
+        load_prompts(self.prompts)
+        return self
+
 
 class GroundingData(vf.TaskData):
     """One sample. Its image is drawn when it is played."""
@@ -72,8 +80,6 @@ class GroundingTaskset(vf.Taskset[GroundingTask, GroundingConfig]):
     @cached_property
     def dataset(self) -> Dataset:
         """The split that is played."""
-        if self.config.env not in ivt_env.IDS:
-            raise ValueError(f"no environment {self.config.env!r}; there are {', '.join(ivt_env.IDS)}")
         name = ivt_env.IDS[self.config.env]["dataset"]
         return load_dataset(name, self.config.split, self.config.data_root, strict=True)
 
