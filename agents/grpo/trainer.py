@@ -317,7 +317,8 @@ class GRPOTrainer:
                 out.skipped += 1
                 continue
             episodes = groups.turns[g * size : (g + 1) * size]
-            states = _states(episodes, horizon)
+            compared = config.advantage == "episode_and_step"
+            states = _states(episodes, horizon) if compared else np.zeros((size, horizon), dtype=np.int64)
             values = advantages_of(config.advantage, rewards[g], groups.taken[g], states, config.omega, config.discount)
             if config.scale_rewards != "none":
                 group = config.scale_rewards == "group"
@@ -506,14 +507,15 @@ def _last_action(taken: np.ndarray) -> np.ndarray:
 def _states(episodes: list[list[Turn]], horizon: int) -> NDArray[np.int64]:
     """A number for what each step of a group's episodes observed, (G, T); -1 where no action was made.
 
-    Members of a group play one image, so what they were asked, and when, is the state: it names the current
-    box, and in the prefix layout everything before.
+    Members of a group play one image, so what they were asked and shown, and when, is the state: the ids name the
+    current box and in the prefix layout everything before, and the images show the trail.
     """
-    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    numbers: dict[tuple[int, tuple[int, ...], tuple[bytes, ...]], int] = {}
     out = np.full((len(episodes), horizon), -1, dtype=np.int64)
     for m, episode in enumerate(episodes):
         for t, turn in enumerate(episode):
-            out[m, t] = numbers.setdefault((t, tuple(turn.prompt.ids)), len(numbers))
+            shown = tuple(image.patches.numpy().tobytes() for image in turn.prompt.images)
+            out[m, t] = numbers.setdefault((t, tuple(turn.prompt.ids), shown), len(numbers))
     return out
 
 

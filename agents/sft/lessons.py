@@ -129,8 +129,9 @@ def _lesson(
     said = WRONG_OBJECT if overlaps[on] >= ON else MISSES
     following = target
     if search:
-        left = [box for box in candidates if not any(float(boxes.iou(box, b)) >= ON for b in (*before, shown))]
-        following = min(left, key=lambda box: box[0])
+        # A box between two objects lies on the one that it covers more of.
+        looked = {int(np.asarray(boxes.iou(box, candidates)).argmax()) for box in before} | ({on} if seen else set())
+        following = min((box for k, box in enumerate(candidates) if k not in looked), key=lambda box: box[0])
     return demonstration(sample, dataset, index, shown, following, seen + said, before=before)
 
 
