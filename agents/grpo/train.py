@@ -83,7 +83,7 @@ class Recipe:
     """A prompt of its own each step, or one growing conversation (the paper). None: as the policy says."""
     reward: Hidden[Literal["gain", "final"]] = "gain"
     """`gain`: IoU gain at each step. `final`: IoU of the last box, paid at the end (the paper)."""
-    step_cost: float = 0.01
+    step_cost: float = 0.005
     """Subtracted for every proposal: a look must bring more than that."""
     invalid_penalty: Hidden[float] = 0.1
     """Subtracted for an answer without a usable box or stop. Without it, an empty answer keeps the box as
