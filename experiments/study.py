@@ -133,11 +133,14 @@ def _playing(args: Args) -> list[Job]:
     policies = {"base": args.model} | {name: str(args.out / name / "policy") for name in names(args)}
     last = "grpo-0"
     for name, spec in policies.items():
-        loops = name == "base" or name.rpartition("-")[0] not in ("control", "control-pixels")
+        # The base, which never stops, is asked for two refinements, as in the paper; controls answer once.
+        actions = {"base": 3, "control": 1, "control-pixels": 1}.get(
+            name.rpartition("-")[0] or name, args.episode_steps
+        )
         needs = () if name == "base" else (name,)
         for split in args.splits:
             options = ["--split", split, "--samples", args.samples, "--page-episodes", 1 if name != last else 50]
-            options += ["--episode-steps", args.episode_steps if loops else 1, "--policies", f"{name}={spec}"]
+            options += ["--episode-steps", actions, "--policies", f"{name}={spec}"]
             # What every step would have given is asked of the base, which collapses, and of the loop that never stops.
             options += [] if name.partition("-")[0] in ("base", "grpo") else ["--no-forced"]
             jobs.append(_job(args, f"played/{split}/{name}", "evaluate", options, needs=needs))
