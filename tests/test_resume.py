@@ -47,6 +47,7 @@ TINY = {
     "lora_r": 4,
     "learning_rate": 5e-3,
     "warmup_steps": 1,
+    "temperature": 1.0,
     "eval_samples": 0,
     "report_to": "none",
     "save_steps": 1,
