@@ -74,7 +74,7 @@ NOT_HERE = {
     "ivt train-sft": "is python train_sft.py",
     "ivt train-grpo": "is python train_grpo.py",
     "ivt train-sft --single-shot --steps 500": "takes minutes; test_controls trains a small one",
-    "make train": "takes an hour; test_study reads each of its commands, and test_documented_commands runs the trainings small",
+    "make train": "takes long; test_study reads each of its commands and runs those that play",
     "make test": "is this test",
     "make docs": "test_docs builds them",
     "ivt play": "waits for a person; test_play and test_play_browser play",
