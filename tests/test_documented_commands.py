@@ -73,7 +73,8 @@ HOURS = "takes more than an hour, or a GPU; test_paper runs it small"
 NOT_HERE = {
     "ivt train-sft": "is python train_sft.py",
     "ivt train-grpo": "is python train_grpo.py",
-    "make train": "takes 20 minutes; each of its commands is run above with smaller numbers",
+    "ivt train-sft --single-shot --steps 500": "takes minutes; test_controls trains a small one",
+    "make train": "takes long; test_study reads each of its commands and runs those that play",
     "make test": "is this test",
     "make docs": "test_docs builds them",
     "ivt play": "waits for a person; test_play and test_play_browser play",
