@@ -75,10 +75,11 @@ def test_the_controls_get_the_steps_of_the_loop_and_no_answer_twice(tmp_path):
         loop = parsed[f"sft-{seed}"]
         for name in ("control", "control-pixels"):
             control = parsed[f"{name}-{seed}"]
-            for same in ("model", "per_device_train_batch_size", "learning_rate", "optim", "smoothing", "bf16", "seed"):
+            for same in ("model", "learning_rate", "optim", "smoothing", "bf16", "seed"):
                 assert getattr(loop, same) == getattr(control, same), same
             assert control.steps == args.sft_steps + args.grpo_steps and not loop.single_shot and control.single_shot
             batch = control.per_device_train_batch_size * control.gradient_accumulation_steps
+            assert batch == (16 if name == "control-pixels" else 48), "a step of seven times the pixels costs as much"
             assert control.samples >= control.steps * batch
 
 
