@@ -123,7 +123,7 @@ def plot_map(out: Path, marks: Sequence[int]) -> None:
             pixels = _pixels(out, name, marks)
             axes.errorbar(marks, values, bars, label=f"{label} ({pixels})", capsize=3, **line_style(place, len(labels)))
         axes.axhline(23.75, color="grey", linewidth=1, linestyle=":")
-        axes.annotate("chance", (marks[0], 24.5), color="grey")
+        axes.annotate("chance", (marks[-1], 24.5), color="grey", ha="right")
         axes.set_xlabel("side of the mark that tells the objects apart, in pixels of 768")
         axes.set_ylabel("Acc@0.5, without ground truth (%)")
         axes.set_xticks(list(marks))
