@@ -108,7 +108,7 @@ NOT_HERE = {
     "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 16 --num_machines 2 --machine_rank 0"
     " --main_process_ip 10.0.0.1 --main_process_port 29500 train_grpo.py --out /shared/runs/grpo --prompts 32": "needs"
     " two machines with eight GPUs each",
-    "python train_grpo.py --model Qwen/Qwen3-VL-4B-Instruct --dry-run": HUB,
+    "python train_grpo.py --model Qwen/Qwen3-VL-4B-Instruct --lora-r 64 --dry-run": HUB,
     "ivt train-grpo --config configs/paper_qwen3vl_4b.yaml --model Qwen/Qwen3-VL-4B-Instruct --dry-run"
     " --gpu-memory-gb 80": HUB,
     "python -m experiments.paper --config configs/paper_qwen3vl_4b.yaml --dry-run": HUB,
