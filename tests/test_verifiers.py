@@ -143,7 +143,7 @@ def test_a_server_that_fails_gives_no_score_and_resume_asks_for_what_is_missing(
 def test_the_shipped_tiny_model_behind_transformers_own_server_scores_as_it_does_here(tmp_path):
     shutil.copytree(weights_folder(), tmp_path / "tiny")
     env = make_vector_env("IVT-Scenes-v0", SAMPLES, split="val", **Served(ServedOptions(prompts="tiny")).asked.shown)
-    episodes = rollout(env, load_agent("tiny", env=env), SAMPLES, 0, indices=range(SAMPLES))
+    episodes = rollout(env, load_agent("vlm:tiny", env=env), SAMPLES, 0, indices=range(SAMPLES))
     with transformers_serve("tiny", tmp_path) as url:
         traces = evaluated(url, tmp_path / "out", "-m", "tiny", "--env.taskset.prompts", "tiny")
     for trace, episode in zip(traces, episodes, strict=True):
