@@ -293,7 +293,8 @@ class ChatClient:
     def _send(self, body: Body) -> Answer:
         with self._lock:
             if not self._model:
-                names = [model.id for model in self._try(lambda client: client.models.list())[0].data]
+                listed = getattr(self._try(lambda client: client.models.list())[0], "data", None)
+                names = [str(getattr(model, "id", None)) for model in (listed if isinstance(listed, list) else ())]
                 if len(names) != 1:
                     raise ServedError(
                         f"{self.name} serves {len(names)} models ({', '.join(names[:5]) or 'none listed'}): "
@@ -305,9 +306,8 @@ class ChatClient:
         reply, seconds = self._try(
             lambda client: client.chat.completions.create(model=self._model, messages=messages, extra_body=rest)
         )
-        sent = getattr(reply.usage, "prompt_tokens", None)
-        said = getattr(reply.usage, "completion_tokens", None)
-        total = getattr(reply.usage, "total_tokens", None)
+        usage = getattr(reply, "usage", None)  # a server may answer any JSON, null too
+        sent, said, total = (getattr(usage, f"{what}_tokens", None) for what in ("prompt", "completion", "total"))
         if type(total) is not int or total < 0:
             self.usage.end_request(None)
             raise ServedError(
