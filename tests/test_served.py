@@ -132,7 +132,14 @@ def test_best_of_takes_the_answer_that_the_server_is_surest_of(chat):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [("gone", "refused"), (404, "404 Not Found"), (401, "OPENAI_API_KEY"), ("broken", "not JSON")]
+    ("fault", "message"),
+    [
+        ("gone", "refused"),
+        (404, "404 Not Found"),
+        (401, "OPENAI_API_KEY"),
+        ("broken", "not JSON"),
+        ((200, {}, b"null"), "does not say"),
+    ],
 )
 def test_a_wrong_address_is_found_by_one_small_request_before_anything_is_lost(chat, tmp_path, fault, message, capsys):
     evaluate.main(options(tmp_path, chat.url, policies=["r=random"], forced=False))
