@@ -111,7 +111,9 @@ POISONS = {
 def test_grpo_stops_at_the_step_names_the_quantity_and_keeps_the_last_good_checkpoint(
     tmp_path, monkeypatch, said, step
 ):
-    trainer = small_trainer(tmp_path, small_policy(), save_steps=1, prompts=1)
+    policy = small_policy()
+    policy.set_temperature(1.5)  # or the groups of a model so sure of itself would not differ
+    trainer = small_trainer(tmp_path, policy, save_steps=1, prompts=1)
     POISONS[said](trainer, monkeypatch, step)
     kept = f"step-{step - 1:06d}"
     with pytest.raises(NotFiniteError, match=rf"step {step}: .*{said}.*last good checkpoint is \S+{kept}"):

@@ -39,7 +39,7 @@ def asked(policy, **start):
     return actions["text"], [(t.prompt.ids, t.completion, t.log_probs) for t in policy.turns]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0])
 def test_first_answers_are_bit_equal_to_the_other_models_and_later_ones_to_the_policys_own(temperature):
     mixed, own = (changed(temperature=temperature) for _ in range(2))
     base, own.opener = load_policy("tiny", temperature=temperature), None

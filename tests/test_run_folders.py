@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -304,10 +303,14 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_never_lies_beside_old_tables
     assert same_scores(tmp_path / "whole", tmp_path / "cut")
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_an_evaluation_that_goes_on_always_says_what_its_episodes_were_played_for(tmp_path, monkeypatch):
     evaluate.main(evaluate.Args(out=tmp_path, **EVALUATION))
     with monkeypatch.context() as until, pytest.raises(KeyboardInterrupt):
-        until.setattr(evaluate, "write_json", lambda *_: signal.raise_signal(signal.SIGINT))
+        until.setattr(evaluate, "write_json", interrupted)
         evaluate.main(evaluate.Args(out=tmp_path, resume=True, **EVALUATION))
     assert not (tmp_path / "results.json").exists() and asked_of(tmp_path, "config.json")["samples"] == 4
     evaluate.main(evaluate.Args(out=tmp_path, resume=True, **EVALUATION))
