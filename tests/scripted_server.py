@@ -40,7 +40,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         key = hashlib.sha256(body).hexdigest()
-        image, text = (part for part in json.loads(body)["messages"][-1]["content"])
+        image, text = json.loads(body)["messages"][-1]["content"][-2:]
         with Handler.lock:
             Handler.seen[key] = Handler.seen.get(key, 0) + 1
             number, times = len(Handler.seen), Handler.seen[key]
