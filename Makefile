@@ -65,7 +65,7 @@ check: $(VENV)/.installed
 
 test: check $(VENV)/verifiers/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(ALONE))
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ALONE)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 4 --dist loadfile $(ALONE)
 
 # Without browsers, builds, servers, models and trainings.
 SLOW := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,accelerate against checkpointing cli controls decode docs \
