@@ -226,7 +226,7 @@ def test_a_server_killed_at_ten_random_moments_loses_nothing_and_is_paid_once(tm
     total, rng = len(calm_log.read_text().split()), random.Random(5)
     out, finished = tmp_path / "killed", 0
     log.touch()
-    moments = sorted(rng.sample(range(1, total), 10))
+    moments = sorted(rng.sample(range(1, total - 40), 10))  # 16 more may be answered before the server is gone
     for moment in moments:
         server = scripted(port, 0.01, log)
 
