@@ -138,7 +138,7 @@ def test_equal_ids_with_other_images_are_not_shared():
     with torch.no_grad():
         shared = TokenScorer(policy.model, policy.sampling, False)(turns)[0]
         apart = torch.cat([TokenScorer(policy.model, policy.sampling, False)([t])[0] for t in turns])
-    assert (shared - apart).abs().max() < 5e-5 and (shared[0] - shared[-1]).abs() > 1e-6
+    assert (shared - apart).abs().max() < 2e-5 and (shared[0] - shared[-1]).abs() > 1e-6
 
 
 def _between(ids: list[int], image_token: int) -> int:
@@ -156,7 +156,7 @@ def test_a_turn_that_begins_another_and_its_repetition_keep_their_scores():
         scorer = TokenScorer(policy.model, policy.sampling, True)
         together = scorer(many)[0]
         apart = torch.cat([scorer([t])[0] for t in many])
-    assert (together - apart).abs().max() < 5e-5
+    assert (together - apart).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])

@@ -1,6 +1,6 @@
 """A vision-language model behind an address as an agent: ``openai:BASE_URL#MODEL``.
 
-What it is asked stands in a prompt file. The observations of one ``act`` are sent at the same time, as many as
+A prompt file says what it is asked. The observations of one ``act`` are sent at the same time, as many as
 ``concurrency`` allows, so that the one loop that plays many environments side by side keeps a server busy.
 """
 

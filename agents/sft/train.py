@@ -133,8 +133,8 @@ class Recipe:
     lora_r: int = 0
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     first_answers: Hidden[Literal["model", "policy"] | None] = None
-    """Who answers while there is no box. `model`: the student as it was, so that learning to refine costs no first
-    answer; it is kept by its name. None: `model` where every weight learns `looks`, else `policy`."""
+    """Which model gives the first box. `model`: the student before training, so that learning to refine does not harm
+    first boxes; the policy names it. None: `model` where every weight learns `looks`, else `policy`."""
     freeze_vision_tower: Hidden[bool] = True
     """Train the language model alone; its image encodings are then computed without gradient."""
     seed: int = 0

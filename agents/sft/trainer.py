@@ -134,7 +134,7 @@ class AnswerLoss(TokenScorer):
                 ``SMOOTHING`` where the tokenizer has a token for each number, else 0.
 
         Raises:
-            ValueError: for ``smoothing`` with a tokenizer whose numbers are no single tokens.
+            ValueError: for ``smoothing`` with a tokenizer that writes a number in several tokens.
         """
         encoded = [policy.tokenizer(str(n), add_special_tokens=False)["input_ids"] for n in range(1001)]
         single = all(len(ids) == 1 for ids in encoded)

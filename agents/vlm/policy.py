@@ -73,7 +73,7 @@ class VLMPolicy:
                 ``canvas``); for those who make one for it. None: the defaults.
             reuse: compute equal prompts once, keep image encodings, and continue conversations on
                 their key-value caches. False computes everything anew each time: slower, the same.
-            opener: answers while there is no box, so that learning to refine costs no first answer. Always greedy, so
+            opener: gives the first box, so that learning to refine does not harm first boxes. Always greedy, so
                 that a group of episodes differs by what is learned alone. None: the policy answers always.
             name: under which it was loaded.
 
@@ -122,7 +122,7 @@ class VLMPolicy:
 
     @property
     def opener(self) -> VLMPolicy | None:
-        """Who answers while there is no box; None: the policy itself."""
+        """The model that gives the first box. None: the policy itself."""
         return self._opener
 
     @opener.setter
@@ -136,7 +136,7 @@ class VLMPolicy:
 
     @property
     def first_answers(self) -> str:
-        """Who answers while there is no box: ``policy``, or the name of another model."""
+        """Which model gives the first box: ``policy``, or the name of another model."""
         return OWN if self.opener is None else self.opener.name
 
     @property

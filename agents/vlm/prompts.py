@@ -1,7 +1,7 @@
 """What a policy is asked at each step, in which layout, and in which frame its boxes come back.
 
-All of it stands in a prompt file, YAML (or JSON, as the ``policy.json`` of a model folder is), whose keys
-``docs/prompts.md`` explains. One wording serves SFT, rollouts and evaluation. It holds the current box in the model's
+A prompt file holds all of it, as YAML or JSON; the ``policy.json`` of a model folder is one. ``docs/prompts.md``
+explains the keys. One wording serves SFT, rollouts and evaluation. It holds the current box in the model's
 own coordinates (those of the first image shown), and the images say by themselves what is drawn.
 """
 
@@ -58,7 +58,7 @@ class Prompts:
     with_closeup: str = ""
     """Added where a close-up is shown beside the whole image."""
     first: str = ""
-    """The turn while there is no box; empty: ``text``."""
+    """The question before there is a box. Empty: ``text``."""
 
     def fill(
         self,
