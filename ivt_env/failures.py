@@ -80,7 +80,7 @@ def run(command: Callable[[], object], extra: str = "train") -> int:
 
     An integer that ``command`` returns is the exit status. ``extra`` is the installation that has what it imports.
     """
-    with _sigterm_ends_quietly():
+    with _signals_end_quietly():
         try:
             done = command()
             if sys.stdout is not None:
@@ -221,17 +221,27 @@ def _end(line: str, status: int) -> int:
 
 
 @contextmanager
-def _sigterm_ends_quietly() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that what was begun is cleaned up."""
+def _signals_end_quietly() -> Iterator[None]:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that what was begun is cleaned up; neither is ever lost."""
 
     def end(_signal: int, _frame: FrameType | None) -> Any:
         raise SystemExit(TERMINATED)
 
+    def unraisable(what: sys.UnraisableHookArgs) -> None:
+        """A signal that came inside a finalizer, where Python drops all exceptions, comes again a moment later."""
+        number = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(what.exc_type)
+        if number is None:
+            sys.__unraisablehook__(what)
+        else:
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before, hook = signal.signal(signal.SIGTERM, end), sys.unraisablehook
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)

@@ -111,7 +111,7 @@ class Server:
             self.sent[handler.path] -= len(content)  # the client has what it wants
             return
         if isinstance(fault, tuple) and fault[0] == "stall":
-            self.ending.wait(5)
+            self.ending.wait(20)
 
     def requests(self, path):
         return [headers for method, p, headers in self.log if p == path and method == "GET"]

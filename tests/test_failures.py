@@ -126,6 +126,26 @@ def test_a_signal_cleans_up_and_is_quiet(number, status, said, tmp_path):
     assert (tmp_path / "note").read_text() == "cleaned up"
 
 
+IN_A_FINALIZER = """
+import os, signal, sys, time
+from ivt_env import failures
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+def command():
+    held = Held()
+    del held
+    time.sleep(20)
+sys.exit(failures.run(command))
+"""
+
+
+@pytest.mark.parametrize(("number", "status", "said"), [("SIGINT", 130, "\ninterrupted\n"), ("SIGTERM", 143, "")])
+def test_a_signal_that_comes_inside_a_finalizer_is_not_lost(number, status, said):
+    done = subprocess.run([sys.executable, "-c", IN_A_FINALIZER, number], capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
 INTERRUPTS = """
 import importlib.abc, os, signal, sys
 class Interrupt(importlib.abc.MetaPathFinder):

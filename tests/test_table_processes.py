@@ -45,7 +45,7 @@ def test_opening_80000_expressions_is_quick_and_makes_no_samples(large, monkeypa
     table = open_table(large.source(), "train")
     seconds = time.perf_counter() - start
     assert (len(table), large.reads, built) == (80_009, 1, [])
-    assert seconds < 2
+    assert seconds < 5
     assert table[80_000] is None and len(built) == 1
 
 

@@ -143,7 +143,8 @@ class LocalServer(ThreadingHTTPServer):
     """``app`` on a port of this machine; ``serve_forever`` answers, ``url`` says where."""
 
     daemon_threads = True
-    request_queue_size = 32
+    # Where more come at once, the system lets them wait a whole second before they may try again.
+    request_queue_size = 512
 
     def __init__(self, app: App, port: int = 0) -> None:
         """Listen on ``port``, or on any that is free (0); ValueError for a port that is taken or cannot be had."""
