@@ -13,7 +13,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ivt_env import boxes, rendering
-from ivt_env.batches import Layer
+from ivt_env.batches import Layer, RecycledMemory
 from ivt_env.data import load_dataset
 from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.expression_space import Expression
@@ -71,6 +71,8 @@ class Screen:
         if not isinstance(canvas, int) or canvas < 16:
             raise ValueError(f"canvas {canvas!r}: give the side in pixels, an integer of at least 16")
         self.dataset, self.view, self.side, self.overlay, self.around = dataset, view, canvas, overlay, around
+        self.memory = {"image": RecycledMemory(), "closeup": RecycledMemory()}
+        """Of observations that nobody holds any more, nor a view of them."""
 
     def load(self, sample: Sample) -> Loaded:
         """Decode a sample's image and place it on the canvas."""
@@ -128,9 +130,10 @@ class LiveEpisode:
         seen, layers = self.look()
         observation = {k: np.array(v, dtype=DTYPES[k])[()] if k in DTYPES else v for k, v in seen.items()}
         for key, (canvas, sheet, box) in layers.items():
-            observation[key] = canvas.copy()
+            observation[key] = image = self.screen.memory[key].array(canvas.shape)
+            image[...] = canvas
             if sheet is not None and box is not None:
-                sheet.draw(observation[key], box)
+                sheet.draw(image, box)
         return observation
 
     def caption(self) -> list[str]:
