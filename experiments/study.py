@@ -105,11 +105,13 @@ def names(args: Args) -> list[str]:
 
 
 def _training(args: Args) -> list[Job]:
+    from ivt_agents.vlm.precision import bf16_pays  # loads torch
+
     total = args.sft_steps + args.grpo_steps
-    jobs = []
+    jobs, faster = [], ["--bf16"] if bf16_pays() else []
     for name in names(args):
         kind, _, seed = name.rpartition("-")
-        common: list[object] = ["--seed", seed, "--eval-samples", "0", "--bf16"]
+        common: list[object] = ["--seed", seed, "--eval-samples", "0", *faster]
         if kind in ("sft", "half"):
             steps = args.sft_steps // (2 if kind == "half" else 1)
             own = ["--model", args.model, "--samples", args.sft_samples, "--steps", steps]

@@ -24,6 +24,7 @@ from accelerate.utils import DistributedType
 import ivt_env
 from ivt_agents.training.finite import check_finite
 from ivt_agents.training.tracking import open_tracker
+from ivt_agents.vlm.precision import bf16_pays
 from ivt_env.failures import reading
 from ivt_env.files import naming, write_whole
 
@@ -73,6 +74,8 @@ def make_accelerator(bf16: bool) -> Accelerator:
     Raises:
         RunError: where the launcher was told to shard the model, and accelerate would not.
     """
+    if bf16 and not bf16_pays():
+        log.warning("--bf16: this processor computes more slowly in bfloat16 than in float32; leave it out")
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     cpu = not alone and not torch.cuda.is_available()
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 from ivt_agents.command import progress_bars, run_command
 from ivt_agents.training.finite import NotFiniteError, check_finite, unusable_weight
 from ivt_agents.vlm.policy import POLICY_FILE
+from ivt_agents.vlm.precision import bf16_pays
 from ivt_agents.vlm.pretrain_model import CellHead, SlotModel, words_of
 from ivt_agents.vlm.pretrain_pool import ANSWER, KINDS, LABELS, NUMBERS, SEARCH_FROM, Drawing
 from ivt_agents.vlm.prompts import load_prompts
@@ -143,6 +144,11 @@ def cell_loss(head: CellHead, merged: torch.Tensor, deep: list[torch.Tensor], la
     return loss
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """Computes in bfloat16 where that is faster."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays())
+
+
 def train_vision(
     slots: SlotModel, head: CellHead, images: Images, args: Args, progress: Progress
 ) -> list[dict[str, float]]:
@@ -158,7 +164,7 @@ def train_vision(
         for group in optimizer.param_groups:
             group["lr"] = args.lr * cosine(step, args.vision_steps)
         rows = pool.sample(rng, args.vision_batch, args.vision_shares)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             merged, deep = slots.see(images.take("images", rows))
         loss = cell_loss(head, merged, deep, images.take("cells", rows))
         optimizer.zero_grad(set_to_none=True)
@@ -225,7 +231,7 @@ def train_grounding(
         rows = pool.sample(rng, args.batch, args.shares)
         picks = pool.choose(rng, rows, args.questions_per_image)
         asked, lengths = images.take("slots", rows, picks).long(), images.take("lengths", rows, picks).long()
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             merged, deep = slots.see(images.take("images", rows))
             hidden, told = slots.answer(merged, deep, asked, lengths.clamp(min=1))
             logits = model.lm_head(hidden)  # (B, questions, ANSWER, vocabulary)
@@ -280,7 +286,7 @@ def marks_read(slots: SlotModel, head: CellHead, held_out: Drawing) -> dict[str,
     pool = held_out.pool
     for kind in range(SEARCH_FROM, len(KINDS)):
         rows = np.array([pool.row(kind, scene) for scene in range(pool.scenes[1])])
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             merged, _ = slots.see(torch.from_numpy(pool.images[rows]).to(device))
         labels = torch.from_numpy(pool.cells[rows, :, 8]).to(device).view(-1)
         right = head.read(merged.flatten(0, 1)).argmax(-1) == labels
