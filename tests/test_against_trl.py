@@ -273,8 +273,13 @@ class Recorded(TRLGrounding):
     """Remembers what it was asked to play."""
 
     def reset(self, index: int, **_: Any) -> list[dict[str, Any]]:
-        self._index, self._texts = index, []
+        self._index, self._texts, self.images = index, [], []
         return super().reset(index)
+
+    def _shown(self, observation: dict[str, Any]) -> list[dict[str, Any]]:
+        shown = super()._shown(observation)
+        self.images.append(shown[0]["image"])
+        return shown
 
     def answer(self, text: str) -> list[dict[str, Any]]:
         """Play one action.
@@ -305,8 +310,11 @@ def test_trl_plays_the_environment_and_its_tokens_are_those_of_the_prefix_layout
         max_completion_length=600,
         max_steps=1,
     )
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda rows: seen.setdefault("batch", generate(rows))
     trainer.train()
     assert trainer.state.global_step == 1 and len(seen["ids"]) == 8
+    every_image_reaches_the_model(policy, seen["environments"], seen["batch"])
     env = make_vector_env("IVT-Scenes-v0", 1, split="train", max_steps=3)
     compared = 0
     for environment, ids, total in zip(seen["environments"], seen["ids"], seen["totals"], strict=True):
@@ -316,6 +324,23 @@ def test_trl_plays_the_environment_and_its_tokens_are_those_of_the_prefix_layout
         assert replayed == ids and earned == pytest.approx(total, abs=1e-6)
         compared += len(environment._texts) == 3
     assert compared >= 3 and max(seen["totals"]) > 0
+
+
+def every_image_reaches_the_model(policy: Any, environments: list[Recorded], batch: dict[str, Any]) -> None:
+    """TRL drops all pixels of a batch, without a word, where the runs of image tokens do not match its images."""
+    # The image behind the last answer that was played was shown to nobody where the conversation ended there.
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    tokens = (ids == policy.image_token).sum(1).tolist()
+    pixels = iter(batch["pixel_values"].split(batch["image_grid_thw"].prod(-1).tolist()))
+    turns = 0
+    for environment, count, row in zip(environments, batch["num_images"], tokens, strict=True):
+        shown = policy.image_processor(images=environment.images[: int(count)], return_tensors="pt")
+        assert row == int(shown["image_grid_thw"].prod(-1).sum()) // policy.image_processor.merge_size**2
+        for one in shown["pixel_values"].split(shown["image_grid_thw"].prod(-1).tolist()):
+            assert torch.equal(one, next(pixels))
+        assert int(count) >= len(environment._texts)
+        turns += int(count)
+    assert next(pixels, None) is None and turns > len(environments)
 
 
 def replay(env, policy: Any, index: int, texts: list[str], ids: list[int]) -> tuple[list[int], float]:

@@ -30,6 +30,7 @@ from ivt_agents.vlm.sources import (
     load_tokenizer,
     read_settings,
 )
+from ivt_agents.vlm.speed import fit_threads
 from ivt_env.failures import reading
 
 __all__ = ["ATTENTION", "TINY_NAME", "PolicyError", "check_weights", "load_policy", "nf4_config"]
@@ -57,7 +58,8 @@ def load_policy(
 
     A folder may hold a whole model or a peft adapter, which is put on the base that it names (a model, or an adapter
     again). Tokenizer and image processor are loaded apart: the combined processor needs torchvision. One answer is
-    asked for, so that a folder that cannot be played is refused here.
+    asked for, so that a folder that cannot be played is refused here. Beside a small model on a CPU PyTorch gets one
+    thread (see ``fit_threads``).
 
     Args:
         name: of the model.
@@ -105,6 +107,7 @@ def load_policy(
     model = _load_model(source, dtype, quantize, device)
     if quantize == "none":  # quantised weights were made where they are to stay
         model.to(device)
+    fit_threads(model)
     with reading(source.name, AGAIN, PolicyError):
         core_of(model).set_attn_implementation(attention)
         use_float32_head(model)
