@@ -18,14 +18,11 @@ from refer_layout import write_refer_folder
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.losses import CLIPS, LOSSES, denominator
-from ivt_agents.grpo.starts import start_boxes
 from ivt_agents.grpo.trainer import _states
 from ivt_agents.training.checkpoints import load_checkpoint
 from ivt_agents.training.run import RunError
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy
-from ivt_env.boxes import iou
-from ivt_env.data import load_dataset
 from ivt_env.rendering import Overlay, Surroundings
 from ivt_env.rewards import RewardConfig
 from ivt_env.rollouts import make_vector_env
@@ -323,30 +320,6 @@ def test_members_of_a_group_start_alike_and_share_one_prompt():
     for group in (groups.turns[:3], groups.turns[3:]):
         assert all(episode[0].prompt is group[0][0].prompt for episode in group)
     assert groups.turns[0][0].prompt.ids != groups.turns[3][0].prompt.ids
-
-
-def test_episodes_that_begin_with_a_box_earn_what_they_add_to_it():
-    policy = small_policy()
-    env = make_vector_env("IVT-Scenes-v0", 6, split="train")
-    samples = [env.dataset[i] for i in (7, 9)]
-    box = [0.1, 0.2, 0.5, 0.6]
-    groups = collect(env, policy, [7, 9], 3, starts=[box, None])
-    begun = np.array([[iou(box, samples[0].box)] * 3, [0.0] * 3])
-    assert np.allclose(groups.rewards.sum(-1), groups.ious[:, :, -1] - begun, atol=1e-6)
-    assert not groups.turns[0][0].prompt.opening and groups.turns[3][0].prompt.opening
-
-
-def test_start_boxes_lie_on_the_target_or_on_another_object_of_its_class():
-    data = load_dataset("scenes", split="test_search")
-    samples = [data[k] for k in range(300)]
-    made = start_boxes(samples, 0.5, np.random.default_rng(0))
-    assert 0.4 < np.mean([box is not None for box in made]) < 0.6
-    overlaps = np.array(
-        [[iou(b, s.box), max(iou(b, o) for o in s.siblings)] for b, s in zip(made, samples, strict=True) if b]
-    )
-    on_target, on_other = (overlaps > 0.3).mean(0)
-    assert 0.5 < on_target < 0.75 and 0.25 < on_other < 0.45
-    assert start_boxes(samples, 0.0, np.random.default_rng(0)) == [None] * 300
 
 
 def test_rewards_of_a_rollout_add_up_to_the_final_iou():

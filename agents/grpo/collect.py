@@ -44,7 +44,6 @@ def collect(
     *,
     format_bonus: float = 0.0,
     require_format: bool = False,
-    starts: Sequence[list[float] | None] | None = None,
 ) -> Groups:
     """Play ``group_size`` episodes of each sample to their end.
 
@@ -59,7 +58,6 @@ def collect(
         watch: gets the seconds of ``rollout_model`` and ``rollout_environment``.
         format_bonus: added to the last reward of an episode all of whose answers were usable.
         require_format: an episode with an unusable answer earns nothing.
-        starts: the box that the episodes of each sample begin with; None: none.
     """
     watch = watch or Stopwatch()
     count = len(indices) * group_size
@@ -71,9 +69,7 @@ def collect(
     turns: list[list[Turn]] = [[] for _ in range(count)]
     unusable: list[str] = []
     failures, usable = 0, np.ones(count, dtype=bool)
-    options: dict[str, Any] = {"index": [int(i) for i in indices for _ in range(group_size)]}
-    if starts is not None:
-        options["initial_box"] = [box for box in starts for _ in range(group_size)]
+    options = {"index": [int(i) for i in indices for _ in range(group_size)]}
     for step, moment in enumerate(play(env, _Timed(policy, watch), seed=0, options=options)):
         active = moment.active
         rewards[active, step], taken[:, step] = moment.rewards[active], active

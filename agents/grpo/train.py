@@ -95,9 +95,6 @@ class Recipe:
     require_format: Hidden[bool] = False
     """An episode with an unusable answer earns nothing. Where no stop is at hand an unusable answer is the only way
     to keep a box, and a bonus of 0.1 does not outweigh that (`docs/paper.md`)."""
-    start_boxes: float = 0.5
-    """Share of the samples whose episodes begin with a made box, right or wrong: a policy whose first boxes are mostly
-    right would forget what to do about wrong ones."""
     advantage: Literal["return_to_go", "trajectory", "episode_and_step"] = "return_to_go"
     """Credit by each step's return-to-go, by the whole episode, or that plus a comparison of equal states."""
     omega: Hidden[float] = 1.0

@@ -20,7 +20,6 @@ from ivt_agents.grpo.advantages import advantages as advantages_of
 from ivt_agents.grpo.advantages import spread, zero_variance
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.losses import LOSSES, PER_SEQUENCE, clipped_sides, denominator, k3, kl_loss, kl_penalty
-from ivt_agents.grpo.starts import start_boxes
 from ivt_agents.play.on_split import MAX_UNUSABLE, check_answers
 from ivt_agents.training.checkpoints import load_state, save_state, what_is_kept
 from ivt_agents.training.finite import check_finite, check_weights
@@ -73,7 +72,6 @@ class GRPOConfig:
     optim: str = "adamw"
     cooldown: int = 0
     max_unusable: float = MAX_UNUSABLE
-    start_boxes: float = 0.0
 
 
 @dataclass
@@ -245,7 +243,6 @@ class GRPOTrainer:
                 watch,
                 format_bonus=config.format_bonus,
                 require_format=config.require_format,
-                starts=start_boxes([self.env.dataset[i] for i in indices.tolist()], config.start_boxes, draw),
             )
             if not self._answers_checked:
                 self._check_answers(groups)

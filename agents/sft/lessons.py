@@ -81,11 +81,11 @@ def teach_to_look(
         search = sample.meta.get("kind") == "mark"
         for chance, low, high in ((shares.near, 0.005, 0.03), (shares.shifted, 0.03, 0.2)):
             if rng.random() < chance:
-                shown.append((jitter(target, rng.uniform(low, high), rng), _visited(others, search, rng)))
+                shown.append((_jitter(target, rng.uniform(low, high), rng), _visited(others, search, rng)))
         for k in rng.permutation(len(others))[: None if search else 1]:
             if rng.random() < (shares.candidate if search else shares.other):
                 rest = [box for j, box in enumerate(others) if j != k]
-                shown.append((jitter(others[k], rng.uniform(0.005, 0.1), rng), _visited(rest, search, rng)))
+                shown.append((_jitter(others[k], rng.uniform(0.005, 0.1), rng), _visited(rest, search, rng)))
         for box, before in shown:
             if boxes.invalid_reason(box) is None:
                 made.append(_lesson(sample, dataset, int(index), box, before, search, view, around, good_iou))
@@ -98,7 +98,7 @@ def _visited(others: Sequence[Box], search: bool, rng: np.random.Generator) -> l
         chosen = rng.permutation(len(others))[: int(rng.integers(len(others) + 1))]
     else:
         chosen = rng.permutation(len(others))[: int(rng.random() < 0.2)]
-    jittered = [jitter(others[k], rng.uniform(0.005, 0.1), rng) for k in chosen]
+    jittered = [_jitter(others[k], rng.uniform(0.005, 0.1), rng) for k in chosen]
     return [box for box in jittered if boxes.invalid_reason(box) is None]
 
 
@@ -139,7 +139,7 @@ def _article(words: str) -> str:
     return "An" if words[0] in "aeiou" else "A"
 
 
-def jitter(box: Box, share: float, rng: np.random.Generator) -> Box:
+def _jitter(box: Box, share: float, rng: np.random.Generator) -> Box:
     """A box whose edges are off by about ``share`` of its sides, inside the image."""
     sides = np.tile(box[2:] - box[:2], 2)
     return np.asarray(boxes.clip(box + rng.normal(0, share, 4) * sides))
