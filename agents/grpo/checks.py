@@ -24,8 +24,6 @@ MAY_CHANGE = frozenset(
         "eval_steps",
         "eval_samples",
         "eval_split",
-        # what is saved at the end
-        "start_share",
         # what is refused
         "max_unusable",
         # where to, and what is shown
@@ -135,10 +133,6 @@ def _step(a: Args) -> Refusals:
     yield not a.max_grad_norm > 0, f"max_grad_norm {a.max_grad_norm:g}: {lost}"
     left = "it trains the layers' own matrices, of which an adapter leaves none; add --lora-r 0"
     yield a.optim == "muon" and a.lora_r > 0, f"optim muon with lora_r {a.lora_r}: {left}"
-    share, low = f"start_share {a.start_share:g}", a.quantize == "nf4" or a.dtype == "bfloat16"
-    yield not 0 <= a.start_share < 1, f"{share}: nothing of what was learned would be left; give 0 to below 1"
-    merged = "with an adapter that cannot be merged exactly: there are no weights to go back with; leave it out"
-    yield a.start_share > 0 and a.lora_r > 0 and low, f"{share} {merged}"
     yield not 0 <= a.cooldown <= a.steps, f"cooldown {a.cooldown} of {a.steps} steps: give 0 to {a.steps}"
 
 

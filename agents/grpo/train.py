@@ -31,15 +31,14 @@ from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
 from ivt_agents.play.on_split import MAX_UNUSABLE, play, summary, validation_samples
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import CONFIG, PROCESSES, check_new, forget_run, recorded_options
-from ivt_agents.training.run import MetricsLog, RunError, make_accelerator, read_metrics, seed_everything, write_json
+from ivt_agents.training.run import MetricsLog, make_accelerator, read_metrics, seed_everything, write_json
 from ivt_agents.training.sharding import check_shareable, fill_parameters, gathered_parameters
 from ivt_agents.training.tracking import TrackerName
-from ivt_agents.vlm.adapters import blend, drop_reference, layer_matrices, make_trainable, merged
+from ivt_agents.vlm.adapters import drop_reference, layer_matrices, make_trainable, merged
 from ivt_agents.vlm.dry_run import GENERATION_ROWS, Plan, dry_run
 from ivt_agents.vlm.load import TINY_NAME, load_policy
 from ivt_agents.vlm.model_options import ModelOptions
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.precision import can_merge
 from ivt_agents.vlm.without_stop import forbid_stop
 from ivt_env.episodes import save_episodes
 from ivt_env.files import asked_of, lock_folder, refuse_other
@@ -118,9 +117,6 @@ class Recipe:
     """Steps over which it rises from 0."""
     cooldown: Hidden[int] = 0
     """Last steps over which it falls to 0: what the noise of single steps did to the policy evens out."""
-    start_share: Hidden[float] = 0.0
-    """Share of the weights that training began with in the policy that is saved, from 0 to below 1 (WiSE-FT, Wortsman
-    et al. 2022): gives back some of what was lost without need, such as precise first boxes."""
     lora_r: int = 0
     """Rank of LoRA adapters on the language model; 0 trains every weight."""
     num_iterations: Hidden[int] = 1
@@ -198,11 +194,6 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     seed_everything(args.seed)
     policy = _load(args, str(accelerator.device))
     check_shareable(policy.model, args.torch_compile, accelerator, args.optim)
-    if args.start_share and not can_merge(policy.model):  # a folder may record the format of its weights
-        raise RunError(
-            f"start_share {args.start_share:g} with weights of {args.model} that no adapter can be merged into exactly:"
-            " there are none to go back with; leave it out, or give --dtype float32"
-        )
     penalties = {name: getattr(args, name) for name in ("step_cost", "invalid_penalty", "wrong_stop_penalty")}
     reward = {"kind": args.reward, **penalties}
     env = make_vector_env(
@@ -249,7 +240,6 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
         trainer.train(on_step)
     folder = args.out / "policy"
     trained = gathered_parameters(policy.model) if trainer.sharded else None
-    saved: dict[str, float] | None = None
     if chief:
         if trained is not None:
             # The sharded model is of no use to one process alone: the same policy again, whole.
@@ -260,16 +250,11 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
             if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
                 policy.save(args.out / "adapter", options)
             policy.model = merged(policy.model)
-        if args.start_share:
-            start = load_policy(str(args.model), device=str(accelerator.device), **args.loading())
-            blend(policy.model, merged(start.model), args.start_share)
-            if measured_on:  # what was measured last is not what is saved
-                saved = _evaluate(policy, args, measured_on, args.steps)
         policy.save(folder, options)
     log.close()
     accelerator.wait_for_everyone()
     if chief:
-        _report(args, folder, saved)
+        _report(args, folder)
     # With several processes: without it the one that ends first can abort the others.
     accelerator.end_training()
     return folder
@@ -386,12 +371,10 @@ def _evaluate(policy: VLMPolicy, args: Args, indices: range, step: int) -> dict[
     return {f"eval/{k}": v for k, v in summary(episodes).items()}
 
 
-def _report(args: Args, folder: Path, saved: dict[str, float] | None) -> None:
-    """The table of before and after, read back from the run's own metrics; ``saved`` is after, where it is given."""
+def _report(args: Args, folder: Path) -> None:
+    """The table of before and after, read back from the run's own metrics."""
     rows = read_metrics(args.out / "metrics.jsonl")
     measured = [r for r in rows if "eval/final_iou" in r]
-    if saved is not None:
-        measured.append(saved)
     if len(measured) > 1:
         first, last = ({k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in (measured[0], measured[-1]))
         write_json(args.out / "before_after.json", {"before": first, "after": last})

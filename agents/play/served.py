@@ -231,10 +231,9 @@ class ServedPolicy:
 
 def served_by(agent: Any) -> ServedPolicy | None:
     """The served model that an agent is, or that it wraps; None where there is none."""
-    if agent is None or isinstance(agent, ServedPolicy):
-        return agent
-    parts = (getattr(agent, name, None) for name in ("agent", "first", "then"))
-    return next((found for part in parts if part is not None and (found := served_by(part))), None)
+    while agent is not None and not isinstance(agent, ServedPolicy):
+        agent = getattr(agent, "agent", None)
+    return agent
 
 
 class FrameCheck:
