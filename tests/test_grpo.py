@@ -447,7 +447,7 @@ def test_a_resumed_command_goes_on_and_ends_with_the_whole_log(tmp_path):
 
 
 def test_every_new_option_runs_from_the_command_and_is_recorded(tmp_path):
-    options = ["--loss-type", "cispo", "--advantage", "episode_and_step", "--omega", "0.5", "--scale-rewards", "batch"]
+    options = ["--loss-type", "cispo", "--advantage", "episode_and_step", "--scale-rewards", "batch"]
     options += ["--scale-floor", "0.01", "--beta", "0.01", "--kl-in", "reward", "--num-iterations", "2"]
     done = command("train_grpo.py", *SMALL, *options, "--no-mask-truncated-completions", "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
