@@ -123,8 +123,8 @@ NOT_HERE = {
     "OUT=runs/gpu benchmarks/gpu.sh": "needs a GPU",
     "OUT=runs/gpu benchmarks/gpu.sh --small": "takes minutes",
     "OUT=runs/gpu benchmarks/gpu.sh step decode": "needs a GPU",
-    "python examples/trl_environment.py": "takes a minute; test_trl runs it",
-    "python examples/trl_rollout.py": "takes a minute; test_trl runs it",
+    "python examples/train_with_trl.py": "takes a minute; test_trl runs it",
+    "python examples/train_with_trl.py --rollout": "takes a minute; test_trl runs it",
 }
 
 

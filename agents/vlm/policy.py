@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ivt_agents.training.finite import NotFiniteError, unusable_weight
 from ivt_agents.vlm.adapters import folded
 from ivt_agents.vlm.cache import Memory
-from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec
+from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec, as_actions
 from ivt_agents.vlm.decode import fixed_decoder
 from ivt_agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
 from ivt_agents.vlm.generation import Sampling, core_of, generate
@@ -170,32 +170,22 @@ class VLMPolicy:
             if self.opener is not None:
                 self.opener.sampling = replace(self.sampling, temperature=0.0)
                 made |= zip(others, self.opener._turns(observations, others), strict=True)
-        turns = [made[row] for row in rows]
-        self.turns = [None] * n
-        actions: dict[str, Any] = {
-            "box": np.full((n, 4), np.nan, dtype=np.float32),
-            "stop": np.zeros(n, dtype=np.int64),
-            "text": [""] * n,
-            "parse_failure": np.zeros(n, dtype=bool),
-            "confidence": np.zeros(n),
-            "tokens": np.zeros(n, dtype=np.int64),
-        }
-        if self.sampling.stop_id is not None:
-            actions["stop_probability"] = np.zeros(n)
-        for row, turn in zip(rows, turns, strict=True):
-            self.turns[row] = turn
+        self.turns = [made.get(row) for row in range(n)]
+        answers = {}
+        for row in rows:
+            turn = made[row]
             text = self.text(turn)
             action = self.codec.parse(text if turn.finished else "")
-            box, stop = self.dialogue.box_of(action, turn.prompt), action.stop and self.may_stop
-            actions["text"][row], actions["stop"][row] = text, int(stop)
-            actions["parse_failure"][row] = box is None and not stop
-            actions["confidence"][row] = float(np.exp(np.mean(turn.log_probs)))
-            actions["tokens"][row] = len(turn.prompt.ids) + len(turn.completion)
+            stated = {
+                "text": text,
+                "tokens": len(turn.prompt.ids) + len(turn.completion),
+                "confidence": float(np.exp(np.mean(turn.log_probs))),
+            }
             if turn.stop_probability is not None:
-                actions["stop_probability"][row] = turn.stop_probability
-            if box is not None:
-                actions["box"][row] = box
-        return actions
+                stated["stop_probability"] = turn.stop_probability
+            answers[row] = self.dialogue.box_of(action, turn.prompt), action.stop and self.may_stop, stated
+        known = () if self.sampling.stop_id is None else ("stop_probability",)
+        return as_actions(n, answers, "confidence", *known)
 
     def _turns(self, observations: Mapping[str, Any], rows: Sequence[int]) -> list[Turn]:
         """A turn for each row; the images of the next rows are prepared while the model is at work on these."""
