@@ -53,7 +53,6 @@ class VLMPolicy:
         layout: str = "fresh",
         shown: Mapping[str, Any] | None = None,
         reuse: bool = True,
-        opener: VLMPolicy | None = None,
         name: str = "",
     ) -> None:
         """Wrap a loaded model; ``load_policy`` is the usual way here.
@@ -73,19 +72,17 @@ class VLMPolicy:
                 ``canvas``); for those who make one for it. None: the defaults.
             reuse: compute equal prompts once, keep image encodings, and continue conversations on
                 their key-value caches. False computes everything anew each time: slower, the same.
-            opener: gives the first box, so that learning to refine does not harm first boxes. Always greedy, so
-                that a group of episodes differs by what is learned alone. None: the policy answers always.
             name: under which it was loaded.
 
         Raises:
-            ValueError: for an unknown layout, and for an opener in a conversation, which two models cannot hold.
+            ValueError: for an unknown layout.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.codec, self.batch_size = codec, batch_size
         self.layout, self.reuse, self.name = layout, reuse, name
-        self.opener = opener
+        self._opener: VLMPolicy | None = None
         self.shown: dict[str, Any] = {"view": "overlay"} | dict(shown or {})
         self.frozen_vision = True
         """Image encodings may be kept and used again."""
@@ -122,7 +119,10 @@ class VLMPolicy:
 
     @property
     def opener(self) -> VLMPolicy | None:
-        """The model that gives the first box. None: the policy itself."""
+        """The model that gives the first box, so that learning to refine does not harm first boxes; None: the policy.
+
+        Always greedy, so that a group of episodes differs by what is learned alone.
+        """
         return self._opener
 
     @opener.setter
