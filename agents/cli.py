@@ -11,7 +11,7 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _STATUS = "exit status: 0 done, 1 data unfit for use, 2 an error to fix, 130 interrupted"
 _EXAMPLES = """examples:
@@ -24,36 +24,38 @@ _EXAMPLES = """examples:
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A command whose options are those of a script's dataclass, passed on as they are."""
+class Command(NamedTuple):
+    """Where a command is, and what it does in one line."""
 
     module: str
     help: str
+    script: bool = False
+    """Its options are those of the module's dataclass ``Args``, passed on as they are; else it has a parser."""
     section: str | None = None
     """Part of a ``--config`` file that it reads."""
 
 
-SCRIPTS = {
-    "rollout": Script("ivt_agents.play.rollout", "play episodes with any agent, print and save them", "rollout"),
-    "evaluate": Script(
-        "ivt_agents.evaluation.evaluate", "compare policies on the same samples: scores, intervals, plots", "evaluate"
+COMMANDS = {
+    "rollout": Command("ivt_agents.play.rollout", "play episodes with any agent, print and save them", True, "rollout"),
+    "view": Command("ivt_env.commands.view", "look at recorded episodes: one HTML file, or a local server"),
+    "play": Command("ivt_env.commands.play", "draw the boxes yourself, scored by the environment and saved"),
+    "evaluate": Command(
+        "ivt_agents.evaluation.evaluate",
+        "compare policies on the same samples: scores, intervals, plots",
+        True,
+        "evaluate",
     ),
-    "report": Script("ivt_agents.evaluation.report", "write the page of an evaluation again"),
-    "train-sft": Script("ivt_agents.sft.train", "teach a policy corrective traces", "sft"),
-    "train-grpo": Script("ivt_agents.grpo.train", "train a policy by multi-turn GRPO on IoU gains", "grpo"),
+    "report": Command("ivt_agents.evaluation.report", "write the page of an evaluation again", True),
+    "train-sft": Command("ivt_agents.sft.train", "teach a policy corrective traces", True, "sft"),
+    "train-grpo": Command("ivt_agents.grpo.train", "train a policy by multi-turn GRPO on IoU gains", True, "grpo"),
+    "data": Command("ivt_env.commands.data", "fetch, check, convert and look at data sets"),
+    "score": Command(
+        "ivt_env.commands.score", "score a file of predictions, by the benchmark's own rule and a common one"
+    ),
+    "prompts": Command("ivt_agents.play.asking", "list, show and copy what models are asked"),
+    "agents": Command("ivt_agents.play.listings", "list the built-in agents and the trained policies found here"),
+    "envs": Command("ivt_agents.play.listings", "list the environments, what data each would serve now and from where"),
 }
-
-PARSED = {
-    "view": ("ivt_env.commands.view", "look at recorded episodes: one HTML file, or a local server"),
-    "play": ("ivt_env.commands.play", "draw the boxes yourself, scored by the environment and saved"),
-    "data": ("ivt_env.commands.data", "fetch, check, convert and look at data sets"),
-    "score": ("ivt_env.commands.score", "score a file of predictions, by the benchmark's own rule and a common one"),
-    "prompts": ("ivt_agents.play.asking", "list, show and copy what models are asked"),
-    "agents": ("ivt_agents.play.listings", "list the built-in agents and the trained policies found here"),
-    "envs": ("ivt_agents.play.listings", "list the environments, what data each would serve now and from where"),
-}
-"""Commands with a parser of their own: module, and one line of help."""
 
 
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
@@ -72,34 +74,17 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="say which version this is, and end")
     parser.add_argument("-v", "--verbose", action="store_true", help="show what is read, written and left out")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name in (
-        "rollout",
-        "view",
-        "play",
-        "evaluate",
-        "report",
-        "train-sft",
-        "train-grpo",
-        "data",
-        "score",
-        "prompts",
-        "agents",
-        "envs",
-    ):
-        if name in SCRIPTS:
-            commands.add_parser(name, help=SCRIPTS[name].help, add_help=False)
+    for name, command in COMMANDS.items():
+        if name != chosen or command.script:
+            commands.add_parser(name, help=command.help, add_help=not command.script)
             continue
-        module, line = PARSED[name]
-        if name != chosen:
-            commands.add_parser(name, help=line)
-            continue
-        found = importlib.import_module(module)
+        found = importlib.import_module(command.module)
         if name == "data":
-            found.add_subcommands(commands.add_parser(name, help=line))
+            found.add_subcommands(commands.add_parser(name, help=command.help))
         elif name in ("agents", "envs"):
-            found.add_listing(commands, name, line)
+            found.add_listing(commands, name, command.help)
         else:
-            one = commands.add_parser(name, help=line, description=getattr(found, "DESCRIPTION", line))
+            one = commands.add_parser(name, help=command.help, description=getattr(found, "DESCRIPTION", command.help))
             found.add_arguments(one)
             one.set_defaults(run=found.run)
     return parser
@@ -113,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # No option that stands before the command takes a value.
     place = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
     chosen = words[place] if place < len(words) else None
-    if chosen not in SCRIPTS and chosen not in PARSED:
+    if chosen not in COMMANDS:
         return _run_parsed(build_parser(), words)
     try:
         from ivt_env import failures
@@ -124,11 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(chosen: str, place: int, words: list[str]) -> int:
-    script = SCRIPTS.get(chosen)
-    if script is None:
+    if not COMMANDS[chosen].script:
         return _run_parsed(build_parser(chosen), words)
     _log(build_parser().parse_args(words[: place + 1]).verbose)
-    return _run_script(chosen, script, words[place + 1 :])
+    return _run_script(chosen, words[place + 1 :])
 
 
 def _run_parsed(parser: argparse.ArgumentParser, words: list[str]) -> int:
@@ -145,13 +129,13 @@ def _run_parsed(parser: argparse.ArgumentParser, words: list[str]) -> int:
     return int(run(args))
 
 
-def _run_script(name: str, script: Script, words: list[str]) -> int:
+def _run_script(name: str, words: list[str]) -> int:
     """Run a script as ``python script.py WORDS`` would."""
     command = importlib.import_module("ivt_agents.command")
-    module = importlib.import_module(script.module)
+    module = importlib.import_module(COMMANDS[name].module)
     given, sys.argv = sys.argv, [f"ivt {name}", *words]  # the name that help and errors show
     try:
-        done = module.main(command.parse(module.Args, words, script.section))
+        done = module.main(command.parse(module.Args, words, COMMANDS[name].section))
         return done if type(done) is int else 0  # a training script returns where it wrote
     finally:
         sys.argv = given

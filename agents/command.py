@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,15 +33,12 @@ def parse(args: type[T], argv: list[str] | None = None, section: str | None = No
             tyro.cli(type(args.__name__, (args,), {"__annotations__": shown, "__doc__": args.__doc__}), args=argv)
         finally:
             print(f"{len(hidden)} more options are listed in docs/command_line.md.")
-    if section is None:
-        return tyro.cli(args, args=argv)
     # Only --config is looked for here; what else stands on the command line is tyro's, help included.
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
-    chosen: Path | None = finder.parse_known_args(argv)[0].config
-    if chosen is None:
+    given = [*zip(argv, argv[1:], strict=False), *(word.split("=", 1) for word in argv if "=" in word)]
+    chosen = {name: value for name, value in given}.get("--config")
+    if section is None or chosen is None:
         return tyro.cli(args, args=argv)
-    return tyro.cli(args, args=argv, default=load_config(chosen, args, section))
+    return tyro.cli(args, args=argv, default=load_config(Path(chosen), args, section))
 
 
 def _notes(hint: Any) -> tuple[Any, ...]:

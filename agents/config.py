@@ -51,7 +51,6 @@ RENAMED = {
     "tracker": "report_to",
     "optimizer": "optim",
     "attention": "attn_implementation",
-    "compile": "torch_compile",
 }
 """Options by the names that they had; run folders may hold these."""
 

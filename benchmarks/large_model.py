@@ -66,7 +66,7 @@ from ivt_agents.vlm.generation import core_of
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, use_float32_head
 from ivt_agents.vlm.prompts import TINY
-from ivt_agents.vlm.speed import checkpoint_layers, compile_layers
+from ivt_agents.vlm.speed import checkpoint_layers
 from ivt_agents.vlm.tiny import SPECIALS, build_image_processor, build_tokenizer
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env
@@ -104,8 +104,6 @@ class Args:
     """Attention code."""
     checkpointing: bool = False
     """Compute layers again in the backward pass."""
-    compile: bool = False
-    """Compile the decoder layers' part of the update."""
     lora_rank: int = 64
     """Rank of the adapters."""
     beta: float = 0.04
@@ -197,8 +195,6 @@ def make_policy(args: Args) -> ForcedPolicy:
     model = make_trainable(model, args.lora_rank)
     if args.checkpointing:
         checkpoint_layers(model)
-    if args.compile:
-        compile_layers(model)
     processor = build_image_processor()
     processor.patch_size = 16
     processor.size = {"shortest_edge": args.pixels, "longest_edge": int(args.pixels * 1.1)}

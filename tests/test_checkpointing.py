@@ -1,4 +1,4 @@
-"""Checkpointing and compiling may change memory and speed, never the gradient.
+"""Checkpointing may change memory and speed, never the gradient.
 
 Checkpointing that loses the gradients of layers or adapters, or that is active under rollouts (where it
 throws the key-value cache away), crashes nothing: the policy merely learns something else, or nothing.
@@ -6,19 +6,15 @@ throws the key-value cache away), crashes nothing: the policy merely learns some
 
 from __future__ import annotations
 
-import copy
-import shutil
-
-import numpy as np
 import pytest
 import torch
 
+from ivt_agents.training.options import TrainingOptions
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.generation import TokenScorer, core_of
 from ivt_agents.vlm.load import load_policy
-from ivt_agents.vlm.model_options import ModelOptions
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.speed import checkpoint_layers, compile_layers
+from ivt_agents.vlm.speed import checkpoint_layers
 from ivt_env.rollouts import make_vector_env
 
 
@@ -126,51 +122,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass():
 
 def test_the_option_reaches_the_model():
     policy = learner(True)
-    ModelOptions().prepare_update(policy.model)
+    TrainingOptions().prepare_update(policy.model)
     assert not core_of(policy.model).is_activation_checkpointing
-    ModelOptions(gradient_checkpointing=True).prepare_update(policy.model)
+    TrainingOptions(gradient_checkpointing=True).prepare_update(policy.model)
     assert core_of(policy.model).is_activation_checkpointing
-
-
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(c) for c in ("c++", "g++", "clang++")), reason="torch.compile needs a C++ compiler on a CPU"
-)
-
-
-@needs_compiler
-def test_a_compiled_update_gives_the_same_loss_and_gradients_and_rollouts_stay_as_they_are():
-    plain, fast, both = learner(True), learner(True), learner(True)
-    compile_layers(fast.model)
-    checkpoint_layers(both.model)
-    compile_layers(both.model)
-    turns = turns_of(plain)
-    torch._dynamo.utils.counters.clear()
-    for policy in (fast, both):
-        assert [t.log_probs for t in turns_of(policy)] == [t.log_probs for t in turns]
-    graphs = torch._dynamo.utils.counters["stats"]
-    assert graphs["unique_graphs"] == 0, "a rollout is not compiled"
-    wanted, gradients = loss_and_gradients(plain, turns)
-    for policy in (fast, both):
-        loss, found = loss_and_gradients(policy, turns)
-        assert abs(float(loss - wanted)) < 1e-5
-        assert gradients.keys() == found.keys()
-        for name, gradient in gradients.items():
-            assert np.allclose(found[name], gradient, atol=1e-5, rtol=1e-3), name
-    # The first layer's input needs no gradient, all others' do; other lengths need no graph of their own.
-    assert graphs["unique_graphs"] == 2 and not torch._dynamo.utils.counters["graph_break"]
-    loss_and_gradients(fast, turns_of(fast, 4))
-    assert graphs["unique_graphs"] == 2
-
-
-@needs_compiler
-def test_a_copy_of_a_compiled_model_runs_its_own_layers():
-    """The frozen reference is such a copy: it must not move with the policy."""
-    policy = learner(True)
-    compile_layers(policy.model)
-    frozen = copy.deepcopy(policy.model).eval()
-    turns = turns_of(policy)
-    with torch.no_grad():
-        before = TokenScorer(frozen, policy.sampling, True)(turns)[0]
-        for parameter in policy.model.parameters():
-            parameter.add_(1.0)
-        assert torch.equal(TokenScorer(frozen, policy.sampling, True)(turns)[0], before)

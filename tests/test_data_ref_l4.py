@@ -10,10 +10,9 @@ import json
 import logging
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from eval_layouts import EXPRESSIONS, REF_L4, failure, opened, photo_rows, write_ref_l4
+from eval_layouts import EXPRESSIONS, failure, opened, photo_rows, write_ref_l4
 
 from ivt_env.data import DataError, load_dataset
 from ivt_env.data import ref_l4 as module
@@ -92,14 +91,6 @@ def test_old_revision_is_refused_and_named(layout):
     message = refusal(layout)
     assert "ref-l4-val.parquet: has no column 'id' (it has ann_id" in message and "an old one has ann_id" in message
     assert "fetch the Parquet files of JierunChen/Ref-L4 again" in message
-
-
-def test_ids_that_are_texts_are_refused(layout):
-    for row in layout.all_rows:
-        row["id"] = str(row["id"])
-    layout.schema = REF_L4.set(0, pa.field("id", pa.string()))
-    layout.save()
-    assert "column 'id' is string, not whole numbers" in refusal(layout)
 
 
 def test_one_of_the_two_files_missing_is_said(layout):

@@ -123,8 +123,8 @@ NOT_HERE = {
     "OUT=runs/gpu benchmarks/gpu.sh": "needs a GPU",
     "OUT=runs/gpu benchmarks/gpu.sh --small": "takes minutes",
     "OUT=runs/gpu benchmarks/gpu.sh step decode": "needs a GPU",
-    "python examples/trl_environment.py": "takes a minute; test_trl runs it",
-    "python examples/trl_rollout.py": "takes a minute; test_trl runs it",
+    "python examples/train_with_trl.py": "takes a minute; test_trl runs it",
+    "python examples/train_with_trl.py --rollout": "takes a minute; test_trl runs it",
 }
 
 
@@ -197,7 +197,7 @@ def read_only(words: list[str], monkeypatch) -> None:
     elif words[0] == "torchrun":
         launch = get_args_parser().parse_args(words[1:])
         read_only(["python", launch.training_script, *launch.training_script_args], monkeypatch)
-    elif words[0] == "ivt" and words[1] not in cli.SCRIPTS:
+    elif words[0] == "ivt" and not cli.COMMANDS[words[1]].script:
         assert cli.build_parser(words[1]).parse_args(words[1:]).command == words[1]
     elif words[0] == "benchmarks/gpu.sh":
         text = (ROOT / words[0]).read_text()
@@ -218,7 +218,7 @@ def read_only(words: list[str], monkeypatch) -> None:
             if hasattr(sys.modules[module], "run_command"):
                 monkeypatch.setattr(sys.modules[module], "run_command", parse_and_check)
         if words[0] == "ivt":
-            script = cli.SCRIPTS[words[1]]
+            script = cli.COMMANDS[words[1]]
             parse_and_check(print, importlib.import_module(script.module).Args, words[2:], script.section)
         else:
             assert execute(words, monkeypatch) == 0, words

@@ -330,22 +330,6 @@ def test_rewards_of_a_rollout_add_up_to_the_final_iou():
     assert groups.taken.sum() == sum(map(len, groups.turns)) > 0
 
 
-def test_four_steps_equal_two_and_a_resumed_two_to_the_bit(tmp_path):
-    whole = small_trainer(tmp_path / "whole", learning_rate=5e-3)
-    whole.train(lambda *_: None)
-    first = small_trainer(tmp_path / "cut", learning_rate=5e-3, steps=2)
-    first.train(lambda *_: None)
-    second = small_trainer(tmp_path / "cut", learning_rate=5e-3)
-    second.resume()
-    assert second.step == 2
-    second.train(lambda *_: None)
-    a, b = (dict(t.policy.model.named_parameters()) for t in (whole, second))
-    trained = [n for n, p in a.items() if p.requires_grad]
-    assert trained and all(torch.equal(a[n], b[n]) for n in trained)
-    start = dict(small_policy().model.named_parameters())
-    assert any(not torch.equal(a[n], start[n]) for n in trained), "nothing was trained, nothing was compared"
-
-
 def test_same_seed_gives_identical_metrics_and_another_seed_does_not(tmp_path):
     def run(name: str, seed: int) -> list[dict[str, float]]:
         found: list[dict[str, float]] = []
@@ -360,14 +344,6 @@ def test_same_seed_gives_identical_metrics_and_another_seed_does_not(tmp_path):
     assert first != other
 
 
-def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path):
-    trainer = small_trainer(tmp_path, steps=2)
-    trainer.train(lambda *_: None)
-    (tmp_path / "checkpoints" / ".0123456789abcdef.partial").mkdir()
-    (tmp_path / "checkpoints" / ".0123456789abcdef.partial" / "state.pt").write_bytes(b"half")
-    assert load_checkpoint(tmp_path)["step"] == 2
-
-
 def test_a_broken_or_missing_checkpoint_is_an_error_that_names_it(tmp_path):
     with pytest.raises(RunError, match="nothing to resume"):
         load_checkpoint(tmp_path)
@@ -376,13 +352,6 @@ def test_a_broken_or_missing_checkpoint_is_an_error_that_names_it(tmp_path):
     (folder / "state.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(RunError, match=r"step-000002.*cannot be read"):
         load_checkpoint(tmp_path)
-
-
-def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
-    trainer = small_trainer(tmp_path, steps=2)
-    trainer.train(lambda *_: None)
-    with pytest.raises(ValueError, match="another --model or other LoRA options"):
-        small_trainer(tmp_path, small_policy(lora=False)).resume()
 
 
 def command(*arguments: str, timeout: int = 280) -> subprocess.CompletedProcess[str]:
@@ -421,34 +390,9 @@ def test_training_on_data_that_is_not_there_is_an_error(tmp_path):
     assert done.returncode == 2 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--temperature", "0"], "every advantage"),
-        (["--num-generations", "1"], "every advantage"),
-        (["--env", "IVT-Nothing-v0"], "IVT-Nothing"),
-        (["--model", "./no/such/folder"], "no/such/folder"),
-        (["--resume"], "nothing to resume"),
-    ],
-)
-def test_contradictions_and_mistakes_end_with_one_clear_line(tmp_path, options, message):
-    done = command("train_grpo.py", *SMALL, *options, "--out", str(tmp_path / "run"))
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-
-
-def test_a_resumed_command_goes_on_and_ends_with_the_whole_log(tmp_path):
-    run = str(tmp_path / "run")
-    assert command("train_grpo.py", *SMALL, "--save-steps", "1", "--out", run).returncode == 0
-    done = command("train_grpo.py", "--resume", *SMALL[:2], "--steps", "3", *SMALL[4:], "--out", run)
-    assert done.returncode == 0, done.stderr[-2000:]
-    steps = [r["step"] for r in metrics_of(tmp_path / "run") if "train/loss" in r]
-    assert steps == [1, 2, 3]
-
-
 def test_every_new_option_runs_from_the_command_and_is_recorded(tmp_path):
-    options = ["--loss-type", "cispo", "--advantage", "episode_and_step", "--omega", "0.5", "--scale-rewards", "batch"]
-    options += ["--scale-floor", "0.01", "--beta", "0.01", "--kl-in", "reward", "--num-iterations", "2"]
+    options = ["--loss-type", "cispo", "--advantage", "episode_and_step", "--scale-rewards", "batch"]
+    options += ["--beta", "0.01", "--kl-in", "reward", "--num-iterations", "2"]
     done = command("train_grpo.py", *SMALL, *options, "--no-mask-truncated-completions", "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -430,7 +430,7 @@ def test_the_command_trains_plays_and_takes_up_what_is_done(tmp_path, capsys):
         ("grpo", {}, {"split": "tset"}, "no split 'tset'"),
         ("grpo", {"num_generations": 1}, {}, "num_generations 1"),
         ("own_gain", {"cooldown": 999}, {}, "cooldown 999"),
-        ("own_gain", {"quantize": "nf4", "start_share": 0.0}, {}, "lora_r 0 with weights in nf4"),
+        ("own_gain", {"quantize": "nf4"}, {}, "lora_r 0 with weights in nf4"),
         *(
             ("own_gain", {name: other}, {}, f"own_gain.{name} is")
             for name, other in (("stop", True), ("view", "closeup"), ("episode_steps", 2), ("bf16", False))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ivt_agents.vlm.adapters import add_lora
 from ivt_agents.vlm.load import PolicyError, load_policy
 from ivt_agents.vlm.prompts import QWEN, TINY
 from ivt_agents.vlm.tiny import weights_folder
@@ -48,22 +47,6 @@ def test_saved_and_loaded_policies_act_alike(folder, tmp_path):
     policy.save(tmp_path / "again")
     wanted, found = policy.act(observations), load_policy(tmp_path / "again").act(observations)
     assert np.array_equal(wanted["box"], found["box"], equal_nan=True) and wanted["text"] == found["text"]
-
-
-def test_an_adapter_folder_is_put_on_the_base_that_it_names(folder, tmp_path):
-    env = make_vector_env("IVT-Scenes-v0", 4, split="val")
-    observations, _ = env.reset(seed=3)
-    policy = load_policy(folder)
-    policy.model = add_lora(policy.model, 4)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.05)
-    policy.save(tmp_path / "adapter")
-    wanted = policy.act(observations)
-    found = load_policy(tmp_path / "adapter").act(observations)
-    assert wanted["text"] == found["text"]
-    assert wanted["text"] != load_policy(folder).act(observations)["text"], "the adapter did nothing"
 
 
 def test_the_prompt_of_a_policy_travels_with_it(folder):

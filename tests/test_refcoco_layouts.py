@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 
 import numpy as np
 import pyarrow as pa
@@ -381,26 +380,6 @@ def test_people_split_may_call_itself_test(parquet, stated):
     assert len(parquet.open("testA")) == 40
 
 
-def test_damage_in_the_middle_of_a_file_is_never_another_error(parquet):
-    path = parquet.path_of("train")
-    content = path.read_bytes()
-    refused = 0
-    for at in range(10, len(content) - 8, 997):
-        path.write_bytes(content[:at] + bytes(255 - b for b in content[at : at + 60]) + content[at + 60 :])
-        try:
-            parquet.open("train")
-        except DataError as error:
-            refused += str(path) in str(error)
-    assert refused > 0
-
-
-def test_missing_column_is_named(parquet):
-    for row in parquet.rows["train"]:
-        del row["raw_anns"]
-    parquet.save()
-    assert f"{parquet.path_of('train')}: has no column 'raw_anns' (it has sent_ids," in parquet.error("train")
-
-
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
@@ -438,25 +417,6 @@ def test_parts_of_a_split_are_read_in_order_and_a_missing_or_second_one_is_refus
 # --- lmms -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def embedded(tmp_path):
-    return written(tmp_path, "lmms")
-
-
-def image_folder(hub):
-    return hub.path_of("testA").parent.parent / ".ivt_index" / "images"
-
-
-def test_plain_binary_images_are_read_too(tmp_path):
-    hub = write_lmms(tmp_path, "refcoco", many("testA"))
-    for row in hub.rows["testA"]:
-        row["image"] = row["image"]["bytes"]
-    hub.schema = hub.schema.set(1, pa.field("image", pa.binary()))
-    hub.save()
-    table = hub.open("testA")
-    assert table.image(table[0]).shape == (80, 120, 3)
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(boxes_in_images())
 def test_any_box_in_any_image_comes_back(tmp_path, drawn):
@@ -465,13 +425,6 @@ def test_any_box_in_any_image_comes_back(tmp_path, drawn):
     (box,) = write_lmms(tmp_path, "refcoco", [thing]).boxes()
     assert np.allclose(box, thing.relative, rtol=0, atol=1e-9)
     assert 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
-
-
-def test_float32_that_is_no_short_decimal_stays_within_its_own_rounding():
-    for value in np.random.default_rng(0).uniform(0, 2000, 300).astype(np.float32):
-        assert np.float32(lmms._as_written(float(value))) == value
-    assert lmms._as_written(1 / 3) == 1 / 3  # a float64 is not touched
-    assert np.isnan(lmms._as_written(float("nan"))) and lmms._as_written(None) is None
 
 
 @pytest.mark.parametrize(
@@ -489,35 +442,6 @@ def test_mixed_and_absent_splits_are_never_served(tmp_path, name, refused):
     for split in source.splits:
         hub.path_of(split).unlink()
     assert lmms.find(tmp_path, name) is None
-
-
-def test_image_of_several_rows_is_written_once_and_then_left_alone(embedded):
-    embedded.open("testA")
-    paths = list(image_folder(embedded).iterdir())
-    assert sorted(path.name for path in paths) == sorted(
-        {f"COCO_train2014_{1000 + sum(map(ord, split)):012d}.jpg" for split in ("testA", "testB")}
-    )
-    for path in paths:
-        os.utime(path, ns=(5, 5))
-    (image_folder(embedded).parent / "refcoco-lmms.arrow").unlink()
-    embedded.open("testB")
-    assert {path.stat().st_mtime_ns for path in image_folder(embedded).iterdir()} == {5}
-
-
-@pytest.mark.parametrize("damage", ["cut off", "other bytes", "gone"])
-def test_damaged_image_is_written_again_with_the_index(embedded, damage):
-    table = embedded.open("testA")
-    path = table.image_path(table[0])
-    content = path.read_bytes()
-    path.unlink()
-    if damage != "gone":
-        path.write_bytes(content[:100] if damage == "cut off" else bytes(len(content)))
-    with pytest.raises(DataError, match=r"refcoco-lmms.arrow|not a whole image"):
-        table.image(table[0])
-    (image_folder(embedded).parent / "refcoco-lmms.arrow").unlink()
-    table = embedded.open("testA")
-    assert table.image(table[0]).shape == (80, 120, 3)
-    assert path.read_bytes() == content
 
 
 def test_few_images_are_in_memory_at_once(tmp_path):

@@ -32,7 +32,6 @@ from ivt_agents.training.checkpoints import (
     save_checkpoint,
 )
 from ivt_agents.training.run import MetricsLog, RunError, read_metrics, write_json
-from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.load import load_policy
 from ivt_env.files import FileError, lock_folder
 
@@ -125,60 +124,6 @@ def test_a_run_with_muon_and_a_falling_rate_goes_on_as_if_it_had_not_been_cut(tm
         n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)
     }
     assert moved and all("language_model.layers" in n and n.endswith("weight") and "norm" not in n for n in moved)
-    # What is saved may be asked for anew, on the way back to the weights of before: no step is trained for it.
-    train_grpo.main(Args(**with_out(options, tmp_path / "whole", resume=True, start_share=0.25)))
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-    saved = dict(load_policy(str(tmp_path / "whole" / "policy")).model.named_parameters())
-    for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
-        assert torch.allclose(saved[name], 0.75 * b + 0.25 * a, atol=1e-6), name
-
-
-def test_half_the_way_back_is_half_the_adapter(tmp_path):
-    options = TINY | {"steps": 1, "start_share": 0.5}
-    train_grpo.main(Args(**with_out(options, tmp_path / "run")))
-    half = dict(load_policy(str(tmp_path / "run" / "policy")).model.named_parameters())
-    train_grpo.main(Args(**with_out(options, tmp_path / "run", resume=True, start_share=0.0)))
-    whole, before = load_policy(str(tmp_path / "run" / "policy")).model, load_policy("tiny").model
-    moved = 0
-    for (name, a), b in zip(before.named_parameters(), whole.parameters(), strict=True):
-        moved += not torch.equal(a, b)
-        assert torch.allclose(half[name], (a + b) / 2, atol=1e-6), name
-    assert moved
-
-
-def test_what_is_measured_after_going_back_is_what_is_saved_and_an_adapter_may_be_the_start(tmp_path):
-    start, policy = tmp_path / "adapter", load_policy("tiny")
-    policy.model = make_trainable(policy.model, 4)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.fill_(0.001)
-    policy.save(start)
-    assert (start / "adapter_config.json").exists()
-    options = TINY | {
-        "model": str(start),
-        "steps": 3,
-        "learning_rate": 0.05,
-        "start_share": 0.9,
-        "eval_samples": 3,
-        "eval_steps": 0,
-    }
-    train_grpo.main(Args(**with_out(options, tmp_path / "run")))
-    told = json.loads((tmp_path / "run" / "before_after.json").read_text())["after"]
-    measured = train_grpo._evaluate(
-        load_policy(str(tmp_path / "run" / "policy")), Args(**with_out(options, tmp_path)), range(3), 1
-    )
-    assert {f"eval/{k}": v for k, v in told.items()} == pytest.approx(measured)
-    learned = lines(tmp_path / "run", "eval/")[-1]
-    assert told["final_iou"] != learned["eval/final_iou"], "else the way back would not be seen"
-
-
-def test_weights_that_cannot_be_gone_back_with_are_refused_before_the_first_step(tmp_path):
-    policy = load_policy("tiny", dtype="bfloat16")
-    policy.save(tmp_path / "low")
-    with pytest.raises(RunError, match="no adapter can be merged into exactly"):
-        train_grpo.main(Args(**with_out(TINY | {"model": str(tmp_path / "low"), "start_share": 0.5}, tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
 
 
 def write_a_run(folder: Path, begun: int) -> None:
@@ -333,22 +278,12 @@ def old_names(options: dict[str, object]) -> dict[str, object]:
     return found
 
 
-def test_a_run_recorded_under_old_names_goes_on_as_if_they_were_todays(tmp_path):
-    for name, steps in (("whole", 3), ("cut", 2)):
-        train_grpo.main(Args(**with_out(TINY, tmp_path / name, steps=steps)))
-    path = tmp_path / "cut" / "config.json"
-    write_json(path, old_names(json.loads(path.read_text())))
-    assert {"lr", "group", "max_steps", "tracker"} <= json.loads(path.read_text()).keys()
-    with pytest.raises(RunError, match="learning_rate: the run has 0.005, this command 0.1"):
-        train_grpo.main(Args(**with_out(TINY, tmp_path / "cut", steps=3, learning_rate=0.1, resume=True)))
-    train_grpo.main(Args(**with_out(TINY, tmp_path / "cut", steps=3, resume=True)))
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("args", [Args(bf16=True), SFTArgs(per_device_train_batch_size=8), SFTArgs(lora_r=4)])
-def test_old_names_and_values_are_read_as_todays(args, processes):
+def test_old_names_and_values_are_read_as_todays(args, processes, tmp_path):
     written = json.loads(json.dumps(asdict(args), default=str)) | {PROCESSES: processes}
+    write_json(tmp_path / "config.json", old_names(written))
+    assert recorded_options(tmp_path) == written
     assert with_new_names(old_names(written)) == with_new_names(written) == written
 
 

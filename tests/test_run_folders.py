@@ -28,6 +28,7 @@ from ivt_agents.evaluation.report import main as report
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.trainer import GRPOTrainer
 from ivt_agents.sft import train as train_sft
+from ivt_agents.training import options as training_options
 from ivt_agents.training.checkpoints import checkpoints, load_checkpoint
 from ivt_agents.training.run import RunError, read_metrics
 from ivt_agents.vlm.load import load_policy
@@ -74,7 +75,8 @@ def test_sft_that_was_cut_off_ends_as_the_run_that_was_not(tmp_path, kind, monke
     train_sft.main(train_sft.Args(**with_out(options, tmp_path / "whole")))
     played: list[int] = []
     real = train_sft.play
-    monkeypatch.setattr(train_sft, "play", lambda *a, **k: played.append(1) or real(*a, **k))
+    for module in (train_sft, training_options):
+        monkeypatch.setattr(module, "play", lambda *a, **k: played.append(1) or real(*a, **k))
     for cut in ("taught", "trained"):
         out = tmp_path / cut
         shutil.copytree(tmp_path / "whole", out)
@@ -110,7 +112,8 @@ def test_a_finished_warm_start_is_neither_replaced_nor_used_for_another_seed(tmp
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_sft, "play", killed)
+    for module in (train_sft, training_options):
+        monkeypatch.setattr(module, "play", killed)
     with pytest.raises(KeyboardInterrupt):
         train_sft.main(train_sft.Args(**with_out(SFT, out, seed=1, overwrite=True)))
     assert asked_of(out, "config.json")["seed"] == 1

@@ -93,7 +93,7 @@ def test_evaluate_swaps_rollout_and_controls_take_a_served_model(chat, tmp_path,
     assert cli.main(["report", str(tmp_path / "e"), "--swaps", str(tmp_path / "s")]) == 0
     env = make_vector_env("IVT-Scenes-v0", 4, split="val", max_steps=2)
     served = Served(ServedOptions(prompts="tiny"))
-    for spec in (f"medoid-3:{name}", f"second-shot:{name}", f"stop-after-1:{name}", f"relay:{name},{name}"):
+    for spec in (f"medoid-3:{name}", f"second-shot:{name}", f"stop-after-1:{name}"):
         before = len(questions(chat))
         played = rollout(env, load_agent(spec, env=env, served=served), 4, 0, indices=range(4))
         assert all(e.steps[0].proposal is not None and e.steps[0].tokens for e in played), spec

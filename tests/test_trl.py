@@ -134,11 +134,11 @@ def without_figures(line: str) -> str:
     return re.sub(r"[+-]?\d+\.\d+", "#", line)
 
 
-@pytest.mark.parametrize("script", ["examples/trl_environment.py", "examples/trl_rollout.py"])
+@pytest.mark.parametrize("script", ["examples/train_with_trl.py", "examples/train_with_trl.py --rollout"])
 def test_an_example_trains_two_steps_and_prints_what_the_page_shows(script):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, *script.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stderr[-3000:]
     printed = run.stdout.splitlines()
@@ -147,11 +147,11 @@ def test_an_example_trains_two_steps_and_prints_what_the_page_shows(script):
     assert len(rewards) == 2 and all(0 <= r <= 1 for r in rewards) and max(rewards) > 0
 
 
-@pytest.mark.parametrize("script", ["trl_environment", "trl_rollout"])
-def test_an_example_takes_other_data_and_fields_of_trl(script, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("rollout", [False, True])
+def test_an_example_takes_other_data_and_fields_of_trl(rollout, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    example = importlib.import_module(script)
-    options = {"steps": 5, "prompts": 1, "group": 2, "turns": 2, "env": "IVT-Photos-v0"}
+    example = importlib.import_module("train_with_trl")
+    options = {"rollout": rollout, "steps": 5, "prompts": 1, "group": 2, "turns": 2, "env": "IVT-Photos-v0"}
     example.main(example.Args(**options, grpo=("learning_rate=0.0", "max_steps=1")))
     printed = capsys.readouterr().out
     assert printed.count("step ") == 1 and "\n0 of 109 weights changed" in printed

@@ -58,11 +58,10 @@ def line_style(number: int, count: int) -> dict[str, Any]:
     return {"color": f"C{number}", "linewidth": width, "linestyle": _DASHES[number % len(_DASHES)]}
 
 
-def smooth(values: Sequence[float], span: int = 9) -> np.ndarray:
-    """Centred moving average that keeps the length; shorter windows at both ends."""
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Centred moving average over nine values that keeps the length; shorter windows at both ends."""
     x = np.asarray(values, dtype=float)
-    half = span // 2
-    return np.array([x[max(0, i - half) : i + half + 1].mean() for i in range(len(x))])
+    return np.array([x[max(0, i - 4) : i + 5].mean() for i in range(len(x))])
 
 
 def plot_training(runs: Sequence[Path], path: Path) -> None:
@@ -206,14 +205,13 @@ def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: 
         save_figure(figure, path)
 
 
-def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path, metric: str = "Acc@0.5") -> None:
+def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path) -> None:
     """Bars of the first box and of the answer by data set, size and siblings, with their intervals.
 
     Args:
         rows: by policy (a row of panels each), what ``breakdown`` gave. Drawn are ``step_0`` and
             ``learned_stop``, or ``last_step`` where there is no stopping rollout.
         path: the PNG file.
-        metric: one of theirs, an accuracy.
     """
     kinds = {
         "dataset": "data set",
@@ -235,7 +233,7 @@ def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path, metric: str 
                 axis.set_title(f"{name}: {kinds[kind]}")
                 for place, group in enumerate(members):
                     for side, row in enumerate(by_group.get(group, ())):
-                        score = row.scores[metric]
+                        score = row.scores["Acc@0.5"]
                         # No interval on a single image; rounding may put one a hair inside the mean.
                         below, above = np.nan_to_num([score.value - score.low, score.high - score.value])
                         axis.bar(
@@ -253,7 +251,7 @@ def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path, metric: str 
                 axis.set_xticks(range(len(members)), names)
                 axis.set_xlim(-0.6, max(len(members), 1) - 0.4)
                 axis.grid(axis="x", visible=False)
-                axis.set_ylabel(f"{metric} (%)")
+                axis.set_ylabel("Acc@0.5 (%)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         save_figure(figure, path)

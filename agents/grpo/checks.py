@@ -9,52 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivt_agents.grpo.trainer import GRPOConfig
+from ivt_agents.training import options
 from ivt_agents.training.checkpoints import check_resume
-from ivt_agents.training.run import RunError, check_least, check_rate, check_share
-from ivt_agents.training.tracking import check_tracker
+from ivt_agents.training.run import RunError
 
 if TYPE_CHECKING:  # the script imports this module; only its type is needed here
     from ivt_agents.grpo.train import Args
 
-MAY_CHANGE = frozenset(
-    {
-        # how long, how often
-        "steps",
-        "save_steps",
-        "eval_steps",
-        "eval_samples",
-        "eval_split",
-        # what is saved at the end
-        "start_share",
-        # what is refused
-        "max_unusable",
-        # where to, and what is shown
-        "out",
-        "report_to",
-        "config",
-        "resume",
-        "overwrite",
-        # reckoned with by a dry run only
-        "dry_run",
-        "gpu_memory_gb",
-        "image",
-    }
-)
+MAY_CHANGE = options.MAY_CHANGE | {"steps", "eval_steps", "eval_samples", "eval_split"}
 """Options that a resumed run may change: no step's gradient depends on them. All others are refused."""
 
 RESULTS = ("policy", "adapter", "before_after.json", "checkpoints", "episodes", "metrics.jsonl")
 """What a run makes; a run anew removes it in this order."""
 
 _LEAST = {
-    **dict.fromkeys(("prompts", "num_iterations", "per_device_train_batch_size", "max_completion_length"), 1),
-    "steps": 0,
-    "warmup_steps": 0,
-    "save_steps": 1,
-    "eval_steps": 0,
-    "eval_samples": 0,
-    "lora_r": 0,
-    "seed": 0,
-    "episode_steps": 1,
+    **dict.fromkeys(("prompts", "num_iterations", "max_completion_length"), 1),
+    **dict.fromkeys(("warmup_steps", "eval_steps"), 0),
 }
 
 
@@ -74,10 +44,7 @@ def check_options(args: Args, processes: int = 1) -> None:
     Raises:
         RunError: names the value and says what would have gone wrong.
     """
-    check_tracker(args.report_to)
-    check_least(args, _LEAST)
-    check_rate(args.learning_rate)
-    check_share("max_unusable", args.max_unusable)
+    args.check(**_LEAST)
     if over := args.prompts % processes:
         raise RunError(
             f"prompts {args.prompts} on {processes} processes: {over} processes would play one more than the others,"
@@ -108,25 +75,15 @@ def _advantage(a: Args) -> Refusals:
     yield a.num_generations < 2, f"num_generations {a.num_generations}: {alone}"
     one_step = a.advantage == "return_to_go" and a.reward == "final" and a.episode_steps == 1
     yield one_step, "episode_steps 1 leaves nothing to refine, so steps need no credit: add --advantage trajectory"
-    omega = f"omega {a.omega:g} with advantage {a.advantage}"
-    turned = "nothing of the step comparison would be left, or it would be turned round; give more than 0"
-    yield a.advantage == "episode_and_step" and not a.omega > 0, f"{omega}: {turned}"
-    ignored = "it would be ignored; add --advantage episode_and_step"
-    yield a.advantage != "episode_and_step" and a.omega != 1.0, f"{omega}: {ignored}"
     discount = f"discount {a.discount:g}"
     yield not 0 <= a.discount <= 1, f"{discount}: a later gain would count more than an earlier one; give 0 to 1"
     per_step = "it weighs later gains in an earlier step's return; give --advantage return_to_go --reward gain"
     unused = a.advantage != "return_to_go" or a.reward == "final"
     yield a.discount != 1 and unused, f"{discount} with advantage {a.advantage} and reward {a.reward}: {per_step}"
-    floor, scaled = f"scale_floor {a.scale_floor:g} with scale_rewards {a.scale_rewards}", a.scale_rewards != "none"
-    ignored = "nothing is divided, so it would be ignored; add --scale-rewards group or --scale-rewards batch"
-    yield not scaled and a.scale_floor != GRPOConfig.scale_floor, f"{floor}: {ignored}"
-    large = "rewards that differ by 0.00001 would count as much as those that differ by 1; give at least 0.001"
-    yield scaled and not a.scale_floor > 0, f"{floor}: {large}"
     if a.scale_rewards == "group":
         not_it = "Dr. GRPO is GRPO without that division; use --scale-rewards none or --loss-type grpo"
         yield a.loss_type == "dr_grpo", f"scale_rewards group with loss_type dr_grpo: {not_it}"
-        weight = f"the KL penalty's weight would be anything from {a.beta:g} to {a.beta / a.scale_floor:g}"
+        weight = f"the KL penalty's weight would be anything from {a.beta:g} to {a.beta / GRPOConfig.scale_floor:g}"
         yield a.kl_in == "reward", f"scale_rewards group with kl_in reward: {weight}; use --kl-in loss"
 
 
@@ -135,10 +92,6 @@ def _step(a: Args) -> Refusals:
     yield not a.max_grad_norm > 0, f"max_grad_norm {a.max_grad_norm:g}: {lost}"
     left = "it trains the layers' own matrices, of which an adapter leaves none; add --lora-r 0"
     yield a.optim == "muon" and a.lora_r > 0, f"optim muon with lora_r {a.lora_r}: {left}"
-    share, low = f"start_share {a.start_share:g}", a.quantize == "nf4" or a.dtype == "bfloat16"
-    yield not 0 <= a.start_share < 1, f"{share}: nothing of what was learned would be left; give 0 to below 1"
-    merged = "with an adapter that cannot be merged exactly: there are no weights to go back with; leave it out"
-    yield a.start_share > 0 and a.lora_r > 0 and low, f"{share} {merged}"
     yield not 0 <= a.cooldown <= a.steps, f"cooldown {a.cooldown} of {a.steps} steps: give 0 to {a.steps}"
 
 

@@ -28,18 +28,16 @@ from ivt_agents.command import Hidden, progress_bars
 from ivt_agents.grpo.checks import RESULTS, check_options, check_run
 from ivt_agents.grpo.losses import CLIPS
 from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
-from ivt_agents.play.on_split import MAX_UNUSABLE, play, summary, validation_samples
+from ivt_agents.play.on_split import summary
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import CONFIG, PROCESSES, check_new, forget_run, recorded_options
-from ivt_agents.training.run import MetricsLog, RunError, make_accelerator, read_metrics, seed_everything, write_json
+from ivt_agents.training.options import TrainingOptions
+from ivt_agents.training.run import MetricsLog, make_accelerator, read_metrics, seed_everything, write_json
 from ivt_agents.training.sharding import check_shareable, fill_parameters, gathered_parameters
-from ivt_agents.training.tracking import TrackerName
-from ivt_agents.vlm.adapters import blend, drop_reference, layer_matrices, make_trainable, merged
-from ivt_agents.vlm.dry_run import GENERATION_ROWS, Plan, dry_run
+from ivt_agents.vlm.adapters import drop_reference, layer_matrices, make_trainable, merged
+from ivt_agents.vlm.dry_run import GENERATION_ROWS
 from ivt_agents.vlm.load import TINY_NAME, load_policy
-from ivt_agents.vlm.model_options import ModelOptions
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.precision import can_merge
 from ivt_agents.vlm.without_stop import forbid_stop
 from ivt_env.episodes import save_episodes
 from ivt_env.files import asked_of, lock_folder, refuse_other
@@ -47,48 +45,30 @@ from ivt_env.rollouts import make_vector_env
 
 
 @dataclass
-class Recipe:
-    """What is trained, on what, and how."""
+class Args(TrainingOptions):
+    """Multi-turn GRPO on IoU gains."""
 
-    config: Path | None = None
-    """YAML file whose part `grpo` gives defaults; flags override it."""
     model: str | None = None
     """The warm-started policy: a folder or hub name. None: `train_sft.py` is run first, on `tiny`."""
-    env: str = "IVT-Scenes-v0"
-    """Registered id to train in."""
-    split: Hidden[str] = "train"
-    """Split to train on."""
-    data_root: str | None = None
-    """Folder of real data sets."""
     out: Path = Path("runs/grpo")
     """Run folder: configuration, metrics, checkpoints, the policy, sampled episodes."""
-    resume: bool = False
-    """Go on from the newest checkpoint in `out`; what decides the result must be as it was."""
-    overwrite: bool = False
-    """Begin anew where `out` already holds a run, which is lost."""
     steps: int = 50
     """Training steps: a rollout and an update each."""
     prompts: int = 8
     """Samples in a step, over all processes."""
     num_generations: int = 8
     """Episodes of each sample (the paper: 6)."""
-    episode_steps: int = 8
-    """Actions in an episode (the paper: one proposal and two refinements)."""
     stop: Hidden[bool] = True
     """The policy may end an episode. False: it is not asked to, its stop cannot be sampled, and every episode
     makes all its refinements (the paper)."""
-    view: Literal["overlay", "closeup", "both"] | None = None
-    """What a box is shown on: the whole image, the region around it enlarged, or both. None: as the policy says."""
-    layout: Hidden[Literal["fresh", "prefix"] | None] = None
-    """A prompt of its own each step, or one growing conversation (the paper). None: as the policy says."""
     reward: Hidden[Literal["gain", "final"]] = "gain"
     """`gain`: IoU gain at each step. `final`: IoU of the last box, paid at the end (the paper)."""
-    step_cost: float = 0.005
+    step_cost: Hidden[float] = 0.005
     """Subtracted for every proposal: a look must bring more than that."""
     invalid_penalty: Hidden[float] = 0.1
     """Subtracted for an answer without a usable box or stop. Without it, an empty answer keeps the box as
     a stop does, and the policy learns to say nothing (seen after 40 steps)."""
-    wrong_stop_penalty: float = 0.2
+    wrong_stop_penalty: Hidden[float] = 0.2
     """Subtracted for a stop on a box whose IoU is below 0.5: it must be worth less than looking on."""
     format_bonus: Hidden[float] = 0.0
     """Added once, at the end, where every answer of an episode held a usable box or stop (the paper: 0.1)."""
@@ -97,32 +77,21 @@ class Recipe:
     to keep a box, and a bonus of 0.1 does not outweigh that (`docs/paper.md`)."""
     advantage: Literal["return_to_go", "trajectory", "episode_and_step"] = "return_to_go"
     """Credit by each step's return-to-go, by the whole episode, or that plus a comparison of equal states."""
-    omega: Hidden[float] = 1.0
-    """Weight of the comparison of equal states in `episode_and_step`."""
     discount: Hidden[float] = 1.0
     """What the next step's return counts in a step's own, with `return_to_go`. 1: all gains up to the end, so that the
     final IoU is maximised. 0: each action's own gain, for a policy that spoils any box it is given afterwards."""
-    scale_rewards: Literal["none", "group", "batch"] = "none"
+    scale_rewards: Hidden[Literal["none", "group", "batch"]] = "none"
     """Divide advantages by the standard deviation of a group's returns, or of all returns of the step."""
-    scale_floor: Hidden[float] = 1e-3
-    """That standard deviation counts as at least this much reward."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
     """Policy loss. With one optimizer step per rollout gspo equals grpo, and cispo equals dapo."""
     optim: Hidden[Literal["adamw", "muon"] | None] = None
     """`muon`: Muon on the matrices of the language model's layers, and nothing else is trained; with --lora-r 0. On
     the tiny model it learns from the same episodes what AdamW hardly does (`docs/paper.md`). None: `adamw` for an
     adapter, else `muon`."""
-    learning_rate: float = 1e-3
-    """Learning rate."""
     warmup_steps: Hidden[int] = 5
     """Steps over which it rises from 0."""
     cooldown: Hidden[int] = 0
     """Last steps over which it falls to 0: what the noise of single steps did to the policy evens out."""
-    start_share: Hidden[float] = 0.0
-    """Share of the weights that training began with in the policy that is saved, from 0 to below 1 (WiSE-FT, Wortsman
-    et al. 2022): gives back some of what was lost without need, such as precise first boxes."""
-    lora_r: int = 0
-    """Rank of LoRA adapters on the language model; 0 trains every weight."""
     num_iterations: Hidden[int] = 1
     """Optimizer steps on each rollout."""
     epsilon: Hidden[float | None] = None
@@ -137,47 +106,30 @@ class Recipe:
     """Of the rollouts; the update scores with the same."""
     max_completion_length: int = 48
     """Token limit of a turn."""
-    max_unusable: Hidden[float] = MAX_UNUSABLE
-    """Refuse to go on where more than this share of the first rollouts' answers holds no usable box or stop. 1: go
-    on whatever they hold."""
     mask_truncated_completions: Hidden[bool] = True
     """Leave turns that ran into the limit out of the loss."""
     per_device_train_batch_size: int = 64
     """Turns in one forward and backward pass."""
     max_grad_norm: Hidden[float] = 1.0
     """Gradients are clipped to this norm."""
-    seed: int = 0
-    """Decides samples and sampling."""
     save_steps: Hidden[int] = 20
     """Steps between checkpoints."""
     eval_steps: Hidden[int] = 20
     """Steps between greedy evaluations on the validation split; 0: only before and after."""
-    eval_samples: int = 300
-    """Validation samples of each evaluation; 0: none at all."""
-    eval_split: Hidden[str] = "val"
-    """Split of those evaluations."""
-    bf16: bool = False
-    """Compute rollouts and the update in bfloat16, by autocast."""
-    report_to: TrackerName = "tensorboard"
-    """Where metrics go besides `metrics.jsonl`; wandb and trackio need the extra `trackers`."""
-    dry_run: bool = False
-    """Build the true architecture without weights, print what it needs and what fits, and end."""
-    gpu_memory_gb: Hidden[float] = 80.0
-    """Memory of the GPU that a dry run reckons with."""
-    image: Hidden[tuple[int, int]] = (480, 640)
-    """Height and width of the images that a dry run reckons with."""
-
-
-@dataclass
-class Args(ModelOptions, Recipe):  # fields of the last base come first in --help
-    """Multi-turn GRPO on IoU gains."""
 
 
 def main(args: Args) -> Path:
     """Train; returns the folder of the trained policy."""
     if args.dry_run:
         check_options(args)
-        print(dry_run(_plan(args)))
+        args.print_dry_run(
+            model=args.model or TINY_NAME,
+            new_tokens=args.max_completion_length,
+            turns=args.episode_steps,
+            rollout_rows=min(GENERATION_ROWS, args.prompts * args.num_generations),
+            micro_batch=args.per_device_train_batch_size,
+            reference_copy=args.beta > 0 and args.lora_r == 0,
+        )
         return args.out
     args.check_model(args.lora_r)
     accelerator = make_accelerator(args.bf16)
@@ -193,16 +145,11 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     args.epsilon = low if args.epsilon is None else args.epsilon
     args.epsilon_high = high if args.epsilon_high is None else args.epsilon_high
     options = _begin(args, accelerator.num_processes)
-    measured_on = validation_samples(args.env, args.split, args.eval_split, args.eval_samples, args.data_root)
+    measured_on = args.measured_on()
     args.model = args.model or _warm_start(args, accelerator)
     seed_everything(args.seed)
     policy = _load(args, str(accelerator.device))
-    check_shareable(policy.model, args.torch_compile, accelerator, args.optim)
-    if args.start_share and not can_merge(policy.model):  # a folder may record the format of its weights
-        raise RunError(
-            f"start_share {args.start_share:g} with weights of {args.model} that no adapter can be merged into exactly:"
-            " there are none to go back with; leave it out, or give --dtype float32"
-        )
+    check_shareable(policy.model, accelerator, args.optim)
     penalties = {name: getattr(args, name) for name in ("step_cost", "invalid_penalty", "wrong_stop_penalty")}
     reward = {"kind": args.reward, **penalties}
     env = make_vector_env(
@@ -215,7 +162,7 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
         reward=reward,
         **policy.shown,
     )
-    config = GRPOConfig(**{k: getattr(args, k) for k in GRPOConfig.__dataclass_fields__})
+    config = GRPOConfig(**{k: v for k, v in asdict(args).items() if k in GRPOConfig.__dataclass_fields__})
     # The log is opened after the checkpoint is read: a resumed run drops what it will write again.
     log = MetricsLog(args.out, enabled=False)
     trainer = GRPOTrainer(policy, env, config, accelerator, log, args.out)
@@ -249,7 +196,6 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
         trainer.train(on_step)
     folder = args.out / "policy"
     trained = gathered_parameters(policy.model) if trainer.sharded else None
-    saved: dict[str, float] | None = None
     if chief:
         if trained is not None:
             # The sharded model is of no use to one process alone: the same policy again, whole.
@@ -260,16 +206,11 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
             if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
                 policy.save(args.out / "adapter", options)
             policy.model = merged(policy.model)
-        if args.start_share:
-            start = load_policy(str(args.model), device=str(accelerator.device), **args.loading())
-            blend(policy.model, merged(start.model), args.start_share)
-            if measured_on:  # what was measured last is not what is saved
-                saved = _evaluate(policy, args, measured_on, args.steps)
         policy.save(folder, options)
     log.close()
     accelerator.wait_for_everyone()
     if chief:
-        _report(args, folder, saved)
+        _report(args, folder)
     # With several processes: without it the one that ends first can abort the others.
     accelerator.end_training()
     return folder
@@ -302,8 +243,6 @@ def _load(args: Args, device: str) -> VLMPolicy:
         seed=args.seed,
         max_new_tokens=args.max_completion_length,
         device=device,
-        layout=args.layout,
-        view=args.view,
         **args.loading(),
     )
     if not args.stop:
@@ -315,22 +254,6 @@ def _load(args: Args, device: str) -> VLMPolicy:
             parameter.requires_grad_(name in matrices)
     args.prepare_update(policy.model)
     return policy
-
-
-def _plan(args: Args) -> Plan:
-    """What a dry run reckons with."""
-    return Plan(
-        model=args.model or TINY_NAME,
-        gpu_memory_gb=args.gpu_memory_gb,
-        image=args.image,
-        new_tokens=args.max_completion_length,
-        turns=args.episode_steps,
-        rollout_rows=min(GENERATION_ROWS, args.prompts * args.num_generations),
-        micro_batch=args.per_device_train_batch_size,
-        lora_rank=args.lora_r,
-        autocast=args.bf16,
-        reference_copy=args.beta > 0 and args.lora_r == 0,
-    )
 
 
 def _warm_start(args: Args, accelerator: Accelerator) -> str:
@@ -370,28 +293,16 @@ def _evaluate(policy: VLMPolicy, args: Args, indices: range, step: int) -> dict[
     """Greedy episodes on the validation split; the last ones are kept to be looked at."""
     sampling, generator = policy.sampling, policy.generator
     policy.set_temperature(0.0)
-    episodes = play(
-        policy,
-        args.env,
-        args.eval_split,
-        indices,
-        max_steps=args.episode_steps,
-        data_root=args.data_root,
-        strict=True,
-        **policy.shown,
-        agent_name=f"step {step}",
-    )
+    episodes = args.measure(policy, indices, agent_name=f"step {step}")
     policy.sampling, policy.generator = sampling, generator
     save_episodes(args.out / "episodes" / f"step-{step:06d}", episodes[:50], None)
     return {f"eval/{k}": v for k, v in summary(episodes).items()}
 
 
-def _report(args: Args, folder: Path, saved: dict[str, float] | None) -> None:
-    """The table of before and after, read back from the run's own metrics; ``saved`` is after, where it is given."""
+def _report(args: Args, folder: Path) -> None:
+    """The table of before and after, read back from the run's own metrics."""
     rows = read_metrics(args.out / "metrics.jsonl")
     measured = [r for r in rows if "eval/final_iou" in r]
-    if saved is not None:
-        measured.append(saved)
     if len(measured) > 1:
         first, last = ({k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in (measured[0], measured[-1]))
         write_json(args.out / "before_after.json", {"before": first, "after": last})

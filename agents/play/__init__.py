@@ -1,1 +1,1 @@
-"""Agents that play: scripted ones, controls of equal compute, a relay, and how a command line names one."""
+"""Agents that play: scripted ones, controls of equal compute, and how a command line names one."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ivt_agents.play.controls import CONTROL_FORMS, control_of
-from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, Relay, StopAfter
+from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
 from ivt_agents.play.served import Served
 from ivt_env import failures
 from ivt_env.rollouts import Agent
@@ -26,7 +26,6 @@ BUILT_IN = ("random", "centre", "oracle")
 _FORMS = (
     *BUILT_IN,
     "stop-after-K:AGENT",
-    "relay:AGENT,AGENT",
     "vlm:FOLDER",
     "sb3:FOLDER",
     "openai:URL#MODEL",
@@ -56,7 +55,6 @@ def load_agent(
     ``centre``              one box around the centre, then stops
     ``oracle``              reads the target box; needs ``env``
     ``stop-after-K:SPEC``   the agent ``SPEC``, stopped after K proposals: ``stop-after-1:random``
-    ``relay:FIRST,THEN``    the agent ``FIRST`` until there is a box, then the agent ``THEN``
     ``vlm:FOLDER``          a vision-language model: a checkpoint folder or a model id
     ``sb3:FOLDER``          a PPO of Stable-Baselines3: the folder of ``python -m ivt_agents.sb3.train``
     ``openai:URL#MODEL``    a vision-language model behind an OpenAI-compatible address
@@ -97,11 +95,6 @@ def load_agent(
             )
         proposer = load_agent(rest, env=env, seed=seed, served=served, **options)
         return StopAfter(proposer, int(head.removeprefix("stop-after-")))
-    if head == "relay":
-        first, comma, then = rest.partition(",")
-        if not (first and comma and then):
-            raise ValueError(f"agent {spec!r}: say who begins and who goes on, like 'relay:vlm:tiny,vlm:FOLDER'")
-        return Relay(*(load_agent(one, env=env, seed=seed, served=served, **options) for one in (first, then)))
     if head.startswith("pixels-"):
         if not re.fullmatch(r"pixels-[0-9]+(\.[0-9]+)?:vlm:.+", spec):
             raise ValueError(f"agent {spec!r}: say how many times the pixels, and of which model: 'pixels-2:vlm:tiny'")

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ivt_agents.play.chat import Answer, AnswerCache, Budget, ChatClient, ServedError, Usage, user_turn
-from ivt_agents.vlm.codec import BoxCodec
+from ivt_agents.vlm.codec import BoxCodec, as_actions
 from ivt_agents.vlm.prompts import DEFAULT, PromptFile, find_prompts, images_of, load_prompts
 from ivt_env import boxes
 from ivt_env.episodes import Episode
@@ -179,27 +179,15 @@ class ServedPolicy:
         draws = [self._draw(observations, row) for row in rows]
         jobs = [partial(self._answer, observations, row, draw) for row, draw in zip(rows, draws, strict=True)]
         self.turns = [None] * n
-        actions: dict[str, Any] = {
-            "box": np.full((n, 4), np.nan, dtype=np.float32),
-            "stop": np.zeros(n, dtype=np.int64),
-            "text": [""] * n,
-            "parse_failure": np.zeros(n, dtype=bool),
-            "tokens": np.zeros(n, dtype=np.int64),
-            "seconds": np.zeros(n),
-        }
-        if self.confidence:
-            actions["confidence"] = np.zeros(n)
+        answers = {}
         for row, (answer, box, stop) in zip(rows, self.client.run(jobs), strict=True):
             self.turns[row] = answer
-            actions["text"][row], actions["stop"][row] = answer.text, int(stop)
-            actions["parse_failure"][row] = box is None and not stop
-            actions["tokens"][row] = answer.prompt_tokens + answer.completion_tokens
-            actions["seconds"][row] = answer.seconds
+            tokens = answer.prompt_tokens + answer.completion_tokens
+            stated = {"text": answer.text, "tokens": tokens, "seconds": answer.seconds}
             if self.confidence:
-                actions["confidence"][row] = answer.confidence
-            if box is not None:
-                actions["box"][row] = box
-        return actions
+                stated["confidence"] = answer.confidence
+            answers[row] = box, stop, stated
+        return as_actions(n, answers, "seconds", *(["confidence"] if self.confidence else []))
 
     def _draw(self, observations: Mapping[str, Any], row: int) -> tuple[int, int] | None:
         if not self.temperature:
@@ -231,10 +219,9 @@ class ServedPolicy:
 
 def served_by(agent: Any) -> ServedPolicy | None:
     """The served model that an agent is, or that it wraps; None where there is none."""
-    if agent is None or isinstance(agent, ServedPolicy):
-        return agent
-    parts = (getattr(agent, name, None) for name in ("agent", "first", "then"))
-    return next((found for part in parts if part is not None and (found := served_by(part))), None)
+    while agent is not None and not isinstance(agent, ServedPolicy):
+        agent = getattr(agent, "agent", None)
+    return agent
 
 
 class FrameCheck:

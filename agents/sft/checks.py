@@ -5,16 +5,13 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
-from ivt_agents.training.run import RunError, check_least, check_rate, check_share
-from ivt_agents.training.tracking import check_tracker
+from ivt_agents.training import options
+from ivt_agents.training.run import RunError
 
 if TYPE_CHECKING:  # the script imports this module; only its type is needed here
     from ivt_agents.sft.train import Args
 
-MAY_CHANGE = frozenset(
-    {"save_steps", "out", "report_to", "config", "resume", "overwrite", "dry_run", "gpu_memory_gb", "image"}
-    | {"max_unusable", "teacher_cache", "teacher_max_requests", "teacher_max_tokens"}
-)
+MAY_CHANGE = options.MAY_CHANGE | {"teacher_cache", "teacher_max_requests", "teacher_max_tokens"}
 """Options that a resumed run may change: neither the policy nor the table depends on them."""
 
 RESULTS = ("policy", "before_after.json", "checkpoints", "before.json", "demonstrations.jsonl", "metrics.jsonl")
@@ -22,19 +19,7 @@ RESULTS = ("policy", "before_after.json", "checkpoints", "before.json", "demonst
 HARVEST = ("harvest.jsonl", "harvest.json", "first_boxes.json")
 """What a model teacher wrote. It says by itself whom it is of, so that a run that was cut off finds it again."""
 
-_LEAST = {
-    "samples": 1,
-    "steps": 0,
-    "save_steps": 1,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "lora_r": 0,
-    "seed": 0,
-    "eval_samples": 0,
-    "episode_steps": 1,
-    "teacher_max_requests": 0,
-    "teacher_max_tokens": 0,
-}
+_LEAST = {"samples": 1, "gradient_accumulation_steps": 1, "teacher_max_requests": 0, "teacher_max_tokens": 0}
 
 
 def check_options(args: Args) -> None:
@@ -44,10 +29,7 @@ def check_options(args: Args) -> None:
         RunError: names the value and says what would have gone wrong.
         PolicyError: for a number format that cannot be had.
     """
-    check_tracker(args.report_to)
-    check_least(args, _LEAST)
-    check_rate(args.learning_rate)
-    check_share("max_unusable", args.max_unusable)
+    args.check(**_LEAST)
     args.check_model(args.lora_r)
     if args.first_answers == "model" and args.single_shot:
         raise RunError("first_answers model with single_shot: nothing would be learned; leave one of them out")

@@ -106,13 +106,11 @@ def teach_as_the_paper(
     dataset: Dataset,
     indices: Sequence[int],
     student_boxes: Sequence[Sequence[float] | None],
-    *,
-    most_iou: float = 0.85,
     steps: int = 2,
 ) -> list[Demonstration]:
     """The trajectories of arXiv 2606.13156: refinements of the student's own bad first boxes, and nothing else.
 
-    Student boxes with IoU in [0, ``most_iou``] are kept; whatever their distance, they walk to the target in
+    Student boxes with IoU in [0, 0.85] are kept; whatever their distance, they walk to the target in
     ``steps`` equal parts, each explained. What was right from the start is dropped, so no box is ever to be
     kept and nothing ends the episode. A trajectory is learned as a whole, the student's own first box with it:
     that the paper's policies learned to give bad first boxes from bad ones in the data says that it was.
@@ -122,7 +120,6 @@ def teach_as_the_paper(
         dataset: the split being taught.
         indices: which samples.
         student_boxes: the student's step-0 box for each; None where it gave none.
-        most_iou: see above.
         steps: of the walk, T in the paper.
     """
     made: list[Demonstration] = []
@@ -131,7 +128,7 @@ def teach_as_the_paper(
         if first is None or boxes.invalid_reason(first) is not None:
             continue
         target, walked = np.asarray(sample.box), [np.asarray(first, dtype=np.float64)]
-        if float(boxes.iou(walked[0], target)) > most_iou:
+        if float(boxes.iou(walked[0], target)) > 0.85:
             continue
         made.append(demonstration(sample, dataset, int(index), None, first))
         for hop in range(steps):

@@ -31,7 +31,7 @@ from rich.progress import Progress
 
 from ivt_agents.command import Hidden, progress_bars
 from ivt_agents.play.chat import Budget
-from ivt_agents.play.on_split import MAX_UNUSABLE, play, summary, validation_samples
+from ivt_agents.play.on_split import play, summary
 from ivt_agents.sft.checks import HARVEST, MAY_CHANGE, RESULTS, check_options
 from ivt_agents.sft.demonstrations import (
     Demonstration,
@@ -53,12 +53,10 @@ from ivt_agents.training.checkpoints import (
     forget_run,
     recorded_options,
 )
+from ivt_agents.training.options import TrainingOptions
 from ivt_agents.training.run import MetricsLog, RunError, make_accelerator, seed_everything, write_json
-from ivt_agents.training.tracking import TrackerName
 from ivt_agents.vlm.adapters import make_trainable, merged
-from ivt_agents.vlm.dry_run import Plan, dry_run
 from ivt_agents.vlm.load import TINY_NAME, load_policy
-from ivt_agents.vlm.model_options import ModelOptions
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.turns import Turn
 from ivt_agents.vlm.without_stop import forbid_stop
@@ -70,30 +68,15 @@ from ivt_env.vector_env import GroundingVectorEnv
 
 
 @dataclass
-class Recipe:
-    """What is trained, on what, and how."""
+class Args(TrainingOptions):
+    """Supervised warm start on corrective traces."""
 
-    config: Path | None = None
-    """YAML file whose part `sft` gives defaults; flags override it."""
     model: str = "tiny"
     """The student: `tiny`, a folder, or a hub name."""
-    env: str = "IVT-Scenes-v0"
-    """Registered id that serves the samples."""
-    split: Hidden[str] = "train"
-    """Split to harvest and teach on."""
-    data_root: str | None = None
-    """Folder of real data sets."""
     out: Path = Path("runs/sft")
     """Run folder: configuration, metrics, demonstrations, the policy, samples."""
-    resume: bool = False
-    """Go on where a run in `out` was cut off; what decides the result must be as it was."""
-    overwrite: bool = False
-    """Begin anew where `out` already holds a run, which is lost."""
     samples: int = 10_000
     """Samples to harvest (all of the split if it has fewer)."""
-    max_unusable: Hidden[float] = MAX_UNUSABLE
-    """Refuse to go on where more than this share of the harvested answers holds no usable box. 1: go on whatever they
-    hold."""
     demonstrations: Path | None = None
     """JSON lines from any teacher; nothing is harvested then."""
     teacher: str = "template"
@@ -107,71 +90,47 @@ class Recipe:
     lessons: Hidden[Literal["looks", "paper"]] = "looks"
     """`looks`: the student's own box, good and shifted ones and those of other objects, each with what is seen and what
     to do. `paper`: a straight walk from bad first boxes only, and no stop anywhere."""
-    view: Literal["overlay", "closeup", "both"] | None = None
-    """What a box is shown on: the image, its region enlarged, or both. None: as the student says, or overlay."""
     pixels: Hidden[float | None] = None
     """Times the most pixels that the student may be shown of an image, trained and saved so: the control of equal
     compute that spends it on a larger image. None: as the student says."""
-    layout: Hidden[Literal["fresh", "prefix"] | None] = None
-    """A prompt of its own each step, or one growing conversation (the paper). None: as the student says, else
-    `fresh`."""
     single_shot: bool = False
     """Teach first answers only. The control that every claim about the loop must beat."""
     steps: int = 900
     """Optimizer steps."""
     per_device_train_batch_size: int = 24
     """Demonstrations in one forward pass of one process."""
-    gradient_accumulation_steps: int = 2
+    gradient_accumulation_steps: Hidden[int] = 2
     """Forward passes in a step: each process learns from that many times the demonstrations of one pass."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
     optim: Hidden[Literal["adamw", "muon"]] = "muon"
     """`muon`: Muon at ten times that rate on the language model's matrices, AdamW on the rest."""
     smoothing: Hidden[float | None] = None
     """Smooth the targets of coordinates over this many thousandths of an image's side. 0: hard targets. None: 6 where
     the model writes a number in one token, else 0."""
-    lora_r: int = 0
-    """Rank of LoRA adapters on the language model; 0 trains every weight."""
     first_answers: Hidden[Literal["model", "policy"] | None] = None
     """Which model gives the first box. `model`: the student before training, so that learning to refine does not harm
     first boxes; the policy names it. None: `model` where every weight learns `looks`, else `policy`."""
     freeze_vision_tower: Hidden[bool] = True
     """Train the language model alone; its image encodings are then computed without gradient."""
-    seed: int = 0
-    """Decides the samples and their order."""
     save_steps: Hidden[int] = 50
     """Steps between checkpoints."""
-    eval_samples: int = 300
-    """Validation samples of the table of before and after; 0 leaves it out."""
-    episode_steps: Hidden[int] = 8
-    """Actions in an episode of that table."""
-    eval_split: Hidden[str] = "val"
-    """Split of that table."""
-    bf16: bool = False
-    """Compute in bfloat16, by autocast."""
-    report_to: TrackerName = "tensorboard"
-    """Where metrics go besides `metrics.jsonl`; wandb and trackio need the extra `trackers`."""
-    dry_run: bool = False
-    """Build the true architecture without weights, print what it needs and what fits, and end."""
-    gpu_memory_gb: Hidden[float] = 80.0
-    """Memory of the GPU that a dry run reckons with."""
-    image: Hidden[tuple[int, int]] = (480, 640)
-    """Height and width of the images that a dry run reckons with."""
-
-
-@dataclass
-class Args(ModelOptions, Recipe):  # fields of the last base come first in --help
-    """Supervised warm start on corrective traces."""
 
 
 def main(args: Args) -> Path:
     """Run the three stages; returns the folder of the trained policy."""
     if args.dry_run:
-        print(dry_run(_plan(args)))
+        args.print_dry_run(
+            model=args.model,
+            # The token limits of load_policy: no demonstration is longer than what may be sampled.
+            new_tokens=48 if args.model == TINY_NAME else 160,
+            turns=1,
+            rollout_rows=100,
+            micro_batch=args.per_device_train_batch_size,
+            pixels=args.pixels,
+        )
         return args.out
     check_options(args)
     teacher = _teacher(args)
-    measured_on = validation_samples(args.env, args.split, args.eval_split, args.eval_samples, args.data_root)
+    measured_on = args.measured_on()
     accelerator = make_accelerator(args.bf16)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise RunError(
@@ -195,19 +154,13 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         check_new(args.out, ["policy"])
     accelerator.wait_for_everyone()  # all have looked before one writes
     seed_everything(args.seed)
-    policy = load_policy(
-        args.model,
-        device=str(accelerator.device),
-        layout=args.layout,
-        view=args.view,
-        pixels=args.pixels,
-        **args.loading(),
-    )
+    loading = {"device": str(accelerator.device), **args.loading()}
+    policy = load_policy(args.model, pixels=args.pixels, **loading)
     if args.lessons == "paper":
         forbid_stop(policy)
     policy.autocast = accelerator.autocast
     if _keeps_first_answers(args, policy):
-        policy.opener = load_policy(args.model, device=str(accelerator.device), view=args.view, **args.loading())
+        policy.opener = load_policy(args.model, **loading)
     env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, **policy.shown}
     env = make_vector_env(args.env, 1, **env_kwargs)
     dataset = env.dataset
@@ -304,23 +257,6 @@ def _prepare_parameters(policy: VLMPolicy, args: Args) -> None:
     args.prepare_update(policy.model)
 
 
-def _plan(args: Args) -> Plan:
-    """What a dry run reckons with."""
-    return Plan(
-        model=args.model,
-        gpu_memory_gb=args.gpu_memory_gb,
-        image=args.image,
-        # The token limits of load_policy: no demonstration is longer than what may be sampled.
-        new_tokens=48 if args.model == TINY_NAME else 160,
-        turns=1,
-        rollout_rows=100,
-        micro_batch=args.per_device_train_batch_size,
-        lora_rank=args.lora_r,
-        autocast=args.bf16,
-        pixels=args.pixels,
-    )
-
-
 def _teacher(args: Args) -> Teacher | None:
     """The model that writes the traces; None: the template does, or nobody has to."""
     if args.teacher == "template":
@@ -413,18 +349,7 @@ def _measure(policy: VLMPolicy, args: Args, indices: range, progress: Progress, 
     if not indices:
         return {}
     task = progress.add_task(f"measuring {name}", total=len(indices), note="")
-    episodes = play(
-        policy,
-        args.env,
-        args.eval_split,
-        indices,
-        max_steps=args.episode_steps,
-        data_root=args.data_root,
-        strict=True,
-        **policy.shown,
-        on_progress=lambda n: progress.advance(task, n),
-    )
-    return dict(summary(episodes))
+    return dict(summary(args.measure(policy, indices, on_progress=lambda n: progress.advance(task, n))))
 
 
 def before_and_after(before: dict[str, float], after: dict[str, float]) -> str:

@@ -133,20 +133,19 @@ def _number(checkpoint: Path) -> int:
     return int(checkpoint.name[5:])
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write ``checkpoints/step-N`` whole or not at all, and forget all but the last ``keep``.
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write ``checkpoints/step-N`` whole or not at all, and forget all but the last two.
 
     Args:
         folder: of the run.
         step: number of finished training steps.
         state: what ``torch.load(weights_only=True)`` can read back.
-        keep: how many checkpoints to keep.
     """
     final = folder / "checkpoints" / f"step-{step:06d}"
     with whole_folder(final, {"step": step}) as partial:
         with (partial / "state.pt").open("wb") as file:  # by name, torch does not say why it could not be written
             torch.save({"step": step, **state}, file)
-    for old in checkpoints(folder)[:-keep]:
+    for old in checkpoints(folder)[:-2]:
         forget(old)
     return final
 

@@ -25,12 +25,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ivt_agents.training.run import RunError
 
 
-def check_shareable(model: nn.Module, compiled: bool, accelerator: Accelerator, optimizer: str = "adamw") -> None:
+def check_shareable(model: nn.Module, accelerator: Accelerator, optimizer: str = "adamw") -> None:
     """Refuse what FSDP cannot share out, before it is tried.
 
     Args:
         model: as it will be trained.
-        compiled: whether its layers are compiled.
         accelerator: where nothing is shared out everything passes.
         optimizer: ``adamw`` or ``muon``.
 
@@ -47,8 +46,6 @@ def check_shareable(model: nn.Module, compiled: bool, accelerator: Accelerator, 
             "quantize nf4 with FSDP: packed four-bit weights cannot be cut into shares; a base in NF4 is small enough"
             " for configs/accelerate/ddp.yaml"
         )
-    if compiled:
-        raise RunError("torch_compile with FSDP: the compiled layers are not those that are shared out; leave it out")
 
 
 @contextlib.contextmanager

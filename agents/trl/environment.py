@@ -10,7 +10,7 @@
         args=trl.GRPOConfig(max_tool_calling_iterations=2, ...),  # actions of an episode, less one
     )
 
-``examples/trl_environment.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.rollout``.
+``examples/train_with_trl.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.rollout``.
 
 Written for TRL 1.16, and it imports nothing of it. ``reset`` returns the first image and the question; the tool
 ``answer`` plays one action and returns the image with the box drawn. The model answers in this project's text format:

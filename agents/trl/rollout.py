@@ -10,7 +10,7 @@
         args=trl.GRPOConfig(temperature=1.0, ...),
     )
 
-``examples/trl_rollout.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.environment`` and says
+``examples/train_with_trl.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.environment`` and says
 what TRL's interface cannot express. Written for TRL 1.16, and it imports nothing of it.
 
 How the images reach TRL: it reads a rollout's images from the ``images`` column of its row, *after* the rollout. That

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ivt_agents.training.run import RunError
@@ -178,18 +177,6 @@ def drop_reference(model: Any) -> None:
 def merged(model: Any) -> Any:
     """The model as it is to be saved: one whole where that is exact, else with its adapter."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") and can_merge(model) else model
-
-
-def blend(model: nn.Module, start: nn.Module, share: float) -> None:
-    """Move a model's weights back towards those of ``start``, in place; ``share`` 0 changes nothing, 1 gives ``start``.
-
-    Part of the way back, most of what training was for survives, and what it changed by the way returns (WiSE-FT:
-    Wortsman et al. 2022, arXiv 2109.01903, section 3). Adapters must be merged.
-    """
-    before = dict(start.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.lerp_(before[name].to(parameter), share)
 
 
 def _words(held: dict[str, str]) -> str:

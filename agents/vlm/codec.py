@@ -11,15 +11,16 @@ processors.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ivt_env import boxes
 from ivt_env.text_actions import STOP_TEXT, ParsedAction, parse_action
 
-__all__ = ["ANSWER", "FRAMES", "STOP_TEXT", "BoxCodec", "ParsedAction", "parse_action"]
+__all__ = ["ANSWER", "FRAMES", "STOP_TEXT", "BoxCodec", "ParsedAction", "as_actions", "parse_action"]
 
 FRAMES = {"qwen3_vl": "relative_1000", "qwen2_vl": "relative_1000", "qwen2_5_vl": "resized_pixels"}
 """Coordinate frame by ``model_type``."""
@@ -122,3 +123,31 @@ class BoxCodec:
         """``{"bbox_2d": [x1, y1, x2, y2]}`` in the model's frame; from the second image on with its number."""
         where = "" if image == 1 else f'"picture": {image}, '
         return f'{{{where}"bbox_2d": {self.box_text(box, resized)}}}'
+
+
+def as_actions(
+    count: int, answers: Mapping[int, tuple[Sequence[float] | None, bool, dict[str, Any]]], *further: str
+) -> dict[str, Any]:
+    """The actions of ``count`` environments (see ``ivt_env.rollouts.Agent``) from the answers of some of them.
+
+    Args:
+        count: of environments.
+        answers: by environment: its box, whether it is a stop, and what else is stated of it, ``text`` and ``tokens``
+            among it.
+        further: names of the other numbers that are stated.
+    """
+    actions: dict[str, Any] = {
+        "box": np.full((count, 4), np.nan, dtype=np.float32),
+        "stop": np.zeros(count, dtype=np.int64),
+        "text": [""] * count,
+        "parse_failure": np.zeros(count, dtype=bool),
+        "tokens": np.zeros(count, dtype=np.int64),
+        **{name: np.zeros(count) for name in further},
+    }
+    for row, (box, stop, stated) in answers.items():
+        actions["stop"][row], actions["parse_failure"][row] = int(stop), box is None and not stop
+        if box is not None:
+            actions["box"][row] = box
+        for name, value in stated.items():
+            actions[name][row] = value
+    return actions

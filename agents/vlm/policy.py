@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ivt_agents.training.finite import NotFiniteError, unusable_weight
 from ivt_agents.vlm.adapters import folded
 from ivt_agents.vlm.cache import Memory
-from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec
+from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec, as_actions
 from ivt_agents.vlm.decode import fixed_decoder
 from ivt_agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
 from ivt_agents.vlm.generation import Sampling, core_of, generate
@@ -53,7 +53,6 @@ class VLMPolicy:
         layout: str = "fresh",
         shown: Mapping[str, Any] | None = None,
         reuse: bool = True,
-        opener: VLMPolicy | None = None,
         name: str = "",
     ) -> None:
         """Wrap a loaded model; ``load_policy`` is the usual way here.
@@ -73,19 +72,17 @@ class VLMPolicy:
                 ``canvas``); for those who make one for it. None: the defaults.
             reuse: compute equal prompts once, keep image encodings, and continue conversations on
                 their key-value caches. False computes everything anew each time: slower, the same.
-            opener: gives the first box, so that learning to refine does not harm first boxes. Always greedy, so
-                that a group of episodes differs by what is learned alone. None: the policy answers always.
             name: under which it was loaded.
 
         Raises:
-            ValueError: for an unknown layout, and for an opener in a conversation, which two models cannot hold.
+            ValueError: for an unknown layout.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.codec, self.batch_size = codec, batch_size
         self.layout, self.reuse, self.name = layout, reuse, name
-        self.opener = opener
+        self._opener: VLMPolicy | None = None
         self.shown: dict[str, Any] = {"view": "overlay"} | dict(shown or {})
         self.frozen_vision = True
         """Image encodings may be kept and used again."""
@@ -122,7 +119,10 @@ class VLMPolicy:
 
     @property
     def opener(self) -> VLMPolicy | None:
-        """The model that gives the first box. None: the policy itself."""
+        """The model that gives the first box, so that learning to refine does not harm first boxes; None: the policy.
+
+        Always greedy, so that a group of episodes differs by what is learned alone.
+        """
         return self._opener
 
     @opener.setter
@@ -170,32 +170,22 @@ class VLMPolicy:
             if self.opener is not None:
                 self.opener.sampling = replace(self.sampling, temperature=0.0)
                 made |= zip(others, self.opener._turns(observations, others), strict=True)
-        turns = [made[row] for row in rows]
-        self.turns = [None] * n
-        actions: dict[str, Any] = {
-            "box": np.full((n, 4), np.nan, dtype=np.float32),
-            "stop": np.zeros(n, dtype=np.int64),
-            "text": [""] * n,
-            "parse_failure": np.zeros(n, dtype=bool),
-            "confidence": np.zeros(n),
-            "tokens": np.zeros(n, dtype=np.int64),
-        }
-        if self.sampling.stop_id is not None:
-            actions["stop_probability"] = np.zeros(n)
-        for row, turn in zip(rows, turns, strict=True):
-            self.turns[row] = turn
+        self.turns = [made.get(row) for row in range(n)]
+        answers = {}
+        for row in rows:
+            turn = made[row]
             text = self.text(turn)
             action = self.codec.parse(text if turn.finished else "")
-            box, stop = self.dialogue.box_of(action, turn.prompt), action.stop and self.may_stop
-            actions["text"][row], actions["stop"][row] = text, int(stop)
-            actions["parse_failure"][row] = box is None and not stop
-            actions["confidence"][row] = float(np.exp(np.mean(turn.log_probs)))
-            actions["tokens"][row] = len(turn.prompt.ids) + len(turn.completion)
+            stated = {
+                "text": text,
+                "tokens": len(turn.prompt.ids) + len(turn.completion),
+                "confidence": float(np.exp(np.mean(turn.log_probs))),
+            }
             if turn.stop_probability is not None:
-                actions["stop_probability"][row] = turn.stop_probability
-            if box is not None:
-                actions["box"][row] = box
-        return actions
+                stated["stop_probability"] = turn.stop_probability
+            answers[row] = self.dialogue.box_of(action, turn.prompt), action.stop and self.may_stop, stated
+        known = () if self.sampling.stop_id is None else ("stop_probability",)
+        return as_actions(n, answers, "confidence", *known)
 
     def _turns(self, observations: Mapping[str, Any], rows: Sequence[int]) -> list[Turn]:
         """A turn for each row; the images of the next rows are prepared while the model is at work on these."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import Any
 
@@ -12,8 +11,6 @@ from ivt_agents.vlm.generation import core_of
 
 SMALL = 10_000_000
 """Parameters up to which a model gains nothing, and loses much on a busy machine, by more than one thread."""
-
-_COMPILED: dict[type, type] = {}
 
 
 def fit_threads(model: Any) -> None:
@@ -38,28 +35,3 @@ def checkpoint_layers(model: Any) -> None:
     Non-reentrant: gradients reach adapters inside a layer although no input of the first layer requires one.
     """
     core_of(model).activation_checkpointing_enable({"use_reentrant": False})
-
-
-def compile_layers(model: Any) -> None:
-    """Compile each decoder layer's training pass at its first use; adapters must be in place already."""
-    for layer in core_of(model).model.language_model.layers:
-        kind = type(layer)
-        if kind not in _COMPILED:
-            _COMPILED[kind] = _compiled(kind)
-        layer.__class__ = _COMPILED[kind]
-
-
-def _compiled(kind: type) -> type:
-    """A decoder layer class whose training pass is compiled.
-
-    A class and not a function on the instance: a deep copy of the model must run its own layers. The
-    library wraps the new ``forward`` in its checkpointing again, so that comes before the compiled part.
-    """
-    plain = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
-    fast = torch.compile(plain, dynamic=True)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = fast if self.training and torch.is_grad_enabled() else plain
-        return chosen(self, *args, **kwargs)
-
-    return type(f"Compiled{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})

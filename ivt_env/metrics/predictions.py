@@ -20,7 +20,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -32,7 +31,7 @@ from numpy.typing import NDArray
 
 from ivt_env import boxes
 from ivt_env.boxes import frame_unit
-from ivt_env.data.checked import MAX_LINE_BYTES, json_lines
+from ivt_env.data.checked import MAX_LINE_BYTES, json_lines, short
 from ivt_env.data.custom import read_declared
 from ivt_env.data.sample import Sample
 
@@ -60,10 +59,6 @@ _LARGEST = 1e9
 _LONGEST_ID = 1000
 _MAX_ARRAY_BYTES = 64 << 20
 _REMEDY = "fix the file or write it again"
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
-_short = _REPR.repr
 
 
 class PredictionError(ValueError):
@@ -201,14 +196,14 @@ def read_predictions(
         first_row = found.setdefault(prediction.sample_id, prediction).row
         if first_row != number:
             raise PredictionError(
-                f"{where}: rows {first_row} and {number} both answer {_short(prediction.sample_id)}; leave one answer "
+                f"{where}: rows {first_row} and {number} both answer {short(prediction.sample_id)}; leave one answer "
                 "per sample"
             )
     if not found:
         raise PredictionError(f"{where}: holds no predictions; write one JSON object per line")
     if unreadable and all(prediction.numbers is None for prediction in found.values()):
         raise PredictionError(
-            f"{where}: no row has four numbers in {fields.box_field!r} (row {unreadable[0]}: {_short(unreadable[1])}); "
+            f"{where}: no row has four numbers in {fields.box_field!r} (row {unreadable[0]}: {short(unreadable[1])}); "
             "name the field of the box with --box-field, or write it as [number, number, number, number]"
         )
     return PredictionFile(where, tuple(found.values()))
@@ -290,7 +285,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = enumerate(_whole(path), 1) if is_array else _parsed_lines(path)
         for number, row in rows:
             if not isinstance(row, dict):
-                raise PredictionError(f"{path}: row {number} is {_short(row)}, not a JSON object; write one per line")
+                raise PredictionError(f"{path}: row {number} is {short(row)}, not a JSON object; write one per line")
             yield number, row
     except OSError as error:
         raise PredictionError(f"{path}: cannot be read ({error.strerror}); give a file of predictions") from error
@@ -312,7 +307,7 @@ def _parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
             if is_first and line.startswith(b"{") and (spread := _spread(path)):
                 raise PredictionError(f"{path}: {spread}") from error
             raise PredictionError(
-                f"{path}: row {number} is no JSON: {_short(line.decode('utf-8'))} ({error}); {_REMEDY}"
+                f"{path}: row {number} is no JSON: {short(line.decode('utf-8'))} ({error}); {_REMEDY}"
             ) from error
         is_first = False
 
@@ -349,7 +344,7 @@ def _inner_list(value: dict[str, Any]) -> str | None:
     """Where a list of objects inside an object may be the predictions that are meant."""
     for key, held in value.items():
         if isinstance(held, list) and held and isinstance(held[0], dict):
-            return f": its {_short(key)} is a list of {len(held)} objects; write that list to a file of its own"
+            return f": its {short(key)} is a list of {len(held)} objects; write that list to a file of its own"
     return None
 
 
@@ -370,7 +365,7 @@ def _header(first: tuple[int, dict[str, Any]], fields: Layout, path: Path) -> di
         return {}
     if unknown := sorted(row.keys() - {"format", "frame"}):
         raise PredictionError(
-            f"{path}: row {number}, a header, has the unknown key {_short(unknown[0])}; it takes format and frame"
+            f"{path}: row {number}, a header, has the unknown key {short(unknown[0])}; it takes format and frame"
         )
     return row
 
@@ -398,7 +393,7 @@ def _agreed(path: Path, what: str, check: Callable[[Any], str], claims: dict[str
         try:
             made.append((check(value), who))
         except ValueError as error:
-            raise PredictionError(f"{path}: {who} says {what} {_short(value)}; {error}") from error
+            raise PredictionError(f"{path}: {who} says {what} {short(value)}; {error}") from error
         if made[-1][0] != made[0][0]:
             raise PredictionError(
                 f"{path}: {made[0][1]} says {what} {made[0][0]}, but {who} says {value}; find out which is true and "
@@ -423,12 +418,12 @@ def _row(
         if field not in row:
             inner = _inner_list(row) or ""
             raise PredictionError(
-                f"{path}: row {number} has no field {field!r}, only {_short(sorted(row))}; name it with {option}{inner}"
+                f"{path}: row {number} has no field {field!r}, only {short(sorted(row))}; name it with {option}{inner}"
             )
     sample_id = row[fields.id_field]
     if not isinstance(sample_id, str) and type(sample_id) is not int:  # bool is an int, and is no id
         raise PredictionError(
-            f"{path}: row {number}: {fields.id_field} is {_short(sample_id)}, neither a text nor a whole number; "
+            f"{path}: row {number}: {fields.id_field} is {short(sample_id)}, neither a text nor a whole number; "
             "name the field of the id with --id-field"
         )
     if len(str(sample_id)) > _LONGEST_ID:
@@ -451,7 +446,7 @@ def _agreed_in_row(path: Path, number: int, row: dict[str, Any], fields: Layout,
     stated = row.get(field or "format")
     known = isinstance(stated, str) and stated in FORMATS
     if field is not None and not known:
-        raise PredictionError(f"{path}: row {number}: {field} is {_short(stated)}; each row of this layout declares it")
+        raise PredictionError(f"{path}: row {number}: {field} is {short(stated)}; each row of this layout declares it")
     if known and declared is not None and stated != declared:
         raise PredictionError(
             f"{path}: row {number} says format {stated}, but {declared} is declared; correct one of them"
@@ -481,7 +476,7 @@ def _input_size(path: Path, number: int, row: dict[str, Any]) -> tuple[float, fl
         or not all(type(v) in (int, float) and 0 < v < 1e6 for v in value)
     ):
         raise PredictionError(
-            f"{path}: row {number}: input_size is {_short(value)}, and frame resized needs [height, width] in pixels "
+            f"{path}: row {number}: input_size is {short(value)}, and frame resized needs [height, width] in pixels "
             "of the image that the model saw"
         )
     return float(value[0]), float(value[1])
@@ -497,7 +492,7 @@ def _refuse_unknown(file: PredictionFile, samples: Sequence[Sample], index: dict
     served = f"{samples[0].dataset} {samples[0].split}" if samples else "the data set"
     raise PredictionError(
         f"{file.path}: {len(unknown)} of {len(file.rows)} rows have an id that {served} has not, the first is row "
-        f"{unknown[0].row}: {_short(wanted)}; ids there are like {', '.join(map(repr, near))}. Check data set and "
+        f"{unknown[0].row}: {short(wanted)}; ids there are like {', '.join(map(repr, near))}. Check data set and "
         "split, or give --extra ignore to leave these rows out"
     )
 

@@ -27,8 +27,17 @@ from ivt_env.server.gate import Gate, Limits, Plain, Socket
 _NO_TOOLS = {"jsonrpc": "2.0", "id": None, "error": {"code": -32601, "message": "this environment has no tools"}}
 
 
-def make_app(served: Served, limits: Limits) -> FastAPI:
-    """OpenEnv's application; put ``Gate`` in front of it."""
+def make_server(
+    served: Served, limits: Limits, names: Collection[str] = (), origins: Collection[str] = ()
+) -> uvicorn.Server:
+    """A server; ``run(sockets=[...])`` serves until ``should_exit`` or a signal, then ends within 3 seconds.
+
+    Args:
+        served: what is played.
+        limits: what is allowed.
+        names: as for ``Gate``.
+        origins: as for ``Gate``.
+    """
     app = FastAPI(title=served.env_id, version="1.0.0", docs_url=None, redoc_url=None)  # of OpenEnv's routes
     for kind in (Refused, ValidationError, RequestValidationError):
         app.add_exception_handler(kind, _refusal)
@@ -51,22 +60,8 @@ def make_app(served: Served, limits: Limits) -> FastAPI:
         env_name=served.env_id,
         state_cls=GroundingState,
     ).register_routes(app)
-    return app
-
-
-def make_server(
-    served: Served, limits: Limits, names: Collection[str] = (), origins: Collection[str] = ()
-) -> uvicorn.Server:
-    """A server; ``run(sockets=[...])`` serves until ``should_exit`` or a signal, then ends within 3 seconds.
-
-    Args:
-        served: what is played.
-        limits: what is allowed.
-        names: as for ``Gate``.
-        origins: as for ``Gate``.
-    """
     config = uvicorn.Config(
-        Gate(make_app(served, limits), limits, names, origins),
+        Gate(app, limits, names, origins),
         loop="asyncio",
         http=Plain,
         ws=Socket,

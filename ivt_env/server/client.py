@@ -20,11 +20,10 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from websockets.sync.client import connect
 
 from ivt_env.env import GroundingEnv
-from ivt_env.grounding import Action, Observation, action_space, observation_space
+from ivt_env.grounding import DTYPES, Action, Observation, action_space, observation_space
 from ivt_env.rendering import Overlay
 
-_FLOAT32 = ("box", "window", "history", "target")
-_INT32 = ("extent", "closeup_extent")
+_TYPES = DTYPES | {"target": np.float32}
 
 
 class RemoteError(RuntimeError):
@@ -142,11 +141,7 @@ def _info(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _value(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return image_in(value)
-    if name in _FLOAT32:
-        return np.array(value, dtype=np.float32)
-    if name in _INT32:
-        return np.array(value, dtype=np.int32)
-    return np.int64(value) if name == "step" else value
+    return np.array(value, dtype=_TYPES[name])[()] if name in _TYPES else value
 
 
 def _plain(value: Any) -> Any:

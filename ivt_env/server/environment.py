@@ -183,29 +183,17 @@ class GroundingEnvironment(Environment[GroundingAction, GroundingObservation, Gr
         self._episode_id: str | None = None
 
     async def reset_async(self, **asked: Any) -> GroundingObservation:  # type: ignore[override]
-        """Begin an episode with what ``GroundingReset`` takes.
-
-        Raises:
-            ValidationError: for a key or a value that is not of its kind.
-            Refused: for what cannot be done, with the reason.
-        """
+        """Begin an episode with what ``GroundingReset`` takes; ValidationError for what it does not."""
         checked = GroundingReset(**asked)
         await self._served.opened(checked.split or self._split)
-        return await self._served.play(lambda: self._reset(checked))
+        return await self._served.play(lambda: self.reset(checked))
 
     async def step_async(self, action: GroundingAction, **_: Any) -> GroundingObservation:  # type: ignore[override]
-        """Take a proposal or a stop.
-
-        Raises:
-            Refused: where no episode runs, or there is neither a box nor a stop.
-        """
+        """Take a proposal or a stop."""
         return await self._served.play(lambda: self.step(action))
 
-    def reset(self, **asked: Any) -> GroundingObservation:  # type: ignore[override]
-        """As ``reset_async``."""
-        return self._reset(GroundingReset(**asked))
-
-    def _reset(self, asked: GroundingReset) -> GroundingObservation:
+    def reset(self, asked: GroundingReset) -> GroundingObservation:  # type: ignore[override]
+        """As ``reset_async``; ``Refused`` for what cannot be done, with the reason."""
         split = asked.split or self._split
         dataset = self._served.open(split)
         if asked.index is not None and not 0 <= asked.index < len(dataset):
@@ -221,8 +209,8 @@ class GroundingEnvironment(Environment[GroundingAction, GroundingObservation, Gr
             observation, info = self._env.reset(seed=asked.seed, options=options)
         return self._seen(observation, info, None, False, False)
 
-    def step(self, action: GroundingAction, **_: Any) -> GroundingObservation:  # type: ignore[override]
-        """As ``step_async``."""
+    def step(self, action: GroundingAction) -> GroundingObservation:  # type: ignore[override]
+        """As ``step_async``; ``Refused`` where no episode runs, or there is neither a box nor a stop."""
         if self._env is None or self._env.game is None:
             raise Refused("a step before any reset: send reset first")
         if self._env.game.over:

@@ -1,10 +1,12 @@
-"""Train the tiny model for two steps with TRL, which plays the environment as a tool.
+"""Train the tiny model for two steps with TRL's ``GRPOTrainer``, in one of two ways.
 
-    python examples/trl_environment.py
+    python examples/train_with_trl.py            # TRL plays the environment as a tool (environment_factory)
+    python examples/train_with_trl.py --rollout  # this project's own loop plays whole episodes (rollout_func)
 
-TRL's ``GRPOTrainer`` makes one environment for each rollout (``environment_factory``), generates an answer, hands
-it to the environment's tool and goes on with the image that comes back. docs/trl.md compares this way with the
-other one. Needs the train extra and TRL.
+In the first TRL makes one environment for each rollout, generates an answer, hands it to the environment's tool and
+goes on with the image that comes back. In the second ``ivt_agents.trl.rollout`` plays with the trainer's model and
+hands back token ids, log-probabilities, a mask of the sampled tokens, the images and the rewards. docs/trl.md compares
+them. Needs the train extra and TRL.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from ivt_agents.command import run_command  # noqa: E402
 from ivt_agents.trl import config_fields  # noqa: E402
 from ivt_agents.trl.environment import TRLGrounding, episode_reward, processor_for, rows  # noqa: E402
+from ivt_agents.trl.rollout import TRLRollout, episode_return, rollout_processor, rollout_rows  # noqa: E402
 from ivt_agents.vlm.load import load_policy  # noqa: E402
 
 
@@ -32,6 +35,8 @@ from ivt_agents.vlm.load import load_policy  # noqa: E402
 class Args:
     """Options of the example."""
 
+    rollout: bool = False
+    """This project's loop plays, not TRL."""
     model: str = "tiny"
     """A policy's folder or a model id."""
     env: str = "IVT-Scenes-v0"
@@ -55,7 +60,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Train, and print one line a step."""
-    policy = load_policy(args.model, temperature=1.0, max_new_tokens=40)
+    policy = load_policy(args.model, temperature=1.0, max_new_tokens=40, layout="prefix" if args.rollout else None)
     played = {"data_root": args.data_root, "strict": True, "split": args.split, "max_steps": args.turns}
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {
@@ -68,10 +73,6 @@ def main(args: Args) -> None:
             "max_steps": args.steps,
             "learning_rate": 1e-4,
             "temperature": 1.0,
-            # An answer's limit, and one that no conversation reaches; the last answer is played by the reward.
-            "generation_kwargs": {"max_new_tokens": 40},
-            "max_completion_length": args.turns * 440,
-            "max_tool_calling_iterations": args.turns - 1,
             "scale_rewards": "none",
             "logging_steps": 1,
             "save_strategy": "no",
@@ -79,15 +80,26 @@ def main(args: Args) -> None:
             "disable_tqdm": True,
             "seed": args.seed,
         }
+        chosen = range(args.steps * args.prompts)
+        if args.rollout:
+            way: dict[str, Any] = {
+                "reward_funcs": episode_return,
+                "processing_class": rollout_processor(policy),
+                "rollout_func": TRLRollout(policy, args.env, **played),
+                "train_dataset": rollout_rows(chosen),
+            }
+        else:
+            # An answer's limit, and one that no conversation reaches; the last answer is played by the reward.
+            settings |= {"generation_kwargs": {"max_new_tokens": 40}, "max_completion_length": args.turns * 440}
+            settings["max_tool_calling_iterations"] = args.turns - 1
+            way = {
+                "reward_funcs": episode_reward,
+                "processing_class": processor_for(policy),
+                "environment_factory": lambda: TRLGrounding(policy, args.env, **played),
+                "train_dataset": Dataset.from_list(rows(chosen)),
+            }
         config = GRPOConfig(**(settings | config_fields(args.grpo, GRPOConfig)))
-        trainer = GRPOTrainer(
-            model=policy.model,
-            reward_funcs=episode_reward,
-            args=config,
-            processing_class=processor_for(policy),
-            environment_factory=lambda: TRLGrounding(policy, args.env, **played),
-            train_dataset=Dataset.from_list(rows(range(args.steps * args.prompts))),
-        )
+        trainer = GRPOTrainer(model=policy.model, args=config, **way)
         trainer.remove_callback(PrinterCallback)
         before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
         trainer.train()
