@@ -58,8 +58,8 @@ class TrainingOptions:
     """Decides the samples, their order, and what is sampled."""
     eval_samples: int = 300
     """Validation samples of each evaluation; 0: none at all."""
-    eval_split: Hidden[str] = "val"
-    """Split of the evaluations."""
+    eval_split: Hidden[str] = ""
+    """Split of the evaluations. Empty: `val`, of the scenes `val_search`, which a first look does not decide."""
     episode_steps: int = 8
     """Actions in an episode (the paper: one proposal and two refinements)."""
     bf16: bool = False
@@ -82,6 +82,10 @@ class TrainingOptions:
     """Memory of the GPU that a dry run reckons with."""
     image: Hidden[tuple[int, int]] = (480, 640)
     """Height and width of the images that a dry run reckons with."""
+
+    def __post_init__(self) -> None:
+        """Choose the split of the evaluations."""
+        self.eval_split = self.eval_split or ("val_search" if self.env == "IVT-Scenes-v0" else "val")
 
     def check(self, **least: int) -> None:
         """Refuse what makes no sense by itself, before anything is loaded; ``least`` are further smallest values.
