@@ -238,6 +238,14 @@ def test_unusable_annotation_is_left_out_with_its_reason(place, annotation, said
     assert done.left_out[0].startswith("row annotations[1]: ") and said in done.left_out[0]
 
 
+@pytest.mark.parametrize("number", [[1], {"a": 1}, "1", None, True])
+@pytest.mark.parametrize("kind", ["images", "categories"])
+def test_an_image_or_a_category_without_a_usable_id_is_as_if_it_were_not_there(place, kind, number):
+    content = coco([A], [ONE])
+    content[kind].append({"id": number, "name": "what", "file_name": "b.jpg"})
+    assert convert(place, content).counts == {"train": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

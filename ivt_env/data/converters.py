@@ -69,7 +69,7 @@ def from_coco(
         )
     checked.lists_in(content, source, ("images", "annotations", "categories"), remedy)
     images = _coco_images(source, content["images"])
-    categories = {entry["id"]: entry for entry in content["categories"] if isinstance(entry, dict) and "id" in entry}
+    categories = _by_id(content["categories"])
     if expression_key != CATEGORY_NAME and not any(
         isinstance(entry, dict) and entry.get(expression_key) is not None for entry in content["annotations"]
     ):
@@ -139,9 +139,13 @@ class _CocoObject:
     expressions: list[str]
 
 
+def _by_id(entries: list[Any]) -> dict[int, Any]:
+    """Images or categories by id. One without is left out, which is said where an annotation refers to it."""
+    return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int}
+
+
 def _coco_images(source: Path, entries: list[Any]) -> dict[int, Any]:
-    """Images by id. A bad one is kept: it is said where an annotation refers to it."""
-    images = {entry["id"]: entry for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int}
+    images = _by_id(entries)
     first: dict[str, int] = {}
     for image_id, entry in images.items():
         name = entry.get("file_name")
