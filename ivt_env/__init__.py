@@ -27,6 +27,7 @@ IDS: dict[str, dict[str, Any]] = {
     "IVT-Custom-v0": {"dataset": "custom"},
     "IVT-Scenes-v0": {"dataset": "scenes", "canvas": 384},
     "IVT-Photos-v0": {"dataset": "photos"},
+    "IVT-Screens-v0": {"dataset": "screens"},
 }
 """Every registered id and the keywords that it sets."""
 

@@ -67,7 +67,7 @@ def environments(data_root: Path | None) -> list[dict[str, Any]]:
         dataset = str(options["dataset"])
         row: dict[str, Any] = {"id": name, "dataset": dataset, "looked_in": None, "splits": {}}
         for split in splits(dataset):
-            if dataset in ("scenes", "photos"):
+            if dataset in ("scenes", "photos", "screens"):
                 row["splits"][split] = {"serves": dataset, "from": "embedded"}
                 continue
             row["looked_in"] = str(root)

@@ -36,7 +36,7 @@ __all__ = [
     "splits",
 ]
 
-NAMES = ("scenes", "photos", "refcocog", "refcoco", "refcocoplus", "refl4", "refadv", "mixed", "custom")
+NAMES = ("scenes", "photos", "screens", "refcocog", "refcoco", "refcocoplus", "refl4", "refadv", "mixed", "custom")
 """Every data set name that ``load_dataset`` takes."""
 
 _LAYOUTS = {
@@ -45,6 +45,7 @@ _LAYOUTS = {
     "refcocoplus": ("refer", "jxu124", "vlm_r1", "mdetr", "lmms"),
     "refl4": ("ref_l4",),
     "refadv": ("ref_adv",),
+    "screens": ("custom",),
     "custom": ("custom",),
 }
 """Real data sets and the modules that read their layouts; the first that is on disk and has the split is served."""
@@ -56,6 +57,7 @@ _SPLITS = {
     "refl4": ("val", "test", "all"),
     "refadv": ("test",),
     "mixed": ("train", "val", "test"),
+    "screens": ("train", "val", "test"),
     "custom": ("train", "val", "test"),
 }
 
