@@ -60,7 +60,7 @@ def test_check_env_warns_of_nothing_but_the_fallback(env_id):
 
 
 def test_eight_ids_are_registered_with_strings_only():
-    assert len(ivt_env.IDS) == 9
+    assert len(ivt_env.IDS) == 16
     for env_id in ivt_env.IDS:
         spec = gym.spec(env_id)
         assert isinstance(spec.entry_point, str) and isinstance(spec.vector_entry_point, str)
