@@ -80,6 +80,14 @@ def test_after_its_looks_it_answers_with_the_best_it_knows(monkeypatch):
     assert agent.act(seen('the link "Help"', (0.1, 0.1, 0.2, 0.2), 2, (0, 0, 1, 1)))["stop"][0] == 1
 
 
+def test_without_looks_it_answers_at_once_with_its_best_guess(monkeypatch):
+    lines = ("Town", 0.4, 0.05, 0.5, 0.1), ("Rcsa", 0.1, 0.3, 0.2, 0.35)
+    agent = agent_that_reads(monkeypatch, reading(*lines), looks=0)
+    action = agent.act(seen('the cell "Town" in the row of "Rosa"'))
+    assert np.allclose(action["box"][0], [0.4, 0.3, 0.5, 0.35])
+    assert agent.act(seen('the cell "Town" in the row of "Rosa"', action["box"][0], 1, (0, 0, 1, 1)))["stop"][0] == 1
+
+
 LINES = [
     Line("Name", (0.1, 0.05, 0.2, 0.08), True), Line("Town", (0.4, 0.05, 0.5, 0.08), True),
     Line("State", (0.7, 0.05, 0.8, 0.08), True), Line("Chen", (0.1, 0.2, 0.2, 0.23), True),

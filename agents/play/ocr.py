@@ -79,9 +79,9 @@ class OCRAgent:
     """What an environment shows it where nothing else is said."""
 
     def __init__(self, looks: int = 5, threads: int = 1) -> None:
-        """``looks``: proposals after which it answers with the best that it knows; ``threads`` of the reader."""
-        if looks < 1 or threads < 1:
-            raise ValueError(f"looks {looks}, threads {threads}: give integers of at least 1")
+        """``looks``: how often it may look closer before it answers (0: one shot); ``threads`` of the reader."""
+        if looks < 0 or threads < 1:
+            raise ValueError(f"looks {looks}, threads {threads}: give looks from 0 and threads from 1")
         self.looks = looks
         self._reader = _reader(threads)
         self._memories: list[_Memory] = []
