@@ -103,7 +103,7 @@ NOT_HERE = {
     "ivt data render-screens pages --out mine --name my-pages": "needs a browser; test_screens renders small pages",
     "ivt data render-screens build/pages --out build/screens --name web-pages": "takes minutes; test_screens",
     "python -m experiments.screen_pages --episodes runs/evaluation --out build/pages": "needs SQLite's documentation",
-    "python -m experiments.screens --out runs/screens": "takes minutes; test_screens_experiment runs it small",
+    "python -m experiments.screens --out runs/screens": "takes long; test_screens_experiment runs it small",
     "ivt evaluate --env IVT-Screens-v0 --split test --policies ocr=ocr": "takes hours; test_ocr plays a part",
     "ivt score points.jsonl --dataset screenspotpro --split test --format xy --frame px": "test_gui scores small ones",
     'pip install -e ".[screens]"': "installs",

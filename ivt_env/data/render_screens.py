@@ -183,7 +183,7 @@ def browser(profile: Path) -> Iterator[Any]:
         remedy = 'apt-get install chromium chromium-driver; pip install "ivt-env[screens]"'
         raise DataError(f"a browser is needed, and there is no {', no '.join(missing)}: {remedy}")
     options = webdriver.ChromeOptions()
-    options.binary_location = found
+    options.binary_location = found or ""
     for flag in (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
