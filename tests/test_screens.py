@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -52,6 +53,13 @@ def test_there_are_1500_expressions_on_40_pages_and_each_page_is_in_one_split():
     pages = [page for data in served.values() for page in set(data.image_ids())]
     assert len(pages) == len(set(pages)) >= 40
     assert {data.name for data in served.values()} == {"screens"}
+
+
+def test_nothing_is_written_into_the_package(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_dataset("screens", "val")
+    assert not (custom.EMBEDDED / "screens" / ".ivt_index").exists()
+    assert list(tmp_path.rglob("screens-custom.arrow"))
 
 
 def test_no_expression_is_used_twice_on_a_page_and_every_box_lies_on_it():
@@ -132,8 +140,9 @@ def test_bad_input_is_one_line(tmp_path, capsys, options, said):
     assert re.search(re.escape(said), capsys.readouterr().err)
 
 
-def test_the_format_is_that_of_ones_own_data_and_images_are_lossless():
-    found = custom.find(custom.EMBEDDED / "screens", "custom")
+def test_the_format_is_that_of_ones_own_data_and_images_are_lossless(tmp_path):
+    shutil.copytree(custom.EMBEDDED / "screens", tmp_path / "mine")
+    found = custom.find(tmp_path / "mine", "custom")
     assert found is not None and found.name == "web-pages"
     table = open_table(found, "test")
     assert len(table) == len(load_dataset("screens", "test"))

@@ -91,6 +91,7 @@ def find(root: Path, name: str) -> Source | None:
         image_folders=folders,
         remedy=remedy,
         image_remedy=image_remedy,
+        packaged=name == "screens",
     )
 
 
