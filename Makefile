@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,sb3,human,quantize,openenv,docs,dev]"
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[train,sb3,human,quantize,openenv,ocr,docs,dev]"
 	$(RUN) -m pip install --quiet -c constraints.txt --no-deps openenv
 	touch $@
 
@@ -70,7 +70,7 @@ test: check $(VENV)/verifiers/.installed
 # Without browsers, builds, servers, models and trainings.
 SLOW := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,accelerate against checkpointing cli controls decode docs \
 	documented evaluate failures fetch footprint generation gpu grpo kills large layouts learning model mutated not_finite \
-	packaging packing paper play policy pretraining real_models report resume rollout_command run_folders sb3 server served sft \
+	packaging packing paper play policy pretraining real_models report resume rollout_command run_folders sb3 screens server served sft \
 	sharding small_splits study swaps teachers tiny trackers trl unusable unwritable verifiers viewer wrappers_sb3)))
 quick: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(SLOW))

@@ -27,6 +27,13 @@ IDS: dict[str, dict[str, Any]] = {
     "IVT-Custom-v0": {"dataset": "custom"},
     "IVT-Scenes-v0": {"dataset": "scenes", "canvas": 384},
     "IVT-Photos-v0": {"dataset": "photos"},
+    "IVT-Screens-v0": {"dataset": "screens"},
+    "IVT-ScreenSpot-v0": {"dataset": "screenspot", "split": "test"},
+    "IVT-ScreenSpotV2-v0": {"dataset": "screenspotv2", "split": "test"},
+    "IVT-ScreenSpotPro-v0": {"dataset": "screenspotpro", "split": "test"},
+    "IVT-UIVision-v0": {"dataset": "uivision", "split": "test"},
+    "IVT-MMBenchGUI-v0": {"dataset": "mmbenchgui", "split": "test"},
+    "IVT-OSWorldG-v0": {"dataset": "osworldg", "split": "test"},
 }
 """Every registered id and the keywords that it sets."""
 

@@ -65,6 +65,18 @@ def iou(a: ArrayLike, b: ArrayLike) -> Array:
     return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
 
 
+def miss(box: ArrayLike, target: ArrayLike) -> Array:
+    """How far the centre of a box lies from the target: 0 inside, in relative coordinates, shape (...)."""
+    b, t = np.asarray(box, dtype=np.float64), np.asarray(target, dtype=np.float64)
+    centre = (b[..., :2] + b[..., 2:]) / 2
+    return np.linalg.norm(np.maximum(np.maximum(t[..., :2] - centre, centre - t[..., 2:]), 0), axis=-1)
+
+
+def hit(box: ArrayLike, target: ArrayLike) -> NDArray[np.bool_]:
+    """Whether the centre of a box lies in the target, as a click is scored; False for no box. Shape (...)."""
+    return np.asarray((miss(box, target) == 0) & ~is_no_box(box))
+
+
 def giou(a: ArrayLike, b: ArrayLike) -> Array:
     """Generalised IoU (Rezatofighi et al., arXiv 1902.09630, eq. 1) in [-1, 1], shape (...)."""
     a_, b_ = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)

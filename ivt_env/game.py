@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from ivt_env import boxes
 from ivt_env.data.sample import DataError, Sample
 from ivt_env.expression_space import MAX_EXPRESSION
-from ivt_env.rewards import RewardConfig
+from ivt_env.rewards import POINTING, RewardConfig
 
 MAX_ELONGATION = 100
 """Longer side of an image divided by the shorter: of a longer one a canvas shows nothing, and the processors of
@@ -66,6 +66,11 @@ class Game:
         return game
 
     @property
+    def hit(self) -> bool:
+        """Whether the centre of the current box lies in the target."""
+        return self.box is not None and bool(boxes.hit(self.box, self.sample.box))
+
+    @property
     def over(self) -> bool:
         """Whether the episode has ended."""
         return self.terminated or self.truncated
@@ -78,7 +83,8 @@ class Game:
         reward = 0.0
         if stop:
             self.terminated = True
-            reward -= config.wrong_stop_penalty if self.iou < GOOD else 0.0
+            right = self.hit if config.potential in POINTING else self.iou >= GOOD
+            reward -= 0.0 if right else config.wrong_stop_penalty
         else:
             self.step_count += 1
             reward -= config.step_cost
@@ -113,6 +119,7 @@ class Game:
         info: dict[str, Any] = {
             "iou": self.iou,
             "best_iou": self.best_iou,
+            "hit": self.hit,
             "sample_id": self.sample.sample_id,
             "dataset": self.sample.dataset,
             "target": np.array(self.sample.box, dtype=np.float32),

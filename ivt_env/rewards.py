@@ -19,7 +19,13 @@ POTENTIALS: dict[str, Callable[[ArrayLike, ArrayLike], Any]] = {
     "iou_squared": lambda a, b: boxes.iou(a, b) ** 2,
     # GIoU moved to [0, 1], so that "no box" (0) is never better than a box that misses.
     "giou": lambda a, b: (boxes.giou(a, b) + 1) / 2,
+    "hit": lambda a, b: boxes.hit(a, b).astype(float),
+    # 1 in the target, and less the further the centre of the box is away from it.
+    "distance": lambda a, b: 1 - np.minimum(boxes.miss(a, b), 1),
+    "hit_distance": lambda a, b: (boxes.hit(a, b) + 1 - np.minimum(boxes.miss(a, b), 1)) / 2,
 }
+POINTING = ("hit", "distance", "hit_distance")
+"""Potentials that look at the centre of a box alone, as a click is scored."""
 
 
 def from_options(kind: type[T], name: str, options: Mapping[str, Any] | T | None) -> T:
@@ -46,14 +52,15 @@ class RewardConfig:
     """``gain``: potential(new) - potential(old) at every step. ``final``: the potential of the last box,
     paid once when the episode ends (the paper's outcome reward)."""
     potential: str = "iou"
-    """``iou``, ``iou_squared`` or ``giou``."""
+    """``iou``, ``iou_squared`` or ``giou``; or for pointing ``hit`` (1 where the centre of the box lies in the target),
+    ``distance`` (of the centre, which leads there) or ``hit_distance`` (the mean of both)."""
     step_cost: float = 0.0
     """Subtracted at every action that is not a stop."""
     invalid_penalty: float = 0.0
     """Subtracted when a proposal is not a usable box."""
     wrong_stop_penalty: float = 0.0
-    """Subtracted when the agent stops on a box whose IoU is below 0.5. Without it a policy that is unsure learns to
-    stop at once: stopping costs nothing, looking on can only lose."""
+    """Subtracted when the agent stops on a box whose IoU is below 0.5 (for pointing: whose centre misses). Without it
+    a policy that is unsure learns to stop at once: stopping costs nothing, looking on can only lose."""
 
     def __post_init__(self) -> None:
         """Refuse unknown names and negative costs."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from ivt_env.data.render_screens import browser
+from ivt_env.data.sample import DataError
 
 
 class Page:
@@ -75,30 +77,10 @@ class Page:
 
 def chromium(profile: Path) -> Iterator[Any]:
     """A headless browser with a profile of its own; skips the test where there is none, or fails it if asked to."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    chromedriver = shutil.which("chromedriver")
-    missing = [name for name, found in (("chromium", browser), ("chromedriver", chromedriver)) if not found]
     try:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-    except ImportError:
-        missing.append("the Python package selenium")
-    if missing:
-        remedy = "apt-get install chromium chromium-driver; pip install selenium"
-        message = f"the viewer's browser tests need {', '.join(missing)}: {remedy}"
+        with browser(profile) as started:
+            yield started
+    except DataError as error:
         if os.environ.get("CI") or os.environ.get("IVT_REQUIRE_BROWSER"):
-            pytest.fail(message)
-        pytest.skip(message)
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--disable-dev-shm-usage", "--force-device-scale-factor=1", "--window-size=1400,900",
-        f"--user-data-dir={profile}",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(chromedriver))
-    yield started
-    started.quit()
+            pytest.fail(str(error))
+        pytest.skip(str(error))

@@ -12,7 +12,7 @@ import ivt_env
 from ivt_env.data import DatasetFallbackWarning
 from ivt_env.env import GroundingEnv
 
-REAL = sorted(set(ivt_env.IDS) - {"IVT-Scenes-v0", "IVT-Photos-v0"})
+REAL = sorted(set(ivt_env.IDS) - {"IVT-Scenes-v0", "IVT-Photos-v0", "IVT-Screens-v0"})
 NAN, INF = float("nan"), float("inf")
 INVALID = {
     "NaN": ([NAN, 0.1, 0.5, 0.5], "not finite"),

@@ -31,6 +31,9 @@ def sample(number: int, box_px: tuple[float, ...], size: tuple[int, int] = (427,
     return Sample(f"s{number}", f"p{number // 2}", "it", box, size, "made", "test", meta=meta)
 
 
+OF_OVERLAP = tuple(rule for rule in b.RULES if rule != "hit")
+
+
 def accuracy(name: str, predicted: Any, samples: list[Sample]) -> float:
     return value(b.score(name, predicted, samples), "Acc@0.5")
 
@@ -81,7 +84,7 @@ def test_an_overlap_equal_to_any_threshold_counts_only_where_the_rule_says_so() 
         assert b.mean_hits(iou, strict=True)[0] == pytest.approx(passed / 10)
         assert b.mean_hits(iou, strict=False)[0] == pytest.approx((passed + 1) / 10)
     at_half = [[304, 28, 324, 78]]
-    found = {name: accuracy(name, at_half, samples) for name in b.RULES}
+    found = {name: accuracy(name, at_half, samples) for name in OF_OVERLAP}
     # Inside its target a box has its target as hull, so GIoU equals IoU there.
     assert found == {"common": 1, "refcoco": 1, "mdetr": 1, "vlmr1": 0, "refl4": 0, "refadv": 1}
 
@@ -209,7 +212,7 @@ def test_perfect_boxes_give_1_and_no_boxes_0(name: str) -> None:
         assert rows and all(row.value == expected for row in rows)
 
 
-@pytest.mark.parametrize("name", b.RULES)
+@pytest.mark.parametrize("name", OF_OVERLAP)
 def test_a_box_without_area_is_a_miss(name: str) -> None:
     samples = [sample(0, (100, 100, 200, 200))]
     for bad in ([150, 150, 150, 150], [math.inf, 0, 1, 1], [100, math.nan, 200, 200]):

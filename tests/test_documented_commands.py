@@ -61,6 +61,8 @@ RUN = {
     "ivt agents": "",
     "ivt prompts": "",
     "ivt prompts gemini": "",
+    "ivt data check screens": "",
+    "ivt data show screens --split test --number 6 --columns 2 --side 1200": "--side 200",
     "python -m experiments.paper --config configs/paper_scenes.yaml --dry-run": "",
 }
 
@@ -98,6 +100,14 @@ NOT_HERE = {
     "ivt data convert project.json --from label-studio --images media/upload/1 --out my-set --name my-set": OWN,
     "ivt data check custom --data-root my-set": OWN,
     "ivt data show custom --data-root my-set": OWN,
+    "ivt data render-screens pages --out mine --name my-pages": "needs a browser; test_screens renders small pages",
+    "ivt data render-screens build/pages --out build/screens --name web-pages": "takes minutes; test_screens",
+    "python -m experiments.screen_pages --episodes runs/evaluation --out build/pages": "needs SQLite's documentation",
+    "python -m experiments.screens --out runs/screens": "takes long; test_screens_experiment runs it small",
+    "ivt evaluate --env IVT-Screens-v0 --split test --policies ocr=ocr": "takes hours; test_ocr plays a part",
+    "ivt score points.jsonl --dataset screenspotpro --split test --format xy --frame px": "test_gui scores small ones",
+    'pip install -e ".[screens]"': "installs",
+    'pip install -e ".[train,ocr]"': "installs",
     "ivt train-sft --teacher 'openai:http://127.0.0.1:8000/v1#MODEL'": "needs a served model; test_teachers",
     "ivt train-sft --teacher openai:http://127.0.0.1:8000/v1 --teacher-max-requests 6000"
     " --teacher-max-tokens 5000000": "needs a served model; test_teachers",
@@ -126,6 +136,13 @@ NOT_HERE = {
     "python examples/train_with_trl.py": "takes a minute; test_trl runs it",
     "python examples/train_with_trl.py --rollout": "takes a minute; test_trl runs it",
 }
+
+BY_HELP = {
+    "ivt_env.server": "ivt_env/server/__main__.py",
+    "experiments.screens": "experiments/screens.py",
+    "experiments.screen_pages": "experiments/screen_pages.py",
+}
+"""Modules whose parser is argparse's, and where it stands."""
 
 
 def commands_of(text: str) -> list[str]:
@@ -202,10 +219,10 @@ def read_only(words: list[str], monkeypatch) -> None:
     elif words[0] == "benchmarks/gpu.sh":
         text = (ROOT / words[0]).read_text()
         assert all(re.search(rf"{re.escape(word)}\b", text) for word in words[1:]), words
-    elif words[1].startswith(("examples/", "benchmarks/")) or words[1:3] == ["-m", "ivt_env.server"]:
+    elif words[1].startswith(("examples/", "benchmarks/")) or words[2:3] and words[2] in BY_HELP:
         # Their parsers know them by their help alone.
         options = [word for word in words if word.startswith("--")]
-        source = ROOT / (words[1] if words[1] != "-m" else "ivt_env/server/__main__.py")
+        source = ROOT / (words[1] if words[1] != "-m" else BY_HELP[words[2]])
         assert all(o in source.read_text() or o[2:].replace("-", "_") in source.read_text() for o in options), words
     else:
         seen: list[object] = []

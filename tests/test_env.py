@@ -60,7 +60,7 @@ def test_check_env_warns_of_nothing_but_the_fallback(env_id):
 
 
 def test_eight_ids_are_registered_with_strings_only():
-    assert len(ivt_env.IDS) == 9
+    assert len(ivt_env.IDS) == 16
     for env_id in ivt_env.IDS:
         spec = gym.spec(env_id)
         assert isinstance(spec.entry_point, str) and isinstance(spec.vector_entry_point, str)
@@ -255,7 +255,7 @@ def test_a_refused_box_uses_up_its_step_keeps_the_box_and_is_explained(name, fir
 def test_info_says_what_was_served_and_what_it_is_worth():
     env = make("IVT-RefCOCOg-v0")
     _, info = env.reset(seed=0)
-    assert set(info) == {"iou", "best_iou", "sample_id", "dataset", "target"}
+    assert set(info) == {"iou", "best_iou", "hit", "sample_id", "dataset", "target"}
     assert info["dataset"] == "scenes"
     target = info["target"]
     _, reward, _, _, info = env.step({"box": target, "stop": 0})

@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from eval_layouts import PHOTOS, photo_rows, write_custom, write_ref_adv, write_ref_l4
+from gui_layouts import write_gui
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from playing import assert_equal, random_action
@@ -38,6 +39,7 @@ def root(tmp_path_factory):
         write_refer_folder(folder, name)
     write_ref_l4(folder)
     write_ref_adv(folder)
+    write_gui(folder)
     custom = folder / "custom"
     rows = photo_rows()[:4]
     write_custom(custom, [{k: row[k] for k in ("image", "expression", "bbox")} for row in rows])

@@ -60,7 +60,9 @@ def test_the_audit_holds_what_the_single_functions_give() -> None:
     single = columns(episodes_forced=run.forced, episodes_stopping=run.stopping)
     assert list(found.columns) == list(single) and len(single) == 8
     for row in found.rows:
-        assert {m: s.value for m, s in row.scores.items()} == pytest.approx(scores(single[row.column]))
+        assert {m: s.value for m, s in row.scores.items()} == pytest.approx(
+            scores(single[row.column], (*METRICS, "hit"))
+        )
     one = found.runs[0]
     for key in ("learned_stop", "verifier_gated", "random_step"):
         assert one.broke[key] == break_rate(single["step_0"], single[key])

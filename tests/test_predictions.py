@@ -90,7 +90,7 @@ def test_every_convention_and_any_order_give_the_same_score(tmp_path_factory, pr
     samples = [sample(i, box) for i, box in enumerate(targets[:n])]
     expected = score("common", predicted[:n], samples)
     folder = tmp_path_factory.mktemp("conventions")
-    for box_format in FORMATS:
+    for box_format in sorted(FORMATS.keys() - {"xy"}):
         for frame in FRAMES:
             boxes = [written(box, box_format, frame) for box in predicted[:n]]
             rows = answers(boxes, input_size=list(INPUT))

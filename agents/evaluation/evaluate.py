@@ -446,7 +446,7 @@ def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comp
     text = [f"{source}, served: {', '.join(first.served)}, n = {first.episodes}, at most {longest} actions"]
     if several:
         text += ["means over seeds: " + ", ".join(f"{name} {count}" for name, count in several.items())]
-    text += ["", *(policy_table(rows, metric) + "\n" for metric in METRICS)]
+    text += ["", *(policy_table(rows, metric) + "\n" for metric in (*METRICS, "hit"))]
     text += ["with their 95 % intervals over images:", score_table(short), ""]
     if several:
         text += [seed_table(rows, metric) + "\n" for metric in GAIN_METRICS]

@@ -20,7 +20,7 @@ from ivt_env.vector_env import GroundingVectorEnv
 
 __all__ = ["BUILT_IN", "Agent", "load_agent"]
 
-BUILT_IN = ("random", "centre", "oracle")
+BUILT_IN = ("random", "centre", "oracle", "ocr")
 """The agents that go by a bare name."""
 
 _FORMS = (
@@ -54,6 +54,7 @@ def load_agent(
     ``random``              uniformly drawn boxes; stops by chance
     ``centre``              one box around the centre, then stops
     ``oracle``              reads the target box; needs ``env``
+    ``ocr``                 reads the text of a screen; needs the extra ``ocr``
     ``stop-after-K:SPEC``   the agent ``SPEC``, stopped after K proposals: ``stop-after-1:random``
     ``vlm:FOLDER``          a vision-language model: a checkpoint folder or a model id
     ``sb3:FOLDER``          a PPO of Stable-Baselines3: the folder of ``python -m ivt_agents.sb3.train``
@@ -88,6 +89,10 @@ def load_agent(
         if env is None:
             raise ValueError("agent 'oracle' reads the target box, so it needs the environment: env=...")
         return OracleAgent(env, seed=seed, **options)
+    if spec == "ocr":
+        from ivt_agents.play.ocr import OCRAgent
+
+        return OCRAgent(**options)
     if head.startswith("stop-after-"):
         if not re.fullmatch(r"stop-after-[0-9]+:.+", spec):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""``ivt data check | convert | show | mix``: look after the data sets on this machine."""
+"""``ivt data check | convert | show | mix | render-screens``: look after the data sets on this machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FETCH = (
 
 
 def add_subcommands(parser: argparse.ArgumentParser) -> None:
-    """Add ``fetch``, ``check``, ``convert``, ``show`` and ``mix`` below ``ivt data``."""
+    """Add ``fetch``, ``check``, ``convert``, ``show``, ``mix`` and ``render-screens`` below ``ivt data``."""
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     one = commands.add_parser("fetch", help="download a data set", description=_FETCH)
@@ -104,6 +104,24 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--again", action="store_true", help="draw anew although there are ids")
     _add_root(one)
     one.set_defaults(run=_mix)
+
+    one = commands.add_parser(
+        "render-screens",
+        help="screenshots of HTML pages, with an expression and a box for what is on them",
+        description="Renders every .html file below FOLDER in headless Chromium and writes a data set of your own "
+        "(docs/data/screens.md). Each expression is checked against the browser's accessibility tree; what does not "
+        "fit exactly one element there is left out.",
+    )
+    one.add_argument("folder", type=Path, metavar="FOLDER", help="HTML pages, and what they need")
+    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for dataset.json, SPLIT.jsonl, images/")
+    one.add_argument("--name", required=True, metavar="LABEL", help="the new data set's label")
+    one.add_argument(
+        "--size", type=int, nargs=2, default=(2560, 1440), metavar=("WIDTH", "HEIGHT"), help="in pixels (2560 1440)"
+    )
+    one.add_argument("--scale", type=float, default=1.25, metavar="X", help="pixels per pixel of a page (%(default)s)")
+    one.add_argument("--split", metavar="SPLIT", help="everything into this one (default: pages divided 40 : 20 : 40)")
+    one.add_argument("--seed", type=int, default=0, help="of the division and of what is left out (%(default)s)")
+    one.set_defaults(run=_render_screens)
 
 
 def _add_root(parser: argparse.ArgumentParser) -> None:
@@ -204,6 +222,14 @@ def _convert(args: argparse.Namespace) -> int:
             if args.out is not None:
                 own = split if split in OWN_SPLITS else "test"  # testA or testB, one of them
                 _say(export(table, args.out, args.name, own, copy=args.copy))
+    return 0
+
+
+def _render_screens(args: argparse.Namespace) -> int:
+    from ivt_env.data.render_screens import render
+
+    size = tuple(args.size)
+    _say(render(args.folder, args.out, args.name, size=size, scale=args.scale, split=args.split, seed=args.seed))
     return 0
 
 

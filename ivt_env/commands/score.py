@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--samples", type=int, metavar="N", help="the first N samples only (default: the whole split)")
     file = parser.add_argument_group("what the file holds (declared, never guessed)")
-    file.add_argument("--format", choices=FORMATS, dest="box_format", help="what the four numbers are")
+    file.add_argument("--format", choices=FORMATS, dest="box_format", help="what the numbers are")
     file.add_argument(
         "--frame",
         metavar=f"{{{','.join(FRAMES)},N}}",
@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     own = OWN_RULES.get(args.dataset, ()) if args.rule == "auto" else (args.rule,)
     results = [
         score(name, matched.boxes_px, samples, category_map=mapping, resamples=args.resamples, seed=args.seed)
-        for name in dict.fromkeys(("common", *own))
+        # A point overlaps nothing.
+        for name in (["hit"] if file.rows[0].box_format == "xy" else dict.fromkeys(("common", *own)))
     ]
     dataset, split, images = samples[0].dataset, samples[0].split, len({sample.image_id for sample in samples})
     if args.json:

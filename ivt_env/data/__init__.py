@@ -36,7 +36,13 @@ __all__ = [
     "splits",
 ]
 
-NAMES = ("scenes", "photos", "refcocog", "refcoco", "refcocoplus", "refl4", "refadv", "mixed", "custom")
+GUI = ("screenspot", "screenspotv2", "screenspotpro", "uivision", "mmbenchgui", "osworldg")
+"""Public test sets of screens (``ivt_env.data.gui``)."""
+NAMES = (
+    *("scenes", "photos", "screens", "refcocog", "refcoco", "refcocoplus", "refl4", "refadv", "mixed"),
+    *GUI,
+    "custom",
+)
 """Every data set name that ``load_dataset`` takes."""
 
 _LAYOUTS = {
@@ -45,6 +51,8 @@ _LAYOUTS = {
     "refcocoplus": ("refer", "jxu124", "vlm_r1", "mdetr", "lmms"),
     "refl4": ("ref_l4",),
     "refadv": ("ref_adv",),
+    "screens": ("custom",),
+    **dict.fromkeys(GUI, ("gui",)),
     "custom": ("custom",),
 }
 """Real data sets and the modules that read their layouts; the first that is on disk and has the split is served."""
@@ -56,6 +64,8 @@ _SPLITS = {
     "refl4": ("val", "test", "all"),
     "refadv": ("test",),
     "mixed": ("train", "val", "test"),
+    "screens": ("train", "val", "test"),
+    **dict.fromkeys(GUI, ("test",)),
     "custom": ("train", "val", "test"),
 }
 
@@ -206,7 +216,8 @@ def _absence(name: str, root: Path) -> str:
     also = "".join(
         f" What is in {source.folder} ({source.layout}) serves only {', '.join(source.splits)}." for source in there
     )
+    how = "docs/data/gui.md" if name in GUI else f"`ivt data fetch {name}`"
     return (
-        f"{name}: not on this machine; looked for {', '.join(places)}.{also} To get it: `ivt data fetch {name}`. If "
+        f"{name}: not on this machine; looked for {', '.join(places)}.{also} To get it: {how}. If "
         "you have it elsewhere, pass data_root=... or set the variable IVT_DATA to the folder that holds it."
     )

@@ -120,7 +120,7 @@ def entry(name: str) -> Entry:
     """The data set of that name; DataError for one that cannot be fetched."""
     if name in CATALOGUE:
         return CATALOGUE[name]
-    if name in ("scenes", "photos"):
+    if name in ("scenes", "photos", "screens"):
         raise DataError(f"{name!r} is part of this package: there is nothing to fetch")
     raise DataError(f"no data set {name!r} can be fetched{closest(name, CATALOGUE)}; there are {', '.join(CATALOGUE)}")
 

@@ -37,6 +37,8 @@ from ivt_env.data.table import Row, Source
 from ivt_env.failures import reading
 
 SPLITS = ("train", "val", "test")
+EMBEDDED = Path(__file__).resolve().parent.parent / "assets"
+"""``screens/`` in it is a data set in this form, and is served under its own name."""
 PLACES = {"custom": ("dataset.json",)}
 """Data set name -> what is looked for under the root."""
 
@@ -62,30 +64,34 @@ class Declared:
 
 
 def find(root: Path, name: str) -> Source | None:
-    """The data set in the folder ``root``, if there is one (it may be broken); else None.
+    """The data set in the folder ``root``, if there is one (it may be broken); else None. ``screens`` is always there.
 
     Its label is the name in ``dataset.json``; it has the splits whose file is there. ``sample_id``
     is the line's ``id``, else the number of the line from 1; ``image_id`` the line's, else the
     path of the image; ``meta`` the line's, with ``category`` in it.
     """
-    if name != "custom":
+    remedy, image_remedy = _REMEDY, "put it there, or correct 'image' in the lines that name it"
+    if name == "screens":
+        root, remedy, image_remedy = EMBEDDED / name, "install ivt-env again", "install ivt-env again"
+    elif name != "custom":
         return None
     paths = {split: root / f"{split}.jsonl" for split in SPLITS if os.path.lexists(root / f"{split}.jsonl")}
     declaration = root / "dataset.json"
-    if not paths and not os.path.lexists(declaration):
+    if not paths and not os.path.lexists(declaration) and name == "custom":
         return None
     declared = read_declared(declaration)
     folders = (root / "images", root)
     return Source(
-        name=declared.name,
+        name=declared.name if name == "custom" else name,
         layout="custom",
         folder=root,
         files=(declaration, *paths.values()),
         splits=tuple(paths),
         read=bound(_read, paths, declared, folders),
         image_folders=folders,
-        remedy=_REMEDY,
-        image_remedy="put it there, or correct 'image' in the lines that name it",
+        remedy=remedy,
+        image_remedy=image_remedy,
+        packaged=name == "screens",
     )
 
 

@@ -106,6 +106,8 @@ class Source:
     """Whether the reader compares each box with its other form in the file, so that its convention is certain."""
     embedded: bool = False
     """Whether the files hold the images too; ``images/`` beside the index is then looked at."""
+    packaged: bool = False
+    """Whether it is part of this package, in which no index is written where a cache can be."""
 
 
 class Table:
@@ -280,6 +282,7 @@ def open_table(source: Source, split: str, cached_images: int = 32, need_images:
     places = [source.folder / ".ivt_index"]
     with contextlib.suppress(DataError):  # a user without a home folder, who need not have one
         places.append(cache_folder() / "index" / f"{source.name}-{place}")
+        places = places[source.packaged :]
     for folder in places:
         found = _read_index(folder / _index_name(source), identity, split)
         if found is not None:

@@ -147,7 +147,7 @@ def audit_runs(
     *,
     name: str = "policy",
     threshold: float = 0.5,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = (*METRICS, "hit"),
     verifier_margin: float = 0.0,
     verifier_guard: float | None = None,
     n_boot: int = 1000,

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ivt_env import boxes
+from ivt_env.data import GUI
 from ivt_env.data.sample import Sample
 from ivt_env.metrics.scores import MEAN_THRESHOLDS
 from ivt_env.metrics.statistics import bootstrap_mean
@@ -39,6 +40,7 @@ OWN_RULES: dict[str, tuple[str, ...]] = {
     "refcocog": ("refcoco", "mdetr", "vlmr1"),
     "refl4": ("refl4",),
     "refadv": ("refadv",),
+    **dict.fromkeys(("screens", *GUI), ("hit",)),
 }
 """Data set -> rules under which numbers on it are published; a data set not named here has none."""
 
@@ -197,6 +199,11 @@ def _ref_adv(rows: _Rows) -> None:
         rows.notes.append(f"{few} samples have fewer than 2 distractors: in the totals, in none of the published bins")
 
 
+def _hit(rows: _Rows) -> None:
+    """The predicted point, or the centre of the predicted box, lies in the target, edges included."""
+    rows.add("hit", boxes.hit(rows.predicted, rows.targets).astype(np.float64), "centre in the target")
+
+
 _Rule = Callable[["_Rows"], None]
 _RULES: dict[str, tuple[str, _Rule]] = {
     "common": ("one rule for every data set, by which they can be compared", _common),
@@ -209,6 +216,7 @@ _RULES: dict[str, tuple[str, _Rule]] = {
     "vlmr1": ("VLM-R1's evaluation script, which drew 2,000 samples (seed 42); this scores all", _vlm_r1),
     "refl4": ("Ref-L4's evaluator: strict, no clamping, size is sqrt(w * h) of the target in px", _ref_l4),
     "refadv": ("Ref-Adv's run.py and report.py: corners sorted, clamped to the image", _ref_adv),
+    "hit": ("clicks, as on screens: a point, or the centre of a box", _hit),
 }
 RULES = tuple(_RULES)
 """Every name that ``score`` takes."""

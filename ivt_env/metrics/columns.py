@@ -42,6 +42,10 @@ class Outcomes:
     """The box that the episode started from, zeros for none, xyxy relative. Shape (n, 4)."""
     iou: Array
     """IoU of the current box after each action. Shape (n, T)."""
+    start_hit: Array
+    """1 where the centre of the box that the episode started from lies in the target, else 0. Shape (n,)."""
+    hit: Array
+    """The same of the current box after each action. Shape (n, T)."""
     box: Array
     """The current box after each action, zeros for none, xyxy relative. Shape (n, T, 4)."""
     acted: Mask
@@ -107,6 +111,8 @@ class Column:
     """``forced``: the stop was not available. ``stopping``: it was."""
     seeds: int = 1
     """Runs of one policy that are averaged here (``pool_seeds``): K is this many blocks of equal width."""
+    hits: Array | None = None
+    """1 where the centre of the possible answer lies in the target, else 0. Shape (n, K)."""
 
     @property
     def iou(self) -> Array:
@@ -120,9 +126,10 @@ class Column:
     def by_seed(self) -> list[Column]:
         """The column of each run that is averaged here, in the order given to ``pool_seeds``."""
         ious, weights = np.split(self.ious, self.seeds, axis=1), np.split(self.weights, self.seeds, axis=1)
+        hits = [None] * self.seeds if self.hits is None else np.split(self.hits, self.seeds, axis=1)
         return [
-            Column(self.name, iou, weight * self.seeds, self.oracle, self.rollout)
-            for iou, weight in zip(ious, weights, strict=True)
+            Column(self.name, iou, weight * self.seeds, self.oracle, self.rollout, hits=hit)
+            for iou, weight, hit in zip(ious, weights, hits, strict=True)
         ]
 
 
@@ -165,6 +172,8 @@ def outcomes(episodes: Sequence[Episode], *, verify: bool = True) -> Outcomes:
         start_iou=boxes.iou(start_box, target),
         start_box=start_box,
         iou=recorded,
+        start_hit=boxes.hit(start_box, target).astype(np.float64),
+        hit=boxes.hit(box, target[:, None]).astype(np.float64),
         box=box,
         acted=acted,
         stop=flags("stop"),
@@ -222,6 +231,24 @@ def columns(
             f"episodes_forced[{first}] ({forced.sample_ids[first]!r}) holds a stop, as do "
             f"{int(forced.stopped.sum())} of {len(forced.stopped)}: roll out with the stop not available"
         )
+
+    def of(forced: Outcomes | None, stopping: Outcomes | None) -> list[Column]:
+        return _columns(forced, stopping, stable_iou, stop_gate, verifier_scores, verifier_margin, verifier_guard)
+
+    # No rule but the oracle's looks at the score, so hits are chosen as IoUs are.
+    pointing = of(*(None if o is None else replace(o, iou=o.hit, start_iou=o.start_hit) for o in (forced, stopping)))
+    return {c.name: replace(c, hits=p.ious) for c, p in zip(of(forced, stopping), pointing, strict=True)}
+
+
+def _columns(
+    forced: Outcomes | None,
+    stopping: Outcomes | None,
+    stable_iou: float,
+    stop_gate: float,
+    verifier_scores: Array | None,
+    verifier_margin: float,
+    verifier_guard: float | None,
+) -> list[Column]:
     made: list[Column] = []
     if stopping is not None:
         made += [_decided("step_0", step_0(stopping), "stopping")]
@@ -240,7 +267,7 @@ def columns(
             kept = verifier_gated(forced, scores, margin=verifier_margin, guard_iou=verifier_guard)
             made += [_decided("verifier_gated", kept, "forced")]
         made += [random_step(forced), _decided("oracle_best", oracle_best(forced), "forced", oracle=True)]
-    return {column.name: column for column in made}
+    return made
 
 
 def step_0(played: Outcomes) -> Array:
@@ -395,7 +422,8 @@ def select(column: Column, keep: Mask) -> Column:
         raise ValueError(f"the mask has shape {keep.shape}, the column {column.name!r} {len(column)} episodes")
     if not keep.any():
         raise ValueError(f"no episode of {column.name!r} is selected")
-    return replace(column, ious=column.ious[keep], weights=column.weights[keep])
+    hits = None if column.hits is None else column.hits[keep]
+    return replace(column, ious=column.ious[keep], weights=column.weights[keep], hits=hits)
 
 
 def pool_seeds(columns: Sequence[Column]) -> Column:
@@ -428,6 +456,7 @@ def pool_seeds(columns: Sequence[Column]) -> Column:
         first.oracle,
         first.rollout,
         seeds=len(columns),
+        hits=None if any(c.hits is None for c in columns) else blocks([c.hits for c in columns if c.hits is not None]),
     )
 
 

@@ -42,8 +42,9 @@ FORMATS = {
     "xyxy": "left, top, right, bottom",
     "xywh": "left, top, width, height",
     "cxcywh": "centre x, centre y, width, height",
+    "xy": "the two numbers of a point",
 }
-"""What the four numbers are."""
+"""What the numbers are."""
 
 FRAMES = boxes.FRAMES | {
     "resized": "pixels of the resized image that the model saw; each row then has input_size: [height, width]"
@@ -52,7 +53,7 @@ FRAMES = boxes.FRAMES | {
 
 SUSPICIOUS_SHARE = 0.05
 """Above this share of boxes (and at least 2) that do not fit, the declaration is taken for wrong."""
-_FAR_OUTSIDE = {"xyxy": 0.1, "xywh": 0.02, "cxcywh": 0.02}
+_FAR_OUTSIDE = {"xyxy": 0.1, "xy": 0.1, "xywh": 0.02, "cxcywh": 0.02}
 """How far outside the image (in its sides) a box must reach not to fit. Wider for xyxy, where a
 wrong format already shows in reversed corners and only a wrong frame is left to find."""
 _LARGEST = 1e9
@@ -202,9 +203,11 @@ def read_predictions(
     if not found:
         raise PredictionError(f"{where}: holds no predictions; write one JSON object per line")
     if unreadable and all(prediction.numbers is None for prediction in found.values()):
+        count = 2 if next(iter(found.values())).box_format == "xy" else 4
         raise PredictionError(
-            f"{where}: no row has four numbers in {fields.box_field!r} (row {unreadable[0]}: {short(unreadable[1])}); "
-            "name the field of the box with --box-field, or write it as [number, number, number, number]"
+            f"{where}: no row has {'two' if count == 2 else 'four'} numbers in {fields.box_field!r} (row "
+            f"{unreadable[0]}: {short(unreadable[1])}); name the field of the box with --box-field, or write it as "
+            f"[{', '.join(['number'] * count)}]"
         )
     return PredictionFile(where, tuple(found.values()))
 
@@ -248,7 +251,7 @@ def match(
     without_area = 0
     for row, sample in answered_rows:
         box = to_xyxy_px(row, sample)
-        without_area += not _has_area(box)
+        without_area += row.box_format != "xy" and not _has_area(box)
         boxes_px[index[row.sample_id]] = box
     return Matched(
         boxes_px,
@@ -436,6 +439,10 @@ def _row(
     if isinstance(stated, str) and stated in FRAMES and _frame_of(stated) != frame:
         raise PredictionError(f"{path}: row {number} says frame {stated}, but {frame} is declared; correct one of them")
     value = row[fields.box_field]
+    if box_format == "xy" and isinstance(value, list) and len(value) == 2:
+        value = [*value, *value]  # a box without area, whose centre is the point
+    elif box_format == "xy":
+        value = None
     numbers = None if _is_mark(value) else _four_numbers(value)
     input_size = _input_size(path, number, row) if frame == "resized" and numbers is not None else None
     return Prediction(number, str(sample_id), numbers, box_format, frame, input_size)
@@ -505,7 +512,10 @@ def _refuse_misfit(path: Path, rows: Sequence[tuple[Prediction, Sample]]) -> Non
     small = {k for k, box in numbers.items() if all(abs(value) <= 1 for value in box)}
     rows = [(row, sample) for row, sample in rows if row.row not in flat]
     checks: tuple[tuple[str, Callable[[Prediction, Sample], bool]], ...] = (
-        ("have no area (x2 <= x1 or y2 <= y1)", lambda row, sample: not _has_area(to_xyxy_px(row, sample))),
+        (
+            "have no area (x2 <= x1 or y2 <= y1)",
+            lambda row, sample: row.box_format != "xy" and not _has_area(to_xyxy_px(row, sample)),
+        ),
         ("reach far outside their image", lambda row, sample: _reach(row, sample) > _FAR_OUTSIDE[row.box_format]),
         ("lie within 0..1 in every number", lambda row, _: row.frame != "relative" and row.row in small),
     )
@@ -525,7 +535,9 @@ def _refuse_misfit(path: Path, rows: Sequence[tuple[Prediction, Sample]]) -> Non
 def _better_format(rows: Sequence[tuple[Prediction, Sample]]) -> str:
     """The format under which most boxes would fit, if nearly all do."""
     fitting = {
-        name: sum(_fits(replace(row, box_format=name), sample) for row, sample in rows) / len(rows) for name in FORMATS
+        name: sum(_fits(replace(row, box_format=name), sample) for row, sample in rows) / len(rows)
+        for name in FORMATS
+        if name != "xy"
     }
     best = max(fitting, key=lambda name: fitting[name])
     if fitting[best] > 1 - SUSPICIOUS_SHARE and any(row.box_format != best for row, _ in rows):

@@ -91,12 +91,17 @@ class RolloutSummary:
 def per_episode(column: Column, metric: str) -> Array:
     """The value of each episode (n,) whose mean is the score, for the paired statistics.
 
-    ``metric`` is ``mIoU``, ``mAcc`` or ``Acc@<threshold>``, for example ``Acc@0.5``.
+    ``metric`` is ``mIoU``, ``mAcc``, ``Acc@<threshold>``, for example ``Acc@0.5``, or ``hit``: the centre of the box
+    lies in the target, as a click is scored.
     """
     if not len(column):
         raise ValueError(f"the column {column.name!r} holds no episodes")
     if metric == "mIoU":
         return column.iou
+    if metric == "hit":
+        if column.hits is None:
+            raise ValueError(f"the column {column.name!r} was made without boxes, so nothing is known of its hits")
+        return (column.hits * column.weights).sum(axis=1)
     if metric == "mAcc":
         return np.mean([hits(column, t) for t in MEAN_THRESHOLDS], axis=0)
     if metric.startswith("Acc@"):
@@ -104,7 +109,7 @@ def per_episode(column: Column, metric: str) -> Array:
             return hits(column, float(metric[4:]))
         except ValueError as error:
             raise ValueError(f"{metric!r}: {error}") from error
-    raise ValueError(f"unknown metric {metric!r}: use mIoU, mAcc or Acc@<threshold>")
+    raise ValueError(f"unknown metric {metric!r}: use mIoU, mAcc, hit or Acc@<threshold>")
 
 
 def hits(column: Column, threshold: float) -> Array:
