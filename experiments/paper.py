@@ -218,9 +218,7 @@ def _play(
     args: Args, recipe: Recipe, model: str, steps: int, count: int, name: str, on_progress: Callable[[int], None]
 ) -> list[Episode]:
     sft = recipe.sft
-    policy = load_policy(
-        model, layout=sft.layout, view=sft.view, max_new_tokens=recipe.grpo.max_completion_length, **sft.loading()
-    )
+    policy = load_policy(model, max_new_tokens=recipe.grpo.max_completion_length, **sft.loading())
     forbid_stop(policy)
     return play(
         policy,

@@ -292,7 +292,7 @@ def test_a_vlm_without_the_training_install_is_a_clear_error(monkeypatch: pytest
     [
         (
             "randon",
-            "no agent 'randon' .did you mean 'random'..; there are random, centre, oracle, stop-after-K",
+            "no agent 'randon' .did you mean 'random'..; there are random, centre, oracle, ocr, stop-after-K",
         ),
         ("Centre", "did you mean 'centre'"),
         ("center", "did you mean 'centre'"),

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
+from ivt_agents.training.options import TrainingOptions
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.architectures import shipped_config
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy
-from ivt_agents.vlm.model_options import ModelOptions
 from ivt_agents.vlm.tiny import SPECIALS, build_image_processor, build_tokenizer
 from ivt_env.rollouts import make_vector_env
 
@@ -81,7 +81,7 @@ def test_a_model_of_each_family_is_loaded_played_scored_and_trained(folder, opti
     assert len(sampled) > 20
     assert (scored - sampled).abs().max() < (2e-5 if not options else 0.1)
     policy.model = make_trainable(policy.model, 4)
-    ModelOptions(gradient_checkpointing=True).prepare_update(policy.model)
+    TrainingOptions(gradient_checkpointing=True).prepare_update(policy.model)
     policy.model.train()
     TokenScorer(policy.model, policy.sampling, frozen_vision=True)(turns)[0].sum().backward()
     grown = [p for n, p in policy.model.named_parameters() if "lora_B" in n and p.grad is not None and p.grad.any()]

@@ -19,11 +19,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ivt_agents.grpo.trainer import GRPOTrainer
+from ivt_agents.training.options import TrainingOptions
 from ivt_agents.training.run import MetricsLog, RunError
 from ivt_agents.vlm.adapters import add_lora, drop_reference, has_reference, make_trainable, merged, reference_adapter
 from ivt_agents.vlm.generation import TokenScorer, core_of
 from ivt_agents.vlm.load import PolicyError, load_policy
-from ivt_agents.vlm.model_options import ModelOptions
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.precision import can_merge, stored_as
 from ivt_agents.vlm.turns import Turn
@@ -298,14 +298,14 @@ def test_the_trainer_samples_as_it_scores(tmp_path):
 )
 def test_formats_that_contradict_each_other_or_cannot_be_had_are_refused(options, rank, said):
     with pytest.raises(ValueError, match=said):
-        ModelOptions(**options).check_model(rank)
+        TrainingOptions(**options).check_model(rank)
 
 
 def test_nf4_without_its_package_is_refused_with_the_command_that_gets_it(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a))
     with pytest.raises(PolicyError, match=r"ivt-env\[quantize\]"):
-        ModelOptions(quantize="nf4").check_model(8)
+        TrainingOptions(quantize="nf4").check_model(8)
     with pytest.raises(PolicyError, match=r"ivt-env\[quantize\]"):
         load_policy("tiny", quantize="nf4")
 
