@@ -1,7 +1,7 @@
 """What a second look is worth on real screens: ``ocr`` on IVT-Screens-v0, in the loop and in one look at more pixels.
 
-    python -m experiments.screens --out runs/screens            # all of the test split
-    python -m experiments.screens --pages 8 --per-page 20       # a part of it
+    python -m experiments.screens --out runs/screens            # every page of the test split, five expressions each
+    python -m experiments.screens --per-page 1000               # all of it: hours
 
 One look at the environment's canvas, at 2, 4 and 8 times the pixels, and at as many pixels as the loop reads on the
 page in all; then the loop. Reading is by far the dearest part, so what was measured of a page is kept, and the command
@@ -204,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="ocr on IVT-Screens-v0: the loop, and one look at more pixels.")
     parser.add_argument("--out", type=Path, default=Path("runs/screens"), help="default: %(default)s")
     parser.add_argument("--pages", type=int, help="the first so many of the test split, in an order drawn once")
-    parser.add_argument("--per-page", type=int, default=20, help="expressions of a page (default: %(default)s)")
+    parser.add_argument("--per-page", type=int, default=5, help="expressions of a page (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: %(default)s)")
     args = parser.parse_args()
     numbers: dict[str, list[int]] = defaultdict(list)
