@@ -248,7 +248,7 @@ def read_only(words: list[str], monkeypatch) -> None:
 
 @pytest.mark.parametrize("command", NOT_HERE)
 def test_a_command_that_is_not_run_here_is_one_that_its_parser_takes(command, monkeypatch, capsys):
-    monkeypatch.setattr("ivt_agents.grpo.checks.check_tracker", lambda name: None)  # packages of other extras
+    monkeypatch.setattr("ivt_agents.training.options.check_tracker", lambda name: None)  # packages of other extras
     monkeypatch.chdir(ROOT)  # the configuration files that it names lie there
     read_only(shlex.split(command), monkeypatch)
 
