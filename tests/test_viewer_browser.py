@@ -118,6 +118,37 @@ def test_a_drawn_box_meets_the_pixels_it_stands_for(
     np.testing.assert_allclose(seen, expected, atol=2.0)  # the image is enlarged two to three times
 
 
+def test_zoom_shows_every_pixel_of_a_large_image_at_the_place_that_was_clicked(
+    open_served: Callable[..., Page], driver: Any
+) -> None:
+    """Of a screen of 2560 pixels: stripes of two pixels are grey in the whole image, and black and white in the zoom."""
+    image = np.zeros((1440, 2560, 3), np.uint8)
+    image[:, np.arange(2560) % 4 < 2] = 255
+    image[700:740, 1900:1940] = (0, 0, 255)
+    episode = play((0.7, 0.4, 0.8, 0.6), [None], size=(1440, 2560), image_id="screen")
+    page = open_served({"run": [episode]}, lambda _: image)
+
+    def seen() -> np.ndarray:
+        left, top, right, bottom = page.rect(".stage").round().astype(int)
+        shot = np.asarray(Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")).astype(int)
+        return shot[top:bottom, left:right][40:-40, 40:-40]
+
+    page.until(lambda: page.run("return document.querySelector('.image img').complete"))
+    assert seen()[..., 1].std() < 40
+    left, top, right, bottom = page.rect(".image")
+    place = [left + 0.75 * (right - left), top + 0.5 * (bottom - top)]
+    page.run(
+        "document.elementFromPoint(...arguments).dispatchEvent(new MouseEvent('click',"
+        " {bubbles: true, clientX: arguments[0], clientY: arguments[1]}))",
+        *place,
+    )
+    assert page.run("return document.querySelector('.image').offsetWidth") == 2560
+    near = seen()
+    assert near[..., 1].std() > 90 and (near[..., 2] - near[..., 0] > 127).sum() > 1000, "the patch that was clicked"
+    page.press("z")
+    assert page.run("return document.querySelector('.image').offsetWidth") < 1400 and seen()[..., 1].std() < 40
+
+
 def test_keys_step_through_an_episode(open_page: Callable[..., Page]) -> None:
     left, up, right, down, escape = "\ue012", "\ue013", "\ue014", "\ue015", "\ue00c"
     episodes = made_up_episodes()[:4]

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--title", help="heading of the page (default: the names of the runs)")
     parser.add_argument(
-        "--side", type=int, metavar="PIXELS", help="longest side of an image (default: 512, with --serve 1024)"
+        "--side", type=int, metavar="PIXELS", help="longest side of an image (default: 512, with --serve 2560)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N episodes of each run only")
     parser.add_argument(
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.serve:
         from ivt_env.viewer.server import LocalServer, ViewApp
 
-        app = ViewApp(runs, find, title, args.side or 1024)
+        app = ViewApp(runs, find, title, args.side or 2560)
         app.get("/", {})  # made now, so that the browser need not wait for it
         serve(LocalServer(app, args.port), f"{sum(map(len, runs.values())):,} episodes")
         return 0

@@ -27,7 +27,7 @@ from ivt_env.viewer.page import image_jpeg, page_parts
 from ivt_env.viewer.rows import Content, details
 
 _ADDRESS = "127.0.0.1"
-_KEPT_IMAGES = 256
+_KEPT_IMAGES = 64
 _MOST_CONNECTIONS = 64
 _LONGEST_QUERY = 1000
 _LONGEST_BODY = 10_000
@@ -76,7 +76,7 @@ class ViewApp:
         runs: Mapping[str, Sequence[Episode]],
         image_of: Callable[[Episode], ImageArray],
         title: str,
-        max_image_side: int = 1024,
+        max_image_side: int = 2560,
     ) -> None:
         """Set up, from the episodes by the name of their run; the other arguments are those of ``write_page``."""
         self.content = Content(runs)

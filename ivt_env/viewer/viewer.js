@@ -305,9 +305,24 @@ function makeStage(episode, step, side) {
   const known = images[side];
   if (!known || known.number !== episode.image || known.missing) images[side] = makeImage(episode);
   image.append(images[side].node, makeBoxes(episode, step));
-  const stage = element("div", { class: "stage" }, image);
+  image.style.setProperty("--pixels", width + "px");
+  const stage = element("div", { class: state.zoomed ? "stage zoomed" : "stage" }, image);
+  image.addEventListener("click", (event) => {
+    const place = image.getBoundingClientRect();
+    zoom((event.clientX - place.left) / place.width, (event.clientY - place.top) / place.height);
+  });
   if (images[side].missing) stage.append(element("p", { class: "absent" }, images[side].missing));
   return stage;
+}
+
+// Every pixel of the image, or all of it; x and y say where to look, from 0 to 1.
+function zoom(x, y) {
+  state.zoomed = !state.zoomed;
+  for (const stage of document.querySelectorAll(".panel .stage")) {
+    stage.classList.toggle("zoomed", state.zoomed);
+    const image = stage.firstElementChild;
+    stage.scrollTo(x * image.offsetWidth - stage.clientWidth / 2, y * image.offsetHeight - stage.clientHeight / 2);
+  }
 }
 
 function makeBoxes(episode, step) {
@@ -571,6 +586,7 @@ document.addEventListener("keydown", (event) => {
     ArrowDown: () => move(1),
     k: () => move(-1),
     j: () => move(1),
+    z: () => zoom(0.5, 0.5),
     Home: event.target === list ? () => move(-Infinity) : null,
     End: event.target === list ? () => move(Infinity) : null,
     "/": () => {
