@@ -82,6 +82,12 @@ def test_demonstrations_survive_the_file(tmp_path, dataset):
     assert load_demonstrations(tmp_path / "d.jsonl", dataset) == made
 
 
+def test_demonstrations_of_the_scenes_are_checked_without_making_a_scene(tmp_path, dataset, monkeypatch):
+    save_demonstrations(tmp_path / "d.jsonl", taught(dataset))
+    monkeypatch.setattr(type(dataset), "__getitem__", None)
+    assert load_demonstrations(tmp_path / "d.jsonl", dataset)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

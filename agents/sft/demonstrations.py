@@ -94,11 +94,10 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
         raise DataError(f"{where}: image {demonstration.image!r}: give 1 (the whole image) or 2 (its close-up)")
     if not 0 <= demonstration.index < len(dataset):
         raise DataError(f"{where}: index {demonstration.index} is outside the {len(dataset)} samples of the split")
-    if dataset[demonstration.index].sample_id != demonstration.sample_id:
-        raise DataError(
-            f"{where}: sample {demonstration.index} is {dataset[demonstration.index].sample_id!r}, "
-            f"not {demonstration.sample_id!r}"
-        )
+    # Scenes know it without being made, which would take minutes for a long file.
+    known = getattr(dataset, "sample_id", lambda index: dataset[index].sample_id)(demonstration.index)
+    if known != demonstration.sample_id:
+        raise DataError(f"{where}: sample {demonstration.index} is {known!r}, not {demonstration.sample_id!r}")
     return demonstration
 
 

@@ -139,6 +139,10 @@ class Scenes:
         """Number of samples, each with its own image."""
         return self._length
 
+    def sample_id(self, index: int) -> str:
+        """That of the sample at ``index``, without making its scene."""
+        return f"{self.split}-{index}"
+
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``; IndexError outside the range."""
         if not 0 <= index < len(self):
@@ -149,7 +153,7 @@ class Scenes:
         target = scene.things[expression.target]
         siblings = [t for i, t in enumerate(scene.things) if i != expression.target and t.shape == target.shape]
         return Sample(
-            sample_id=f"{self.split}-{index}",
+            sample_id=self.sample_id(index),
             image_id=f"scenes-{drawn}-{number}",
             expression=expression.text,
             box=target.box,
