@@ -121,7 +121,7 @@ def test_a_drawn_box_meets_the_pixels_it_stands_for(
 def test_zoom_shows_every_pixel_of_a_large_image_at_the_place_that_was_clicked(
     open_served: Callable[..., Page], driver: Any
 ) -> None:
-    """Of a screen of 2560 pixels: stripes of two pixels are grey in the whole image, and black and white in the zoom."""
+    """Stripes of two pixels on a screen of 2560: grey in the whole image, black and white in the zoom."""
     image = np.zeros((1440, 2560, 3), np.uint8)
     image[:, np.arange(2560) % 4 < 2] = 255
     image[700:740, 1900:1940] = (0, 0, 255)
