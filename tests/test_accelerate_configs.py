@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from ivt_agents.grpo.train import Args
 from ivt_agents.vlm.load import load_policy
@@ -23,7 +23,6 @@ FOLDER = ROOT / "configs" / "accelerate"
 TYPES = {
     "ddp": DistributedType.MULTI_GPU,
     "fsdp": DistributedType.FSDP,
-    "deepspeed_zero2": DistributedType.DEEPSPEED,
 }
 
 
@@ -31,12 +30,8 @@ def launched_with(name: str, monkeypatch) -> dict[str, str]:
     """What the launcher would put into the environment of each process."""
     command = ["--config_file", str(FOLDER / f"{name}.yaml"), "--num_processes", "4", "train_grpo.py"]
     args = launch_command_parser().parse_args(command)
-    args, config, _ = _validate_launch_command(args)
-    if name == "deepspeed_zero2":
-        args.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)  # as the launcher does
-        _, env = prepare_deepspeed_cmd_env(args)
-    else:
-        env = prepare_multi_gpu_env(args)
+    args, _, _ = _validate_launch_command(args)
+    env = prepare_multi_gpu_env(args)
     for key in list(os.environ):
         if key.startswith(("FSDP_", "ACCELERATE_")):
             monkeypatch.delenv(key)
@@ -70,18 +65,9 @@ def test_fsdp_shards_the_layers_of_the_language_model_and_nothing_else(monkeypat
     assert all("visual" not in n for n in sharded)
 
 
-def test_ddp_asks_for_neither(monkeypatch):
+def test_ddp_shares_nothing(monkeypatch):
     env = launched_with("ddp", monkeypatch)
-    assert env.get("ACCELERATE_USE_FSDP", "false") == "false" and "ACCELERATE_USE_DEEPSPEED" not in env
-
-
-def test_deepspeed_steps_once_and_clips_where_the_script_would(monkeypatch):
-    env = launched_with("deepspeed_zero2", monkeypatch)
-    assert env["ACCELERATE_USE_DEEPSPEED"] == "true"
-    config = DeepSpeedPlugin().deepspeed_config
-    assert config["zero_optimization"]["stage"] == 2 and config["gradient_accumulation_steps"] == 1
-    assert float(config["gradient_clipping"]) == Args().max_grad_norm
-    assert config["zero_optimization"]["offload_optimizer"]["device"] == "none"
+    assert env.get("ACCELERATE_USE_FSDP", "false") == "false"
 
 
 def test_a_launcher_that_starts_one_process_where_it_was_told_of_two_is_said_in_one_line(tmp_path):

@@ -161,15 +161,19 @@ def test_the_command_evaluates_saves_and_resumes_with_shared_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+    ("variable", "said"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP was asked for.*ddp.yaml"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed was asked for.*fsdp.yaml"),
+    ],
 )
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_sharding_that_would_not_happen_is_refused(monkeypatch, variable, name, processes):
+def test_sharding_that_would_not_happen_is_refused(monkeypatch, variable, said, processes):
     """accelerate drops the wish on a CPU, and each process holds everything."""
     monkeypatch.setenv(variable, "true")
     monkeypatch.setenv("WORLD_SIZE", processes)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RunError, match=f"{name} was asked for.*ddp.yaml"):
+    with pytest.raises(RunError, match=said):
         make_accelerator(False)
 
 

@@ -388,7 +388,6 @@ class GRPOTrainer:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.scorer), accelerator.autocast():
                 loss, stats, drift = self._loss(turns, weights)
                 loss = loss / divisor * accelerator.num_processes * (0.0 if idle else 1.0)
-            accelerator.sync_gradients = last  # DeepSpeed would step at every pass
             accelerator.backward(loss)
             sums += 0.0 if idle else stats
             worst = worst if idle else max(worst, drift)

@@ -132,7 +132,7 @@ def main(args: Args) -> Path:
     teacher = _teacher(args)
     measured_on = args.measured_on()
     accelerator = make_accelerator(args.bf16)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise RunError(
             f"{accelerator.distributed_type.value}: train_sft.py holds the whole model in each process, and would save"
             " a part of it; launch it with configs/accelerate/ddp.yaml (train_grpo.py can share weights)"

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 
 from ivt_agents.config import with_new_names
@@ -177,9 +176,7 @@ def save_state(
     """Write a checkpoint of everything that the next step depends on. All processes must call it."""
     # Randomness needs no saving: each step is seeded by (seed, step, process).
     parameters = gathered_parameters(model)
-    # DeepSpeed spreads the optimizer in a way of its own; a part of it would be a wrong whole.
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    states = None if deepspeed else [gathered_optimizer(one) for one in optimizers]
+    states = [gathered_optimizer(one) for one in optimizers]
     if accelerator.is_main_process:
         log.sync()
         save_checkpoint(folder, step, {"parameters": parameters, "optimizers": states})
@@ -215,8 +212,6 @@ def load_state(
             f"processes found checkpoints of steps {found} in {folder}: several machines need one folder that"
             " all of them see"
         )
-    if state["optimizers"] is None:
-        raise RunError(f"the checkpoint in {folder} holds no optimizer state: DeepSpeed runs cannot go on")
     step: int = state["step"]
     if step > most_steps:
         raise RunError(f"{folder} has made {step} steps already, more than --steps {most_steps}: give at least {step}")

@@ -78,13 +78,14 @@ def make_accelerator(bf16: bool) -> Accelerator:
         log.warning("--bf16: this processor computes more slowly in bfloat16 than in float32; leave it out")
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     cpu = not alone and not torch.cuda.is_available()
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() == "true" and (alone or cpu):
-            why = "one process has no one to share with" if alone else "there is no GPU"
-            raise RunError(
-                f"{name} was asked for, but {why}: accelerate would hold the whole model in every process without a"
-                " word; launch without it (configs/accelerate/ddp.yaml)"
-            )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise RunError("DeepSpeed was asked for, which this training does not know; use configs/accelerate/fsdp.yaml")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and (alone or cpu):
+        why = "one process has no one to share with" if alone else "there is no GPU"
+        raise RunError(
+            f"FSDP was asked for, but {why}: accelerate would hold the whole model in every process without a word;"
+            " launch without it (configs/accelerate/ddp.yaml)"
+        )
     # Its launcher sets the address where it was told of several, and their number where it started them.
     if alone and not torch.cuda.is_available() and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ):
         log.warning(
@@ -94,9 +95,6 @@ def make_accelerator(bf16: bool) -> Accelerator:
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=cpu)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise RunError("FSDP version 1: rollouts need to gather its weights in a way it has not; set fsdp_version: 2")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # It reckons with batches of a data loader, and there is none.
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     return accelerator
 
 

@@ -36,11 +36,10 @@ def check_shareable(model: nn.Module, accelerator: Accelerator, optimizer: str =
     Raises:
         RunError: names the option and what to do.
     """
-    shares = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if optimizer == "muon" and shares:
-        raise RunError("optimizer muon with FSDP or DeepSpeed: it needs each matrix whole; use adamw, or ddp.yaml")
     if accelerator.distributed_type != DistributedType.FSDP:
         return
+    if optimizer == "muon":
+        raise RunError("optimizer muon with FSDP: it needs each matrix whole; use adamw, or ddp.yaml")
     if any(not p.is_floating_point() for p in model.parameters()):
         raise RunError(
             "quantize nf4 with FSDP: packed four-bit weights cannot be cut into shares; a base in NF4 is small enough"
