@@ -64,7 +64,7 @@ def _rows() -> dict[str, tuple[str, list[dict[str, Any]], str]]:
 IMAGES = {"screenspotv2": "screenspotv2_image", "mmbenchgui": "offline_images"}
 
 
-def picture(shade: int) -> Image.Image:
+def plain_image(shade: int) -> Image.Image:
     pixels = np.full((HEIGHT, WIDTH, 3), shade, np.uint8)
     pixels[BOX[1] : BOX[3], BOX[0] : BOX[2]] = 255 - shade
     return Image.fromarray(pixels)
@@ -79,11 +79,11 @@ def write_gui(root: Path) -> None:
         images = root / name / IMAGES.get(name, "images") / below
         images.mkdir(parents=True)
         for shade, letter in enumerate("ab"):
-            picture(50 + shade).save(images / f"{letter}.png")
+            plain_image(50 + shade).save(images / f"{letter}.png")
     held = root / "screenspot" / "data"
     held.mkdir(parents=True)
     for letter, shade in (("a", 50), ("b", 51)):
-        picture(shade).save(held / f"{letter}.png")
+        plain_image(shade).save(held / f"{letter}.png")
     rows = [
         {"file_name": f"{k}.png", "bbox": RELATIVE, "instruction": "close", "data_type": "icon", "data_source": "ios",
          "image": {"bytes": (held / f"{k}.png").read_bytes(), "path": f"{k}.png"}}

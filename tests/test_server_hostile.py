@@ -416,8 +416,8 @@ def slowest_of(place: tuple[str, int], seconds: float) -> float:
 
 SECONDS = float(os.environ.get("IVT_SOAK_SECONDS", "3"))
 LIMIT_BYTES = 300e6
-SLOWEST_S, END_S = 2.0, 5.0
-"""A second and three are promised; a machine with other work is granted more. What hangs takes longer than this."""
+SLOWEST_S, END_S = 2.0, 3.0
+"""A second is promised. A connection that finds 64 waiting is tried again by the system after one more."""
 MEMORY = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
 

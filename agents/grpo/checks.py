@@ -8,7 +8,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivt_agents.grpo.trainer import GRPOConfig
+from ivt_agents.grpo.trainer import SCALE_FLOOR
 from ivt_agents.training import options
 from ivt_agents.training.checkpoints import check_resume
 from ivt_agents.training.run import RunError
@@ -83,7 +83,7 @@ def _advantage(a: Args) -> Refusals:
     if a.scale_rewards == "group":
         not_it = "Dr. GRPO is GRPO without that division; use --scale-rewards none or --loss-type grpo"
         yield a.loss_type == "dr_grpo", f"scale_rewards group with loss_type dr_grpo: {not_it}"
-        weight = f"the KL penalty's weight would be anything from {a.beta:g} to {a.beta / GRPOConfig.scale_floor:g}"
+        weight = f"the KL penalty's weight would be anything from {a.beta:g} to {a.beta / SCALE_FLOOR:g}"
         yield a.kl_in == "reward", f"scale_rewards group with kl_in reward: {weight}; use --kl-in loss"
 
 

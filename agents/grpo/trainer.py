@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 WITHOUT_VARIANCE = 5
 """Steps in a row in which no group has an advantage, after which it is said."""
 
+SCALE_FLOOR = 1e-3
+"""A standard deviation of returns counts as at least this much reward."""
+
 GOOD = 0.5
 """IoU from which on stopping is right, in the metrics of the stop; nothing is trained on it."""
 
@@ -62,9 +65,7 @@ class GRPOConfig:
     seed: int
     save_steps: int
     loss_type: str = "dapo"
-    omega: float = 1.0
     scale_rewards: str = "none"
-    scale_floor: float = 1e-3
     kl_in: str = "loss"
     format_bonus: float = 0.0
     require_format: bool = False
@@ -319,10 +320,10 @@ class GRPOTrainer:
             episodes = groups.turns[g * size : (g + 1) * size]
             compared = config.advantage == "episode_and_step"
             states = _states(episodes, horizon) if compared else np.zeros((size, horizon), dtype=np.int64)
-            values = advantages_of(config.advantage, rewards[g], groups.taken[g], states, config.omega, config.discount)
+            values = advantages_of(config.advantage, rewards[g], groups.taken[g], states, discount=config.discount)
             if config.scale_rewards != "none":
                 group = config.scale_rewards == "group"
-                values = values / (spread(rewards[g].sum(-1), config.scale_floor) if group else batch_spread)
+                values = values / (spread(rewards[g].sum(-1), SCALE_FLOOR) if group else batch_spread)
             for m, episode in enumerate(episodes):
                 for t, turn in enumerate(episode):
                     if config.mask_truncated_completions and not turn.finished:
@@ -337,7 +338,7 @@ class GRPOTrainer:
     def _batch_spread(self, rewards: NDArray[np.float64]) -> float:
         """Spread of the returns of all episodes of all processes."""
         returns = torch.tensor(rewards.sum(-1).ravel(), dtype=torch.float32, device=self.accelerator.device)
-        return spread(self.accelerator.gather(returns).double().cpu().numpy(), self.config.scale_floor)
+        return spread(self.accelerator.gather(returns).double().cpu().numpy(), SCALE_FLOOR)
 
     def _totals(self, groups: Groups, credit: Credit) -> dict[str, float]:
         """Counts over all processes: the loss's denominator must not depend on how work is shared."""

@@ -112,7 +112,7 @@ class OCRAgent:
         current = tuple(map(float, seen["box"]))
         began = any(current)
         if began and "window" not in seen:
-            return None, "There is no close-up to read, so the first answer stands."
+            return None, "No close-up is shown, so I keep my first answer."
         self._look(seen, memory)
         found = candidates(str(seen["expression"]), memory.lines)
         best = max(found, key=lambda each: each.fit, default=None)
