@@ -102,7 +102,7 @@ def one_and_two_processes(tmp_path, script: Path) -> list[dict]:
         # Not accelerate's launcher: on a machine without GPUs it starts one process, whatever it is told.
         launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, "-m", *launch, str(script), str(out)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(torch.load(out, weights_only=True))
     return found

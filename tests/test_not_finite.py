@@ -57,7 +57,7 @@ def poison_advantages(trainer, monkeypatch, step: int) -> None:
     monkeypatch.setattr(
         trainer_module,
         "advantages_of",
-        lambda *args: true(*args) * (float("nan") if trainer.step + 1 == step else 1.0),
+        lambda *args, **named: true(*args, **named) * (float("nan") if trainer.step + 1 == step else 1.0),
     )
 
 
