@@ -23,6 +23,7 @@ from ivt_agents.grpo.losses import LOSSES, PER_SEQUENCE, clipped_sides, denomina
 from ivt_agents.play.on_split import MAX_UNUSABLE, check_answers
 from ivt_agents.training.checkpoints import load_state, save_state, what_is_kept
 from ivt_agents.training.finite import check_finite, check_weights
+from ivt_agents.training.muon import Muon
 from ivt_agents.training.run import MetricsLog, Stopwatch, derived_seed
 from ivt_agents.training.sharding import whole_weights
 from ivt_agents.vlm.adapters import has_reference, reference_adapter
@@ -136,7 +137,7 @@ class GRPOTrainer:
         self.reference = self._reference(scorer) if config.beta > 0 else None
         optimizer: torch.optim.Optimizer
         if config.optim == "muon":
-            optimizer = torch.optim.Muon(self.parameters, lr=config.learning_rate, weight_decay=0.0)
+            optimizer = Muon(self.parameters, lr=config.learning_rate, weight_decay=0.0)
         else:
             optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.scorer: Any

@@ -20,6 +20,7 @@ from torch import nn
 from ivt_agents.sft.demonstrations import Demonstration
 from ivt_agents.training.checkpoints import load_state, save_state, what_is_kept
 from ivt_agents.training.finite import check_finite, check_weights
+from ivt_agents.training.muon import Muon
 from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.adapters import layer_matrices
 from ivt_agents.vlm.codec import STOP_TEXT
@@ -180,7 +181,7 @@ def make_optimizers(policy: VLMPolicy, kind: str) -> list[tuple[torch.optim.Opti
     chosen = layer_matrices(policy.model) if kind == "muon" else {}
     made: list[tuple[torch.optim.Optimizer, float]] = []
     if chosen:
-        made.append((torch.optim.Muon(list(chosen.values()), lr=0.0, weight_decay=0.0), 10.0))
+        made.append((Muon(list(chosen.values()), lr=0.0, weight_decay=0.0), 10.0))
     rest = [p for n, p in policy.model.named_parameters() if p.requires_grad and n not in chosen]
     made.append((torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0), 1.0))
     return made

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 
 from ivt_agents.command import progress_bars, run_command
 from ivt_agents.training.finite import NotFiniteError, check_finite, unusable_weight
+from ivt_agents.training.muon import Muon
 from ivt_agents.vlm.policy import POLICY_FILE
 from ivt_agents.vlm.precision import bf16_pays
 from ivt_agents.vlm.pretrain_model import CellHead, SlotModel, words_of
@@ -208,7 +209,7 @@ def train_grounding(
     rest = [p for p in model.parameters() if id(p) not in chosen] + list(head.parameters())
     fused = device.type == "cuda"
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-        (torch.optim.Muon(matrices, lr=args.matrix_lr, weight_decay=0.0), args.matrix_lr),
+        (Muon(matrices, lr=args.matrix_lr, weight_decay=0.0), args.matrix_lr),
         (torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused), args.lr),
     ]
     numbers = torch.tensor(slots.words.numbers, device=device)
