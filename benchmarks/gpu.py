@@ -130,9 +130,11 @@ def agreement(args: Args) -> dict[str, Any]:
         found |= difference(turns, scorer)
         if dtype == "float32" and layout == "fresh":
             found |= against_cpu(turns, scorer, policy.core)
+        scorer(turns[:32])[0].sum().backward()
+        finite = all(p.grad.isfinite().all() for p in policy.core.parameters() if p.grad is not None)
         rows.append(found)
         most, mean = LIMITS[dtype]
-        bad = not (found["max"] <= most and found["mean"] <= mean and found.get("gradient", 0.0) <= 1e-3)
+        bad = not (finite and found["max"] <= most and found["mean"] <= mean and found.get("gradient", 0.0) <= 1e-3)
         wrong += [name] if bad or not found.get("cpu", 0.0) <= most else []
         print(found, flush=True)
     return {"rows": rows, "wrong": wrong}

@@ -5,9 +5,9 @@
 #   benchmarks/gpu.sh step decode        some of them
 #   benchmarks/gpu.sh --small            shrunken, on a CPU
 #
-# Needs a Python with torch, transformers, peft, accelerate, gymnasium, pyarrow, pillow, tyro and rich; the project
-# itself need not be installed. PYTHON names the interpreter, OUT the folder, BUDGET the seconds in all. A part that
-# fails or runs out of time is reported, and the next one starts. Status: 0 if all is well, else 1.
+# Needs a Python with torch, transformers 5.23 or later, peft, accelerate, gymnasium, pyarrow, pillow, tyro and rich;
+# the project itself need not be installed. PYTHON names the interpreter, OUT the folder, BUDGET the seconds in all. A
+# part that fails or runs out of time is reported, and the next one starts. Status: 0 if all is well, else 1.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${OUT:-$root/runs/gpu}
@@ -25,6 +25,14 @@ export PYTHONPATH="$links:$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 H
 export TOKENIZERS_PARALLELISM=false
 cd "$root" && mkdir -p "$out" || exit 1
 rm -f "$out"/*.json
+
+# An older one reads the shipped model without a word and answers at random.
+"$python" - <<'CHECK' || exit 1
+import transformers
+from packaging.version import Version
+if Version(transformers.__version__) < Version("5.23"):
+    raise SystemExit(f"transformers {transformers.__version__} is too old; the project wants 5.23 or later")
+CHECK
 
 for part in $parts; do
     left=$((budget - SECONDS - 10)) # the table wants a few seconds

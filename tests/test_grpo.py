@@ -20,7 +20,7 @@ from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.losses import CLIPS, LOSSES, denominator
 from ivt_agents.grpo.trainer import _states
 from ivt_agents.training.checkpoints import load_checkpoint
-from ivt_agents.training.run import RunError
+from ivt_agents.training.run import RunError, end_training
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy
 from ivt_env.rendering import Overlay, Surroundings
@@ -142,9 +142,7 @@ def save_whole_updates(out: Path) -> None:
         found[name] = {"gradients": kept, "metrics": metrics, "processes": world}
     if trainer.accelerator.is_main_process:
         torch.save(found, out)
-    # Without it a process that ends first can abort the others.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    end_training(trainer.accelerator)
 
 
 def test_every_loss_credit_and_metric_is_the_same_on_one_process_and_on_two(tmp_path):

@@ -20,7 +20,7 @@ from ivt_agents.grpo import trainer as trainer_module
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import checkpoints, load_checkpoint
 from ivt_agents.training.finite import NotFiniteError, check_finite, unusable_weight
-from ivt_agents.training.run import MetricsLog, read_metrics
+from ivt_agents.training.run import MetricsLog, end_training, read_metrics
 from ivt_agents.vlm.load import PolicyError, load_policy
 
 ROOT = Path(__file__).parent.parent
@@ -190,8 +190,7 @@ def train_with_a_poisoned_process(out: Path) -> None:
         said[f"{name} kept"] = [c.name for c in checkpoints(folder)]
         patch.undo()
     (out.parent / f"said-{trainer.accelerator.process_index}.json").write_text(json.dumps(said))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    end_training(trainer.accelerator)
 
 
 def test_two_processes_stop_together_where_one_of_them_went_wrong(tmp_path):

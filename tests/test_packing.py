@@ -106,10 +106,17 @@ def test_every_token_sees_its_own_past_and_nothing_else(played):
     assert start == len(packed.sampled)
 
 
-def test_each_distinct_beginning_is_computed_once(played):
+def test_no_row_of_the_mask_hides_everything(played):
+    """Kernels that recompute exp(score - logsumexp) backwards overflow there: NaN gradients on a GPU."""
     policy, turns = played
     packed = pack_turns(policy, turns)
-    computed = int((packed.attention_mask.diagonal(dim1=2, dim2=3) == 0).sum())
+    assert len({row.length for row in plan_rows(turns, policy.image_token)}) > 1, "nothing is padded: nothing is tested"
+    assert (packed.attention_mask == 0).any(-1).all()
+
+
+def test_each_distinct_beginning_is_computed_once(played):
+    policy, turns = played
+    computed = sum(row.length for row in plan_rows(turns, policy.image_token))
     beginnings = set()
     for turn in turns:
         ids, images = turn.prompt.ids + turn.completion, iter(turn.prompt.images)

@@ -31,7 +31,7 @@ from ivt_agents.training.checkpoints import (
     recorded_options,
     save_checkpoint,
 )
-from ivt_agents.training.run import MetricsLog, RunError, read_metrics, write_json
+from ivt_agents.training.run import MetricsLog, RunError, end_training, read_metrics, write_json
 from ivt_agents.vlm.load import load_policy
 from ivt_env.files import FileError, lock_folder
 
@@ -312,8 +312,7 @@ def train_on_several(out: Path, part: str) -> None:
         trainer.resume()
         assert trainer.step == 2 and trainer.accelerator.num_processes == 2
     trainer.train(lambda *_: None)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    end_training(trainer.accelerator)
 
 
 def test_on_two_processes_four_steps_equal_two_and_a_resumed_two_to_the_bit(tmp_path):

@@ -25,7 +25,7 @@ from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.train import Args
 from ivt_agents.training.checkpoints import load_checkpoint
-from ivt_agents.training.run import RunError, make_accelerator
+from ivt_agents.training.run import RunError, end_training, make_accelerator
 from ivt_agents.training.sharding import check_shareable, gathered
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.speed import checkpoint_layers
@@ -90,8 +90,7 @@ def save_sharded_updates(out: Path) -> None:
         assert sampled.taken.any()
     if trainer.accelerator.is_main_process:
         torch.save(found, out)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    end_training(trainer.accelerator)
 
 
 def run_sharded_commands(out: Path) -> None:

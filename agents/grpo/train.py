@@ -32,7 +32,14 @@ from ivt_agents.play.on_split import summary
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import CONFIG, PROCESSES, check_new, forget_run, recorded_options
 from ivt_agents.training.options import TrainingOptions
-from ivt_agents.training.run import MetricsLog, make_accelerator, read_metrics, seed_everything, write_json
+from ivt_agents.training.run import (
+    MetricsLog,
+    end_training,
+    make_accelerator,
+    read_metrics,
+    seed_everything,
+    write_json,
+)
 from ivt_agents.training.sharding import check_shareable, fill_parameters, gathered_parameters
 from ivt_agents.vlm.adapters import drop_reference, layer_matrices, make_trainable, merged
 from ivt_agents.vlm.dry_run import GENERATION_ROWS
@@ -211,8 +218,7 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     accelerator.wait_for_everyone()
     if chief:
         _report(args, folder)
-    # With several processes: without it the one that ends first can abort the others.
-    accelerator.end_training()
+    end_training(accelerator)
     return folder
 
 

@@ -54,7 +54,7 @@ from ivt_agents.training.checkpoints import (
     recorded_options,
 )
 from ivt_agents.training.options import TrainingOptions
-from ivt_agents.training.run import MetricsLog, RunError, make_accelerator, seed_everything, write_json
+from ivt_agents.training.run import MetricsLog, RunError, end_training, make_accelerator, seed_everything, write_json
 from ivt_agents.vlm.adapters import make_trainable, merged
 from ivt_agents.vlm.load import TINY_NAME, load_policy
 from ivt_agents.vlm.policy import VLMPolicy
@@ -239,6 +239,7 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         write_json(args.out / "before_after.json", {"before": before, "after": after})
         print(before_and_after(before, after))
         print(f"policy saved to {folder}")
+    end_training(accelerator)
     return folder
 
 

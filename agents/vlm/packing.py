@@ -144,6 +144,11 @@ def pack(turns: Sequence[Turn], pad_id: int, image_token: int, merge: int, worth
     images: list[EncodedImage] = []
     where: dict[int, tuple[int, NDArray[np.int64]]] = {}
     for r, row in enumerate(plan):
+        if crowded:
+            # Padding sees itself: GPU kernels recompute exp(score - logsumexp) backwards, and where every score is
+            # masked the rounding alone overflows (NaN gradients on an H200 in bf16).
+            padding = np.arange(row.length, length)
+            visible[r, padding, padding] = True
         for number, slots, shared in zip(row.turns, row.slots, row.fresh, strict=True):
             turn = turns[number]
             ids = np.array(turn.prompt.ids + turn.completion)
