@@ -7,6 +7,8 @@ accelerate does not shard on a CPU; told so here, the same code runs with gloo o
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ from test_resume import TINY, assert_same_state, lines, with_out
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.train import Args
+from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import load_checkpoint
 from ivt_agents.training.run import RunError, end_training, make_accelerator
 from ivt_agents.training.sharding import check_shareable, gathered
@@ -112,6 +115,37 @@ def run_sharded_commands(out: Path) -> None:
     accelerators[-1].state.destroy_process_group()
 
 
+def run_sft_commands(out: Path) -> None:
+    """Runs in each process: a whole run of the supervised training, and its second half from a checkpoint."""
+    accelerators = []
+
+    def make(_: object) -> Accelerator:
+        accelerators.append(sharding_accelerator())
+        accelerators[-1].end_training = lambda: None  # the processes are needed again
+        return accelerators[-1]
+
+    train_sft.make_accelerator = make  # type: ignore[assignment]
+    processes = int(os.environ["WORLD_SIZE"])
+    options = {"model": "tiny", "samples": 6, "optim": "adamw", "lora_r": 4, "eval_samples": 2, "learning_rate": 5e-3}
+    options |= {
+        "per_device_train_batch_size": 8 // processes,
+        "gradient_accumulation_steps": 1,
+        "save_steps": 2,
+        "steps": 4,
+    }
+    whole, cut = out / f"{processes}-whole", out / f"{processes}-cut"
+    train_sft.main(train_sft.Args(**options, out=whole))
+    if accelerators[-1].is_main_process:
+        shutil.copytree(whole, cut)
+        shutil.rmtree(cut / "policy")
+        shutil.rmtree(cut / "checkpoints" / "step-000004")
+    accelerators[-1].wait_for_everyone()
+    train_sft.main(train_sft.Args(**options, out=cut, resume=True))
+    assert all(a.num_processes == 1 or a.is_fsdp2 for a in accelerators)
+    end_training(accelerators[-1])
+    accelerators[-1].state.destroy_process_group()
+
+
 def launch(processes: int, *arguments: object) -> None:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *start, __file__, *map(str, arguments)]
@@ -159,6 +193,19 @@ def test_the_command_evaluates_saves_and_resumes_with_shared_weights(tmp_path):
     assert any(not torch.equal(saved[n], base[n]) for n in base)
 
 
+def test_supervised_training_with_shared_weights_learns_what_one_process_learns_and_resumes(tmp_path):
+    for processes in (1, 2):
+        launch(processes, "sft", tmp_path)
+    one, two, cut = (tmp_path / name for name in ("1-whole", "2-whole", "2-cut"))
+    assert_same_state(cut, two)
+    for a, b in zip(lines(one, "sft/"), lines(two, "sft/"), strict=True):
+        assert a["sft/loss"] == pytest.approx(b["sft/loss"], rel=1e-4)
+    single, shared, base = (load_policy(name).model.state_dict() for name in (one / "policy", two / "policy", "tiny"))
+    moved = max(float((single[n] - base[n]).abs().max()) for n in base)
+    apart = max(float((single[n] - shared[n]).abs().max()) for n in base)
+    assert moved > 1e-3 and apart < 0.02 * moved
+
+
 @pytest.mark.parametrize(
     ("variable", "said"),
     [
@@ -189,4 +236,6 @@ def test_what_cannot_be_shared_out_is_refused_before_training():
 
 
 if __name__ == "__main__":
-    {"updates": save_sharded_updates, "commands": run_sharded_commands}[sys.argv[1]](Path(sys.argv[2]))
+    {"updates": save_sharded_updates, "commands": run_sharded_commands, "sft": run_sft_commands}[sys.argv[1]](
+        Path(sys.argv[2])
+    )

@@ -55,6 +55,7 @@ from ivt_agents.training.checkpoints import (
 )
 from ivt_agents.training.options import TrainingOptions
 from ivt_agents.training.run import MetricsLog, RunError, end_training, make_accelerator, seed_everything, write_json
+from ivt_agents.training.sharding import check_shareable, fill_parameters, gathered_parameters
 from ivt_agents.vlm.adapters import make_trainable, merged
 from ivt_agents.vlm.load import TINY_NAME, load_policy
 from ivt_agents.vlm.policy import VLMPolicy
@@ -132,11 +133,6 @@ def main(args: Args) -> Path:
     teacher = _teacher(args)
     measured_on = args.measured_on()
     accelerator = make_accelerator(args.bf16)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise RunError(
-            f"{accelerator.distributed_type.value}: train_sft.py holds the whole model in each process, and would save"
-            " a part of it; launch it with configs/accelerate/ddp.yaml (train_grpo.py can share weights)"
-        )
     if teacher is not None and accelerator.num_processes > 1:
         raise RunError(
             f"{accelerator.num_processes} processes would each ask {args.teacher}: run one process with --steps 0, "
@@ -154,13 +150,8 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         check_new(args.out, ["policy"])
     accelerator.wait_for_everyone()  # all have looked before one writes
     seed_everything(args.seed)
-    loading = {"device": str(accelerator.device), **args.loading()}
-    policy = load_policy(args.model, pixels=args.pixels, **loading)
-    if args.lessons == "paper":
-        forbid_stop(policy)
+    policy = _student(args, str(accelerator.device))
     policy.autocast = accelerator.autocast
-    if _keeps_first_answers(args, policy):
-        policy.opener = load_policy(args.model, **loading)
     env_kwargs: dict[str, Any] = {"split": args.split, "data_root": args.data_root, "strict": True, **policy.shown}
     env = make_vector_env(args.env, 1, **env_kwargs)
     dataset = env.dataset
@@ -201,6 +192,7 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         if chief:
             save_demonstrations(taught, demonstrations)
         _prepare_parameters(policy, args)
+        check_shareable(policy.model, accelerator, args.optim)
         task = progress.add_task("training", total=args.steps, note="")
 
         def make_turns(chosen: Sequence[int]) -> list[Turn]:
@@ -228,7 +220,12 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
             optimizer=args.optim,
         )
         folder = args.out / "policy"
+        trained = gathered_parameters(policy.model) if accelerator.distributed_type == DistributedType.FSDP else None
         if chief:
+            if trained is not None:  # the sharded model is of no use to one process alone: the same again, whole
+                policy = _student(args, "cpu")
+                _prepare_parameters(policy, args)
+                fill_parameters(policy.model, trained)
             if args.lora_r:
                 policy.model = merged(policy.model)
             policy.save(folder, options)
@@ -241,6 +238,16 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         print(f"policy saved to {folder}")
     end_training(accelerator)
     return folder
+
+
+def _student(args: Args, device: str) -> VLMPolicy:
+    """The policy that is taught, before anything is trained."""
+    policy = load_policy(args.model, pixels=args.pixels, device=device, **args.loading())
+    if args.lessons == "paper":
+        forbid_stop(policy)
+    if _keeps_first_answers(args, policy):
+        policy.opener = load_policy(args.model, device=device, **args.loading())
+    return policy
 
 
 def _keeps_first_answers(args: Args, policy: VLMPolicy) -> bool:

@@ -227,37 +227,39 @@ def train(
         optimizer: see ``make_optimizers``.
     """
     answer_loss: Any = AnswerLoss(policy, not _trains_vision(policy), smoothing)
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizers = [(accelerator.prepare(o), share) for o, share in make_optimizers(policy, optimizer)]
-    kept = [one for one, _ in optimizers]
     worth = answer_loss.worth
-    answer_loss = accelerator.prepare(answer_loss)
+    made, shares = zip(*make_optimizers(policy, optimizer), strict=True)
+    answer_loss, *kept = accelerator.prepare(answer_loss, *made)
+    # Sharding puts other parameters in the place of those that were there.
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
     begun = load_state(folder, policy.model, kept, accelerator, steps, 1) if resume else 0
     policy.model.train()
     rng = np.random.default_rng((seed, 11))
     left = islice(batches(samples, batch, steps, rng), begun, None)
     for step, turns in enumerate(_prepared(left, make_turns, accelerator), begun):
         rate = learning_rate(step, steps, peak_lr, warmup=min(20, max(1, steps // 10)))
-        for one, share in optimizers:
+        for one, share in zip(kept, shares, strict=True):
             for group in one.param_groups:
                 group["lr"] = rate * share
         tokens = torch.tensor(float(sum(len(t.completion) for t in turns)), device=accelerator.device)
         total = accelerator.reduce(tokens, "sum")
         loss_sum = 0.0
         parts = [[turns[k] for k in part] for part in micro_batches(turns, micro_batch, policy.image_token, worth)]
-        for number, part in enumerate(parts):
-            with _sync(accelerator, answer_loss, number == len(parts) - 1), accelerator.autocast():
-                losses = answer_loss(part)
-                # One global token count, times the number of processes because DDP averages: the
-                # gradient does not depend on how the batch is cut up.
-                loss = losses.sum() / total * accelerator.num_processes
+        # Every process must take part in the same number of passes; one that has no more repeats its last, for nothing.
+        most = int(accelerator.gather(torch.tensor([len(parts)], device=accelerator.device)).max())
+        for number in range(most):
+            with _sync(accelerator, answer_loss, number == most - 1), accelerator.autocast():
+                losses = answer_loss(parts[min(number, len(parts) - 1)])
+                # One global token count, times the number of processes because gradients are averaged: they do
+                # not depend on how the batch is cut up.
+                loss = losses.sum() / total * (accelerator.num_processes if number < len(parts) else 0.0)
             accelerator.backward(loss)
             loss_sum += float(loss.detach()) / accelerator.num_processes
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
         found = {"the loss": loss_sum, "the gradient's norm": float(norm)}
         remedy = what_is_kept(folder, peak_lr)
         check_finite(step + 1, found, remedy, accelerator)
-        for one, _ in optimizers:
+        for one in kept:
             one.step()
             one.zero_grad(set_to_none=True)
         check_weights(step + 1, policy.model, remedy, accelerator)
