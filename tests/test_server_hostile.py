@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import select
@@ -54,10 +55,8 @@ BAD = [
     ("", JSON, "Expecting value"),
     ("{", JSON, "no JSON"),
     ('{"type": "reset"} {}', JSON, "Extra data"),
-    ("[" * 60_000, JSON, "nested too deeply"),
+    ("[" * 60_000, JSON, "recursion"),
     ("9" * 60_000, JSON, "digits"),
-    ('{"type": "step", "data": {"box": [NaN, 0, 1, 1]}}', JSON, "NaN is no JSON; null stands for"),
-    ('{"type": "step", "data": {"box": [0, 0, 1, Infinity]}}', JSON, "Infinity"),
     (b"\x80\x04N.", JSON, "send JSON as text"),
     ("[1, 2]", JSON, "an object with type and data"),
     ("null", JSON, "an object with type and data"),
@@ -118,8 +117,10 @@ def test_every_bad_message_gets_its_reason_and_the_session_goes_on(server, caplo
         # None of all that has moved the episode.
         state = say(socket, {"type": "state"})["data"]
         assert state["step_count"] == 0 and state["kwargs"] == CANVAS and state["split"] == "train"
-        refused = say(socket, step(box=[None, 0, 1, 1]))["data"]
-        assert "not finite" in refused["metadata"]["invalid"] and refused["done"] is False
+        for number in (None, math.nan, math.inf):
+            assert say(socket, RESET)["type"] == "observation"
+            refused = say(socket, step(box=[number, 0, 1, 1]))["data"]
+            assert "not finite" in refused["metadata"]["invalid"] and refused["done"] is False
         say(socket, step(stop=1))
         assert "the episode is over" in say(socket, step(stop=1))["data"]["message"]
         assert say(socket, RESET)["type"] == "observation"
