@@ -318,7 +318,7 @@ _IMPORT = textwrap.dedent(
     begin = time.perf_counter() - waited()
     import ivt_env
     seconds = time.perf_counter() - waited() - begin
-    import gymnasium, sys
+    import gymnasium, ivt_env.wrappers, sys
     gymnasium.make("IVT-Scenes-v0").reset(seed=0)
     heavy = sorted({"torch", "transformers", "agents", "pygame", "matplotlib"} & set(sys.modules))
     print(seconds, *heavy)

@@ -48,39 +48,30 @@ def play_on(env: GroundingEnv, rng: np.random.Generator, episodes: int = 4) -> l
 
 
 @pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
-@pytest.mark.parametrize("reward", [None, {"kind": "final", "potential": "giou", "step_cost": 0.01}])
-def test_a_restored_environment_plays_on_identically_in_itself_and_in_another(view, reward):
+def test_a_restored_environment_plays_on_identically_in_itself_and_in_another(view):
+    reward = None if view == "both" else {"kind": "final", "potential": "giou", "step_cost": 0.01}
     options = {"view": view, "reward": reward, "initial_box": [0.2, 0.2, 0.6, 0.7], "max_steps": 4}
     env = single(**options)
-    for seed in range(12):
-        env.reset(seed=seed)
+    for seed in range(5):
+        left = env.reset(seed=seed)
         rng = np.random.default_rng(seed)
         for _ in range(seed % 5):
             if not env.game.over:
-                env.step(random_action(rng))
+                observation, *_, info = env.step(random_action(rng))
+                left = observation, {key: value for key, value in info.items() if key != "invalid"}
         state = through_json(env.get_state())
         expected = play_on(env, np.random.default_rng(seed))
         other = single(**options)
         for restored in (env, other):
-            observation, info = restored.set_state(copy.deepcopy(state))
-            assert restored.observation_space.contains(observation)
-            assert info["sample_id"] == restored.sample.sample_id == state["episodes"][0]["sample_id"]
+            assert_equal(restored.set_state(copy.deepcopy(state)), left)
             assert restored.get_state() == state
             assert_equal(play_on(restored, np.random.default_rng(seed)), expected)
 
 
-def test_a_restored_observation_is_the_one_that_was_left():
-    env, other = single(view="both"), single(view="both")
-    env.reset(seed=3)
-    observation, *_, info = env.step({"box": np.float32([0.1, 0.2, 0.6, 0.9]), "stop": 0})
-    assert_equal(other.set_state(env.get_state()), (observation, info))
-
-
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
-@pytest.mark.parametrize("view", ["overlay", "both"])
 @pytest.mark.parametrize("keep", [True, False])
-def test_restored_vector_environments_play_on_identically(mode, view, keep):
-    options = {"autoreset_mode": mode, "view": view, "copy": keep}
+def test_restored_vector_environments_play_on_identically(mode, keep):
+    options = {"autoreset_mode": mode, "view": "both", "copy": keep}
     env, other = vector(**options), vector(**options)
     env.reset(seed=1)
     rng = np.random.default_rng(0)
