@@ -82,8 +82,13 @@ def place(kind, folder):
     return Path("/proc/1/nothing")  # a file system that takes none
 
 
-@pytest.mark.parametrize("kind", ["a file in the way", "too long", "a loop of links", "read-only", "no such system"])
-@pytest.mark.parametrize("name", COMMANDS)
+KINDS = ("a file in the way", "too long", "a loop of links", "read-only", "no such system")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("rollout", kind) for kind in KINDS] + [(name, KINDS[0]) for name in COMMANDS if name != "rollout"],
+)
 def test_a_place_that_cannot_be_written_is_one_line(name, kind, made, tmp_path):
     out = place(kind, tmp_path)
     out = out.with_name(out.name + (".png" if name == "show" else ".html" if name == "view" else ""))
@@ -111,7 +116,7 @@ def test_a_limit_on_the_size_of_files_is_one_line(name, made, tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".partial")]
 
 
-@pytest.mark.parametrize("free", [0, 8, 40, 400])
+@pytest.mark.parametrize("free", [0, 40])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk_is_one_line(name, free, made):
     """On a file system of its own with a few kilobytes; only root can mount one."""
