@@ -137,31 +137,21 @@ def test_a_message_above_the_limit_ends_its_session_and_no_other(server):
         assert say(other, step(stop=1))["data"]["done"]
 
 
-def test_a_fault_of_the_server_is_told_without_its_inside(server, monkeypatch, caplog):
-    def broken(*_: object) -> None:
-        raise ValueError("/a/secret/folder")
-
-    with raw(server.address) as socket:
-        say(socket, RESET)
-        monkeypatch.setattr("ivt_env.env.GroundingEnv.step", broken)
-        reply = say(socket, step(stop=1))
-        assert "its log has the details" in json.dumps(reply) and "secret" not in json.dumps(reply)
-        assert "/a/secret/folder" in caplog.text, "the operator has to find it"
-        monkeypatch.undo()
-        assert say(socket, RESET)["type"] == "observation"
-
-
-def test_broken_data_are_told_without_the_servers_folders(monkeypatch, caplog):
+def test_a_fault_of_the_server_and_broken_data_are_told_without_its_inside(monkeypatch, caplog):
     def broken(*_: object, **__: object) -> None:
         raise ValueError("/a/secret/folder/val.jsonl line 1: 'password'")
 
     with serving(kwargs=CANVAS) as server, raw(server.address) as socket:
+        say(socket, RESET)
+        monkeypatch.setattr("ivt_env.env.GroundingEnv.step", broken)
         monkeypatch.setattr("ivt_env.server.environment.load_dataset", broken)
-        assert "its log has the details" in say(socket, reset(split="val"))["data"]["message"]
+        for message in (step(stop=1), reset(split="val")):
+            said = say(socket, message)["data"]["message"]
+            assert "its log has the details" in said and "secret" not in said
         with pytest.raises(HTTPError) as caught:
             post(server.url + "/IVT-Scenes-v0/num_tasks", {"split": "val"})
         assert caught.value.code == 400 and b"secret" not in caught.value.read()
-        assert "/a/secret/folder" in caplog.text
+        assert caplog.text.count("/a/secret/folder") >= 3, "the operator has to find it"
         assert say(socket, RESET)["type"] == "observation", "the split that is there is served on"
 
 

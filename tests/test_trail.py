@@ -130,18 +130,3 @@ def test_a_square_close_up_is_square_in_pixels_and_holds_the_box():
         x1, y1, x2, y2 = seen["window"] * np.array([width, height, width, height])
         assert abs((x2 - x1) - (y2 - y1)) <= 1.5 and np.ptp(seen["extent"]) <= 1
         assert x1 <= 0.5 * width + 1 and y1 <= 0.3 * height + 1 and x2 >= 0.6 * width - 1 and y2 >= 0.6 * height - 1
-
-
-@pytest.mark.parametrize(
-    ("closeup", "words"),
-    [
-        ({"margin": -0.1}, "margin -0.1"),
-        ({"smallest": 1.5}, "smallest 1.5"),
-        ({"square": 1}, "square 1"),
-        ({"width": 2}, "unknown closeup option 'width'"),
-        ("wide", "closeup 'wide'"),
-    ],
-)
-def test_a_close_up_that_cannot_be_is_refused(closeup, words):
-    with pytest.raises(ValueError, match=words):
-        GroundingEnv(closeup=closeup)

@@ -199,24 +199,16 @@ def test_as_many_images_are_kept_as_there_are_environments():
     assert notes.decoded == {"p0": 2, "p1": 1, "p2": 1}
 
 
-def test_equal_seeds_in_a_group_give_one_sample_and_one_first_box():
-    env = disabled(6, initial_box=[0.1, 0.1, 0.8, 0.8])
-    observations, infos = env.reset(seed=[5, 5, 5, 9, 9, 9])
-    assert infos["sample_id"][:3].tolist() == [infos["sample_id"][0]] * 3
-    assert infos["sample_id"][3:].tolist() == [infos["sample_id"][3]] * 3
-    assert infos["sample_id"][0] != infos["sample_id"][3]
-    np.testing.assert_array_equal(observations["image"][0], observations["image"][2])
-    np.testing.assert_array_equal(observations["box"], np.float32([[0.1, 0.1, 0.8, 0.8]] * 6))
-
-
-def test_one_seed_counts_up_over_the_environments_and_other_kinds_of_integers_serve():
+def test_a_seed_counts_up_over_the_environments_and_equal_seeds_give_one_sample():
     env = disabled(3)
     expected = env.reset(seed=[20, 21, 22])[1]["sample_id"].tolist()
     assert len(set(expected)) == 3
     for seed in (20, np.int64(20), np.array([20, 21, 22])):
         assert env.reset(seed=seed)[1]["sample_id"].tolist() == expected
-    unseeded = env.reset()[1]["sample_id"].tolist()
-    assert not set(unseeded) & set(expected)
+    assert not set(env.reset()[1]["sample_id"].tolist()) & set(expected)
+    observations, infos = env.reset(seed=[22, 20, 20])
+    assert infos["sample_id"].tolist() == [expected[2], expected[0], expected[0]]
+    np.testing.assert_array_equal(observations["image"][1], observations["image"][2])
 
 
 def test_without_autoreset_a_finished_episode_ignores_actions_earns_0_and_keeps_its_flags():
