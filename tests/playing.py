@@ -58,6 +58,14 @@ def random_action(rng: np.random.Generator) -> dict[str, Any]:
     return {"box": box, "stop": int(kind > 0.85)}
 
 
+def random_actions(rng: np.random.Generator, n: int) -> dict[str, Any]:
+    """One of the above in each of ``n`` environments."""
+    several = [random_action(rng) for _ in range(n)]
+    with np.errstate(over="ignore"):
+        box = np.array([one["box"] for one in several]).astype(np.float32)
+    return {"box": box, "stop": np.array([one["stop"] for one in several])}
+
+
 def play(env: GroundingEnv, rng: np.random.Generator, seed: int) -> tuple[list[float], list[dict[str, Any]]]:
     """Random actions to the end: the rewards, and the info at the start and at the end."""
     _, start = env.reset(seed=seed)

@@ -16,6 +16,7 @@ import pytest
 from geometry import to_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from playing import random_actions
 
 from ivt_env import boxes
 from ivt_env.batches import RecycledMemory
@@ -68,12 +69,6 @@ def env(**kwargs: Any) -> GroundingVectorEnv:
     return GroundingVectorEnv(N, "photos", "train", **({"canvas": 48} | kwargs))
 
 
-def random_actions(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    box = np.sort(rng.random((N, 2, 2)), axis=1).reshape(N, 4)
-    box[rng.random(N) < 0.2] = np.nan
-    return {"box": box.astype(np.float32), "stop": (rng.random(N) < 0.15).astype(np.int64)}
-
-
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
 @pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
 def test_without_copies_every_step_shows_what_it_shows_with_them(view, mode):
@@ -87,7 +82,7 @@ def test_without_copies_every_step_shows_what_it_shows_with_them(view, mode):
         for _ in range(5):
             for key, value in expected.items():
                 np.testing.assert_array_equal(shown[key], value)
-            actions = random_actions(rng)
+            actions = random_actions(rng, N)
             ours, theirs = kept.step(actions), fresh.step(actions)
             shown, expected = ours[0], theirs[0]
             for a, b in zip(ours[1:4], theirs[1:4], strict=True):
@@ -97,7 +92,7 @@ def test_without_copies_every_step_shows_what_it_shows_with_them(view, mode):
 def test_without_copies_the_arrays_are_the_same_ones_and_read_only():
     e = env(copy=False)
     first = e.reset(seed=0)[0]["image"]
-    second = e.step(random_actions(np.random.default_rng(0)))[0]["image"]
+    second = e.step(random_actions(np.random.default_rng(0), N))[0]["image"]
     assert np.shares_memory(first, second)
     with pytest.raises(ValueError, match="read-only"):
         second[0] = 0
@@ -118,7 +113,7 @@ def test_what_is_still_held_is_never_painted_again():
         if len(held) > 12:
             del held[int(rng.integers(len(held)))]
         del image
-        images = e.step(random_actions(rng))[0]
+        images = e.step(random_actions(rng, N))[0]
         for array, expected in held:
             np.testing.assert_array_equal(np.asarray(array), expected)
     assert len(held) == 12

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from playing import assert_equal, random_action, scenes
+from playing import assert_equal, random_action, random_actions, scenes
 
 from ivt_env.env import GroundingEnv
 from ivt_env.vector_env import GroundingVectorEnv
@@ -26,11 +27,6 @@ def vector(**kwargs: Any) -> GroundingVectorEnv:
 
 def single(**kwargs: Any) -> GroundingEnv:
     return GroundingEnv(**({"dataset": "photos", "split": "val", "canvas": 40} | kwargs))
-
-
-def actions(rng: np.random.Generator) -> dict[str, Any]:
-    several = [random_action(rng) for _ in range(N)]
-    return {"box": np.array([a["box"] for a in several]), "stop": np.array([a["stop"] for a in several])}
 
 
 def through_json(state: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +73,7 @@ def test_restored_vector_environments_play_on_identically(mode, keep):
     rng = np.random.default_rng(0)
     for round_number in range(4):
         for _ in range(round_number):
-            env.step(actions(rng))
+            env.step(random_actions(rng, N))
         state = through_json(env.get_state())
 
         def on(environment: GroundingVectorEnv, seed: int = round_number) -> list[Any]:
@@ -86,7 +82,7 @@ def test_restored_vector_environments_play_on_identically(mode, keep):
             for number in range(8):
                 if mode == "Disabled" and number == 5:
                     seen.append(copy.deepcopy(environment.reset()))
-                seen.append(copy.deepcopy(environment.step(actions(own))))
+                seen.append(copy.deepcopy(environment.step(random_actions(own, N))))
             return seen
 
         expected = on(env)
@@ -99,7 +95,7 @@ def test_restored_vector_environments_play_on_identically(mode, keep):
 
 
 def test_a_state_does_not_change_when_the_environment_moves_on():
-    for env, act in ((single(), random_action), (vector(), actions)):
+    for env, act in ((single(), random_action), (vector(), partial(random_actions, n=N))):
         env.reset(seed=0)
         state = env.get_state()
         kept = copy.deepcopy(state)

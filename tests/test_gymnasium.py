@@ -19,7 +19,7 @@ from eval_layouts import PHOTOS, photo_rows, write_custom, write_ref_adv, write_
 from gui_layouts import write_gui
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
-from playing import assert_equal, random_action
+from playing import assert_equal, random_action, random_actions
 from refer_layout import write_refer_folder
 
 import ivt_env
@@ -137,11 +137,7 @@ def test_three_vectorisations_play_alike(env_id, mode, options):
         for seed in (5, [9, None]):
             seen, _ = alike(env.reset(seed=seed) for env in envs)
             for _ in range(6):
-                several = [random_action(rng) for _ in range(N)]
-                actions = {
-                    "box": np.array([a["box"] for a in several]).astype(np.float32),
-                    "stop": np.array([a["stop"] for a in several]),
-                }
+                actions = random_actions(rng, N)
                 assert own.observation_space.contains(seen)
                 seen, _, terminated, truncated, _ = alike(env.step(copy.deepcopy(actions)) for env in envs)
                 done = terminated | truncated

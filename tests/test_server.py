@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from openenv.cli.__main__ import app as openenv
 from openenv.core import GenericEnvClient
 from PIL import Image
+from playing import assert_equal
 from serving import CANVAS, plays, raw, say, serving
 from typer.testing import CliRunner
 
@@ -44,20 +45,6 @@ PACKAGE = ROOT / "environments" / "openenv"
 def server():
     with serving(kwargs=CANVAS) as running:
         yield running
-
-
-def assert_same(mine: Any, theirs: Any, where: str) -> None:
-    """Bit for bit, types and all."""
-    assert type(mine) is type(theirs), f"{where}: {type(mine)} and {type(theirs)}"
-    if isinstance(mine, dict):
-        assert mine.keys() == theirs.keys(), where
-        for key in mine:
-            assert_same(mine[key], theirs[key], f"{where} {key}")
-    elif isinstance(mine, np.ndarray):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, where
-        assert mine.tobytes() == theirs.tobytes(), where
-    else:
-        assert mine == theirs, where
 
 
 def actions(rng: np.random.Generator) -> dict[str, Any]:
@@ -89,15 +76,12 @@ def test_the_remote_environment_is_the_local_one_bit_for_bit(env_id, encoding, k
         for seed in (0, None, 1, 2**40, None):
             options = {"index": 1, "initial_box": np.array([0.1, 0.1, 0.7, 0.3])} if seed == 1 else None
             theirs, mine = remote.reset(seed=seed, options=options), local.reset(seed=seed, options=options)
-            assert_same(theirs[0], mine[0], "reset")
-            assert_same(theirs[1], mine[1], "reset's info")
+            assert_equal(theirs, mine)
             over = False
             while not over:
                 action = actions(rng)
                 theirs, mine = remote.step(action), local.step(action)
-                names = ("observation", "reward", "terminated", "truncated", "info")
-                for name, a, b in zip(names, theirs, mine, strict=True):
-                    assert_same(a, b, f"{name} of {action}")
+                assert_equal(theirs, mine)
                 over, steps, refused = mine[2] or mine[3], steps + 1, refused + ("invalid" in mine[4])
         remote.close()
     assert steps >= 8 and refused >= 1

@@ -18,7 +18,7 @@ import pytest
 from gymnasium import wrappers
 from gymnasium.spaces import flatten, flatten_space, unflatten
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from playing import assert_equal
+from playing import assert_equal, random_actions
 
 from ivt_env.data.sample import DataError, ImageArray, Sample
 from ivt_env.env import GroundingEnv
@@ -27,7 +27,6 @@ from ivt_env.vector_env import GroundingVectorEnv
 
 N = 3
 NAN = float("nan")
-Actions = dict[str, np.ndarray]
 
 
 class Notes:
@@ -64,13 +63,6 @@ def scenes(mode: str, vectorization: str, n: int = N, **kwargs: Any) -> gym.vect
         assert isinstance(env.unwrapped, GroundingVectorEnv)
         return env
     return gym.make_vec("IVT-Scenes-v0", n, vectorization, {"autoreset_mode": AutoresetMode(mode)}, **options)
-
-
-def random_actions(rng: np.random.Generator, n: int = N) -> Actions:
-    box = np.concatenate([rng.uniform(0, 0.5, (n, 2)), rng.uniform(0.5, 1, (n, 2))], axis=1)
-    box[rng.random(n) < 0.15] = NAN
-    box[rng.random(n) < 0.15] = (0.7, 0.1, 0.2, 0.5)
-    return {"box": box.astype(np.float32), "stop": (rng.random(n) < 0.25).astype(np.int64)}
 
 
 # test_gymnasium.py compares it with Gymnasium's own vectorisation.
@@ -292,14 +284,14 @@ def test_a_wrong_reset_option_is_a_value_error_that_names_it(options, named):
     with pytest.raises(ValueError, match=named):
         env.reset(options=options)
     with pytest.raises(RuntimeError, match="reset"):
-        env.step(random_actions(np.random.default_rng(0)))
+        env.step(random_actions(np.random.default_rng(0), N))
     assert env.reset(seed=0)[0]["step"].tolist() == [0, 0, 0]
 
 
 def test_the_first_reset_must_reset_all_and_a_wrong_number_of_seeds_is_refused():
     env = disabled(3)
     with pytest.raises(RuntimeError, match="reset"):
-        env.step(random_actions(np.random.default_rng(0)))
+        env.step(random_actions(np.random.default_rng(0), N))
     with pytest.raises(ValueError, match="first reset"):
         env.reset(options={"reset_mask": np.array([True, False, True])})
     with pytest.raises(ValueError, match="seed"):
@@ -335,7 +327,7 @@ def test_frames_observations_and_infos_are_those_of_the_single_environment(view,
             assert all(np.array_equal(value[i], info[key]) for key, value in known.items())
             np.testing.assert_array_equal(frames[i], env.render())
             compared += 1
-        acted = random_actions(rng)
+        acted = random_actions(rng, N)
         observations, rewards, _, _, infos = several.step(acted)
         for i, env in enumerate(singles):
             if env.game.over:  # the vector environment keeps it as it is, and nothing is refused any more
