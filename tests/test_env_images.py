@@ -13,7 +13,7 @@ import pytest
 from playing import NAN, STOP, assert_equal, make, propose, scenes
 
 from ivt_env import boxes, data
-from ivt_env.rendering import Overlay, Surroundings, closeup, draw_overlay, frame, pixel_rectangle, place_on_canvas
+from ivt_env.rendering import Overlay, draw_overlay, frame, pixel_rectangle, place_on_canvas
 
 
 @pytest.fixture(autouse=True)
@@ -143,21 +143,6 @@ def test_a_closeup_shows_its_window_cut_from_the_full_resolution_image(view):
         expected = boxes.into_window(box, window) * np.array([width, height, width, height])
         drawn = [red[:, 1].min(), red[:, 0].min(), red[:, 1].max() + 1, red[:, 0].max() + 1]
         assert np.abs(drawn - expected).max() <= 1
-
-
-def test_a_closeup_keeps_detail_that_the_canvas_has_lost():
-    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
-    image, (height, width), window = closeup(
-        noise, (0.5, 0.5, 0.52, 0.52), 300, Overlay("outline", width=1), Surroundings()
-    )
-    x1, y1, x2, y2 = (window * np.array([800, 600, 800, 600])).round().astype(int)
-    assert (x2 - x1, y2 - y1) == (200, 150) and (height, width) == (225, 300)
-    # Pixel (i, j) of the region is centred on 1.5 (i, j) + 0.75 of the close-up.
-    shown = image[:height, :width][(np.arange(150) * 1.5 + 0.75).astype(int)]
-    shown = shown[:, (np.arange(200) * 1.5 + 0.75).astype(int)]
-    assert np.corrcoef(shown.ravel(), noise[y1:y2, x1:x2].ravel())[0, 1] > 0.9
-    canvas, _ = place_on_canvas(noise, 300)
-    assert canvas[:225, :300].std() < 0.6 * noise.std(), "the canvas has lost nothing: this would show little"
 
 
 def test_the_view_both_shows_the_overlay_and_the_closeup_view_beside_each_other():

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import playing
 import pytest
 
 from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
@@ -22,27 +23,10 @@ from ivt_env.testing import check_agent, check_dataset
 # ---- data sets -------------------------------------------------------------------------------
 
 
-class Notes:
+class Notes(playing.Notes):
     """Six samples on three images, right in everything."""
 
-    name, split = "notes", "train"
-
-    def __init__(self) -> None:
-        noise = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
-        noise.setflags(write=False)
-        self.images = noise
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < 6:
-            raise IndexError(index)
-        box = (0.1, 0.2, 0.5 + index / 20, 0.9)
-        return Sample(f"s{index}", f"p{index // 2}", "the thing", box, (20, 30), self.name, self.split)
-
-    def image(self, sample: Sample) -> Any:
-        return self.images[int(sample.image_id[1:])]
+    expressions = ("the thing",) * 6
 
 
 def made(**overrides: Any) -> type[Notes]:

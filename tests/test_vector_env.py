@@ -8,7 +8,6 @@ with one.
 from __future__ import annotations
 
 import subprocess
-from collections import Counter
 from typing import Any
 
 import gymnasium as gym
@@ -17,10 +16,10 @@ import numpy as np
 import pytest
 from gymnasium import wrappers
 from gymnasium.spaces import flatten, flatten_space, unflatten
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from playing import assert_equal, random_actions
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from playing import Notes, assert_equal, random_actions
 
-from ivt_env.data.sample import DataError, ImageArray, Sample
+from ivt_env.data.sample import DataError
 from ivt_env.env import GroundingEnv
 from ivt_env.expression_space import Expression
 from ivt_env.vector_env import GroundingVectorEnv
@@ -29,40 +28,8 @@ N = 3
 NAN = float("nan")
 
 
-class Notes:
-    """A data set in memory: two samples an image, expressions in several scripts."""
-
-    name, split = "notes", "train"
-    expressions = ("das größte Ü", "红色的圆圈", "الدائرة", "👩‍👩‍👧 left of 🟦", "nul \x00 in it", "", "x" * 1024)
-
-    def __init__(self) -> None:
-        self.decoded: Counter[str] = Counter()
-
-    def __len__(self) -> int:
-        return len(self.expressions)
-
-    def __getitem__(self, index: int) -> Sample:
-        name, box = f"p{index // 2}", (0.1, 0.2, 0.5 + index / 20, 0.9)
-        return Sample(f"s{index}", name, self.expressions[index], box, (20, 30), self.name, self.split)
-
-    def image(self, sample: Sample) -> ImageArray:
-        self.decoded[sample.image_id] += 1
-        return np.full((20, 30, 3), 40 * int(sample.image_id[1:]), dtype=np.uint8)
-
-
 def make_notes_env() -> gym.Env[Any, Any]:
     return GroundingEnv(Notes(), canvas=32)
-
-
-def scenes(mode: str, vectorization: str, n: int = N, **kwargs: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
-    """Three ways to the same episodes: sync and async of the single environment, and our own."""
-    options = {"canvas": 40} | kwargs
-    if vectorization == "own":
-        entry = "vector_entry_point"
-        env = gym.make_vec("IVT-Scenes-v0", n, entry, autoreset_mode=AutoresetMode(mode), **options)
-        assert isinstance(env.unwrapped, GroundingVectorEnv)
-        return env
-    return gym.make_vec("IVT-Scenes-v0", n, vectorization, {"autoreset_mode": AutoresetMode(mode)}, **options)
 
 
 # test_gymnasium.py compares it with Gymnasium's own vectorisation.
