@@ -48,10 +48,18 @@ def area(boxes: ArrayLike) -> Array:
     return np.clip(b[..., 2] - b[..., 0], 0, None) * np.clip(b[..., 3] - b[..., 1], 0, None)
 
 
-def _intersection(a: Array, b: Array) -> Array:
-    width = np.minimum(a[..., 2], b[..., 2]) - np.maximum(a[..., 0], b[..., 0])
-    height = np.minimum(a[..., 3], b[..., 3]) - np.maximum(a[..., 1], b[..., 1])
-    return np.clip(width, 0, None) * np.clip(height, 0, None)
+def _shared(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
+    """The areas of intersection and union of boxes that broadcast to (..., 4)."""
+    a_, b_ = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    width = np.minimum(a_[..., 2], b_[..., 2]) - np.maximum(a_[..., 0], b_[..., 0])
+    height = np.minimum(a_[..., 3], b_[..., 3]) - np.maximum(a_[..., 1], b_[..., 1])
+    intersection = np.clip(width, 0, None) * np.clip(height, 0, None)
+    return intersection, area(a_) + area(b_) - intersection
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    """``part / whole``; 0 where the whole is empty."""
+    return np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)
 
 
 def iou(a: ArrayLike, b: ArrayLike) -> Array:
@@ -59,10 +67,7 @@ def iou(a: ArrayLike, b: ArrayLike) -> Array:
 
     Continuous convention, the only one this package rewards and scores with.
     """
-    a_, b_ = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    intersection = _intersection(a_, b_)
-    union = area(a_) + area(b_) - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+    return _ratio(*_shared(a, b))
 
 
 def miss(box: ArrayLike, target: ArrayLike) -> Array:
@@ -80,14 +85,10 @@ def hit(box: ArrayLike, target: ArrayLike) -> NDArray[np.bool_]:
 def giou(a: ArrayLike, b: ArrayLike) -> Array:
     """Generalised IoU (Rezatofighi et al., arXiv 1902.09630, eq. 1) in [-1, 1], shape (...)."""
     a_, b_ = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    intersection = _intersection(a_, b_)
-    union = area(a_) + area(b_) - intersection
-    low = np.minimum(a_[..., :2], b_[..., :2])
-    high = np.maximum(a_[..., 2:], b_[..., 2:])
-    hull = np.prod(np.clip(high - low, 0, None), axis=-1)
-    ratio = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
-    slack = np.divide(hull - union, hull, out=np.zeros_like(hull), where=hull > 0)
-    return ratio - slack
+    intersection, union = _shared(a_, b_)
+    sides = np.maximum(a_[..., 2:], b_[..., 2:]) - np.minimum(a_[..., :2], b_[..., :2])
+    hull = np.prod(np.clip(sides, 0, None), axis=-1)
+    return _ratio(intersection, union) - _ratio(hull - union, hull)
 
 
 def invalid_reason(box: ArrayLike) -> str | None:
@@ -139,18 +140,20 @@ def visible_part(box: Sequence[float]) -> tuple[float, float, float, float]:
 
 def into_window(boxes: ArrayLike, window: ArrayLike) -> Array:
     """Relative to the whole image -> relative to ``window`` (itself relative to the image)."""
-    b, w = np.asarray(boxes, dtype=np.float64), np.asarray(window, dtype=np.float64)
-    origin = np.concatenate([w[..., :2], w[..., :2]], axis=-1)
-    extent = np.concatenate([w[..., 2:] - w[..., :2]] * 2, axis=-1)
-    return (b - origin) / extent
+    origin, extent = _place(window)
+    return (np.asarray(boxes, dtype=np.float64) - origin) / extent
 
 
 def out_of_window(boxes: ArrayLike, window: ArrayLike) -> Array:
     """Relative to ``window`` -> relative to the whole image; undoes ``into_window``."""
-    b, w = np.asarray(boxes, dtype=np.float64), np.asarray(window, dtype=np.float64)
-    origin = np.concatenate([w[..., :2], w[..., :2]], axis=-1)
-    extent = np.concatenate([w[..., 2:] - w[..., :2]] * 2, axis=-1)
-    return origin + b * extent
+    origin, extent = _place(window)
+    return origin + np.asarray(boxes, dtype=np.float64) * extent
+
+
+def _place(window: ArrayLike) -> tuple[Array, Array]:
+    """Left, top, left, top of a window, and width, height, width, height."""
+    w = np.asarray(window, dtype=np.float64)
+    return w[..., [0, 1, 0, 1]], np.concatenate([w[..., 2:] - w[..., :2]] * 2, axis=-1)
 
 
 def closeup_window(

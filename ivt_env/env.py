@@ -11,11 +11,10 @@ from gymnasium import spaces
 
 from ivt_env.data.sample import Sample
 from ivt_env.game import Game
-from ivt_env.grounding import Action, LiveEpisode, Observation, action_space, observation_space, take_options
-from ivt_env.states import Stateful
+from ivt_env.grounding import Action, Grounding, LiveEpisode, Observation, action_space, observation_space, take_options
 
 
-class GroundingEnv(Stateful, gym.Env[Observation, Action]):
+class GroundingEnv(Grounding, gym.Env[Observation, Action]):
     """Iterative visual grounding of one referring expression an episode.
 
     ## Description

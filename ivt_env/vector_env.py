@@ -17,11 +17,19 @@ from numpy.typing import NDArray
 from ivt_env.batches import Batch
 from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.game import Game
-from ivt_env.grounding import DTYPES, LiveEpisode, Loaded, Observation, action_space, observation_space, take_options
-from ivt_env.states import Stateful
+from ivt_env.grounding import (
+    DTYPES,
+    Grounding,
+    LiveEpisode,
+    Loaded,
+    Observation,
+    action_space,
+    observation_space,
+    take_options,
+)
 
 
-class GroundingVectorEnv(Stateful, gym.vector.VectorEnv[Observation, Mapping[str, Any], NDArray[Any]]):
+class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[str, Any], NDArray[Any]]):
     """Steps ``num_envs`` episodes of ``GroundingEnv`` in one process.
 
     Equal to ``SyncVectorEnv`` of the single environment for equal seeds and actions, but an image

@@ -50,6 +50,8 @@ PPO = "ivt_agents.sb3.train --steps 128 --samples 8 --num-envs 4 --rollout 8 --b
 PPO += "--held-out 4 --overwrite".split()
 PRETRAIN = "ivt_agents.vlm.pretrain --scenes 20 --search-scenes 12 --vision-steps 2 --vision-batch 4".split()
 PRETRAIN += "--steps 2 --batch 4 --save-seconds 0 --workers 1".split()
+CONVERT = "data convert {run}/coco.json --from coco --images {run}/coco --expression-key caption --copy".split()
+CONVERT += ["--name", "mine"]
 EVALUATE = ["evaluate", "--policies", "base=random", "centre=centre", "--samples", "4", "--page-episodes", "2"]
 
 
@@ -72,21 +74,7 @@ COMMANDS = {
     "rollout of photographs": Command(["rollout", "--env", "IVT-Photos-v0", "--episodes", "2", "--out", "{out}"]),
     "view": Command(["view", "{run}", "--out", "{out}/view.html"], weight=2),
     "sheet": Command(["data", "show", "photos", "--number", "4", "--out", "{out}/sheet.png"], weight=2),
-    "convert": Command(
-        [
-            "data",
-            "convert",
-            "{run}/coco.json",
-            "--from",
-            "coco",
-            "--images",
-            "{run}/coco",
-            "--expression-key",
-            "caption",
-        ]
-        + ["--copy", "--name", "mine", "--out", "{out}"],
-        weight=2,
-    ),
+    "convert": Command([*CONVERT, "--out", "{out}"], weight=2),
     "evaluate": Command([*EVALUATE, "--out", "{out}"], ["--resume"], "report.html", weight=4),
     "report": Command(["report", "{evaluation}", "--out", "{out}/page.html"], weight=2),
     "swaps": Command([*SWAPS, "--out", "{out}"], weight=2),

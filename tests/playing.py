@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import Any
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ import numpy as np
 
 import ivt_env
 from ivt_env.data import DatasetFallbackWarning
+from ivt_env.data.sample import Sample
 from ivt_env.env import GroundingEnv
 
 REAL = sorted(set(ivt_env.IDS) - {"IVT-Scenes-v0", "IVT-Photos-v0", "IVT-Screens-v0"})
@@ -27,6 +29,31 @@ INVALID = {
     "all zeros": ([0.0, 0.0, 0.0, 0.0], "x2 <= x1"),
     "flat once it is float32": ([0.5, 0.1, 0.5 + 1e-12, 0.5], "x2 <= x1"),
 }
+
+
+class Notes:
+    """A data set in memory: two samples an image, expressions in several scripts."""
+
+    name, split = "notes", "train"
+    expressions = ("das größte Ü", "红色的圆圈", "الدائرة", "👩‍👩‍👧 left of 🟦", "nul \x00 in it", "", "x" * 1024)
+    images = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3), dtype=np.uint8)
+    images.setflags(write=False)
+
+    def __init__(self) -> None:
+        self.decoded: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.expressions)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self.expressions):
+            raise IndexError(index)
+        name, box = f"p{index // 2}", (0.1, 0.2, 0.5 + index / 20, 0.9)
+        return Sample(f"s{index}", name, self.expressions[index], box, (20, 30), self.name, self.split)
+
+    def image(self, sample: Sample) -> Any:
+        self.decoded[sample.image_id] += 1
+        return self.images[int(sample.image_id[1:])]
 
 
 def make(env_id: str, **kwargs: Any) -> GroundingEnv:
@@ -56,6 +83,14 @@ def random_action(rng: np.random.Generator) -> dict[str, Any]:
     else:
         box = np.concatenate([rng.uniform(0, 0.5, 2), rng.uniform(0.5, 1, 2)])
     return {"box": box, "stop": int(kind > 0.85)}
+
+
+def random_actions(rng: np.random.Generator, n: int) -> dict[str, Any]:
+    """One of the above in each of ``n`` environments."""
+    several = [random_action(rng) for _ in range(n)]
+    with np.errstate(over="ignore"):
+        box = np.array([one["box"] for one in several]).astype(np.float32)
+    return {"box": box, "stop": np.array([one["stop"] for one in several])}
 
 
 def play(env: GroundingEnv, rng: np.random.Generator, seed: int) -> tuple[list[float], list[dict[str, Any]]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
-from ivt_env.server.app import make_server
+from ivt_env.server.__main__ import make_server
 from ivt_env.server.environment import Served
 from ivt_env.server.gate import Limits
 

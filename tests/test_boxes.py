@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ivt_env import boxes
 
 GRID = 4096  # coordinates are multiples of 1/4096: exact in float32 and far from underflow
-prop = partial(settings, deadline=None, max_examples=200)
+prop = partial(settings, deadline=None, max_examples=60)
 
 unit = st.integers(0, GRID).map(lambda k: k / GRID)
 
@@ -34,18 +34,10 @@ size_px = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
 
 
 @prop()
-@given(any_box, any_box)
-def test_iou_is_symmetric_and_between_0_and_1_for_any_box(a, b):
-    value = boxes.iou(a, b)
-    assert value == boxes.iou(b, a)
-    assert 0 <= value <= 1
-
-
-@prop()
-@given(valid_boxes(), valid_boxes())
-def test_iou_is_1_exactly_where_the_boxes_are_equal(a, b):
-    assert boxes.iou(a, a) == 1
-    assert (boxes.iou(a, b) == 1) == (a == b)
+@given(any_box, any_box, valid_boxes(), valid_boxes())
+def test_iou_is_symmetric_from_0_to_1_and_1_exactly_where_boxes_with_an_area_are_equal(a, b, c, d):
+    assert boxes.iou(a, b) == boxes.iou(b, a) and 0 <= boxes.iou(a, b) <= 1
+    assert boxes.iou(c, c) == 1 and (boxes.iou(c, d) == 1) == (c == d)
 
 
 @prop(max_examples=60)
@@ -124,33 +116,16 @@ def test_into_window_gives_the_place_of_a_box_within_a_window(box, window):
 
 
 @prop()
-@given(valid_boxes())
-def test_a_box_with_an_area_inside_the_image_is_valid(box):
-    assert boxes.invalid_reason(box) is None
-    assert boxes.invalid_reason(np.array(box, dtype=np.float32)) is None
-
-
-@prop()
-@given(valid_boxes(), st.integers(0, 3), st.sampled_from([np.nan, np.inf, -np.inf]))
-def test_a_box_with_a_number_that_is_not_finite_is_invalid(box, place, value):
-    broken = np.array(box)
-    broken[place] = value
-    assert str(boxes.invalid_reason(broken)).startswith("not finite")
-
-
-@prop()
-@given(valid_boxes(), st.integers(0, 3), st.floats(1e-3, 1e6))
-def test_a_box_that_leaves_the_image_is_invalid(box, place, beyond):
-    for value in (-beyond, 1 + beyond):
-        broken = np.array(box)
-        broken[place] = value
-        assert str(boxes.invalid_reason(broken)).startswith("outside [0, 1]")
-
-
-@prop()
-@given(valid_boxes())
-def test_a_reversed_or_empty_box_is_invalid_and_the_reason_names_the_axis(box):
+@given(valid_boxes(), st.integers(0, 3), st.sampled_from([np.nan, np.inf, -np.inf]), st.floats(1e-3, 1e6))
+def test_the_reason_why_a_box_is_invalid_says_what_is_wrong_with_it(box, place, infinite, beyond):
+    assert boxes.invalid_reason(box) is boxes.invalid_reason(np.array(box, dtype=np.float32)) is None
     x1, y1, x2, y2 = box
+    wrong = {"not finite": [infinite], "outside [0, 1]": [-beyond, 1 + beyond]}
+    for said, values in wrong.items():
+        for value in values:
+            broken = np.array(box)
+            broken[place] = value
+            assert str(boxes.invalid_reason(broken)).startswith(said)
     for flat_or_reversed in ((x2, y1, x1, y2), (x1, y1, x1, y2)):
         assert str(boxes.invalid_reason(flat_or_reversed)).startswith("x2 <= x1")
     for flat_or_reversed in ((x1, y2, x2, y1), (x1, y1, x2, y1)):

@@ -21,12 +21,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.utils.env_checker import check_env
 from playing import INVALID, NAN, REAL, STOP, assert_equal, make, play, propose, random_action, scenes
 
 import ivt_env
 from ivt_env import boxes, data
-from ivt_env.data import DataError, DatasetFallbackWarning
+from ivt_env.data import DatasetFallbackWarning
 from ivt_env.env import GroundingEnv
 from ivt_env.rendering import Overlay
 from ivt_env.rewards import POTENTIALS, RewardConfig
@@ -43,31 +42,8 @@ def no_real_data(monkeypatch, tmp_path):
 # ---- Gymnasium's contract --------------------------------------------------------------------
 
 
-FRESH = sorted(set(ivt_env.IDS) - {"IVT-Custom-v0"})
-"""What can be made on a fresh machine; a data set of one's own cannot."""
-
-
-@pytest.mark.parametrize("env_id", FRESH)
-def test_check_env_warns_of_nothing_but_the_fallback(env_id):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        env = gym.make(env_id)
-        check_env(env.unwrapped)
-        env.close()
-    fallback = [w for w in caught if issubclass(w.category, DatasetFallbackWarning)]
-    assert [str(w.message) for w in caught if w not in fallback] == []
-    assert len(fallback) == (env_id in REAL)
-
-
-def test_eight_ids_are_registered_with_strings_only():
-    assert len(ivt_env.IDS) == 16
-    for env_id in ivt_env.IDS:
-        spec = gym.spec(env_id)
-        assert isinstance(spec.entry_point, str) and isinstance(spec.vector_entry_point, str)
-
-
-@pytest.mark.parametrize("env_id", FRESH)
-def test_an_env_made_with_every_option_is_made_again_from_its_json(env_id, tmp_path):
+@pytest.mark.parametrize("env_id", ["IVT-Scenes-v0", "IVT-RefCOCOg-v0"])
+def test_an_env_made_with_every_option_is_made_again_from_its_json_and_warns_of_a_fallback(env_id, tmp_path):
     kwargs = {
         "split": data.splits(ivt_env.IDS[env_id]["dataset"])[-1],
         "data_root": str(tmp_path),
@@ -80,11 +56,12 @@ def test_an_env_made_with_every_option_is_made_again_from_its_json(env_id, tmp_p
         "initial_box": [0.1, 0.2, 0.5, 0.9],
         "render_mode": "ansi",
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DatasetFallbackWarning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         env = gym.make(env_id, **kwargs)
         assert env.spec is not None
         again = gym.make(EnvSpec.from_json(env.spec.to_json()))
+    assert [w.category for w in caught] == [DatasetFallbackWarning] * (env_id in REAL)
     assert again.spec is not None and json.loads(json.dumps(again.spec.kwargs)) == ivt_env.IDS[env_id] | kwargs
     assert_equal(env.reset(seed=3), again.reset(seed=3))
     action = propose(0.1, 0.1, 0.7, 0.8)
@@ -112,66 +89,47 @@ def test_every_observation_is_of_the_space_and_the_spaces_are_the_documented_one
 def test_equal_seeds_and_actions_give_equal_episodes_and_other_seeds_other_samples():
     a, b = scenes(), scenes()
     names = set()
-    for seed in range(20):
+    for seed in range(10):
         assert_equal(a.reset(seed=seed), b.reset(seed=seed))
         names.add(a.sample.sample_id)
         rng = np.random.default_rng(seed)
         while not a.game.over:
             action = random_action(rng)
             assert_equal(a.step(action), b.step(copy.deepcopy(action)))
-    assert len(names) == 20
+    assert len(names) == 10
 
 
 # ---- rewards and ends ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_steps", [1, 3, 6])
-def test_rewards_add_up_to_the_final_iou(max_steps):
-    env = scenes(max_steps=max_steps)
-    rng = np.random.default_rng(max_steps)
-    finals, refused = [], 0
-    for seed in range(100):
-        rewards, (_, info) = play(env, rng, seed)
-        assert sum(rewards) == pytest.approx(info["iou"], abs=1e-12)
-        assert info["best_iou"] >= info["iou"]
-        finals.append(info["iou"])
-        refused += "invalid" in info
-    assert len(set(finals)) > 30 and refused > 3, "too uniform to show anything"
-
-
-def test_rewards_add_up_to_the_final_minus_the_first_iou_with_an_initial_box():
-    env = scenes(initial_box=[0.2, 0.2, 0.7, 0.7])
-    rng = np.random.default_rng(1)
-    losses = 0
-    for seed in range(100):
-        rewards, (start, info) = play(env, rng, seed)
-        first = start["iou"]
-        assert first == boxes.iou(np.float32([0.2, 0.2, 0.7, 0.7]), env.sample.box)
-        assert sum(rewards) == pytest.approx(info["iou"] - first, abs=1e-12)
-        losses += info["iou"] < first
-    assert losses > 10, "no episode lost anything: this test would show little"
-
-
+@pytest.mark.parametrize("first", [None, [0.2, 0.2, 0.7, 0.7]])
 @pytest.mark.parametrize("potential", POTENTIALS)
-def test_gains_of_every_potential_add_up_to_the_potential_of_the_last_box(potential):
-    env = scenes(reward={"potential": potential})
+def test_gains_add_up_to_the_potential_of_the_last_box_less_that_of_the_first(potential, first):
+    env = scenes(reward={"potential": potential}, initial_box=first, max_steps=4)
     rng = np.random.default_rng(2)
-    for seed in range(60):
-        rewards, _ = play(env, rng, seed)
+    finals, lost, refused = set(), 0, 0
+    for seed in range(30):
+        rewards, (_, info) = play(env, rng, seed)
+        begun = 0.0 if first is None else POTENTIALS[potential](np.float32(first), env.sample.box)
         expected = 0.0 if env.game.box is None else POTENTIALS[potential](env.game.box, env.sample.box)
-        assert sum(rewards) == pytest.approx(expected, abs=1e-12)
-        assert 0 <= expected <= 1
+        assert sum(rewards) == pytest.approx(expected - begun, abs=1e-12)
+        assert 0 <= expected <= 1 and info["best_iou"] >= info["iou"]
+        if potential == "iou":
+            assert expected == info["iou"]
+        finals.add(info["iou"])
+        lost, refused = lost + (expected < begun), refused + ("invalid" in info)
+    assert len(finals) > 15 and refused and (first is None or potential == "hit" or lost), "too uniform"
 
 
 def test_the_final_reward_pays_the_last_iou_once_when_the_episode_ends():
     env = scenes(reward={"kind": "final"})
     rng = np.random.default_rng(3)
     paid = 0
-    for seed in range(100):
+    for seed in range(30):
         rewards, (_, info) = play(env, rng, seed)
         assert rewards == [0.0] * (len(rewards) - 1) + [info["iou"]]
         paid += info["iou"] > 0
-    assert paid > 30
+    assert paid > 10
 
 
 def test_a_step_costs_what_was_asked_and_a_refused_box_costs_more_and_a_stop_nothing():
@@ -287,7 +245,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"overlay": {"width": 0}}, "width 0"),
     ({"overlay": {"width": 2.5}}, "width 2.5"),
     ({"overlay": {"trail": 1}}, "trail 1"),
-    ({"closeup": {"margin": -1}}, "margin -1"),
+    ({"closeup": {"margin": -0.1}}, "margin -0.1"),
+    ({"closeup": {"smallest": 1.5}}, "smallest 1.5"),
+    ({"closeup": {"square": 1}}, "square 1"),
+    ({"closeup": {"width": 2}}, "unknown closeup option 'width'"),
+    ({"closeup": "wide"}, "closeup 'wide'"),
     ({"reward": "final"}, "reward 'final'"),
     ({"reward": {"cost": 1}}, "'cost'"),
     ({"reward": {"kind": "sparse"}}, "'sparse'"),
@@ -314,12 +276,6 @@ def test_a_wrong_option_is_a_value_error_that_names_its_value(cls, options, name
 def test_every_option_has_a_wrong_value_in_the_list_above():
     unchecked = set(inspect.signature(GroundingEnv.__init__).parameters) - {k for o, _ in WRONG for k in o}
     assert unchecked == {"self", "data_root", "strict"}
-
-
-@pytest.mark.parametrize("env_id", REAL)
-def test_an_absent_data_set_is_an_error_where_it_was_asked_for_strictly(env_id, tmp_path):
-    with pytest.raises(DataError, match=ivt_env.IDS[env_id]["dataset"]):
-        gym.make(env_id, strict=True, data_root=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -366,7 +322,7 @@ _IMPORT = textwrap.dedent(
     begin = time.perf_counter() - waited()
     import ivt_env
     seconds = time.perf_counter() - waited() - begin
-    import gymnasium, sys
+    import gymnasium, ivt_env.wrappers, sys
     gymnasium.make("IVT-Scenes-v0").reset(seed=0)
     heavy = sorted({"torch", "transformers", "agents", "pygame", "matplotlib"} & set(sys.modules))
     print(seconds, *heavy)
@@ -377,8 +333,8 @@ _IMPORT = textwrap.dedent(
 def test_import_is_fast_and_loads_no_torch_no_transformers_and_no_agents():
     """Wall time, less the time in which other programs had the core: a busy machine does not fail this."""
     root = str(Path(ivt_env.__file__).parent.parent)
-    seconds = []
-    for _ in range(5):
+    seconds = [9.0]
+    while min(seconds) >= 0.6 and len(seconds) < 6:
         done = subprocess.run([sys.executable, "-c", _IMPORT], cwd=root, check=True, capture_output=True, text=True)
         took, *heavy = done.stdout.split()
         assert heavy == []

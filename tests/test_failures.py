@@ -44,6 +44,7 @@ SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")
         (ValueError("two\nlines  \x1b[31m"), "error: two lines \\x1b[31m\n"),
         (ValueError("\ud800"), "error: \\ud800\n"),
         (ValueError(), "error: ValueError\n"),
+        (ValueError("x" * 10**6), "error: xxxxx"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a"), "error: a: No such file or directory\n"),
         (SPACE, "error: runs/x: No space left on device; free some space or choose another folder\n"),
         (wrapped(RuntimeError, SPACE), "error: runs/x: No space left on device; free some space or choose another"),
@@ -57,11 +58,6 @@ def test_what_a_user_can_fix_is_status_2_and_one_line(error, line, capsys):
     assert failures.run(raising(error)) == 2
     said = capsys.readouterr().err
     assert said.startswith(line) and said.count("\n") == 1 and len(said) < 2100
-
-
-def test_a_line_has_an_end(capsys):
-    assert failures.run(raising(ValueError("x" * 10**6))) == 2
-    assert len(capsys.readouterr().err) < 2100
 
 
 @pytest.mark.parametrize(
@@ -103,47 +99,31 @@ def test_an_error_that_says_enough_passes_a_reader():
 
 
 SLEEPER = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 from ivt_env import failures
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.Signals[sys.argv[2]])
 def command():
     try:
-        print("ready", flush=True)
-        time.sleep(60)
+        if sys.argv[3] == "in a finalizer":
+            Held()
+        else:
+            os.kill(os.getpid(), signal.Signals[sys.argv[2]])
+        time.sleep(20)
     finally:
         pathlib.Path(sys.argv[1]).write_text("cleaned up")
 sys.exit(failures.run(command))
 """
 
 
+@pytest.mark.parametrize("where", ["in the command", "in a finalizer"])
 @pytest.mark.parametrize(("number", "status", "said"), [("SIGINT", 130, "\ninterrupted\n"), ("SIGTERM", 143, "")])
-def test_a_signal_cleans_up_and_is_quiet(number, status, said, tmp_path):
-    words = [sys.executable, "-c", SLEEPER, str(tmp_path / "note")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        process.send_signal(signal.Signals[number])
-        _, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (status, said)
-    assert (tmp_path / "note").read_text() == "cleaned up"
-
-
-IN_A_FINALIZER = """
-import os, signal, sys, time
-from ivt_env import failures
-class Held:
-    def __del__(self):
-        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
-def command():
-    held = Held()
-    del held
-    time.sleep(20)
-sys.exit(failures.run(command))
-"""
-
-
-@pytest.mark.parametrize(("number", "status", "said"), [("SIGINT", 130, "\ninterrupted\n"), ("SIGTERM", 143, "")])
-def test_a_signal_that_comes_inside_a_finalizer_is_not_lost(number, status, said):
-    done = subprocess.run([sys.executable, "-c", IN_A_FINALIZER, number], capture_output=True, text=True, timeout=15)
+def test_a_signal_cleans_up_and_is_quiet_and_is_never_lost(number, status, said, where, tmp_path):
+    words = [sys.executable, "-c", SLEEPER, str(tmp_path / "note"), number, where]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=15)
     assert (done.returncode, done.stderr) == (status, said)
+    assert (tmp_path / "note").read_text() == "cleaned up"
 
 
 INTERRUPTS = """
@@ -160,7 +140,6 @@ sys.meta_path.insert(0, Interrupt())
 @pytest.mark.parametrize(
     ("words", "at"),
     [
-        (["evaluate.py"], "gymnasium"),
         (["evaluate.py"], "torch"),
         (["train_sft.py"], "accelerate"),
         (["train_grpo.py"], "tyro"),

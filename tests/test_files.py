@@ -71,45 +71,35 @@ def test_a_name_may_be_as_long_as_the_system_allows(tmp_path, name):
     assert names(tmp_path) == [name]
 
 
-def put_fifo(path):
-    os.mkfifo(path)
+def put(kind: str, path: Path) -> None:
+    """Something that is no regular file, at a name."""
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(path))
+    elif kind == "a device":
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        (path.parent / "elsewhere").write_text("precious")
+        path.symlink_to("elsewhere" if kind == "a link" else "nowhere")
 
 
-def put_socket(path):
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind(str(path))
-
-
-def put_device(path):
-    try:
-        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
-    except PermissionError:
-        pytest.skip("only root makes devices")
-
-
-def put_folder(path):
-    path.mkdir()
-
-
-def put_link(path):
-    (path.parent / "elsewhere").write_text("precious")
-    path.symlink_to("elsewhere")
-
-
-def put_dangling_link(path):
-    path.symlink_to("nowhere")
-
-
-@pytest.mark.parametrize("put", [put_fifo, put_socket, put_device, put_folder, put_link, put_dangling_link])
-def test_only_a_regular_file_is_ever_replaced(tmp_path, monkeypatch, put):
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device", "a folder", "a link", "a link to nowhere"])
+def test_only_a_regular_file_is_ever_replaced(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)  # a socket's name is short
-    put(Path("a"))
-    (there,) = [p.lstat() for p in [Path("a")]]
+    put(kind, Path("a"))
+    there = Path("a").lstat()
     with pytest.raises(FileError, match="^a is a"):
         write_whole("a", b"new")
     assert os.path.samestat(Path("a").lstat(), there)
     assert not Path("nowhere").exists() and not [n for n in names(tmp_path) if n.endswith(".partial")]
-    if put is put_link:
+    if kind == "a link":
         assert Path("elsewhere").read_text() == "precious"
 
 
@@ -137,15 +127,15 @@ def test_two_writers_of_one_file_come_one_after_the_other(tmp_path):
     assert seen and names(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("put", [put_fifo, put_folder, put_link])
-def test_what_lies_at_the_name_of_a_half_written_file_is_never_written_through(tmp_path, put):
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a link"])
+def test_what_lies_at_the_name_of_a_half_written_file_is_never_written_through(tmp_path, kind):
     with whole_file(tmp_path / "a"):
         (partial,) = (p for p in tmp_path.iterdir())
     (tmp_path / "a").unlink()
-    put(partial)
+    put(kind, partial)
     write_whole(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new" and not partial.exists()
-    if put is put_link:
+    if kind == "a link":
         assert (tmp_path / "elsewhere").read_text() == "precious"
 
 

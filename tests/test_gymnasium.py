@@ -19,7 +19,7 @@ from eval_layouts import PHOTOS, photo_rows, write_custom, write_ref_adv, write_
 from gui_layouts import write_gui
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
-from playing import assert_equal, random_action
+from playing import assert_equal, random_action, random_actions
 from refer_layout import write_refer_folder
 
 import ivt_env
@@ -83,13 +83,15 @@ def test_check_env_finds_nothing_to_warn_of(env_id, options):
     env.close()
 
 
-@pytest.mark.parametrize("render_mode", [None, "rgb_array", "ansi", "human"])
-@pytest.mark.parametrize("env_id", IDS)
+MODES = [("IVT-Scenes-v0", mode) for mode in (None, "ansi", "human")] + [(one, "rgb_array") for one in IDS]
+
+
+@pytest.mark.parametrize(("env_id", "render_mode"), MODES)
 def test_the_passive_checker_and_the_order_enforcer_find_nothing_to_warn_of(env_id, render_mode, options):
     env = gym.make(env_id, render_mode=render_mode, **options(env_id))
     rng = np.random.default_rng(0)
     env.action_space.seed(0)
-    for episode in range(4):
+    for episode in range(2):
         env.reset(seed=episode)
         over = False
         while not over:
@@ -108,11 +110,22 @@ def vectorised(env_id: str, mode: str, vectorisation: str, **options: Any) -> An
     return gym.make_vec(env_id, N, vectorisation, {"autoreset_mode": AutoresetMode(mode)}, **options)
 
 
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
-@pytest.mark.parametrize("env_id", IDS)
-def test_three_vectorisations_of_every_id_play_alike(env_id, mode, options):
+PLAYED = [("IVT-Scenes-v0", mode) for mode in ("NextStep", "SameStep", "Disabled")]
+PLAYED += [("IVT-RefCOCOg-v0", "Disabled"), ("IVT-Mixed-v0", "SameStep"), ("IVT-ScreenSpot-v0", "NextStep")]
+
+
+@pytest.mark.parametrize(("env_id", "mode"), PLAYED)
+def test_three_vectorisations_play_alike(env_id, mode, options):
     ways = ("vector_entry_point", "sync", "async")
     envs = [vectorised(env_id, mode, way, view="both", **options(env_id)) for way in ways]
+    ended = 0
+
+    def alike(results: Any) -> Any:
+        first, *others = results
+        for other in others:
+            assert_equal(first, other)
+        return first
+
     try:
         own = envs[0]
         assert isinstance(own.unwrapped, GroundingVectorEnv)
@@ -121,53 +134,48 @@ def test_three_vectorisations_of_every_id_play_alike(env_id, mode, options):
             assert own.single_observation_space == other.single_observation_space
             assert own.observation_space == other.observation_space and own.action_space == other.action_space
         rng = np.random.default_rng(0)
-        ended = 0
         for seed in (5, [9, None]):
-            first, *others = (env.reset(seed=seed) for env in envs)
-            for other in others:
-                assert_equal(first, other)
+            seen, _ = alike(env.reset(seed=seed) for env in envs)
             for _ in range(6):
-                several = [random_action(rng) for _ in range(N)]
-                actions = {
-                    "box": np.array([a["box"] for a in several]).astype(np.float32),
-                    "stop": np.array([a["stop"] for a in several]),
-                }
-                first, *others = (env.step(copy.deepcopy(actions)) for env in envs)
-                for other in others:
-                    assert_equal(first, other)
-                done = first[2] | first[3]
+                actions = random_actions(rng, N)
+                assert own.observation_space.contains(seen)
+                seen, _, terminated, truncated, _ = alike(env.step(copy.deepcopy(actions)) for env in envs)
+                done = terminated | truncated
                 ended += done.sum()
                 if mode == "Disabled" and done.any():
-                    first, *others = (env.reset(options={"reset_mask": done.copy()}) for env in envs)
-                    for other in others:
-                        assert_equal(first, other)
+                    alike(env.reset(options={"reset_mask": done.copy()}) for env in envs)
         assert ended >= 2, "no episode ended: this test would show little"
     finally:
         for env in envs:
             env.close()
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("env_id", IDS)
-def test_copies_of_a_fresh_and_of_a_played_environment_go_on_as_the_original_does(env_id, how, options):
-    for steps in (None, 0, 1, 8):
-        env = gym.make(env_id, **options(env_id))
-        if steps is not None:
+def test_a_pickled_copy_and_a_restored_state_go_on_as_the_original_does(env_id, options):
+    for played in (False, True):
+        env, restored = (gym.make(env_id, **options(env_id)) for _ in range(2))
+        action = {"box": np.float32([0.1, 0.1, 0.6, 0.7]), "stop": 0}
+        if played:
             env.reset(seed=4)
+            env.step(action)
+        twins = [pickle.loads(pickle.dumps(env))]
+        assert isinstance(twins[0].unwrapped, GroundingEnv) and twins[0].unwrapped is not env.unwrapped
+        if played:
+            restored.reset(seed=1)
+            restored.unwrapped.set_state(json.loads(json.dumps(env.unwrapped.get_state())))
+            twins.append(restored)
+        else:
+            assert_equal(env.reset(seed=6), twins[0].reset(seed=6))
         rng = np.random.default_rng(0)
-        for _ in range(steps or 0):
-            if not env.unwrapped.game.over:
-                env.step(random_action(rng) | {"box": np.float32([0.1, 0.1, 0.6, 0.7])})
-        twin = how(env)
-        assert twin.unwrapped is not env.unwrapped
-        assert isinstance(twin.unwrapped, GroundingEnv)
-        if steps is None:
-            assert_equal(env.reset(seed=6), twin.reset(seed=6))
-        for _ in range(3):
+        for _ in range(2):
             while not env.unwrapped.game.over:
                 action = {"box": rng.random(4).astype(np.float32), "stop": int(rng.random() < 0.2)}
-                assert_equal(env.step(action), twin.step(copy.deepcopy(action)))
-            assert_equal(env.reset(), twin.reset())
+                step = env.step(action)
+                for twin in twins:
+                    assert_equal(step, twin.step(copy.deepcopy(action)))
+            begun = env.reset()
+            for twin in twins:
+                assert_equal(begun, twin.reset())
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -182,14 +190,3 @@ def test_copies_of_a_vector_environment_go_on_as_the_original_does(how, keep):
         for _ in range(8):
             actions = {"box": rng.random((N, 4)).astype(np.float32), "stop": (rng.random(N) < 0.2).astype(np.int64)}
             assert_equal(env.step(actions), twin.step(copy.deepcopy(actions)))
-
-
-@pytest.mark.parametrize("env_id", IDS)
-def test_a_state_of_every_id_is_restored_from_json(env_id, options):
-    env, other = (gym.make(env_id, **options(env_id)).unwrapped for _ in range(2))
-    env.reset(seed=8)
-    env.step({"box": np.float32([0.1, 0.1, 0.6, 0.7]), "stop": 0})
-    other.set_state(json.loads(json.dumps(env.get_state())))
-    action = {"box": np.float32([0.2, 0.3, 0.9, 0.8]), "stop": 0}
-    assert_equal(env.step(action), other.step(action))
-    assert_equal(env.reset(), other.reset())

@@ -10,23 +10,17 @@ import os
 from kills import COMMANDS, Trials
 
 
-def test_commands_that_are_ended_leave_nothing_half_written_and_lose_nothing(tmp_path):
-    count = int(os.environ.get("IVT_KILLS", "12"))
-    names = list(COMMANDS) if count > 50 else ["rollout", "view", "sheet", "evaluate"]
+def test_commands_that_are_ended_or_find_the_disk_full_leave_nothing_half_written_and_lose_nothing(tmp_path):
+    kills, full_disks = int(os.environ.get("IVT_KILLS", "12")), int(os.environ.get("IVT_FULL_DISKS", "6"))
+    names = list(COMMANDS) if kills > 50 else ["rollout", "view", "sheet", "evaluate"]
     trials = Trials(tmp_path, seed=0)
     trials.prepare(names)
-    for number in range(count):
+    for number in range(kills):
         trials.kill(number, names)
     assert not trials.wrong
-    assert sum(v for k, v in trials.ended.items() if k != "done") >= count / 3, "else hardly anything was killed"
-
-
-def test_a_full_disk_leaves_nothing_half_written_and_is_named(tmp_path):
-    count = int(os.environ.get("IVT_FULL_DISKS", "6"))
-    names = ["rollout", "view", "sheet", "evaluate"]
-    trials = Trials(tmp_path, seed=1)
-    trials.prepare(names)
-    for number in range(count):
+    assert sum(v for k, v in trials.ended.items() if k != "done") >= kills / 3, "else hardly anything was killed"
+    trials.ended.clear()
+    for number in range(full_disks):
         trials.full_disk(number, names, None)
     assert not trials.wrong
-    assert trials.ended.get("status 2", 0) >= count / 2, "else hardly any disk was full"
+    assert trials.ended.get("status 2", 0) >= full_disks / 2, "else hardly any disk was full"

@@ -83,7 +83,7 @@ def played() -> tuple[Episode, ...]:
 
 
 def test_a_rollout_does_not_depend_on_the_number_of_environments():
-    for num_envs in (2, 4, 16):
+    for num_envs in (4, 16):
         assert rollout(scenes(num_envs), Reader(), 11, seed=100, agent_name="reader") == list(played())
     steps = [step for episode in played() for step in episode.steps]
     assert len({e.sample_id for e in played()}) == 11
@@ -161,12 +161,8 @@ def test_ignore_stop_plays_every_step_and_a_stop_becomes_the_current_box_again()
             if number < len(free.steps) and not free.steps[number].stop:
                 assert step == free.steps[number]
     assert wishes > 3
-
-
-def test_a_stop_before_any_box_is_refused_as_a_box_when_stops_are_ignored():
     (episode,) = rollout(scenes(1), Fixed([0.1, 0.1, 0.5, 0.5], stop=1), 1, seed=0, ignore_stop=True)
-    assert [s.box for s in episode.steps] == [None] * 3
-    assert all("x2 <= x1" in s.invalid for s in episode.steps)
+    assert all(step.box is None and "x2 <= x1" in step.invalid for step in episode.steps), "there is none to repeat"
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
@@ -229,13 +225,12 @@ def test_a_file_that_could_not_be_written_whole_leaves_the_old_one(tmp_path):
     assert load_episodes(tmp_path) == list(played()[:2])
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.999])
-def test_a_file_that_was_cut_off_is_an_error_that_names_file_and_line(tmp_path, share):
-    path = save_episodes(tmp_path, played()[:3])
-    first, second, third = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + second + third[: int(share * len(third)) - 1])
-    with pytest.raises(DataError, match=r"episodes\.jsonl:3: not an episode"):
-        load_episodes(path)
+CUT_OFF: tuple[Callable[[bytes], bytes], ...] = (
+    lambda line: line[: len(line) // 5],
+    lambda line: line[: len(line) // 2],
+    lambda line: line[:-2],
+    lambda line: line.replace(b'"agent": "reader"', b'"agent": "\xff"'),
+)
 
 
 def _without(key: str) -> Callable[[dict[str, Any]], Any]:
@@ -249,6 +244,7 @@ def _step(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     "edit",
     [
+        *CUT_OFF,
         _without("target"),
         _without("steps"),
         _without("size"),
@@ -274,17 +270,10 @@ def _step(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 )
 def test_an_edited_row_is_an_error_that_names_file_and_line(tmp_path, edit):
     path = save_episodes(tmp_path, played()[:3])
-    rows = path.read_text("utf-8").splitlines()
-    rows[1] = json.dumps(edit(json.loads(rows[1])))
-    path.write_text("\n".join(rows), "utf-8")
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    edited = edit(second) if edit in CUT_OFF else json.dumps(edit(json.loads(second))).encode() + b"\n"
+    path.write_bytes(first + edited + (b"" if edit in CUT_OFF else third))
     with pytest.raises(DataError, match=r"episodes\.jsonl:2: not an episode"):
-        load_episodes(path)
-
-
-def test_a_row_that_is_no_text_is_an_error_that_names_file_and_line(tmp_path):
-    path = save_episodes(tmp_path, played()[:2])
-    path.write_bytes(path.read_bytes().replace(b'"agent": "reader"', b'"agent": "\xff"'))
-    with pytest.raises(DataError, match=r"episodes\.jsonl:1: not an episode"):
         load_episodes(path)
 
 

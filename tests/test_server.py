@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import re
 import subprocess
 import sys
@@ -28,12 +27,13 @@ from hypothesis import strategies as st
 from openenv.cli.__main__ import app as openenv
 from openenv.core import GenericEnvClient
 from PIL import Image
+from playing import assert_equal
 from serving import CANVAS, plays, raw, say, serving
 from typer.testing import CliRunner
 
 from ivt_env.data import load_dataset, splits
 from ivt_env.server import RemoteEnv, RemoteError
-from ivt_env.server.client import box_out, image_in
+from ivt_env.server.client import image_in
 from ivt_env.server.environment import GroundingAction, GroundingReset, _array
 from ivt_env.server.gate import Limits
 
@@ -45,20 +45,6 @@ PACKAGE = ROOT / "environments" / "openenv"
 def server():
     with serving(kwargs=CANVAS) as running:
         yield running
-
-
-def assert_same(mine: Any, theirs: Any, where: str) -> None:
-    """Bit for bit, types and all."""
-    assert type(mine) is type(theirs), f"{where}: {type(mine)} and {type(theirs)}"
-    if isinstance(mine, dict):
-        assert mine.keys() == theirs.keys(), where
-        for key in mine:
-            assert_same(mine[key], theirs[key], f"{where} {key}")
-    elif isinstance(mine, np.ndarray):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, where
-        assert mine.tobytes() == theirs.tobytes(), where
-    else:
-        assert mine == theirs, where
 
 
 def actions(rng: np.random.Generator) -> dict[str, Any]:
@@ -90,15 +76,12 @@ def test_the_remote_environment_is_the_local_one_bit_for_bit(env_id, encoding, k
         for seed in (0, None, 1, 2**40, None):
             options = {"index": 1, "initial_box": np.array([0.1, 0.1, 0.7, 0.3])} if seed == 1 else None
             theirs, mine = remote.reset(seed=seed, options=options), local.reset(seed=seed, options=options)
-            assert_same(theirs[0], mine[0], "reset")
-            assert_same(theirs[1], mine[1], "reset's info")
+            assert_equal(theirs, mine)
             over = False
             while not over:
                 action = actions(rng)
                 theirs, mine = remote.step(action), local.step(action)
-                names = ("observation", "reward", "terminated", "truncated", "info")
-                for name, a, b in zip(names, theirs, mine, strict=True):
-                    assert_same(a, b, f"{name} of {action}")
+                assert_equal(theirs, mine)
                 over, steps, refused = mine[2] or mine[3], steps + 1, refused + ("invalid" in mine[4])
         remote.close()
     assert steps >= 8 and refused >= 1
@@ -222,10 +205,9 @@ def test_data_sets_are_loaded_once_for_all_sessions(server, monkeypatch):
 @given(st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=4, max_size=4))
 def test_a_box_crosses_bit_for_bit(numbers):
     box = np.array(numbers, dtype=np.float32)
-    wire = json.loads(json.dumps(box_out(box), allow_nan=False))
+    wire = json.loads(json.dumps(box.tolist()))
     for found in (GroundingAction(box=wire).box, GroundingReset(initial_box=wire).initial_box):
         assert np.array_equal(_array(found), box, equal_nan=True) and _array(found).dtype == np.float32
-    assert all(v is None or math.isfinite(v) for v in wire)
 
 
 def test_remote_errors_say_what_was_wrong(server):

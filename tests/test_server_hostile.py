@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import select
@@ -54,10 +55,8 @@ BAD = [
     ("", JSON, "Expecting value"),
     ("{", JSON, "no JSON"),
     ('{"type": "reset"} {}', JSON, "Extra data"),
-    ("[" * 60_000, JSON, "nested too deeply"),
+    ("[" * 60_000, JSON, "recursion"),
     ("9" * 60_000, JSON, "digits"),
-    ('{"type": "step", "data": {"box": [NaN, 0, 1, 1]}}', JSON, "NaN is no JSON; null stands for"),
-    ('{"type": "step", "data": {"box": [0, 0, 1, Infinity]}}', JSON, "Infinity"),
     (b"\x80\x04N.", JSON, "send JSON as text"),
     ("[1, 2]", JSON, "an object with type and data"),
     ("null", JSON, "an object with type and data"),
@@ -118,8 +117,10 @@ def test_every_bad_message_gets_its_reason_and_the_session_goes_on(server, caplo
         # None of all that has moved the episode.
         state = say(socket, {"type": "state"})["data"]
         assert state["step_count"] == 0 and state["kwargs"] == CANVAS and state["split"] == "train"
-        refused = say(socket, step(box=[None, 0, 1, 1]))["data"]
-        assert "not finite" in refused["metadata"]["invalid"] and refused["done"] is False
+        for number in (None, math.nan, math.inf):
+            assert say(socket, RESET)["type"] == "observation"
+            refused = say(socket, step(box=[number, 0, 1, 1]))["data"]
+            assert "not finite" in refused["metadata"]["invalid"] and refused["done"] is False
         say(socket, step(stop=1))
         assert "the episode is over" in say(socket, step(stop=1))["data"]["message"]
         assert say(socket, RESET)["type"] == "observation"
@@ -136,31 +137,21 @@ def test_a_message_above_the_limit_ends_its_session_and_no_other(server):
         assert say(other, step(stop=1))["data"]["done"]
 
 
-def test_a_fault_of_the_server_is_told_without_its_inside(server, monkeypatch, caplog):
-    def broken(*_: object) -> None:
-        raise ValueError("/a/secret/folder")
-
-    with raw(server.address) as socket:
-        say(socket, RESET)
-        monkeypatch.setattr("ivt_env.env.GroundingEnv.step", broken)
-        reply = say(socket, step(stop=1))
-        assert "its log has the details" in json.dumps(reply) and "secret" not in json.dumps(reply)
-        assert "/a/secret/folder" in caplog.text, "the operator has to find it"
-        monkeypatch.undo()
-        assert say(socket, RESET)["type"] == "observation"
-
-
-def test_broken_data_are_told_without_the_servers_folders(monkeypatch, caplog):
+def test_a_fault_of_the_server_and_broken_data_are_told_without_its_inside(monkeypatch, caplog):
     def broken(*_: object, **__: object) -> None:
         raise ValueError("/a/secret/folder/val.jsonl line 1: 'password'")
 
     with serving(kwargs=CANVAS) as server, raw(server.address) as socket:
+        say(socket, RESET)
+        monkeypatch.setattr("ivt_env.env.GroundingEnv.step", broken)
         monkeypatch.setattr("ivt_env.server.environment.load_dataset", broken)
-        assert "its log has the details" in say(socket, reset(split="val"))["data"]["message"]
+        for message in (step(stop=1), reset(split="val")):
+            said = say(socket, message)["data"]["message"]
+            assert "its log has the details" in said and "secret" not in said
         with pytest.raises(HTTPError) as caught:
             post(server.url + "/IVT-Scenes-v0/num_tasks", {"split": "val"})
         assert caught.value.code == 400 and b"secret" not in caught.value.read()
-        assert "/a/secret/folder" in caplog.text
+        assert caplog.text.count("/a/secret/folder") >= 3, "the operator has to find it"
         assert say(socket, RESET)["type"] == "observation", "the split that is there is served on"
 
 
@@ -414,7 +405,7 @@ def slowest_of(place: tuple[str, int], seconds: float) -> float:
     return slowest
 
 
-SECONDS = float(os.environ.get("IVT_SOAK_SECONDS", "3"))
+SECONDS = float(os.environ.get("IVT_SOAK_SECONDS", "2"))
 LIMIT_BYTES = 300e6
 SLOWEST_S, END_S = 2.0, 3.0
 """A second is promised. A connection that finds 64 waiting is tried again by the system after one more."""
@@ -422,13 +413,15 @@ MEMORY = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memo
 
 
 @MEMORY
-@pytest.mark.parametrize("read", [False, True], ids=["deaf", "reading"])
-def test_floods_cost_neither_memory_nor_the_others_nor_a_timely_end(read):
-    with started("--reply-seconds", "2") as (process, place), Crowd(place, read) as crowd:
-        slowest, memory, seconds = slowest_of(place, SECONDS), resident(process), ended(process)
-    print(f"{slowest:.3f} s, {memory / 1e6:.0f} MB, ended in {seconds:.2f} s; {crowd.opened}")
-    assert slowest < SLOWEST_S and memory < LIMIT_BYTES and seconds < END_S
-    assert all(crowd.opened[name] > 1 for name in ("pings", "smallest pings", "pongs", "parts")), "a flood went on"
+def test_floods_cost_neither_memory_nor_the_others_nor_a_timely_end():
+    with started("--reply-seconds", "2") as (process, place):
+        for read in (False, True):
+            with Crowd(place, read) as crowd:
+                slowest, memory = slowest_of(place, SECONDS), resident(process)
+                seconds = ended(process) if read else 0.0
+            print(f"{slowest:.3f} s, {memory / 1e6:.0f} MB, ended in {seconds:.2f} s; {crowd.opened}")
+            assert slowest < SLOWEST_S and memory < LIMIT_BYTES and seconds < END_S
+            assert all(crowd.opened[name] > 1 for name in ("pings", "smallest pings", "pongs", "parts")), "one went on"
 
 
 @MEMORY
@@ -465,31 +458,25 @@ def dropped(connection: sockets.socket) -> bool:
 
 
 def test_those_who_say_nothing_or_next_to_nothing_keep_nobody_out_and_are_cut_off():
+    """More of them than the server may open files."""
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
     head = b"GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\n"
     body = b"POST /reset HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n"
-    with started("--reply-seconds", "1.5") as (process, place):
-        silent = [sockets.create_connection(place) for _ in range(200)]
+    with started("--reply-seconds", "1", patch=few) as (process, place):
+        silent = [sockets.create_connection(place) for _ in range(300)]
+        time.sleep(0.3)
+        assert slowest_of(place, 0.1) < SLOWEST_S
         trickling = [sockets.create_connection(place) for _ in range(64)]
         for connection, start in zip(trickling, [head, body] * 32, strict=True):
             connection.sendall(start)
-        begun, alive = time.monotonic(), []
-        while time.monotonic() - begun < 3:
+        begun, alive = time.monotonic(), trickling
+        while alive and time.monotonic() - begun < 4:
             assert slowest_of(place, 0.1) < SLOWEST_S
             alive = [connection for connection in trickling if trickles(connection)]
         assert alive == [], "a request may take for ever to arrive"
         late = [sockets.create_connection(place) for _ in range(100)]
-        assert slowest_of(place, 0.1) < SLOWEST_S and ended(process) < END_S
+        assert slowest_of(place, 0.1) < SLOWEST_S and ended(process, signal.SIGINT) < END_S
         for connection in (*silent, *trickling, *late):
-            connection.close()
-
-
-def test_more_silent_connections_than_open_files_keep_nobody_out():
-    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
-    with started(patch=few) as (_, place):
-        silent = [sockets.create_connection(place) for _ in range(300)]
-        time.sleep(0.3)
-        assert slowest_of(place, 0.1) < SLOWEST_S
-        for connection in silent:
             connection.close()
 
 
@@ -519,27 +506,25 @@ def test_it_ends_in_time_while_a_data_set_is_loading():
 
 
 @MEMORY
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_keeps_its_memory_over_300_sessions_and_ends_cleanly(number):
+def test_the_command_keeps_its_memory_over_300_sessions_and_ends_cleanly():
     with started("--max-sessions", "4", "--kwargs", '{"canvas": 64}') as (process, place):
         address = f"ws://127.0.0.1:{place[1]}/ws"
-        for _ in range(50 if number == signal.SIGTERM else 1):
+        for _ in range(50):
             assert plays(address)
         before = resident(process)
-        if number == signal.SIGTERM:
-            for k in range(300):
-                if k % 3:
-                    assert plays(address)
-                else:
-                    with raw(address) as socket:
-                        say(socket, RESET)
-                        socket.socket.shutdown(sockets.SHUT_RDWR)
-            grown = resident(process) - before
-            print(f"grown by {grown / 1e6:.2f} MB over 300 sessions")
-            assert grown < 4e6
+        for k in range(300):
+            if k % 3:
+                assert plays(address)
+            else:
+                with raw(address) as socket:
+                    say(socket, RESET)
+                    socket.socket.shutdown(sockets.SHUT_RDWR)
+        grown = resident(process) - before
+        print(f"grown by {grown / 1e6:.2f} MB over 300 sessions")
+        assert grown < 4e6
         with raw(address) as socket:
             say(socket, RESET)
-            assert ended(process, number) < END_S
+            assert ended(process) < END_S
             with pytest.raises(ConnectionClosed) as caught:
                 socket.recv(timeout=20)
             assert caught.value.rcvd.code == 1012  # the service restarts, in the words of RFC 6455's registry

@@ -15,7 +15,6 @@ from gymnasium.utils.env_checker import check_env
 
 from ivt_env.env import GroundingEnv
 from ivt_env.rollouts import make_vector_env
-from ivt_env.vector_env import GroundingVectorEnv
 
 BOXES = [(0.1, 0.1, 0.3, 0.3), (0.6, 0.6, 0.9, 0.8), (0.2, 0.7, 0.4, 0.9)]
 OPTIONS = {"split": "val", "max_steps": 4, "canvas": 96, "overlay": {"trail": True, "style": "outline", "width": 2}}
@@ -65,31 +64,6 @@ def test_an_initial_box_is_a_part_of_the_trail_and_a_refused_box_is_not():
     assert np.allclose(seen[-1]["history"], [BOXES[0], BOXES[1], (0, 0, 0, 0), (0, 0, 0, 0)])
     full = played(env, [*BOXES, BOXES[0]], initial_box=list(BOXES[0]))[-1]["history"]
     assert np.allclose(full, [BOXES[0], *BOXES]), "as many as there are steps always have room"
-
-
-@pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
-@pytest.mark.parametrize("copy", [True, False])
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
-def test_the_vector_environment_shows_what_the_single_one_shows(view, copy, mode):
-    options = {**OPTIONS, "view": view, "max_steps": 3}
-    vector = GroundingVectorEnv(2, autoreset_mode=mode, copy=copy, **options)
-    single = [GroundingEnv(**options) for _ in range(2)]
-    seen, _ = vector.reset(seed=[5, 6])
-    alone = [env.reset(seed=s)[0] for env, s in zip(single, (5, 6), strict=True)]
-    trails = 0
-    for box in (*BOXES, BOXES[0]):
-        for row, one in enumerate(alone):
-            assert set(one) == set(seen)
-            for key in one:
-                assert np.array_equal(seen[key][row], one[key]), key
-            trails += int(one["history"].any())
-        if single[0].game.over:
-            break
-        seen = vector.step({"box": np.array([box] * 2, dtype=np.float32), "stop": np.zeros(2, dtype=int)})[0]
-        alone = [env.step(act(box))[0] for env in single]
-        if mode == "SameStep" and single[0].game.over:
-            break
-    assert trails >= 2
 
 
 def test_a_state_holds_the_trail():
@@ -156,18 +130,3 @@ def test_a_square_close_up_is_square_in_pixels_and_holds_the_box():
         x1, y1, x2, y2 = seen["window"] * np.array([width, height, width, height])
         assert abs((x2 - x1) - (y2 - y1)) <= 1.5 and np.ptp(seen["extent"]) <= 1
         assert x1 <= 0.5 * width + 1 and y1 <= 0.3 * height + 1 and x2 >= 0.6 * width - 1 and y2 >= 0.6 * height - 1
-
-
-@pytest.mark.parametrize(
-    ("closeup", "words"),
-    [
-        ({"margin": -0.1}, "margin -0.1"),
-        ({"smallest": 1.5}, "smallest 1.5"),
-        ({"square": 1}, "square 1"),
-        ({"width": 2}, "unknown closeup option 'width'"),
-        ("wide", "closeup 'wide'"),
-    ],
-)
-def test_a_close_up_that_cannot_be_is_refused(closeup, words):
-    with pytest.raises(ValueError, match=words):
-        GroundingEnv(closeup=closeup)

@@ -8,7 +8,6 @@ with one.
 from __future__ import annotations
 
 import subprocess
-from collections import Counter
 from typing import Any
 
 import gymnasium as gym
@@ -17,90 +16,23 @@ import numpy as np
 import pytest
 from gymnasium import wrappers
 from gymnasium.spaces import flatten, flatten_space, unflatten
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from playing import assert_equal
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from playing import Notes, assert_equal, random_actions
 
-from ivt_env.data.sample import DataError, ImageArray, Sample
+from ivt_env.data.sample import DataError
 from ivt_env.env import GroundingEnv
 from ivt_env.expression_space import Expression
 from ivt_env.vector_env import GroundingVectorEnv
 
 N = 3
 NAN = float("nan")
-Actions = dict[str, np.ndarray]
-
-
-class Notes:
-    """A data set in memory: two samples an image, expressions in several scripts."""
-
-    name, split = "notes", "train"
-    expressions = ("das größte Ü", "红色的圆圈", "الدائرة", "👩‍👩‍👧 left of 🟦", "nul \x00 in it", "", "x" * 1024)
-
-    def __init__(self) -> None:
-        self.decoded: Counter[str] = Counter()
-
-    def __len__(self) -> int:
-        return len(self.expressions)
-
-    def __getitem__(self, index: int) -> Sample:
-        name, box = f"p{index // 2}", (0.1, 0.2, 0.5 + index / 20, 0.9)
-        return Sample(f"s{index}", name, self.expressions[index], box, (20, 30), self.name, self.split)
-
-    def image(self, sample: Sample) -> ImageArray:
-        self.decoded[sample.image_id] += 1
-        return np.full((20, 30, 3), 40 * int(sample.image_id[1:]), dtype=np.uint8)
 
 
 def make_notes_env() -> gym.Env[Any, Any]:
     return GroundingEnv(Notes(), canvas=32)
 
 
-def scenes(mode: str, vectorization: str, n: int = N, **kwargs: Any) -> gym.vector.VectorEnv[Any, Any, Any]:
-    """Three ways to the same episodes: sync and async of the single environment, and our own."""
-    options = {"canvas": 40} | kwargs
-    if vectorization == "own":
-        entry = "vector_entry_point"
-        env = gym.make_vec("IVT-Scenes-v0", n, entry, autoreset_mode=AutoresetMode(mode), **options)
-        assert isinstance(env.unwrapped, GroundingVectorEnv)
-        return env
-    return gym.make_vec("IVT-Scenes-v0", n, vectorization, {"autoreset_mode": AutoresetMode(mode)}, **options)
-
-
-def random_actions(rng: np.random.Generator, n: int = N) -> Actions:
-    box = np.concatenate([rng.uniform(0, 0.5, (n, 2)), rng.uniform(0.5, 1, (n, 2))], axis=1)
-    box[rng.random(n) < 0.15] = NAN
-    box[rng.random(n) < 0.15] = (0.7, 0.1, 0.2, 0.5)
-    return {"box": box.astype(np.float32), "stop": (rng.random(n) < 0.25).astype(np.int64)}
-
-
 # test_gymnasium.py compares it with Gymnasium's own vectorisation.
-
-
-def test_every_batch_of_observations_is_of_the_space():
-    for view in ("overlay", "closeup", "both"):
-        env = scenes("NextStep", "own", view=view)
-        rng = np.random.default_rng(0)
-        observations, _ = env.reset(seed=0)
-        for _ in range(6):
-            assert env.observation_space.contains(observations)
-            assert env.action_space.contains(random_actions(rng) | {"box": np.zeros((N, 4), np.float32)})
-            observations, *_ = env.step(random_actions(rng))
-
-
-def test_steps_and_observations_share_no_memory():
-    env, clean = scenes("Disabled", "own"), scenes("Disabled", "own")
-    spoilt, expected = env.reset(seed=0)[0], clean.reset(seed=0)[0]
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        assert_equal(spoilt, expected)
-        for value in spoilt.values():
-            if isinstance(value, np.ndarray):
-                value[...] = 1
-        actions = random_actions(rng) | {"stop": np.zeros(N, dtype=np.int64)}
-        kept = {k: v.copy() for k, v in actions.items()}
-        spoilt = env.step(actions)[0]
-        actions["box"][...] = 0.5
-        expected = clean.step(kept)[0]
 
 
 # ---- text ------------------------------------------------------------------------------------
@@ -118,16 +50,8 @@ def test_expressions_in_any_script_come_through_gymnasiums_vectorisation(cls):
         assert observations["expression"] == (Notes.expressions[-1],) * 2
         stepped = env.step({"box": np.full((2, 4), NAN, np.float32), "stop": np.zeros(2, np.int64)})[0]
         assert stepped["expression"] == (Notes.expressions[0],) * 2
-    finally:
-        env.close()
-
-
-def test_each_environment_has_its_own_expression_in_async():
-    env = AsyncVectorEnv([make_notes_env] * 3)
-    try:
-        expected = tuple(make_notes_env().reset(seed=s)[0]["expression"] for s in (1, 2, 5))
-        assert env.reset(seed=[1, 2, 5])[0]["expression"] == expected
-        assert len(set(expected)) > 1
+        expected = tuple(make_notes_env().reset(seed=s)[0]["expression"] for s in (1, 5))
+        assert env.reset(seed=[1, 5])[0]["expression"] == expected and len(set(expected)) == 2
     finally:
         env.close()
 
@@ -164,16 +88,18 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("cls", [None, SyncVectorEnv, AsyncVectorEnv])
-@pytest.mark.parametrize("name", WRAPPERS)
+ASYNC = ("FlattenObservation", "stacked and flattened", "FilterObservation")
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [(name, SyncVectorEnv) for name in WRAPPERS] + [(name, AsyncVectorEnv) for name in ASYNC]
+)
 def test_every_wrapper_that_takes_a_text_takes_every_script(name, cls):
     def make() -> gym.Env[Any, Any]:
         return WRAPPERS[name](make_notes_env())
 
-    env = make() if cls is None else cls([make] * 2)
-    action = {"box": np.float32([0.1, 0.1, 0.9, 0.9]), "stop": np.int64(0)}
-    if cls is not None:
-        action = {key: np.stack([value] * 2) for key, value in action.items()}
+    env = cls([make] * 2)
+    action = {"box": np.float32([[0.1, 0.1, 0.9, 0.9]] * 2), "stop": np.zeros(2, np.int64)}
     try:
         for index in range(len(Notes.expressions)):
             observation, _ = env.reset(options={"index": index})
@@ -183,10 +109,9 @@ def test_every_wrapper_that_takes_a_text_takes_every_script(name, cls):
         env.close()
 
 
-@pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
-def test_flattened_vectors_of_environments_hold_their_texts(cls):
+def test_flattened_vectors_of_environments_hold_their_texts():
     single = make_notes_env().observation_space
-    env = vector_wrappers.FlattenObservation(cls([make_notes_env] * 2))
+    env = vector_wrappers.FlattenObservation(AsyncVectorEnv([make_notes_env] * 2))
     try:
         for index, text in enumerate(Notes.expressions):
             flat, _ = env.reset(options={"index": index})
@@ -233,24 +158,16 @@ def test_as_many_images_are_kept_as_there_are_environments():
     assert notes.decoded == {"p0": 2, "p1": 1, "p2": 1}
 
 
-def test_equal_seeds_in_a_group_give_one_sample_and_one_first_box():
-    env = disabled(6, initial_box=[0.1, 0.1, 0.8, 0.8])
-    observations, infos = env.reset(seed=[5, 5, 5, 9, 9, 9])
-    assert infos["sample_id"][:3].tolist() == [infos["sample_id"][0]] * 3
-    assert infos["sample_id"][3:].tolist() == [infos["sample_id"][3]] * 3
-    assert infos["sample_id"][0] != infos["sample_id"][3]
-    np.testing.assert_array_equal(observations["image"][0], observations["image"][2])
-    np.testing.assert_array_equal(observations["box"], np.float32([[0.1, 0.1, 0.8, 0.8]] * 6))
-
-
-def test_one_seed_counts_up_over_the_environments_and_other_kinds_of_integers_serve():
+def test_a_seed_counts_up_over_the_environments_and_equal_seeds_give_one_sample():
     env = disabled(3)
     expected = env.reset(seed=[20, 21, 22])[1]["sample_id"].tolist()
     assert len(set(expected)) == 3
     for seed in (20, np.int64(20), np.array([20, 21, 22])):
         assert env.reset(seed=seed)[1]["sample_id"].tolist() == expected
-    unseeded = env.reset()[1]["sample_id"].tolist()
-    assert not set(unseeded) & set(expected)
+    assert not set(env.reset()[1]["sample_id"].tolist()) & set(expected)
+    observations, infos = env.reset(seed=[22, 20, 20])
+    assert infos["sample_id"].tolist() == [expected[2], expected[0], expected[0]]
+    np.testing.assert_array_equal(observations["image"][1], observations["image"][2])
 
 
 def test_without_autoreset_a_finished_episode_ignores_actions_earns_0_and_keeps_its_flags():
@@ -334,14 +251,14 @@ def test_a_wrong_reset_option_is_a_value_error_that_names_it(options, named):
     with pytest.raises(ValueError, match=named):
         env.reset(options=options)
     with pytest.raises(RuntimeError, match="reset"):
-        env.step(random_actions(np.random.default_rng(0)))
+        env.step(random_actions(np.random.default_rng(0), N))
     assert env.reset(seed=0)[0]["step"].tolist() == [0, 0, 0]
 
 
 def test_the_first_reset_must_reset_all_and_a_wrong_number_of_seeds_is_refused():
     env = disabled(3)
     with pytest.raises(RuntimeError, match="reset"):
-        env.step(random_actions(np.random.default_rng(0)))
+        env.step(random_actions(np.random.default_rng(0), N))
     with pytest.raises(ValueError, match="first reset"):
         env.reset(options={"reset_mask": np.array([True, False, True])})
     with pytest.raises(ValueError, match="seed"):
@@ -357,27 +274,18 @@ def test_an_option_of_the_vector_environment_that_is_wrong_is_named(options, nam
         GroundingVectorEnv(**options)
 
 
-def test_frames_are_one_per_environment_and_of_one_size():
-    env = disabled(3, render_mode="rgb_array")
-    env.reset(seed=0)
-    before = env.render()
-    env.step({"box": np.float32([[0.1, 0.1, 0.9, 0.9]] * 3), "stop": np.zeros(3)})
-    after = env.render()
-    assert len(before) == len(after) == 3
-    assert len({frame.shape for frame in (*before, *after)}) == 1
-    assert all((a != b).any() for a, b in zip(before, after, strict=True))
-    assert disabled(2).render() is None
-
-
+@pytest.mark.parametrize("trail", [False, True])
 @pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
-def test_frames_observations_and_infos_are_those_of_the_single_environment(view):
+def test_frames_observations_and_infos_are_those_of_the_single_environment(view, trail):
     options = {"dataset": "photos", "split": "val", "canvas": 95, "view": view, "render_mode": "rgb_array"}
-    several = GroundingVectorEnv(N, autoreset_mode="Disabled", **options)
+    options |= {"overlay": {"trail": trail, "style": "both"}, "max_steps": 4}
+    several = GroundingVectorEnv(N, autoreset_mode="Disabled", copy=trail, **options)
     singles = [GroundingEnv(**options) for _ in range(N)]
     observations, infos = several.reset(seed=5)
     one_by_one = [env.reset(seed=5 + i) for i, env in enumerate(singles)]
-    rng, compared = np.random.default_rng(0), 0
+    rng, compared, trails = np.random.default_rng(0), 0, 0
     for _ in range(4):
+        trails += int(observations["history"].any()) if trail else 1
         frames = several.render()
         for i, (env, (observation, info)) in enumerate(zip(singles, one_by_one, strict=True)):
             assert_equal({key: value[i] for key, value in observations.items()}, observation)
@@ -386,7 +294,7 @@ def test_frames_observations_and_infos_are_those_of_the_single_environment(view)
             assert all(np.array_equal(value[i], info[key]) for key, value in known.items())
             np.testing.assert_array_equal(frames[i], env.render())
             compared += 1
-        acted = random_actions(rng)
+        acted = random_actions(rng, N)
         observations, rewards, _, _, infos = several.step(acted)
         for i, env in enumerate(singles):
             if env.game.over:  # the vector environment keeps it as it is, and nothing is refused any more
@@ -395,7 +303,8 @@ def test_frames_observations_and_infos_are_those_of_the_single_environment(view)
             observation, reward, *_, info = env.step({"box": acted["box"][i], "stop": acted["stop"][i]})
             one_by_one[i] = observation, info
             assert rewards[i] == reward
-    assert compared == 4 * N
+    assert compared == 4 * N and trails
+    assert disabled(2).render() is None
 
 
 @pytest.mark.parametrize("canvas", [16, 40, 95, 96, 384, 640, 641])

@@ -7,8 +7,6 @@ another place in every process, and merely stays bad.
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 import warnings
 
 import gymnasium as gym
@@ -22,7 +20,6 @@ from stable_baselines3 import PPO
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.env_checker import check_env
 
-import ivt_env
 from ivt_env import boxes
 from ivt_env.data import load_dataset
 from ivt_env.env import GroundingEnv
@@ -40,17 +37,11 @@ def make(env_id="IVT-Scenes-v0", split="val", side=36, **kwargs):
 
 
 @pytest.mark.parametrize("view", ["overlay", "closeup", "both"])
-def test_the_checker_of_stable_baselines_has_nothing_to_say(view):
-    env = make("IVT-Photos-v0", "test", view=view)
+def test_the_checkers_of_stable_baselines_and_of_gymnasium_have_nothing_to_say(view):
+    env = SB3Wrapper(GroundingEnv("photos", "test", view=view), side=36)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(env)
-
-
-def test_gymnasiums_checker_has_nothing_to_say_either():
-    env = SB3Wrapper(GroundingEnv("photos", "test"), side=36)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*is different from the unwrapped version.*")
         check_gymnasium(env, skip_render_check=True)
 
@@ -76,6 +67,8 @@ def test_the_ends_of_the_scales_are_where_the_table_says():
     assert np.allclose(middle, [0.4, 0.4, 0.6, 0.6], atol=1e-6)
     corner = decode_action([1, 1, -1, -1, -1], 0.5)[0]
     assert np.allclose(corner, [1 - SMALLEST / 2] * 2 + [1, 1], atol=1e-6)
+    for value, threshold, stops in ((0.5, 0.5, False), (0.51, 0.5, True), (0.0, -0.1, True), (-1.0, -1.0, False)):
+        assert decode_action([0, 0, 0, 0, value], threshold)[1] == stops
 
 
 def test_actions_of_a_batch_are_read_one_by_one():
@@ -97,11 +90,6 @@ def test_rewards_ends_and_boxes_are_those_of_the_environment():
         assert got[1:4] == expected[1:4] and got[4]["iou"] == expected[4]["iou"]
         assert np.array_equal(got[0]["box"], expected[0]["box"]) and got[0]["step"].argmax() == expected[0]["step"]
     assert expected[2] and wrapped.unwrapped.game.step_count == 2
-
-
-def test_stop_is_what_lies_above_the_threshold():
-    for value, threshold, stops in ((0.5, 0.5, False), (0.51, 0.5, True), (0.0, -0.1, True), (-1.0, -1.0, False)):
-        assert decode_action([0, 0, 0, 0, value], threshold)[1] == stops
 
 
 def test_an_action_that_is_no_number_costs_a_step_and_says_why():
@@ -158,18 +146,14 @@ def test_three_kinds_of_vectorisation_play_the_same_games():
         assert all(np.array_equal(a[key], b[key]) for key in ("image", "box", "step", "expression"))
 
 
-def test_a_pickled_wrapper_plays_on():
+def test_a_pickled_wrapper_plays_on_and_its_spec_makes_it_again():
     env = make()
     env.reset(seed=1)
     env.step(ACTION)
     copy = pickle.loads(pickle.dumps(env))
     a, b = env.step(OTHER), copy.step(OTHER)
     assert np.array_equal(a[0]["image"], b[0]["image"]) and a[1:4] == b[1:4]
-
-
-def test_the_spec_makes_the_same_wrapper_again():
-    env = gym.make(make(side=44).spec)
-    assert env.observation_space["image"].shape == (3, 44, 44)
+    assert gym.make(make(side=44).spec).observation_space["image"].shape == (3, 44, 44)
 
 
 @pytest.mark.parametrize(
@@ -178,16 +162,8 @@ def test_the_spec_makes_the_same_wrapper_again():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=repr(next(iter(options.values())))):
         SB3Wrapper(gym.make("IVT-Photos-v0", split="test"), **options)
-
-
-def test_another_environment_is_refused():
     with pytest.raises(ValueError, match="grounding environment"):
         SB3Wrapper(gym.make("CartPole-v1"))
-
-
-def test_importing_the_wrappers_imports_no_torch():
-    code = "import sys, ivt_env.wrappers; sys.exit('torch' in sys.modules or 'agents' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ivt_env.__path__[0] + "/..").returncode == 0
 
 
 # ---- the text embedding ----------------------------------------------------------------------
@@ -204,10 +180,10 @@ GOLDEN = [0, 0, 0, -0.801784, 0, 0.267261, 0, 0.534522]
 
 def test_different_expressions_of_the_scenes_have_different_vectors():
     dataset = load_dataset("scenes", "val")
-    texts = sorted({dataset[i].expression for i in range(300)})
+    texts = sorted({dataset[i].expression for i in range(150)})
     vectors = np.array([HashedText().embed(text) for text in texts])
     likeness = vectors @ vectors.T - 2 * np.eye(len(texts))
-    assert len(texts) > 200 and likeness.max() < 0.999
+    assert len(texts) > 100 and likeness.max() < 0.999
 
 
 def test_case_and_punctuation_do_not_count_and_neighbours_do():
@@ -216,8 +192,8 @@ def test_case_and_punctuation_do_not_count_and_neighbours_do():
     assert not np.allclose(embed("red ring and blue star"), embed("blue ring and red star"))
 
 
-@settings(deadline=None)
-@given(st.text(max_size=80))
+@settings(deadline=None, max_examples=50)
+@given(st.text(max_size=40))
 def test_any_text_has_a_vector_of_length_one_or_zero(text):
     vector = HashedText(64).embed(text)
     length = np.linalg.norm(vector)
@@ -240,8 +216,7 @@ VECTOR_WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("view", ["overlay", "both"])
-@pytest.mark.parametrize("name", VECTOR_WRAPPERS)
+@pytest.mark.parametrize(("name", "view"), [*zip(VECTOR_WRAPPERS, ["overlay", "both"] * 3, strict=True)])
 def test_every_vector_wrapper_of_stable_baselines_takes_the_observations_and_ppo_learns_behind_it(name, view):
     """`VecFrameStack` and `VecNormalize` take `Box` alone; VecTransposeImage is for channels that come last."""
     envs = VECTOR_WRAPPERS[name](vec_env.DummyVecEnv([lambda: make(view=view)] * 2))

@@ -79,10 +79,6 @@ def test_a_text_without_a_usable_box_costs_a_step_and_says_why(photos, text, fai
     assert photos.step(text)[3], "the third action is the last, so the refused ones were counted"
 
 
-def test_there_is_one_parser():
-    assert codec.parse_action is text_actions.parse_action and codec.STOP_TEXT is text_actions.STOP_TEXT
-
-
 @given(st.tuples(*[st.floats(0, 1)] * 4))
 def test_thousandths_are_the_frame_of_the_models_that_write_them(box):
     numbers = text_actions.to_thousandths(box)

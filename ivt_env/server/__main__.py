@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import functools
 import ipaddress
 import json
 import logging
@@ -19,17 +20,29 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from openenv.core.env_server.http_server import HTTPEnvServer
+from openenv.core.env_server.types import ConcurrencyConfig
+from pydantic import ValidationError
+from starlette.responses import JSONResponse
 
 import ivt_env
 from ivt_env import failures
-from ivt_env.server.app import make_server
-from ivt_env.server.environment import Served
-from ivt_env.server.gate import Limits
+from ivt_env.server.environment import (
+    GroundingAction,
+    GroundingEnvironment,
+    GroundingObservation,
+    GroundingState,
+    Refused,
+    Served,
+)
+from ivt_env.server.gate import Gate, Limits, Plain, Socket
 
 _M_MMAP_THRESHOLD = -3
 """Of malloc.h."""
@@ -72,16 +85,15 @@ def _run(args: argparse.Namespace) -> None:
         listening = socket.create_server((args.host, args.port), family=family, backlog=128)
     except OSError as error:
         raise ValueError(f"cannot listen on {args.host} port {args.port}: {error.strerror or error}") from error
-    if not _is_loopback(args.host):
+    address, port = listening.getsockname()[:2]
+    if not ipaddress.ip_address(address).is_loopback:
         logging.warning("anyone who can reach %s can use this server: it asks for no password", args.host)
     # Images are large and short-lived. glibc would keep what they leave; elsewhere there is no such function.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+    getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(_M_MMAP_THRESHOLD, 1 << 18)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn ends at them, then raises them again
     host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"serving {args.env}\nat http://{host}:{listening.getsockname()[1]}", flush=True)
+    print(f"serving {args.env}\nat http://{host}:{port}", flush=True)
     asyncio.run(_serve(server, listening))
 
 
@@ -91,11 +103,59 @@ async def _serve(server: uvicorn.Server, listening: socket.socket) -> NoReturn:
     os._exit(0)  # a thread may be loading a data set, for which nobody waits any more
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def make_server(
+    served: Served, limits: Limits, names: Collection[str] = (), origins: Collection[str] = ()
+) -> uvicorn.Server:
+    """OpenEnv's routes for one environment, behind the gate, which takes ``names`` and ``origins``.
+
+    ``run(sockets=[...])`` serves until ``should_exit`` or a signal, then ends within 3 seconds.
+    """
+    app = FastAPI(title=served.env_id, version="1.0.0", docs_url=None, redoc_url=None)  # of OpenEnv's routes
+    for kind in (Refused, ValidationError, RequestValidationError):
+        app.add_exception_handler(kind, _refusal)
+
+    # Before that of the framework, whose sessions of tools need no connection, so that nothing would end them.
+    @app.post("/mcp", include_in_schema=False)
+    async def tools() -> Any:
+        error = {"code": -32601, "message": "this environment has no tools"}
+        return {"jsonrpc": "2.0", "id": None, "error": error}
+
+    HTTPEnvServer(
+        functools.partial(GroundingEnvironment, served),
+        GroundingAction,
+        GroundingObservation,
+        concurrency_config=ConcurrencyConfig(max_concurrent_envs=limits.max_sessions),
+        env_name=served.env_id,
+        state_cls=GroundingState,
+    ).register_routes(app)
+    config = uvicorn.Config(
+        Gate(app, limits, names, origins),
+        loop="asyncio",
+        http=Plain,
+        ws=Socket,
+        ws_max_size=limits.max_message_bytes,
+        ws_ping_interval=30,
+        ws_ping_timeout=30,
+        # What compresses well here, images, is compressed already; and a small message could swell.
+        ws_per_message_deflate=False,
+        headers=[("connection", "close")],
+        backlog=64,  # so many are let in at once, before the oldest of those who wait can be closed
+        timeout_graceful_shutdown=1,
+        proxy_headers=False,  # anybody on this machine could claim any address
+        server_header=False,
+        access_log=False,
+        log_config=None,
+        log_level="critical",  # what fails is logged by the gate; anyone on the network can cause the rest
+    )
+    return uvicorn.Server(config)
+
+
+def _refusal(_: Request, error: Exception) -> JSONResponse:
+    """Why not. Without the values of the client: what is not finite is no JSON."""
+    if isinstance(error, ValidationError | RequestValidationError):
+        why = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}"[:200] for one in error.errors()[:10]]
+        return JSONResponse({"detail": "; ".join(why)}, 422)
+    return JSONResponse({"detail": str(error)}, 400)
 
 
 if __name__ == "__main__":

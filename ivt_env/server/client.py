@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import inspect
-import io
 import json
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
@@ -15,10 +12,10 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.sync.client import connect
 
+from ivt_env.data.images import read_image
 from ivt_env.env import GroundingEnv
 from ivt_env.grounding import DTYPES, Action, Observation, action_space, observation_space
 from ivt_env.rendering import Overlay
@@ -53,18 +50,11 @@ class RemoteEnv(gym.Env[Observation, Action]):
         """
         self._chosen = {"encoding": encoding} | ({} if split is None else {"split": split})
         self._address, self._timeout, self._stack = address, timeout, ExitStack()
+        at = f"{address.replace('http', 'ws', 1).rstrip('/')}/ws"
+        options: dict[str, Any] = {"max_size": 2**28, "compression": None, "ping_interval": None}
         try:
             # Not OpenEnv's client: it opens another session where one is lost, and the draws of samples begin anew.
-            self._socket = self._stack.enter_context(
-                connect(
-                    f"{address.replace('http', 'ws', 1).rstrip('/')}/ws",
-                    max_size=2**28,
-                    compression=None,
-                    open_timeout=timeout,
-                    close_timeout=2,
-                    ping_interval=None,
-                )
-            )
+            self._socket = self._stack.enter_context(connect(at, open_timeout=timeout, close_timeout=2, **options))
         except (OSError, TimeoutError, WebSocketException, EOFError) as error:
             said = error.response.body.decode(errors="replace") if isinstance(error, InvalidStatus) else ""
             raise RemoteError(f"no connection to {address}: {said or error}") from error
@@ -84,13 +74,8 @@ class RemoteEnv(gym.Env[Observation, Action]):
             RemoteError: where the server refuses, or the connection is lost.
         """
         super().reset(seed=seed)  # of np_random here, which Gymnasium's wrappers may draw from
-        asked = self._chosen | {name: _plain(value) for name, value in (options or {}).items()}
-        if asked.get("initial_box") is not None:
-            asked["initial_box"] = box_out(asked["initial_box"])
-        if seed is not None:
-            asked["seed"] = int(seed)
-        reply = self._ask("reset", asked)
-        return _typed(reply["observation"]), _info(reply["metadata"])
+        reply = self._ask("reset", self._chosen | (options or {}) | {"seed": seed})
+        return _typed(reply["observation"]), _typed(reply["metadata"])
 
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One proposal or a stop, on the server.
@@ -98,9 +83,9 @@ class RemoteEnv(gym.Env[Observation, Action]):
         Raises:
             RemoteError: before the first reset, after the end of the episode, or where the connection is lost.
         """
-        reply = self._ask("step", {"box": box_out(action["box"]), "stop": int(action["stop"])})
+        reply = self._ask("step", {"box": action["box"], "stop": int(action["stop"])})
         info = reply["metadata"]
-        return _typed(reply["observation"]), float(reply["reward"]), info["terminated"], info["truncated"], _info(info)
+        return _typed(reply["observation"]), float(reply["reward"]), info["terminated"], info["truncated"], _typed(info)
 
     def state(self) -> dict[str, Any]:
         """What the server says of the session: ``step_count``, ``sample_id``, ``terminated`` and so on."""
@@ -110,16 +95,15 @@ class RemoteEnv(gym.Env[Observation, Action]):
         """Say goodbye; the environment cannot be used afterwards."""
         self._stack.close()
 
-    def _ask(self, kind: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _ask(self, kind: str, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Send a message and take its reply."""
+        message = {"type": kind} | ({} if data is None else {"data": data})
         try:
             with suppress(ConnectionClosed):  # the server may have said why before it closed
-                self._socket.send(
-                    json.dumps({"type": kind} | ({} if data is None else {"data": data}), allow_nan=False)
-                )
+                self._socket.send(json.dumps(message, default=lambda value: value.tolist()))
             reply = json.loads(self._socket.recv(self._timeout))
         except TimeoutError as error:
-            self._stack.close()  # a late reply would be taken for the answer to the next message
+            self.close()  # a late reply would be taken for the answer to the next message
             raise RemoteError(f"no reply from {self._address} within {self._timeout:g} s") from error
         except ConnectionClosed as error:
             raise RemoteError(f"{self._address} closed the connection: {error}") from error
@@ -129,45 +113,20 @@ class RemoteEnv(gym.Env[Observation, Action]):
         return dict(reply["data"])
 
 
-def _typed(observation: Mapping[str, Any]) -> Observation:
-    """An observation as the environment makes it, with its types."""
-    return {name: _value(name, value) for name, value in observation.items() if name != "metadata"}
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An observation or an info as the environment makes it, with its types."""
 
+    def typed(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return image_in(value)
+        return np.array(value, dtype=_TYPES[name])[()] if name in _TYPES else value
 
-def _info(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _value(name, value) for name, value in metadata.items() if name not in ("terminated", "truncated")}
-
-
-def _value(name: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return image_in(value)
-    return np.array(value, dtype=_TYPES[name])[()] if name in _TYPES else value
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def box_out(box: Any) -> list[float | None]:
-    """A box as it travels, bit for bit as float32: NaN is null, an infinity a number beyond float32."""
-    numbers = np.asarray(box, dtype=np.float32).tolist()
-    return [None if math.isnan(v) else math.copysign(1e300, v) if math.isinf(v) else v for v in numbers]
+    return {k: typed(k, v) for k, v in values.items() if k not in ("metadata", "terminated", "truncated")}
 
 
 def image_in(value: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """An image (height, width, 3) of an observation.
-
-    Raises:
-        ValueError: for what is no image, or not of the size that it states.
-    """
-    try:
-        shape, coded = tuple(value["shape"]), base64.b64decode(value["data"], validate=True)
-        if value["encoding"] == "raw":
-            return np.frombuffer(coded, dtype=np.uint8).reshape(shape).copy()
-        # The size is checked before the pixels are made: a small file can hold a very large image.
-        with Image.open(io.BytesIO(coded), formats=("PNG",)) as file:
-            if file.mode != "RGB" or (file.height, file.width, 3) != shape:
-                raise ValueError(f"{file.mode} of {file.size}, not RGB of {shape}")
-            return np.array(file)
-    except (KeyError, TypeError, binascii.Error, OSError) as error:
-        raise ValueError(f"no image: {error}") from error
+    """An image (height, width, 3) of an observation; ValueError for one of another size than it states."""
+    coded, shape = base64.b64decode(value["data"]), tuple(value["shape"])
+    if value["encoding"] == "raw":
+        return np.frombuffer(coded, dtype=np.uint8).reshape(shape).copy()
+    return read_image(coded, "the server's image", shape[:2])

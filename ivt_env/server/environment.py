@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import functools
 import io
 import logging
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +20,7 @@ from numpy.typing import NDArray
 from openenv.core.env_server.interfaces import Environment
 from openenv.core.env_server.types import Action, EnvironmentMetadata, Observation, State
 from PIL import Image
-from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, Strict, StrictBool
+from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool
 
 import ivt_env
 from ivt_env import boxes
@@ -37,9 +35,8 @@ _PLAYERS = 2
 _MOST_TASKS = 1000
 """Of a list of tasks; ``num_tasks`` counts all."""
 
-Coordinate = Annotated[float, Strict(), AllowInfNan(False)] | None
-WireBox = Annotated[list[Coordinate], Field(min_length=4, max_length=4)]
-"""x1, y1, x2, y2 relative to the image; null for a coordinate that is not a number."""
+WireBox = Annotated[list[Annotated[float, Strict()] | None], Field(min_length=4, max_length=4)]
+"""x1, y1, x2, y2 relative to the image; null or NaN for a coordinate that is not a number."""
 
 
 class GroundingAction(Action):
@@ -97,22 +94,6 @@ class Refused(ValueError):
     """What a client asked cannot be done; the text is for the client."""
 
 
-def _told(method: Callable[..., Any]) -> Callable[..., Any]:
-    """What fails otherwise than by a refusal is the server's affair: its log gets it, the client a sentence."""
-
-    @functools.wraps(method)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(*args, **kwargs)
-        except Refused:
-            raise
-        except Exception:
-            log.exception("a request failed")
-            raise Refused("the server failed at this request; its log has the details") from None
-
-    return guarded
-
-
 class Served:
     """What one server plays, and the data of all its sessions, each split loaded once."""
 
@@ -125,48 +106,45 @@ class Served:
             kwargs: of the environment.
 
         Raises:
-            ValueError: for an unknown id or keyword, and as ``GroundingEnv``; ``DataMissingError`` for absent data.
+            ValueError: for an unknown keyword, and as ``GroundingEnv``; ``DataMissingError`` for absent data.
         """
-        if env_id not in ivt_env.IDS:
-            raise ValueError(f"no environment {env_id!r}; there are {', '.join(ivt_env.IDS)}")
         if own := {"dataset", "data_root", "strict", "render_mode"} & set(kwargs or {}):
             raise ValueError(f"keyword {sorted(own)[0]!r} is not for --kwargs: --env and --data-root say what is read")
         self.kwargs: dict[str, Any] = {"split": "train"} | ivt_env.IDS[env_id] | dict(kwargs or {})
         self.env_id, self.dataset, self.split = env_id, self.kwargs.pop("dataset"), self.kwargs.pop("split")
         self.splits, self._root = splits(self.dataset), data_root
         self._datasets: dict[str, Dataset] = {}
-        self._loading, self.turn = threading.Lock(), threading.Lock()
-        self._players = ThreadPoolExecutor(_PLAYERS, "player")
+        self.turn = threading.Lock()
+        self._loader, self._players = ThreadPoolExecutor(1, "loader"), ThreadPoolExecutor(_PLAYERS, "player")
         try:
-            self.environment(self.split)
+            GroundingEnv(dataset=self._open(self.split), **self.kwargs)
         except TypeError as error:
             raise ValueError(f"--kwargs: {error}") from error
 
-    def open(self, split: str) -> Dataset:
-        """The samples of a split.
-
-        Raises:
-            Refused: where the data set has none of this name.
-        """
+    async def opened(self, split: str) -> Dataset:
+        """The samples of a split, for which nobody else waits; ``Refused`` where the data set has none of this name."""
         if split not in self.splits:
             raise Refused(f"split {split[:60]!r}: choose one of {', '.join(self.splits)}")
-        if split not in self._datasets:  # else nobody waits for another split that is being loaded
-            with self._loading:
-                if split not in self._datasets:
-                    self._datasets[split] = load_dataset(self.dataset, split, self._root, strict=True)
+        return self._datasets.get(split) or await self._told(self._loader, self._open, split)
+
+    async def play(self, what: Callable[..., Any], *args: Any) -> Any:
+        """Do what takes time, when it is its turn: first come, first served, and few at once."""
+        return await self._told(self._players, what, *args)
+
+    def _open(self, split: str) -> Dataset:
+        if split not in self._datasets:
+            self._datasets[split] = load_dataset(self.dataset, split, self._root, strict=True)
         return self._datasets[split]
 
-    async def opened(self, split: str) -> Dataset:
-        """As ``open``; nobody else waits while the split is being loaded."""
-        return await asyncio.to_thread(_told(self.open), split)
-
-    async def play(self, what: Callable[[], Any]) -> Any:
-        """Do what takes time, when it is its turn: first come, first served, and few at once."""
-        return await asyncio.get_running_loop().run_in_executor(self._players, _told(what))
-
-    def environment(self, split: str) -> GroundingEnv:
-        """A new environment."""
-        return GroundingEnv(dataset=self.open(split), **self.kwargs)
+    async def _told(self, pool: ThreadPoolExecutor, what: Callable[..., Any], *args: Any) -> Any:
+        """What fails otherwise than by a refusal is the server's affair: its log gets it, the client a sentence."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, what, *args)
+        except Refused:
+            raise
+        except Exception:
+            log.exception("a request failed")
+            raise Refused("the server failed at this request; its log has the details") from None
 
 
 class GroundingEnvironment(Environment[GroundingAction, GroundingObservation, GroundingState]):
@@ -185,24 +163,22 @@ class GroundingEnvironment(Environment[GroundingAction, GroundingObservation, Gr
     async def reset_async(self, **asked: Any) -> GroundingObservation:  # type: ignore[override]
         """Begin an episode with what ``GroundingReset`` takes; ValidationError for what it does not."""
         checked = GroundingReset(**asked)
-        await self._served.opened(checked.split or self._split)
-        return await self._served.play(lambda: self.reset(checked))
+        split = checked.split or self._split
+        return await self._served.play(self.reset, checked, split, await self._served.opened(split))
 
     async def step_async(self, action: GroundingAction, **_: Any) -> GroundingObservation:  # type: ignore[override]
         """Take a proposal or a stop."""
-        return await self._served.play(lambda: self.step(action))
+        return await self._served.play(self.step, action)
 
-    def reset(self, asked: GroundingReset) -> GroundingObservation:  # type: ignore[override]
+    def reset(self, asked: GroundingReset, split: str, dataset: Dataset) -> GroundingObservation:  # type: ignore[override]
         """As ``reset_async``; ``Refused`` for what cannot be done, with the reason."""
-        split = asked.split or self._split
-        dataset = self._served.open(split)
         if asked.index is not None and not 0 <= asked.index < len(dataset):
             raise Refused(f"index {asked.index}: {split} has samples 0 to {len(dataset) - 1}")
         initial = None if asked.initial_box is None else _array(asked.initial_box)
         if initial is not None and (why := boxes.invalid_reason(initial)):
             raise Refused(f"initial_box: {why}")
         if self._env is None or split != self._split:
-            self._env, self._split = self._served.environment(split), split
+            self._env, self._split = GroundingEnv(dataset=dataset, **self._served.kwargs), split
         self._encoding, self._episode_id = asked.encoding or self._encoding, asked.episode_id
         with self._served.turn:
             options = {"index": asked.index, "initial_box": initial}
@@ -229,21 +205,28 @@ class GroundingEnvironment(Environment[GroundingAction, GroundingObservation, Gr
         return GroundingObservation(**shown, reward=reward, done=stopped or cut, metadata=said)
 
     def _wire(self, value: Any) -> Any:
-        if isinstance(value, np.ndarray) and value.ndim == 3:
-            return _image(value, self._encoding)
-        return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+        if not isinstance(value, np.ndarray | np.generic):
+            return value
+        if value.ndim < 3:
+            return value.tolist()
+        coded: Any = np.ascontiguousarray(value)
+        if self._encoding == "png":
+            file = io.BytesIO()
+            # The least compression: a step waits for it, and most of a scene is flat colour.
+            Image.fromarray(value).save(file, "PNG", compress_level=1)
+            coded = file.getbuffer()
+        data = base64.b64encode(coded).decode("ascii")
+        return EncodedImage.model_construct(encoding=self._encoding, shape=value.shape, data=data)
 
     @property
     def state(self) -> GroundingState:
         """Where the session stands; also before the first reset."""
-        served, game = self._served, None if self._env is None else self._env.game
-        standing = GroundingState(
-            env=served.env_id, kwargs=served.kwargs, split=self._split, episode_id=self._episode_id
-        )
-        if game is not None:
-            standing.step_count, standing.sample_id = game.step_count, game.sample.sample_id
-            standing.terminated, standing.truncated = game.terminated, game.truncated
-        return standing
+        served, played = self._served, {}
+        if self._env is not None and (game := self._env.game) is not None:
+            played = {name: getattr(game, name) for name in ("step_count", "terminated", "truncated")}
+            played["sample_id"] = game.sample.sample_id
+        session = {"split": self._split, "episode_id": self._episode_id}
+        return GroundingState(env=served.env_id, kwargs=served.kwargs, **session, **played)
 
     def get_metadata(self) -> EnvironmentMetadata:
         """What is served."""
@@ -278,21 +261,9 @@ class GroundingEnvironment(Environment[GroundingAction, GroundingObservation, Gr
                 sample = dataset[index]
             return {"id": sample.sample_id, "index": index, "split": split, "expression": sample.expression}
 
-        chosen = range(len(dataset))[start:stop][:_MOST_TASKS]
-        return [await self._served.play(functools.partial(task, index)) for index in chosen]
+        return [await self._served.play(task, index) for index in range(len(dataset))[start:stop][:_MOST_TASKS]]
 
 
 def _array(box: Sequence[float | None]) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):  # an infinity is refused by the environment, with a reason
-        return np.array([math.nan if v is None else v for v in box], dtype=np.float32)
-
-
-def _image(image: NDArray[np.uint8], encoding: str) -> EncodedImage:
-    coded: Any = np.ascontiguousarray(image)
-    if encoding == "png":
-        file = io.BytesIO()
-        # The least compression: a step waits for it, and most of a scene is flat colour.
-        Image.fromarray(image).save(file, "PNG", compress_level=1)
-        coded = file.getbuffer()
-    data = base64.b64encode(coded).decode("ascii")
-    return EncodedImage.model_construct(encoding=encoding, shape=image.shape, data=data)
+        return np.array(box, dtype=np.float32)  # None becomes NaN

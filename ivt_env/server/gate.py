@@ -14,11 +14,13 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from starlette.responses import PlainTextResponse
+from starlette.websockets import WebSocketDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -52,11 +54,7 @@ class Limits:
     max_message_bytes: int = _limit(64 * 1024, "largest message of a client, or body of a request")
 
     def __post_init__(self) -> None:
-        """Refuse bounds that admit nothing.
-
-        Raises:
-            ValueError: names the bound.
-        """
+        """Refuse bounds that admit nothing."""
         for one in fields(self):
             if not getattr(self, one.name) > 0:
                 raise ValueError(f"{one.name} is {getattr(self, one.name)}: give a number above 0")
@@ -105,42 +103,37 @@ class Socket(WebSocketsSansIOProtocol):
                     self._cut()
 
     def handle_ping(self) -> None:
-        if self._counts():
-            super().handle_ping()
+        self._count()
+        super().handle_ping()
 
     def handle_pong(self, event: Any) -> None:
-        if self._counts():
-            super().handle_pong(event)
+        self._count()
+        super().handle_pong(event)
 
     def handle_cont(self, event: Any) -> None:
-        if self._counts():
-            super().handle_cont(event)
+        self._count()
+        super().handle_cont(event)
 
-    def _counts(self) -> bool:
-        """Count a frame that is no message; false: there were too many."""
+    def _count(self) -> None:
+        """Count a frame that is no message."""
         now = self.loop.time()
         self._allowed = min(_FRAMES, self._allowed + (now - self._counted) * _FRAMES_PER_SECOND) - 1
         self._counted = now
         if self._allowed < 0:
             self._cut()
-        return not self.transport.is_closing()
 
     def _cut(self) -> None:
         self.disconnected = True  # nothing more is written: asyncio would log each try
-        self.transport.abort()
+        raise ConnectionAbortedError("frames on end")  # asyncio drops the connection and all that came with it
 
     def pause_writing(self) -> None:
         super().pause_writing()
         seconds = cast(Gate, self.config.app).limits.reply_seconds
-        self._deaf = self.loop.call_later(seconds, self._cut)
+        self._deaf = self.loop.call_later(seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._deaf.cancel()
-
-    def keepalive_timeout(self) -> None:
-        super().keepalive_timeout()
-        self._cut()  # it answers no ping: it would not receive the rest either
 
 
 Receive = Callable[[], Awaitable[Any]]
@@ -166,35 +159,24 @@ class Gate:
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Answer a request or serve a session."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        refusal = self._refusal(scope, headers)
-        if refusal is not None:
-            await PlainTextResponse(f"{refusal[1]}\n", refusal[0])(scope, receive, send)
-        elif scope["type"] == "websocket":
-            client = scope["client"][0]
-            self._clients[client] += 1
-            try:
+        try:
+            if scope["type"] != "lifespan" and (refusal := self._refusal(scope)) is not None:
+                await PlainTextResponse(f"{refusal[1]}\n", refusal[0])(scope, receive, send)
+            elif scope["type"] == "websocket":
                 await self._session(scope, receive, send)
-            finally:
-                self._clients[client] -= 1
-                self._clients += Counter()  # without those that are at 0
-        else:
-            try:
+            else:
                 await self._app(scope, receive, send)
-            except Exception:
-                log.exception("a request failed")
-                raise
+        except Exception:
+            log.exception("a request failed")
+            raise
 
-    def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, str] | None:
+    def _refusal(self, scope: Any) -> tuple[int, str] | None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         # Else a page elsewhere could point a name of its own at this machine and read along.
         host = headers.get("host", "")
         if not self._is_ours(host):
             return 403, f"this server does not answer as {host[:100]!r}: start it with --allow-host to change that"
-        origin = headers.get("origin")
-        if origin is not None and origin not in self._origins:
+        if headers.get("origin") not in {None, *self._origins}:
             return 403, "web pages may not connect: start the server with --origin to allow one"
         if scope["type"] == "websocket":
             each, client = self.limits.max_sessions_per_client, scope["client"][0]
@@ -216,19 +198,10 @@ class Gate:
             return False
 
     async def _session(self, scope: Any, receive: Receive, send: Send) -> None:
-        end, gone = time.monotonic() + self.limits.session_seconds, False
-
-        async def tell(message: Any) -> None:
-            nonlocal gone
-            try:
-                await send(message)
-            except OSError:
-                gone = True
-                raise
+        end, client = time.monotonic() + self.limits.session_seconds, scope["client"][0]
 
         async def timely() -> Any:
             """The next message that is a JSON object; what is none is answered here."""
-            nonlocal gone
             while True:
                 left = end - time.monotonic()
                 try:
@@ -237,21 +210,22 @@ class Gate:
                 except TimeoutError:
                     idle = left > self.limits.idle_seconds
                     why = f"no message in {self.limits.idle_seconds:g} s" if idle else "its time is over"
-                    await tell(_error("SESSION_ERROR", f"the session ends: {why}"))
-                    await tell({"type": "websocket.close", "code": 1008, "reason": why})
-                    message = {"type": "websocket.disconnect", "code": 1008}
-                gone = gone or message["type"] == "websocket.disconnect"
+                    await send(_error("SESSION_ERROR", f"the session ends: {why}"))
+                    await send({"type": "websocket.close", "code": 1008, "reason": why})
+                    return {"type": "websocket.disconnect", "code": 1008}
                 unreadable = _unreadable(message.get("text")) if message["type"] == "websocket.receive" else None
                 if unreadable is None:
                     return message
-                await tell(_error("INVALID_JSON", unreadable))
+                await send(_error("INVALID_JSON", unreadable))
 
+        self._clients[client] += 1
         try:
-            await self._app(scope, timely, tell)
-        except Exception:
-            if not gone:  # the framework tries to tell a client that has left, and fails
-                log.exception("a session failed")
-                raise
+            # The framework answers what fails in a session, and itself fails where the client has left.
+            with suppress(WebSocketDisconnect, RuntimeError, OSError):
+                await self._app(scope, timely, send)
+        finally:
+            self._clients[client] -= 1
+            self._clients += Counter()  # without those that are at 0
 
 
 def _error(code: str, message: str) -> dict[str, str]:
@@ -263,13 +237,7 @@ def _unreadable(text: str | None) -> str | None:
     if text is None:
         return "a binary frame: send JSON as text"
     try:
-        found = json.loads(text, parse_constant=_no_constant)
-    except RecursionError:
-        return "lists or objects nested too deeply"
-    except ValueError as error:  # JSONDecodeError, or an integer with more digits than Python reads
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # an integer may have more digits than Python reads
         return f"no JSON: {error}"
     return None if isinstance(found, dict) else "a message is an object with type and data"
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON; null stands for a coordinate that is not a number")

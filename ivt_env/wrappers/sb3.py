@@ -9,7 +9,12 @@ Nothing of Stable-Baselines3 is imported here: other libraries with one-level ``
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import gymnasium as gym
@@ -19,13 +24,19 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from ivt_env.data.sample import ImageArray
-from ivt_env.wrappers.embedding import HashedText
 
 SMALLEST = 0.04
 """Smallest width and height that an action can ask for, relative to the image."""
 
 _IMAGES = {"image": "extent", "closeup": "closeup_extent"}
 """Keys of images and of their extents."""
+
+PAIR_WEIGHT = 0.5
+"""What a pair of neighbouring words counts for; a word counts for 1."""
+
+# Scripts that do not part words with spaces give one word a sign.
+_SIGNS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f"
+_WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
 
 
 class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.utils.RecordConstructorArgs):
@@ -169,3 +180,44 @@ def decode_action(action: ArrayLike, stop_above: float) -> tuple[NDArray[np.floa
     size = SMALLEST ** ((1 - numbers[..., 2:4]) / 2)
     edges = np.concatenate([np.maximum(centre - size / 2, 0), np.minimum(centre + size / 2, 1)], axis=-1)
     return edges.astype(np.float32), np.asarray(numbers[..., 4] > stop_above)
+
+
+@dataclass(frozen=True, slots=True)
+class HashedText:
+    """Feature hashing of words and of pairs of neighbouring words (Weinberger et al., arXiv 0902.2206).
+
+    A hash sends each word, and each ordered pair of neighbours, to one of ``size`` places and to a sign; what falls
+    on one place is added up, and the sum is scaled to length 1. It knows word order in pairs only and no meanings:
+    *red* is as far from *orange* as from *ring*. Case and punctuation do not count.
+    """
+
+    size: int = 128
+    """Numbers in a vector."""
+    seed: int = 0
+    """Of the hash."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes and seeds that cannot be used."""
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"size {self.size!r} of the text embedding: give an integer of at least 1")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed {self.seed!r} of the text embedding: give an integer of at least 0, below 2**64")
+
+    def embed(self, text: str) -> NDArray[np.float32]:
+        """The vector of a text, shape (size,), of length 1; zeros for a text without a word."""
+        words = _WORD.findall(text.casefold())
+        vector = np.zeros(self.size)
+        pairs = (f"{first} {second}" for first, second in pairwise(words))
+        for term, weight in (*((word, 1.0) for word in words), *((pair, PAIR_WEIGHT) for pair in pairs)):
+            place, sign = _place(term, self.size, self.seed)
+            vector[place] += weight * sign
+        length = float(np.linalg.norm(vector))
+        return (vector / length if length > 0 else vector).astype(np.float32)
+
+
+@lru_cache(maxsize=65536)
+def _place(term: str, size: int, seed: int) -> tuple[int, int]:
+    """Place 0..size-1 and sign of a term. Python's own ``hash`` differs from process to process."""
+    digest = hashlib.blake2b(term.encode("utf-8", "surrogatepass"), digest_size=9, key=seed.to_bytes(8, "little"))
+    number = digest.digest()
+    return int.from_bytes(number[:8], "little") % size, 1 if number[8] & 1 else -1
