@@ -51,7 +51,7 @@ class Args:
     """Seeds of all that is trained."""
     sft_samples: int = 10_000
     """Training samples that SFT makes its lessons of."""
-    sft_steps: int = 900
+    sft_steps: int = 600
     """Gradient steps of SFT."""
     grpo_steps: int = 50
     """Steps of GRPO. The controls get as many steps as SFT and GRPO together."""

@@ -96,7 +96,7 @@ class Args(TrainingOptions):
     compute that spends it on a larger image. None: as the student says."""
     single_shot: bool = False
     """Teach first answers only. The control that every claim about the loop must beat."""
-    steps: int = 900
+    steps: int = 600
     """Optimizer steps."""
     per_device_train_batch_size: int = 24
     """Demonstrations in one forward pass of one process."""
