@@ -68,7 +68,7 @@ LAYOUTS = {
 PLACES = {name: (f"{name}/{layout.files}",) for name, layout in LAYOUTS.items()}
 """Data set name -> what is looked for under the root."""
 
-_COLUMNS: hub.Columns = {"image": hub.IMAGE, "file_name": hub.TEXT, "bbox": hub.NUMBERS, "instruction": hub.TEXT}
+_COLUMNS = ("image", "file_name", "bbox", "instruction")
 _REFUSAL = "refusal"
 
 
@@ -125,11 +125,11 @@ def _read_parquet(paths: Sequence[Path], layout: Layout, remedy: str, bad: BadRo
         name = checked.plain_file_name(checked.text(values, "file_name"))
         header = images.put(values["image"], name, name)
         box = checked.relative_box(values["bbox"], (1, 1), layout.convention)
+        values |= {key: checked.text(values, key) for key in layout.kept if key in values}
         return _made(layout, path.stem, values, name, header.stored, box)
 
     for path in paths:
-        extra = dict.fromkeys(layout.kept, hub.TEXT)
-        rows = hub.typed_rows(path, _COLUMNS, remedy, 16, extra)
+        rows = hub.parquet_rows(path, _COLUMNS, remedy, 16, layout.kept)
         yield from checked.usable(bad, path.name, ((n, values | {"": n}) for n, values in rows), row)
 
 

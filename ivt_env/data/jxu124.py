@@ -26,8 +26,6 @@ from functools import partial as bound
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import pyarrow as pa
-
 from ivt_env.data import checked, hub, refcoco
 from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.sample import DataError
@@ -48,25 +46,10 @@ _STATED = {"val": ("val", "validation"), "testA": ("testA", "test")}
 """Split -> what its rows may say, where that is not only the split itself."""
 
 
-def _is_sentence(kind: Any) -> bool:
-    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-    return (
-        fields.keys() >= {"sent", "sent_id"} and hub.is_text(fields["sent"]) and pa.types.is_integer(fields["sent_id"])
-    )
-
-
-_COLUMNS: hub.Columns = {
-    "ref_id": hub.INTEGER,
-    "ann_id": hub.INTEGER,
-    "image_id": hub.INTEGER,
-    "category_id": hub.INTEGER,
-    "split": hub.TEXT,
-    "sent_ids": ("lists of whole numbers", hub.is_list_of(pa.types.is_integer)),
-    "sentences": ("lists of structs with sent and sent_id", hub.is_list_of(_is_sentence)),
-    "bbox": hub.BOX,
-    "raw_anns": hub.TEXT,
-    "raw_image_info": hub.TEXT,
-}
+_COLUMNS = (
+    "ref_id", "ann_id", "image_id", "category_id", "split", "sent_ids", "sentences", "bbox", "raw_anns",
+    "raw_image_info",
+)  # fmt: skip
 
 
 def find(root: Path, name: str) -> Source | None:
@@ -100,9 +83,9 @@ def _object(held: dict[str, Any], split: str) -> Callable[..., Row]:
     here = f"ref_id {ids['ref_id']}"
     if held["split"] not in _STATED.get(split, (split,)):
         raise BadRowError(f"{here}: says split {short(held['split'])} in a file of {split}")
-    if not held["sentences"]:
+    if not isinstance(held["sentences"], list) or not held["sentences"]:
         raise BadRowError(f"{here}: has no sentences")
-    stated = [sentence["sent_id"] if sentence else None for sentence in held["sentences"]]
+    stated = [checked.integer(sentence, "sent_id") for sentence in held["sentences"]]
     if held["sent_ids"] != stated:
         raise BadRowError(f"{here}: sent_ids {short(held['sent_ids'])}, but its sentences have {short(stated)}")
     annotation, image = _json(held, "raw_anns"), _json(held, "raw_image_info")

@@ -50,13 +50,7 @@ PLACES: dict[str, tuple[str, ...]] = {
 """Data set name -> what is looked for under the root."""
 
 _ROWS_AT_ONCE = 16  # of about 150 kB each
-_COLUMNS: hub.Columns = {
-    "question_id": hub.TEXT,
-    "image": hub.IMAGE,
-    "answer": ("lists of texts", hub.is_list_of(hub.is_text)),
-    "bbox": hub.BOX,
-    "file_name": hub.TEXT,
-}
+_COLUMNS = ("question_id", "image", "answer", "bbox", "file_name")
 
 
 def find(root: Path, name: str) -> Source | None:

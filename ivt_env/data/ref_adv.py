@@ -32,18 +32,10 @@ PLACES = {"refadv": ("refadv/*.parquet", "refadv/data/*.parquet")}
 """Data set name -> what is looked for under the root."""
 
 PUBLISHED_COUNTS = {"test": 1_142}
-COLUMNS: hub.Columns = {
-    "image": hub.IMAGE,
-    "file_name": hub.TEXT,
-    "normal_caption": hub.TEXT,
-    "solution": hub.NUMBERS,
-    "width": hub.INTEGER,
-    "height": hub.INTEGER,
-    "image_source": hub.TEXT,
-    "human_authored": hub.FLAG,
-    "use_negation": hub.FLAG,
-    "distractors": ("counts", lambda kind: True),
-}
+COLUMNS = (
+    "image", "file_name", "normal_caption", "solution", "width", "height", "image_source", "human_authored",
+    "use_negation", "distractors",
+)  # fmt: skip
 ROWS_IN_MEMORY = 16
 
 _REMEDY = "fetch the Parquet file of dddraxxx/ref-adv-s again"
@@ -89,7 +81,7 @@ def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
     bad.split = "test"
     total = 0
     for path in paths:
-        entries = hub.typed_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, {"row_idx": hub.INTEGER})
+        entries = hub.parquet_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, ["row_idx"])
         counted = ((number, ({"row_idx": total + number} | values)) for number, values in entries)
         number = -1
         for number, values in counted:
