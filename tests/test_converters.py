@@ -235,7 +235,7 @@ def test_unusable_annotation_is_left_out_with_its_reason(place, annotation, said
     done = convert(place, coco(images, [ONE, ONE | annotation]))
     assert done.counts == {"train": 1}
     assert len(done.left_out) == 1
-    assert done.left_out[0].startswith("row annotations[1]: ") and said in done.left_out[0]
+    assert done.left_out[0].startswith("row 1 of the annotations: ") and said in done.left_out[0]
 
 
 @pytest.mark.parametrize("number", [[1], {"a": 1}, "1", None, True])

@@ -299,7 +299,7 @@ def test_other_names_are_not(name):
         ({"siblings": [[5, 6, 20, 25], [9, 9, 2, 2]]}, r"siblings[1] [9, 9, 2, 2]"),
         ({"siblings": 5}, "siblings is 5, not a list of boxes"),
         ({"image": "../a.jpg"}, "is not a path inside the folder"),
-        ({"image": "b.jpg"}, "image 'b.jpg': no such image, neither"),
+        ({"image": "b.jpg"}, "image 'b.jpg': no such image, "),
         ({"expression": "  "}, "expression is '  ', not a text"),
         ({"width": 40}, "height is None"),
         ({"box": [1, 2, 3, 4]}, "unknown key 'box' (did you mean 'bbox'?)"),

@@ -267,7 +267,7 @@ BAD_ROWS = {
         ({"conversations": None}, "conversations is None"),
         ({"conversations": [GOOD, "[1, 2, 3, 4]"]}, NO_TURNS),
         ({"id": None}, "id is None"),
-        ({"image": "train2014/COCO_train2014_000000000004.jpg"}, "4.jpg', whose size is needed, is in none of"),
+        ({"image": "train2014/COCO_train2014_000000000004.jpg"}, "4.jpg': no such image, "),
     ],
 }
 

@@ -31,7 +31,7 @@ from typing import Any, get_args
 from ivt_env.boxes import FRAMES, frame_unit
 from ivt_env.data import NAMES, checked
 from ivt_env.data.checked import BadRowError, BadRows, Box, Convention, short
-from ivt_env.data.images import read_header
+from ivt_env.data.images import Headers
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 from ivt_env.failures import reading
@@ -276,11 +276,10 @@ def _meta(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Images:
-    """Sizes from headers, each read once, and whether images and their ids go together."""
+    """Sizes of images, and whether images and their ids go together."""
 
     def __init__(self, folders: tuple[Path, ...]) -> None:
-        self._folders = folders
-        self._from_header: dict[str, tuple[int, int] | str] = {}
+        self._headers = Headers(folders)
         self._of_id: dict[str, tuple[str, tuple[int, int]]] = {}
         self._id_of: dict[str, str] = {}
 
@@ -288,25 +287,7 @@ class _Images:
         """(height, width): as stated, else of the upright image."""
         if stated is not None:
             return stated
-        if image not in self._from_header:
-            try:
-                self._from_header[image] = self._upright_size(image)
-            except BadRowError as error:
-                self._from_header[image] = str(error)
-        found = self._from_header[image]
-        if isinstance(found, str):
-            raise BadRowError(found)
-        return found
-
-    def _upright_size(self, image: str) -> tuple[int, int]:
-        try:
-            path = next((f / image for f in self._folders if (f / image).is_file()), None)
-        except OSError as error:  # a name that is too long, a folder that must not be read
-            raise BadRowError(f"image {short(image)}: cannot be looked for ({error.strerror}); correct it") from error
-        if path is None:
-            places = " or ".join(str(folder / image) for folder in self._folders)
-            raise BadRowError(f"image {image!r}: no such image, neither {places}; put it there or correct the path")
-        header = read_header(path, str(path))
+        path, header = self._headers.of(image)
         if header.frame_is_unclear:
             raise BadRowError(
                 f"{path}: its EXIF note says to show it turned or mirrored (orientation {header.orientation}), with "

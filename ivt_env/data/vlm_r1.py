@@ -27,15 +27,14 @@ served. A file knows neither the other objects of an image nor the names of cate
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial as bound
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ivt_env.data import checked
 from ivt_env.data.checked import BadRowError, BadRows, short
-from ivt_env.data.images import read_header
+from ivt_env.data.images import Headers
 from ivt_env.data.refcoco import coco_image_id, source
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
@@ -89,19 +88,11 @@ def _read(
     files: Mapping[str, Sequence[Path]], name: str, image_folders: Sequence[Path], bad: BadRows, _folder: Path
 ) -> Iterator[Row]:
     """One row per object of the list, or per line."""
-
-    @cache  # seven expressions share an image
-    def size_of(image: str) -> tuple[int, int]:
-        for below in image_folders:
-            if (below / image).is_file():
-                return read_header(below / image, str(below / image)).stored
-        tried = ", ".join(map(str, image_folders))
-        raise BadRowError(f"image {image!r}, whose size is needed, is in none of {tried}")
-
+    headers = Headers(image_folders)
     for split, (path,) in files.items():
         bad.split = split
         if path.suffix == ".jsonl":
-            yield from checked.usable(bad, path.name, _lines(path), bound(_conversation, split=split, size_of=size_of))
+            yield from checked.usable(bad, path.name, _lines(path), bound(_conversation, split=split, headers=headers))
             continue
         content = checked.read_json(path, _REMEDY)
         if not isinstance(content, list):
@@ -139,7 +130,7 @@ def _record(entry: dict[str, Any], split: str, name: str) -> Row:
     )
 
 
-def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tuple[int, int]]) -> Row:
+def _conversation(entry: dict[str, Any], split: str, headers: Headers) -> Row:
     """A row of ``.jsonl``."""
     row_id = entry.get("id")
     if not isinstance(row_id, str) or not row_id.strip():
@@ -156,7 +147,7 @@ def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tu
     answer = turns[1].get("value")
     if isinstance(answer, str):
         answer = checked.parsed(answer, "the answer")
-    size = size_of(file_name)
+    size = headers.of(file_name)[1].stored
     return Row(
         split=split,
         sample_id=row_id,
