@@ -1,20 +1,12 @@
 """A data set of one's own: plain JSON lines (docs/data/custom.md shows a whole one).
 
-The root is the data set's folder::
+How boxes are written is declared in ``dataset.json`` and never guessed: ``box`` is **xyxy** (two corners) or
+**xywh** (corner, width, height); ``frame`` is ``px`` (pixels of the image), ``relative`` (0 to 1), ``thousandths``
+(0 to 1000) or any other whole number (999: 0 to 999), all but the first of the image's width and height.
 
-    dataset.json                    {"name": "my-set", "box": "xyxy", "frame": "px"}
-    train.jsonl val.jsonl test.jsonl    (those that there are)
-    images/...                      (or beside dataset.json)
-
-How boxes are written is declared in ``dataset.json`` and never guessed: ``box`` is **xyxy** (two
-corners) or **xywh** (corner, width, height); ``frame`` is ``px`` (pixels of the image),
-``relative`` (0 to 1), ``thousandths`` (0 to 1000) or any other whole number (999: 0 to 999), all but the
-first of the image's width and height.
-
-Where a line states ``width`` and ``height``, its boxes refer to the image of that size: as
-stored if that has it, else upright. Without them they refer to the upright image, as a viewer
-shows it; an image where that would be unclear (turned by half, mirrored, or square and turned by a
-quarter) is refused.
+Where a line states ``width`` and ``height``, its boxes refer to the image of that size: as stored if that has it,
+else upright. Without them they refer to the upright image, as a viewer shows it; an image where that would be
+unclear (turned by half, mirrored, or square and turned by a quarter) is refused.
 """
 
 from __future__ import annotations

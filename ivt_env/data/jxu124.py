@@ -1,21 +1,13 @@
 """RefCOCO, RefCOCO+ and RefCOCOg as the Hub data sets of jxu124: annotations only, all splits.
 
-Under a root::
+Boxes are the column ``bbox``: **xyxy**, floats in pixels of the image as stored. The JSON in ``raw_anns`` holds the
+same box as **xywh**, and each row is compared with it: where the two disagree by more than 1e-4 pixels, the whole
+file is refused, because then nobody can say in which convention it is. (Public code exists that takes ``bbox`` for
+xywh.)
 
-    jxu124/refcoco/data/train-00000-of-00001-94431d5f4bd5b93f.parquet   (also refcocoplus/, refcocog/)
-    images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the images in images/train2014/, train2014/ or coco/train2014/)
-
-Boxes are the column ``bbox``: **xyxy**, floats in pixels of the image as stored. The JSON in
-``raw_anns`` holds the same box as **xywh**, and each row is compared with it: where the two
-disagree by more than 1e-4 pixels, the whole file is refused, because then nobody can say in which
-convention it is. (Public code exists that takes ``bbox`` for xywh.)
-
-A row is an object with one or more sentences. A file's split is the beginning of its name:
-``train``, ``validation`` (val), ``test`` (testA of RefCOCO and RefCOCO+, test of RefCOCOg) and
-``testB``; a row that states another split is a bad row. Only splits whose files are there are
-served. The files know the objects that somebody described, not the others of an image, and
-categories by COCO's number alone: ``siblings`` are empty and ``meta`` has ``category_id``.
+A row is an object with one or more sentences. A file's split is the beginning of its name (``SPLITS``); a row that
+states another split is a bad row. The files know the objects that somebody described, not the others of an image,
+and categories by COCO's number alone: ``siblings`` are empty and ``meta`` has ``category_id``.
 """
 
 from __future__ import annotations

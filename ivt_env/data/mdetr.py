@@ -1,19 +1,11 @@
 """RefCOCO, RefCOCO+ and RefCOCOg as prepared for MDETR: annotations only, all splits.
 
-Under a root::
-
-    mdetr/finetune_refcoco_train.json       (also refcoco+ and refcocog; val, testA, testB, test)
-    images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the images in images/train2014/, train2014/ or coco/train2014/)
-
 Boxes are ``annotations[].bbox``: **xywh**, floats in pixels of the image as stored.
 
-The files have COCO's form but one image entry and one annotation for each *expression*: ``id`` of
-an image and ``image_id`` of an annotation are running numbers, ``original_id`` of an image is
-COCO's number of the image and ``original_id`` of an annotation COCO's number of the object. An
-image entry with no annotation or several is a bad row. Only splits whose files are there are
-served. A file knows the objects that somebody described, not the others of an image:
-``siblings`` are empty.
+The files have COCO's form but one image entry and one annotation for each *expression*: ``id`` of an image and
+``image_id`` of an annotation are running numbers, ``original_id`` of an image is COCO's number of the image and
+``original_id`` of an annotation COCO's number of the object. A file knows the objects that somebody described, not the
+others of an image: ``siblings`` are empty.
 
 (MDETR scores a box as right at GIoU >= 0.5. That is not the IoU >= 0.5 of everybody else.)
 """

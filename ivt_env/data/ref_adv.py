@@ -1,15 +1,11 @@
 """Ref-Adv-s (arXiv 2602.23898; Hub: dddraxxx/ref-adv-s), a test set of 1,142 hard expressions.
 
-Under a root::
-
-    refadv/train-00000-of-00001.parquet     (or in refadv/data/)
-
 The file calls its split ``train``; it is a test set, and is served as ``test`` and nothing else.
 
-``solution`` is **xyxy**, floats in pixels of the image as stored; one row is one expression. The
-images are embedded: the bytes of each are written out once, as they are. ``distractors`` is a
-count written as a string (objects of the target's class, 2 or more); the set has no boxes of them.
-Rows share images and even boxes, so confidence intervals must be clustered by ``image_id``.
+``solution`` is **xyxy**, floats in pixels of the image as stored; one row is one expression. The images are embedded:
+the bytes of each are written out once, as they are. ``distractors`` is a count written as a string (objects of the
+target's class, 2 or more); the set has no boxes of them. Rows share images and even boxes, so confidence intervals must
+be clustered by ``image_id``.
 """
 
 from __future__ import annotations

@@ -1,19 +1,13 @@
 """Ref-L4 (arXiv 2406.16866; Hub: JierunChen/Ref-L4), a benchmark: there is no train split.
 
-Under a root::
+``bbox`` is **xywh**, float64 in pixels of the image as stored; one row is one expression. Nothing is clipped and
+nothing dropped: some targets begin outside their images, and the benchmark's evaluator scores them as they are.
+``bbox_area`` is compared with width times height, which tells xywh from xyxy: where more than a hundredth of the
+rows disagree, the files are refused. ``all`` is val and test together, on which the benchmark's published numbers
+are.
 
-    refl4/ref-l4-val.parquet  refl4/ref-l4-test.parquet
-    refl4/images/COCO_train2014_000000128974.jpg  refl4/images/objects365_v2_00922765.jpg
-    (or the images in a folder of images/, as an archive with a prefix unpacks them)
-
-``bbox`` is **xywh**, float64 in pixels of the image as stored; one row is one expression.
-Nothing is clipped and nothing dropped: some targets begin outside their images, and the benchmark's
-evaluator scores them as they are. ``bbox_area`` is compared with width times height, which tells xywh
-from xyxy: where more than a hundredth of the rows disagree, the files are refused. ``all`` is val and test
-together, on which the benchmark's published numbers are.
-
-About half of the images are those of the RefCOCO sets' val and test. Their ``image_id`` is the
-same here and there (``coco-128974``), so that such leaks can be found before training.
+About half of the images are those of the RefCOCO sets' val and test. Their ``image_id`` is the same here and there
+(``coco-128974``), so that such leaks can be found before training.
 """
 
 from __future__ import annotations

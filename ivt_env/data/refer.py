@@ -1,16 +1,8 @@
 """RefCOCO, RefCOCO+ and RefCOCOg in the layout of the REFER tool (github.com/lichengunc/refer).
 
-Under a root::
-
-    refcocog/instances.json  refcocog/refs(umd).p      (also refcoco/, refcoco+/)
-    images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the images in images/train2014/, train2014/ or coco/train2014/)
-
-Boxes are ``instances.json``'s **xywh**, floats in pixels of the image as stored; a row of the
-``.p`` file is an object with one or more sentences, and has no box of its own.
-
-The ``.p`` files are pickles, and a pickle can run code: they are read with every callable refused,
-so that a tampered file is an error and nothing more.
+Boxes are ``instances.json``'s **xywh**, floats in pixels of the image as stored; a row of the ``.p`` file is an object
+with one or more sentences, and has no box of its own. The ``.p`` files are pickles, and a pickle can run code: they are
+read with every callable refused, so that a tampered file is an error and nothing more.
 """
 
 from __future__ import annotations

@@ -1,27 +1,17 @@
 """RefCOCO, RefCOCO+ and RefCOCOg as prepared for VLM-R1: annotations only, train and val.
 
-Under a root::
-
-    vlm_r1/rec_jsons_processed/refcoco_train.json or .jsonl, refcoco_val.json
-    (also refcocop_... for RefCOCO+, refcocog_...)
-
 Boxes are **xyxy**, floats in pixels of the image as stored:
 
 - ``.json``, a list of objects: ``solution``. Never ``bbox_list``, whose x2 and y2 are one pixel short.
-- ``.jsonl``, one conversation a line: the answer's value, four numbers as a list or as its text.
-  The expression is what stands between the fixed prompt and the full stop.
+- ``.jsonl``, one conversation a line: the answer's value, four numbers as a list or as its text. The expression is what
+  stands between the fixed prompt and the full stop.
 
-Where both files of a split are there, the ``.json`` is read: it states the size of the image and
-the object's number. For ``.jsonl`` the size is read from the image's header, so the images
-must be there when the data set is first opened. A row without its image is then a bad row: more
-than one percent of them is an error, and fewer stay left out, as the warning at each opening says,
-until the index (``.ivt_index/``) is deleted.
+Where both files of a split are there, the ``.json`` is read: it states the size of the image and the object's
+number. For ``.jsonl`` the size is read from the image's header, so the images must be there when the data set is
+first opened. A row without its image is then a bad row, also later, until the index (``.ivt_index/``) is deleted.
 
-The path in ``image`` (``train2014/COCO_train2014_000000581857.jpg``) is looked for below the root,
-``vlm_r1/``, ``images/mscoco/images/``, ``images/`` and ``coco/``. COCO's number of the image is
-taken from its name, since ``image_id`` is a running number. Only splits whose files are there are
-served. A file knows neither the other objects of an image nor the names of categories:
-``siblings`` are empty.
+COCO's number of the image is taken from its name, since ``image_id`` is a running number. A file knows neither the
+other objects of an image nor the names of categories: ``siblings`` are empty.
 """
 
 from __future__ import annotations
