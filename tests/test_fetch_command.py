@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import io
 import json
 import shutil
@@ -18,22 +17,19 @@ from pathlib import Path, PurePosixPath
 
 import hub_layouts
 import pytest
-from file_server import Served, Server, jpeg
+from file_server import Served, jpeg, sha256
 from refer_layout import write_refer_folder
 
 from ivt_agents import cli
 from ivt_env.commands import fetch as command
 from ivt_env.data import catalogue, load_dataset, refer
 from ivt_env.data.catalogue import CATALOGUE, COCO_TRAIN2014, HubFolder, hub_files
-from ivt_env.data.fetch import Patience
 from ivt_env.data.sample import DataError
 
 REFCOCOG_ZIP = "/licheng/referit/data/refcocog.zip"
 TRAIN_ZIP = "/zips/train2014.zip"
 
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 def zip_of(files):
@@ -52,17 +48,6 @@ def tgz_of(files):
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """Stands for every server, through --mirror."""
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.delenv("IVT_DATA", raising=False)
-    running = Server()
-    yield running
-    running.close()
 
 
 @pytest.fixture
@@ -172,11 +157,11 @@ def test_images_that_a_user_keeps_elsewhere_are_used(server, published, fetch, t
 def test_an_interrupted_fetch_goes_on(server, published, fetch, monkeypatch, tmp_path):
     server.files[REFCOCOG_ZIP].faults = [("cut", 700)]
 
-    def interrupt(self, failures, asked_s=None, stop=None):
+    def interrupt(seconds):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Patience, "wait", interrupt)
+        patched.setattr("time.sleep", interrupt)
         status, _, err = fetch("refcocog", "--images", "none")
     assert status == 130 and "run the same command again" in err
     assert fetch("refcocog", "--images", "none")[0] == 0

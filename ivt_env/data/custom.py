@@ -11,6 +11,7 @@ unclear (turned by half, mirrored, or square and turned by a quarter) is refused
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -143,43 +144,31 @@ def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox
     Up to one pixel (one unit) outside the image is taken for rounding; nothing is cut off. Of a box that fits only in
     another frame it says which.
     """
+    unit = frame_unit(declared.frame)
+    frame = (unit, unit) if unit else size
     if declared.overhang:
-        unit = frame_unit(declared.frame)
-        return checked.relative_box(bbox, (unit, unit) if unit else size, declared.box, key)
+        return checked.relative_box(bbox, frame, declared.box, key)
     is_numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
-    numbers: list[float] = bbox if is_numbers else []
-    if declared.frame != "relative" and numbers and all(abs(value) <= 1 for value in numbers):
+    # What lies within one unit of the corner fits nearly everywhere and tells nothing.
+    is_small = is_numbers and all(abs(value) <= 1 for value in bbox)
+    if declared.frame != "relative" and is_small:
         raise BadRowError(
             f"{key} {short(bbox)} lies within one {'pixel' if declared.frame == 'px' else 'unit'} of the corner; "
             "it would fit as 'relative': is the declared frame wrong?"
         )
-    unit = frame_unit(declared.frame)
-    if unit is None:
-        try:
-            return checked.box_inside(bbox, size, declared.box, key)
-        except BadRowError as error:
-            raise BadRowError(f"{error}{_other_frame(numbers, size, declared)}") from error
+    slack = (1 / size[0], 1 / size[1]) if declared.frame == "relative" else (1.0, 1.0)  # one unit is a whole image
     try:
-        slack = (1 / size[0], 1 / size[1]) if declared.frame == "relative" else (1.0, 1.0)  # one unit is a whole image
-        return checked.box_inside(bbox, (unit, unit), declared.box, key, slack)
+        return checked.box_inside(bbox, frame, declared.box, key, slack)
     except BadRowError as error:
-        hint = _other_frame(numbers, size, declared)
-        raise BadRowError(f"{error} (the frame is {declared.frame!r}: the image is {unit} x {unit}){hint}") from error
-
-
-def _other_frame(numbers: list[float], size: tuple[int, int], declared: Declared) -> str:
-    for frame in FRAMES:
-        unit = frame_unit(frame)
-        # What lies within one unit of the corner fits nearly everywhere and tells nothing.
-        if frame == declared.frame or (frame != "relative" and all(abs(value) <= 1 for value in numbers)):
-            continue
-        try:
-            checked.box_inside(numbers, (unit, unit) if unit else size, declared.box)
-        except BadRowError:
-            continue
-        if frame != "relative" or all(abs(value) <= 1 for value in numbers):
-            return f"; it would fit as {frame!r}: is the declared frame wrong?"
-    return ""
+        why = f"{error} (the frame is {declared.frame!r}: the image is {unit} x {unit})" if unit else str(error)
+        for other in FRAMES:
+            unit = frame_unit(other)
+            if is_numbers and other != declared.frame and (other == "relative") == is_small:
+                with contextlib.suppress(BadRowError):
+                    checked.box_inside(bbox, (unit, unit) if unit else size, declared.box)
+                    why += f"; it would fit as {other!r}: is the declared frame wrong?"
+                    break
+        raise BadRowError(why) from error
 
 
 def _read(
