@@ -127,6 +127,11 @@ def lists_in(content: Any, path: Path, keys: Iterable[str], remedy: str) -> None
             raise DataError(f"{path}: has no list {key!r}, so it has not the form of COCO's annotations; {remedy}")
 
 
+def by_id(entries: Iterable[Any]) -> dict[int, dict[str, Any]]:
+    """Entries of such a list by their id; one without is left out, which is said where another refers to it."""
+    return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int}
+
+
 def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox") -> Box:
     """A box in pixels of the original image to xyxy relative to it, neither clipped nor rounded.
 

@@ -72,7 +72,7 @@ def from_coco(
         )
     checked.lists_in(content, source, ("images", "annotations", "categories"), remedy)
     images = _coco_images(source, content["images"])
-    categories = _by_id(content["categories"])
+    categories = checked.by_id(content["categories"])
     if expression_key != CATEGORY_NAME and not any(
         isinstance(entry, dict) and entry.get(expression_key) is not None for entry in content["annotations"]
     ):
@@ -126,13 +126,8 @@ class _CocoObject:
     expressions: list[str]
 
 
-def _by_id(entries: list[Any]) -> dict[int, Any]:
-    """Images or categories by id. One without is left out, which is said where an annotation refers to it."""
-    return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int}
-
-
 def _coco_images(source: Path, entries: list[Any]) -> dict[int, Any]:
-    images = _by_id(entries)
+    images = checked.by_id(entries)
     first: dict[str, int] = {}
     for image_id, entry in images.items():
         name = entry.get("file_name")

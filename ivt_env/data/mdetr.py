@@ -57,10 +57,8 @@ def _read(files: Mapping[str, Sequence[Path]], label: str, bad: BadRows, _folder
         bad.split = split
         content = checked.read_json(path, _REMEDY)
         checked.lists_in(content, path, ("images", "annotations"), _REMEDY)
-        categories: dict[int, str] = {}
-        for entry in content["categories"] if isinstance(content.get("categories"), list) else ():
-            with contextlib.suppress(BadRowError):  # a row then lacks its category's name, which is no harm
-                categories[checked.integer(entry, "id")] = checked.text(entry, "name")
+        listed = content.get("categories")
+        categories = checked.by_id(listed if isinstance(listed, list) else ())
         annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
         entries = enumerate(content["annotations"])
         for image_id, entry in checked.usable(bad, f"the annotations of {path.name}", entries, _with_image_id):
@@ -77,7 +75,7 @@ def _with_image_id(annotation: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 
 def _expression(
-    image: Any, annotations: Mapping[int, list[dict[str, Any]]], categories: Mapping[int, str], label: str, split: str
+    image: Any, annotations: Mapping[int, list[dict[str, Any]]], categories: Mapping[int, Any], label: str, split: str
 ) -> Row:
     """Check an image entry and its annotation."""
     running = checked.integer(image, "id")
@@ -92,6 +90,9 @@ def _expression(
     file_name = checked.plain_file_name(checked.text(image, "file_name"))
     coco_image_id(file_name, image_id)
     size = checked.image_size(image)
+    meta: dict[str, Any] = {"ann_id": ann_id, "image_id": image_id, "category_id": category_id}
+    with contextlib.suppress(BadRowError):  # the name of a category may be missing, which is no harm
+        meta["category"] = checked.text(categories.get(category_id), "name")
     return Row(
         split=split,
         sample_id=f"{ann_id}-{running}",
@@ -100,6 +101,5 @@ def _expression(
         size=size,
         expression=checked.text(image, "caption").strip(),
         box=checked.relative_box(own[0].get("bbox"), size, "xywh"),
-        meta={"ann_id": ann_id, "image_id": image_id, "category_id": category_id}
-        | ({"category": categories[category_id]} if category_id in categories else {}),
+        meta=meta,
     )
