@@ -54,6 +54,7 @@ def reason(function, *arguments) -> str | None:
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @settings(deadline=None)  # a busy machine is no failure
 @given(size=SIZES, x=FRACTIONS, y=FRACTIONS, w=FRACTIONS, h=FRACTIONS, whole=st.booleans())
+@example(size=(2, 11), x=1 - 2**-53, y=0.0, w=1.0, h=1.0, whole=False)  # a sliver that the division rounds away
 def test_box_arithmetic_is_that_of_the_boxes_module(convention, size, x, y, w, h, whole):
     height, width = size
     left, top = x * (width + 2) - 1, y * (height + 2) - 1  # up to one pixel outside on every side

@@ -145,7 +145,9 @@ def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: 
         raise BadRowError(f"{key} {short(bbox)} is not four finite numbers")
     x1, y1, c, d = map(float, bbox)
     x2, y2 = (x1 + c, y1 + d) if convention == "xywh" else (c, d)
-    if x2 <= x1 or y2 <= y1:
+    height, width = size
+    box = x1 / width, y1 / height, x2 / width, y2 / height
+    if box[2] <= box[0] or box[3] <= box[1]:  # the division may round a sliver away
         shown = f"{key} {list(bbox)} ({_CORNERS[convention]})"
         if convention == "xywh":
             raise BadRowError(f"{shown} has no area")
@@ -153,8 +155,7 @@ def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: 
         raise BadRowError(
             f"{shown} has its corners in the wrong order or no area" + (_probably("xywh") if other else "")
         )
-    height, width = size
-    return x1 / width, y1 / height, x2 / width, y2 / height
+    return box
 
 
 def box_inside(
