@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 from file_server import CONTENT, Served, jpeg, leftovers, sha256
@@ -44,25 +43,21 @@ def test_a_download_is_whole_and_noted_and_not_repeated(server, tmp_path):
     assert len(server.log) == 1
 
 
-@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(
-    "validators", [{}, {"etag": None, "last_modified": "Wed, 01 Jan 2020 00:00:00 GMT"}], ids=["etag", "time"]
+    "validators",
+    [{}, {"etag": None, "last_modified": "Wed, 01 Jan 2020 00:00:00 GMT"}, {"etag": None}],
+    ids=["etag", "time", "none"],
 )
-def test_a_cut_connection_goes_on_where_it_stopped(server, tmp_path, known, validators):
+def test_a_cut_connection_goes_on_where_it_stopped(server, tmp_path, validators):
     served = broken_off(server, tmp_path / "a", **validators)
-    download(f"{server.url}/a", tmp_path / "a", **({"sha256": sha256(CONTENT)} if known else {}))
+    # A checksum alone lets a server without validators go on.
+    download(f"{server.url}/a", tmp_path / "a", sha256=sha256(CONTENT) if validators == {"etag": None} else None)
     assert (tmp_path / "a").read_bytes() == CONTENT
     first, *_, last = server.requests("/a")
     assert "Range" not in first
-    assert (last["Range"], last["If-Range"]) == ("bytes=300000-", served.etag or served.last_modified)
+    assert (last["Range"], last.get("If-Range")) == ("bytes=300000-", served.etag or served.last_modified)
     assert server.sent["/a"] == len(CONTENT)  # not a byte twice
     assert leftovers(tmp_path) == ["a", "a.sha256"]
-
-
-def test_progress_counts_as_patience_with_a_bad_line(server, tmp_path):
-    server.files["/a"] = Served(CONTENT, faults=[("cut", 100_000)] * 9)
-    assert download(f"{server.url}/a", tmp_path / "a") == sha256(CONTENT)
-    assert len(server.log) == 10  # more breaks than attempts, each with something new
 
 
 def test_a_stalled_connection_times_out_and_goes_on(server, tmp_path, monkeypatch):
@@ -75,11 +70,14 @@ def test_a_stalled_connection_times_out_and_goes_on(server, tmp_path, monkeypatc
     assert server.requests("/a")[1]["Range"] == "bytes=300000-"
 
 
-def test_a_server_that_ignores_range_starts_from_zero(server, tmp_path):
+def test_a_server_that_ignores_range_starts_from_zero_and_progress_counts_as_patience(server, tmp_path):
     server.files["/a"] = Served(CONTENT, ranges=False, faults=[("cut", 300_000), ("cut", 500_000)])
     download(f"{server.url}/a", tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == CONTENT
     assert server.sent["/a"] == 300_000 + 500_000 + len(CONTENT)
+    server.files["/b"] = Served(CONTENT, faults=[("cut", 100_000)] * 9)
+    assert download(f"{server.url}/b", tmp_path / "b") == sha256(CONTENT)
+    assert len(server.requests("/b")) == 10, "more breaks than attempts, each with something new"
 
 
 @pytest.mark.parametrize(
@@ -102,20 +100,11 @@ def test_a_file_that_changed_meanwhile_is_never_mixed(server, tmp_path, before, 
     assert (tmp_path / "a").read_bytes() == new
 
 
-def test_a_checksum_alone_lets_a_server_without_validators_go_on(server, tmp_path):
-    server.files["/a"] = Served(CONTENT, etag=None, faults=[("cut", 300_000)])
-    download(f"{server.url}/a", tmp_path / "a", sha256=sha256(CONTENT))
-    assert server.sent["/a"] == len(CONTENT)
-
-
-def test_a_whole_partial_file_only_gets_its_name(server, tmp_path):
+def test_a_whole_partial_file_only_gets_its_name_and_one_too_long_is_started_again(server, tmp_path):
     (tmp_path / "a.partial").write_bytes(CONTENT)
     download(f"{server.url}/a", tmp_path / "a", size=len(CONTENT), sha256=sha256(CONTENT))
-    assert not server.log
-    assert leftovers(tmp_path) == ["a", "a.sha256"]
-
-
-def test_a_partial_file_that_is_too_long_is_started_again(server, tmp_path):
+    assert not server.log and leftovers(tmp_path) == ["a", "a.sha256"]
+    (tmp_path / "a").unlink()
     server.files["/a"] = Served(CONTENT)
     (tmp_path / "a.partial").write_bytes(CONTENT + b"x")
     (tmp_path / "a.partial.tag").write_text('"one"')
@@ -167,7 +156,7 @@ def test_waits_double_and_heed_the_server(server, tmp_path, monkeypatch):
     assert waits[3:] == [5.0, 5.0, 5.0]
 
 
-@pytest.mark.parametrize(("status", "attempts"), [(500, 3), (404, 1), (403, 1), (410, 1)])
+@pytest.mark.parametrize(("status", "attempts"), [(500, 3), (404, 1), (403, 1)])
 def test_an_error_of_the_server_names_file_address_and_remedy(server, tmp_path, status, attempts):
     server.files["/a"] = Served(CONTENT, faults=[status] * 9)
     with pytest.raises(DataError) as caught:
@@ -188,18 +177,13 @@ def test_no_connection_names_file_address_and_remedy(server, tmp_path):
             download(address, tmp_path / "a")
 
 
-def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
-    server.files["/a"] = Served(CONTENT)
-    with pytest.raises(DataError, match=rf"a: what {server.url}/a gave is not the published .*--mirror"):
-        download(f"{server.url}/a", tmp_path / "a", sha256=sha256(b"other"))
-    assert leftovers(tmp_path) == []
-
-
-def test_another_size_is_refused_before_a_byte_is_taken(server, tmp_path):
+def test_a_wrong_checksum_leaves_nothing_and_another_size_is_refused_before_a_byte_is_taken(server, tmp_path):
     server.files["/a"] = Served(CONTENT)
     with pytest.raises(DataError, match=f"offers {len(CONTENT)} bytes, the published file has 7"):
         download(f"{server.url}/a", tmp_path / "a", size=7)
-    assert not (tmp_path / "a").exists()
+    with pytest.raises(DataError, match=rf"a: what {server.url}/a gave is not the published .*--mirror"):
+        download(f"{server.url}/a", tmp_path / "a", sha256=sha256(b"other"))
+    assert leftovers(tmp_path) == []
 
 
 def test_a_web_page_in_place_of_a_file_costs_nothing_that_was_received(server, tmp_path):
@@ -213,18 +197,13 @@ def test_a_web_page_in_place_of_a_file_costs_nothing_that_was_received(server, t
     assert server.requests("/a")[-1]["Range"] == "bytes=300000-"
 
 
-def test_a_half_file_under_the_right_name_is_downloaded_again(server, tmp_path, caplog):
-    server.files["/a"] = Served(CONTENT)
-    for known in ({"size": len(CONTENT)}, {"sha256": sha256(CONTENT)}):
-        (tmp_path / "a").write_bytes(CONTENT[:1000])
-        download(f"{server.url}/a", tmp_path / "a", **known)
-        assert (tmp_path / "a").read_bytes() == CONTENT
-        assert "downloading it again" in caplog.text
-
-
-def test_without_a_published_checksum_a_second_fetch_is_compared_with_the_first(server, tmp_path):
+def test_a_file_that_is_there_is_compared_with_what_is_published_else_with_what_was_fetched_first(server, tmp_path):
     target = tmp_path / "a"
     server.files["/a"] = Served(CONTENT)
+    for known in ({"size": len(CONTENT)}, {"sha256": sha256(CONTENT)}):
+        target.write_bytes(CONTENT[:1000])
+        download(f"{server.url}/a", target, **known)
+        assert target.read_bytes() == CONTENT
     download(f"{server.url}/a", target)
     target.write_bytes(b"edited")
     with pytest.raises(DataError, match=r"a: has changed since it was downloaded .*Delete the file"):
@@ -260,16 +239,6 @@ def test_a_disk_without_room_is_told_before_a_byte_is_written(server, tmp_path, 
     with pytest.raises(DataError, match=r"a needs (1.0|9.4) MB .* but only .* MB are free .*make room"):
         download(f"{server.url}/a", tmp_path / "a", space_factor=factor)
     assert leftovers(tmp_path) == []
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
-def test_a_disk_that_fills_up_is_named_with_the_remedy(server, tmp_path):
-    server.files["/a"] = Served(CONTENT)
-    (tmp_path / "a.partial").symlink_to("/dev/full")  # its writes really fail with ENOSPC
-    with pytest.raises(OSError, match=r"No space left on device: .*/a'"):
-        download(f"{server.url}/a", tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-    assert len(server.log) == 1  # trying again would not help
 
 
 def test_a_download_stopped_by_the_disk_goes_on_when_there_is_room(server, tmp_path):
@@ -338,7 +307,7 @@ def get(server, names, folder, **kwargs):
     return fetch_images(names, folder, lambda name: f"{server.url}/p/{name}", 4, **kwargs)
 
 
-def test_images_come_in_parallel_and_only_once(server, images, tmp_path):
+def test_images_come_in_parallel_and_only_once_and_half_ones_again(server, images, tmp_path):
     seen = []
     folder = tmp_path / "deep" / "images"
     assert get(server, images * 2, folder, progress=lambda *state: seen.append(state)) == 12
@@ -347,15 +316,10 @@ def test_images_come_in_parallel_and_only_once(server, images, tmp_path):
     assert seen == [(number, 12) for number in range(1, 13)]
     assert get(server, images, folder) == 0
     assert len(server.log) == 12
-
-
-def test_a_half_image_is_fetched_again(server, images, tmp_path):
-    get(server, images, tmp_path)
-    whole = (tmp_path / images[3]).read_bytes()
-    (tmp_path / images[3]).write_bytes(whole[: len(whole) // 2])
-    (tmp_path / images[4]).write_bytes(b"")
-    assert get(server, images, tmp_path) == 2
-    assert (tmp_path / images[3]).read_bytes() == whole
+    whole = (folder / images[3]).read_bytes()
+    (folder / images[3]).write_bytes(whole[: len(whole) // 2])
+    (folder / images[4]).write_bytes(b"")
+    assert get(server, images, folder) == 2 and (folder / images[3]).read_bytes() == whole
 
 
 def test_failed_images_are_listed_at_the_end_and_the_others_kept(server, images, tmp_path):
@@ -373,18 +337,14 @@ def test_failed_images_are_listed_at_the_end_and_the_others_kept(server, images,
 
 
 def test_a_server_that_is_gone_ends_it_early(tmp_path, server):
-    names = [f"{number}.jpg" for number in range(3000)]
+    names = [f"{number}.jpg" for number in range(500)]
     with pytest.raises(DataError, match=r"were not tried, because so many failed in a row"):
         get(server, names, tmp_path)
-    assert len(server.log) < 2000
+    assert len(server.log) < 400
 
 
-@pytest.mark.parametrize("name", ["../a.jpg", "/a.jpg", "b/a.jpg", "..", "b\\a.jpg", "a\0.jpg"])
-def test_an_image_cannot_climb_out_of_its_folder(server, tmp_path, name):
-    with pytest.raises(DataError, match="is not the plain name of a file"):
-        get(server, [name], tmp_path / "p")
+def test_an_image_cannot_climb_out_of_its_folder(server, tmp_path):
+    for name in ("../a.jpg", "/a.jpg", "b/a.jpg", "..", "b\\a.jpg", "a\0.jpg"):
+        with pytest.raises(DataError, match="is not the plain name of a file"):
+            get(server, [name], tmp_path / "p")
     assert not server.log
-
-
-def test_an_empty_list_of_images_needs_no_network(tmp_path):
-    assert fetch_images([], tmp_path / "p", lambda name: "http://127.0.0.1:1/") == 0
