@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial as bound
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,11 @@ def find(root: Path, name: str) -> Source | None:
 def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
     images = hub.EmbeddedImages(folder / "images")
     bad.split = "test"
-    total = 0
+    running = count()
     for path in paths:
-        entries = hub.parquet_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, ["row_idx"])
-        counted = ((number, ({"row_idx": total + number} | values)) for number, values in entries)
-        number = -1
-        for number, values in counted:
-            yield from checked.usable(bad, path.name, [(number, values)], bound(_row, images=images))
-        total += number + 1
+        rows = hub.parquet_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, ["row_idx"])
+        numbered = ((number, {"row_idx": next(running)} | values) for number, values in rows)
+        yield from checked.usable(bad, path.name, numbered, bound(_row, images=images))
 
 
 def _row(values: dict[str, Any], images: hub.EmbeddedImages) -> Row:
