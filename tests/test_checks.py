@@ -235,8 +235,8 @@ def test_convert_command_reads_once_and_writes_plain_jsonl(tmp_path, capsys):
     assert (tmp_path / "data" / "refcocog" / ".ivt_index").is_dir()
     for split in ("train", "val", "test"):
         own, original = load_dataset("custom", split, out), load_dataset("refcocog", split, tmp_path / "data")
-        assert [own[i].expression for i in range(len(own))] == [original[i].expression for i in range(len(original))]
-        assert [own[i].box for i in range(len(own))] == [original[i].box for i in range(len(original))]
+        assert [s.expression for s in own] == [s.expression for s in original]
+        assert [s.box for s in own] == [s.box for s in original]
         assert np.array_equal(own.image(own[0]), original.image(original[0]))
     capsys.readouterr()
     assert main([*words, "--out", str(out)]) == 2
@@ -294,4 +294,4 @@ def test_two_tests_are_converted_one_at_a_time(tmp_path, capsys):
     assert "testA and testB, a data set of your own one test" in capsys.readouterr().err
     assert main([*words, "--split", "testA"]) == 0 and main([*words, "--split", "train"]) == 0
     own, original = load_dataset("custom", "test", out), load_dataset("refcoco", "testA", tmp_path)
-    assert [own[i].expression for i in range(len(own))] == [original[i].expression for i in range(len(original))]
+    assert [s.expression for s in own] == [s.expression for s in original]

@@ -33,10 +33,6 @@ def opened(root: Path, name: str = "refcocog", split: str = "train", partition: 
     return open_table(module.source(root, name, partition), split)
 
 
-def samples_of(dataset):
-    return [dataset[i] for i in range(len(dataset))]
-
-
 # --- What is read ---------------------------------------------------------------------------------
 
 
@@ -56,7 +52,7 @@ def test_every_expression_is_served_once_with_its_box_and_image(tmp_path, name, 
         dataset = opened(tmp_path, name, split, partition)
         assert isinstance(dataset, Dataset)
         assert (dataset.name, dataset.split, dataset.skipped) == (label, split, 0)
-        for sample in samples_of(dataset):
+        for sample in list(dataset):
             assert (sample.dataset, sample.split) == (label, split)
             found[sample.sample_id] = sample
             assert dataset.image(sample).shape == (*sample.size, 3)
@@ -73,7 +69,7 @@ def test_every_expression_is_served_once_with_its_box_and_image(tmp_path, name, 
 
 
 def test_siblings_are_the_other_objects_of_the_category_in_the_image(layout):
-    by_text = {s.expression: s for s in samples_of(opened(layout.root))}
+    by_text = {s.expression: s for s in list(opened(layout.root))}
     left, right = by_text["the eye on the left"], by_text["the eye on the right"]
     assert (left.siblings, right.siblings) == ((right.box,), (left.box,))
     assert by_text["the cat's nose"].siblings == ()
@@ -84,7 +80,7 @@ def test_siblings_are_the_other_objects_of_the_category_in_the_image(layout):
         eye | {"id": 6, "bbox": [10, 20, 30, 40]},
     ]
     layout.save()
-    left = next(s for s in samples_of(opened(layout.root)) if s.expression == left.expression)
+    left = next(s for s in list(opened(layout.root)) if s.expression == left.expression)
     assert left.siblings == (right.box, (10 / 451, 20 / 300, 40 / 451, 60 / 300))
 
 
@@ -93,7 +89,7 @@ def test_google_partition_may_share_images_and_is_named_so(tmp_path):
     layout.refs[0]["split"] = "val"
     layout.save()
     train, val = (opened(tmp_path, split=s, partition="google") for s in ("train", "val"))
-    assert {s.image_id for s in samples_of(train)} & {s.image_id for s in samples_of(val)}
+    assert {s.image_id for s in list(train)} & {s.image_id for s in list(val)}
     assert train.name == train[0].dataset == "refcocog-google"
 
 
@@ -221,13 +217,13 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("change", "reason"), DAMAGES)
 def test_bad_row_is_named_counted_and_left_out_and_the_rest_is_served(layout, caplog, change, reason):
-    whole = {s.sample_id for s in samples_of(opened(layout.root, split="train"))}
+    whole = {s.sample_id for s in list(opened(layout.root, split="train"))}
     ref = next(r for r in layout.refs if r["split"] == "val")  # rocket.jpg, 640x427: two refs
     change(layout, ref)
     layout.save()
     with caplog.at_level(logging.WARNING):
         dataset = opened(layout.root, split="train")
-    assert {s.sample_id for s in samples_of(dataset)} == whole
+    assert {s.sample_id for s in list(dataset)} == whole
     assert 1 <= dataset.skipped <= 3
     named = [r.getMessage() for r in caplog.records if "left out row" in r.getMessage()]
     assert all("refs(umd).p" in message for message in named)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from made_up_source import REMEDY, MadeUp, refuse_writing, samples_of, write_made_up
+from made_up_source import REMEDY, MadeUp, refuse_writing, write_made_up
 
 from ivt_env.data import DataError, Dataset, cache_folder
 from ivt_env.data import table as module
@@ -45,7 +45,7 @@ def test_every_row_is_served_as_the_reader_gave_it(made):
         assert (table.name, table.split, table.layout, table.skipped) == ("made-up", split, "layout", 0)
         assert len(table) == count
         rows = [row for row in made.rows if row["split"] == split]
-        for sample, row in zip(samples_of(table), rows, strict=True):
+        for sample, row in zip(list(table), rows, strict=True):
             scale = np.array([30, 20, 30, 20])
             assert (sample.sample_id, sample.image_id) == (row["id"], row["image"])
             assert (sample.dataset, sample.split, sample.size) == ("made-up", split, (20, 30))
@@ -57,7 +57,7 @@ def test_every_row_is_served_as_the_reader_gave_it(made):
         for outside in (-1, 10**6):
             with pytest.raises(IndexError, match=f"made-up {split} has {count} samples, there is no sample {outside}"):
                 table[outside]
-        assert table[np.int64(2)] == table[2] and list(table) == samples_of(table)
+        assert table[np.int64(2)] == table[2] and list(table) == list(table)
         assert table.sample_ids() == [row["id"] for row in rows]
         assert table.image_ids() == [row["image"] for row in rows]
         assert table.file_names() == sorted({row["image"] for row in rows})
@@ -156,7 +156,7 @@ def test_bad_rows_are_reported_again_when_the_index_is_reused(made, caplog):
 
 
 def everything(source: Source) -> list:
-    return [samples_of(open_table(source, split)) for split in source.splits]
+    return [list(open_table(source, split)) for split in source.splits]
 
 
 def test_later_openings_read_the_index_alone_and_give_the_same_samples(made):
@@ -204,7 +204,7 @@ def test_missing_or_unreadable_source_is_named_with_the_remedy(made, monkeypatch
 
 @pytest.mark.parametrize("damage", ["no arrow", "other columns", "other version", "folder"])
 def test_damaged_index_is_built_again(made, damage, monkeypatch):
-    expected = samples_of(open_table(made.source(), "train"))
+    expected = list(open_table(made.source(), "train"))
     path = made.index
     if damage == "no arrow":
         path.write_bytes(bytes(5000))
@@ -219,16 +219,16 @@ def test_damaged_index_is_built_again(made, damage, monkeypatch):
     else:
         path.unlink()
         path.mkdir()
-    assert samples_of(open_table(made.source(), "train")) == expected
+    assert list(open_table(made.source(), "train")) == expected
     assert made.reads == 2
-    assert samples_of(open_table(made.source(), "train")) == expected
+    assert list(open_table(made.source(), "train")) == expected
     assert made.reads == 2
 
 
 def test_index_cut_off_or_with_flipped_bits_gives_the_same_samples_and_is_refused_by_a_worker(made):
     """Arrow trusts a mapped file: such a one ended the process with SIGBUS or an abort."""
     table = open_table(made.source(), "train")
-    expected, sent, whole = samples_of(table), pickle.dumps(table), made.index.read_bytes()
+    expected, sent, whole = list(table), pickle.dumps(table), made.index.read_bytes()
     rng = np.random.default_rng(0)
     broken = [whole[:cut] for cut in range(0, len(whole), max(1, len(whole) // 20))]
     for place in rng.choice(len(whole), 20, replace=False):
@@ -239,7 +239,7 @@ def test_index_cut_off_or_with_flipped_bits_gives_the_same_samples_and_is_refuse
         made.index.write_bytes(content)
         with pytest.raises(DataError, match="cannot be read any more .*; open the data set again"):
             pickle.loads(sent)
-        assert samples_of(open_table(made.source(), "train")) == expected, number
+        assert list(open_table(made.source(), "train")) == expected, number
     assert made.reads == 1 + len(broken) > 40
 
 
@@ -257,11 +257,11 @@ def test_interrupted_writing_leaves_no_index_behind(made, monkeypatch):
 
 
 def test_moved_folder_keeps_its_index(made, tmp_path):
-    expected = samples_of(open_table(made.source(), "train"))
+    expected = list(open_table(made.source(), "train"))
     there = MadeUp(tmp_path / "elsewhere" / "deeper")
     there.root.parent.mkdir()
     made.root.rename(there.root)
-    assert samples_of(open_table(there.source(), "train")) == expected
+    assert list(open_table(there.source(), "train")) == expected
     assert there.reads == 0
     facts = json.loads(pa.ipc.open_file(there.index.read_bytes()[:-32]).schema.metadata[b"ivt_env"])
     assert set(facts["sources"]) == {"rows.json", "texts.json"}

@@ -255,19 +255,6 @@ def test_something_else_than_a_listing_is_named(server):
         hub_files(HubFolder("a/b", "into"), mirror=server.url)
 
 
-def test_a_hub_data_set_arrives_with_checked_names_sizes_and_checksums(server, fetch, tmp_path):
-    parquet = b"PAR1 not really"
-    serve_hub(server, "dddraxxx/ref-adv-s", {"deep.parquet": parquet}, revision=CATALOGUE["refadv"].hub[0].revision)
-    status, _, err = fetch("refadv")
-    assert status == 0, err
-    assert (tmp_path / "root" / "refadv" / "deep.parquet").read_bytes() == parquet
-    url = f"/datasets/dddraxxx/ref-adv-s/resolve/{CATALOGUE['refadv'].hub[0].revision}/deep.parquet"
-    server.files[url].content = b"PAR1 not rEally"
-    (tmp_path / "root" / "refadv" / "deep.parquet").unlink()
-    status, _, err = fetch("refadv")
-    assert status == 2 and "is not the published file" in err
-
-
 def test_a_split_of_a_hub_data_set_can_come_alone(server, fetch, tmp_path):
     for part, names in {"RefCOCO": ("val", "testA"), "RefCOCOplus": ("val", "testA"), "RefCOCOg": ("val",)}.items():
         files = {f"data/{split}-00000-of-00001.parquet": f"{part} {split}".encode() for split in names}

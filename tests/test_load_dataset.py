@@ -12,12 +12,10 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import hub_layouts
 import pytest
 from eval_layouts import PHOTOS, photo_rows, write_custom
-from made_up_source import write_made_up
 from refer_layout import write_refer_folder
 
 import ivt_env.data as data
@@ -106,34 +104,18 @@ def test_data_that_are_there_are_served_without_a_warning_under_their_own_name(t
             assert dataset.image(dataset[0]).shape == (*dataset[0].size, 3)
 
 
-def test_first_layout_that_is_there_and_has_the_split_is_served(tmp_path, monkeypatch):
-    made = write_made_up(tmp_path)
-    there = {
-        "refer": None,
-        "jxu124": made.source(layout="jxu124", splits=("train", "val", "test"), name="refcocog"),
-        "vlm_r1": made.source(layout="vlm_r1", name="refcocog"),
-    }
-    first = there["jxu124"]
-    looked = []
+def test_first_layout_that_is_there_and_has_the_split_is_served(tmp_path):
+    def layouts():
+        found = [data.find_source("refcocog", split, tmp_path) for split in ("train", "val", "test")]
+        return [source and source.layout for source in found]
 
-    def layout(module):
-        looked.append(module)
-        return SimpleNamespace(find=lambda root, name: there.get(module), PLACES={"refcocog": (module,)})
-
-    monkeypatch.setattr(data, "_layout", layout)
-    assert data.find_source("refcocog", "val", tmp_path) is first
-    assert looked == ["refer", "jxu124"]
-    there["refer"] = made.source(layout="refer", name="refcocog")
-    assert data.find_source("refcocog", "val", tmp_path) is there["refer"]
-    there["refer"] = made.source(layout="refer", name="refcocog", splits=("train",))
-    assert data.find_source("refcocog", "val", tmp_path) is first
-    assert load_dataset("refcocog", "val", data_root=tmp_path, strict=True).layout == "jxu124"
-    there.clear()
-    assert data.find_source("refcocog", "val", tmp_path) is None
-    with pytest.raises(DataMissingError) as caught:
-        load_dataset("refcocog", "val", data_root=tmp_path, strict=True)
-    for module in ("refer", "jxu124", "vlm_r1", "mdetr", "lmms"):
-        assert str(tmp_path / module) in str(caught.value)
+    things = hub_layouts.things_of(write_refer_folder(tmp_path / "source"))
+    hub_layouts.write_vlm_r1(tmp_path, "refcocog", [t for t in things if t.split != "test"])
+    assert layouts() == ["vlm_r1", "vlm_r1", None]
+    hub_layouts.write_jxu124(tmp_path, "refcocog", [t for t in things if t.split != "train"])
+    assert layouts() == ["vlm_r1", "jxu124", "jxu124"]
+    assert load_dataset("refcocog", "val", write_refer_folder(tmp_path).root, strict=True).layout == "refs-umd"
+    assert layouts() == ["refs-umd"] * 3
 
 
 def test_every_layout_says_where_it_looks_and_finds_nothing_in_an_empty_folder(tmp_path):

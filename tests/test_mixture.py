@@ -127,10 +127,10 @@ def test_ids_are_written_once_and_used_by_everyone(parts):
     written = path.read_text("utf-8")
     assert json.loads(written)["seed"] == 5
     again = open_mixture(parts, "train", seed=6)  # the file counts, not the seed
-    assert [again[i] for i in range(len(again))] == [first[i] for i in range(len(first))]
+    assert list(again) == list(first)
     assert path.read_text("utf-8") == written
     served = load_dataset("mixed", "train", parts, strict=True)
-    assert [served[i].sample_id for i in range(len(served))] == [first[i].sample_id for i in range(len(first))]
+    assert [s.sample_id for s in served] == [s.sample_id for s in first]
 
 
 def test_ids_of_other_files_are_refused_by_name(parts):

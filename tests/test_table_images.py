@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up_source import IMAGE_REMEDY, MadeUp, refuse_writing, samples_of, write_made_up
+from made_up_source import IMAGE_REMEDY, MadeUp, refuse_writing, write_made_up
 from PIL import Image
 
 from ivt_env.data import DataError, cache_folder, load_dataset
@@ -34,7 +34,7 @@ def pixels_of(path: Path) -> np.ndarray:
 def test_every_sample_gets_its_image_which_cannot_be_drawn_on_and_its_path(made):
     for split in ("train", "val", "test"):
         table = open_table(made.source(), split)
-        for sample in samples_of(table):
+        for sample in list(table):
             assert table.image_path(sample) == made.images / sample.image_id
             image = table.image(sample)
             assert np.array_equal(image, pixels_of(made.images / sample.image_id)) and image is table.image(sample)
@@ -57,7 +57,7 @@ def test_opening_reads_no_image_and_few_are_kept(made, monkeypatch):
     read = []
     monkeypatch.setattr(module, "read_image", lambda path, *rest: read.append(path.name) or np.zeros((1, 1, 3)))
     table = open_table(made.source(), "train", cached_images=2)
-    a, b, c = ({s.image_id: s for s in samples_of(table)}).values()
+    a, b, c = ({s.image_id: s for s in list(table)}).values()
     assert read == []
     for sample in (a, a, b, a, c):
         table.image(sample)

@@ -13,7 +13,7 @@ import tracemalloc
 
 import pyarrow as pa
 import pytest
-from made_up_source import MadeUp, read_in_another_process, refuse_writing, samples_of, write_made_up
+from made_up_source import MadeUp, read_in_another_process, refuse_writing, write_made_up
 
 from ivt_env.data import DataError
 from ivt_env.data import table as module
@@ -74,7 +74,7 @@ def test_processes_opened_on_one_table_see_equal_samples_and_images(made):
 def test_table_without_an_index_on_disk_travels_with_its_samples(made, monkeypatch, tmp_path):
     refuse_writing(monkeypatch, tmp_path)
     table = open_table(made.source(), "train")
-    assert samples_of(pickle.loads(pickle.dumps(table))) == samples_of(table)
+    assert list(pickle.loads(pickle.dumps(table))) == list(table)
 
 
 def test_table_sent_before_its_files_changed_is_refused_where_it_arrives(made):
@@ -93,8 +93,8 @@ def test_table_sent_before_its_files_changed_is_refused_where_it_arrives(made):
 
 def test_open_table_outlives_the_rebuilding_of_its_index(made):
     table = open_table(made.source(), "train")
-    expected = samples_of(table)
+    expected = list(table)
     made.texts = {key: "changed" for key in made.texts}
     made.save()
     assert open_table(made.source(), "train")[0].expression == "changed"
-    assert samples_of(table) == expected
+    assert list(table) == expected
