@@ -14,7 +14,7 @@ import pytest
 from refer_layout import python2_pickle
 
 from ivt_env.data import DataError
-from ivt_env.data.pickles import read_pickle
+from ivt_env.data.refer import read_pickle
 
 PLAIN = [
     {"ref_id": number, "sent_ids": [number], "split": "train", "sentences": [{"sent": "the café", "sent_id": number}]}

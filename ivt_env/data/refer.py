@@ -8,20 +8,22 @@ read with every callable refused, so that a tampered file is an error and nothin
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ivt_env.data import checked
 from ivt_env.data.checked import BadRowError, BadRows, short
-from ivt_env.data.pickles import read_pickle
 from ivt_env.data.refcoco import IMAGE_FOLDERS, IMAGE_REMEDY, PUBLISHED
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
+from ivt_env.failures import reading
 
 FOLDERS = {"refcocog": "refcocog", "refcoco": "refcoco", "refcocoplus": "refcoco+"}
 """Data set name -> its folder under the root."""
@@ -182,3 +184,35 @@ def _exact_keys(row: Any, keys: frozenset[str], what: str) -> None:
     if row.keys() != keys:
         missing, unknown = sorted(keys - row.keys()), sorted(map(short, row.keys() - keys))
         raise BadRowError(f"{what} with keys missing: {missing}, unknown: {unknown}")
+
+
+def read_pickle(path: Path) -> Any:
+    """Read a pickle of plain lists, dicts, strings and numbers; one that asks for a class or function is refused.
+
+    Pickles written by Python 2 hold byte strings: these are read as UTF-8, and as Latin-1 where a file is not UTF-8.
+    """
+    with reading(path, _REMEDY, DataError, "not a whole pickle"):
+        content = path.read_bytes()
+        try:
+            try:
+                return _PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
+            except UnicodeDecodeError:
+                return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+        except _CallableRefusedError as error:
+            raise DataError(
+                f"{path}: refused, because it asks for {error}, and a pickle that asks for a class or function "
+                "can run code. Nothing was run. Get the original file; if you made this one (with numpy numbers, "
+                "say), save it again as plain lists, dicts, strings and numbers"
+            ) from None
+
+
+class _CallableRefusedError(pickle.UnpicklingError):
+    """A pickle asked for something that is no plain data."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise _CallableRefusedError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise _CallableRefusedError(f"the outside object {pid!r}")
