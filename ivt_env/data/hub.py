@@ -91,7 +91,7 @@ def parquet_rows(
         raise
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         place = f" after row {number - 1}" if number else ""
-        what = str(error).splitlines()[0]
+        what = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{path}: not a whole Parquet file{place} ({what}); {remedy}") from error
 
 

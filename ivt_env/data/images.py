@@ -66,10 +66,6 @@ class Header:
         """Whether the image has this (height, width), as stored or upright."""
         return size in (self.stored, self.upright)
 
-    def shown_upright(self, size: tuple[int, int] | None) -> bool:
-        """Which of the two frames boxes refer to that were made for an image of ``size`` (None: not stated)."""
-        return size is None or size != self.stored
-
     @property
     def frame_is_unclear(self) -> bool:
         """Whether the stored and the upright image differ, and have the same height and width."""
@@ -157,7 +153,7 @@ def read_image(source: str | os.PathLike[str] | bytes, where: str, size: tuple[i
             f"says {size[1]} wide and {size[0]} high, so its boxes would be wrong; put the original file "
             "in its place (not resized, cropped or rotated), or correct the annotation"
         )
-    wanted = header.shown_upright(size)
+    wanted = size is None or size != header.stored  # whether the boxes refer to the upright image
     if header.orientation == 1 or wanted == is_upright:
         return pixels
     turn = (_UPRIGHT if wanted else _STORED)[header.orientation]

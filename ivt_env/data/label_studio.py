@@ -93,7 +93,10 @@ def from_label_studio(
             regions, count = _regions(annotation, here, bad, notes)
             total += count
             if expression_key is not None:
-                _give_expression(task, expression_key, regions, count)
+                if count != 1:
+                    raise BadRowError(f"{count} regions and one expression, so it is unclear which is meant")
+                for region in regions:
+                    region.expressions = [text(task.get("data"), expression_key.removeprefix("data.")).strip()]
             if not any(region.expressions for region in regions):
                 notes[_NO_EXPRESSION] += len(regions)
                 continue
@@ -209,8 +212,10 @@ def _regions(annotation: dict[str, Any], here: str, bad: BadRows, notes: dict[st
     regions: list[_Region] = []
     count = 0
     for number, held in of_id.items():
-        rectangles = [one for one in held if _is_rectangle(one)]
         others = sorted({one["type"] for one in held if _NO_BOX.fullmatch(str(one.get("type")))})
+        rectangles = [
+            one for one in held if all(key in one["value"] for key in _RECTANGLE) and one.get("type") not in others
+        ]
         # What has no place in the image (choices and ratings of the whole task) is no region.
         count += bool(rectangles or others)
         if others:
@@ -221,11 +226,6 @@ def _regions(annotation: dict[str, Any], here: str, bad: BadRows, notes: dict[st
             except BadRowError as error:
                 bad.add(here, f"region {number}: {error}")
     return regions, count
-
-
-def _is_rectangle(result: dict[str, Any]) -> bool:
-    value = result["value"]
-    return all(key in value for key in _RECTANGLE) and not _NO_BOX.fullmatch(str(result.get("type")))
 
 
 def _region(number: str, held: list[dict[str, Any]], rectangles: list[dict[str, Any]]) -> _Region:
@@ -255,14 +255,6 @@ def _region(number: str, held: list[dict[str, Any]], rectangles: list[dict[str, 
         if isinstance(labels, list) and labels and region.label is None:
             region.label = text({"labels": labels[0]}, "labels")
     return region
-
-
-def _give_expression(task: dict[str, Any], expression_key: str, regions: list[_Region], count: int) -> None:
-    """Give the task's expression to its only rectangle."""
-    if count != 1:
-        raise BadRowError(f"{count} regions and one expression, so it is unclear which is meant")
-    for region in regions:
-        region.expressions = [text(task.get("data"), expression_key.removeprefix("data.")).strip()]
 
 
 def _is_usable(region: _Region, header: Header, image: str, declared: Declared, here: str, bad: BadRows) -> bool:
