@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 from hub_layouts import (
     PROMPT,
-    boxes_in_images,
     image_bytes,
     is_the_record,
     many,
@@ -25,7 +25,6 @@ from hub_layouts import (
     put_images,
     record,
     same_objects,
-    thing_at,
     things_of,
     write_jxu124,
     write_lmms,
@@ -33,7 +32,6 @@ from hub_layouts import (
     write_vlm_r1,
     write_vlm_r1_jsonl,
 )
-from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from refer_layout import PHOTOS, write_refer_folder
 
@@ -381,14 +379,10 @@ def test_parts_of_a_split_are_read_in_order_and_a_missing_or_second_one_is_refus
 # --- lmms -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(boxes_in_images())
-def test_any_box_in_any_image_comes_back(tmp_path, drawn):
-    thing = thing_at(*drawn, "testA")
-    (tmp_path / "written" / "images" / thing.file_name).unlink(missing_ok=True)
-    (box,) = write_lmms(tmp_path, "refcoco", [thing]).boxes()
-    assert np.allclose(box, thing.relative, rtol=0, atol=1e-9)
-    assert 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
+def test_every_box_in_hundredths_of_a_pixel_comes_back_to_the_bit(tmp_path):
+    numbers = np.random.default_rng(0).integers(1, 4000, (400, 4)) / 100
+    things = [replace(t, xywh=tuple(xywh)) for t, xywh in zip(many("testA", 400), numbers.tolist(), strict=True)]
+    assert [s.box for s in write_lmms(tmp_path, "refcoco", things).samples("testA")] == [t.relative for t in things]
 
 
 @pytest.mark.parametrize(
