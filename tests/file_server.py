@@ -13,10 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ivt_env.data.fetch import Patience
+from ivt_env.data import fetch
 
-QUICK = Patience(attempts=3, first_wait_s=0.0, timeout_s=5.0)
-ONCE = Patience(attempts=1, first_wait_s=0.0, timeout_s=5.0)
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
 
@@ -125,7 +123,10 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch):
+    """A server, for downloads with little patience."""
     monkeypatch.setenv("no_proxy", "*")
+    for name, value in {"ATTEMPTS": 3, "FIRST_WAIT_S": 0.0, "TIMEOUT_S": 5.0}.items():
+        monkeypatch.setattr(fetch, name, value)
     running = Server()
     yield running
     running.close()

@@ -18,12 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import strategies as st
 from PIL import Image
 from refer_layout import ReferFolder
 
 from ivt_env.data import DataError, Sample, jxu124, lmms, mdetr, vlm_r1
-from ivt_env.data.checked import BadRows
 from ivt_env.data.table import Table, open_table
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: "
@@ -224,14 +222,6 @@ class Hub:
         key = {"jxu124": "sentences", "lmms": "answer"}.get(self.layout)
         return [None for row in rows for _ in (row[key] or [None] if key else [None])]
 
-    def boxes(self) -> list[tuple[float, ...]]:
-        """Of all rows, in order, without an index; none may be bad."""
-        source = self.module.find(self.root, self.name)
-        bad = BadRows("test", "remedy")
-        found = [row.box for row in source.read(bad, self.root / "written")]
-        assert bad.reasons == []
-        return found
-
 
 def put_images(folder: Path, things: list[Thing]) -> None:
     """Write the objects' images under COCO's names."""
@@ -412,18 +402,3 @@ def same_objects(found: list[Sample], expected: list[Sample], shared_meta: tuple
     assert len(expected) > 0
     assert plain(found) == plain(expected)
     assert all(s.siblings == () for s in found)
-
-
-@st.composite
-def boxes_in_images(draw: Any) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
-    """(xywh in pixels, (height, width)): any size, any box in it, in hundredths of a pixel as COCO has them."""
-    width, height = draw(st.integers(2, 2000)), draw(st.integers(2, 2000))
-    x, y = draw(st.integers(0, 100 * width - 1)), draw(st.integers(0, 100 * height - 1))
-    w, h = draw(st.integers(1, 100 * width - x)), draw(st.integers(1, 100 * height - y))
-    return (x / 100, y / 100, w / 100, h / 100), (height, width)
-
-
-def thing_at(xywh: tuple[float, float, float, float], size: tuple[int, int], split: str) -> Thing:
-    """An object for ``boxes_in_images``; its image has one bit per pixel, so is quickly made."""
-    image = image_bytes(size[1], size[0], "1", "PNG")
-    return Thing(split, 77, 88, 99, xywh, size, ((1, "it"),), image)

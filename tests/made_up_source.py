@@ -112,10 +112,6 @@ def write_made_up(root: Path) -> MadeUp:
     return made
 
 
-def samples_of(dataset: Any) -> list[Sample]:
-    return [dataset[i] for i in range(len(dataset))]
-
-
 def refuse_writing(monkeypatch: Any, *folders: Path) -> None:
     """Make folders read-only, also for an administrator, whom file modes do not stop."""
     mkdir = Path.mkdir
@@ -130,5 +126,5 @@ def refuse_writing(monkeypatch: Any, *folders: Path) -> None:
 
 def read_in_another_process(table: Table) -> tuple[list[Sample], list[int]]:
     """The samples, and the sum of each one's image."""
-    samples = samples_of(table)
+    samples = list(table)
     return samples, [int(table.image(sample).sum()) for sample in samples]

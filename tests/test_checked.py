@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 
 import numpy as np
 import pytest
@@ -54,6 +53,7 @@ def reason(function, *arguments) -> str | None:
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @settings(deadline=None)  # a busy machine is no failure
 @given(size=SIZES, x=FRACTIONS, y=FRACTIONS, w=FRACTIONS, h=FRACTIONS, whole=st.booleans())
+@example(size=(2, 11), x=1 - 2**-53, y=0.0, w=1.0, h=1.0, whole=False)  # a sliver that the division rounds away
 def test_box_arithmetic_is_that_of_the_boxes_module(convention, size, x, y, w, h, whole):
     height, width = size
     left, top = x * (width + 2) - 1, y * (height + 2) - 1  # up to one pixel outside on every side
@@ -97,14 +97,11 @@ def test_own_boxes_are_taken_up_to_one_pixel_outside_and_refused_beyond(size, bb
     ("bbox", "message"),
     [
         (None, "bbox None is not four numbers"),
-        ([10, 10, 5], "bbox [10, 10, 5] is not four numbers"),
         ("1234", "bbox '1234' is not four numbers"),
         ({"x": 1}, "bbox {'x': 1} is not four numbers"),
         ([10, 10, "5", 5], "is not four finite numbers"),
         ([10, 10, True, 5], "is not four finite numbers"),
-        ([10, 10, None, 5], "is not four finite numbers"),
         ([10, math.nan, 5, 5], "is not four finite numbers"),
-        ([10, 10, math.inf, 5], "is not four finite numbers"),
         ([10, 10, 10**400, 5], "is not four finite numbers"),
     ],
 )
@@ -118,36 +115,17 @@ def test_anything_but_four_finite_numbers_is_refused_with_its_value(bbox, messag
     ("bbox", "convention", "message"),
     [
         ([10, 10, 0, 5], "xywh", "bbox [10, 10, 0, 5] (x, y, width, height) has no area"),
-        ([10, 10, 5, 0.0], "xywh", "has no area"),
-        ([10, 10, -5, 5], "xywh", "has no area"),
         ([-0.9, 10, 0.5, 5], "xywh", "has no area inside the image"),
         ([10, 10, 10, 50], "xyxy", "[10, 10, 10, 50] (x1, y1, x2, y2) has its corners in the wrong order or no area"),
-        ([50, 10, 10, 50], "xyxy", "has its corners in the wrong order"),
         ([-0.9, 10, -0.5, 50], "xyxy", "has no area inside the image"),
         ([10, 10, 900, 50], "xyxy", "leaves the image, which is 120 wide and 100 high"),
         ([10, 10, 900, 50], "xywh", "leaves the image, which is 120 wide and 100 high"),
+        ([60, 60, 50, 30], "xyxy", "it would fit as xywh (x, y, width, height): is the declared convention wrong?"),
+        ([60, 60, 70, 90], "xywh", "it would fit as xyxy (x1, y1, x2, y2): is the declared convention wrong?"),
     ],
 )  # fmt: skip
 def test_impossible_box_is_refused_with_its_value_and_what_it_was_taken_for(bbox, convention, message):
     assert message in (reason(box_inside, bbox, (100, 120), convention) or "")
-
-
-def test_box_is_named_by_its_key():
-    with pytest.raises(BadRowError, match=re.escape("solution [1, 2] is not four numbers")):
-        relative_box([1, 2], (9, 9), "xyxy", "solution")
-
-
-@pytest.mark.parametrize(
-    ("bbox", "declared", "probable"),
-    [
-        ([100, 200, 50, 60], "xyxy", "it would fit as xywh (x, y, width, height)"),
-        ([100, 200, 300, 400], "xywh", "it would fit as xyxy (x1, y1, x2, y2)"),
-    ],
-)
-def test_wrong_convention_is_named_in_both_directions(bbox, declared, probable):
-    size = (427, 340)
-    assert reason(box_inside, bbox, size, declared).endswith(f"{probable}: is the declared convention wrong?")
-    assert reason(box_inside, bbox, size, probable.split()[4]) is None
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -187,51 +165,33 @@ def test_name_that_climbs_out_of_its_folder_is_refused_on_every_system(check, na
     assert found is not None and found.startswith(f"image {name!r} is not ")
 
 
-@pytest.mark.parametrize("name", ["a/b.jpg", "a\\b.jpg", "a.jpg/", "./a.jpg"])
-def test_plain_name_has_no_folder(name):
-    assert "is not the plain name of a file" in reason(plain_file_name, name)
-
-
 @pytest.mark.parametrize("name", ["a.jpg", "COCO_train2014_000000581857.jpg", "Größe 1.png", "..a.jpg", "a..jpg", ".a"])
-def test_name_of_a_file_is_kept_as_it_is(name):
-    assert plain_file_name(name) == name
-    assert relative_path(name) == name
+def test_name_of_a_file_is_kept_as_it_is_and_a_plain_one_has_no_folder(name):
+    assert plain_file_name(name) == relative_path(name) == name
     assert relative_path(f"train2014/{name}") == f"train2014/{name}"
-
-
-def test_path_with_backslashes_is_told_which_separator_to_use():
-    assert reason(relative_path, "a\\b.jpg").endswith("its separator is /, not \\")
+    assert "is not the plain name of a file" in reason(plain_file_name, f"./{name}")
 
 
 # --- Numbers and texts ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [True, False, -1, 1.0, "5", None, [1], 2**63, math.nan])
-def test_only_a_whole_number_from_0_is_an_integer(value):
-    assert reason(integer, {"ref_id": value}, "ref_id") == f"ref_id is {short(value)}, not a whole number from 0"
-
-
-def test_integers_are_kept_exactly():
+def test_only_a_whole_number_from_0_is_an_integer():
+    for value in (True, False, -1, 1.0, "5", None, [1], 2**63, math.nan):
+        assert reason(integer, {"ref_id": value}, "ref_id") == f"ref_id is {short(value)}, not a whole number from 0"
     for value in (0, 1, 2**53 + 1, 2**63 - 1):
         assert integer({"id": value}, "id") == value
 
 
-@pytest.mark.parametrize("value", ["", "  \n", 3, None, ["a cat"], b"a cat"])
-def test_only_a_text_that_is_not_blank_is_a_text(value):
-    assert reason(text, {"sent": value}, "sent") == f"sent is {short(value)}, not a text"
-
-
-def test_text_is_kept_as_it_is_and_half_a_character_is_refused():
+def test_only_a_text_that_is_not_blank_and_no_half_character_is_a_text_and_is_kept_as_it_is():
     for value in ("a cat", " größte Ü — 红色的圆 ", "😀"):
         assert text({"sent": value}, "sent") == value
-    assert "which is not valid Unicode" in reason(text, {"sent": "a \udcff cat"}, "sent")
-    assert "which is not valid Unicode" in reason(text, {"sent": json.loads('"cut \\ud83d off"')}, "sent")
-
-
-@pytest.mark.parametrize("row", [{}, None, [1], "sent", 7])
-def test_row_without_the_key_is_told_so_by_both(row):
-    assert reason(integer, row, "sent") == "sent is None, not a whole number from 0"
-    assert reason(text, row, "sent") == "sent is None, not a text"
+    for value in ("", "  \n", 3, None, ["a cat"], b"a cat"):
+        assert reason(text, {"sent": value}, "sent") == f"sent is {short(value)}, not a text"
+    for value in ("a \udcff cat", json.loads('"cut \\ud83d off"')):
+        assert "which is not valid Unicode" in reason(text, {"sent": value}, "sent")
+    for row in ({}, None, [1], "sent", 7):
+        assert reason(integer, row, "sent") == "sent is None, not a whole number from 0"
+        assert reason(text, row, "sent") == "sent is None, not a text"
 
 
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (2**31, 5), (5, 2**31)])
@@ -257,17 +217,14 @@ def test_value_of_any_size_and_depth_is_shown_in_a_line():
 # --- Files and bad rows ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b'{"images": [', b"\xff\xfe\xfd", b"[" * 100_000, b"1" * 10_000])
-def test_broken_json_is_an_error_with_the_file_and_the_remedy(tmp_path, content):
+def test_broken_or_missing_json_is_an_error_with_the_file_and_the_remedy(tmp_path):
     path = tmp_path / "x.json"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"x\.json: not whole JSON \(.*\); fetch it again$"):
-        read_json(path, "fetch it again")
-
-
-def test_missing_json_is_an_error_with_the_file_and_the_remedy(tmp_path):
     with pytest.raises(DataError, match=r"x\.json: cannot be read \(No such file or directory\); fetch it again$"):
-        read_json(tmp_path / "x.json", "fetch it again")
+        read_json(path, "fetch it again")
+    for content in (b"", b'{"images": [', b"\xff\xfe\xfd", b"[" * 100_000, b"1" * 10_000):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"x\.json: not whole JSON \(.*\); fetch it again$"):
+            read_json(path, "fetch it again")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from eval_layouts import EXPRESSIONS, PHOTOS, bomb_bytes, image_bytes, opened, photo_rows, write_ref_l4
+from eval_layouts import EXPRESSIONS, bomb_bytes, image_bytes, opened, write_ref_l4
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("private_machine")
 def samples(folder, split="train"):
     table = opened(custom.find, Path(folder), "custom", split)
     assert table.skipped == 0
-    return [table[i] for i in range(len(table))]
+    return list(table)
 
 
 def write(path, content):
@@ -67,31 +67,6 @@ def convert(place, content, **options):
 
 ONE = {"bbox": [5, 6, 10, 12], "caption": "the cat"}
 A = (1, "a.jpg", 30, 40)
-
-
-@pytest.mark.parametrize("copy", [True, False])
-def test_coco_photographs_come_back_exactly(place, copy):
-    photos = {row["image"]: n for n, row in enumerate(photo_rows(), 1)}
-    images, annotations = [], []
-    for row in photo_rows():
-        x1, y1, x2, y2 = row["bbox"]
-        if photos[row["image"]] not in {image[0] for image in images}:
-            images.append((photos[row["image"]], f"deep/{row['image']}", row["height"], row["width"]))
-            target = place / "images" / "deep" / row["image"]
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes((PHOTOS / row["image"]).read_bytes())
-        annotations.append({"image_id": photos[row["image"]], "bbox": [x1, y1, x2 - x1, y2 - y1],
-                            "caption": row["expression"] + EXPRESSIONS[0]})  # fmt: skip
-    done = convert(place, coco(images, annotations), copy=copy)
-    assert (done.counts, done.images, done.left_out) == ({"train": 16}, 5, ())
-    table = opened(custom.find, place / "out", "custom", "train")
-    for n, row in enumerate(photo_rows()):
-        sample, height, width = table[n], row["height"], row["width"]
-        assert sample.box == tuple(np.array(row["bbox"], float) / [width, height, width, height])
-        assert (sample.expression, sample.dataset) == (row["expression"] + EXPRESSIONS[0], "my-set")
-        assert len(sample.siblings) == sum(other["image"] == row["image"] for other in photo_rows()) - 1
-        assert np.array_equal(table.image(sample), read_image(PHOTOS / row["image"], "photo"))
-        assert table.image_path(sample).is_symlink() != copy
 
 
 @st.composite
@@ -148,58 +123,54 @@ def test_coco_to_custom_equals_a_plain_reference(drawn, by_category):
     assert found == expected
 
 
-def test_category_name_takes_only_objects_alone_of_their_category(place):
-    done = convert(
-        place,
-        coco([A], [{"bbox": [1, 1, 5, 5]}, {"bbox": [9, 9, 5, 5]}, {"bbox": [20, 9, 5, 5], "category_id": 2}]),
-        expression_key=CATEGORY_NAME,
-    )
-    assert [(s.sample_id, s.expression) for s in samples(place / "out")] == [("2", "dog")]
-    assert done.notes == {"objects that share their category with another in the image are no targets": 2}
-
-
-def test_a_crowd_makes_its_category_ambiguous_and_is_no_target(place):
+def test_category_name_takes_only_objects_alone_of_their_category_crowds_counted(place):
     content = coco([A], [{"bbox": [1, 1, 5, 5]}, {"bbox": [9, 9, 5, 5], "iscrowd": 1},
                          {"bbox": [20, 9, 5, 5], "category_id": 2}])  # fmt: skip
-    convert(place, content, expression_key=CATEGORY_NAME)
-    assert [s.expression for s in samples(place / "out")] == ["dog"]
+    done = convert(place, content, expression_key=CATEGORY_NAME)
+    assert [(s.sample_id, s.expression) for s in samples(place / "out")] == [("2", "dog")]
+    assert done.notes == {
+        "crowds are no targets": 1,
+        "objects that share their category with another in the image are no targets": 1,
+    }
 
 
-def test_cocos_own_images_keep_cocos_id(place):
-    names = ("COCO_train2014_000000581857.jpg", "000000000139.jpg", "000000000285.jpg")
+@pytest.mark.parametrize("copy", [True, False])
+def test_cocos_own_images_keep_cocos_id_and_are_copied_or_linked(place, copy):
+    names = ("COCO_train2014_000000581857.jpg", "deep/000000000139.jpg", "000000000285.jpg")
+    (place / "images" / "deep").mkdir()
     for name in names:
         (place / "images" / name).write_bytes(image_bytes((30, 40)))
     images = [(581857, names[0], 30, 40), (139, names[1], 30, 40), (7, names[2], 30, 40)]
-    convert(place, coco(images, [ONE | {"image_id": image[0]} for image in images]))
-    assert [s.image_id for s in samples(place / "out")] == ["coco-581857", "coco-139", names[2]]
+    done = convert(place, coco(images, [ONE | {"image_id": image[0]} for image in images]), copy=copy)
+    assert (done.counts, done.images, done.left_out) == ({"train": 3}, 3, ())
+    table = opened(custom.find, place / "out", "custom", "train")
+    assert [s.image_id for s in table] == ["coco-581857", "coco-139", names[2]] and table.name == "my-set"
+    for sample, name in zip(table, names, strict=True):
+        path = table.image_path(sample)
+        assert path.read_bytes() == (place / "images" / name).read_bytes() and path.is_symlink() != copy
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_shares_divide_images_and_a_seed_gives_the_same_again(place, seed):
+def test_shares_divide_images_and_a_seed_gives_the_same_again(place):
     for n in range(20):
         (place / "images" / f"{n}.jpg").write_bytes(image_bytes((30, 40)))
     images = [(n + 1, f"{n}.jpg", 30, 40) for n in range(20)]
-    content = coco(images, [ONE | {"image_id": n % 20 + 1} for n in range(60)])
+    source = write(place / "instances.json", coco(images, [ONE | {"image_id": n % 20 + 1} for n in range(60)]))
     shares = {"train": 0.7, "val": 0.2, "test": 0.1}
     found = []
-    for again in range(2):
-        source = write(place / "instances.json", content)
-        out = place / f"out{again}"
+    for number, seed in enumerate((0, 0, 1)):
+        out = place / f"out{number}"
         assert from_coco(source, place / "images", out, "my-set", split=shares, seed=seed).images == 20
         found.append({split: {s.image_id for s in samples(out, split)} for split in shares})
-    assert found[0] == found[1]
-    assert {split: len(held) for split, held in found[0].items()} == {"train": 14, "val": 4, "test": 2}
-    assert len(set.union(*found[0].values())) == 20
+        assert {split: len(held) for split, held in found[-1].items()} == {"train": 14, "val": 4, "test": 2}
+        assert len(set.union(*found[-1].values())) == 20
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize(
     ("split", "said"),
     [
         ({"train": 0.5, "val": 0.4}, "add up to 1"),
-        ({"train": 1.5, "val": -0.5}, "above 0"),
         ({"train": 0.5, "testA": 0.5}, "is none of train, val, test"),
-        ("testA", "is none of train, val, test"),
-        ({}, "is none of"),
         ({"train": 0.5, "val": 0.5}, "none is left for"),
     ],
 )
@@ -213,9 +184,7 @@ def test_shares_that_do_not_work_out_are_refused(place, split, said):
     ("annotation", "said"),
     [
         ({"bbox": [5, 6, float("nan"), 12]}, "is not four finite numbers"),
-        ({"bbox": [5, 6, 0, 12]}, "has no area"),
         ({"bbox": [20, 20, 30, 29]}, "it would fit as xyxy"),
-        ({"bbox": None}, "bbox None is not four numbers"),
         ({"image_id": 9}, "image_id 9 is not in 'images'"),
         ({"image_id": 2}, "no such image"),
         ({"image_id": 3}, "is not a path inside the folder"),
@@ -223,9 +192,7 @@ def test_shares_that_do_not_work_out_are_refused(place, split, said):
         ({"image_id": 5}, "too large"),
         ({"category_id": 9}, "category_id 9 is not in 'categories'"),
         ({"caption": "  "}, "caption is '  ', not a text"),
-        ({"caption": 5}, "caption is 5, not a text"),
         ({"id": 0}, "the annotation id 0 occurs twice"),
-        ({"id": "x"}, "id is 'x'"),
     ],
 )
 def test_unusable_annotation_is_left_out_with_its_reason(place, annotation, said):
@@ -235,14 +202,14 @@ def test_unusable_annotation_is_left_out_with_its_reason(place, annotation, said
     done = convert(place, coco(images, [ONE, ONE | annotation]))
     assert done.counts == {"train": 1}
     assert len(done.left_out) == 1
-    assert done.left_out[0].startswith("row annotations[1]: ") and said in done.left_out[0]
+    assert done.left_out[0].startswith("row 1 of the annotations: ") and said in done.left_out[0]
 
 
-@pytest.mark.parametrize("number", [[1], {"a": 1}, "1", None, True])
-@pytest.mark.parametrize("kind", ["images", "categories"])
-def test_an_image_or_a_category_without_a_usable_id_is_as_if_it_were_not_there(place, kind, number):
+def test_an_image_or_a_category_without_a_usable_id_is_as_if_it_were_not_there(place):
     content = coco([A], [ONE])
-    content[kind].append({"id": number, "name": "what", "file_name": "b.jpg"})
+    for number in ([1], {"a": 1}, "1", None, True):
+        for kind in ("images", "categories"):
+            content[kind].append({"id": number, "name": "what", "file_name": "b.jpg"})
     assert convert(place, content).counts == {"train": 1}
 
 
@@ -264,6 +231,12 @@ def test_other_files_are_refused(place, content, said):
 
 
 def test_nothing_is_overwritten_and_known_names_are_refused(place):
+    (place / "out" / "images").mkdir(parents=True)
+    (place / "out" / "images" / "a.jpg").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"a\.jpg: another image is there already"):
+        convert(place, coco([A], [ONE]))
+    assert (place / "out" / "images" / "a.jpg").read_bytes() == b"mine"
+    (place / "out" / "images" / "a.jpg").unlink()
     convert(place, coco([A], [ONE]))
     before = {path.name: path.read_bytes() for path in (place / "out").glob("*.json*")}
     with pytest.raises(DataError, match="is there already; choose another folder"):
@@ -271,14 +244,6 @@ def test_nothing_is_overwritten_and_known_names_are_refused(place):
     assert {path.name: path.read_bytes() for path in (place / "out").glob("*.json*")} == before
     with pytest.raises(DataError, match="is that of a known data set"):
         from_coco(place / "instances.json", place / "images", place / "out2", "refcoco")
-
-
-def test_another_image_in_the_place_of_one_is_not_overwritten(place):
-    (place / "out" / "images").mkdir(parents=True)
-    (place / "out" / "images" / "a.jpg").write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"a\.jpg: another image is there already"):
-        convert(place, coco([A], [ONE]))
-    assert (place / "out" / "images" / "a.jpg").read_bytes() == b"mine"
 
 
 # --- Label Studio ---------------------------------------------------------------------------------
@@ -322,24 +287,21 @@ def test_label_studio_percent_become_the_box_and_texts_the_expressions(place):
     assert done.notes == {"rectangles without an expression are no targets": 1}
 
 
-@pytest.mark.parametrize("orientation", [6, 8])
-def test_label_studio_boxes_refer_to_the_upright_image(place, orientation):
-    (place / "images" / "a.jpg").write_bytes(image_bytes((30, 40), orientation=orientation))
+def test_label_studio_boxes_refer_to_the_upright_image(place):
+    (place / "images" / "a.jpg").write_bytes(image_bytes((30, 40), orientation=6))
     studio(place, [task(region("r1", 10, 20, 30, 40, size=(40, 30)))])
     table = opened(custom.find, place / "out", "custom", "train")
     assert np.array_equal(table.image(table[0]), read_image(place / "images" / "a.jpg", "a"))
     assert table[0].size == (40, 30)
 
 
-@pytest.mark.parametrize(
-    "image",
-    ["/data/upload/3/a b.jpg", "/data/upload/a%20b.jpg", "/data/local-files/?d=a%20b.jpg", "a b.jpg", "./a b.jpg",
-     "http://localhost:8080/data/upload/12/a%20b.jpg", "https://here/data/local-files/?d=a b.jpg"],
-)  # fmt: skip
-def test_label_studio_prefixes_are_taken_off_the_path(place, image):
+def test_label_studio_prefixes_are_taken_off_the_path(place):
     (place / "images" / "a b.jpg").write_bytes(image_bytes((30, 40)))
-    studio(place, [task(GOOD, image=image)])
-    assert samples(place / "out")[0].image_id == "a b.jpg"
+    images = ("/data/upload/3/a b.jpg", "/data/upload/a%20b.jpg", "/data/local-files/?d=a%20b.jpg", "a b.jpg",
+              "./a b.jpg", "http://localhost:8080/data/upload/12/a%20b.jpg",
+              "https://here/data/local-files/?d=a b.jpg")  # fmt: skip
+    studio(place, [task(GOOD, image=image, number=number) for number, image in enumerate(images)])
+    assert [s.image_id for s in samples(place / "out")] == ["a b.jpg"] * len(images)
 
 
 def test_first_annotation_that_was_not_cancelled_counts_and_that_is_said(place):
@@ -369,19 +331,15 @@ def test_expression_of_the_task_goes_to_its_only_rectangle(place):
         (task(region("r9", 10, 10, 20, 20, value={"x": 1, "y": 1, "width": 9, "height": 9, "rotation": 30})),
          "rotation is 30, and a turned rectangle is no box"),
         (task(region("r9", 10, 10, 20, 20, image_rotation=90)), "image_rotation is 90"),
-        (task(region("r9", 10, 10, 0, 20)), "has no area"),
         (task(region("r9", 10, 10, 120, 20)), "leaves the image"),
         (task(region("r9", 10, float("nan"), 20, 20)), "is not four finite numbers"),
-        (task(region("r9", 10, None, 20, 20)), "is not four finite numbers"),
         (task(region("r9", 10, 10, 20, 20, size=(31, 40))), "but was 40 wide and 31 high when it was annotated"),
         (task(region("r9", 10, 10, 20, 20, [""])), "text is '', not a text"),
         (task(GOOD, image="/data/upload/3/gone.jpg"), "no such image"),
         (task(GOOD, image="/data/local-files/?d=../a.jpg"), "is not a path inside the folder"),
-        (task(GOOD, image="s3://bucket/a.jpg"), "lies elsewhere; fetch the images"),
         (task(GOOD, image="https://example.org/a.jpg"), "lies elsewhere; fetch the images"),
         (task(GOOD, image="/data/upload/3/turned.jpg"), "orientation 3"),
         (task(annotations="none"), "annotations is 'none'"),
-        (task(annotations=[{"result": None}]), "result is None"),
         ("no task", "annotations is None"),
     ],
 )  # fmt: skip
@@ -399,9 +357,11 @@ def test_unusable_task_or_region_is_left_out_with_its_reason(place, bad, said):
     ("content", "said"),
     [
         ({"tasks": []}, "not a list of tasks"),
-        ([], "not a list of tasks"),
         ([{"id": 1, "image": "/data/upload/a.jpg", "label": []}], r"no task has 'annotations'; .*not JSON-MIN"),
-        ([task(region("r1", 1, 1, 9, 9, ()))], "no object has an expression .*rectangles without an expression"),
+        (
+            [task(GOOD) | {"data": {"a": "x.jpg", "b": "y.png"}}],
+            r"data has no field 'image', and 2 of its fields name an image \(\['a', 'b'\]",
+        ),
     ],
 )
 def test_other_exports_are_refused(place, content, said):
@@ -437,30 +397,23 @@ def test_ocr_template_is_read_and_its_polygons_are_counted(place):
     assert done.notes == {"regions that are no rectangles (polygon) were passed over": 1} and not done.left_out
 
 
-def test_image_that_no_field_names_is_said_with_the_fields(place):
-    with pytest.raises(DataError, match=r"data has no field 'image', and 2 of its fields name an image \(\['a', 'b'\]"):
-        exported = task(GOOD)
-        studio(place, [exported | {"data": {"a": "x.jpg", "b": "y.png"}}])
-
-
 REJECTED = {"last_action": "rejected"}
-REVIEWED = {
-    "reviews": [{"created_at": "2022-11-02", "accepted": False}, {"created_at": "2022-11-01", "accepted": True}]
-}
-ACCEPTED = {
-    "reviews": [{"created_at": "2022-11-01", "accepted": False}, {"created_at": "2022-11-02", "accepted": True}]
-}
 
 
-@pytest.mark.parametrize("rejected", [REJECTED, REVIEWED])
+def reviewed(*accepted):
+    """Reviews, the latest first."""
+    return {"reviews": [{"created_at": f"2022-11-0{9 - n}", "accepted": yes} for n, yes in enumerate(accepted)]}
+
+
+@pytest.mark.parametrize("rejected", [REJECTED, reviewed(False, True)])
 def test_annotation_that_a_review_rejected_is_no_truth(place, rejected):
     def made(n, **more):
         return {"id": n, "was_cancelled": False, "result": region("r1", 10 * n, 10, 20, 20)} | more
 
-    tasks = [task(annotations=[made(1, **rejected), made(2, **ACCEPTED)]),
+    tasks = [task(annotations=[made(1, **rejected), made(2, **reviewed(True, False))]),
              task(annotations=[made(3, **rejected)], number=12),
              task(annotations=[made(4), made(5, ground_truth=True)], number=13),
-             task(annotations=[made(6, last_action="fixed_and_accepted", **REVIEWED)], number=14)]  # fmt: skip
+             task(annotations=[made(6, last_action="accepted", **reviewed(False))], number=14)]  # fmt: skip
     done = studio(place, tasks)
     assert [s.box[0] for s in samples(place / "out")] == [0.2, 0.5, 0.6]
     assert done.notes["annotations that a review rejected were passed over"] == 2
@@ -513,8 +466,7 @@ def test_links_are_relative_and_survive_a_move_of_both(tmp_path):
     write_ref_l4(tmp_path / "all" / "root")
     before = opened(ref_l4.find, tmp_path / "all" / "root", "refl4", "val")
     export(before, tmp_path / "all" / "out", "my-set", copy=False)
-    for path in (tmp_path / "all" / "out" / "images").iterdir():
-        assert not os.path.isabs(os.readlink(path))
+    assert not any(os.path.isabs(os.readlink(path)) for path in (tmp_path / "all" / "out" / "images").iterdir())
     (tmp_path / "all").rename(tmp_path / "moved")
     after = opened(custom.find, tmp_path / "moved" / "out", "custom", "val")
     assert after.image(after[0]).shape == (*after[0].size, 3)

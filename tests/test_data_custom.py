@@ -11,17 +11,16 @@ import itertools
 import json
 import logging
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from eval_layouts import EXPRESSIONS, PHOTOS, failure, image_bytes, in_frame, opened, photo_rows, write_custom
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ivt_env.data as data
-from ivt_env.data import DataError, DataMissingError, load_dataset
+from ivt_env.data import DataError, load_dataset
 from ivt_env.data import custom as module
 from ivt_env.data.custom import Declared
 from ivt_env.data.images import read_image
@@ -96,14 +95,8 @@ def test_the_page_shows_what_works(root, monkeypatch, capsys):
     known = {row["expression"]: row["bbox"] for row in photo_rows()}
     lines = [json.loads(each) for each in files[1][1].splitlines()]
     assert len(lines) == 3
+    assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| `.*", page, re.M)))) >= module.KEYS
     assert all(known[each["expression"]] == each["bbox"] for each in lines)
-
-
-def test_the_page_lists_every_key():
-    listed = set(
-        re.findall(r"`(\w+)`", "\n".join(x for x in PAGE.read_text("utf-8").splitlines() if x.startswith("| `")))
-    )
-    assert listed >= module.KEYS
 
 
 @pytest.mark.parametrize(("box", "frame"), list(itertools.product(BOXES, FRAMES)))
@@ -141,7 +134,7 @@ def boxes_in_images(draw):
     return (height, width), [x1, y1, x2, y2]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(boxes_in_images(), st.sampled_from(BOXES), st.sampled_from(FRAMES))
 def test_any_box_round_trips_in_every_convention_and_frame(drawn, box, frame):
     size, corners = drawn
@@ -152,18 +145,6 @@ def test_any_box_round_trips_in_every_convention_and_frame(drawn, box, frame):
     expected = np.array(corners) / [size[1], size[0], size[1], size[0]]
     assert np.allclose(found, expected, rtol=0, atol=1e-12)
     assert 0 <= found[0] < found[2] <= 1 and 0 <= found[1] < found[3] <= 1
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1, max_size=5)
-)
-def test_any_expression_comes_back(expressions):
-    with tempfile.TemporaryDirectory() as folder:
-        put(Path(folder), "images/a.jpg", image_bytes((30, 40)))
-        write_custom(Path(folder), [line(expression=each) for each in expressions])
-        served = table(Path(folder))
-        assert [served[i].expression for i in range(len(served))] == [each.strip() for each in expressions]
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
@@ -196,31 +177,22 @@ def test_photograph_whose_frame_is_unclear_is_refused_unless_stated(root, size, 
     assert np.array_equal(served.image(served[0]), read_image(path, "a", size))
 
 
-def test_lines_may_be_blank_and_the_file_may_start_with_a_mark(root):
-    put(root, "images/a.jpg", image_bytes((30, 40)))
+def test_lines_may_be_blank_and_the_file_may_start_with_a_mark_and_ids_and_meta_are_kept(root):
+    put(root, "deep/a.jpg", image_bytes((30, 40)))  # beside dataset.json
+    first = line(image="deep/a.jpg", image_id="coco-5", expression=" \u2028 猫\n🐈")
+    other = first | {"id": 7, "category": "猫", "meta": {"by": [1, None]}}
     path = write_custom(root, [])
-    text = f"\ufeff{json.dumps(line())}\r\n\r\n   \n{json.dumps(line(expression='the dog'))}"
-    path.write_bytes(text.encode())
+    path.write_bytes(f"\ufeff{json.dumps(first)}\r\n\r\n   \n{json.dumps(other)}".encode())
     served = table(root)
-    assert [(served[i].sample_id, served[i].expression) for i in range(2)] == [("1", "the cat"), ("4", "the dog")]
+    assert [(s.sample_id, s.image_id, s.expression) for s in served] == [
+        ("1", "coco-5", "猫\n🐈"), ("7", "coco-5", "猫\n🐈")
+    ]  # fmt: skip
+    assert served[1].meta == {"by": [1, None], "category": "猫"}
+    assert served.image_path(served[0]) == root / "deep" / "a.jpg"
 
 
-def test_ids_category_and_meta_are_kept(root):
-    put(root, "images/deep/a.jpg", image_bytes((30, 40)))
-    write_custom(root, [line(image="deep/a.jpg", id=7, image_id="coco-5", category="猫", meta={"by": [1, None]})])
-    sample = table(root)[0]
-    assert (sample.sample_id, sample.image_id) == ("7", "coco-5")
-    assert sample.meta == {"by": [1, None], "category": "猫"}
-
-
-def test_images_may_lie_beside_dataset_json(root):
-    put(root, "a.jpg", image_bytes((30, 40)))
-    write_custom(root, [line()])
-    served = table(root)
-    assert served.image_path(served[0]) == root / "a.jpg"
-
-
-def test_splits_are_those_whose_file_is_there(root):
+def test_splits_are_those_whose_file_is_there(root, tmp_path):
+    assert module.find(tmp_path, "custom") is module.find(tmp_path, "refcocog") is None
     put(root, "images/a.jpg", image_bytes((30, 40)))
     put(root, "images/b.jpg", image_bytes((30, 40)))
     write_custom(root, [line()])
@@ -230,57 +202,39 @@ def test_splits_are_those_whose_file_is_there(root):
     assert "my-set (custom) has no split 'val'; it has train, test" in refusal(root, "val")
 
 
-def test_absent_is_none_and_nothing_takes_its_place(tmp_path):
-    assert module.find(tmp_path, "custom") is None
-    assert module.find(tmp_path, "refcocog") is None
-    with pytest.raises(DataMissingError, match="custom"):
-        load_dataset("custom", "train", data_root=tmp_path)
-
-
 # --- What is declared -----------------------------------------------------------------------------
-
-
-def test_lines_without_a_declaration_are_refused(root):
-    (root / "train.jsonl").write_text(json.dumps(line()))
-    with pytest.raises(DataError, match=r'dataset\.json: cannot be read .*it must hold {"name": "my-set", "box"'):
-        load_dataset("custom", "train", data_root=root)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        (None, 'cannot be read (No such file or directory); it must hold {"name": "my-set", "box"'),
         ('{"name": "my-set", "box": "xyxy"', "not whole JSON"),
         ('{"name": "my-set", "box": "xyxy"}', "it must hold"),
-        ("[]", "it must hold"),
         ('{"name": "my-set", "box": "cxcywh", "frame": "px"}', "box is 'cxcywh', which is none of xyxy, xywh"),
         ('{"name": "my-set", "box": "xyxy", "frame": "percent"}', "frame is 'percent'; choose one of px, relative"),
-        ('{"name": "my-set", "box": ["xyxy"], "frame": "px"}', "which is none of xyxy, xywh"),
         ('{"name": "my-set", "box": "xyxy", "frame": "px", "boxes": 1}', "unknown key 'boxes'"),
         ('{"name": "", "box": "xyxy", "frame": "px"}', "the name '' is not 1 to 64"),
         ('{"name": "../x", "box": "xyxy", "frame": "px"}', "the name '../x' is not"),
-        ('{"name": 5, "box": "xyxy", "frame": "px"}', "the name 5 is not"),
     ],
 )
 def test_unclear_declaration_is_refused(root, content, said):
     write_custom(root, [line()])
-    (root / "dataset.json").write_text(content)
+    (root / "dataset.json").unlink()
+    if content is not None:
+        (root / "dataset.json").write_text(content)
     message = refusal(root)
     assert message.startswith(str(root / "dataset.json")) and said in message
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*data.NAMES, "RefCOCOg", "refcoco-plus", "RefCOCO-unc", "refcocog-umd", "refcocog-google", "Ref-L4", "ref_adv",
-     "ref-adv-s", "Scenes"],
-)  # fmt: skip
-def test_names_of_known_data_sets_are_refused(name):
-    with pytest.raises(DataError, match="is that of a known data set"):
-        module.check_name(name)
-
-
-@pytest.mark.parametrize("name", ["my-refcocog", "refcocog-kitchen", "photos2", "a", "A.b_c-9"])
-def test_other_names_are_not(name):
-    assert module.check_name(name) == name
+def test_names_of_known_data_sets_are_refused_and_others_are_not():
+    known = (*data.NAMES, "RefCOCOg", "refcoco-plus", "RefCOCO-unc", "refcocog-umd", "refcocog-google", "Ref-L4",
+             "ref_adv", "ref-adv-s", "Scenes")  # fmt: skip
+    for name in known:
+        with pytest.raises(DataError, match="is that of a known data set"):
+            module.check_name(name)
+    for name in ("my-refcocog", "refcocog-kitchen", "photos2", "a", "A.b_c-9"):
+        assert module.check_name(name) == name
 
 
 # --- Broken input ---------------------------------------------------------------------------------
@@ -297,9 +251,8 @@ def test_other_names_are_not(name):
         ({"bbox": [5, 6, 20, 1e999]}, "Infinity is no JSON number"),
         ({"bbox": [float("nan"), 6, 20, 25]}, "NaN is no JSON number"),
         ({"siblings": [[5, 6, 20, 25], [9, 9, 2, 2]]}, r"siblings[1] [9, 9, 2, 2]"),
-        ({"siblings": 5}, "siblings is 5, not a list of boxes"),
         ({"image": "../a.jpg"}, "is not a path inside the folder"),
-        ({"image": "b.jpg"}, "image 'b.jpg': no such image, neither"),
+        ({"image": "b.jpg"}, "image 'b.jpg': no such image, "),
         ({"expression": "  "}, "expression is '  ', not a text"),
         ({"width": 40}, "height is None"),
         ({"box": [1, 2, 3, 4]}, "unknown key 'box' (did you mean 'bbox'?)"),
@@ -307,15 +260,21 @@ def test_other_names_are_not(name):
         ({"meta": {"a": "\ud800"}}, "not valid Unicode"),
         ({"meta": {"category": "dog"}, "category": "cat"}, "category is 'cat', but in meta it is 'dog'"),
         ({"id": ""}, "id is '', not a text"),
-        ({"id": 1.5}, "id is 1.5, not a text"),
         ({"image_id": "other"}, "'a.jpg' has the image_id 'a.jpg' in a line before, here 'other'"),
+        ({"image": "c.jpg", "image_id": "a.jpg"}, "image_id 'a.jpg' is that of 'a.jpg'"),
+        ({"image": "text.jpg"}, "not a whole image that can be read"),
+        ({"image": "x" * 300}, "cannot be looked for (File name too long)"),
+        ({"meta": {"a": float("inf")}}, "Infinity is no JSON number"),
+        ({"meta": {"a": "1e999"}}, "holds a number that is too large"),  # JSON, and infinite
     ],
 )
 def test_bad_line_is_left_out_with_its_number_and_reason(root, caplog, values, said):
-    put(root, "images/a.jpg", image_bytes((30, 40)))
+    for name, content in (("a", image_bytes((30, 40))), ("c", image_bytes((30, 40))), ("text", b"text")):
+        put(root, f"images/{name}.jpg", content)
     good = line()
     path = write_custom(root, [])
-    path.write_text("".join(json.dumps(each) + "\n" for each in (good, good | values, good)))
+    lines = "".join(json.dumps(each) + "\n" for each in (good, good | values, good))
+    path.write_text(lines.replace('"1e999"', "1e999"))
     with caplog.at_level(logging.WARNING):
         assert table(root).skipped == 1
     assert "row train.jsonl line 2: " in caplog.text and said in caplog.text
@@ -361,27 +320,3 @@ def test_image_in_train_and_test_is_refused_however_it_is_spelt(root):
     write_custom(root, [line()])
     write_custom(root, [line(image="./a.jpg")], "test")
     assert "train and test share 1 images (a.jpg is one)" in refusal(root)
-
-
-def test_one_id_for_two_images_is_left_out(root, caplog):
-    put(root, "images/b.jpg", image_bytes((30, 40)))
-    assert "image_id 'a.jpg' is that of 'a.jpg'" in one_bad(root, {"image": "b.jpg", "image_id": "a.jpg"}, caplog)
-
-
-def test_no_image_at_all_is_said(root, caplog):
-    put(root, "images/b.jpg", b"text")
-    assert "not a whole image that can be read" in one_bad(root, {"image": "b.jpg"}, caplog)
-
-
-def test_a_image_name_no_disk_takes_costs_its_line_only(root, caplog):
-    assert "cannot be looked for (File name too long)" in one_bad(root, {"image": "x" * 300}, caplog)
-
-
-def test_meta_that_json_cannot_say_costs_its_line_only(root, caplog):
-    assert "Infinity is no JSON number" in one_bad(root, {"meta": {"a": float("inf")}}, caplog)
-    path = root / "train.jsonl"
-    path.write_text(path.read_text("utf-8").replace("Infinity", "1e999"), "utf-8")  # JSON, and infinite
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        assert table(root).skipped == 1
-    assert "holds a number that is too large" in caplog.text

@@ -7,7 +7,6 @@ served as train is trained on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 
@@ -33,14 +32,6 @@ def table(layout):
     return opened(module.find, layout.root, "refadv", "test")
 
 
-def refusal(layout):
-    return failure(module.find, layout.root, "refadv", "test")
-
-
-def only_file(layout):
-    return next(iter(layout.rows))
-
-
 @pytest.mark.parametrize("below", ["", "data"])
 def test_every_expression_is_served_with_its_box_and_image(tmp_path, below):
     layout = write_ref_adv(tmp_path, below)
@@ -59,96 +50,54 @@ def test_every_expression_is_served_with_its_box_and_image(tmp_path, below):
         }  # fmt: skip
         path = PHOTOS / photo["image"]
         assert np.array_equal(served.image(sample), read_image(path, str(path)))
-
-
-def test_image_ids_are_cocos_own_or_those_of_open_images(layout):
-    served = table(layout)
-    ids = list(dict.fromkeys(served[i].image_id for i in range(len(served))))
+    ids = list(dict.fromkeys(served.image_ids()))
     assert ids == ["coco-547144", "coco-547145", "coco-547146", "oi-000000000008594b", "oi-000000000008594c"]
+    with pytest.raises(DataError, match="refadv has no split 'train'; it has test"):
+        load_dataset("refadv", "train", data_root=tmp_path)
 
 
-def test_images_are_written_once_as_they_are(layout):
+def test_no_file_and_files_in_both_places_are_refused(layout):
+    write_ref_adv(layout.root, "data")
+    assert "keep one of the two" in failure(module.find, layout.root, "refadv", "test")
+    for path in layout.root.rglob("*.parquet"):
+        path.unlink()
+    assert "*.parquet: missing" in failure(module.find, layout.root, "refadv", "test")
+
+
+def test_images_are_written_once_as_they_are_and_damaged_ones_replaced(layout):
     table(layout)
-    written = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in layout.images.iterdir()}
-    assert written == {r["file_name"]: hashlib.sha256(r["image"]["bytes"]).digest() for r in layout.all_rows}
-    assert len(written) == 5
-
-
-def test_images_that_are_there_are_left_alone_and_damaged_ones_replaced(layout):
-    table(layout)
+    written = {path.name: path.read_bytes() for path in layout.images.iterdir()}
+    assert written == {row["file_name"]: row["image"]["bytes"] for row in layout.all_rows} and len(written) == 5
     kept, damaged = sorted(layout.images.iterdir())[:2]
-    before, content = kept.stat().st_mtime_ns, damaged.read_bytes()
-    damaged.write_bytes(content[:-1] + b"?")
+    before = kept.stat().st_mtime_ns
+    damaged.write_bytes(written[damaged.name][:-1] + b"?")
     (layout.root / "refadv" / ".ivt_index" / "refadv-ref-adv.arrow").unlink()
     table(layout)
     assert kept.stat().st_mtime_ns == before
-    assert damaged.read_bytes() == content
+    assert damaged.read_bytes() == written[damaged.name]
 
 
-@pytest.mark.parametrize(
-    ("value", "count"),
-    [("5", 5), (" 7 ", 7), (3, 3), (4.0, 4), (["a", "b"], 2), ('["a", "b", "c"]', 3), ([], 0), ("2.0", 2)],
-)
-def test_distractors_are_counted_in_every_form(value, count):
-    assert module._count(value) == count
+def test_distractors_are_counted_in_every_form_and_what_says_no_number_is_refused():
+    counts = [("5", 5), (" 7 ", 7), (3, 3), (4.0, 4), (["a", "b"], 2), ('["a", "b", "c"]', 3), ([], 0), ("2.0", 2)]
+    for value, count in counts:
+        assert module._count(value) == count
+    for value in (None, "", "many", True, -1, 2.5, {"a": 1}, '{"a": 1}', "-3", float("nan"), "NaN"):
+        with pytest.raises(BadRowError, match="neither a number nor a list"):
+            module._count(value)
 
 
-@pytest.mark.parametrize("value", [None, "", "many", True, -1, 2.5, {"a": 1}, '{"a": 1}', "-3", float("nan"), "NaN"])
-def test_distractors_that_say_no_number_are_refused(value):
-    with pytest.raises(BadRowError, match="neither a number nor a list"):
-        module._count(value)
-
-
-def test_distractors_as_numbers_or_lists_are_read_from_the_file(layout):
-    place = REF_ADV.get_field_index("distractors")
-    for kind, value, count in ((pa.int64(), 4, 4), (pa.list_(pa.string()), ["cup", "cup"], 2)):
-        for row in layout.all_rows:
-            row["distractors"] = value
-        layout.schema = REF_ADV.set(place, pa.field("distractors", kind))
-        layout.save()
-        assert {s.meta["distractors"] for s in list(table(layout))} == {count}
-
-
-def test_row_idx_is_the_id_where_the_file_has_it(layout):
+def test_columns_of_other_types_are_read_too_and_row_idx_is_the_id_where_it_is_there(layout):
     for number, row in enumerate(layout.all_rows):
-        row["row_idx"] = 1000 - number
-    layout.schema = REF_ADV.append(pa.field("row_idx", pa.int64()))
+        row |= {"image": row["image"]["bytes"], "distractors": ["cup", "cup"], "row_idx": 1000 - number}
+    kinds = {"image": pa.binary(), "distractors": pa.list_(pa.string()), "row_idx": pa.int64()}
+    plain = [field for field in REF_ADV if field.name not in kinds]
+    layout.schema = pa.schema([*plain, *kinds.items()])
     layout.save()
-    assert table(layout)[3].sample_id == "997"
-
-
-def test_image_as_plain_bytes_is_read_too(layout):
-    for row in layout.all_rows:
-        row["image"] = row["image"]["bytes"]
-    layout.schema = REF_ADV.set(0, pa.field("image", pa.binary()))
-    layout.save()
-    assert table(layout).skipped == 0
-
-
-def test_it_is_a_test_set_only(layout):
-    with pytest.raises(DataError, match="refadv has no split 'train'; it has test"):
-        load_dataset("refadv", "train", data_root=layout.root)
+    served = table(layout)
+    assert (served.skipped, served[3].sample_id, served[3].meta["distractors"]) == (0, "997", 2)
 
 
 # --- Broken input ---------------------------------------------------------------------------------
-
-
-def test_second_image_of_one_name_is_a_bad_row(layout, caplog):
-    layout.all_rows[1]["image"] = layout.all_rows[-1]["image"]
-    layout.save()
-    with caplog.at_level(logging.WARNING):
-        assert table(layout).skipped == 1
-    assert "holds another image than an earlier row with coco-547144" in caplog.text
-
-
-def test_files_in_both_places_are_refused(layout):
-    write_ref_adv(layout.root, "data")
-    assert "keep one of the two" in refusal(layout)
-
-
-def test_folder_without_a_file_says_what_is_missing(tmp_path):
-    (tmp_path / "refadv").mkdir()
-    assert "*.parquet: missing" in failure(module.find, tmp_path, "refadv", "test")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +111,7 @@ def test_folder_without_a_file_says_what_is_missing(tmp_path):
         ({"use_negation": None}, "use_negation is None"),
         ({"image": {"bytes": None, "path": "a.jpg"}}, "the image is not in the file (image is {"),
         ({"image": {"bytes": b"no image", "path": None}, "file_name": "x.jpg"}, "not a whole image that can be read"),
+        ({"image": {"bytes": (PHOTOS / "rocket.jpg").read_bytes(), "path": None}}, "another image than an earlier row"),
         ({"image": {"bytes": bomb_bytes(), "path": None}, "file_name": "x.png"}, "too large"),
     ],
 )
@@ -171,7 +121,7 @@ def test_bad_row_is_left_out_with_its_reason(layout, caplog, values, said):
     with caplog.at_level(logging.WARNING):
         served = table(layout)
     assert served.skipped == 1
-    assert f"row 2 of {only_file(layout).name}: " in caplog.text and said in caplog.text
+    assert f"row 2 of {next(iter(layout.rows)).name}: " in caplog.text and said in caplog.text
     assert "x.jpg" not in {path.name for path in layout.images.iterdir()}
 
 

@@ -33,14 +33,9 @@ def opened(root: Path, name: str = "refcocog", split: str = "train", partition: 
     return open_table(module.source(root, name, partition), split)
 
 
-def samples_of(dataset):
-    return [dataset[i] for i in range(len(dataset))]
-
-
 # --- What is read ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
 @pytest.mark.parametrize(
     ("name", "partition", "label"),
     [
@@ -50,14 +45,14 @@ def samples_of(dataset):
         ("refcocoplus", "unc", "refcocoplus"),
     ],
 )
-def test_every_expression_is_served_once_with_its_box_and_image(tmp_path, name, partition, label, protocol):
-    layout = write_refer_folder(tmp_path, name, partition, protocol)
+def test_every_expression_is_served_once_with_its_box_and_image(tmp_path, name, partition, label):
+    layout = write_refer_folder(tmp_path, name, partition)
     found = {}
     for split in module.PARTITIONS[name][partition]:
         dataset = opened(tmp_path, name, split, partition)
         assert isinstance(dataset, Dataset)
         assert (dataset.name, dataset.split, dataset.skipped) == (label, split, 0)
-        for sample in samples_of(dataset):
+        for sample in list(dataset):
             assert (sample.dataset, sample.split) == (label, split)
             found[sample.sample_id] = sample
             assert dataset.image(sample).shape == (*sample.size, 3)
@@ -73,24 +68,8 @@ def test_every_expression_is_served_once_with_its_box_and_image(tmp_path, name, 
         assert np.array_equal(np.round(to_pixels(sample.box, sample.size), 9), known["box_px"])
 
 
-def test_record_of_the_published_annotations_converts_as_stated(layout):
-    """RefCOCO ref 0, as VLM-R1 prints it: xyxy 103.93, 299.99, 238.15, 477.41 in 427x640."""
-    ref = layout.refs[0]
-    image = layout.annotated_image(ref)
-    image["height"], image["width"] = 640, 427
-    for other in layout.refs[1:]:  # its neighbours lie outside the new size
-        if other["image_id"] == ref["image_id"]:
-            layout.annotation_of(other)["bbox"] = [1, 1, 2, 2]
-    layout.annotation_of(ref)["bbox"] = [103.93, 299.99, 134.22, 177.42]
-    layout.save()
-    sample = opened(layout.root)[0]
-    assert (sample.size, sample.sample_id, sample.meta["ann_id"]) == ((640, 427), "0-0", 1719310)
-    assert np.allclose(to_pixels(sample.box, sample.size), [103.93, 299.99, 238.15, 477.41], atol=1e-9)
-    assert np.floor(np.multiply(sample.box, 1000)).tolist() == [243, 468, 557, 745]
-
-
 def test_siblings_are_the_other_objects_of_the_category_in_the_image(layout):
-    by_text = {s.expression: s for s in samples_of(opened(layout.root))}
+    by_text = {s.expression: s for s in list(opened(layout.root))}
     left, right = by_text["the eye on the left"], by_text["the eye on the right"]
     assert (left.siblings, right.siblings) == ((right.box,), (left.box,))
     assert by_text["the cat's nose"].siblings == ()
@@ -101,14 +80,8 @@ def test_siblings_are_the_other_objects_of_the_category_in_the_image(layout):
         eye | {"id": 6, "bbox": [10, 20, 30, 40]},
     ]
     layout.save()
-    left = next(s for s in samples_of(opened(layout.root)) if s.expression == left.expression)
+    left = next(s for s in list(opened(layout.root)) if s.expression == left.expression)
     assert left.siblings == (right.box, (10 / 451, 20 / 300, 40 / 451, 60 / 300))
-
-
-def test_splits_share_no_image(layout):
-    images = {s: {x.image_id for x in samples_of(opened(layout.root, split=s))} for s in ("train", "val", "test")}
-    assert all(images.values())
-    assert len(set.union(*images.values())) == sum(map(len, images.values())) == 5
 
 
 def test_google_partition_may_share_images_and_is_named_so(tmp_path):
@@ -116,7 +89,7 @@ def test_google_partition_may_share_images_and_is_named_so(tmp_path):
     layout.refs[0]["split"] = "val"
     layout.save()
     train, val = (opened(tmp_path, split=s, partition="google") for s in ("train", "val"))
-    assert {s.image_id for s in samples_of(train)} & {s.image_id for s in samples_of(val)}
+    assert {s.image_id for s in list(train)} & {s.image_id for s in list(val)}
     assert train.name == train[0].dataset == "refcocog-google"
 
 
@@ -152,22 +125,16 @@ def test_tampered_refs_file_is_refused_unread_and_leaves_no_index(layout, tmp_pa
         opened(layout.root)
     assert not (tmp_path / "was-run").exists()
     assert not list(layout.folder.rglob("*.arrow"))
-
-
-@pytest.mark.parametrize("value", [{}, [], "refs", 7, None])
-def test_pickle_of_something_else_is_refused(layout, value):
-    layout.refs_path.write_bytes(pickle.dumps(value))
-    with pytest.raises(DataError, match=r"refs\(umd\)\.p: holds .*not a list of refs"):
-        opened(layout.root)
+    for value in ({}, [], "refs", 7, None):
+        layout.refs_path.write_bytes(pickle.dumps(value))
+        with pytest.raises(DataError, match=r"refs\(umd\)\.p: holds .*not a list of refs"):
+            opened(layout.root)
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "not whole JSON"),
-        (b'{"images": [', "not whole JSON"),
-        (b"\xff\xfe\xfd", "not whole JSON"),
-        (b"[" * 100_000, "not whole JSON"),
         (b"[]", "has no list 'images'"),
         (b'{"images": [], "annotations": {}, "categories": []}', "has no list 'annotations'"),
         (b'{"images": [], "annotations": [1, null], "categories": [{}]}', "rows are unusable"),
@@ -207,81 +174,56 @@ def test_partitions_have_an_index_each(tmp_path):
 # --- Bad rows -------------------------------------------------------------------------------------
 
 
-def set_bbox(bbox):
-    return lambda layout, ref: layout.annotation_of(ref).__setitem__("bbox", bbox)
+def ref(**values):
+    return lambda layout, ref: ref.update(values)
 
 
-def set_ref(key, value):
-    return lambda layout, ref: ref.__setitem__(key, value)
+def annotation(**values):
+    return lambda layout, ref: layout.annotation_of(ref).update(values)
 
 
-def set_sentence(key, value):
-    return lambda layout, ref: ref["sentences"][0].__setitem__(key, value)
+def image(**values):
+    return lambda layout, ref: layout.annotated_image(ref).update(values)
 
 
-def set_image(**entries):
-    return lambda layout, ref: layout.annotated_image(ref).update(entries)
+def sentence(**values):
+    return lambda layout, ref: ref["sentences"][0].update(values)
 
 
-def drop(where, key):
-    def apply(layout, ref):
-        holder = ref if where == "ref" else ref["sentences"][0]
-        del holder[key]
-
-    return apply
-
-
-def remove_annotation(layout, ref):
-    layout.instances["annotations"].remove(layout.annotation_of(ref))
-
-
-def remove_image(layout, ref):
-    layout.instances["images"].remove(layout.annotated_image(ref))
-
-
-def remove_category(layout, ref):
-    layout.instances["categories"] = [c for c in layout.instances["categories"] if c["id"] != ref["category_id"]]
-
-
-def recursive_sent_ids(layout, ref):
-    ref["sent_ids"].append(ref["sent_ids"])
-
-
-DAMAGES = {
-    "zero width": (set_bbox([10, 10, 0, 5]), "has no area"),
-    "NaN": (set_bbox([10, float("nan"), 5, 5]), "not four finite numbers"),
-    "no bbox": (set_bbox(None), "not four numbers"),
-    "no annotation": (remove_annotation, "annotation .* not in instances.json"),
-    "no image": (remove_image, "image .* not in instances.json"),
-    "no category": (remove_category, "category .* is not in instances.json"),
-    "wrong image id": (set_ref("image_id", 581857), "says image 581857"),
-    "wrong category id": (set_ref("category_id", 1), "category 1"),
-    "unknown split": (set_ref("split", "trian"), "split 'trian' is none of train, val, test"),
-    "missing ref key": (drop("ref", "file_name"), r"keys missing: \['file_name'\]"),
-    "extra sentence key": (set_sentence("score", 1), "unknown: .*score"),
-    "sent_ids disagree": (set_ref("sent_ids", [77]), r"sent_ids \[77\], but its sentences have"),
-    "sent_ids hold themselves": (recursive_sent_ids, "but its sentences have"),
-    "no sentence": (set_ref("sentences", []), "not a list of sentences"),
-    "sentence is text": (set_ref("sentences", ["a cat"]), "sent_id is None"),
-    "blank expression": (set_sentence("sent", "  "), "sent is .*not a text"),
-    "id is text": (set_ref("ann_id", "5"), "ann_id is '5'"),
-    "duplicate": (lambda layout, ref: layout.refs.append(ref), "occurs twice"),
-    "not a dict": (lambda layout, ref: layout.refs.append([1]), "a ref is a dict"),
-    "path as file name": (set_image(file_name="../../secret.jpg"), "not the plain name"),
-    "empty image": (set_image(height=0), "are not an image's"),
-}
+# How a ref of val, or what belongs to it, is damaged, and what is said.
+DAMAGES = [
+    (annotation(bbox=[10, 10, 0, 5]), "has no area"),
+    (annotation(bbox=[10, float("nan"), 5, 5]), "not four finite numbers"),
+    (annotation(id=5), "annotation .* is not in instances.json"),
+    (image(id=5), "image .* is not in instances.json"),
+    (image(file_name="../../secret.jpg"), "not the plain name"),
+    (image(height=0), "are not an image's"),
+    (lambda layout, ref: layout.instances["categories"][ref["category_id"] - 1].pop("id"), "category .* is not in"),
+    (ref(image_id=581857), "says image 581857"),
+    (ref(category_id=1), "category 1"),
+    (ref(split="trian"), "split 'trian' is none of train, val, test"),
+    (lambda layout, ref: ref.pop("file_name"), r"keys missing: \['file_name'\]"),
+    (sentence(score=1), "unknown: .*score"),
+    (ref(sent_ids=[77]), r"sent_ids \[77\], but its sentences have"),
+    (lambda layout, ref: ref["sent_ids"].append(ref["sent_ids"]), "but its sentences have"),
+    (ref(sentences=[]), "not a list of sentences"),
+    (ref(sentences=["a cat"]), "sent_id is None"),
+    (sentence(sent="  "), "sent is .*not a text"),
+    (ref(ann_id="5"), "ann_id is '5'"),
+    (lambda layout, ref: layout.refs.append(ref), "occurs twice"),
+    (lambda layout, ref: layout.refs.append([1]), "a ref is a dict"),
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_bad_row_is_named_counted_and_left_out_and_the_rest_is_served(layout, caplog, damage):
-    whole = {s.sample_id for s in samples_of(opened(layout.root, split="train"))}
+@pytest.mark.parametrize(("change", "reason"), DAMAGES)
+def test_bad_row_is_named_counted_and_left_out_and_the_rest_is_served(layout, caplog, change, reason):
+    whole = {s.sample_id for s in list(opened(layout.root, split="train"))}
     ref = next(r for r in layout.refs if r["split"] == "val")  # rocket.jpg, 640x427: two refs
-    change, reason = DAMAGES[damage]
     change(layout, ref)
     layout.save()
     with caplog.at_level(logging.WARNING):
         dataset = opened(layout.root, split="train")
-    assert {s.sample_id for s in samples_of(dataset)} == whole
+    assert {s.sample_id for s in list(dataset)} == whole
     assert 1 <= dataset.skipped <= 3
     named = [r.getMessage() for r in caplog.records if "left out row" in r.getMessage()]
     assert all("refs(umd).p" in message for message in named)

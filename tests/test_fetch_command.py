@@ -8,61 +8,53 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import io
 import json
 import shutil
-import tarfile
-import zipfile
+import tempfile
 from pathlib import Path, PurePosixPath
 
 import hub_layouts
 import pytest
-from file_server import Served, Server, jpeg
+from file_server import Served, jpeg, sha256
 from refer_layout import write_refer_folder
+from test_archives import make_tar, make_zip
 
 from ivt_agents import cli
 from ivt_env.commands import fetch as command
 from ivt_env.data import catalogue, load_dataset, refer
 from ivt_env.data.catalogue import CATALOGUE, COCO_TRAIN2014, HubFolder, hub_files
-from ivt_env.data.fetch import Patience
 from ivt_env.data.sample import DataError
 
 REFCOCOG_ZIP = "/licheng/referit/data/refcocog.zip"
 TRAIN_ZIP = "/zips/train2014.zip"
 
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
+pytestmark = pytest.mark.usefixtures("private_machine")
 
 
 def zip_of(files):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
+    return packed(make_zip, files)
 
 
 def tgz_of(files):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
+    return packed(make_tar, files)
 
 
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """Stands for every server, through --mirror."""
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.delenv("IVT_DATA", raising=False)
-    running = Server()
-    yield running
-    running.close()
+def packed(make, files):
+    with tempfile.TemporaryDirectory() as folder:
+        return make(Path(folder) / "archive", files).read_bytes()
+
+
+def known(monkeypatch, name, image_changes=(), **changes):
+    """An entry of the catalogue, changed for this test."""
+    found = CATALOGUE[name]
+    if image_changes:
+        changes["images"] = dataclasses.replace(found.images, **dict(image_changes))
+    monkeypatch.setitem(CATALOGUE, name, dataclasses.replace(found, **changes))
+
+
+def of_this_size(file, content):
+    return dataclasses.replace(file, bytes=len(content), sha256=sha256(content))
 
 
 @pytest.fixture
@@ -76,13 +68,9 @@ def published(server, monkeypatch, tmp_path):
     server.files[TRAIN_ZIP] = Served(zip_of({f"train2014/{name}": content for name, content in images.items()}))
     for name, content in images.items():
         server.files[f"/train2014/{name}"] = Served(content)
-    known = CATALOGUE["refcocog"]
-    source = dataclasses.replace(
-        COCO_TRAIN2014,
-        archive=dataclasses.replace(COCO_TRAIN2014.archive, must_hold=(COCO_TRAIN2014.folders[0], len(images))),
-    )
-    file = dataclasses.replace(known.files[0], bytes=len(archive), sha256=sha256(archive))
-    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, files=(file,), images=source))
+    of_images = dataclasses.replace(COCO_TRAIN2014.archive, must_hold=(COCO_TRAIN2014.folders[0], len(images)))
+    files = (of_this_size(CATALOGUE["refcocog"].files[0], archive),)
+    known(monkeypatch, "refcocog", {"archive": of_images}, files=files)
     return layout
 
 
@@ -97,13 +85,6 @@ def fetch(server, tmp_path, capsys):
         return status, captured.out, captured.err
 
     return run
-
-
-def answer(monkeypatch, word):
-    asked = []
-    monkeypatch.setattr("sys.stdin", argparse.Namespace(isatty=lambda: True))
-    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or word)
-    return asked
 
 
 def got(server):
@@ -172,11 +153,11 @@ def test_images_that_a_user_keeps_elsewhere_are_used(server, published, fetch, t
 def test_an_interrupted_fetch_goes_on(server, published, fetch, monkeypatch, tmp_path):
     server.files[REFCOCOG_ZIP].faults = [("cut", 700)]
 
-    def interrupt(self, failures, asked_s=None, stop=None):
+    def interrupt(seconds):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Patience, "wait", interrupt)
+        patched.setattr("time.sleep", interrupt)
         status, _, err = fetch("refcocog", "--images", "none")
     assert status == 130 and "run the same command again" in err
     assert fetch("refcocog", "--images", "none")[0] == 0
@@ -191,24 +172,31 @@ def test_more_than_a_gigabyte_is_not_taken_unasked(server, published, fetch, mon
     assert status == 2
     assert "13.5 GB" in out and "--yes" in err and CATALOGUE["refcocog"].licence in out
     assert server.log == [] and not (tmp_path / "root").exists()
-    for word, expected in (("", 2), ("n", 2), ("what?", 2), ("y", 0), ("Yes", 0)):
-        asked = answer(monkeypatch, word)
+    for word, expected in (("", 2), ("n", 2), ("what?", 2), (EOFError, 2), ("y", 0), ("Yes", 0)):
+        asked = []
+
+        def answer(prompt, word=word, asked=asked):
+            asked.append(prompt)
+            if word is EOFError:
+                raise EOFError
+            return word
+
+        monkeypatch.setattr("sys.stdin", argparse.Namespace(isatty=lambda: True))
+        monkeypatch.setattr("builtins.input", answer)
         shutil.rmtree(tmp_path / "root", ignore_errors=True)
-        assert fetch("refcocog")[0] == expected
+        status, _, err = fetch("refcocog")
+        assert status == expected and (err == "error: nothing was downloaded\n") == (expected == 2)
         assert len(asked) == 1
         assert (tmp_path / "root").exists() == (expected == 0)
 
 
 def test_many_single_images_are_asked_for_too(published, fetch, monkeypatch):
-    known = CATALOGUE["refcocog"]
-    images = dataclasses.replace(known.images, mean_bytes=2_000_000_000)
-    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, images=images))
+    known(monkeypatch, "refcocog", {"mean_bytes": 2_000_000_000})
     status, _, err = fetch("refcocog", "--split", "val")
     assert status == 2 and "about 2.0 GB" in err
 
 
 def test_a_size_that_nobody_knows_is_asked_for(server, fetch, monkeypatch):
-    known = CATALOGUE["mdetr"]
     url = "/record/4729015/files/mdetr_annotations.tar.gz"
     server.files[url] = Served(b"x" * 100, length=False)
     status, _, err = fetch("mdetr", "--images", "none")
@@ -216,15 +204,12 @@ def test_a_size_that_nobody_knows_is_asked_for(server, fetch, monkeypatch):
     server.files[url] = Served(b"x" * 100)  # the server says that it is small
     status, _, err = fetch("mdetr", "--images", "none")
     assert status == 2 and "cannot be unpacked" in err
-    assert known.files[0].bytes is None
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
-def test_the_licence_comes_before_the_first_byte(server, fetch, name):
-    _, out, _ = fetch(name)  # whose files this server does not have
-    found = CATALOGUE[name]
-    for part in (found.title, found.homepage, found.licence, found.notice):
-        assert part in out
+def test_the_licence_comes_before_the_first_byte(server, fetch):
+    for name, found in CATALOGUE.items():
+        _, out, _ = fetch(name)  # whose files this server does not have
+        assert all(part in out for part in (found.title, found.homepage, found.licence, found.notice))
     assert not any(server.sent.values())
 
 
@@ -260,24 +245,14 @@ def test_a_listing_is_read_to_its_last_page(server):
     ]
 
 
-@pytest.mark.parametrize("body", [b"<html>", b'{"error": "no"}', b'[{"type": "file"}]', b"[1]", b"\xff"])
-def test_something_else_than_a_listing_is_named(server, body):
-    server.files["/api/datasets/a/b/tree/main"] = Served(body)
-    with pytest.raises(DataError, match=r"the listing of a/b: http.* is not a list of files .*--mirror"):
+def test_something_else_than_a_listing_is_named(server):
+    for body in (b"<html>", b'{"error": "no"}', b'[{"type": "file"}]', b"[1]", b"\xff"):
+        server.files["/api/datasets/a/b/tree/main"] = Served(body)
+        with pytest.raises(DataError, match=r"the listing of a/b: http.* is not a list of files .*--mirror"):
+            hub_files(HubFolder("a/b", "into"), mirror=server.url)
+    serve_hub(server, "a/b", {"train.json": b"{}"})
+    with pytest.raises(DataError, match=r"a/b: its folder / at revision main holds no \*\.parquet"):
         hub_files(HubFolder("a/b", "into"), mirror=server.url)
-
-
-def test_a_hub_data_set_arrives_with_checked_names_sizes_and_checksums(server, fetch, tmp_path):
-    parquet = b"PAR1 not really"
-    serve_hub(server, "dddraxxx/ref-adv-s", {"deep.parquet": parquet}, revision=CATALOGUE["refadv"].hub[0].revision)
-    status, _, err = fetch("refadv")
-    assert status == 0, err
-    assert (tmp_path / "root" / "refadv" / "deep.parquet").read_bytes() == parquet
-    url = f"/datasets/dddraxxx/ref-adv-s/resolve/{CATALOGUE['refadv'].hub[0].revision}/deep.parquet"
-    server.files[url].content = b"PAR1 not rEally"
-    (tmp_path / "root" / "refadv" / "deep.parquet").unlink()
-    status, _, err = fetch("refadv")
-    assert status == 2 and "is not the published file" in err
 
 
 def test_a_split_of_a_hub_data_set_can_come_alone(server, fetch, tmp_path):
@@ -295,21 +270,11 @@ def test_a_split_of_a_hub_data_set_can_come_alone(server, fetch, tmp_path):
     assert status == 2 and "lmms has no split 'train'; it has val, test, testA, testB" in err
 
 
-def test_a_hub_data_set_that_was_rearranged_is_named(server, fetch):
-    serve_hub(server, "jxu124/refcoco", {"data/train.json": b"{}"}, folder="data")
-    status, _, err = fetch("jxu124", "--images", "none")
-    assert status == 2 and r"jxu124/refcoco: its folder data at revision main holds no *.parquet" in err
-
-
 def test_ref_l4_gets_its_images_beside_its_annotations(server, fetch, monkeypatch, tmp_path):
     serve_hub(server, "JierunChen/Ref-L4", {"ref-l4-val.parquet": b"v", "ref-l4-test.parquet": b"t"})
-    known = CATALOGUE["refl4"]
     archive = tgz_of({"images/COCO_train2014_000000128974.jpg": jpeg(1), "images/objects365_v2_00922765.jpg": jpeg(2)})
     server.files["/datasets/JierunChen/Ref-L4/resolve/main/images.tar.gz"] = Served(archive)
-    file = dataclasses.replace(known.images.archive, bytes=len(archive), sha256=sha256(archive))
-    monkeypatch.setitem(
-        CATALOGUE, "refl4", dataclasses.replace(known, images=dataclasses.replace(known.images, archive=file))
-    )
+    known(monkeypatch, "refl4", {"archive": of_this_size(CATALOGUE["refl4"].images.archive, archive)})
     root = tmp_path / "root"
     (root / "refl4" / "images").mkdir(parents=True)
     (root / "refl4" / "images" / "half-unpacked.jpg").write_bytes(jpeg(3))  # proves nothing: how many is not published
@@ -338,18 +303,14 @@ def test_mdetr_gives_only_the_referring_sets(server, fetch, tmp_path):
 def test_an_archive_of_another_layout_is_named(published, server, fetch, monkeypatch):
     archive = zip_of({"data/refcocog/instances.json": b"{}"})
     server.files[REFCOCOG_ZIP] = Served(archive)
-    known = CATALOGUE["refcocog"]
-    file = dataclasses.replace(known.files[0], bytes=len(archive), sha256=sha256(archive))
-    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, files=(file,)))
+    known(monkeypatch, "refcocog", files=(of_this_size(CATALOGUE["refcocog"].files[0], archive),))
     status, _, err = fetch("refcocog", "--images", "none")
     assert status == 2 and "refcocog.zip: was unpacked into" in err and "instances.json is not there" in err
 
 
 def test_a_disk_without_room_for_single_images_is_told_first(server, published, fetch, monkeypatch):
     assert fetch("refcocog", "--images", "none")[0] == 0
-    known = CATALOGUE["refcocog"]
-    images = dataclasses.replace(known.images, mean_bytes=900_000_000)
-    monkeypatch.setitem(CATALOGUE, "refcocog", dataclasses.replace(known, images=images))
+    known(monkeypatch, "refcocog", {"mean_bytes": 900_000_000})
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1 << 40, 0, 500_000_000))
     status, _, err = fetch("refcocog", "--split", "val")
     assert status == 2 and "only 500.0 MB are free" in err
@@ -364,18 +325,14 @@ def test_a_disk_without_room_for_single_images_is_told_first(server, published, 
         (["scenes"], "nothing to fetch"),
         (["refcocog", "--split", "testA"], "refcocog has no split 'testA'; it has train, val, test"),
         (["refadv", "--images", "single"], "not served one by one"),
+        (["refcocog", "--workers", "0"], "1 to 64"),
+        (["refcocog", "--workers", "1.5"], "1 to 64"),
         (["refcocog", "--images", "none", "--mirror", "nowhere"], "--mirror 'nowhere' is not an address"),
     ],
 )
 def test_a_wrong_word_is_an_error_that_helps(tmp_path, capsys, words, expected):
     assert cli.main(["data", "fetch", *words, "--data-root", str(tmp_path)]) == 2
     assert expected in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("workers", ["0", "-1", "65", "many", "1.5"])
-def test_a_number_of_workers_that_is_none_is_refused(workers, capsys):
-    assert cli.main(["data", "fetch", "refcocog", "--workers", workers]) == 2
-    assert "1 to 64" in capsys.readouterr().err
 
 
 def test_images_that_are_not_cocos_are_not_asked_for(tmp_path):
@@ -413,21 +370,20 @@ def test_places_agree_with_the_readers():
         assert found.files[0].must_exist == (f"{folder}/instances.json", f"{folder}/refs({partition}).p")
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
-def test_an_entry_holds_together(name):
-    found = catalogue.entry(name)
-    assert found.name == name and found.licence and found.homepage.startswith("https://")
-    assert found.files or found.hub
-    archives = [found.images.archive] if found.images else []
-    for file in (*found.files, *archives):
-        places = [file.path, *file.must_exist, *([file.must_hold[0]] if file.must_hold else [])]
-        assert all(not Path(place).is_absolute() and ".." not in Path(place).parts for place in places)
-        assert file.url.startswith(("https://", "http://images.cocodataset.org/"))
-        assert file.sha256 is None or len(file.sha256) == 64
-        assert (file.unpack_into is None) == (not file.must_exist and file.must_hold is None)
-        assert file.path.startswith(f"{catalogue.DOWNLOADS}/") == (file.unpack_into is not None)
-    if found.images:
-        assert found.images.archive.must_hold[0] == found.images.folders[0]
+def test_entries_hold_together():
+    for name, found in CATALOGUE.items():
+        assert found.name == name and found.licence and found.homepage.startswith("https://")
+        assert found.files or found.hub
+        archives = [found.images.archive] if found.images else []
+        for file in (*found.files, *archives):
+            places = [file.path, *file.must_exist, *([file.must_hold[0]] if file.must_hold else [])]
+            assert all(not Path(place).is_absolute() and ".." not in Path(place).parts for place in places)
+            assert file.url.startswith(("https://", "http://images.cocodataset.org/"))
+            assert file.sha256 is None or len(file.sha256) == 64
+            assert (file.unpack_into is None) == (not file.must_exist and file.must_hold is None)
+            assert file.path.startswith(f"{catalogue.DOWNLOADS}/") == (file.unpack_into is not None)
+        if found.images:
+            assert found.images.archive.must_hold[0] == found.images.folders[0]
 
 
 # --- Saying how far it is -------------------------------------------------------------------------
@@ -453,16 +409,6 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch):
         assert "a.zip: 100.0 MB of 100.0 MB (100 %)" in text
         assert ("\r" in text) == stream.isatty()
     assert "a.zip: 30.0 MB of 100.0 MB (30 %), 966.7 kB/s, 1 min left" in text
-
-
-def test_no_answer_is_a_no(server, published, fetch, monkeypatch, tmp_path):
-    def ended(prompt):
-        raise EOFError
-
-    monkeypatch.setattr("sys.stdin", argparse.Namespace(isatty=lambda: True))
-    monkeypatch.setattr("builtins.input", ended)
-    status, _, err = fetch("refcocog")
-    assert status == 2 and err == "error: nothing was downloaded\n" and not (tmp_path / "root").exists()
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path, capsys):

@@ -6,6 +6,7 @@ A wrong position or a forgotten image shows nowhere but in worse answers.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -26,17 +27,18 @@ from ivt_env import boxes
 from ivt_env.rollouts import make_vector_env, rollout
 
 
-def play(layout: str, *, reuse: bool = True, view: str = "overlay", max_steps: int = 3) -> tuple[VLMPolicy, Groups]:
+@cache
+def play(layout: str, view: str = "overlay", max_steps: int = 3) -> tuple[VLMPolicy, Groups]:
+    """Eight episodes; a test that changes the policy names a length of its own."""
     policy = small_policy()
-    policy.layout, policy.reuse = layout, reuse
+    policy.layout = layout
     env = make_vector_env("IVT-Scenes-v0", 8, split="train", view=view, max_steps=max_steps)
     policy.generator.manual_seed(7)
     return policy, collect(env, policy, [3, 4], 4)
 
 
-@pytest.mark.parametrize("view", ["overlay", "both"])
-def test_first_turns_are_the_same_in_both_layouts(view):
-    (_, fresh), (_, prefix) = play("fresh", view=view), play("prefix", view=view)
+def test_first_turns_are_the_same_in_both_layouts():
+    (_, fresh), (_, prefix) = play("fresh", "both"), play("prefix", "both")
     for a, b in zip(fresh.turns, prefix.turns, strict=True):
         assert a[0].prompt.ids == b[0].prompt.ids
         assert a[0].completion == b[0].completion
@@ -72,15 +74,14 @@ def test_a_conversation_holds_what_was_sampled_and_every_image_in_its_order():
         assert words.count("<|im_end|>\n") + words.count("<|endoftext|>\n") == 5
 
 
-@pytest.mark.parametrize("view", ["overlay", "both"])
-def test_a_continued_cache_gives_what_computing_everything_anew_gives(view):
+def test_a_continued_cache_gives_what_computing_everything_anew_gives():
     """Greedy, so that equal logits give equal ids; the log-probabilities are compared as numbers."""
     found = []
     for reuse in (True, False):
         policy = small_policy()
         policy.layout, policy.reuse = "prefix", reuse
         policy.set_temperature(0.0)
-        env = make_vector_env("IVT-Scenes-v0", 6, split="val", view=view)
+        env = make_vector_env("IVT-Scenes-v0", 6, split="val", view="both")
         found.append(collect(env, policy, list(range(6)), 1).turns)
     assert max(map(len, found[0])) == 3, "no episode went on: nothing is tested"
     for with_cache, anew in zip(*found, strict=True):
@@ -91,7 +92,7 @@ def test_a_continued_cache_gives_what_computing_everything_anew_gives(view):
 
 @pytest.mark.parametrize("layout", ["fresh", "prefix"])
 def test_what_was_sampled_is_what_is_scored(layout):
-    policy, groups = play(layout, view="both")
+    policy, groups = play(layout, "both")
     turns = [t for episode in groups.turns for t in episode]
     with torch.no_grad():
         scored, _ = TokenScorer(policy.model, policy.sampling, True)(turns)

@@ -6,7 +6,6 @@ its accents.
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from refer_layout import python2_pickle
 
 from ivt_env.data import DataError
-from ivt_env.data.pickles import read_pickle
+from ivt_env.data.refer import read_pickle
 
 PLAIN = [
     {"ref_id": number, "sent_ids": [number], "split": "train", "sentences": [{"sent": "the café", "sent_id": number}]}
@@ -38,14 +37,6 @@ class Attack:
         return (Path.touch, (self.target,))
 
 
-class System:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return (os.system, (f'echo > "{self.target}"',))
-
-
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("value", [PLAIN, {}, [], "refs", 7, None, [1.5, True, (2, b"x"), {3}]])
 def test_plain_data_are_read_in_every_protocol(path, protocol, value):
@@ -55,11 +46,10 @@ def test_plain_data_are_read_in_every_protocol(path, protocol, value):
     assert read_pickle(path) == value
 
 
-@pytest.mark.parametrize("attack", [Attack, System])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pickle_that_tries_to_run_code_runs_nothing_and_is_named(path, tmp_path, attack, protocol):
+def test_pickle_that_tries_to_run_code_runs_nothing_and_is_named(path, tmp_path, protocol):
     target = tmp_path / "was-run"
-    payload = pickle.dumps([*PLAIN, attack(target)], protocol=protocol)
+    payload = pickle.dumps([*PLAIN, Attack(target)], protocol=protocol)
     pickle.loads(payload)
     assert target.exists(), "the attack must work on an unguarded reader, or this test shows nothing"
     target.unlink()
@@ -69,21 +59,21 @@ def test_pickle_that_tries_to_run_code_runs_nothing_and_is_named(path, tmp_path,
     assert not target.exists()
 
 
-def test_pickle_with_an_outside_object_is_refused(path):
-    path.write_bytes(b"\x80\x02X\x03\x00\x00\x00abcQ.")
-    with pytest.raises(DataError, match=r"refs\(umd\)\.p: refused, .*outside object 'abc'"):
-        read_pickle(path)
-
-
-def test_pickle_that_asks_for_a_registered_extension_is_refused_or_broken(path):
-    path.write_bytes(b"\x80\x02\x82\x01.")  # EXT1
-    with pytest.raises(DataError, match=r"refs\(umd\)\.p: "):
-        read_pickle(path)
-
-
-def test_numpy_numbers_are_refused_with_the_advice_to_convert(path):
-    path.write_bytes(pickle.dumps([{"ref_id": np.int64(0)}]))
-    with pytest.raises(DataError, match="numpy.*save it again as plain lists"):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x80\x02X\x03\x00\x00\x00abcQ.", "refused, .*outside object 'abc'"),
+        (b"\x80\x02\x82\x01.", "not a whole pickle"),  # EXT1, a registered extension
+        (pickle.dumps([{"ref_id": np.int64(0)}]), "numpy.*save it again as plain lists"),
+        *(
+            (pickle.dumps(PLAIN, protocol=2)[:cut], "not a whole pickle .*unpack the data set again")
+            for cut in (0, 1, -1)
+        ),
+    ],
+)
+def test_what_is_no_plain_data_or_not_whole_is_refused_and_named(path, content, said):
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"refs\(umd\)\.p: .*{said}"):
         read_pickle(path)
 
 
@@ -91,13 +81,6 @@ def test_numpy_numbers_are_refused_with_the_advice_to_convert(path):
 def test_python_2_pickles_keep_their_accents(path, encoding):
     path.write_bytes(python2_pickle(PLAIN, encoding))
     assert read_pickle(path) == PLAIN
-
-
-@pytest.mark.parametrize("cut", [0, 1, 50, -1])
-def test_truncated_pickle_is_an_error_that_names_it(path, cut):
-    path.write_bytes(pickle.dumps(PLAIN, protocol=2)[:cut])
-    with pytest.raises(DataError, match=r"refs\(umd\)\.p: not a whole pickle .*unpack the data set again"):
-        read_pickle(path)
 
 
 def test_pickle_that_is_missing_or_a_folder_is_named(path):
@@ -112,7 +95,7 @@ def test_any_damaged_pickle_gives_data_or_a_data_error(path):
     whole = np.frombuffer(pickle.dumps(PLAIN, protocol=2), np.uint8)
     rng = np.random.default_rng(0)
     refused = 0
-    for _ in range(300):
+    for _ in range(150):
         damaged = whole.copy()
         damaged[rng.integers(len(damaged), size=3)] = rng.integers(256, size=3)
         path.write_bytes(damaged.tobytes())
@@ -121,4 +104,4 @@ def test_any_damaged_pickle_gives_data_or_a_data_error(path):
         except DataError as error:
             assert "refs(umd).p" in str(error)
             refused += 1
-    assert refused > 100
+    assert refused > 50

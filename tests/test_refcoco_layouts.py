@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 from hub_layouts import (
     PROMPT,
-    boxes_in_images,
     image_bytes,
     is_the_record,
     many,
@@ -25,7 +25,6 @@ from hub_layouts import (
     put_images,
     record,
     same_objects,
-    thing_at,
     things_of,
     write_jxu124,
     write_lmms,
@@ -33,7 +32,6 @@ from hub_layouts import (
     write_vlm_r1,
     write_vlm_r1_jsonl,
 )
-from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from refer_layout import PHOTOS, write_refer_folder
 
@@ -94,12 +92,10 @@ def test_published_record_is_reproduced(tmp_path, layout):
     sample = WRITERS[layout](tmp_path, "refcoco", [record(split)]).samples(split)[0]
     is_the_record(sample)
     assert (sample.sample_id, sample.meta) == OF_RECORD[layout]
+    if layout == "lines":
+        is_the_record(write_vlm_r1_jsonl(tmp_path, "refcoco", [record()], as_text=True).samples("train")[0])
     if layout == "lmms":  # not only to float32, as the file holds it, but to the digits of the annotators' file
         assert sample.box == tuple(np.divide([103.93, 299.99, 103.93 + 134.22, 299.99 + 177.42], [427, 640] * 2))
-
-
-def test_published_record_is_reproduced_from_an_answer_as_text(tmp_path):
-    is_the_record(write_vlm_r1_jsonl(tmp_path, "refcoco", [record()], as_text=True).samples("train")[0])
 
 
 @pytest.mark.parametrize("layout", WRITERS)
@@ -157,13 +153,6 @@ def test_only_splits_on_disk_are_offered(tmp_path, hub):
         open_table(source, "test")
 
 
-def test_sets_in_one_folder_have_an_index_each(tmp_path):
-    hub, other = written(tmp_path, "mdetr"), write_mdetr(tmp_path, "refcoco", [record()])
-    for _ in range(2):  # the second time from the index
-        assert (len(hub.open("train")), len(other.open("train"))) == (40, 3)
-    assert len(list((tmp_path / "mdetr" / ".ivt_index").glob("*.arrow"))) == 2
-
-
 # --- Bad rows -------------------------------------------------------------------------------------
 
 
@@ -184,12 +173,10 @@ def turns(asked, answer):
 
 
 GOOD = f"<image>{PROMPT}the cat."
-NOT_FINITE, NO_TURNS = "is not four finite numbers", "not one turn of human and one of gpt"
+NO_TURNS = "not one turn of human and one of gpt"
 # What is done to row 3, as a change of its fields or a function, and a part of what is said.
 BAD_ROWS = {
     "jxu124": [
-        (lambda row: row["bbox"].__setitem__(2, float("nan")), NOT_FINITE),
-        ({"bbox": None}, "bbox None is not four numbers"),
         (
             lambda row: (row.update(bbox=[5.0, 6.0, 5.0, 15.0]), in_json("raw_anns", bbox=[5.0, 6.0, 0.0, 9.0])(row)),
             "bbox [5.0, 6.0, 5.0, 15.0] (x1, y1, x2, y2) has",
@@ -199,33 +186,24 @@ BAD_ROWS = {
         (in_json("raw_image_info", id=5), "id in raw_image_info is 5, and"),
         (in_json("raw_image_info", file_name="COCO_train2014_000000000005.jpg"), "5.jpg', but its id is"),
         (in_json("raw_image_info", file_name="../x.jpg"), "'../x.jpg' is not the plain name"),
-        (in_json("raw_image_info", height=0), "height 0 and width 120 are not an image's"),
         (lambda row: row.update(raw_anns=row["raw_anns"][:30]), "not whole JSON"),
         ({"raw_image_info": "[1]"}, "raw_image_info is [1], not a JSON object"),
         ({"split": "testB"}, "says split 'testB' in a file of train"),
         ({"sentences": [], "sent_ids": []}, "has no sentences"),
-        ({"sentences": [None]}, "sent_ids"),
+        ({"sentences": [None]}, "sent_id is None"),
         ({"sent_ids": [1, 2]}, "sent_ids [1, 2], but its sentences have"),
         (first_sentence(sent="  "), "sent is '  ', not a text"),
-        ({"ann_id": -1}, "ann_id is -1, not a whole number from 0"),
     ],
     "lmms": [
-        ({"bbox": [1.0, float("nan"), 3.0, 4.0]}, NOT_FINITE),
-        ({"bbox": None}, "bbox None is not four numbers"),
-        ({"bbox": [5.0, 6.0, 0.0, 9.0]}, "bbox [5.0, 6.0, 0.0, 9.0] (x, y, width, height) has no area"),
+        ({"bbox": [1.0, float("nan"), 3.0, 4.0]}, "is not four finite numbers"),
         ({"question_id": "12a"}, "question_id is '12a', not the number of an annotation"),
         ({"file_name": "17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 image"),
         ({"file_name": "../x.jpg"}, "file_name '../x.jpg' is not the plain name of a file"),
         ({"answer": []}, "answer is None, not a text"),
-        ({"answer": [" "]}, "answer is ' ', not a text"),
-        ({"image": None}, "the image is not in the file (image is None)"),
         ({"image": {"bytes": None, "path": "x.jpg"}}, "the image is not in the file (image is {"),
-        ({"image": {"bytes": b"no image", "path": "x"}}, "holds another image than an earlier row with"),
         ({"image": {"bytes": image_bytes(120, 80, shade=9), "path": None}}, "another image than an earlier row with"),
     ],
     "mdetr": [
-        (annotation(bbox=[1.0, float("nan"), 3.0, 4.0]), NOT_FINITE),
-        (annotation(bbox=None), "bbox None is not four numbers"),
         (annotation(bbox=[5, 6, 0, 9]), "bbox [5, 6, 0, 9] (x, y, width, height) has no area"),
         (annotation(original_id="12"), "original_id is '12', not a whole number"),
         (lambda content: content["annotations"].pop(3), "image id 3: has 0 annotations, not one"),
@@ -235,39 +213,29 @@ BAD_ROWS = {
         ),
         ({"dataset_name": "refcoco"}, "dataset_name is 'refcoco', not 'refcoco+'"),
         ({"original_id": 4}, "but its id is 4"),
-        ({"file_name": "17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 image"),
         ({"file_name": "/etc/COCO_train2014_000000000004.jpg"}, "is not the plain name of a file"),
-        ({"width": None}, "width is None"),
         ({"caption": " "}, "caption is ' ', not a text"),
     ],
     "vlm_r1": [
-        ({"solution": [1.0, float("nan"), 3.0, 4.0]}, NOT_FINITE),
-        ({"solution": None}, "solution None is not four numbers"),
-        ({"solution": [5, 6, 5, 9]}, "solution [5, 6, 5, 9] (x1, y1, x2, y2) has its corners in the wrong"),
         ({"solution": [60, 40, 20, 30]}, "it would fit as xywh (x, y, width, height)"),
         ({"dataset_name": "refcocog"}, "dataset_name is 'refcocog' in a file of refcocoplus"),
         ({"image": "train2014/17.jpg"}, "file name '17.jpg' is not that of a COCO train2014 image"),
         ({"image": "../COCO_train2014_000000000004.jpg"}, "is not a path inside the folder of the images"),
-        ({"image": ["a.jpg", "b.jpg"]}, "image is ['a.jpg', 'b.jpg'], not a text"),
-        ({"height": None}, "height is None"),
         ({"normal_caption": ""}, "normal_caption is '', not a text"),
         ({"original_id": 1.5}, "original_id is 1.5, not a whole number"),
-        ({"category_id": None}, "category_id is None"),
+        ([1, 2], "is [1, 2], not an object"),
     ],
     "lines": [
-        (turns(GOOD, [1.0, float("nan"), 3.0, 4.0]), "the answer [1.0, nan, 3.0, 4.0] is not four finite numbers"),
         (turns(GOOD, "at 1, 2, 3, 4"), "the answer is 'at 1, 2, 3, 4', not whole JSON"),
-        (turns(GOOD, [5, 6, 9, 6]), "the answer [5, 6, 9, 6] (x1, y1, x2, y2) has its corners"),
         (turns(GOOD, "[60, 40, 20, 30]"), "it would fit as xywh (x, y, width, height)"),
         (turns("<image>Where is the cat?", [1, 2, 3, 4]), "the human's value is '<image>Where is the cat?'"),
         (turns(GOOD[:-1], [1, 2, 3, 4]), "not '<image>Please provide the bounding box"),
         (turns(f"<image>{PROMPT} .", [1, 2, 3, 4]), "expression is ' ', not a text"),
-        ({"conversations": turns(GOOD, None)["conversations"][:1]}, NO_TURNS),
         ({"conversations": turns(GOOD, "[1, 2, 3, 4]")["conversations"][::-1]}, NO_TURNS),
-        ({"conversations": None}, "conversations is None"),
         ({"conversations": [GOOD, "[1, 2, 3, 4]"]}, NO_TURNS),
         ({"id": None}, "id is None"),
-        ({"image": "train2014/COCO_train2014_000000000004.jpg"}, "4.jpg', whose size is needed, is in none of"),
+        ({"image": "train2014/COCO_train2014_000000000004.jpg"}, "4.jpg': no such image, "),
+        ([1, 2], "is [1, 2], not an object"),
     ],
 }
 
@@ -280,21 +248,15 @@ def test_bad_row_is_named_and_left_out_and_the_rest_is_served(tmp_path, caplog, 
     split = next(iter(hub.rows))
     content = hub.rows[split]
     is_mdetr = layout == "mdetr"
-    if not callable(damage):
+    if isinstance(damage, list):
+        content[3] = damage
+    elif not callable(damage):
         (content["images"] if is_mdetr else content)[3].update(damage)
     else:
         damage(content if is_mdetr else content[3])
     hub.save()
     log = hub.left_out(split, caplog)
     assert f"row 3 of {'the images of ' if is_mdetr else ''}{hub.path_of(split).name}: " in log and reason in log
-
-
-@pytest.mark.parametrize("layout", ["vlm_r1", "lines"])
-def test_row_that_is_no_object_is_named(tmp_path, caplog, layout):
-    hub = written(tmp_path, layout)
-    hub.rows["train"][3] = [1, 2]
-    hub.save()
-    assert "is [1, 2], not an object" in hub.left_out("train", caplog)
 
 
 @pytest.mark.parametrize("layout", ["lmms", "mdetr", "vlm_r1"])
@@ -319,13 +281,13 @@ def test_file_of_boxes_in_the_other_convention_is_refused_and_said_to_be_so(tmp_
 # --- Broken files ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [0, 3, 200, 0.5, -1])
+@pytest.mark.parametrize("keep", [0, 200, 0.5])
 def test_half_a_file_is_named(hub, keep):
     path = hub.path_of(hub.split)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
     if hub.key == "lines":  # not one bad row of many: what follows it is missing
-        if keep not in (0, -1):
+        if keep != 0:
             assert "only half there" in hub.error(hub.split)
         return
     message = hub.error(hub.split)
@@ -333,14 +295,13 @@ def test_half_a_file_is_named(hub, keep):
     assert message.startswith(f"{path}: {kind}") and f"`ivt data fetch {hub.layout}`" in message
 
 
-@pytest.mark.parametrize("content", [[], None, {}, {"images": []}, {"images": {}, "annotations": []}, "x", 5])
+@pytest.mark.parametrize("content", [None, {}, {"images": {}, "annotations": []}, "x"])
 @pytest.mark.parametrize("layout", ["mdetr", "vlm_r1"])
 def test_file_of_another_form_is_named(tmp_path, layout, content):
     hub = written(tmp_path, layout)
     hub.path_of("train").write_text(json.dumps(content))
     said = "has no list" if layout == "mdetr" else "holds"
-    if layout == "mdetr" or content != []:
-        assert f"{hub.path_of('train')}: {said}" in hub.error("train")
+    assert f"{hub.path_of('train')}: {said}" in hub.error("train")
 
 
 # --- jxu124 ---------------------------------------------------------------------------------------
@@ -359,23 +320,21 @@ def test_xywh_in_the_column_is_refused_and_said_to_be_so(parquet):
     assert "probably xywh" in message and "`ivt data fetch jxu124`" in message
 
 
-@pytest.mark.parametrize("corner", range(4))
-def test_one_disagreement_of_more_than_the_tolerance_refuses_the_file(parquet, corner):
-    row = parquet.rows["train"][39]
-    exact = list(row["bbox"])
-    row["bbox"][corner] = exact[corner] + 5e-5
-    parquet.save()
-    assert len(parquet.open("train")) == 40
-    row["bbox"][corner] = exact[corner] + 2e-4
-    parquet.save()
-    message = parquet.error("train")
-    assert "row 39: bbox" in message and "can be trusted" in message and "probably" not in message
+def test_one_disagreement_of_more_than_the_tolerance_refuses_the_file(parquet):
+    for corner, by in enumerate([5e-5, 2e-4, -2e-4, 2e-4]):
+        parquet.rows["train"][39]["bbox"][corner] += by
+        parquet.save()
+        if by == 5e-5:
+            assert len(parquet.open("train")) == 40
+        else:
+            message = parquet.error("train")
+            assert "row 39: bbox" in message and "can be trusted" in message and "probably" not in message
+            parquet.rows["train"][39]["bbox"][corner] -= by
 
 
-@pytest.mark.parametrize("stated", ["test", "testA"])
-def test_people_split_may_call_itself_test(parquet, stated):
-    for row in parquet.rows["testA"]:
-        row["split"] = stated
+def test_people_split_may_call_itself_test(parquet):
+    for row in parquet.rows["testA"][::2]:
+        row["split"] = "test"
     parquet.save()
     assert len(parquet.open("testA")) == 40
 
@@ -383,10 +342,10 @@ def test_people_split_may_call_itself_test(parquet, stated):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("bbox", "[1, 2, 3, 4]", "column 'bbox' is string, not lists of floating-point numbers"),
-        ("bbox", [1, 2, 3, 4], "column 'bbox' is list<element: int64>, not lists of floating-point numbers"),
-        ("image_id", "5", "column 'image_id' is string, not whole numbers"),
-        ("sentences", ["a", "b"], "column 'sentences' is list<element: string>, not lists of structs with sent"),
+        ("bbox", "[1, 2, 3, 4]", "bbox '[1, 2, 3, 4]' is not four numbers"),
+        ("image_id", "5", "image_id is '5', not a whole number"),
+        ("sentences", ["a", "b"], "sent_id is None, not a whole number"),
+        ("sentences", 7, "has no sentences"),
     ],
 )
 def test_column_of_another_type_is_named(parquet, column, value, message):
@@ -396,7 +355,10 @@ def test_column_of_another_type_is_named(parquet, column, value, message):
     parquet.schema = parquet.schema.set(position, pa.field(column, pa.array([value]).type))
     parquet.rows = {"train": parquet.rows["train"]}
     parquet.save()
-    assert f"{parquet.path_of('train')}: {message}" in parquet.error("train")
+    assert f"rows are unusable (the limit is 10), the first: row 0 of {parquet.path_of('train').name}: " in (
+        said := parquet.error("train")
+    )
+    assert message in said and "download the Hub data set jxu124/refcoco again" in said
 
 
 def test_parts_of_a_split_are_read_in_order_and_a_missing_or_second_one_is_refused(tmp_path):
@@ -417,14 +379,10 @@ def test_parts_of_a_split_are_read_in_order_and_a_missing_or_second_one_is_refus
 # --- lmms -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(boxes_in_images())
-def test_any_box_in_any_image_comes_back(tmp_path, drawn):
-    thing = thing_at(*drawn, "testA")
-    (tmp_path / "written" / "images" / thing.file_name).unlink(missing_ok=True)
-    (box,) = write_lmms(tmp_path, "refcoco", [thing]).boxes()
-    assert np.allclose(box, thing.relative, rtol=0, atol=1e-9)
-    assert 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
+def test_every_box_in_hundredths_of_a_pixel_comes_back_to_the_bit(tmp_path):
+    numbers = np.random.default_rng(0).integers(1, 4000, (400, 4)) / 100
+    things = [replace(t, xywh=tuple(xywh)) for t, xywh in zip(many("testA", 400), numbers.tolist(), strict=True)]
+    assert [s.box for s in write_lmms(tmp_path, "refcoco", things).samples("testA")] == [t.relative for t in things]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +410,7 @@ def test_few_images_are_in_memory_at_once(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=10)
     del rows
     before, most = pa.total_allocated_bytes(), 0
-    for _ in lmms.hub.typed_rows(path, lmms._COLUMNS, "fetch it again", lmms._ROWS_AT_ONCE):
+    for _ in lmms.hub.parquet_rows(path, lmms._COLUMNS, "fetch it again", lmms._ROWS_AT_ONCE):
         most = max(most, pa.total_allocated_bytes() - before)
     assert 0 < most < path.stat().st_size / 2
 
@@ -485,12 +443,12 @@ def test_running_numbers_join_nothing_but_the_two_lists(tmp_path):
     same_objects(found, expected, ("ann_id", "image_id", "category"))
 
 
-@pytest.mark.parametrize("categories", [None, [], [{"id": 1}], "none"])
-def test_file_without_names_of_categories_is_served_without_them(tmp_path, categories):
+def test_file_without_names_of_categories_is_served_without_them(tmp_path):
     hub = written(tmp_path, "mdetr")
-    hub.rows["train"]["categories"] = categories
-    hub.save()
-    assert hub.samples("train")[0].meta.keys() == {"ann_id", "image_id", "category_id"}
+    for categories in (None, [], [{"id": 1}], "none"):
+        hub.rows["train"]["categories"] = categories
+        hub.save()
+        assert hub.samples("train")[0].meta.keys() == {"ann_id", "image_id", "category_id"}
 
 
 def test_annotation_without_an_image_is_reported(tmp_path, caplog):
@@ -533,28 +491,16 @@ def lines(tmp_path):
     return written(tmp_path, "lines")
 
 
-@pytest.mark.parametrize("between", ["", "\n", " "])
-def test_prompt_is_taken_off_and_one_full_stop_with_it(lines, between):
-    turn = lines.rows["train"][0]["conversations"][0]
-    turn["value"] = f"<image>{between}{PROMPT}Mr. X, left...."
-    lines.rows["train"][0]["id"] = "refcoco-17"
+def test_prompt_is_taken_off_and_one_full_stop_with_it_and_blank_lines_are_no_rows(lines):
+    for row, between in zip(lines.rows["train"], ["", "\n", " "], strict=False):
+        row["conversations"][0]["value"] = f"<image>{between}{PROMPT}Mr. X, left...."
+        row["id"] = f"refcoco-{row['id']}"
     lines.save()
-    sample = lines.samples("train")[0]
-    assert (sample.expression, sample.sample_id) == ("Mr. X, left...", "refcoco-17")
-
-
-def test_blank_lines_are_no_rows(lines):
     path = lines.path_of("train")
-    path.write_text(path.read_text("utf-8").replace("\n", "\n\n", 5) + "  \n", "utf-8")
-    assert (len(lines.open("train")), lines.open("train").skipped) == (40, 0)
-
-
-def test_line_whose_image_is_no_image_names_the_image(lines, caplog):
-    path = lines.root / "vlm_r1" / "train2014" / "COCO_train2014_000000000004.jpg"
-    path.write_bytes(b"half a pict")
-    lines.rows["train"][3]["image"] = f"train2014/{path.name}"
-    lines.save()
-    assert f"{path}: not a whole image that can be read" in lines.left_out("train", caplog)
+    path.write_text(path.read_text("utf-8").replace("\n{", "\n\n{", 5) + "  \n", "utf-8")
+    found = [(sample.expression, sample.sample_id) for sample in lines.samples("train")]
+    assert found[:3] == [("Mr. X, left...", f"refcoco-{n}") for n in range(3)]
+    assert (len(found), lines.open("train").skipped) == (40, 0)
 
 
 def test_lines_without_any_image_are_refused_with_the_remedy(lines):

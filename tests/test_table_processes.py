@@ -11,10 +11,9 @@ import pickle
 import time
 import tracemalloc
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from made_up_source import MadeUp, read_in_another_process, refuse_writing, samples_of, write_made_up
+from made_up_source import MadeUp, read_in_another_process, refuse_writing, write_made_up
 
 from ivt_env.data import DataError
 from ivt_env.data import table as module
@@ -30,23 +29,23 @@ def made(tmp_path) -> MadeUp:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> MadeUp:
-    """80,015 expressions, opened once."""
+    """20,015 expressions, opened once."""
     made = write_made_up(tmp_path_factory.mktemp("large"))
-    made.many(80_000)
+    made.many(20_000)
     made.save()
     open_table(made.source(), "train")
     return made
 
 
-def test_opening_80000_expressions_is_quick_and_makes_no_samples(large, monkeypatch):
+def test_opening_20000_expressions_is_quick_and_makes_no_samples(large, monkeypatch):
     built = []
     monkeypatch.setattr(module, "Sample", lambda **fields: built.append(fields))
     start = time.perf_counter()
     table = open_table(large.source(), "train")
     seconds = time.perf_counter() - start
-    assert (len(table), large.reads, built) == (80_009, 1, [])
-    assert seconds < 5
-    assert table[80_000] is None and len(built) == 1
+    assert (len(table), large.reads, built) == (20_009, 1, [])
+    assert seconds < 2
+    assert table[20_000] is None and len(built) == 1
 
 
 def test_opened_and_received_tables_map_the_index_and_copy_nothing(large):
@@ -57,36 +56,25 @@ def test_opened_and_received_tables_map_the_index_and_copy_nothing(large):
     tables = [open_table(large.source(), "train"), pickle.loads(sent)]
     in_arrow, in_python = pa.total_allocated_bytes() - before, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert large.index.stat().st_size > 5_000_000
+    assert large.index.stat().st_size > 2_000_000
     assert in_arrow < 100_000 and in_python < 200_000
-    assert all(table[80_000].expression == "thing 79991" for table in tables)
-
-
-def test_table_travels_without_the_images_it_has_read(made):
-    table = open_table(made.source(), "train")
-    images = [table.image(sample) for sample in samples_of(table)]
-    sent = pickle.dumps(table)
-    assert len(sent) < 4096
-    there = pickle.loads(sent)
-    assert samples_of(there) == samples_of(table)
-    for sample, image in zip(samples_of(there), images, strict=True):
-        assert there.image(sample) is not image
-        assert np.array_equal(there.image(sample), image)
+    assert all(table[20_000].expression == "thing 19991" for table in tables)
 
 
 def test_processes_opened_on_one_table_see_equal_samples_and_images(made):
     table = open_table(made.source(), "train")
     expected = read_in_another_process(table)
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        found = pool.map(read_in_another_process, [table] * 6, chunksize=1)
-    assert found == [expected] * 6
+    assert len(pickle.dumps(table)) < 4096, "it travels without the images that it has read"
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = pool.map(read_in_another_process, [table] * 4, chunksize=1)
+    assert found == [expected] * 4
     assert made.reads == 1
 
 
 def test_table_without_an_index_on_disk_travels_with_its_samples(made, monkeypatch, tmp_path):
     refuse_writing(monkeypatch, tmp_path)
     table = open_table(made.source(), "train")
-    assert samples_of(pickle.loads(pickle.dumps(table))) == samples_of(table)
+    assert list(pickle.loads(pickle.dumps(table))) == list(table)
 
 
 def test_table_sent_before_its_files_changed_is_refused_where_it_arrives(made):
@@ -105,8 +93,8 @@ def test_table_sent_before_its_files_changed_is_refused_where_it_arrives(made):
 
 def test_open_table_outlives_the_rebuilding_of_its_index(made):
     table = open_table(made.source(), "train")
-    expected = samples_of(table)
+    expected = list(table)
     made.texts = {key: "changed" for key in made.texts}
     made.save()
     assert open_table(made.source(), "train")[0].expression == "changed"
-    assert samples_of(table) == expected
+    assert list(table) == expected

@@ -63,23 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Fetch a data set."""
-    try:
-        _fetch(args)
-    except KeyboardInterrupt:
-        print("\nrun the same command again to go on from here", file=sys.stderr)
-        raise
-    return 0
-
-
 def _workers(word: str) -> int:
     if not word.isdecimal() or not 1 <= int(word) <= 64:
         raise argparse.ArgumentTypeError(f"{word!r} is not a number of downloads at a time (1 to 64)")
     return int(word)
 
 
-def _fetch(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
+    """Fetch a data set."""
     found = entry(args.name)
     if args.split is not None and args.split not in found.splits:
         raise DataError(f"{found.name} has no split {args.split!r}; it has {', '.join(found.splits)}")
@@ -96,12 +87,17 @@ def _fetch(args: argparse.Namespace) -> None:
         wanted.append(found.images.archive)
     files = [replace(file, url=mirrored(file.url, args.mirror)) for file in wanted]
     absent = [file for file in files if not is_ready(file, root)]
-    _ask([_size(file, root) for file in absent], args.yes)
-    for file in absent:
-        _obtain(file, root, args.keep_archives)
-    if found.images is not None and how == "single":
-        _obtain_images(found, found.images, root, args)
+    try:
+        _ask([_size(file, root) for file in absent], args.yes)
+        for file in absent:
+            _obtain(file, root, args.keep_archives)
+        if found.images is not None and how == "single":
+            _obtain_images(found, found.images, root, args)
+    except KeyboardInterrupt:
+        print("\nrun the same command again to go on from here", file=sys.stderr)
+        raise
     print(f"{found.name}: complete in {root}" + (" (without images)" if found.images and how == "none" else ""))
+    return 0
 
 
 # --- What there is to do --------------------------------------------------------------------------

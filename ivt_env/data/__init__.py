@@ -46,9 +46,7 @@ NAMES = (
 """Every data set name that ``load_dataset`` takes."""
 
 _LAYOUTS = {
-    "refcocog": ("refer", "jxu124", "vlm_r1", "mdetr", "lmms"),
-    "refcoco": ("refer", "jxu124", "vlm_r1", "mdetr", "lmms"),
-    "refcocoplus": ("refer", "jxu124", "vlm_r1", "mdetr", "lmms"),
+    **dict.fromkeys(("refcocog", "refcoco", "refcocoplus"), ("refer", "jxu124", "vlm_r1", "mdetr", "lmms")),
     "refl4": ("ref_l4",),
     "refadv": ("ref_adv",),
     "screens": ("custom",),
@@ -139,7 +137,9 @@ def load_dataset(
         DataError: for an unknown name or split, and for data that are there but broken, which never fall back.
     """
     if name == "scenes":  # whose splits have more names than can be listed
-        return _scenes(split)
+        from ivt_env.data.scenes import Scenes
+
+        return Scenes(split)
     valid = splits(name)
     if split not in valid:
         raise DataError(f"{name} has no split {split!r}{closest(split, valid)}; it has {', '.join(valid)}")
@@ -172,7 +172,7 @@ def load_dataset(
             "  strict=True makes this an error."
         )
         warnings.warn(message, DatasetFallbackWarning, stacklevel=2)
-    return _scenes(served)
+    return load_dataset("scenes", served)
 
 
 def find_source(name: str, split: str, root: Path) -> Source | None:
@@ -186,12 +186,6 @@ def find_source(name: str, split: str, root: Path) -> Source | None:
 
 def _layout(module: str) -> ModuleType:
     return importlib.import_module(f"ivt_env.data.{module}")
-
-
-def _scenes(split: str) -> Dataset:
-    from ivt_env.data.scenes import Scenes
-
-    return Scenes(split)
 
 
 def _absence(name: str, root: Path) -> str:

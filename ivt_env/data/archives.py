@@ -28,7 +28,12 @@ _HEADER_BYTES = 512
 
 
 def unpack(
-    archive: Path, folder: Path, *, only: Sequence[str] = (), flatten: bool = False, progress: Progress | None = None
+    archive: Path,
+    folder: Path,
+    *,
+    only: Sequence[str] = (),
+    flatten: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[int, int]:
     """Unpack a zip, tar or tar.gz (told by its content) into a folder; gives how many files and bytes there are now.
 
@@ -75,8 +80,7 @@ def unpack(
                 for block in _blocks(archive, opened, info, size):
                     file.write(block)
             to_come -= size
-            if progress is not None:
-                progress(total - to_come, total)
+            progress(total - to_come, total)
     return len(members), total
 
 

@@ -127,6 +127,11 @@ def lists_in(content: Any, path: Path, keys: Iterable[str], remedy: str) -> None
             raise DataError(f"{path}: has no list {key!r}, so it has not the form of COCO's annotations; {remedy}")
 
 
+def by_id(entries: Iterable[Any]) -> dict[int, dict[str, Any]]:
+    """Entries of such a list by their id; one without is left out, which is said where another refers to it."""
+    return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int}
+
+
 def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox") -> Box:
     """A box in pixels of the original image to xyxy relative to it, neither clipped nor rounded.
 
@@ -140,7 +145,9 @@ def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: 
         raise BadRowError(f"{key} {short(bbox)} is not four finite numbers")
     x1, y1, c, d = map(float, bbox)
     x2, y2 = (x1 + c, y1 + d) if convention == "xywh" else (c, d)
-    if x2 <= x1 or y2 <= y1:
+    height, width = size
+    box = x1 / width, y1 / height, x2 / width, y2 / height
+    if box[2] <= box[0] or box[3] <= box[1]:  # the division may round a sliver away
         shown = f"{key} {list(bbox)} ({_CORNERS[convention]})"
         if convention == "xywh":
             raise BadRowError(f"{shown} has no area")
@@ -148,8 +155,7 @@ def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: 
         raise BadRowError(
             f"{shown} has its corners in the wrong order or no area" + (_probably("xywh") if other else "")
         )
-    height, width = size
-    return x1 / width, y1 / height, x2 / width, y2 / height
+    return box
 
 
 def box_inside(

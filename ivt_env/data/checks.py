@@ -6,16 +6,14 @@ Everything is looked at, not a sample: every row through its reader, every image
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
-from ivt_env.data.checked import BadRows
+from ivt_env.data.checked import Box
 from ivt_env.data.images import read_image
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Source, Table, open_table
@@ -106,35 +104,27 @@ def check_source(
         if expected is not None and expected != len(table):
             text = f"holds {len(table):,} expressions, published are {expected:,}"
             report.findings.append(Finding("error", split, text, abs(expected - len(table))))
-        report.findings += _repeats(table)
-        report.findings += _unplayable(table)
-    report.findings += left_out(source, tables)
+        report.findings += _rows(table)
+    report.findings += left_out(tables)
     report.findings += leaks({(source.name, s): t for s, t in tables.items()}, source.may_share_images)
     if read_images:
         report.findings += _images(tables, report, workers, progress)
     return report
 
 
-def left_out(source: Source, tables: Mapping[str, Table]) -> Iterator[Finding]:
-    """The rows that the reader refuses, with its reasons."""
-    if not any(table.skipped for table in tables.values()):
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        bad = BadRows(str(source.folder), source.remedy)
-        seen: set[tuple[str, str]] = set()
-        for row in source.read(bad, Path(folder)):
-            if (row.split, row.sample_id) in seen:
-                bad.add(row.sample_id, f"the id {row.sample_id} occurs twice in {row.split}", split=row.split)
-            seen.add((row.split, row.sample_id))
-    for split, count in Counter(bad.splits).items():
+def left_out(tables: Mapping[str, Table]) -> Iterator[Finding]:
+    """The rows that the reader has refused, with its reasons; ``tables`` are splits of one source."""
+    reasons: dict[str | None, list[str]] = defaultdict(list)
+    for split, reason in next(iter(tables.values())).left_out:
+        reasons[split].append(reason)
+    for split, found in reasons.items():
         held = [len(table) for name, table in tables.items() if split in (None, name)]
         if not held:
             continue  # of a split that is not looked at
-        share = count / (count + sum(held))
-        reasons = [reason for reason, of in zip(bad.reasons, bad.splits, strict=True) if of == split]
+        share = len(found) / (len(found) + sum(held))
         text = f"rows cannot be used and are left out: {share:.1%}, and more than {MOST_LEFT_OUT:.0%} is unfit for use"
         level: Level = "error" if share > MOST_LEFT_OUT else "warning"
-        yield Finding(level, split or "all", text, count, tuple(reasons[:_EXAMPLES]))
+        yield Finding(level, split or "all", text, len(found), _first(found))
 
 
 def leaks(tables: Mapping[tuple[str, str], Table], allowed: bool = False, every: bool = False) -> Iterator[Finding]:
@@ -156,39 +146,30 @@ def leaks(tables: Mapping[tuple[str, str], Table], allowed: bool = False, every:
                 yield Finding(level, f"{train[1]}/{other[1]}", text, len(shared), named)
 
 
-def _repeats(table: Table) -> Iterator[Finding]:
-    same: Counter[tuple[str, str, tuple[float, ...]]] = Counter()
-    boxes: dict[tuple[str, str], set[tuple[float, ...]]] = defaultdict(set)
-    for index in range(len(table)):
-        sample = table[index]
-        key = sample.image_id, " ".join(sample.expression.casefold().split())
-        same[*key, sample.box] += 1
-        boxes[key].add(sample.box)
-    twice = [f"{image}: {text!r}" for (image, text, _), count in same.items() if count > 1]
-    if twice:
-        text = "expressions stand twice with the same image and box"
-        yield Finding("note", table.split, text, len(twice), _first(twice))
-    torn = [f"{image}: {text!r} has {len(b)} boxes" for (image, text), b in boxes.items() if len(b) > 1]
-    if torn:
-        text = "expressions are ambiguous: one image, one text, several boxes"
-        yield Finding("warning", table.split, text, len(torn), _first(torn))
-
-
-def _unplayable(table: Table) -> Iterator[Finding]:
-    """Rows that no environment plays, and targets of which a part cannot be proposed."""
+def _rows(table: Table) -> Iterator[Finding]:
+    """Repeated and ambiguous expressions, rows that no environment plays, and targets that leave their images."""
+    same: Counter[tuple[str, str, Box]] = Counter()
     refused: list[str] = []
     beyond: list[str] = []
     for index in range(len(table)):
         sample = table[index]
+        same[sample.image_id, " ".join(sample.expression.casefold().split()), sample.box] += 1
         if why := unplayable(sample):
             refused.append(f"{sample.sample_id}: {why}")
         if not all(-1e-9 <= value <= 1 + 1e-9 for value in sample.box):
             beyond.append(f"{sample.sample_id}: {[round(value, 4) for value in sample.box]}")
-    if refused:
-        yield Finding("error", table.split, "rows cannot be played", len(refused), _first(refused))
-    if beyond:
-        text = "targets reach beyond their images: they are kept and scored as they are"
-        yield Finding("note", table.split, text, len(beyond), _first(beyond))
+    twice = [f"{image}: {text!r}" for (image, text, _), count in same.items() if count > 1]
+    boxes = Counter((image, text) for image, text, _ in same)
+    torn = [f"{image}: {text!r} has {count} boxes" for (image, text), count in boxes.items() if count > 1]
+    found: list[tuple[Level, str, list[str]]] = [
+        ("note", "expressions stand twice with the same image and box", twice),
+        ("warning", "expressions are ambiguous: one image, one text, several boxes", torn),
+        ("error", "rows cannot be played", refused),
+        ("note", "targets reach beyond their images: they are kept and scored as they are", beyond),
+    ]
+    for level, text, rows in found:
+        if rows:
+            yield Finding(level, table.split, text, len(rows), _first(rows))
 
 
 def _images(

@@ -13,14 +13,17 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial as bound
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ivt_env.data import checked
 from ivt_env.data.checked import BadRowError, BadRows
 from ivt_env.data.custom import Declared
-from ivt_env.data.custom_writer import Converted, Images, Splits, Writer, same_image
+from ivt_env.data.custom_writer import Converted, Splits, Writer, same_image
+from ivt_env.data.images import Headers
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Table
 
@@ -69,7 +72,7 @@ def from_coco(
         )
     checked.lists_in(content, source, ("images", "annotations", "categories"), remedy)
     images = _coco_images(source, content["images"])
-    categories = _by_id(content["categories"])
+    categories = checked.by_id(content["categories"])
     if expression_key != CATEGORY_NAME and not any(
         isinstance(entry, dict) and entry.get(expression_key) is not None for entry in content["annotations"]
     ):
@@ -80,49 +83,32 @@ def from_coco(
         )
     bad = BadRows(str(source), remedy)
     notes: dict[str, int] = defaultdict(int)
+    headers = Headers([folder])
     objects: dict[int, _CocoObject] = {}
-    of_class: dict[tuple[int, int], list[int]] = defaultdict(list)
-    held = Images(folder)
-    for number, entry in enumerate(content["annotations"]):
-        try:
-            found = _coco_object(entry, images, categories, held, expression_key)
-            if found.id in objects:
-                raise BadRowError(f"the annotation id {found.id} occurs twice")
-        except BadRowError as error:
-            bad.add(f"annotations[{number}]", error)
-            continue
+    of_class: dict[tuple[int, int], list[_CocoObject]] = defaultdict(list)
+    check = bound(_coco_object, images, categories, headers, expression_key, objects)
+    for found in checked.usable(bad, "the annotations", enumerate(content["annotations"]), check):
         objects[found.id] = found
-        of_class[found.image_id, found.category_id].append(found.id)
+        of_class[found.image_id, found.category_id].append(found)
     for found in objects.values():
-        others = [objects[other].bbox for other in of_class[found.image_id, found.category_id] if other != found.id]
-        expressions = found.expressions
+        siblings = [other.bbox for other in of_class[found.image_id, found.category_id] if other is not found]
         if found.is_crowd:
             notes["crowds are no targets"] += 1
-            continue
-        if expression_key == CATEGORY_NAME and others:
+        elif expression_key == CATEGORY_NAME and siblings:
             notes["objects that share their category with another in the image are no targets"] += 1
-            continue
-        if not expressions:
+        elif not found.expressions:
             notes["objects without an expression are no targets"] += 1
-            continue
-        image = images[found.image_id]
-        for i, expression in enumerate(expressions):
-            line = {
-                "id": str(found.id) if len(expressions) == 1 else f"{found.id}-{i}",
-                "image": image["file_name"],
-                "width": image["width"],
-                "height": image["height"],
-                "expression": expression,
-                "bbox": found.bbox,
-                "siblings": others,
-                "category": found.category,
-                "meta": {"image_id": found.image_id, "annotation_id": found.id},
-            }
-            coco = _COCO_FILE.fullmatch(PurePosixPath(image["file_name"]).name)
-            if coco and int(coco[1]) == found.image_id:  # named as COCO names its own: leaks can be found
-                line["image_id"] = f"coco-{found.image_id}"
-            writer.add(line, folder / image["file_name"])
-    bad.remedy = held.remedy() or bad.remedy
+        else:
+            image = images[found.image_id]["file_name"]
+            coco = _COCO_FILE.fullmatch(PurePosixPath(image).name)
+            # Named as COCO names its own: leaks can be found.
+            image_id = f"coco-{found.image_id}" if coco and int(coco[1]) == found.image_id else None
+            writer.add(
+                str(found.id), found.expressions, image, folder / image, found.size, found.bbox, siblings=siblings,
+                category=found.category, image_id=image_id,
+                meta={"image_id": found.image_id, "annotation_id": found.id},
+            )  # fmt: skip
+    bad.remedy = headers.remedy() or bad.remedy
     bad.check(len(content["annotations"]))
     return writer.write(split, seed, bad, notes, remedy)
 
@@ -135,17 +121,13 @@ class _CocoObject:
     category: str
     bbox: list[float]
     """As the file has it: xywh, pixels."""
+    size: tuple[int, int]
     is_crowd: bool
     expressions: list[str]
 
 
-def _by_id(entries: list[Any]) -> dict[int, Any]:
-    """Images or categories by id. One without is left out, which is said where an annotation refers to it."""
-    return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int}
-
-
 def _coco_images(source: Path, entries: list[Any]) -> dict[int, Any]:
-    images = _by_id(entries)
+    images = checked.by_id(entries)
     first: dict[str, int] = {}
     for image_id, entry in images.items():
         name = entry.get("file_name")
@@ -158,34 +140,31 @@ def _coco_images(source: Path, entries: list[Any]) -> dict[int, Any]:
 
 
 def _coco_object(
-    entry: Any, images: dict[int, Any], categories: dict[int, Any], held: Images, expression_key: str
-) -> _CocoObject:
+    images: dict[int, Any], categories: dict[int, Any], headers: Headers, expression_key: str,
+    known: Collection[int], entry: dict[str, Any],
+) -> _CocoObject:  # fmt: skip
     number, image_id, category_id = (checked.integer(entry, key) for key in ("id", "image_id", "category_id"))
-    try:
-        if image_id not in images:
-            raise BadRowError(f"image_id {image_id} is not in 'images'")
-        image = images[image_id]
-        size = checked.image_size(image)
-        header = held.header(checked.relative_path(checked.text(image, "file_name"), "file_name"))
-        if not header.fits(size):
-            raise BadRowError(
-                f"{held.folder / image['file_name']}: is {header.stored[1]} wide and {header.stored[0]} high, image "
-                f"{image_id} says {size[1]} wide and {size[0]} high, so the box would be wrong; put the original there"
-            )
-        checked.box_inside(entry.get("bbox"), size, "xywh")
-        if category_id not in categories:
-            raise BadRowError(f"category_id {category_id} is not in 'categories'")
-        category = checked.text(categories[category_id], "name")
-        if expression_key == CATEGORY_NAME:
-            expressions = [category]
-        else:
-            said = entry.get(expression_key)
-            said = [] if said is None else said if isinstance(said, list) else [said]
-            expressions = [checked.text({expression_key: one}, expression_key).strip() for one in said]
-    except BadRowError as error:
-        raise BadRowError(f"annotation {number}: {error}") from error
+    if number in known:
+        raise BadRowError(f"the annotation id {number} occurs twice")
+    if image_id not in images:
+        raise BadRowError(f"image_id {image_id} is not in 'images'")
+    image = images[image_id]
+    size = checked.image_size(image)
+    path, header = headers.of(checked.relative_path(checked.text(image, "file_name"), "file_name"))
+    if not header.fits(size):
+        raise BadRowError(
+            f"{path}: is {header.stored[1]} wide and {header.stored[0]} high, image {image_id} says {size[1]} wide "
+            f"and {size[0]} high, so the box would be wrong; put the original there"
+        )
+    checked.box_inside(entry.get("bbox"), size, "xywh")
+    if category_id not in categories:
+        raise BadRowError(f"category_id {category_id} is not in 'categories'")
+    category = checked.text(categories[category_id], "name")
+    said = category if expression_key == CATEGORY_NAME else entry.get(expression_key)
+    said = [] if said is None else said if isinstance(said, list) else [said]
+    expressions = [checked.text({expression_key: one}, expression_key).strip() for one in said]
     crowd = entry.get("iscrowd", 0) in (1, True)
-    return _CocoObject(number, image_id, category_id, category, entry["bbox"], crowd, expressions)
+    return _CocoObject(number, image_id, category_id, category, entry["bbox"], size, crowd, expressions)
 
 
 def export(
@@ -214,19 +193,9 @@ def export(
         if sample.image_id not in file_of:
             file_of[sample.image_id] = _free_name(path, folder / "images", taken)
         writer.add(
-            {
-                "id": sample.sample_id,
-                "image": file_of[sample.image_id],
-                "image_id": sample.image_id,
-                "width": sample.size[1],
-                "height": sample.size[0],
-                "expression": sample.expression,
-                "bbox": list(sample.box),
-                "siblings": [list(box) for box in sample.siblings],
-                "meta": dict(sample.meta),
-            },
-            path,
-        )
+            sample.sample_id, [sample.expression], file_of[sample.image_id], path, sample.size, sample.box,
+            image_id=sample.image_id, siblings=[list(box) for box in sample.siblings], meta=dict(sample.meta),
+        )  # fmt: skip
     return writer.write(split, 0, BadRows(str(folder), ""), {}, "open a split that holds some")
 
 

@@ -1,24 +1,17 @@
 """A data set of one's own: plain JSON lines (docs/data/custom.md shows a whole one).
 
-The root is the data set's folder::
+How boxes are written is declared in ``dataset.json`` and never guessed: ``box`` is **xyxy** (two corners) or
+**xywh** (corner, width, height); ``frame`` is ``px`` (pixels of the image), ``relative`` (0 to 1), ``thousandths``
+(0 to 1000) or any other whole number (999: 0 to 999), all but the first of the image's width and height.
 
-    dataset.json                    {"name": "my-set", "box": "xyxy", "frame": "px"}
-    train.jsonl val.jsonl test.jsonl    (those that there are)
-    images/...                      (or beside dataset.json)
-
-How boxes are written is declared in ``dataset.json`` and never guessed: ``box`` is **xyxy** (two
-corners) or **xywh** (corner, width, height); ``frame`` is ``px`` (pixels of the image),
-``relative`` (0 to 1), ``thousandths`` (0 to 1000) or any other whole number (999: 0 to 999), all but the
-first of the image's width and height.
-
-Where a line states ``width`` and ``height``, its boxes refer to the image of that size: as
-stored if that has it, else upright. Without them they refer to the upright image, as a viewer
-shows it; an image where that would be unclear (turned by half, mirrored, or square and turned by a
-quarter) is refused.
+Where a line states ``width`` and ``height``, its boxes refer to the image of that size: as stored if that has it,
+else upright. Without them they refer to the upright image, as a viewer shows it; an image where that would be
+unclear (turned by half, mirrored, or square and turned by a quarter) is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -31,7 +24,7 @@ from typing import Any, get_args
 from ivt_env.boxes import FRAMES, frame_unit
 from ivt_env.data import NAMES, checked
 from ivt_env.data.checked import BadRowError, BadRows, Box, Convention, short
-from ivt_env.data.images import read_header
+from ivt_env.data.images import Headers
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 from ivt_env.failures import reading
@@ -151,43 +144,31 @@ def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox
     Up to one pixel (one unit) outside the image is taken for rounding; nothing is cut off. Of a box that fits only in
     another frame it says which.
     """
+    unit = frame_unit(declared.frame)
+    frame = (unit, unit) if unit else size
     if declared.overhang:
-        unit = frame_unit(declared.frame)
-        return checked.relative_box(bbox, (unit, unit) if unit else size, declared.box, key)
+        return checked.relative_box(bbox, frame, declared.box, key)
     is_numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
-    numbers: list[float] = bbox if is_numbers else []
-    if declared.frame != "relative" and numbers and all(abs(value) <= 1 for value in numbers):
+    # What lies within one unit of the corner fits nearly everywhere and tells nothing.
+    is_small = is_numbers and all(abs(value) <= 1 for value in bbox)
+    if declared.frame != "relative" and is_small:
         raise BadRowError(
             f"{key} {short(bbox)} lies within one {'pixel' if declared.frame == 'px' else 'unit'} of the corner; "
             "it would fit as 'relative': is the declared frame wrong?"
         )
-    unit = frame_unit(declared.frame)
-    if unit is None:
-        try:
-            return checked.box_inside(bbox, size, declared.box, key)
-        except BadRowError as error:
-            raise BadRowError(f"{error}{_other_frame(numbers, size, declared)}") from error
+    slack = (1 / size[0], 1 / size[1]) if declared.frame == "relative" else (1.0, 1.0)  # one unit is a whole image
     try:
-        slack = (1 / size[0], 1 / size[1]) if declared.frame == "relative" else (1.0, 1.0)  # one unit is a whole image
-        return checked.box_inside(bbox, (unit, unit), declared.box, key, slack)
+        return checked.box_inside(bbox, frame, declared.box, key, slack)
     except BadRowError as error:
-        hint = _other_frame(numbers, size, declared)
-        raise BadRowError(f"{error} (the frame is {declared.frame!r}: the image is {unit} x {unit}){hint}") from error
-
-
-def _other_frame(numbers: list[float], size: tuple[int, int], declared: Declared) -> str:
-    for frame in FRAMES:
-        unit = frame_unit(frame)
-        # What lies within one unit of the corner fits nearly everywhere and tells nothing.
-        if frame == declared.frame or (frame != "relative" and all(abs(value) <= 1 for value in numbers)):
-            continue
-        try:
-            checked.box_inside(numbers, (unit, unit) if unit else size, declared.box)
-        except BadRowError:
-            continue
-        if frame != "relative" or all(abs(value) <= 1 for value in numbers):
-            return f"; it would fit as {frame!r}: is the declared frame wrong?"
-    return ""
+        why = f"{error} (the frame is {declared.frame!r}: the image is {unit} x {unit})" if unit else str(error)
+        for other in FRAMES:
+            unit = frame_unit(other)
+            if is_numbers and other != declared.frame and (other == "relative") == is_small:
+                with contextlib.suppress(BadRowError):
+                    checked.box_inside(bbox, (unit, unit) if unit else size, declared.box)
+                    why += f"; it would fit as {other!r}: is the declared frame wrong?"
+                    break
+        raise BadRowError(why) from error
 
 
 def _read(
@@ -276,11 +257,10 @@ def _meta(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Images:
-    """Sizes from headers, each read once, and whether images and their ids go together."""
+    """Sizes of images, and whether images and their ids go together."""
 
     def __init__(self, folders: tuple[Path, ...]) -> None:
-        self._folders = folders
-        self._from_header: dict[str, tuple[int, int] | str] = {}
+        self._headers = Headers(folders)
         self._of_id: dict[str, tuple[str, tuple[int, int]]] = {}
         self._id_of: dict[str, str] = {}
 
@@ -288,25 +268,7 @@ class _Images:
         """(height, width): as stated, else of the upright image."""
         if stated is not None:
             return stated
-        if image not in self._from_header:
-            try:
-                self._from_header[image] = self._upright_size(image)
-            except BadRowError as error:
-                self._from_header[image] = str(error)
-        found = self._from_header[image]
-        if isinstance(found, str):
-            raise BadRowError(found)
-        return found
-
-    def _upright_size(self, image: str) -> tuple[int, int]:
-        try:
-            path = next((f / image for f in self._folders if (f / image).is_file()), None)
-        except OSError as error:  # a name that is too long, a folder that must not be read
-            raise BadRowError(f"image {short(image)}: cannot be looked for ({error.strerror}); correct it") from error
-        if path is None:
-            places = " or ".join(str(folder / image) for folder in self._folders)
-            raise BadRowError(f"image {image!r}: no such image, neither {places}; put it there or correct the path")
-        header = read_header(path, str(path))
+        path, header = self._headers.of(image)
         if header.frame_is_unclear:
             raise BadRowError(
                 f"{path}: its EXIF note says to show it turned or mirrored (orientation {header.orientation}), with "

@@ -17,9 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ivt_env.data.checked import BadRowError, BadRows, short
+from ivt_env.data.checked import BadRows, short
 from ivt_env.data.custom import SPLITS, Declared, check_name, read_declared
-from ivt_env.data.images import Header, read_header
 from ivt_env.data.sample import DataError
 from ivt_env.files import whole_file, write_whole
 
@@ -41,39 +40,6 @@ class Converted:
     """Why, for each thing that could not be used."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """What else was passed over or decided, and how often."""
-
-
-class Images:
-    """The folder of a converter's images: headers, each read once, and which images are not there."""
-
-    def __init__(self, folder: Path) -> None:
-        """Nothing is read yet."""
-        self.folder = folder
-        self._headers: dict[str, Header | str] = {}
-        self._missing: list[str] = []
-
-    def header(self, image: str) -> Header:
-        """The header of an image; BadRowError each time where it cannot be read."""
-        if image not in self._headers:
-            try:
-                self._headers[image] = read_header(self.folder / image, str(self.folder / image))
-            except BadRowError as error:
-                self._headers[image] = str(error)
-                if not os.path.lexists(self.folder / image):
-                    self._missing.append(image)
-        found = self._headers[image]
-        if isinstance(found, str):
-            raise BadRowError(found)
-        return found
-
-    def remedy(self) -> str | None:
-        """What to do about images that are not there; None where all are."""
-        if not self._missing:
-            return None
-        return (
-            f"{len(self._missing)} of {len(self._headers)} images are not in {self.folder} (the first: "
-            f"{self._missing[0]}): put them there, or name the folder that holds them (--images)"
-        )
 
 
 class Writer:
@@ -102,10 +68,28 @@ class Writer:
                     "another folder, or delete it"
                 )
 
-    def add(self, line: dict[str, Any], image: Path) -> None:
-        """One line; its image will be ``images/<line["image"]>``."""
-        self.lines.append(line)
-        self._source_of[line["image"]] = image
+    def add(
+        self, name: str, expressions: Sequence[str], image: str, path: Path, size: tuple[int, int],
+        bbox: Sequence[float], **more: Any,
+    ) -> None:  # fmt: skip
+        """A line for each expression of an object; its image, of (height, width), will be ``images/<image>``.
+
+        ``more`` are other keys of a line; what is None is left out.
+        """
+        more = {key: value for key, value in more.items() if value is not None}
+        for number, expression in enumerate(expressions):
+            self.lines.append(
+                {
+                    "id": f"{name}-{number}" if len(expressions) > 1 else name,
+                    "image": image,
+                    "width": size[1],
+                    "height": size[0],
+                    "expression": expression,
+                    "bbox": list(bbox),
+                }
+                | more
+            )
+            self._source_of[image] = path
 
     def write(self, split: Splits, seed: int, bad: BadRows, notes: Mapping[str, int], remedy: str) -> Converted:
         """Write what was added; DataError (with the remedy) where that is nothing, or where it cannot be written."""

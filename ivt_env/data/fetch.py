@@ -26,7 +26,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -38,6 +37,12 @@ from ivt_env.files import naming, write_whole
 Progress = Callable[[int, int | None], None]
 """Called with what is done and the total (None: unknown), both in bytes or in images."""
 
+ATTEMPTS = 6
+"""In a row without a byte of progress, before it is an error."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+"""Before the second attempt, doubled each time; never longer, whatever the server asks for."""
+TIMEOUT_S = 30.0
+"""Without a sign from the server."""
 _CHUNK = 1 << 18
 _TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
 _SPARE_BYTES = 64 << 20
@@ -48,27 +53,6 @@ _FAILURES_IN_A_ROW = 20
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to bear with a server."""
-
-    attempts: int = 6
-    """In a row without a byte of progress, before it is an error."""
-    first_wait_s: float = 1.0
-    """Before the second attempt; doubled each time."""
-    longest_wait_s: float = 60.0
-    timeout_s: float = 30.0
-    """Without a sign from the server."""
-
-    def wait(self, failures: int, asked_s: float | None = None, stop: threading.Event | None = None) -> None:
-        """Sleep before the next attempt, at least as long as the server asked for (within the longest)."""
-        seconds = min(max(self.first_wait_s * 2 ** (failures - 1), asked_s or 0.0), self.longest_wait_s)
-        time.sleep(seconds) if stop is None else stop.wait(seconds)
-
-
-PATIENCE = Patience()
 
 
 def readable(size_bytes: float) -> str:
@@ -101,8 +85,7 @@ def download(
     size: int | None = None,
     sha256: str | None = None,
     space_factor: float = 0.0,
-    patience: Patience = PATIENCE,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> str:
     """Download a file, or resume a download, unless the file is there and right; gives its SHA-256.
 
@@ -113,7 +96,6 @@ def download(
         sha256: checksum, where known. Without it the file is compared with the note of an earlier
             download (``<target>.sha256``), where there is one.
         space_factor: room for what is unpacked from it afterwards, as a multiple of its size.
-        patience: retries, waits and the timeout.
         progress: told of bytes received.
 
     Raises:
@@ -144,7 +126,7 @@ def download(
                 # Without a validator the server cannot say that the file has changed; then only a checksum can.
                 if have and (validator or sha256):
                     headers = {"Range": f"bytes={have}-"} | ({"If-Range": validator} if validator else {})
-                with _open(url, str(target), patience.timeout_s, headers) as response:
+                with _open(url, str(target), headers) as response:
                     offered, (start, total) = _validator(response.headers), _extent(response)
                     if response.status == 416 and total == have:  # it was complete already
                         return
@@ -176,15 +158,14 @@ def download(
                         have += len(block)
                         if size is not None and have > size:
                             break
-                        if progress is not None:
-                            progress(have, expected)
+                        progress(have, expected)
                     if size is not None and have < size:
                         raise _TransientError(f"the connection ended after {readable(have)} of {readable(size)}")
 
             if size is not None and received() > size:
                 restart()
             if size is None or received() != size:
-                _patiently(attempt, str(target), url, patience, received)
+                _patiently(attempt, str(target), url, received)
             have = received()
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -279,8 +260,7 @@ def fetch_images(
     url_of: Callable[[str], str],
     workers: int = 8,
     *,
-    patience: Patience = PATIENCE,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> int:
     """Download images, several at a time, except those that are there and whole; gives how many were downloaded.
 
@@ -289,7 +269,6 @@ def fetch_images(
         folder: where they go; it is made.
         url_of: address of an image by its name.
         workers: how many downloads at a time.
-        patience: retries, waits and the timeout.
         progress: told of images that are done.
 
     Raises:
@@ -306,7 +285,7 @@ def fetch_images(
         target, url = folder / name, url_of(name)
         if stop.is_set() or _is_whole_image(target):
             return False
-        body, _ = get_bytes(url, str(target), patience, stop)
+        body, _ = get_bytes(url, str(target), stop)
         try:
             read_image(body, name)
         except DataError as error:
@@ -326,8 +305,7 @@ def fetch_images(
                 except DataError as error:
                     failed[futures[future]] = str(error)
                     in_a_row += 1
-                if progress is not None:
-                    progress(done, len(names))
+                progress(done, len(names))
                 if in_a_row >= _FAILURES_IN_A_ROW:
                     break
         finally:  # after an error or Ctrl-C it ends the rest
@@ -363,16 +341,14 @@ def _is_whole_image(path: Path) -> bool:
 # --- Talking to a server --------------------------------------------------------------------------
 
 
-def get_bytes(
-    url: str, what: str, patience: Patience = PATIENCE, stop: threading.Event | None = None
-) -> tuple[bytes, Message]:
+def get_bytes(url: str, what: str, stop: threading.Event | None = None) -> tuple[bytes, Message]:
     """A small file (up to 64 MiB) in memory, and the headers of the answer; DataError, with ``what``, where it fails.
 
     There is no further attempt once ``stop`` is set.
     """
 
     def attempt() -> tuple[bytes, Message]:
-        with _open(url, what, patience.timeout_s) as response:
+        with _open(url, what) as response:
             body = bytearray()
             for block in _blocks(response):
                 body += block
@@ -380,23 +356,23 @@ def get_bytes(
                     raise DataError(f"{what}: {url} sends more than {readable(_SMALL_FILE)}; it is something else")
             return bytes(body), response.headers
 
-    return _patiently(attempt, what, url, patience, stop=stop)
+    return _patiently(attempt, what, url, stop=stop)
 
 
-def remote_size(url: str, what: str, patience: Patience = PATIENCE) -> int | None:
+def remote_size(url: str, what: str) -> int | None:
     """The size in bytes that the server announces; None where it does not say. DataError where it has no such file."""
 
     def attempt() -> int | None:
-        with _open(url, what, patience.timeout_s, method="HEAD") as response:
+        with _open(url, what, method="HEAD") as response:
             return _extent(response)[1]
 
-    return _patiently(attempt, what, url, patience)
+    return _patiently(attempt, what, url)
 
 
 class _TransientError(Exception):
     """A failure that may be gone at the next attempt."""
 
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
 
@@ -405,7 +381,6 @@ def _patiently(
     attempt: Callable[[], _T],
     what: str,
     url: str,
-    patience: Patience,
     received: Callable[[], int] = lambda: 0,
     stop: threading.Event | None = None,
 ) -> _T:
@@ -418,7 +393,7 @@ def _patiently(
             have = received()
             failures = 1 if have > best else failures + 1
             best = max(best, have)
-            if failures >= patience.attempts or (stop is not None and stop.is_set()):
+            if failures >= ATTEMPTS or (stop is not None and stop.is_set()):
                 kept = f"; the {readable(have)} received so far are kept" if have else ""
                 raise DataError(
                     f"{what}: could not be downloaded from {url}: {error} (tried {failures} times in a row){kept}; "
@@ -426,24 +401,25 @@ def _patiently(
                 ) from error
             # One of thousands of images is told of only where it cannot be had.
             _log.log(logging.WARNING if stop is None else logging.INFO, "%s: %s; trying again", url, error)
-            patience.wait(failures, error.wait_s, stop)
+            seconds = min(max(FIRST_WAIT_S * 2 ** (failures - 1), error.wait_s), LONGEST_WAIT_S)
+            time.sleep(seconds) if stop is None else stop.wait(seconds)
 
 
-def _open(url: str, what: str, timeout_s: float, headers: dict[str, str] | None = None, method: str = "GET") -> Any:
+def _open(url: str, what: str, headers: dict[str, str] | None = None, method: str = "GET") -> Any:
     """The response; failures sorted into those that may pass and those that will not. 416 is a response."""
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise DataError(f"{what}: {url!r} is not an http or https address")
     # Compressed bytes would have another size and checksum.
     sent = {"User-Agent": "ivt-env", "Accept-Encoding": "identity"} | (headers or {})
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=sent, method=method), timeout=timeout_s)
+        return urllib.request.urlopen(urllib.request.Request(url, headers=sent, method=method), timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code == 416 and "Range" in sent:
             return error
         answer = f"the server answers {error.code} ({error.reason})"
         if error.code in _TRANSIENT_STATUS:
             waits = error.headers.get("Retry-After", "")
-            raise _TransientError(answer, float(waits) if waits.isdecimal() else None) from error
+            raise _TransientError(answer, float(waits) if waits.isdecimal() else 0.0) from error
         remedy = "it may have moved: give another server with --mirror, or download it by hand to that place"
         if error.code in (401, 403):
             remedy = "it is not given to everyone: open its page in a browser, or give another server with --mirror"

@@ -16,7 +16,7 @@ from typing import Any
 
 from ivt_env.data import checked, hub
 from ivt_env.data.checked import BadRowError, BadRows, Box, Convention, short
-from ivt_env.data.custom_writer import Images
+from ivt_env.data.images import Headers
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
 
@@ -68,7 +68,7 @@ LAYOUTS = {
 PLACES = {name: (f"{name}/{layout.files}",) for name, layout in LAYOUTS.items()}
 """Data set name -> what is looked for under the root."""
 
-_COLUMNS: hub.Columns = {"image": hub.IMAGE, "file_name": hub.TEXT, "bbox": hub.NUMBERS, "instruction": hub.TEXT}
+_COLUMNS = ("image", "file_name", "bbox", "instruction")
 _REFUSAL = "refusal"
 
 
@@ -104,7 +104,7 @@ def _read_json(paths: Sequence[Path], layout: Layout, remedy: str, bad: BadRows,
     bad.split = "test"
     refusals = 0
     for path in paths:
-        images = Images(path.parents[len(PurePosixPath(layout.files).parts) - 1] / layout.images)
+        headers = Headers([path.parents[len(PurePosixPath(layout.files).parts) - 1] / layout.images])
         content = checked.read_json(path, remedy)
         if not isinstance(content, list):
             raise DataError(f"{path}: is {short(content)}, not a list of rows; {remedy}")
@@ -112,7 +112,7 @@ def _read_json(paths: Sequence[Path], layout: Layout, remedy: str, bad: BadRows,
         held = [(n, row) for n, row in enumerate(content) if not _is_refusal(row)]
         refusals += len(content) - len(held)
         numbered = ((n, row | {"": n} if isinstance(row, dict) else row) for n, row in held)
-        yield from checked.usable(bad, path.name, numbered, bound(_row, layout, path.stem, images))
+        yield from checked.usable(bad, path.name, numbered, bound(_row, layout, path.stem, headers))
     if refusals:
         _log.warning("%s: %d expressions that name nothing (refusals) are left out", paths[0], refusals)
 
@@ -125,19 +125,19 @@ def _read_parquet(paths: Sequence[Path], layout: Layout, remedy: str, bad: BadRo
         name = checked.plain_file_name(checked.text(values, "file_name"))
         header = images.put(values["image"], name, name)
         box = checked.relative_box(values["bbox"], (1, 1), layout.convention)
+        values |= {key: checked.text(values, key) for key in layout.kept if key in values}
         return _made(layout, path.stem, values, name, header.stored, box)
 
     for path in paths:
-        extra = dict.fromkeys(layout.kept, hub.TEXT)
-        rows = hub.typed_rows(path, _COLUMNS, remedy, 16, extra)
+        rows = hub.parquet_rows(path, _COLUMNS, remedy, 16, layout.kept)
         yield from checked.usable(bad, path.name, ((n, values | {"": n}) for n, values in rows), row)
 
 
-def _row(layout: Layout, part: str, images: Images, values: dict[str, Any]) -> Row:
+def _row(layout: Layout, part: str, headers: Headers, values: dict[str, Any]) -> Row:
     name = checked.relative_path(checked.text(values, layout.image), layout.image)
     if layout.below is not None:
         name = f"{checked.plain_file_name(checked.text(values, layout.below), layout.below)}/{name}"
-    size = images.header(name).stored if layout.size is None else _size(values.get(layout.size), layout.size)
+    size = headers.of(name)[1].stored if layout.size is None else _size(values.get(layout.size), layout.size)
     box = _box(layout, values, (1, 1) if layout.relative else size)
     return _made(layout, part, values, name, size, box)
 

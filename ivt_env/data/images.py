@@ -18,13 +18,14 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ivt_env.data.checked import BadRowError
+from ivt_env.data.checked import BadRowError, short
 from ivt_env.data.sample import DataError, ImageArray
 
 MAX_PIXELS = 64_000_000
@@ -65,10 +66,6 @@ class Header:
         """Whether the image has this (height, width), as stored or upright."""
         return size in (self.stored, self.upright)
 
-    def shown_upright(self, size: tuple[int, int] | None) -> bool:
-        """Which of the two frames boxes refer to that were made for an image of ``size`` (None: not stated)."""
-        return size is None or size != self.stored
-
     @property
     def frame_is_unclear(self) -> bool:
         """Whether the stored and the upright image differ, and have the same height and width."""
@@ -85,6 +82,48 @@ def read_header(source: str | os.PathLike[str] | bytes, where: str) -> Header:
             return header
     except DataError as error:
         raise BadRowError(str(error)) from error
+
+
+class Headers:
+    """The headers of images below some folders, each read once; one that cannot be read is a BadRowError each time."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        """Nothing is read yet."""
+        self.folders = folders
+        self.missing: list[str] = []
+        self._held: dict[str, tuple[Path, Header] | str] = {}
+
+    def of(self, image: str) -> tuple[Path, Header]:
+        """The file of an image, in the first folder that holds it, and its header."""
+        if image not in self._held:
+            try:
+                self._held[image] = self._read(image)
+            except BadRowError as error:
+                self._held[image] = str(error)
+        found = self._held[image]
+        if isinstance(found, str):
+            raise BadRowError(found)
+        return found
+
+    def remedy(self) -> str | None:
+        """What to do about images that are not there; None where all are."""
+        if not self.missing:
+            return None
+        return (
+            f"{len(self.missing)} of {len(self._held)} images are not in {' or '.join(map(str, self.folders))} (the "
+            f"first: {self.missing[0]}): put them there, or name the folder that holds them (--images)"
+        )
+
+    def _read(self, image: str) -> tuple[Path, Header]:
+        try:
+            path = next((folder / image for folder in self.folders if (folder / image).is_file()), None)
+        except OSError as error:  # a name that is too long, a folder that must not be read
+            raise BadRowError(f"image {short(image)}: cannot be looked for ({error.strerror}); correct it") from error
+        if path is None:
+            self.missing.append(image)
+            places = " or ".join(str(folder / image) for folder in self.folders)
+            raise BadRowError(f"image {image!r}: no such image, {places}; put it there or correct the path")
+        return path, read_header(path, str(path))
 
 
 def read_image(source: str | os.PathLike[str] | bytes, where: str, size: tuple[int, int] | None = None) -> ImageArray:
@@ -114,7 +153,7 @@ def read_image(source: str | os.PathLike[str] | bytes, where: str, size: tuple[i
             f"says {size[1]} wide and {size[0]} high, so its boxes would be wrong; put the original file "
             "in its place (not resized, cropped or rotated), or correct the annotation"
         )
-    wanted = header.shown_upright(size)
+    wanted = size is None or size != header.stored  # whether the boxes refer to the upright image
     if header.orientation == 1 or wanted == is_upright:
         return pixels
     turn = (_UPRIGHT if wanted else _STORED)[header.orientation]

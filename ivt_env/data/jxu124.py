@@ -1,21 +1,13 @@
 """RefCOCO, RefCOCO+ and RefCOCOg as the Hub data sets of jxu124: annotations only, all splits.
 
-Under a root::
+Boxes are the column ``bbox``: **xyxy**, floats in pixels of the image as stored. The JSON in ``raw_anns`` holds the
+same box as **xywh**, and each row is compared with it: where the two disagree by more than 1e-4 pixels, the whole
+file is refused, because then nobody can say in which convention it is. (Public code exists that takes ``bbox`` for
+xywh.)
 
-    jxu124/refcoco/data/train-00000-of-00001-94431d5f4bd5b93f.parquet   (also refcocoplus/, refcocog/)
-    images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the images in images/train2014/, train2014/ or coco/train2014/)
-
-Boxes are the column ``bbox``: **xyxy**, floats in pixels of the image as stored. The JSON in
-``raw_anns`` holds the same box as **xywh**, and each row is compared with it: where the two
-disagree by more than 1e-4 pixels, the whole file is refused, because then nobody can say in which
-convention it is. (Public code exists that takes ``bbox`` for xywh.)
-
-A row is an object with one or more sentences. A file's split is the beginning of its name:
-``train``, ``validation`` (val), ``test`` (testA of RefCOCO and RefCOCO+, test of RefCOCOg) and
-``testB``; a row that states another split is a bad row. Only splits whose files are there are
-served. The files know the objects that somebody described, not the others of an image, and
-categories by COCO's number alone: ``siblings`` are empty and ``meta`` has ``category_id``.
+A row is an object with one or more sentences. A file's split is the beginning of its name (``SPLITS``); a row that
+states another split is a bad row. The files know the objects that somebody described, not the others of an image,
+and categories by COCO's number alone: ``siblings`` are empty and ``meta`` has ``category_id``.
 """
 
 from __future__ import annotations
@@ -25,8 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial as bound
 from pathlib import Path
 from typing import Any, TypeGuard
-
-import pyarrow as pa
 
 from ivt_env.data import checked, hub, refcoco
 from ivt_env.data.checked import BadRowError, BadRows, short
@@ -48,25 +38,10 @@ _STATED = {"val": ("val", "validation"), "testA": ("testA", "test")}
 """Split -> what its rows may say, where that is not only the split itself."""
 
 
-def _is_sentence(kind: Any) -> bool:
-    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-    return (
-        fields.keys() >= {"sent", "sent_id"} and hub.is_text(fields["sent"]) and pa.types.is_integer(fields["sent_id"])
-    )
-
-
-_COLUMNS: hub.Columns = {
-    "ref_id": hub.INTEGER,
-    "ann_id": hub.INTEGER,
-    "image_id": hub.INTEGER,
-    "category_id": hub.INTEGER,
-    "split": hub.TEXT,
-    "sent_ids": ("lists of whole numbers", hub.is_list_of(pa.types.is_integer)),
-    "sentences": ("lists of structs with sent and sent_id", hub.is_list_of(_is_sentence)),
-    "bbox": hub.BOX,
-    "raw_anns": hub.TEXT,
-    "raw_image_info": hub.TEXT,
-}
+_COLUMNS = (
+    "ref_id", "ann_id", "image_id", "category_id", "split", "sent_ids", "sentences", "bbox", "raw_anns",
+    "raw_image_info",
+)  # fmt: skip
 
 
 def find(root: Path, name: str) -> Source | None:
@@ -100,9 +75,9 @@ def _object(held: dict[str, Any], split: str) -> Callable[..., Row]:
     here = f"ref_id {ids['ref_id']}"
     if held["split"] not in _STATED.get(split, (split,)):
         raise BadRowError(f"{here}: says split {short(held['split'])} in a file of {split}")
-    if not held["sentences"]:
+    if not isinstance(held["sentences"], list) or not held["sentences"]:
         raise BadRowError(f"{here}: has no sentences")
-    stated = [sentence["sent_id"] if sentence else None for sentence in held["sentences"]]
+    stated = [checked.integer(sentence, "sent_id") for sentence in held["sentences"]]
     if held["sent_ids"] != stated:
         raise BadRowError(f"{here}: sent_ids {short(held['sent_ids'])}, but its sentences have {short(stated)}")
     annotation, image = _json(held, "raw_anns"), _json(held, "raw_image_info")

@@ -16,8 +16,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from ivt_env.data.checked import BadRowError, BadRows, box_inside, image_size, read_json, relative_path, short, text
 from ivt_env.data.custom import Declared, boxed
-from ivt_env.data.custom_writer import Converted, Images, Splits, Writer
-from ivt_env.data.images import Header
+from ivt_env.data.custom_writer import Converted, Splits, Writer
+from ivt_env.data.images import Header, Headers
 from ivt_env.data.sample import DataError
 
 _REMEDY = "export the project again, in the format JSON (not JSON-MIN)"
@@ -25,6 +25,7 @@ _NO_TEXT = (
     "write an expression to each rectangle (a TextArea with perRegion in the labelling interface), or name a field of "
     "the tasks with --expression-key data.FIELD"
 )
+_NO_EXPRESSION = "rectangles without an expression are no targets"
 _UPLOADED = re.compile(r"(?:.*/)?data/upload/(?:\d+/)?")
 _RECTANGLE = ("x", "y", "width", "height")
 _NO_BOX = re.compile("(polygon|ellipse|keypoint|brush|vector|bitmask)(labels)?")
@@ -73,44 +74,49 @@ def from_label_studio(
         raise DataError(f"{source}: no task has 'annotations'; {_REMEDY}")
     bad = BadRows(str(source), "correct these tasks in Label Studio and export again, in the format JSON")
     notes: dict[str, int] = defaultdict(int)
-    held = Images(folder)
+    headers = Headers([folder])
     elsewhere: list[str] = []
     total = 0
     for number, task in enumerate(tasks):
         here = f"task {task.get('id', number)}" if isinstance(task, dict) else f"task {number}"
+        regions: list[_Region] | None = None
         try:
             annotation = _annotation(task, notes)
-            image = ""
+            image: str | BadRowError
             try:
                 image = _image(task, image_key)
             except BadRowError as error:
+                image = error
                 elsewhere.append(f"{here}: {error}")
             if annotation is None:
                 continue
             regions, count = _regions(annotation, here, bad, notes)
             total += count
-        except BadRowError as error:
-            bad.add(here, error)
-            total += 1
-            continue
-        try:
             if expression_key is not None:
-                _give_expression(task, expression_key, regions, count)
+                if count != 1:
+                    raise BadRowError(f"{count} regions and one expression, so it is unclear which is meant")
+                for region in regions:
+                    region.expressions = [text(task.get("data"), expression_key.removeprefix("data.")).strip()]
+            if not any(region.expressions for region in regions):
+                notes[_NO_EXPRESSION] += len(regions)
+                continue
+            if isinstance(image, BadRowError):
+                raise image
+            path, header = headers.of(image)
         except BadRowError as error:
-            bad.add(here, error, len(regions))
+            bad.add(here, error, 1 if regions is None else len(regions))
+            total += regions is None
             continue
-        if not any(region.expressions for region in regions):
-            notes["rectangles without an expression are no targets"] += len(regions)
-            continue
-        try:
-            if not image:
-                raise BadRowError(elsewhere[-1].removeprefix(f"{here}: "))
-            header = held.header(image)
-        except BadRowError as error:
-            bad.add(here, error, len(regions))
-            continue
-        _add_lines(writer, task.get("id", number), here, regions, header, folder, image, bad, notes)
-    bad.remedy = held.remedy() or bad.remedy
+        usable = [region for region in regions if _is_usable(region, header, image, writer.declared, here, bad)]
+        for region in usable:
+            notes[_NO_EXPRESSION] += not region.expressions
+            task_id = task.get("id", number)
+            writer.add(
+                f"{task_id}-{region.id}", region.expressions, image, path, region.size, region.bbox,
+                siblings=[other.bbox for other in usable if other is not region and other.label == region.label],
+                category=region.label, meta={"task": task_id, "region": region.id},
+            )  # fmt: skip
+    bad.remedy = headers.remedy() or bad.remedy
     bad.check(total)
     notes = {note: count for note, count in notes.items() if count}
     if elsewhere and not writer.lines:
@@ -121,17 +127,12 @@ def from_label_studio(
 @dataclass(slots=True)
 class _Region:
     id: str
-    label: str | None
-    percent: list[Any]
-    """x, y, width, height, in percent of the image."""
+    bbox: list[float]
+    """xywh, relative to the image."""
     size: tuple[int, int]
     """(height, width) of the image when it was annotated."""
+    label: str | None = None
     expressions: list[str] = field(default_factory=list)
-
-    @property
-    def bbox(self) -> list[float]:
-        """xywh, relative to the image."""
-        return [each / 100 for each in self.percent]
 
 
 def _annotation(task: Any, notes: dict[str, int]) -> dict[str, Any] | None:
@@ -211,8 +212,10 @@ def _regions(annotation: dict[str, Any], here: str, bad: BadRows, notes: dict[st
     regions: list[_Region] = []
     count = 0
     for number, held in of_id.items():
-        rectangles = [one for one in held if _is_rectangle(one)]
         others = sorted({one["type"] for one in held if _NO_BOX.fullmatch(str(one.get("type")))})
+        rectangles = [
+            one for one in held if all(key in one["value"] for key in _RECTANGLE) and one.get("type") not in others
+        ]
         # What has no place in the image (choices and ratings of the whole task) is no region.
         count += bool(rectangles or others)
         if others:
@@ -223,11 +226,6 @@ def _regions(annotation: dict[str, Any], here: str, bad: BadRows, notes: dict[st
             except BadRowError as error:
                 bad.add(here, f"region {number}: {error}")
     return regions, count
-
-
-def _is_rectangle(result: dict[str, Any]) -> bool:
-    value = result["value"]
-    return all(key in value for key in _RECTANGLE) and not _NO_BOX.fullmatch(str(result.get("type")))
 
 
 def _region(number: str, held: list[dict[str, Any]], rectangles: list[dict[str, Any]]) -> _Region:
@@ -245,7 +243,7 @@ def _region(number: str, held: list[dict[str, Any]], rectangles: list[dict[str, 
     percent = [first["value"][key] for key in _RECTANGLE]
     box_inside(percent, (100, 100), "xywh", "x, y, width, height in percent")
     size = image_size(first, "original_height", "original_width")
-    region = _Region(number, None, percent, size)
+    region = _Region(number, [value / 100 for value in percent], size)
     for one in held:
         value = one["value"]
         if one.get("type") == "textarea":
@@ -259,55 +257,22 @@ def _region(number: str, held: list[dict[str, Any]], rectangles: list[dict[str, 
     return region
 
 
-def _give_expression(task: dict[str, Any], expression_key: str, regions: list[_Region], count: int) -> None:
-    """Give the task's expression to its only rectangle."""
-    if count != 1:
-        raise BadRowError(f"{count} regions and one expression, so it is unclear which is meant")
-    for region in regions:
-        region.expressions = [text(task.get("data"), expression_key.removeprefix("data.")).strip()]
-
-
-def _add_lines(
-    writer: Writer, task_id: Any, here: str, regions: list[_Region], header: Header, folder: Path, image: str,
-    bad: BadRows, notes: dict[str, int],
-) -> None:  # fmt: skip
-    """The lines of a task, its regions compared with its image."""
-    usable = []
-    for region in regions:
-        try:
-            _check_image(region, header, image)
-            boxed(region.bbox, region.size, writer.declared)
-            usable.append(region)
-        except BadRowError as error:
-            bad.add(here, f"region {region.id}: {error}")
-    for region in usable:
-        if not region.expressions:
-            notes["rectangles without an expression are no targets"] += 1
-        for i, expression in enumerate(region.expressions):
-            line = {
-                "id": f"{task_id}-{region.id}" + (f"-{i}" if len(region.expressions) > 1 else ""),
-                "image": image,
-                "width": region.size[1],
-                "height": region.size[0],
-                "expression": expression,
-                "bbox": region.bbox,
-                "siblings": [o.bbox for o in usable if o is not region and o.label == region.label],
-                "meta": {"task": task_id, "region": region.id},
-            }
-            if region.label is not None:
-                line["category"] = region.label
-            writer.add(line, folder / image)
-
-
-def _check_image(region: _Region, header: Header, image: str) -> None:
-    if not header.fits(region.size):
-        raise BadRowError(
-            f"{image} is {header.stored[1]} wide and {header.stored[0]} high, but was {region.size[1]} wide and "
-            f"{region.size[0]} high when it was annotated; put the original there"
-        )
-    if header.frame_is_unclear:  # the browser has shown it upright, its size would be read as stored
-        raise BadRowError(
-            f"{image}: its EXIF note says to show it turned or mirrored (orientation {header.orientation}) with "
-            "the same height and width, which the lines cannot say; turn the pixels themselves (for example with "
-            "ImageMagick's `mogrify -auto-orient`)"
-        )
+def _is_usable(region: _Region, header: Header, image: str, declared: Declared, here: str, bad: BadRows) -> bool:
+    """Whether a region goes with its image; if not, it is added to ``bad``."""
+    try:
+        if not header.fits(region.size):
+            raise BadRowError(
+                f"{image} is {header.stored[1]} wide and {header.stored[0]} high, but was {region.size[1]} wide and "
+                f"{region.size[0]} high when it was annotated; put the original there"
+            )
+        if header.frame_is_unclear:  # the browser has shown it upright, its size would be read as stored
+            raise BadRowError(
+                f"{image}: its EXIF note says to show it turned or mirrored (orientation {header.orientation}) with "
+                "the same height and width, which the lines cannot say; turn the pixels themselves (for example with "
+                "ImageMagick's `mogrify -auto-orient`)"
+            )
+        boxed(region.bbox, region.size, declared)
+    except BadRowError as error:
+        bad.add(here, f"region {region.id}: {error}")
+        return False
+    return True

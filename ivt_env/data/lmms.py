@@ -1,27 +1,16 @@
 """RefCOCO, RefCOCO+ and RefCOCOg as the Hub data sets of lmms-lab: images inside, evaluation only.
 
-Under a root (the data sets are now called lmms-lab-encoder/RefCOCO and so on)::
+Boxes are the column ``bbox``: **xywh**, in pixels of the image as stored, held as float32. Each number is taken as the
+shortest decimal that float32 stands for (103.93, not 103.93000030517578): that is what the annotators' file says, and
+the box then is the same to the last bit as in the other layouts. A row is an object; its expressions are the list
+``answer`` (``question`` only asks a model to describe the object).
 
-    lmms/RefCOCO/data/testA-00000-of-00001.parquet       (also RefCOCOplus/, RefCOCOg/)
+Only the splits of ``SPLITS`` are served. val of RefCOCO and of RefCOCOg mix rows of unc and umd with 5,000 of google,
+whose images are in the train splits of unc and umd, and nothing in the file tells which rows those are; test of RefCOCO
+is google's, too.
 
-Boxes are the column ``bbox``: **xywh**, in pixels of the image as stored, held as float32. Each
-number is taken as the shortest decimal that float32 stands for (103.93, not 103.93000030517578):
-that is what the annotators' file says, and the box then is the same to the last bit as in the
-other layouts. A row is an object; its expressions are the list ``answer`` (``question`` only asks
-a model to describe the object).
-
-Splits served: testA and testB of RefCOCO; val, testA and testB of RefCOCO+; test of RefCOCOg; of
-these, the ones whose files are there. The others are refused:
-
-- There is no train split.
-- val of RefCOCO (8,811 rows) is 3,811 rows of the unc partition and 5,000 of google, and val of
-  RefCOCOg (7,573) is 2,573 of umd and 5,000 of google. The rows of google show images that are
-  in the train splits of unc and umd, and nothing in the file tells which rows those are.
-- test of RefCOCO is google's, and shares images with unc's train likewise.
-
-The images are written out once, byte for byte, into ``images/`` beside the index, and the size
-is taken from their headers (pixels as stored: a rotation noted in EXIF does not turn the boxes).
-The files know neither the other objects of an image nor categories: ``siblings`` are empty.
+The images are written out once, byte for byte, into ``images/`` beside the index, and the size is taken from their
+headers (pixels as stored). The files know neither the other objects of an image nor categories.
 """
 
 from __future__ import annotations
@@ -50,13 +39,7 @@ PLACES: dict[str, tuple[str, ...]] = {
 """Data set name -> what is looked for under the root."""
 
 _ROWS_AT_ONCE = 16  # of about 150 kB each
-_COLUMNS: hub.Columns = {
-    "question_id": hub.TEXT,
-    "image": hub.IMAGE,
-    "answer": ("lists of texts", hub.is_list_of(hub.is_text)),
-    "bbox": hub.BOX,
-    "file_name": hub.TEXT,
-}
+_COLUMNS = ("question_id", "image", "answer", "bbox", "file_name")
 
 
 def find(root: Path, name: str) -> Source | None:

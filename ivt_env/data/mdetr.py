@@ -1,19 +1,11 @@
 """RefCOCO, RefCOCO+ and RefCOCOg as prepared for MDETR: annotations only, all splits.
 
-Under a root::
-
-    mdetr/finetune_refcoco_train.json       (also refcoco+ and refcocog; val, testA, testB, test)
-    images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the images in images/train2014/, train2014/ or coco/train2014/)
-
 Boxes are ``annotations[].bbox``: **xywh**, floats in pixels of the image as stored.
 
-The files have COCO's form but one image entry and one annotation for each *expression*: ``id`` of
-an image and ``image_id`` of an annotation are running numbers, ``original_id`` of an image is
-COCO's number of the image and ``original_id`` of an annotation COCO's number of the object. An
-image entry with no annotation or several is a bad row. Only splits whose files are there are
-served. A file knows the objects that somebody described, not the others of an image:
-``siblings`` are empty.
+The files have COCO's form but one image entry and one annotation for each *expression*: ``id`` of an image and
+``image_id`` of an annotation are running numbers, ``original_id`` of an image is COCO's number of the image and
+``original_id`` of an annotation COCO's number of the object. A file knows the objects that somebody described, not the
+others of an image: ``siblings`` are empty.
 
 (MDETR scores a box as right at GIoU >= 0.5. That is not the IoU >= 0.5 of everybody else.)
 """
@@ -65,10 +57,8 @@ def _read(files: Mapping[str, Sequence[Path]], label: str, bad: BadRows, _folder
         bad.split = split
         content = checked.read_json(path, _REMEDY)
         checked.lists_in(content, path, ("images", "annotations"), _REMEDY)
-        categories: dict[int, str] = {}
-        for entry in content["categories"] if isinstance(content.get("categories"), list) else ():
-            with contextlib.suppress(BadRowError):  # a row then lacks its category's name, which is no harm
-                categories[checked.integer(entry, "id")] = checked.text(entry, "name")
+        listed = content.get("categories")
+        categories = checked.by_id(listed if isinstance(listed, list) else ())
         annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
         entries = enumerate(content["annotations"])
         for image_id, entry in checked.usable(bad, f"the annotations of {path.name}", entries, _with_image_id):
@@ -85,7 +75,7 @@ def _with_image_id(annotation: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 
 def _expression(
-    image: Any, annotations: Mapping[int, list[dict[str, Any]]], categories: Mapping[int, str], label: str, split: str
+    image: Any, annotations: Mapping[int, list[dict[str, Any]]], categories: Mapping[int, Any], label: str, split: str
 ) -> Row:
     """Check an image entry and its annotation."""
     running = checked.integer(image, "id")
@@ -100,6 +90,9 @@ def _expression(
     file_name = checked.plain_file_name(checked.text(image, "file_name"))
     coco_image_id(file_name, image_id)
     size = checked.image_size(image)
+    meta: dict[str, Any] = {"ann_id": ann_id, "image_id": image_id, "category_id": category_id}
+    with contextlib.suppress(BadRowError):  # the name of a category may be missing, which is no harm
+        meta["category"] = checked.text(categories.get(category_id), "name")
     return Row(
         split=split,
         sample_id=f"{ann_id}-{running}",
@@ -108,6 +101,5 @@ def _expression(
         size=size,
         expression=checked.text(image, "caption").strip(),
         box=checked.relative_box(own[0].get("bbox"), size, "xywh"),
-        meta={"ann_id": ann_id, "image_id": image_id, "category_id": category_id}
-        | ({"category": categories[category_id]} if category_id in categories else {}),
+        meta=meta,
     )

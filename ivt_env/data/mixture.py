@@ -142,18 +142,13 @@ def open_mixture(root: Path, split: str, seed: int = 0) -> Mixture:
 
     The file is ``mixed/ids.json`` under ``root`` or, where that cannot be written, in the user's cache.
     """
-    places = _places(root)
     held = held_ids(root)
-    if held is not None:
-        return Mixture(split, _opened(root, PARTS[split]), read_ids(held), str(held))
-    every = _opened(root, [key for parts in PARTS.values() for key in parts])
-    ids = draw(every, seed)
-    written = None
     try:
-        written = _write_to_first(places, ids, seed)
+        held = held or redraw(root, seed)
     except OSError as error:
         _log.warning("the ids of the mixture cannot be written, and are drawn anew at each opening: %s", error)
-    return Mixture(split, {key: every[key] for key in PARTS[split]}, ids, str(written or "mixed"))
+    ids = read_ids(held) if held else draw(_opened(root), seed)
+    return Mixture(split, _opened(root, split), ids, str(held or "mixed"))
 
 
 def held_ids(root: Path) -> Path | None:
@@ -168,10 +163,17 @@ def redraw(root: Path, seed: int) -> Path:
         DataError: where a part is absent, broken or too small.
         OSError: where no file can be written. What there was is kept.
     """
-    ids = draw(_opened(root, [key for parts in PARTS.values() for key in parts]), seed)
+    ids = draw(_opened(root), seed)
     held = held_ids(root)  # another one would not count
     places = _places(root) if held is None else [held]
-    return _write_to_first(places, ids, seed)
+    for path in places:
+        try:
+            write_ids(path, ids, seed)
+            return path
+        except OSError as error:
+            _log.warning("%s: the ids are not written there (%s)", path, error)
+            failed = error
+    raise failed
 
 
 def _places(root: Path) -> list[Path]:
@@ -185,26 +187,6 @@ def _places(root: Path) -> list[Path]:
 def write_ids(path: Path, ids: Ids, seed: int) -> None:
     """Write the chosen ids; the file is complete or absent."""
     write_whole(path, json.dumps({"seed": seed, "splits": ids}, indent=0, ensure_ascii=False))
-
-
-def _write_to_first(places: Sequence[Path], ids: Ids, seed: int) -> Path:
-    """The first place that can be written, with the ids in it.
-
-    Raises:
-        OSError: of the last place, where none can.
-    """
-    *earlier, last = places
-    for path in earlier:
-        try:
-            write_ids(path, ids, seed)
-            break
-        except OSError as error:
-            _log.warning("%s: the ids are not written there (%s)", path, error)
-    else:
-        path = last
-        write_ids(path, ids, seed)
-    _log.info("%s: %s samples drawn with seed %d", path, "/".join(str(len(ids[s])) for s in ids), seed)
-    return path
 
 
 def read_ids(path: Path) -> Ids:
@@ -225,9 +207,10 @@ def read_ids(path: Path) -> Ids:
     return {split: [(row[0], row[1], row[2]) for row in rows] for split, rows in splits.items()}
 
 
-def _opened(root: Path, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Table]:
+def _opened(root: Path, *wanted: str) -> dict[tuple[str, str], Table]:
+    """The tables that splits of the mixture are made of; those of all, where none is named."""
     opened = {}
-    for name, split in dict.fromkeys(keys):
+    for name, split in dict.fromkeys(part for each in wanted or PARTS for part in PARTS[each]):
         source = find_source(name, split, root)
         if source is None:
             raise DataError(f"mixed: {name} {split} is not in {root}; get it with `ivt data fetch {name}`")

@@ -13,8 +13,8 @@ from ivt_env.data.sample import DataError, ImageArray, Sample
 SPLITS = ("train", "val", "test", "all")
 
 _FOLDER = Path(__file__).resolve().parent.parent / "assets" / "photos"
-_SAME_CLASS = (frozenset({"the eye on the left", "the eye on the right"}),)
-"""Expressions whose targets are of one class and in one image, checked by eye."""
+_EYES = {"the eye on the left", "the eye on the right"}
+"""The only expressions whose targets are of one class and in one image, checked by eye."""
 
 
 class Photos:
@@ -82,14 +82,7 @@ def _samples(split: str) -> tuple[Sample, ...]:
             size=(row["height"], row["width"]),
             dataset=Photos.name,
             split=split,
-            siblings=tuple(
-                other["box"]
-                for group in _SAME_CLASS
-                for other in rows
-                if other is not row
-                and other["image"] == row["image"]
-                and {row["expression"], other["expression"]} <= group
-            ),
+            siblings=tuple(other["box"] for other in rows if {row["expression"], other["expression"]} == _EYES),
         )
         for number, row in enumerate(rows)
     )

@@ -1,15 +1,11 @@
 """Ref-Adv-s (arXiv 2602.23898; Hub: dddraxxx/ref-adv-s), a test set of 1,142 hard expressions.
 
-Under a root::
-
-    refadv/train-00000-of-00001.parquet     (or in refadv/data/)
-
 The file calls its split ``train``; it is a test set, and is served as ``test`` and nothing else.
 
-``solution`` is **xyxy**, floats in pixels of the image as stored; one row is one expression. The
-images are embedded: the bytes of each are written out once, as they are. ``distractors`` is a
-count written as a string (objects of the target's class, 2 or more); the set has no boxes of them.
-Rows share images and even boxes, so confidence intervals must be clustered by ``image_id``.
+``solution`` is **xyxy**, floats in pixels of the image as stored; one row is one expression. The images are embedded:
+the bytes of each are written out once, as they are. ``distractors`` is a count written as a string (objects of the
+target's class, 2 or more); the set has no boxes of them. Rows share images and even boxes, so confidence intervals must
+be clustered by ``image_id``.
 """
 
 from __future__ import annotations
@@ -20,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial as bound
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +29,10 @@ PLACES = {"refadv": ("refadv/*.parquet", "refadv/data/*.parquet")}
 """Data set name -> what is looked for under the root."""
 
 PUBLISHED_COUNTS = {"test": 1_142}
-COLUMNS: hub.Columns = {
-    "image": hub.IMAGE,
-    "file_name": hub.TEXT,
-    "normal_caption": hub.TEXT,
-    "solution": hub.NUMBERS,
-    "width": hub.INTEGER,
-    "height": hub.INTEGER,
-    "image_source": hub.TEXT,
-    "human_authored": hub.FLAG,
-    "use_negation": hub.FLAG,
-    "distractors": ("counts", lambda kind: True),
-}
+COLUMNS = (
+    "image", "file_name", "normal_caption", "solution", "width", "height", "image_source", "human_authored",
+    "use_negation", "distractors",
+)  # fmt: skip
 ROWS_IN_MEMORY = 16
 
 _REMEDY = "fetch the Parquet file of dddraxxx/ref-adv-s again"
@@ -87,14 +76,11 @@ def find(root: Path, name: str) -> Source | None:
 def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
     images = hub.EmbeddedImages(folder / "images")
     bad.split = "test"
-    total = 0
+    running = count()
     for path in paths:
-        entries = hub.typed_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, {"row_idx": hub.INTEGER})
-        counted = ((number, ({"row_idx": total + number} | values)) for number, values in entries)
-        number = -1
-        for number, values in counted:
-            yield from checked.usable(bad, path.name, [(number, values)], bound(_row, images=images))
-        total += number + 1
+        rows = hub.parquet_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, ["row_idx"])
+        numbered = ((number, {"row_idx": next(running)} | values) for number, values in rows)
+        yield from checked.usable(bad, path.name, numbered, bound(_row, images=images))
 
 
 def _row(values: dict[str, Any], images: hub.EmbeddedImages) -> Row:

@@ -1,19 +1,13 @@
 """Ref-L4 (arXiv 2406.16866; Hub: JierunChen/Ref-L4), a benchmark: there is no train split.
 
-Under a root::
+``bbox`` is **xywh**, float64 in pixels of the image as stored; one row is one expression. Nothing is clipped and
+nothing dropped: some targets begin outside their images, and the benchmark's evaluator scores them as they are.
+``bbox_area`` is compared with width times height, which tells xywh from xyxy: where more than a hundredth of the
+rows disagree, the files are refused. ``all`` is val and test together, on which the benchmark's published numbers
+are.
 
-    refl4/ref-l4-val.parquet  refl4/ref-l4-test.parquet
-    refl4/images/COCO_train2014_000000128974.jpg  refl4/images/objects365_v2_00922765.jpg
-    (or the images in a folder of images/, as an archive with a prefix unpacks them)
-
-``bbox`` is **xywh**, float64 in pixels of the image as stored; one row is one expression.
-Nothing is clipped and nothing dropped: some targets begin outside their images, and the benchmark's
-evaluator scores them as they are. ``bbox_area`` is compared with width times height, which tells xywh
-from xyxy: where more than a hundredth of the rows disagree, the files are refused. ``all`` is val and test
-together, on which the benchmark's published numbers are.
-
-About half of the images are those of the RefCOCO sets' val and test. Their ``image_id`` is the
-same here and there (``coco-128974``), so that such leaks can be found before training.
+About half of the images are those of the RefCOCO sets' val and test. Their ``image_id`` is the same here and there
+(``coco-128974``), so that such leaks can be found before training.
 """
 
 from __future__ import annotations
@@ -35,20 +29,10 @@ PLACES = {"refl4": tuple(f"refl4/{file}" for file in FILES)}
 """Data set name -> what is looked for under the root."""
 
 PUBLISHED_COUNTS = {"val": 13_420, "test": 31_921}
-COLUMNS: hub.Columns = {
-    "id": hub.INTEGER,
-    "caption": hub.TEXT,
-    "bbox": hub.NUMBERS,
-    "bbox_area": hub.NUMBER,
-    "bbox_id": hub.TEXT,
-    "ori_category_id": hub.TEXT,
-    "image_id": hub.TEXT,
-    "height": hub.INTEGER,
-    "width": hub.INTEGER,
-    "file_name": hub.TEXT,
-    "is_rewrite": hub.FLAG,
-    "split": hub.TEXT,
-}
+COLUMNS = (
+    "id", "caption", "bbox", "bbox_area", "bbox_id", "ori_category_id", "image_id", "height", "width", "file_name",
+    "is_rewrite", "split",
+)  # fmt: skip
 AREA_TOLERANCE = 0.01
 """By what share ``bbox_area`` may differ from width times height (or by 2 square pixels)."""
 
@@ -95,13 +79,11 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _read(paths: dict[str, Path], bad: BadRows, _folder: Path) -> Iterator[Row]:
-    for path in paths.values():  # both before the first row: a wrong revision is said at once
-        hub.check_columns(path, COLUMNS, _REMEDY)
     place_of: dict[int, str] = {}
     file_of: dict[str, tuple[str, tuple[int, int]]] = {}
     for split, path in paths.items():
         bad.split = split
-        for number, values in hub.typed_rows(path, COLUMNS, _REMEDY):
+        for number, values in hub.parquet_rows(path, COLUMNS, _REMEDY):
             place = f"{path.name} row {number}"
             try:
                 row = _row(values, split)

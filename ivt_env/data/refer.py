@@ -1,35 +1,29 @@
 """RefCOCO, RefCOCO+ and RefCOCOg in the layout of the REFER tool (github.com/lichengunc/refer).
 
-Under a root::
-
-    refcocog/instances.json  refcocog/refs(umd).p      (also refcoco/, refcoco+/)
-    images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
-    (or the images in images/train2014/, train2014/ or coco/train2014/)
-
-Boxes are ``instances.json``'s **xywh**, floats in pixels of the image as stored; a row of the
-``.p`` file is an object with one or more sentences, and has no box of its own.
-
-The ``.p`` files are pickles, and a pickle can run code: they are read with every callable refused,
-so that a tampered file is an error and nothing more.
+Boxes are ``instances.json``'s **xywh**, floats in pixels of the image as stored; a row of the ``.p`` file is an object
+with one or more sentences, and has no box of its own. The ``.p`` files are pickles, and a pickle can run code: they are
+read with every callable refused, so that a tampered file is an error and nothing more.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import io
 import os
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ivt_env.data import checked
-from ivt_env.data.checked import BadRowError, BadRows, Box, short
-from ivt_env.data.pickles import read_pickle
+from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.refcoco import IMAGE_FOLDERS, IMAGE_REMEDY, PUBLISHED
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
+from ivt_env.failures import reading
 
 FOLDERS = {"refcocog": "refcocog", "refcoco": "refcoco", "refcocoplus": "refcoco+"}
 """Data set name -> its folder under the root."""
@@ -51,8 +45,6 @@ for people, testB for other objects.
 _REF_KEYS = frozenset(("sent_ids", "file_name", "ann_id", "ref_id", "image_id", "split", "sentences", "category_id"))
 _SENTENCE_KEYS = frozenset(("tokens", "raw", "sent", "sent_id"))
 _REMEDY = "unpack the data set again"
-
-_log = logging.getLogger(__name__)
 
 
 def source(root: str | os.PathLike[str], name: str = "refcocog", partition: str | None = None) -> Source:
@@ -93,48 +85,27 @@ def find(root: Path, name: str) -> Source | None:
     return source(root, name) if name in FOLDERS and os.path.lexists(root / FOLDERS[name]) else None
 
 
-_Image = tuple[str, tuple[int, int]]
-"""File name, and (height, width) in pixels."""
-_Annotation = tuple[int, int, Box]
-"""Image, category, and box: xyxy, relative to the image."""
-
-
+@dataclass(frozen=True)
 class _Instances:
-    """``instances.json``: every entry is checked; a bad one is kept as the reason why."""
+    """``instances.json``, by id; an entry is checked where a ref is about it."""
 
-    def __init__(self, path: Path) -> None:
-        content = checked.read_json(path, _REMEDY)
-        checked.lists_in(content, path, ("images", "annotations", "categories"), _REMEDY)
-        self.images: dict[int, _Image | str] = {}
-        self.annotations: dict[int, _Annotation | str] = {}
-        self.categories: dict[int, str] = {}
-        self._of_class: dict[tuple[int, int], list[tuple[int, Box]]] = defaultdict(list)
-        for entry in content["categories"]:
-            with contextlib.suppress(BadRowError):
-                self.categories[checked.integer(entry, "id")] = checked.text(entry, "name")
-        unusable = sum(not _keep(self.images, entry, self._image) for entry in content["images"])
-        unusable += sum(not _keep(self.annotations, entry, self._annotation) for entry in content["annotations"])
-        for ann_id, found in self.annotations.items():
-            if not isinstance(found, str):
-                self._of_class[found[:2]].append((ann_id, found[2]))
-        if unusable:
-            _log.warning("%s: %d unusable images and annotations; refs to them are left out", path, unusable)
+    images: dict[int, dict[str, Any]]
+    annotations: dict[int, dict[str, Any]]
+    categories: dict[int, dict[str, Any]]
+    of_class: dict[tuple[int, int], list[dict[str, Any]]]
+    """(image, category) -> annotations."""
 
-    @staticmethod
-    def _image(entry: dict[str, Any]) -> _Image:
-        return checked.plain_file_name(checked.text(entry, "file_name")), checked.image_size(entry)
 
-    def _annotation(self, entry: dict[str, Any]) -> _Annotation:
-        image_id = checked.integer(entry, "image_id")
-        image = self.images.get(image_id)
-        if image is None or isinstance(image, str):
-            raise BadRowError(f"image {image_id}: {image or 'not in instances.json'}")
-        box = checked.relative_box(entry.get("bbox"), image[1], "xywh")
-        return image_id, checked.integer(entry, "category_id"), box
-
-    def siblings(self, ann_id: int, annotation: _Annotation) -> list[Box]:
-        """Boxes of the other annotations of the same category in the same image."""
-        return [box for other, box in self._of_class[annotation[:2]] if other != ann_id]
+def _instances(path: Path) -> _Instances:
+    content = checked.read_json(path, _REMEDY)
+    lists = ("images", "annotations", "categories")
+    checked.lists_in(content, path, lists, _REMEDY)
+    of_class: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    images, annotations, categories = (checked.by_id(content[key]) for key in lists)
+    for entry in annotations.values():
+        with contextlib.suppress(BadRowError):
+            of_class[checked.integer(entry, "image_id"), checked.integer(entry, "category_id")].append(entry)
+    return _Instances(images, annotations, categories, of_class)
 
 
 def _read(refs_path: Path, instances_path: Path, splits: tuple[str, ...], bad: BadRows, _folder: Path) -> Iterator[Row]:
@@ -142,7 +113,7 @@ def _read(refs_path: Path, instances_path: Path, splits: tuple[str, ...], bad: B
     refs = read_pickle(refs_path)
     if not isinstance(refs, list) or not refs:
         raise DataError(f"{refs_path}: holds {short(refs)}, not a list of refs; {_REMEDY}")
-    instances = _Instances(instances_path)
+    instances = _instances(instances_path)
     for number, ref in enumerate(refs):
         held = ref if isinstance(ref, dict) else {}
         bad.split = stated if isinstance(stated := held.get("split"), str) and stated in splits else None
@@ -165,27 +136,40 @@ def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callabl
     stated = [checked.integer(sentence, "sent_id") for sentence in ref["sentences"]]
     if ref["sent_ids"] != stated:
         raise BadRowError(f"{here}: sent_ids {short(ref['sent_ids'])}, but its sentences have {stated}")
-    annotation = instances.annotations.get(ann_id)
-    if annotation is None or isinstance(annotation, str):
-        raise BadRowError(f"{here}: annotation {ann_id}: {annotation or 'not in instances.json'}")
-    if annotation[:2] != (image_id, category_id):
+    for what, number, entries in (
+        ("annotation", ann_id, instances.annotations),
+        ("image", image_id, instances.images),
+        ("category", category_id, instances.categories),
+    ):
+        if number not in entries:
+            raise BadRowError(f"{here}: {what} {number} is not in instances.json")
+    annotation, image = instances.annotations[ann_id], instances.images[image_id]
+    try:
+        said = checked.integer(annotation, "image_id"), checked.integer(annotation, "category_id")
+        file_name, size = checked.plain_file_name(checked.text(image, "file_name")), checked.image_size(image)
+        box = checked.relative_box(annotation.get("bbox"), size, "xywh")
+        category = checked.text(instances.categories[category_id], "name")
+    except BadRowError as error:
+        raise BadRowError(f"{here}: annotation {ann_id} of image {image_id}: {error}") from error
+    if said != (image_id, category_id):
         raise BadRowError(
             f"{here}: says image {image_id} and category {category_id}, but its annotation {ann_id} says "
-            f"image {annotation[0]} and category {annotation[1]}"
+            f"image {said[0]} and category {said[1]}"
         )
-    if category_id not in instances.categories:
-        raise BadRowError(f"{here}: category {category_id} is not in instances.json")
-    image = instances.images[image_id]
-    assert not isinstance(image, str)  # the annotation's box was computed from it
+    siblings = []
+    for other in instances.of_class[said]:
+        with contextlib.suppress(BadRowError):
+            if other is not annotation:
+                siblings.append(checked.relative_box(other.get("bbox"), size, "xywh"))
     return bound(
         Row,
         split=ref["split"],
         image_id=f"coco-{image_id}",
-        file_name=image[0],
-        size=image[1],
-        box=annotation[2],
-        siblings=instances.siblings(ann_id, annotation),
-        meta={"ann_id": ann_id, "ref_id": ref_id, "image_id": image_id, "category": instances.categories[category_id]},
+        file_name=file_name,
+        size=size,
+        box=box,
+        siblings=siblings,
+        meta={"ann_id": ann_id, "ref_id": ref_id, "image_id": image_id, "category": category},
     )
 
 
@@ -194,23 +178,41 @@ def _sentence(ref: dict[str, Any], _number: int, sentence: Any) -> tuple[str, st
     return f"{ref['ref_id']}-{checked.integer(sentence, 'sent_id')}", checked.text(sentence, "sent").strip()
 
 
-def _keep(into: dict[int, Any], entry: Any, check: Callable[[dict[str, Any]], Any]) -> bool:
-    """Store ``check(entry)``, or the reason why not, under the entry's id; False for a bad entry."""
-    try:
-        number = checked.integer(entry, "id")
-    except BadRowError:
-        return False
-    try:
-        into[number] = check(entry)
-    except BadRowError as error:
-        into[number] = str(error)
-        return False
-    return True
-
-
 def _exact_keys(row: Any, keys: frozenset[str], what: str) -> None:
     if not isinstance(row, dict):
         raise BadRowError(f"a {what} is a dict, this is {short(row)}")
     if row.keys() != keys:
         missing, unknown = sorted(keys - row.keys()), sorted(map(short, row.keys() - keys))
         raise BadRowError(f"{what} with keys missing: {missing}, unknown: {unknown}")
+
+
+def read_pickle(path: Path) -> Any:
+    """Read a pickle of plain lists, dicts, strings and numbers; one that asks for a class or function is refused.
+
+    Pickles written by Python 2 hold byte strings: these are read as UTF-8, and as Latin-1 where a file is not UTF-8.
+    """
+    with reading(path, _REMEDY, DataError, "not a whole pickle"):
+        content = path.read_bytes()
+        try:
+            try:
+                return _PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
+            except UnicodeDecodeError:
+                return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+        except _CallableRefusedError as error:
+            raise DataError(
+                f"{path}: refused, because it asks for {error}, and a pickle that asks for a class or function "
+                "can run code. Nothing was run. Get the original file; if you made this one (with numpy numbers, "
+                "say), save it again as plain lists, dicts, strings and numbers"
+            ) from None
+
+
+class _CallableRefusedError(pickle.UnpicklingError):
+    """A pickle asked for something that is no plain data."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise _CallableRefusedError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise _CallableRefusedError(f"the outside object {pid!r}")

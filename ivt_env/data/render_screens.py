@@ -152,19 +152,9 @@ def render(
                     confirmed.append((expression, noun, box, siblings))
             for number, (expression, noun, box, siblings) in enumerate(_some(confirmed, f"{seed} {image_id}")):
                 writer.add(
-                    {
-                        "id": f"{image_id}-{number}",
-                        "image": screenshot.name,
-                        "image_id": image_id,
-                        "width": width,
-                        "height": height,
-                        "expression": expression,
-                        "bbox": box,
-                        "category": noun,
-                    }  # fmt: skip
-                    | ({"siblings": siblings} if siblings else {}),
-                    screenshot,
-                )
+                    f"{image_id}-{number}", [expression], screenshot.name, screenshot, (height, width), box,
+                    image_id=image_id, category=noun, siblings=siblings or None,
+                )  # fmt: skip
         return writer.write(split or SHARES, seed, BadRows(str(folder), _REMEDY), notes, _REMEDY)
 
 

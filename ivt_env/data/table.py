@@ -33,7 +33,7 @@ from ivt_env.data.images import read_image
 from ivt_env.data.sample import DataError, ImageArray, Sample
 from ivt_env.files import whole_file
 
-_INDEX_VERSION = 3  # raise whenever the schema or the meaning of a column changes
+_INDEX_VERSION = 4  # raise whenever the schema or the meaning of a column changes
 _SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -114,19 +114,21 @@ class Table:
     """One split of a data set on disk; one sample per expression.
 
     Samples are made when asked for and images decoded when asked for; the last few images are kept. An opened table can
-    be sent to a worker process, which maps the same file. ``layout`` is the reader that it came through, ``skipped``
-    the number of rows of the annotation files (all splits) that were unusable and left out.
+    be sent to a worker process, which maps the same file. ``layout`` is the reader that it came through, ``left_out``
+    the split (None: not known) and the fault of each row of the annotation files (all splits) that was unusable, and
+    ``skipped`` their number.
     """
 
-    def __init__(self, source: Source, split: str, batch: pa.RecordBatch, opened: _Opened, cached_images: int) -> None:
-        """Called by ``open_table``."""
+    def __init__(
+        self, source: Source, split: str, cached_images: int, batch: pa.RecordBatch, facts: dict[str, Any],
+        path: Path | None, images: Path,
+    ) -> None:  # fmt: skip
+        """Called by ``open_table``; ``path`` is that of the index, None where it could be written nowhere."""
         self.name, self.split, self.layout = source.name, split, source.layout
-        self.skipped = opened.skipped
-        self._batch = batch
-        self._path, self._number, self._stamp = opened.path, opened.numbers[split], opened.stamp
-        self._image_folders = list(source.image_folders)
-        if source.embedded:
-            self._image_folders.append(opened.images)
+        self.left_out: list[tuple[str | None, str]] = [(of, reason) for of, reason in facts["left_out"]]
+        self.skipped = len(self.left_out)
+        self._batch, self._facts, self._path = batch, facts, path
+        self._image_folders = [*source.image_folders, *([images] if source.embedded else [])]
         self._image_remedy = source.image_remedy
         self._cached_images = cached_images
         self._images: OrderedDict[str, ImageArray] = OrderedDict()
@@ -221,32 +223,23 @@ class Table:
         if self._batch is None:
             assert self._path is not None
             try:
-                reader = _mapped(self._path)
-                stamp = _stamp(reader)
+                reader, facts = _mapped(self._path)
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise DataError(
                     f"{self._path}: the index of {self.name}, opened before, cannot be read any more ({error}); "
                     "open the data set again"
                 ) from error
-            if stamp != self._stamp:
+            if facts != self._facts:
                 raise DataError(
                     f"{self._path}: the index of {self.name} was built again, from other files, since the data set "
                     "was opened; open it again"
                 )
-            self._batch = reader.get_batch(self._number)
+            self._batch = reader.get_batch(facts["splits"].index(self.split))
         self._columns()
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    path: Path | None
-    """Of the index; None where it could be written nowhere."""
-    numbers: dict[str, int]
-    """Split -> record batch."""
-    skipped: int
-    images: Path
-    stamp: str = ""
-    """Of what the index was built from: equal for equal files, whoever built it."""
+_Index = tuple[pa.RecordBatch, dict[str, Any], Path | None, Path]
+"""The batch of a split, what the index was built from and what was left out, its file, and the folder of images."""
 
 
 def open_table(source: Source, split: str, cached_images: int = 32, need_images: bool = True) -> Table:
@@ -283,24 +276,18 @@ def open_table(source: Source, split: str, cached_images: int = 32, need_images:
     with contextlib.suppress(DataError):  # a user without a home folder, who need not have one
         places.append(cache_folder() / "index" / f"{source.name}-{place}")
         places = places[source.packaged :]
-    for folder in places:
-        found = _read_index(folder / _index_name(source), identity, split)
-        if found is not None:
-            batch, opened = found
-            break
-    else:
-        batch, opened = _build(source, identity, split, places)
-    if opened.skipped:
+    held_index = (_read_index(folder / _index_name(source), identity, split) for folder in places)
+    found = next(filter(None, held_index), None) or _build(source, identity, split, places)
+    table = Table(source, split, cached_images, *found)
+    if table.skipped:
         _log.warning(
             "%s: %d unusable rows of the %s files were left out (all splits together)",
-            source.name, opened.skipped, source.layout,
+            source.name, table.skipped, source.layout,
         )  # fmt: skip
-    return Table(source, split, batch, opened, cached_images)
+    return table
 
 
-def _build(
-    source: Source, identity: dict[str, Any], split: str, places: Sequence[Path]
-) -> tuple[pa.RecordBatch, _Opened]:
+def _build(source: Source, identity: dict[str, Any], split: str, places: Sequence[Path]) -> _Index:
     _log.info("%s: reading the annotations of %s (up to a minute)", source.folder, source.name)
     writable = filter(_can_write, places)  # the second place is touched only where the first will not do
     target = next(writable, None)
@@ -321,22 +308,21 @@ def _build(
         _log.warning("%s: expressions per split %s, published are %s", where, counts, published)
     if not source.may_share_images:
         _refuse_shared_images(batches, where, source)
-    facts = identity | {"splits": list(batches), "counts": counts, "skipped": len(bad.reasons)}
-    numbers = {s: number for number, s in enumerate(batches)}
+    left_out = [list(one) for one in zip(bad.splits, bad.reasons, strict=True)]
+    facts = identity | {"splits": list(batches), "counts": counts, "left_out": left_out}
     # Embedded images were written out beside the first place, so the index may lie nowhere else.
     for folder in [target] if target and source.embedded else filter(None, chain([target], writable)):
         path = folder / _index_name(source)
         try:
             _write_index(path, batches, facts)
-            reader = _mapped(path)
+            reader, facts = _mapped(path)
         except (OSError, ValueError) as error:
             _log.info("%s: index not written (%s)", path, error)
         else:
-            opened = _Opened(path, numbers, len(bad.reasons), folder / "images", _stamp(reader))
-            return reader.get_batch(numbers[split]), opened
+            return reader.get_batch(facts["splits"].index(split)), facts, path, folder / "images"
     where_not = " or ".join(map(str, places))
     _log.warning("no index of %s can be written to %s: slow at each opening", source.name, where_not)
-    return batches[split], _Opened(None, numbers, len(bad.reasons), (target or places[0]) / "images")
+    return batches[split], facts, None, (target or places[0]) / "images"
 
 
 def _batches(source: Source, bad: BadRows, folder: Path, where: str) -> dict[str, pa.RecordBatch]:
@@ -406,8 +392,8 @@ def _can_write(folder: Path) -> bool:
     return True
 
 
-def _mapped(path: Path) -> pa.RecordBatchFileReader:
-    """The index, mapped into memory; ValueError for one that is not as it was written.
+def _mapped(path: Path) -> tuple[pa.RecordBatchFileReader, dict[str, Any]]:
+    """The index, mapped into memory, and its facts; ValueError for one that is not as it was written.
 
     Arrow trusts what it maps: a file that is cut off or has a flipped bit can end the process. So the file ends in a
     checksum of all before it, which is compared first.
@@ -421,28 +407,21 @@ def _mapped(path: Path) -> pa.RecordBatchFileReader:
             left -= len(block)
         if left or digest.digest() != file.read():
             raise ValueError("cut off or damaged")
-    return pa.ipc.open_file(pa.BufferReader(pa.memory_map(str(path)).read_buffer(size)))
+    reader = pa.ipc.open_file(pa.BufferReader(pa.memory_map(str(path)).read_buffer(size)))
+    return reader, json.loads((reader.schema.metadata or {}).get(b"ivt_env", b"{}"))
 
 
-def _stamp(reader: pa.RecordBatchFileReader) -> str:
-    return hashlib.sha256((reader.schema.metadata or {}).get(b"ivt_env", b"")).hexdigest()
-
-
-def _read_index(path: Path, identity: dict[str, Any], split: str) -> tuple[pa.RecordBatch, _Opened] | None:
+def _read_index(path: Path, identity: dict[str, Any], split: str) -> _Index | None:
     """The split from an index made of exactly these sources, else None (build it again)."""
     try:
-        reader = _mapped(path)
-        facts = json.loads((reader.schema.metadata or {}).get(b"ivt_env", b"{}"))
-        if any(facts.get(key) != value for key, value in identity.items()):
+        reader, facts = _mapped(path)
+        if any(facts.get(key) != value for key, value in identity.items()) or not facts["counts"].get(split):
             return None
-        numbers = {s: number for number, s in enumerate(facts["splits"])}
-        if split not in numbers or not facts["counts"][split]:
-            return None
-        batch = reader.get_batch(numbers[split])
+        batch = reader.get_batch(facts["splits"].index(split))
         batch.validate(full=True)
         if not batch.schema.equals(_SCHEMA) or batch.num_rows != facts["counts"][split]:
             raise ValueError("not an index of this version")
-        return batch, _Opened(path, numbers, int(facts["skipped"]), path.parent / "images", _stamp(reader))
+        return batch, facts, path, path.parent / "images"
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:

@@ -1,41 +1,30 @@
 """RefCOCO, RefCOCO+ and RefCOCOg as prepared for VLM-R1: annotations only, train and val.
 
-Under a root::
-
-    vlm_r1/rec_jsons_processed/refcoco_train.json or .jsonl, refcoco_val.json
-    (also refcocop_... for RefCOCO+, refcocog_...)
-
 Boxes are **xyxy**, floats in pixels of the image as stored:
 
 - ``.json``, a list of objects: ``solution``. Never ``bbox_list``, whose x2 and y2 are one pixel short.
-- ``.jsonl``, one conversation a line: the answer's value, four numbers as a list or as its text.
-  The expression is what stands between the fixed prompt and the full stop.
+- ``.jsonl``, one conversation a line: the answer's value, four numbers as a list or as its text. The expression is what
+  stands between the fixed prompt and the full stop.
 
-Where both files of a split are there, the ``.json`` is read: it states the size of the image and
-the object's number. For ``.jsonl`` the size is read from the image's header, so the images
-must be there when the data set is first opened. A row without its image is then a bad row: more
-than one percent of them is an error, and fewer stay left out, as the warning at each opening says,
-until the index (``.ivt_index/``) is deleted.
+Where both files of a split are there, the ``.json`` is read: it states the size of the image and the object's
+number. For ``.jsonl`` the size is read from the image's header, so the images must be there when the data set is
+first opened. A row without its image is then a bad row, also later, until the index (``.ivt_index/``) is deleted.
 
-The path in ``image`` (``train2014/COCO_train2014_000000581857.jpg``) is looked for below the root,
-``vlm_r1/``, ``images/mscoco/images/``, ``images/`` and ``coco/``. COCO's number of the image is
-taken from its name, since ``image_id`` is a running number. Only splits whose files are there are
-served. A file knows neither the other objects of an image nor the names of categories:
-``siblings`` are empty.
+COCO's number of the image is taken from its name, since ``image_id`` is a running number. A file knows neither the
+other objects of an image nor the names of categories: ``siblings`` are empty.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial as bound
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ivt_env.data import checked
 from ivt_env.data.checked import BadRowError, BadRows, short
-from ivt_env.data.images import read_header
+from ivt_env.data.images import Headers
 from ivt_env.data.refcoco import coco_image_id, source
 from ivt_env.data.sample import DataError
 from ivt_env.data.table import Row, Source
@@ -89,19 +78,11 @@ def _read(
     files: Mapping[str, Sequence[Path]], name: str, image_folders: Sequence[Path], bad: BadRows, _folder: Path
 ) -> Iterator[Row]:
     """One row per object of the list, or per line."""
-
-    @cache  # seven expressions share an image
-    def size_of(image: str) -> tuple[int, int]:
-        for below in image_folders:
-            if (below / image).is_file():
-                return read_header(below / image, str(below / image)).stored
-        tried = ", ".join(map(str, image_folders))
-        raise BadRowError(f"image {image!r}, whose size is needed, is in none of {tried}")
-
+    headers = Headers(image_folders)
     for split, (path,) in files.items():
         bad.split = split
         if path.suffix == ".jsonl":
-            yield from checked.usable(bad, path.name, _lines(path), bound(_conversation, split=split, size_of=size_of))
+            yield from checked.usable(bad, path.name, _lines(path), bound(_conversation, split=split, headers=headers))
             continue
         content = checked.read_json(path, _REMEDY)
         if not isinstance(content, list):
@@ -139,7 +120,7 @@ def _record(entry: dict[str, Any], split: str, name: str) -> Row:
     )
 
 
-def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tuple[int, int]]) -> Row:
+def _conversation(entry: dict[str, Any], split: str, headers: Headers) -> Row:
     """A row of ``.jsonl``."""
     row_id = entry.get("id")
     if not isinstance(row_id, str) or not row_id.strip():
@@ -156,7 +137,7 @@ def _conversation(entry: dict[str, Any], split: str, size_of: Callable[[str], tu
     answer = turns[1].get("value")
     if isinstance(answer, str):
         answer = checked.parsed(answer, "the answer")
-    size = size_of(file_name)
+    size = headers.of(file_name)[1].stored
     return Row(
         split=split,
         sample_id=row_id,
