@@ -8,7 +8,7 @@ where there are fewer than ``MIN_CLUSTERS`` images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -157,23 +157,24 @@ def compare(
 
 def score_table(rows: Sequence[Row]) -> str:
     """One line per policy and rule; each metric has a column and an interval column."""
-    metrics = list(rows[0].scores)
-    header = ["policy", "column", "episodes", "images"]
-    for metric in metrics:
-        header += [title(metric), f"{rows[0].scores[metric].level:.0%} interval"]
     lines = []
     for row in rows:
-        first = row.scores[metrics[0]]
+        first = next(iter(row.scores.values()))
         line = [row.policy, marked(row.column, row.oracle), str(first.num), str(first.num_clusters)]
-        for metric in metrics:
-            line += score_cells(row.scores[metric], metric)
-        lines.append(line)
+        lines.append(line + score_cells(row.scores))
+    header = ["policy", "column", "episodes", "images", *score_heads(rows[0].scores)]
     return with_note(render(header, lines, left=2), any(r.oracle for r in rows))
 
 
-def score_cells(score: Interval, metric: str) -> list[str]:
-    """A score, and its interval."""
-    return [number(score.value, metric), interval(score.low, score.high, metric)]
+def score_heads(metrics: Iterable[str]) -> list[str]:
+    """The headings of ``score_cells``."""
+    return [head for metric in metrics for head in (title(metric), "95% interval")]
+
+
+def score_cells(scores: Mapping[str, Interval]) -> list[str]:
+    """Each score by metric, and its interval."""
+    pairs = ((number(s.value, metric), interval(s.low, s.high, metric)) for metric, s in scores.items())
+    return [cell for pair in pairs for cell in pair]
 
 
 def policy_table(rows: Sequence[Row], metric: str) -> str:
@@ -195,9 +196,8 @@ def difference_table(comparisons: Sequence[Comparison]) -> str:
     ``detectable`` is the smallest true difference that these data would have shown with 80 %
     power: what "n.s." leaves open. ``each seed`` appears where a comparison has several.
     """
-    level = comparisons[0].difference.level
     seeds = any(len(c.by_seed) > 1 for c in comparisons)
-    header = ["a", "b", "metric", "a - b", f"{level:.0%} interval", "images", "detectable", "McNemar p"]
+    header = ["a", "b", "metric", "a - b", "95% interval", "images", "detectable", "McNemar p"]
     lines = []
     for c in comparisons:
         d = c.difference
@@ -236,14 +236,14 @@ def each_seed(values: Sequence[float], metric: str, *, sign: bool = False) -> st
 
 def seed_table(rows: Sequence[Row], metric: str) -> str:
     """One line per policy of several seeds and rule: their number, mean and each seed's score."""
-    several = [(r, r.by_seed[metric]) for r in rows if len(r.by_seed[metric]) > 1]
+    several = [r for r in rows if len(r.by_seed[metric]) > 1]
     lines = [
-        [r.policy, marked(r.column, r.oracle), str(len(values)), number(r.scores[metric].value, metric)]
-        + [each_seed(values, metric)]
-        for r, values in several
+        [r.policy, marked(r.column, r.oracle), str(len(r.by_seed[metric])), number(r.scores[metric].value, metric)]
+        + [each_seed(r.by_seed[metric], metric)]
+        for r in several
     ]
     header = ["policy", "column", "seeds", f"mean, {title(metric)}", "each seed"]
-    return with_note(render(header, lines, left=2), any(r.oracle for r, _ in several))
+    return with_note(render(header, lines, left=2), any(r.oracle for r in several))
 
 
 def headline(audits: Mapping[str, Mapping[str, Any]]) -> str:
