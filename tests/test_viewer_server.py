@@ -19,11 +19,11 @@ from shown_episodes import HOSTILE, SEPARATORS, made_up_episodes, photo_of, play
 
 from ivt_env.data.sample import DataMissingError, ImageArray
 from ivt_env.episodes import Episode
-from ivt_env.viewer.server import App, LocalServer, ViewApp
+from ivt_env.viewer.server import LocalServer, ViewApp
 
 
 @contextmanager
-def served(app: App) -> Iterator[LocalServer]:
+def served(app: ViewApp) -> Iterator[LocalServer]:
     server = LocalServer(app)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
