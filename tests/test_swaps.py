@@ -256,7 +256,7 @@ def test_the_command_writes_records_tables_and_plot(tmp_path, capsys) -> None:
     "change, why",
     [
         ({"policies": ["tiny"]}, "name=policy"),
-        ({"policies": ["a/b=centre"]}, "name=policy"),
+        ({"policies": ["a/b=centre"]}, "also the name of a file"),
         ({"policies": ["a=centre", "a=random"]}, "given once"),
         ({"samples": 0}, "samples 0"),
         ({"steps": (3,)}, "max_steps=4"),
