@@ -74,20 +74,10 @@ MAY_CHANGE = SERVED_MAY_CHANGE | {"out", "config", "resume", "overwrite", "margi
 _PLOTS = ("accuracy_by_step.png", "before_after.png", "groups.png", "reliability.png", "training.png")
 PREDICTIONS = "predictions"
 """Folder of a JSON line per sample, for each policy."""
-RESULTS = (
-    "results.json",
-    "table.txt",
-    "report.html",
-    "episodes.html",
-    *_PLOTS,
-    PREDICTIONS,
-    "episodes",
-    ANSWERS,
-    PROMPTS,
-)
-"""What an evaluation writes; one anew removes it in this order."""
 _PLAYED = ("episodes", ANSWERS, PROMPTS)
-"""What of it has been played, and is gone on with."""
+"""What has been played, and is gone on with."""
+RESULTS = ("results.json", "table.txt", "report.html", "episodes.html", *_PLOTS, PREDICTIONS, *_PLAYED)
+"""What an evaluation writes; one anew removes it in this order."""
 DEFAULT_POLICY = "base=tiny"
 RESAMPLES = 1000
 COST = "cost.json"
@@ -192,9 +182,8 @@ def main(args: Args) -> dict[str, Played]:
 def _begin(args: Args) -> None:
     """Remove what another evaluation made, once it is known that this one can be."""
     if args.resume or args.episodes:  # the episodes stay, and so does what they were played for until it is replaced
-        for name in RESULTS:
-            if name not in _PLAYED:
-                forget(args.out / name)
+        for name in RESULTS[: -len(_PLAYED)]:
+            forget(args.out / name)
     else:
         forget_run(args.out, RESULTS)
     write_json(args.out / CONFIG, asdict(args))
@@ -204,10 +193,8 @@ def _evaluate(args: Args) -> dict[str, Played]:
     dataset = None
     costs: dict[str, list[dict[str, float]]] = {}
     if args.episodes:
-        runs = {
-            name: [_load(folder) for folder in folders] for name, folders in named("episodes", args.episodes).items()
-        }
         sources = named("episodes", args.episodes)
+        runs = {name: [_load(folder) for folder in folders] for name, folders in sources.items()}
     else:
         sources = named("policies", args.policies or [DEFAULT_POLICY])
         served = Served(args, args.out / ANSWERS)
@@ -217,15 +204,8 @@ def _evaluate(args: Args) -> dict[str, Played]:
     played: dict[str, Played] = {}
     for name, of_policy in runs.items():
         check_same_samples(base[0].episodes, of_policy[0].episodes, base_name, name)
-        found = audit_runs(
-            of_policy,
-            name=name,
-            n_boot=RESAMPLES,
-            seed=args.seed,
-            verifier_margin=args.margin,
-            verifier_guard=args.guard,
-        )
-        played[name] = Played(of_policy, found)
+        gate: Any = {"verifier_margin": args.margin, "verifier_guard": args.guard}
+        played[name] = Played(of_policy, audit_runs(of_policy, name=name, n_boot=RESAMPLES, seed=args.seed, **gate))
     if args.episodes or args.resume:
         _begin(args)
     _write(args, played, sources, costs, dataset)
@@ -254,11 +234,7 @@ def _load(folder: str) -> Run:
 
 
 def _folders(names: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], str]:
-    """Folder of the episodes of each name and seed.
-
-    Raises:
-        ValueError: For two that would share one.
-    """
+    """Folder of the episodes of each name and seed; ValueError for two that would share one."""
     found = {
         (name, number): name if len(seeds) == 1 else f"{name}-seed{number}"
         for name, seeds in names.items()
@@ -315,18 +291,8 @@ def _play(
                 agent = Metered(load_agent(spec, env=envs.of(None), seed=args.seed, served=served))
                 env = envs.of(agent)
                 watch = _Watch(saved, agent, name, env, lambda task=task: progress.advance(task))  # type: ignore[misc]
-                found.append(
-                    rollout(
-                        env,
-                        agent,
-                        count,
-                        args.seed,
-                        indices=indices,
-                        ignore_stop=forced,
-                        agent_name=name,
-                        on_episode=watch.finished,
-                    )
-                )
+                said: dict[str, Any] = {"agent_name": name, "on_episode": watch.finished}
+                found.append(rollout(env, agent, count, args.seed, indices=indices, ignore_stop=forced, **said))
                 watch.end()
                 check_episodes(found[-1], stop=not forced)
                 if not begun:  # a policy that cannot be played costs nothing of what is there
@@ -388,9 +354,10 @@ def _write(
 ) -> None:
     audits = {name: one.audit for name, one in played.items()}
     first = next(iter(audits.values()))
-    comparisons = _comparisons(played, args.seed)
+    comparisons = _comparisons(audits, args.seed)
     served = ", ".join(first.served)
-    write_whole(args.out / "table.txt", "\n".join(_report(args, played, comparisons) + _costs(costs)) + "\n")
+    text = _report(args, played, audits, comparisons) + _costs(costs)
+    write_whole(args.out / "table.txt", "\n".join(text) + "\n")
     results = {
         "args": asdict(args),
         **made_by(),
@@ -446,8 +413,9 @@ def _write_predictions(path: Path, episodes: Sequence[Episode]) -> None:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comparison]) -> list[str]:
-    audits = {name: one.audit for name, one in played.items()}
+def _report(
+    args: Args, played: Mapping[str, Played], audits: Mapping[str, Audit], comparisons: Sequence[Comparison]
+) -> list[str]:
     first = next(iter(audits.values()))
     rows = [row for one in audits.values() for row in one.rows]
     # The three headline metrics, so that their intervals fit on a line.
@@ -483,9 +451,8 @@ def _costs(costs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     return ["", "what an episode cost, with its stop honoured:", render(["policy", *fields], lines)]
 
 
-def _comparisons(played: Mapping[str, Played], seed: int) -> list[Comparison]:
+def _comparisons(audits: Mapping[str, Audit], seed: int) -> list[Comparison]:
     """What each policy gains on its own first box, and its answer on the first boxes and answers of the others."""
-    audits = {name: one.audit for name, one in played.items()}
     base = next(iter(audits))
     pairs = []
     for name, one in audits.items():
