@@ -51,36 +51,9 @@ def open_page(driver: Any, tmp_path: Path) -> Iterator[Callable[..., Page]]:
     assert not complaints  # errors of the script and refusals by the page's own policy end up here
 
 
-def test_text_from_a_model_is_never_executed(open_page: Callable[..., Page]) -> None:
-    episodes = made_up_episodes()
-    hostile = [e for e in episodes if HOSTILE in e.expression]
-    hostile[0].dataset = hostile[0].split = hostile[0].agent = HOSTILE
-    hostile[0].steps[0].invalid = HOSTILE
-    page = open_page({HOSTILE: hostile, "other" + HOSTILE: hostile})
-    for _ in hostile[0].steps:
-        assert page.expression() == HOSTILE
-        assert page.text(".words") == HOSTILE + SEPARATORS
-        assert page.texts(".row .expression") == [HOSTILE]
-        page.press("\ue014")
-    assert page.run("return window.ran === undefined && document.title === 'Episodes'")
-    assert page.run("return document.querySelectorAll('img').length") == 2  # the image in two panels
-    assert page.run("return [...document.images].every(i => i.src.startsWith('data:image/jpeg'))")
-
-
-def test_the_policy_stops_a_script_that_got_in(open_page: Callable[..., Page], driver: Any) -> None:
-    page = open_page(made_up_episodes())
-    page.run(
-        "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s);"
-        "const i = document.createElement('div'); i.innerHTML = '<img src=x onerror=\"window.ran = 1\">';"
-        "document.body.append(i)"
-    )
-    time.sleep(0.3)
-    assert page.run("return window.ran === undefined")
-    assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
-
-
-@pytest.mark.parametrize("image_id", ["coffee.jpg", "portrait-astronaut.jpg", "camera.jpg"])
-@pytest.mark.parametrize("width", [1400, 700])
+@pytest.mark.parametrize(
+    ("image_id", "width"), [("coffee.jpg", 1400), ("portrait-astronaut.jpg", 1400), ("camera.jpg", 700)]
+)
 def test_boxes_are_drawn_where_they_belong(
     open_page: Callable[..., Page], driver: Any, image_id: str, width: int
 ) -> None:
@@ -255,27 +228,26 @@ def test_two_runs_are_matched_by_sample(open_page: Callable[..., Page]) -> None:
     assert page.texts(".panel h3") == ["third"]
 
 
-def test_rollouts_of_one_sample_are_matched_in_order(open_page: Callable[..., Page]) -> None:
-    box: Box = (0.1, 0.1, 0.5, 0.5)
-    shifts = {"a": (0.0, 0.1, 0.2), "b": (0.3, 0.02)}
-    runs = {name: [play(box, [shifted(box, d, 0)], seed=n) for n, d in enumerate(s)] for name, s in shifts.items()}
-    for copy in (1, 2, 3):
-        page = open_page(runs, f"#run=a&beside=b&sample=s0&copy={copy}&step=0")
-        shown = [run[copy - 1].final_iou for run in runs.values() if copy <= len(run)]
-        assert page.texts(".strip .iou") == [f"{overlap:.3f}" for overlap in shown]
-
-
-def test_a_link_leads_back_to_episode_and_step(open_page: Callable[..., Page]) -> None:
+def test_a_link_leads_back_to_episode_step_and_rollout(open_page: Callable[..., Page]) -> None:
     episodes = made_up_episodes()
     page = open_page(episodes)
     page.press("j", "j", "\ue014")
     page.until(lambda: page.run("return location.hash") == "#sample=photos-2&step=1")
+    assert page.run("return byId('said').getAttribute('aria-live')") == "polite"
+    assert page.text("#said") == f"Episode 3 of 23, Step 1, IoU {episodes[2].steps[1].iou:.3f}"
     page = open_page(episodes, "#sample=photos-2&step=1")
     assert page.expression() == episodes[2].expression
     assert page.text(".strip button[aria-current] .name") == "Step 1"
     for nonsense in ("#sample=absent&step=9", "#sample=photos-2&step=99", "#%%%", "#step=NaN&sample=photos-1&copy=x"):
         page = open_page(episodes, nonsense)
         assert page.expression() in {e.expression for e in episodes}
+    box: Box = (0.1, 0.1, 0.5, 0.5)  # several rollouts of one sample are matched in order
+    shifts = {"a": (0.0, 0.1, 0.2), "b": (0.3, 0.02)}
+    runs = {name: [play(box, [shifted(box, d, 0)], seed=n) for n, d in enumerate(s)] for name, s in shifts.items()}
+    for copy in (1, 3):
+        page = open_page(runs, f"#run=a&beside=b&sample=s0&copy={copy}&step=0")
+        shown = [run[copy - 1].final_iou for run in runs.values() if copy <= len(run)]
+        assert page.texts(".strip .iou") == [f"{overlap:.3f}" for overlap in shown]
 
 
 def test_an_initial_box_is_shown_as_the_start(open_page: Callable[..., Page]) -> None:
@@ -317,18 +289,14 @@ def test_a_long_list_stays_fast(
     page.until(lambda: "2 of 10,000" in page.text("#episode-head .place"))
 
 
-@pytest.mark.parametrize("width", [1400, 480, 320])
+@pytest.mark.parametrize("width", [1400, 320])
 def test_nothing_runs_over_the_edge(open_page: Callable[..., Page], driver: Any, width: int) -> None:
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     )
     episodes = made_up_episodes()
-    page = open_page(
-        {
-            "warm-up": episodes,
-            "a policy with quite a long name, checkpoint 1200": made_up_episodes(1)[:9] + episodes[9:],
-        }
-    )
+    long_name = "a policy with quite a long name, checkpoint 1200"
+    page = open_page({"warm-up": episodes, long_name: made_up_episodes(1)[:9] + episodes[9:]})
     try:
         for _ in episodes:
             assert page.run("return document.documentElement.scrollWidth") <= width
@@ -377,20 +345,6 @@ def test_a_served_page_shows_what_the_file_shows(
     assert shown[0] == shown[1] and len(shown[0]) == 24
 
 
-def test_a_served_page_runs_nothing_that_came_with_the_episodes(open_served: Callable[..., Page], driver: Any) -> None:
-    hostile = [e for e in made_up_episodes() if HOSTILE in e.expression]
-    hostile[0].agent = hostile[0].split = HOSTILE
-    page = open_served({HOSTILE: hostile})
-    page.until(lambda: page.expression() == HOSTILE)
-    for _ in hostile[0].steps:
-        assert page.text(".words") == HOSTILE + SEPARATORS
-        page.press("\ue014")
-    page.press("/", *"onerror", "\ue007")
-    page.until(lambda: page.texts(".row .expression") == [HOSTILE])
-    assert page.run("return window.ran === undefined && document.title === 'Episodes'")
-    assert not [entry["message"] for entry in driver.get_log("browser")]
-
-
 def test_search_finds_the_agents_words_in_a_file_and_on_a_server(
     open_page: Callable[..., Page], open_served: Callable[..., Page]
 ) -> None:
@@ -427,6 +381,34 @@ def test_a_server_that_went_away_is_explained(open_served: Callable[..., Page], 
     page.until(lambda: "does not answer" in page.text("#panels"))
 
 
+@pytest.mark.parametrize("from_server", [False, True], ids=["file", "server"])
+def test_text_from_a_model_is_never_executed(
+    open_page: Callable[..., Page], open_served: Callable[..., Page], driver: Any, from_server: bool
+) -> None:
+    hostile = [e for e in made_up_episodes() if HOSTILE in e.expression]
+    hostile[0].dataset = hostile[0].split = hostile[0].agent = HOSTILE
+    hostile[0].steps[0].invalid = HOSTILE
+    page = (open_served if from_server else open_page)({HOSTILE: hostile, "other" + HOSTILE: hostile})
+    page.until(lambda: page.expression() == HOSTILE)
+    for _ in hostile[0].steps:
+        assert page.text(".words") == HOSTILE + SEPARATORS
+        assert page.texts(".row .expression") == [HOSTILE]
+        page.press("\ue014")
+    page.press("/", *"onerror", "\ue007")
+    page.until(lambda: page.texts(".row .expression") == [HOSTILE])
+    assert page.run("return window.ran === undefined && document.title === 'Episodes'")
+    assert page.run("return document.querySelectorAll('img').length") == 2  # the image in two panels
+    assert not [entry["message"] for entry in driver.get_log("browser")]
+    page.run(  # what gets in all the same is stopped by the policy of the page
+        "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s);"
+        "const i = document.createElement('div'); i.innerHTML = '<img src=x onerror=\"window.ran = 1\">';"
+        "document.body.append(i)"
+    )
+    time.sleep(0.3)
+    assert page.run("return window.ran === undefined")
+    assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
+
+
 # ---- for everyone ----------------------------------------------------------------------------
 
 CONTRAST = """
@@ -457,7 +439,7 @@ return found;
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_on_the_screen_has_a_contrast_of_4_5(open_page: Callable[..., Page], driver: Any, scheme: str) -> None:
-    runs = {"one": made_up_episodes(), "two": made_up_episodes(1)[:9]}
+    runs = {"one": made_up_episodes()[-10:], "two": made_up_episodes(1)[-8:]}
     driver.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
@@ -470,7 +452,7 @@ def test_all_text_on_the_screen_has_a_contrast_of_4_5(open_page: Callable[..., P
             measured = page.run(CONTRAST)
             seen += len(measured)
             assert min(measured)[0] >= 4.5, min(measured)
-        assert seen > 1000
+        assert seen > 500
     finally:
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
@@ -496,19 +478,7 @@ def test_every_control_is_reached_by_tab_has_a_name_and_shows_its_focus(
         if here[2] == "none" or here[3] < 2:
             unseen.append(here)
     tree = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-    roles = (
-        "button",
-        "combobox",
-        "searchbox",
-        "listbox",
-        "img",
-        "image",
-        "table",
-        "navigation",
-        "main",
-        "region",
-        "option",
-    )
+    roles = "button combobox searchbox listbox img image table navigation main region option".split()
     for node in tree:
         role = node.get("role", {}).get("value")
         if role in roles and not node.get("ignored") and not node.get("name", {}).get("value"):
@@ -516,12 +486,3 @@ def test_every_control_is_reached_by_tab_has_a_name_and_shows_its_focus(
     assert reached == set(wanted) and len(wanted) > 15
     assert not unseen and not unnamed
     assert {"listbox", "option", "navigation", "main", "searchbox"} <= {n.get("role", {}).get("value") for n in tree}
-
-
-def test_each_step_is_announced(open_page: Callable[..., Page]) -> None:
-    episodes = made_up_episodes()
-    page = open_page(episodes)
-    assert page.run("return byId('said').getAttribute('aria-live')") == "polite"
-    for number in (0, 1):
-        assert page.text("#said") == f"Episode 1 of 23, Step {number}, IoU {episodes[0].steps[number].iou:.3f}"
-        page.press("\ue014")
