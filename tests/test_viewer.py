@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from shown_episodes import HOSTILE, SEPARATORS, made_up_episodes, photo_of, play
+from shown_episodes import HOSTILE, PHOTOS, SEPARATORS, made_up_episodes, photo_of, play
 
 from ivt_env.data.sample import DataError, ImageArray
 from ivt_env.episodes import Box, Episode
@@ -156,3 +156,27 @@ def test_nothing_to_show_and_what_is_no_image_are_errors(tmp_path: Path) -> None
         write_page(tmp_path / "p.html", [_with()], photo_of, "t", max_image_side=0)
     with pytest.raises(DataError, match=r"'coffee.jpg'.* is float64 \(400, 600\)"):
         write_page(tmp_path / "p.html", [_with()], lambda _: np.zeros((400, 600)), "t")  # type: ignore[arg-type,return-value]
+
+
+def _contrast(one: str, other: str) -> float:
+    """WCAG 2 contrast ratio of two ``#rrggbb`` colours."""
+
+    def luminance(colour: str) -> float:
+        v = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        return float(np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_has_the_contrast_of_wcag_aa_in_light_and_dark() -> None:
+    style = (PHOTOS.parents[1] / "viewer" / "viewer.css").read_text("utf-8")
+    themes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)]
+    assert len(themes) == 2
+    grounds = ("page", "card", "sunk", "selected")
+    pairs = [(text, ground) for text in ("ink", "soft") for ground in grounds]
+    pairs += [(f"{text}-ink", ground) for text in ("good", "bad", "warn") for ground in grounds]
+    pairs += [(f"{text}-ink", text) for text in ("good", "bad", "calm", "dull", "warn")]
+    for theme in themes:
+        for text, ground in pairs:
+            assert _contrast(theme[text], theme[ground]) >= 4.5, (text, ground)
