@@ -437,17 +437,10 @@ SIDE_LIMITS = {"tiny": 0.1, "small": 0.16, "medium": 0.32, "large": np.inf}
 
 
 def strata(episodes: Sequence[Episode]) -> dict[str, Mask]:
-    """Masks (n,) for the rows per data set, box size and siblings; empty strata are left out.
+    """Masks (n,) by data set, box size (``SIZE_LIMITS_PX``, ``SIDE_LIMITS``) and siblings; empty ones are left out.
 
-    ====================================== =========================================================
-    ``dataset:<name>``                     what was served
-    ``size:small|medium|large``            ``SIZE_LIMITS_PX``: for photographs, comparable with COCO
-    ``side:tiny|small|medium|large``       ``SIDE_LIMITS``: for images that are all of one size,
-                                           such as the scenes
-    ``siblings:0|1|2|3+``                  other objects of the target's class that are annotated;
-                                           0 also where a data set does not annotate them
-    ====================================== =========================================================
-
+    They are named ``dataset:<name>``, ``size:small|medium|large``, ``side:tiny|small|medium|large`` (for images that
+    are all of one size, such as the scenes) and ``siblings:0|1|2|3+`` (annotated other objects of the target's class).
     Every kind of stratum splits the episodes: each is in exactly one of the kind. A box at a limit
     belongs to the larger band, except that ``tiny`` holds its own limit, as in ``test_small``.
     """

@@ -146,20 +146,10 @@ def read_predictions(
 ) -> PredictionFile:
     """Read a file of predictions: JSON lines or a JSON array, UTF-8.
 
-    A box that is null, not four finite numbers or [0, 0, 0, 0] is a parse failure, not an error.
-
-    Args:
-        path: the file.
-        layout: one of ``LAYOUTS``.
-        box_format: one of ``FORMATS``, if the caller declares it.
-        frame: one of ``FRAMES``, if the caller declares it.
-        id_field: the field of the sample's id, where it is not the layout's.
-        box_field: the field of the box, where it is not the layout's.
-
-    Raises:
-        PredictionError: for a file that is unreadable, empty or no JSON, a format or frame that is
-            declared nowhere or twice and differently, a row without id or box field, an id twice,
-            and a file in which no box at all is four numbers.
+    ``layout`` is one of ``LAYOUTS``; ``id_field`` and ``box_field`` name fields where they are not the layout's.
+    ``box_format`` (of ``FORMATS``) and ``frame`` (of ``FRAMES``, or N) are given where the caller declares them.
+    A box that is null, not four finite numbers or [0, 0, 0, 0] is a parse failure, not an error; a file in which no
+    box at all is four numbers is a PredictionError, as is an id that is there twice.
     """
     where = Path(path)
     if layout not in LAYOUTS:
@@ -226,10 +216,8 @@ def match(
         file: what ``read_predictions`` gave.
         samples: n samples with unique ids.
         missing: ``error``, as Ref-L4's evaluator has it, or ``miss``: samples without a row are misses.
-        extra: ``error`` or ``ignore``: rows whose id no sample has. Files over several splits need
-            ``ignore``.
-        trust: score even where many boxes look as if the declaration were wrong (see
-            ``SUSPICIOUS_SHARE``).
+        extra: of rows whose id no sample has. Files over several splits need ``ignore``.
+        trust: score even where many boxes contradict the declaration (``SUSPICIOUS_SHARE``).
     """
     index = {sample.sample_id: number for number, sample in enumerate(samples)}
     if len(index) != len(samples):

@@ -195,21 +195,11 @@ def summarise(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: i
 def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: int = 0) -> list[Dependence]:
     """What the decision to stop depends on, for each step; NaN where nothing was played that a statistic compares.
 
-    - ``AUROC good / bad``: the chance that a good shown box gets a higher stop probability than a bad
-      one *of the same sample* (ties count half), mean over samples. 0.5: the answer does not depend on
-      how good the box is. 1: it tells them apart always. Good and bad go by ``GOOD_FROM`` and
-      ``BAD_BELOW``, whatever the variant.
-    - ``AUROC target / near``, ``/ sibling``, ``/ random``: the same for one kind of other box.
-    - ``AUROC own right / wrong``: *across* samples, since each has one own box.
-    - ``index``: share stopped on the target minus share stopped on sibling and random boxes. 0 for a
-      policy that reacts to the presence of a box only, or never stops; 1 for a perfect verifier.
-    - ``index of keeping``: the same with ``Swap.kept``. *No evidence of verifying*: a policy that ignores
-      the drawn box and gives its own right answer again scores 1, too.
-    - ``presence``: share stopped on the own box minus on none.
-    - ``image``: share stopped on the own box minus on the same box on a grey image.
-
-    The AUROCs use stated stop probabilities where every answer compared has one, else whether it stopped;
-    ``measure`` says which. All intervals are bootstrapped over images.
+    ``docs/swaps.md`` says what each statistic is. Pairs are of one sample, and only ``AUROC own right / wrong`` goes
+    *across* samples, since each has one own box. ``index of keeping`` is *no evidence of verifying*: a policy that
+    ignores the drawn box and gives its own right answer again scores 1, too. The AUROCs use stated stop probabilities
+    where every answer compared has one, else whether it stopped; ``measure`` says which. All intervals are
+    bootstrapped over images.
     """
     rows = []
     for step, of_step in _by_step(swaps).items():

@@ -133,9 +133,8 @@ def compare(
 ) -> Comparison:
     """Paired difference a minus b of one metric over the same n episodes.
 
-    The columns may be of two rules or of two policies; call ``check_same_samples`` first when
-    they come from different rollouts. Columns of several seeds (``pool_seeds``) are averaged over
-    them, episode by episode, before images are drawn. ``by_seed`` pairs equal numbers of seeds in
+    Call ``check_same_samples`` first when they come from different rollouts. Several seeds (``pool_seeds``) are
+    averaged, episode by episode, before images are drawn. ``by_seed`` pairs equal numbers of seeds in
     the order given; otherwise each seed of the side that has more is set against the other's mean.
 
     McNemar's test is given for accuracies of answers that are right or wrong; it takes the episodes
@@ -144,15 +143,13 @@ def compare(
     x, y = per_episode(a, metric), per_episode(b, metric)
     difference = paired_bootstrap(x, y, image_ids, n_boot=n_boot, seed=seed)
     decided = a.ious.shape[1] == b.ious.shape[1] == 1  # one answer each: no seeds to average, nothing drawn
-    return Comparison(
-        a_name,
-        b_name,
-        metric,
-        a.oracle or b.oracle,
-        difference,
-        tuple(v - w for v, w in _paired_seeds(_by_seed(a, metric), _by_seed(b, metric))),
-        mcnemar(x, y)[0] if decided and metric.startswith("Acc@") else None,
-    )
+    p = mcnemar(x, y)[0] if decided and metric.startswith("Acc@") else None
+    left, right = _by_seed(a, metric), _by_seed(b, metric)
+    if len(left) != len(right):
+        most = max(len(left), len(right))
+        left, right = (s if len(s) == most else [sum(s) / len(s)] * most for s in (left, right))
+    by_seed = tuple(v - w for v, w in zip(left, right, strict=True))
+    return Comparison(a_name, b_name, metric, a.oracle or b.oracle, difference, by_seed, p)
 
 
 def score_table(rows: Sequence[Row]) -> str:
@@ -317,14 +314,6 @@ def as_json(value: Any) -> Any:
 
 def _by_seed(column: Column, metric: str) -> list[float]:
     return [float(per_episode(one, metric).mean()) for one in column.by_seed()]
-
-
-def _paired_seeds(left: list[float], right: list[float]) -> list[tuple[float, float]]:
-    if len(left) == len(right):
-        return list(zip(left, right, strict=True))
-    if len(left) > len(right):
-        return [(v, sum(right) / len(right)) for v in left]
-    return [(sum(left) / len(left), w) for w in right]
 
 
 def marked(name: str, oracle: bool) -> str:
