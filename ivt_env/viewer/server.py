@@ -146,6 +146,16 @@ class LocalServer(ThreadingHTTPServer):
         """The address to open in a browser."""
         return f"http://{_ADDRESS}:{self.server_port}/"
 
+    def serve(self, what: str) -> None:
+        """Serve ``what``, in words, until Ctrl-C, which is how it is meant to end; standard output gets the address."""
+        print(self.url, flush=True)
+        print(f"{what}; only this machine can open the address; Ctrl-C ends", file=sys.stderr, flush=True)
+        with self:
+            try:
+                self.serve_forever(poll_interval=0.2)
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hand a connection to a thread; where there are too many, the one that stood still for longest is closed."""
         if not self._free.acquire(blocking=False):
