@@ -14,7 +14,7 @@ from test_metrics_records import REFUSED, STOP, UNPARSED, episode, random_pair
 
 from ivt_env.metrics import columns as module
 from ivt_env.metrics.columns import check_same_samples, columns, outcomes, prefix_agreement
-from ivt_env.metrics.scores import hits, per_episode
+from ivt_env.metrics.scores import hits
 
 
 def test_a_stopped_episode_keeps_the_iou_of_its_last_box() -> None:
@@ -24,6 +24,10 @@ def test_a_stopped_episode_keeps_the_iou_of_its_last_box() -> None:
     assert played.num_proposals.tolist() == [1, 4]
     assert played.stopped.tolist() == [True, False]
     assert played.stop.sum() == 1, "the padding must not repeat the stop"
+    forced = [episode([0.3, 0.6]), episode([0.3, 0.6], "s1")]
+    stopping = [episode([0.3, STOP]), episode([0.4, STOP], "s1")]
+    assert prefix_agreement(outcomes(forced), outcomes(stopping)) == 0.5
+    assert prefix_agreement(*map(outcomes, random_pair(50, 8))) == 1.0
 
 
 def test_each_column_answers_with_its_own_box() -> None:
@@ -70,30 +74,6 @@ def test_random_step_equals_monte_carlo_over_proposals() -> None:
     # The accuracy is not that of the mean IoU.
     column = columns(episodes_forced=[episode([0.4, 0.9])])["random_step"]
     assert column.iou[0] >= 0.5 and hits(column, 0.5).tolist() == [0.5]
-
-
-def test_rewards_telescope_to_the_final_iou_of_the_column() -> None:
-    forced, stopping = random_pair(100, 7)
-    found = columns(episodes_forced=forced, episodes_stopping=stopping)
-    np.testing.assert_allclose([e.total_reward for e in forced], found["last_step"].iou, atol=1e-12)
-    np.testing.assert_allclose([e.total_reward for e in stopping], found["learned_stop"].iou, atol=1e-12)
-    started = [episode([0.2, UNPARSED, 0.7, STOP], start=0.5)]
-    gain = columns(episodes_stopping=started)["learned_stop"].iou - outcomes(started).start_iou
-    assert gain == pytest.approx([started[0].total_reward])
-
-
-def test_no_episode_is_dropped_for_failing() -> None:
-    failing = [episode([UNPARSED, UNPARSED], f"s{i}") for i in range(3)]
-    for column in columns(episodes_forced=[*failing, episode([1.0, 1.0], "s3")]).values():
-        assert per_episode(column, "Acc@0.5").mean() == 0.25, column.name
-
-
-def test_prefix_agreement_counts_the_episodes_that_the_stop_changed() -> None:
-    forced = [episode([0.3, 0.6]), episode([0.3, 0.6], "s1")]
-    stopping = [episode([0.3, STOP]), episode([0.4, STOP], "s1")]
-    assert prefix_agreement(outcomes(forced), outcomes(stopping)) == 0.5
-    same_forced, same_stopping = random_pair(50, 8)
-    assert prefix_agreement(outcomes(same_forced), outcomes(same_stopping)) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_metrics_records import REFUSED, STOP, UNPARSED, episode
 
-from ivt_env.metrics.columns import Column, outcomes
+from ivt_env.metrics.columns import Column, columns, outcomes
 from ivt_env.metrics.scores import (
     METRICS,
     break_rate,
@@ -125,6 +125,9 @@ def test_failures_stay_in_every_denominator_and_are_counted() -> None:
     assert found.episodes_with_failure.value == pytest.approx(2 / 3)
     assert found.episodes_without_box.value == pytest.approx(1 / 3)
     assert found.stopped.value == pytest.approx(2 / 3)
+    failing = [episode([UNPARSED, UNPARSED], f"s{i}") for i in range(3)]
+    for column in columns(episodes_forced=[*failing, episode([1.0, 1.0], "s3")]).values():
+        assert per_episode(column, "Acc@0.5").mean() == 0.25, column.name
 
 
 def test_stop_precision_and_recall_by_hand() -> None:
