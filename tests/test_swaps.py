@@ -180,22 +180,16 @@ def test_answers_depend_neither_on_the_number_of_environments_nor_on_the_other_v
     assert [s.shown for s in one] == [s.shown for s in other] and one != other, "every agent is shown the same boxes"
 
 
-class Silent(Watcher):
-    """Says nothing usable at first, then a box that is none."""
-
-    def act(self, observations: Mapping[str, Any]) -> dict[str, Any]:
-        n = len(observations["active"])
-        first = np.asarray(observations["step"]) == 0
-        box = np.where(first[:, None], np.nan, [0.5, 0.1, 0.2, 0.4]).astype(np.float32)
-        return {
-            "box": box,
-            "stop": np.zeros(n, dtype=np.int64),
-            "parse_failure": first,
-            "stop_probability": first * 0.5,
-        }
-
-
 def test_failures_are_counted_and_without_an_own_box_nothing_is_drawn_for_it() -> None:
+    class Silent(Watcher):
+        """Says nothing usable at first, then a box that is none."""
+
+        def act(self, observations: Mapping[str, Any]) -> dict[str, Any]:
+            first = np.asarray(observations["step"]) == 0
+            box = np.where(first[:, None], np.nan, [0.5, 0.1, 0.2, 0.4]).astype(np.float32)
+            stop = np.zeros(len(first), dtype=np.int64)
+            return {"box": box, "stop": stop, "parse_failure": first, "stop_probability": first * 0.5}
+
     swaps = play_swaps(environment(8), Silent(), range(4))
     assert {s.variant for s in swaps} <= {"target", "sibling", "random", "near", "none"}
     assert {s.action for s in swaps} == {"refused"} and all(s.new_box == s.shown for s in swaps)
