@@ -128,11 +128,7 @@ def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> 
     """IoU of the first box against IoU of the last, one panel a policy: what refinement did to each.
 
     Above the diagonal an episode gained. Colour counts episodes on a logarithmic scale, because most
-    change nothing and lie on the diagonal.
-
-    Args:
-        episodes: stopping episodes by policy, of all its seeds.
-        path: the PNG file.
+    change nothing and lie on the diagonal. ``episodes`` are the stopping ones by policy, of all its seeds.
     """
     wide = min(len(episodes), 4)
     high = -(-len(episodes) // wide)
@@ -167,12 +163,8 @@ def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> 
 def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: Path) -> None:
     """Reliability diagrams: how often a box was correct, against how sure the policy said it was.
 
-    On the diagonal a policy means what it says. Below each diagram stands how its statements are
-    spread: a point over few statements tells little.
-
-    Args:
-        statements: by what is stated (a panel each) and by policy (a line each).
-        path: the PNG file.
+    On the diagonal a policy means what it says. Below each diagram stands how its statements are spread: a point
+    over few statements tells little. What is stated has a panel each, a policy a line.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -209,12 +201,9 @@ def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: 
 
 
 def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path) -> None:
-    """Bars of the first box and of the answer by data set, size and siblings, with their intervals.
+    """Bars of the first box and of the answer by data set, size and siblings, of what ``breakdown`` gave by policy.
 
-    Args:
-        rows: by policy (a row of panels each), what ``breakdown`` gave. Drawn are ``step_0`` and
-            ``learned_stop``, or ``last_step`` where there is no stopping rollout.
-        path: the PNG file.
+    The answer is ``learned_stop``, or ``last_step`` where there is no stopping rollout.
     """
     kinds = {
         "dataset": "data set",
@@ -277,12 +266,9 @@ _EDGES = np.array([0.0, 0.05, 0.3, 0.5, 0.7, 0.9, 1.0 + 1e-9])
 
 
 def plot_swaps(scores: Sequence[VariantScores], swaps: Mapping[str, Sequence[Swap]], path: Path) -> None:
-    """Write a PNG: shares by variant, and the share stopped against the shown box's IoU with the target.
+    """Shares by variant, and the share stopped against the shown box's IoU with the target, at the first step.
 
-    Args:
-        scores: of ``summarise``, for all policies; the first step of each is drawn.
-        swaps: the records of each policy.
-        path: of the file.
+    ``scores`` are those of ``summarise`` for all policies, ``swaps`` the records of each.
     """
     step = min(row.step for row in scores)
     at = [row for row in scores if row.step == step]

@@ -40,12 +40,8 @@ class PlayApp(ViewApp):
     def __init__(self, env: GroundingEnv, folder: str | Path, total: int, seed: int = 0, title: str = "Play") -> None:
         """Set up; goes on where an earlier session in ``folder`` ended.
 
-        Args:
-            env: what is played; nothing else may use it meanwhile.
-            folder: gets ``episodes.jsonl``, ``demonstrations.jsonl`` and ``images/``.
-            total: episodes to play, those of earlier sessions counted.
-            seed: decides which samples are drawn; episode i is seeded with ``seed + i``.
-            title: heading of the page.
+        ``folder`` gets ``episodes.jsonl``, ``demonstrations.jsonl`` and ``images/``. ``total`` episodes are played,
+        those of earlier sessions counted; episode i is seeded with ``seed + i``. Nothing else may use ``env``.
         """
         self.env, self.folder, self.total, self.seed = env, Path(folder), total, seed
         self.episodes = self._earlier()
