@@ -31,7 +31,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["ivt_agents.cli", "ivt_agents.evaluation.evaluate", "ivt_agents.grpo.train", "ivt_agents.play.rollout"]
     + ["ivt_env.commands.data", "ivt_env.commands.view", "ivt_env.viewer.page", "ivt_agents.sb3.train"]
-    + ["ivt_agents.evaluation.swap_plots", "ivt_agents.vlm.pretrain"]
+    + ["ivt_agents.evaluation.swaps", "ivt_agents.vlm.pretrain"]
 )
 
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}

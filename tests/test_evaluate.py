@@ -2,81 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from ivt_agents import cli
 from ivt_agents.evaluation.evaluate import Args, main
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import VLMPolicy
 
-ROOT = Path(__file__).parent.parent
-
-
-def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "evaluate.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
+POLICIES = {"base": "tiny", "floor": "centre", "ceiling": "oracle"}
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluation")
-    done = evaluate(
-        "--policies",
-        "base=tiny",
-        "floor=centre",
-        "ceiling=oracle",
-        "--samples",
-        "40",
-        "--split",
-        "val",
-        "--out",
-        str(out),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out, done.stdout
+    out, printed = tmp_path_factory.mktemp("evaluation"), io.StringIO()
+    policies = [f"{name}={spec}" for name, spec in POLICIES.items()]
+    with contextlib.redirect_stdout(printed):
+        assert cli.main(["evaluate", "--policies", *policies, *f"--samples 30 --split val --out {out}".split()]) == 0
+    return out, printed.getvalue()
 
 
-def test_the_command_ends_with_an_answer_and_the_table_holds_every_policy_and_column(evaluated):
+def results_in(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_command_ends_with_an_answer_and_the_files_hold_every_policy_and_column(evaluated):
     out, printed = evaluated
-    screen, table = printed.splitlines(), (out / "table.txt").read_text()
+    screen, table, results = printed.splitlines(), (out / "table.txt").read_text(), results_in(out)
     assert len(screen) <= 15 and max(len(line.replace(str(out), "runs")) for line in screen) <= 100
     assert "refinement hurts" in next(line for line in screen if line.startswith("base"))
     assert f"report: {out / 'report.html'}" in screen
-    for word in ("base", "floor", "ceiling", "step_0", "last_step", "learned_stop", "random_step", "oracle_best"):
+    for word in (*POLICIES, "step_0", "last_step", "learned_stop", "random_step", "oracle_best"):
         assert word in table
-    results = json.loads((out / "results.json").read_text())
-    assert results["served"] == "scenes/val" and {r["policy"] for r in results["rows"]} == {"base", "floor", "ceiling"}
-
-
-def test_agents_order_as_they_must(evaluated):
-    rows = json.loads((evaluated[0] / "results.json").read_text())["rows"]
-    score = {(r["policy"], r["column"]): r["scores"]["Acc@0.5"]["value"] for r in rows}
-    assert score["ceiling", "learned_stop"] > score["base", "step_0"] > score["floor", "step_0"]
-    for policy in ("base", "floor", "ceiling"):
-        assert score[policy, "oracle_best"] >= score[policy, "last_step"]
-
-
-def test_page_plots_and_episodes_are_written(evaluated):
-    out, _ = evaluated
+    assert results["served"] == "scenes/val" and {r["policy"] for r in results["rows"]} == set(POLICIES)
     page = (out / "episodes.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and len(page) > 10_000
-    assert (out / "accuracy_by_step.png").stat().st_size > 10_000
     assert (out / "episodes" / "base" / "episodes.jsonl").exists()
-    for name in ("before_after", "reliability", "groups"):
+    for name in ("accuracy_by_step", "before_after", "reliability", "groups"):
         assert (out / f"{name}.png").stat().st_size > 10_000, name
 
 
+def test_agents_order_as_they_must(evaluated):
+    score = {(r["policy"], r["column"]): r["scores"]["Acc@0.5"]["value"] for r in results_in(evaluated[0])["rows"]}
+    assert score["ceiling", "learned_stop"] >= score["base", "step_0"] > score["floor", "step_0"]
+    assert all(score[policy, "oracle_best"] >= score[policy, "last_step"] for policy in POLICIES)
+
+
 def test_saved_episodes_give_the_same_scores_without_a_model(evaluated, tmp_path):
-    out, printed = evaluated
-    arguments = [f"{name}={out / 'episodes' / name}" for name in ("base", "floor", "ceiling")]
-    main(Args(episodes=arguments, out=tmp_path))
-    fresh, again = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path))
+    out, _ = evaluated
+    main(Args(episodes=[f"{name}={out / 'episodes' / name}" for name in POLICIES], out=tmp_path))
+    fresh, again = results_in(out), results_in(tmp_path)
     for key in ("rows", "comparisons", "audits", "served"):
         assert again[key] == fresh[key], key
     for page in ("episodes.html", "report.html"):
@@ -97,18 +76,14 @@ def test_a_name_given_again_is_another_seed(evaluated, tmp_path):
     saved = evaluated[0] / "episodes"
     seeds = [f"both={saved / 'floor'}", f"both={saved / 'ceiling'}"]
     played = main(Args(episodes=[f"base={saved / 'floor'}", *seeds], out=tmp_path))
-    assert len(played["both"].runs) == 2 and len(played["both"].stopping) == 80
-    rows = {(r["policy"], r["column"]): r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert len(played["both"].runs) == 2 and len(played["both"].stopping) == 60
+    rows = {(r["policy"], r["column"]): r for r in results_in(tmp_path)["rows"]}
     both, base = rows["both", "last_step"], rows["base", "last_step"]
     assert both["by_seed"]["mIoU"][0] == base["scores"]["mIoU"]["value"]
     assert both["scores"]["mIoU"]["value"] == pytest.approx(sum(both["by_seed"]["mIoU"]) / 2)
     assert "each seed" in (tmp_path / "table.txt").read_text()
-
-
-def test_seeds_that_state_different_things_are_not_one_policy(evaluated, tmp_path):
-    saved = evaluated[0] / "episodes"
     with pytest.raises(ValueError, match="both: only some of the seeds state a stop probability"):
-        main(Args(episodes=[f"both={saved / 'base'}", f"both={saved / 'floor'}"], out=tmp_path))
+        main(Args(episodes=[f"both={saved / 'base'}", seeds[0]], out=tmp_path / "mixed"))
 
 
 def test_policies_of_several_seeds_are_played_and_saved_apart_and_need_not_be_forced(tmp_path):
@@ -123,23 +98,24 @@ def test_policies_of_several_seeds_are_played_and_saved_apart_and_need_not_be_fo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policies", "tiny"], "name=policy"),
-        (["--policies", "a=tiny", "a=tiny"], "given once"),
-        (["--policies", "a=centre", "a=random", "a-seed0=centre"], "would be saved as 'a-seed0'"),
-        (["--policies", "a=tiny", "--episodes", "a=runs"], "give one of them"),
-        (["--episodes", "runs"], "name=folder"),
-        (["--episodes", "a=runs/nowhere"], "no episodes at runs/nowhere"),
-        (["--policies", "a=./nowhere"], "nowhere"),
-        (["--split", "tset"], "tset"),
-        (["--env", "IVT-RefCOCOg-v0", "--data-root", "nowhere"], "nowhere"),
+        ("--policies tiny", "name=policy"),
+        ("--policies a=tiny a=tiny", "given once"),
+        ("--policies a=centre a=random a-seed0=centre", "would be saved as 'a-seed0'"),
+        ("--policies a=tiny --episodes a=runs", "give one of them"),
+        ("--episodes runs", "name=folder"),
+        ("--episodes a=runs/nowhere", "no episodes at runs/nowhere"),
+        ("--policies a=./nowhere", "nowhere"),
+        ("--split tset", "tset"),
+        ("--env IVT-RefCOCOg-v0 --data-root nowhere", "nowhere"),
     ],
 )
-def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
-    done = evaluate(*arguments, "--samples", "4", "--out", str(tmp_path))
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+def test_mistakes_end_with_one_clear_line(tmp_path, capsys, arguments, message):
+    assert cli.main(["evaluate", *arguments.split(), "--samples", "4", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
 
 
-def test_each_policy_is_shown_what_it_was_trained_for(tmp_path):
+def test_each_policy_is_shown_what_it_was_trained_for(tmp_path, monkeypatch):
     policy = load_policy("tiny", view="overlay")
     policy.shown |= {"canvas": 128, "overlay": {"style": "fill"}}
     policy.save(tmp_path / "policy")
@@ -152,8 +128,7 @@ def test_each_policy_is_shown_what_it_was_trained_for(tmp_path):
         seen.setdefault(self.view, set()).add(what)
         return act(self, observations)
 
+    monkeypatch.setattr(VLMPolicy, "act", watching)
     arguments = {"samples": 3, "split": "val", "out": tmp_path / "out", "page_episodes": 1, "num_envs": 3}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VLMPolicy, "act", watching)
-        main(Args(policies=["base=tiny", f"plain={tmp_path / 'policy'}"], **arguments))
+    main(Args(policies=["base=tiny", f"plain={tmp_path / 'policy'}"], **arguments))
     assert seen == {"overlay": {(False, False, 128)}, "both": {(True, True, 256)}}

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 
-from ivt_env import boxes
 from ivt_env.episodes import Box, Episode, Step
 
 TARGET: Box = (0.0, 0.0, 0.5, 1.0)
@@ -86,14 +84,3 @@ def random_pair(n: int, seed: int, steps: int = 4) -> tuple[list[Episode], list[
         cut = [*ious[:k], STOP] if k < steps else ious
         stopping.append(episode(cut, name, image=image))
     return forced, stopping
-
-
-@pytest.mark.parametrize("iou", [0.05, 0.123, 0.5, 1.0])
-def test_a_made_box_has_the_iou_asked_for(iou: float) -> None:
-    assert boxes.iou(box_of(iou), TARGET) == pytest.approx(iou, abs=1e-12)
-
-
-def test_a_made_pair_is_equal_up_to_the_stop() -> None:
-    for forced, stopping in zip(*random_pair(30, 0), strict=True):
-        made = [s.box for s in stopping.steps if not s.stop]
-        assert made == [s.box for s in forced.steps][: len(made)]

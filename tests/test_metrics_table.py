@@ -43,13 +43,10 @@ def test_a_difference_whose_interval_holds_zero_is_printed_as_not_significant() 
     assert "[+0.0, +0.0]" in lines[2]
     assert "n.s." not in lines[3]
     assert f"{better.difference.diff:+.3f}" in lines[3]
-
-
-def test_a_difference_over_few_images_is_not_called_insignificant() -> None:
     best, first = (replace(c, ious=c.ious[:9], weights=c.weights[:9]) for c in (FOUND["oracle_best"], FOUND["step_0"]))
-    found = compare("a", best, "b", first, [str(k) for k in range(9)], "mIoU")
-    line = difference_table([found]).splitlines()[2]
-    assert f"{found.difference.diff:+.3f} n too small" in line and "n.s." not in line
+    few = compare("a", best, "b", first, [str(k) for k in range(9)], "mIoU")
+    line = difference_table([few]).splitlines()[2]
+    assert f"{few.difference.diff:+.3f} n too small" in line and "n.s." not in line
 
 
 def test_the_oracle_is_marked_and_explained_wherever_it_is_printed() -> None:
@@ -59,6 +56,9 @@ def test_the_oracle_is_marked_and_explained_wherever_it_is_printed() -> None:
         assert text.endswith(ORACLE_NOTE)
     without = [r for r in rows if not r.oracle]
     assert "*" not in score_table(without)
+    rows += score_rows("b", columns(episodes_stopping=STOPPING), IMAGES, n_boot=10)
+    lines = policy_table(rows, "mIoU").splitlines()
+    assert [lines[k].split().count("-") for k in (2, 3)] == [0, 6], "a dash where a rollout is missing"
 
 
 def test_the_score_table_gives_each_score_in_percent_with_its_interval() -> None:
@@ -68,14 +68,6 @@ def test_the_score_table_gives_each_score_in_percent_with_its_interval() -> None
     assert line.split()[:4] == ["tiny", "step_0", "60", "30"]
     cells = [f"{100 * score.value:.1f}", f"[{100 * score.low:.1f},", f"{100 * score.high:.1f}]"]
     assert line.split()[4:7] == cells
-
-
-def test_the_policy_table_has_a_dash_where_a_rollout_is_missing() -> None:
-    rows = score_rows("a", FOUND, IMAGES, n_boot=10)
-    rows += score_rows("b", columns(episodes_stopping=STOPPING), IMAGES, n_boot=10)
-    lines = policy_table(rows, "mIoU").splitlines()
-    assert lines[3].split().count("-") == 6
-    assert lines[2].split().count("-") == 0
 
 
 def test_text_and_markdown_are_aligned_and_hold_the_same_cells() -> None:
@@ -89,11 +81,9 @@ def test_text_and_markdown_are_aligned_and_hold_the_same_cells() -> None:
 
 
 def test_the_headline_is_short_and_says_in_words_what_the_difference_says() -> None:
-    better, worse = (
-        [episode([0.2, 0.9, STOP], f"s{k}") for k in range(40)],
-        [episode([0.9, 0.2, STOP], f"s{k}") for k in range(40)],
+    better, worse, same = (
+        [episode([*ious, STOP], f"s{k}") for k in range(40)] for ious in ((0.2, 0.9), (0.9, 0.2), (0.9,))
     )
-    same = [episode([0.9, STOP], f"s{k}") for k in range(40)]
     audits = {name: audit(stopping=e).as_json() for name, e in {"up": better, "down": worse, "same": same}.items()}
     audits |= {"few": audit(stopping=better[:9]).as_json(), "n" * 50: audits["up"], "b": audits["up"]}
     said = [re.split(" {2,}", line.strip()) for line in headline(audits).splitlines()]

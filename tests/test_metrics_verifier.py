@@ -15,14 +15,17 @@ from test_metrics_records import REFUSED, STOP, UNPARSED, episode, random_pair
 from ivt_env import boxes
 from ivt_env.metrics.columns import columns, outcomes, stop_verification, verifier_gated
 
-INF = math.inf
-
 
 def test_a_box_is_judged_by_what_is_said_when_it_is_shown() -> None:
     forced = [episode([0.3, 0.8, 0.6], stop_probability=[0.9, 0.2, 0.7]), episode([0.5], "s1", stop_probability=[0.4])]
     said = stop_verification(outcomes(forced))
     np.testing.assert_array_equal(said, [[0.2, 0.7, np.nan], [np.nan, np.nan, np.nan]])
     assert verifier_gated(outcomes(forced)).tolist() == [0.8, 0.5]
+    stopping = [episode([0.4, 0.6, STOP], stop_probability=[0.0, 0.1, 0.8])]
+    assert verifier_gated(outcomes(stopping)).tolist() == [0.6], "a stop is no new box"
+    for nothing in (UNPARSED, REFUSED):  # then the next box is taken
+        played = outcomes([episode([nothing, 0.7, 0.4], stop_probability=[0.1, 0.1, 0.2])])
+        assert verifier_gated(played).tolist() == verifier_gated(played, margin=math.inf).tolist() == [0.7]
 
 
 def test_scores_that_rank_like_the_iou_give_the_oracle_of_the_boxes_made() -> None:
@@ -30,13 +33,8 @@ def test_scores_that_rank_like_the_iou_give_the_oracle_of_the_boxes_made() -> No
     forced, _ = random_pair(300, 2)
     played = outcomes(forced)
     np.testing.assert_array_equal(verifier_gated(played, played.iou**3 - 7), played.iou.max(axis=1))
-    np.testing.assert_array_equal(verifier_gated(played, -played.iou)[~boxes.is_no_box(played.box[:, 0])],
-                                  _worst_accepted(played))  # fmt: skip
-
-
-def _worst_accepted(played) -> np.ndarray:
     some = ~boxes.is_no_box(played.box[:, 0])
-    return played.iou[some].min(axis=1)
+    np.testing.assert_array_equal(verifier_gated(played, -played.iou)[some], played.iou[some].min(axis=1))
 
 
 def test_the_default_scores_are_the_stated_stop_probabilities() -> None:
@@ -68,13 +66,6 @@ def test_the_rule_equals_a_plain_loop() -> None:
             assert found[i] == played.iou[i, kept], (margin, guard, i)
 
 
-@pytest.mark.parametrize("nothing", [UNPARSED, REFUSED])
-def test_an_episode_without_a_first_box_takes_the_next_one(nothing: str) -> None:
-    forced = [episode([nothing, 0.7, 0.4], stop_probability=[0.1, 0.1, 0.2])]
-    assert verifier_gated(outcomes(forced)).tolist() == [0.7]
-    assert verifier_gated(outcomes(forced), margin=INF).tolist() == [0.7]
-
-
 def test_the_rule_needs_scores_of_every_box_and_a_margin_that_is_a_number() -> None:
     played = outcomes([episode([0.5, 0.6])])
     with pytest.raises(ValueError, match=r"shape \(1, 1\) for boxes of shape \(1, 2\)"):
@@ -84,8 +75,3 @@ def test_the_rule_needs_scores_of_every_box_and_a_margin_that_is_a_number() -> N
     with pytest.raises(ValueError, match=r"an IoU in \[0, 1\], not 1.5"):
         verifier_gated(played, guard_iou=1.5)
     assert "verifier_gated" not in columns(episodes_forced=[episode([0.5, 0.6])])
-
-
-def test_a_stop_is_no_new_box() -> None:
-    stopping = [episode([0.4, 0.6, STOP], stop_probability=[0.0, 0.1, 0.8])]
-    assert verifier_gated(outcomes(stopping)).tolist() == [0.6]

@@ -6,6 +6,7 @@ baseline, a record differs from what an agent with the same boxes would get, or 
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from PIL import Image
 
 from ivt_agents.sft.demonstrations import load_demonstrations
 from ivt_env.data import load_dataset
@@ -99,22 +101,23 @@ def test_the_player_learns_neither_target_nor_score_before_the_end(tmp_path: Pat
     assert json.loads(second.get("/search", {"run": "0", "query": ""}).body) == []
 
 
-def test_a_reloaded_page_finds_its_episode_again(tmp_path: Path) -> None:
-    app = app_in(tmp_path)
+def test_the_second_click_of_a_double_click_is_no_second_step_and_a_reload_goes_on(tmp_path: Path) -> None:
+    app, box = app_in(tmp_path, canvas=64), [0.1, 0.1, 0.5, 0.5]
+    for token in ("", "guess", "é", "\ud800"):
+        with pytest.raises(Refused, match="not the page") as refused:
+            tell(app, "/start", {}, token=token)
+        assert refused.value.status == 403, "another page cannot play"
+    with pytest.raises(Refused, match="No episode is running"):
+        tell(app, "/act", {"number": 1, "step": 0, "stop": True})
     first = tell(app, "/start", {})
-    tell(app, "/act", {"number": 1, "step": 0, "box": [0.1, 0.1, 0.5, 0.5]})
-    again = tell(app, "/start", {})
-    assert again["expression"] == first["expression"] and again["step"] == 1
-    assert again["box"] == pytest.approx([0.1, 0.1, 0.5, 0.5])
-
-
-def test_the_second_click_of_a_double_click_is_no_second_step(tmp_path: Path) -> None:
-    app = app_in(tmp_path)
-    tell(app, "/start", {})
-    tell(app, "/act", {"number": 1, "step": 0, "box": [0.1, 0.1, 0.5, 0.5]})
+    shown = Image.open(io.BytesIO(app.get(f"/image/{first['image']}", {}).body))
+    assert max(shown.size) == 64, "the size that an agent sees"
+    tell(app, "/act", {"number": 1, "step": 0, "box": box})
     with pytest.raises(Refused, match="another step") as refused:
-        tell(app, "/act", {"number": 1, "step": 0, "box": [0.1, 0.1, 0.5, 0.5]})
-    assert refused.value.status == 409 and tell(app, "/start", {})["step"] == 1
+        tell(app, "/act", {"number": 1, "step": 0, "box": box})
+    again = tell(app, "/start", {})
+    assert refused.value.status == 409 and again["expression"] == first["expression"]
+    assert again["step"] == 1 and again["box"] == pytest.approx(box)
 
 
 @pytest.mark.parametrize(
@@ -133,19 +136,6 @@ def test_a_bad_action_is_refused_and_uses_up_no_step(tmp_path: Path, message: An
         tell(app, "/act", sent)
     assert refused.value.status == 400 and "\n" not in str(refused.value) and len(str(refused.value)) < 200
     assert tell(app, "/start", {})["step"] == 0
-
-
-@pytest.mark.parametrize("token", ["", "guess", "é", "\ud800"])
-def test_another_page_cannot_play(tmp_path: Path, token: str) -> None:
-    app = app_in(tmp_path)
-    with pytest.raises(Refused, match="not the page") as refused:
-        tell(app, "/start", {}, token=token)
-    assert refused.value.status == 403
-
-
-def test_acting_before_starting_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="No episode is running"):
-        tell(app_in(tmp_path), "/act", {"number": 1, "step": 0, "stop": True})
 
 
 def test_a_session_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
@@ -200,13 +190,3 @@ def test_metrics_sft_and_the_viewer_read_what_was_played(tmp_path: Path) -> None
     dataset = load_dataset("scenes", "val")
     sample = dataset[int(episodes[0].sample_id.split("-")[1])]
     assert np.array_equal(finder(episodes[0]), dataset.image(sample))
-
-
-def test_the_player_sees_the_image_at_the_size_that_an_agent_sees(tmp_path: Path) -> None:
-    import io
-
-    from PIL import Image
-
-    app = app_in(tmp_path, canvas=64)
-    number = tell(app, "/start", {})["image"]
-    assert max(Image.open(io.BytesIO(app.get(f"/image/{number}", {}).body)).size) == 64

@@ -71,10 +71,15 @@ def test_perfect_predictions_score_100(capsys: pytest.CaptureFixture[str], perfe
 
 
 def test_shifted_boxes_score_what_hand_arithmetic_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    shifted = [[b[0] + (b[2] - b[0]) / 2, b[1], b[2] + (b[2] - b[0]) / 2, b[3]] for b in targets_px(PHOTOS).tolist()]
+    targets = targets_px(PHOTOS)
+    shifted = (targets + (targets[:, 2:3] - targets[:, :1]) / 2 * [1, 0, 1, 0]).tolist()
     path = save(tmp_path / "shifted.jsonl", PHOTOS, shifted)
     on_photos = ("--dataset", "photos", "--split", "test", *PX)
     assert "reach far outside their image" in refused(capsys, path, *on_photos)
+    rows = [{"id": s.sample_id, "bbox": box, "texts": ["x"]} for s, box in zip(PHOTOS, shifted, strict=True)]
+    for header in ({}, {"format": "xyxy", "frame": "px"}):  # the other spelling of the fields
+        path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows] if row))
+        assert "reach far outside their image" in refused(capsys, path, *on_photos)
     found = values(record(capsys, path, *on_photos, "--trust-declaration"))
     assert found == {"Acc@0.5": 0, "Acc@0.75": 0, "Acc@0.9": 0, "mAcc": 0, "mIoU": pytest.approx(1 / 3)}
 
@@ -102,17 +107,16 @@ def test_scenes_are_scored_in_thousandths_over_the_first_samples(
     samples = [dataset[i] for i in range(6)]
     thousandths = [[1000 * v for v in (*s.box[:2], s.box[2] - s.box[0], s.box[3] - s.box[1])] for s in samples]
     path = save(tmp_path / "scenes.jsonl", samples, [*thousandths[:4], None, None])
-    on_scenes = (path, "--dataset", "scenes", "--split", "val", "--format", "xywh", "--frame", "thousandths")
-    found = record(capsys, *on_scenes, "--samples", 6)
+    words = f"{path} --dataset scenes --split val --format xywh --frame thousandths --samples".split()
+    found = record(capsys, *words, 6)
     assert values(found)["mIoU"] == pytest.approx(4 / 6) and values(found)["mAcc"] == pytest.approx(4 / 6)
     assert found["parse_failures"] == 2 and (found["samples"], found["samples_of_split"]) == (6, 10_000)
     assert found["rules"]["common"]["rows"][0]["low"] < 4 / 6 < found["rules"]["common"]["rows"][0]["high"]
-    assert "1 of 7 samples have no prediction" in refused(capsys, *on_scenes, "--samples", 7)
-    missed = record(capsys, *on_scenes, "--samples", 8, "--missing", "miss")
+    assert "1 of 7 samples have no prediction" in refused(capsys, *words, 7)
+    missed = record(capsys, *words, 8, "--missing", "miss")
     assert missed["missing"] == 2 and values(missed)["Acc@0.5"] == pytest.approx(4 / 8)
-    assert "2 of 6 rows have an id" in refused(capsys, *on_scenes, "--samples", 4)
-    assert record(capsys, *on_scenes, "--samples", 4, "--extra", "ignore")["ignored"] == 2
-    assert main([*map(str, on_scenes), "--samples", "6", "--resamples", "0"]) == 0
+    assert record(capsys, *words, 4, "--extra", "ignore")["ignored"] == 2
+    assert main([*words, "6", "--resamples", "0"]) == 0
     printed = capsys.readouterr().out
     assert "6 samples (the first of 10000)" in printed and "0 missing, 2 parse failures" in printed
     assert "interval" not in printed and "[" not in printed
@@ -121,26 +125,26 @@ def test_scenes_are_scored_in_thousandths_over_the_first_samples(
 def test_wrong_input_is_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str], perfect: Path, tmp_path: Path
 ) -> None:
-    on_photos = ("--dataset", "photos", "--split", "test")
-    assert "declared nowhere" in refused(capsys, perfect, *on_photos)
-    assert "cannot be read" in refused(capsys, tmp_path / "absent.jsonl", *on_photos, *PX)
-    assert "no split 'tset'" in refused(capsys, perfect, "--dataset", "photos", "--split", "tset", *PX)
-    absent = ("--dataset", "refcocog", "--split", "test", "--data-root", tmp_path / "nothing")
-    assert "refcocog" in refused(capsys, perfect, *absent, *PX)
-    assert "--samples 0" in refused(capsys, perfect, *on_photos, *PX, "--samples", 0)
-    assert "--samples 17: photos test has 16" in refused(capsys, perfect, *on_photos, *PX, "--samples", 17)
-    assert "--resamples -1" in refused(capsys, perfect, *on_photos, *PX, "--resamples", -1)
-    assert "--resamples 100001: give 100000" in refused(capsys, perfect, *on_photos, *PX, "--resamples", 100_001)
-    assert "--seed -1: give 0 or more" in refused(capsys, perfect, *on_photos, *PX, "--seed", -1)
-    nobody = ("--dataset", "refl4", "--split", "test", "--data-root", "~no-such-user/x")
-    assert "no such home folder" in refused(capsys, perfect, *nobody, *PX)
-    endless = ("--dataset", "scenes", "--split", "train")
-    assert "say how many with --samples" in refused(capsys, perfect, *endless, *PX)
+    photos, declared = "--dataset photos --split test", " ".join(PX)
+    for words, said in (
+        (photos, "declared nowhere"),
+        (f"--dataset photos --split tset {declared}", "no split 'tset'"),
+        (f"--dataset refcocog --split test --data-root {tmp_path}/nothing {declared}", "refcocog"),
+        (f"--dataset refl4 --split test --data-root ~no-such-user/x {declared}", "no such home folder"),
+        (f"--dataset scenes --split train {declared}", "say how many with --samples"),
+        (f"{photos} {declared} --samples 0", "--samples 0"),
+        (f"{photos} {declared} --samples 17", "--samples 17: photos test has 16"),
+        (f"{photos} {declared} --resamples -1", "--resamples -1"),
+        (f"{photos} {declared} --resamples 100001", "--resamples 100001: give 100000"),
+        (f"{photos} {declared} --seed -1", "--seed -1: give 0 or more"),
+    ):
+        assert said in refused(capsys, perfect, *words.split())
+    assert "cannot be read" in refused(capsys, tmp_path / "absent.jsonl", *photos.split(), *PX)
     for content, word in (("[", "cannot be read"), ("[]", "holds a list"), ('{"refcoco_1": 1}', "'refcoco_1': 1")):
         mapping = tmp_path / "map.json"
         mapping.write_text(content)
-        assert word in refused(capsys, perfect, *on_photos, *PX, "--category-map", mapping)
-    for usage in ([], [str(perfect), *on_photos, "--format", "ltrb"], [str(perfect), "--dataset", "photo"]):
+        assert word in refused(capsys, perfect, *photos.split(), *PX, "--category-map", mapping)
+    for usage in ([], [str(perfect), *photos.split(), "--format", "ltrb"], [str(perfect), "--dataset", "photo"]):
         assert main(usage) == 2
         output, errors = capsys.readouterr()
         assert output == "" and "error: " in errors.splitlines()[-1]
@@ -151,27 +155,11 @@ def test_the_command_runs_without_torch_and_prints_json_only(perfect: Path) -> N
         "import sys; from ivt_agents.cli import main; status = main(['score', *sys.argv[1:]]);"
         "assert 'torch' not in sys.modules; sys.exit(status)"
     )
-    arguments = [str(perfect), "--dataset", "photos", "--split", "test", *PX, "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=perfect.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    words = [sys.executable, "-c", code, str(perfect), "--dataset", "photos", "--split", "test", *PX, "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=perfect.parent, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert json.loads(done.stdout)["rules"]["common"]["rows"][0]["value"] == 1
-
-
-@pytest.mark.parametrize(("id_field", "box_field"), [("id", "bbox"), ("sample_id", "box"), ("id", "box")])
-def test_both_spellings_of_the_fields_are_read(capsys, tmp_path: Path, id_field: str, box_field: str) -> None:
-    answers = zip(PHOTOS, targets_px(PHOTOS).tolist(), strict=True)
-    rows = [{id_field: sample.sample_id, box_field: box, "texts": ["x"]} for sample, box in answers]
-    lines = [{"format": "xyxy", "frame": "px"}, *rows]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = record(capsys, tmp_path / "p.jsonl", "--dataset", "photos", "--split", "test")
-    assert set(values(found).values()) == {1}
 
 
 def test_the_projects_own_data_are_read_as_predictions_with_the_ids_of_their_lines(capsys, tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from shown_episodes import HOSTILE, SEPARATORS, made_up_episodes, photo_of, play
+from shown_episodes import HOSTILE, PHOTOS, SEPARATORS, made_up_episodes, photo_of, play
 
-import ivt_env
 from ivt_env.data.sample import DataError, ImageArray
 from ivt_env.episodes import Box, Episode
 from ivt_env.viewer import write_page
@@ -81,21 +80,25 @@ def test_each_distinct_image_is_inlined_once(tmp_path: Path) -> None:
     order = list(dict.fromkeys(e.image_id for e in episodes))
     for run in content_of(page)["runs"]:
         assert all(order[row["image"]] == row["imageId"] for row in run["episodes"])
-
-
-def test_images_of_two_data_sets_with_one_id_stay_apart(tmp_path: Path) -> None:
+    # Two data sets may use one id for two images.
     box: Box = (0.1, 0.1, 0.5, 0.5)
-    episodes = [play(box, [box], dataset=name, image_id="1", size=(4, 4)) for name in ("photos", "scenes")]
+    served = [("scenes", "test", "1"), ("scenes", "test", "2"), ("photos", "all", "1"), ("photos", "all", "1")]
+    fields = [{"dataset": d, "split": s, "sample_id": i, "image_id": "1", "size": (4, 4)} for d, s, i in served]
     shades = {"photos": 0, "scenes": 255}
-    page = write_page(tmp_path / "p.html", episodes, lambda e: np.full((4, 4, 3), shades[e.dataset], np.uint8), "t")
+    episodes = [play(box, [box], **field) for field in fields]
+    episodes[0].steps[0].iou = 0.4999999  # not to be rounded up to a right box
+    page = write_page(tmp_path / "q.html", episodes, lambda e: np.full((4, 4, 3), shades[e.dataset], np.uint8), "t")
     assert len(set(images_of(page))) == 2
+    assert "photos / all (1 sample), scenes / test (2 samples)" in page.read_text("utf-8")
+    assert content_of(page)["runs"][0]["episodes"][0]["steps"][0]["iou"] == 0.4999999
 
 
-@pytest.mark.parametrize(("side", "size"), [(512, (600, 400)), (100, (600, 400)), (4096, (600, 400))])
-def test_images_are_scaled_down_and_never_enlarged(tmp_path: Path, side: int, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("side", [512, 100, 4096])
+def test_images_are_scaled_down_and_never_enlarged(tmp_path: Path, side: int) -> None:
     box: Box = (0.1, 0.1, 0.5, 0.5)
     page = write_page(tmp_path / "p.html", [play(box, [box])], photo_of, "t", max_image_side=side)
     image = Image.open(io.BytesIO(base64.b64decode(images_of(page)[0].split(",")[1])))
+    size = (600, 400)
     scale = min(1.0, side / max(size))
     assert image.format == "JPEG"
     assert image.size == tuple(round(v * scale) for v in size)
@@ -109,46 +112,6 @@ def test_the_page_asks_for_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert re.findall(r'(?:src|href)="([^"]*)"', text) == ["data:,"]
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
     assert policy and "default-src 'none'" in policy[1] and "unsafe" not in policy[1]
-
-
-def _contrast(one: str, other: str) -> float:
-    """WCAG 2 contrast ratio of two ``#rrggbb`` colours."""
-
-    def luminance(colour: str) -> float:
-        v = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        return float(np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_text_has_the_contrast_of_wcag_aa_in_light_and_dark() -> None:
-    style = (Path(ivt_env.__path__[0]) / "viewer" / "viewer.css").read_text("utf-8")
-    themes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)]
-    assert len(themes) == 2
-    grounds = ("page", "card", "sunk", "selected")
-    pairs = [(text, ground) for text in ("ink", "soft") for ground in grounds]
-    pairs += [(f"{text}-ink", ground) for text in ("good", "bad", "warn") for ground in grounds]
-    pairs += [(f"{text}-ink", text) for text in ("good", "bad", "calm", "dull", "warn")]
-    for theme in themes:
-        for text, ground in pairs:
-            assert _contrast(theme[text], theme[ground]) >= 4.5, (text, ground)
-
-
-def test_iou_just_below_half_is_not_rounded_up(tmp_path: Path) -> None:
-    box: Box = (0.1, 0.1, 0.5, 0.5)
-    episode = play(box, [box])
-    episode.steps[0].iou = 0.4999999
-    page = write_page(tmp_path / "p.html", [episode], photo_of, "t")
-    assert content_of(page)["runs"][0]["episodes"][0]["steps"][0]["iou"] == 0.4999999
-
-
-def test_the_page_names_what_was_really_served(tmp_path: Path) -> None:
-    box: Box = (0.1, 0.1, 0.5, 0.5)
-    served = [("scenes", "test", "1"), ("scenes", "test", "2"), ("photos", "all", "1"), ("photos", "all", "1")]
-    episodes = [play(box, [box], dataset=d, split=s, sample_id=i) for d, s, i in served]
-    page = write_page(tmp_path / "p.html", episodes, photo_of, "t")
-    assert "photos / all (1 sample), scenes / test (2 samples)" in page.read_text("utf-8")
 
 
 def _with(**changes: Any) -> Episode:
@@ -177,11 +140,6 @@ def test_an_episode_that_cannot_be_shown_is_named(tmp_path: Path, episode: Episo
     assert not (tmp_path / "p.html").exists()
 
 
-def test_a_image_that_is_no_rgb_image_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'coffee.jpg'.* is float64 \(400, 600\)"):
-        write_page(tmp_path / "p.html", [_with()], lambda _: np.zeros((400, 600)), "t")  # type: ignore[arg-type,return-value]
-
-
 @pytest.mark.parametrize(
     "changes", [{"expression": "another"}, {"target": (0.1, 0.1, 0.5, 0.6)}, {"image_id": "rocket.jpg"}]
 )
@@ -190,9 +148,35 @@ def test_runs_that_disagree_about_a_sample_are_refused(tmp_path: Path, changes: 
         write_page(tmp_path / "p.html", {"a": [_with()], "b": [_with(**changes)]}, photo_of, "t")
 
 
-def test_nothing_to_show_is_an_error(tmp_path: Path) -> None:
+def test_nothing_to_show_and_what_is_no_image_are_errors(tmp_path: Path) -> None:
     for nothing in ([], {}, {"a": []}):
         with pytest.raises(ValueError, match="no episodes to show"):
             write_page(tmp_path / "p.html", nothing, photo_of, "t")
     with pytest.raises(ValueError, match="max_image_side is 0"):
         write_page(tmp_path / "p.html", [_with()], photo_of, "t", max_image_side=0)
+    with pytest.raises(DataError, match=r"'coffee.jpg'.* is float64 \(400, 600\)"):
+        write_page(tmp_path / "p.html", [_with()], lambda _: np.zeros((400, 600)), "t")  # type: ignore[arg-type,return-value]
+
+
+def _contrast(one: str, other: str) -> float:
+    """WCAG 2 contrast ratio of two ``#rrggbb`` colours."""
+
+    def luminance(colour: str) -> float:
+        v = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        return float(np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_has_the_contrast_of_wcag_aa_in_light_and_dark() -> None:
+    style = (PHOTOS.parents[1] / "viewer" / "viewer.css").read_text("utf-8")
+    themes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)]
+    assert len(themes) == 2
+    grounds = ("page", "card", "sunk", "selected")
+    pairs = [(text, ground) for text in ("ink", "soft") for ground in grounds]
+    pairs += [(f"{text}-ink", ground) for text in ("good", "bad", "warn") for ground in grounds]
+    pairs += [(f"{text}-ink", text) for text in ("good", "bad", "calm", "dull", "warn")]
+    for theme in themes:
+        for text, ground in pairs:
+            assert _contrast(theme[text], theme[ground]) >= 4.5, (text, ground)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Page, chromium
-from geometry import to_pixels
 from PIL import Image
 from shown_episodes import HOSTILE, SEPARATORS, made_up_episodes, photo, photo_of, play, shifted
 from test_viewer_server import served
@@ -51,36 +50,9 @@ def open_page(driver: Any, tmp_path: Path) -> Iterator[Callable[..., Page]]:
     assert not complaints  # errors of the script and refusals by the page's own policy end up here
 
 
-def test_text_from_a_model_is_never_executed(open_page: Callable[..., Page]) -> None:
-    episodes = made_up_episodes()
-    hostile = [e for e in episodes if HOSTILE in e.expression]
-    hostile[0].dataset = hostile[0].split = hostile[0].agent = HOSTILE
-    hostile[0].steps[0].invalid = HOSTILE
-    page = open_page({HOSTILE: hostile, "other" + HOSTILE: hostile})
-    for _ in hostile[0].steps:
-        assert page.expression() == HOSTILE
-        assert page.text(".words") == HOSTILE + SEPARATORS
-        assert page.texts(".row .expression") == [HOSTILE]
-        page.press("\ue014")
-    assert page.run("return window.ran === undefined && document.title === 'Episodes'")
-    assert page.run("return document.querySelectorAll('img').length") == 2  # the image in two panels
-    assert page.run("return [...document.images].every(i => i.src.startsWith('data:image/jpeg'))")
-
-
-def test_the_policy_stops_a_script_that_got_in(open_page: Callable[..., Page], driver: Any) -> None:
-    page = open_page(made_up_episodes())
-    page.run(
-        "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s);"
-        "const i = document.createElement('div'); i.innerHTML = '<img src=x onerror=\"window.ran = 1\">';"
-        "document.body.append(i)"
-    )
-    time.sleep(0.3)
-    assert page.run("return window.ran === undefined")
-    assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
-
-
-@pytest.mark.parametrize("image_id", ["coffee.jpg", "portrait-astronaut.jpg", "camera.jpg"])
-@pytest.mark.parametrize("width", [1400, 700])
+@pytest.mark.parametrize(
+    ("image_id", "width"), [("coffee.jpg", 1400), ("portrait-astronaut.jpg", 1400), ("camera.jpg", 700)]
+)
 def test_boxes_are_drawn_where_they_belong(
     open_page: Callable[..., Page], driver: Any, image_id: str, width: int
 ) -> None:
@@ -95,27 +67,6 @@ def test_boxes_are_drawn_where_they_belong(
     for name, box in {"target": target, "current": second, "earlier": first}.items():
         np.testing.assert_allclose(page.rect(f"rect.{name}"), origin + extent * np.array(box), atol=0.75, err_msg=name)
     driver.set_window_size(1400, 900)
-
-
-@pytest.mark.parametrize("size", [(300, 120), (120, 300)], ids=["tall", "wide"])
-def test_a_drawn_box_meets_the_pixels_it_stands_for(
-    open_page: Callable[..., Page], driver: Any, size: tuple[int, int]
-) -> None:
-    """On the screen itself: a blue patch painted into the image fills the box drawn around it."""
-    box: Box = (0.25, 0.4, 0.75, 0.9)
-    image = np.full((*size, 3), 255, np.uint8)
-    x1, y1, x2, y2 = to_pixels(box, size).astype(int)
-    image[y1:y2, x1:x2] = (0, 0, 255)
-    page = open_page([play(box, [None], size=size, image_id="patch")], image_of=lambda _: image)
-    page.until(lambda: page.run("return document.querySelector('.image img').complete"))
-    expected = page.rect("rect.target")
-    page.run("document.querySelector('.image svg').style.visibility = 'hidden'")
-    left, top, right, bottom = page.rect(".image img").round().astype(int)
-    screen = np.asarray(Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")).astype(int)
-    blue = (screen[..., 2] - screen[..., 0])[top:bottom, left:right] > 127
-    rows, columns = np.flatnonzero(blue.any(axis=1)), np.flatnonzero(blue.any(axis=0))
-    seen = [left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1]
-    np.testing.assert_allclose(seen, expected, atol=2.0)  # the image is enlarged two to three times
 
 
 def test_zoom_shows_every_pixel_of_a_large_image_at_the_place_that_was_clicked(
@@ -153,32 +104,28 @@ def test_keys_step_through_an_episode(open_page: Callable[..., Page]) -> None:
     left, up, right, down, escape = "\ue012", "\ue013", "\ue014", "\ue015", "\ue00c"
     episodes = made_up_episodes()[:4]
     page = open_page(episodes)
-
-    def here() -> tuple[str, str]:
-        return page.expression(), page.text(".strip button[aria-current] .name")
-
-    names = [e.expression for e in episodes]
-    assert here() == (names[0], "Step 0")
-    page.press(right)
-    assert here() == (names[0], "Step 1")
+    for keys, episode, step in (
+        ("", 0, "Step 0"),
+        (right, 0, "Step 1"),
+        (right * 3, 0, "Stop"),
+        (left, 0, "Step 1"),
+        (down, 1, "Step 0"),
+        ("jjjj", 3, "Step 0"),
+        ("k" + up, 1, "Step 0"),
+        (up + right, 0, "Step 1"),
+    ):
+        if keys:
+            page.press(*keys)
+        assert page.expression() == episodes[episode].expression
+        assert page.text(".strip button[aria-current] .name") == step
     assert page.text(".words") == episodes[0].steps[1].text
-    page.press(right, right, right)
-    assert here() == (names[0], "Stop")
-    page.press(left)
-    assert here() == (names[0], "Step 1")
-    page.press(down)
-    assert here() == (names[1], "Step 0")
-    page.press("j", "j", "j", "j")
-    assert here() == (names[3], "Step 0")
-    page.press("k", up)
-    assert here() == (names[1], "Step 0")
     page.press("/", *"helmetj")  # in the search field, letters are letters
     page.until(lambda: page.texts(".row") == [])
     assert page.expression() == "No episode to show"
     page.press("\ue003")
     page.until(lambda: page.texts(".row .expression") == ["the helmet with the black visor"])
     page.press(escape, right)
-    assert here() == ("the helmet with the black visor", "Step 1")
+    assert page.expression() == "the helmet with the black visor"
 
 
 def expected_filters(episodes: list[Episode]) -> dict[str, set[str]]:
@@ -255,27 +202,26 @@ def test_two_runs_are_matched_by_sample(open_page: Callable[..., Page]) -> None:
     assert page.texts(".panel h3") == ["third"]
 
 
-def test_rollouts_of_one_sample_are_matched_in_order(open_page: Callable[..., Page]) -> None:
-    box: Box = (0.1, 0.1, 0.5, 0.5)
-    shifts = {"a": (0.0, 0.1, 0.2), "b": (0.3, 0.02)}
-    runs = {name: [play(box, [shifted(box, d, 0)], seed=n) for n, d in enumerate(s)] for name, s in shifts.items()}
-    for copy in (1, 2, 3):
-        page = open_page(runs, f"#run=a&beside=b&sample=s0&copy={copy}&step=0")
-        shown = [run[copy - 1].final_iou for run in runs.values() if copy <= len(run)]
-        assert page.texts(".strip .iou") == [f"{overlap:.3f}" for overlap in shown]
-
-
-def test_a_link_leads_back_to_episode_and_step(open_page: Callable[..., Page]) -> None:
+def test_a_link_leads_back_to_episode_step_and_rollout(open_page: Callable[..., Page]) -> None:
     episodes = made_up_episodes()
     page = open_page(episodes)
     page.press("j", "j", "\ue014")
     page.until(lambda: page.run("return location.hash") == "#sample=photos-2&step=1")
+    assert page.run("return byId('said').getAttribute('aria-live')") == "polite"
+    assert page.text("#said") == f"Episode 3 of 23, Step 1, IoU {episodes[2].steps[1].iou:.3f}"
     page = open_page(episodes, "#sample=photos-2&step=1")
     assert page.expression() == episodes[2].expression
     assert page.text(".strip button[aria-current] .name") == "Step 1"
     for nonsense in ("#sample=absent&step=9", "#sample=photos-2&step=99", "#%%%", "#step=NaN&sample=photos-1&copy=x"):
         page = open_page(episodes, nonsense)
         assert page.expression() in {e.expression for e in episodes}
+    box: Box = (0.1, 0.1, 0.5, 0.5)  # several rollouts of one sample are matched in order
+    shifts = {"a": (0.0, 0.1, 0.2), "b": (0.3, 0.02)}
+    runs = {name: [play(box, [shifted(box, d, 0)], seed=n) for n, d in enumerate(s)] for name, s in shifts.items()}
+    for copy in (1, 3):
+        page = open_page(runs, f"#run=a&beside=b&sample=s0&copy={copy}&step=0")
+        shown = [run[copy - 1].final_iou for run in runs.values() if copy <= len(run)]
+        assert page.texts(".strip .iou") == [f"{overlap:.3f}" for overlap in shown]
 
 
 def test_an_initial_box_is_shown_as_the_start(open_page: Callable[..., Page]) -> None:
@@ -317,18 +263,14 @@ def test_a_long_list_stays_fast(
     page.until(lambda: "2 of 10,000" in page.text("#episode-head .place"))
 
 
-@pytest.mark.parametrize("width", [1400, 480, 320])
+@pytest.mark.parametrize("width", [1400, 320])
 def test_nothing_runs_over_the_edge(open_page: Callable[..., Page], driver: Any, width: int) -> None:
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     )
     episodes = made_up_episodes()
-    page = open_page(
-        {
-            "warm-up": episodes,
-            "a policy with quite a long name, checkpoint 1200": made_up_episodes(1)[:9] + episodes[9:],
-        }
-    )
+    long_name = "a policy with quite a long name, checkpoint 1200"
+    page = open_page({"warm-up": episodes, long_name: made_up_episodes(1)[:9] + episodes[9:]})
     try:
         for _ in episodes:
             assert page.run("return document.documentElement.scrollWidth") <= width
@@ -358,12 +300,14 @@ def open_served(driver: Any) -> Iterator[Callable[..., Page]]:
         server.__exit__(None, None, None)
 
 
-def test_a_served_page_shows_what_the_file_shows(
+def test_a_served_page_shows_and_finds_what_the_file_does(
     open_page: Callable[..., Page], open_served: Callable[..., Page]
 ) -> None:
     runs = {"one": made_up_episodes(), "two": made_up_episodes(1)[::-1]}
     drawn = "return [...document.querySelectorAll('.image img')].every(i => i.complete && i.naturalWidth > 0)"
     shown = []
+    expected = [e.sample_id for e in runs["one"] if any("object on all four" in s.text for s in e.steps)]
+    assert 0 < len(expected) < len(runs["one"])
     for opened in (open_page, open_served):
         page = opened(runs)
         seen = [page.texts("#summary td .value")]
@@ -374,35 +318,9 @@ def test_a_served_page_shows_what_the_file_shows(
             seen.append([page.texts(s) for s in (".strip", ".words", ".measures", ".curve", ".row .facts")])
             page.press("j")
         shown.append(seen)
-    assert shown[0] == shown[1] and len(shown[0]) == 24
-
-
-def test_a_served_page_runs_nothing_that_came_with_the_episodes(open_served: Callable[..., Page], driver: Any) -> None:
-    hostile = [e for e in made_up_episodes() if HOSTILE in e.expression]
-    hostile[0].agent = hostile[0].split = HOSTILE
-    page = open_served({HOSTILE: hostile})
-    page.until(lambda: page.expression() == HOSTILE)
-    for _ in hostile[0].steps:
-        assert page.text(".words") == HOSTILE + SEPARATORS
-        page.press("\ue014")
-    page.press("/", *"onerror", "\ue007")
-    page.until(lambda: page.texts(".row .expression") == [HOSTILE])
-    assert page.run("return window.ran === undefined && document.title === 'Episodes'")
-    assert not [entry["message"] for entry in driver.get_log("browser")]
-
-
-def test_search_finds_the_agents_words_in_a_file_and_on_a_server(
-    open_page: Callable[..., Page], open_served: Callable[..., Page]
-) -> None:
-    episodes = made_up_episodes()
-    expected = [e.sample_id for e in episodes if any("fits the object on all four" in s.text for s in e.steps)]
-    assert 0 < len(expected) < len(episodes)
-    for opened in (open_page, open_served):
-        page = opened({"one": episodes})
         page.press("/", *"OBJECT on all four")
         page.until(lambda: page.run("return state.visible.map(e => e.sample)") == expected)  # noqa: B023
-        page.run("byId('search').value = ''; byId('search').dispatchEvent(new Event('input'))")
-        page.until(lambda: page.run("return state.visible.length") == len(episodes))  # noqa: B023
+    assert shown[0] == shown[1] and len(shown[0]) == 24
 
 
 @pytest.mark.parametrize("from_server", [False, True], ids=["file", "server"])
@@ -418,61 +336,41 @@ def test_a_missing_image_is_named_and_the_boxes_stay(
     assert page.text(".absent") == "The image is not here. <b>astronaut.jpg</b> is not on this machine"
     assert page.run("return document.querySelectorAll('rect.target').length") == 1
     driver.get_log("browser")  # of the server's 404
+    if from_server:
+        page.run("window.fetch = () => Promise.reject(new TypeError('gone'))")
+        page.run("select(state.visible[9])")
+        page.until(lambda: "does not answer" in page.text("#panels"))
 
 
-def test_a_server_that_went_away_is_explained(open_served: Callable[..., Page], driver: Any) -> None:
-    page = open_served({"one": made_up_episodes()})
-    page.run("window.fetch = () => Promise.reject(new TypeError('gone'))")
-    page.run("select(state.visible[9])")
-    page.until(lambda: "does not answer" in page.text("#panels"))
+@pytest.mark.parametrize("from_server", [False, True], ids=["file", "server"])
+def test_text_from_a_model_is_never_executed(
+    open_page: Callable[..., Page], open_served: Callable[..., Page], driver: Any, from_server: bool
+) -> None:
+    hostile = [e for e in made_up_episodes() if HOSTILE in e.expression]
+    hostile[0].dataset = hostile[0].split = hostile[0].agent = HOSTILE
+    hostile[0].steps[0].invalid = HOSTILE
+    page = (open_served if from_server else open_page)({HOSTILE: hostile, "other" + HOSTILE: hostile})
+    page.until(lambda: page.expression() == HOSTILE)
+    for _ in hostile[0].steps:
+        assert page.text(".words") == HOSTILE + SEPARATORS
+        assert page.texts(".row .expression") == [HOSTILE]
+        page.press("\ue014")
+    page.press("/", *"onerror", "\ue007")
+    page.until(lambda: page.texts(".row .expression") == [HOSTILE])
+    assert page.run("return window.ran === undefined && document.title === 'Episodes'")
+    assert page.run("return document.querySelectorAll('img').length") == 2  # the image in two panels
+    assert not [entry["message"] for entry in driver.get_log("browser")]
+    page.run(  # what gets in all the same is stopped by the policy of the page
+        "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s);"
+        "const i = document.createElement('div'); i.innerHTML = '<img src=x onerror=\"window.ran = 1\">';"
+        "document.body.append(i)"
+    )
+    time.sleep(0.3)
+    assert page.run("return window.ran === undefined")
+    assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
 
 
 # ---- for everyone ----------------------------------------------------------------------------
-
-CONTRAST = """
-const number = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
-const over = (top, under) => {
-  const a = top.length > 3 ? top[3] : 1;
-  return [0, 1, 2].map(i => a * top[i] + (1 - a) * under[i]);
-};
-const ground = (node) => {
-  const layers = [];
-  for (let n = node; n; n = n.parentElement) layers.push(number(getComputedStyle(n).backgroundColor));
-  return layers.reverse().reduce((under, top) => over(top, under), [255, 255, 255]);
-};
-const light = (c) => { const [r, g, b] = c.map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-const found = [];
-for (const node of document.body.querySelectorAll('*')) {
-  const words = [...node.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join(' ').trim();
-  if (!words || !node.checkVisibility() || node.closest('script, noscript, option, [inert]')) continue;
-  const style = getComputedStyle(node), under = ground(node);
-  const colour = over(number(node instanceof SVGElement ? style.fill : style.color), under);
-  const [low, high] = [light(colour), light(under)].sort((a, b) => a - b);
-  found.push([(high + 0.05) / (low + 0.05), words.slice(0, 40), node.tagName]);
-}
-return found;
-"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_on_the_screen_has_a_contrast_of_4_5(open_page: Callable[..., Page], driver: Any, scheme: str) -> None:
-    runs = {"one": made_up_episodes(), "two": made_up_episodes(1)[:9]}
-    driver.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    )
-    try:
-        page = open_page(runs)
-        seen = 0
-        for _ in runs["one"]:
-            page.press("\ue014", "j")
-            time.sleep(0.15)  # the colour of a chosen row fades in
-            measured = page.run(CONTRAST)
-            seen += len(measured)
-            assert min(measured)[0] >= 4.5, min(measured)
-        assert seen > 1000
-    finally:
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_every_control_is_reached_by_tab_has_a_name_and_shows_its_focus(
@@ -496,19 +394,7 @@ def test_every_control_is_reached_by_tab_has_a_name_and_shows_its_focus(
         if here[2] == "none" or here[3] < 2:
             unseen.append(here)
     tree = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-    roles = (
-        "button",
-        "combobox",
-        "searchbox",
-        "listbox",
-        "img",
-        "image",
-        "table",
-        "navigation",
-        "main",
-        "region",
-        "option",
-    )
+    roles = "button combobox searchbox listbox img image table navigation main region option".split()
     for node in tree:
         role = node.get("role", {}).get("value")
         if role in roles and not node.get("ignored") and not node.get("name", {}).get("value"):
@@ -516,12 +402,3 @@ def test_every_control_is_reached_by_tab_has_a_name_and_shows_its_focus(
     assert reached == set(wanted) and len(wanted) > 15
     assert not unseen and not unnamed
     assert {"listbox", "option", "navigation", "main", "searchbox"} <= {n.get("role", {}).get("value") for n in tree}
-
-
-def test_each_step_is_announced(open_page: Callable[..., Page]) -> None:
-    episodes = made_up_episodes()
-    page = open_page(episodes)
-    assert page.run("return byId('said').getAttribute('aria-live')") == "polite"
-    for number in (0, 1):
-        assert page.text("#said") == f"Episode 1 of 23, Step {number}, IoU {episodes[0].steps[number].iou:.3f}"
-        page.press("\ue014")

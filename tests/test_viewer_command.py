@@ -44,6 +44,12 @@ def test_one_command_writes_a_page_with_the_images_of_the_run(tmp_path: Path, ca
     page = tmp_path / "run" / "view.html"
     assert content_of(page)["runs"][0]["name"] == "run"
     assert all(source.startswith("data:image/jpeg") for source in images_of(page)) and len(images_of(page)) == 6
+    # Several are named by what tells them apart.
+    save_episodes(tmp_path / "b" / "run", episodes, photo_of)
+    words = ["view", str(tmp_path / "run"), str(tmp_path / "b/run/episodes.jsonl"), "--limit", "3", "--out", str(page)]
+    assert cli.main(words) == 0
+    runs = content_of(page)["runs"]
+    assert [(run["name"], len(run["episodes"])) for run in runs] == [(f"{tmp_path.name}/run", 3), ("b/run", 3)]
 
 
 def test_images_that_a_run_did_not_save_come_from_its_data_set(tmp_path: Path) -> None:
@@ -110,43 +116,42 @@ def test_a_saved_image_that_is_broken_is_named_and_one_of_another_shape_refused(
     assert not (tmp_path / "view.html").exists()
 
 
-def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
-    for name in ("a/base", "b/base"):
-        save_episodes(tmp_path / name, made_up_episodes(), photo_of)
-    out = tmp_path / "p.html"
-    assert cli.main(["view", str(tmp_path / "a/base"), str(tmp_path / "b/base/episodes.jsonl"), "--out", str(out)]) == 0
-    assert [run["name"] for run in content_of(out)["runs"]] == ["a/base", "b/base"]
-    assert cli.main(["view", str(tmp_path / "a/base"), "--limit", "3", "--out", str(out)]) == 0
-    assert [len(run["episodes"]) for run in content_of(out)["runs"]] == [3]
-
-
-def test_bad_input_is_one_clear_line(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("view HERE/nowhere", "no episodes at"),
+        ("view HERE", "give one or more of: HERE/cut, HERE/empty, HERE/one"),
+        ("view HERE/cut", "episodes.jsonl:1: not an episode"),
+        ("view HERE/empty", "no episodes to show"),
+        ("view HERE/one HERE/two", "they are not the same sample"),
+        ("view HERE/one HERE/one", "given twice"),
+        ("view HERE/one --side 0", "--side 0: give 1 or more"),
+        ("view HERE/one --limit 0", "--limit 0: give 1 or more"),
+        ("view HERE/one --out HERE/one/episodes.jsonl/x.html", "episodes.jsonl"),
+        ("view HERE/one --serve --out x.html", "give one of the two"),
+        ("view HERE/one --serve --port 99999", "--port 99999: cannot listen"),
+        ("play --env IVT-RefCOCOg-v0", "refcocog: not on this machine"),
+        ("play --env IVT-Scene-v0", "no environment 'IVT-Scene-v0'"),
+        ("play --split vall", "no split 'vall' (did you mean 'val'?)"),
+        ("play --episodes 0", "--episodes 0: give 1 or more"),
+        ("play --seed -1", "--seed -1: give 0 or more"),
+        ("play --episode-steps 0", "max_steps 0"),
+        ("play --out HERE/one", "give another --out"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path: Path, monkeypatch: Any, capsys: Any, words: str, says: str) -> None:
+    monkeypatch.setenv("IVT_DATA", str(tmp_path / "none"))
     save_episodes(tmp_path / "one", made_up_episodes()[:1], photo_of)
     other = made_up_episodes()[:1]
     other[0].expression = "something else"
-    save_episodes(tmp_path / "two", other, photo_of)
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "episodes.jsonl").write_text('{"sample_id": ')
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "episodes.jsonl").write_text("")
-    one = str(tmp_path / "one")
-    for words, says in (
-        ([str(tmp_path / "nowhere")], "no episodes at"),
-        ([str(tmp_path)], f"give one or more of: {tmp_path / 'cut'}, {tmp_path / 'empty'}, {one}"),
-        ([str(tmp_path / "cut")], "episodes.jsonl:1: not an episode"),
-        ([str(tmp_path / "empty")], "no episodes to show"),
-        ([one, str(tmp_path / "two")], "they are not the same sample"),
-        ([one, one], "given twice"),
-        ([one, "--side", "0"], "--side 0: give 1 or more"),
-        ([one, "--limit", "0"], "--limit 0: give 1 or more"),
-        ([one, "--out", str(tmp_path / "one" / "episodes.jsonl" / "x.html")], "episodes.jsonl"),
-        ([one, "--serve", "--out", "x.html"], "give one of the two"),
-        ([one, "--serve", "--port", "99999"], "--port 99999: cannot listen"),
-    ):
-        assert cli.main(["view", *words]) == 2
-        printed = capsys.readouterr()
-        assert says in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
-        assert printed.out == ""
+    save_episodes(tmp_path / "two", other)
+    for name, content in (("cut", '{"sample_id": '), ("empty", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "episodes.jsonl").write_text(content)
+    assert cli.main(words.replace("HERE", str(tmp_path)).split()) == 2
+    printed = capsys.readouterr()
+    assert says.replace("HERE", str(tmp_path)) in printed.err and printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
 
 
 def started(words: list[str], cwd: Path) -> tuple[subprocess.Popen[str], str]:
@@ -180,23 +185,6 @@ def test_a_server_prints_its_address_answers_and_ends_with_ctrl_c(tmp_path: Path
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in errors and output == ""
     assert "Ctrl-C ends" in errors
-
-
-def test_play_refuses_what_cannot_be_played_in_one_line(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setenv("IVT_DATA", str(tmp_path / "none"))
-    save_episodes(tmp_path / "other", made_up_episodes(), photo_of)
-    for words, says in (
-        (["--env", "IVT-RefCOCOg-v0"], "refcocog: not on this machine"),
-        (["--env", "IVT-Scene-v0"], "no environment 'IVT-Scene-v0'"),
-        (["--split", "vall"], "no split 'vall' (did you mean 'val'?)"),
-        (["--episodes", "0"], "--episodes 0: give 1 or more"),
-        (["--seed", "-1"], "--seed -1: give 0 or more"),
-        (["--episode-steps", "0"], "max_steps 0"),
-        (["--out", str(tmp_path / "other")], "give another --out"),
-    ):
-        assert cli.main(["play", *words]) == 2
-        printed = capsys.readouterr()
-        assert says in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
 
 
 def test_a_data_set_of_ones_own_is_found_by_its_name(tmp_path: Path) -> None:

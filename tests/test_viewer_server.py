@@ -17,13 +17,11 @@ from typing import Any
 import pytest
 from shown_episodes import HOSTILE, SEPARATORS, made_up_episodes, photo_of, play
 
-from ivt_env.data.sample import DataMissingError, ImageArray
-from ivt_env.episodes import Episode
-from ivt_env.viewer.server import App, LocalServer, ViewApp
+from ivt_env.viewer.server import LocalServer, ViewApp
 
 
 @contextmanager
-def served(app: App) -> Iterator[LocalServer]:
+def served(app: ViewApp) -> Iterator[LocalServer]:
     server = LocalServer(app)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -92,24 +90,22 @@ def test_a_page_that_points_its_own_name_here_learns_nothing(server: LocalServer
     for path in ("/", "/episode?run=0&index=0", "/image/0"):
         status, headers, body = ask(server, path, Host=host.format(port=server.server_port))
         assert status == 403 and b"woman" not in body and headers["content-type"].startswith("text/plain")
+    for own in ("localhost", "127.0.0.1"):
+        assert ask(server, "/", Host=f"{own}:{server.server_port}")[0] == 200
+    assert server.server_address[0] == "127.0.0.1", "only this machine can connect"
 
 
-@pytest.mark.parametrize("host", ["localhost:{port}", "127.0.0.1:{port}"])
-def test_the_servers_own_names_are_answered(server: LocalServer, host: str) -> None:
-    assert ask(server, "/", Host=host.format(port=server.server_port))[0] == 200
-
-
-def test_only_this_machine_can_connect(server: LocalServer) -> None:
-    assert server.server_address[0] == "127.0.0.1"
-
-
-def test_every_reply_forbids_guessing_its_type_and_reading_from_elsewhere(server: LocalServer) -> None:
+def test_every_reply_forbids_guessing_its_type_and_reading_from_elsewhere_and_no_order_is_taken(
+    server: LocalServer,
+) -> None:
     for path in ("/", "/episode?run=0&index=0", "/image/0", "/nowhere"):
         headers = ask(server, path)[1]
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cross-origin-resource-policy"] == "same-origin"
         assert "access-control-allow-origin" not in headers
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    status, _, body = ask(server, "/act", "POST", "{}", Content_Type="application/json")
+    assert status == 405 and b"only shows" in body
 
 
 def test_hostile_text_is_data_in_the_page_and_in_the_servers_json() -> None:
@@ -132,29 +128,13 @@ def test_search_finds_what_the_agent_said() -> None:
     assert expected and json.loads(app.get("/search", {"run": "0", "query": "RIGHT Edge"}).body) == expected
 
 
-def test_a_image_that_is_not_there_is_explained() -> None:
-    def nowhere(episode: Episode) -> ImageArray:
-        raise DataMissingError(f"no {episode.image_id} on this machine")
-
-    with served(ViewApp({"one": made_up_episodes()}, nowhere, "t")) as running:
-        status, _, body = ask(running, "/image/0")
-        assert status == 404 and body == b"no astronaut.jpg on this machine"
-
-
-def test_a_page_to_look_at_takes_no_orders(server: LocalServer) -> None:
-    status, _, body = ask(server, "/act", "POST", "{}", Content_Type="application/json")
-    assert status == 405 and b"only shows" in body
-
-
-def test_a_port_that_is_taken_is_one_clear_line(server: LocalServer) -> None:
+def test_two_servers_share_neither_port_nor_images(server: LocalServer) -> None:
     for port in (server.server_port, 70_000):
         with pytest.raises(ValueError, match=f"--port {port}: cannot listen"):
             LocalServer(ViewApp({"a": [play((0, 0, 1, 1), [])]}, photo_of, "t"), port)
-
-
-def test_two_servers_never_share_a_image_that_the_browser_kept() -> None:
-    apps: list[Any] = [ViewApp({"a": made_up_episodes()}, photo_of, "t") for _ in range(2)]
-    assert apps[0].version != apps[1].version and all(a.version in a.page() for a in apps)
+    apps = [ViewApp({"a": made_up_episodes()}, photo_of, "t") for _ in range(2)]
+    assert apps[0].version != apps[1].version, "the browser would show one server an image kept from the other"
+    assert all(a.version in a.page() for a in apps)
 
 
 def test_details_are_read_while_others_search(server: LocalServer, tmp_path: Path) -> None:

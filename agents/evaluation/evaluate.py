@@ -45,7 +45,7 @@ from ivt_agents.play.served import MAY_CHANGE as SERVED_MAY_CHANGE
 from ivt_agents.training.checkpoints import CONFIG, check_new, check_resume, forget_run, recorded_options
 from ivt_agents.training.run import check_least, made_by, write_json
 from ivt_agents.vlm.prompts import TINY_NAME
-from ivt_env.data.sample import ImageArray
+from ivt_env.data.sample import Dataset, ImageArray
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json
 from ivt_env.files import asked_of, forget, lock_folder, whole_file, whole_folder, write_whole
@@ -74,20 +74,10 @@ MAY_CHANGE = SERVED_MAY_CHANGE | {"out", "config", "resume", "overwrite", "margi
 _PLOTS = ("accuracy_by_step.png", "before_after.png", "groups.png", "reliability.png", "training.png")
 PREDICTIONS = "predictions"
 """Folder of a JSON line per sample, for each policy."""
-RESULTS = (
-    "results.json",
-    "table.txt",
-    "report.html",
-    "episodes.html",
-    *_PLOTS,
-    PREDICTIONS,
-    "episodes",
-    ANSWERS,
-    PROMPTS,
-)
-"""What an evaluation writes; one anew removes it in this order."""
 _PLAYED = ("episodes", ANSWERS, PROMPTS)
-"""What of it has been played, and is gone on with."""
+"""What has been played, and is gone on with."""
+RESULTS = ("results.json", "table.txt", "report.html", "episodes.html", *_PLOTS, PREDICTIONS, *_PLAYED)
+"""What an evaluation writes; one anew removes it in this order."""
 DEFAULT_POLICY = "base=tiny"
 RESAMPLES = 1000
 COST = "cost.json"
@@ -95,17 +85,9 @@ COST = "cost.json"
 
 
 @dataclass
-class Args(ServedOptions):
-    """Columns of several policies on the same samples."""
+class PlayedOptions(ServedOptions):
+    """What several policies are played on."""
 
-    config: Path | None = None
-    """YAML file whose part `evaluate` gives defaults; flags override it."""
-    policies: list[str] = field(default_factory=list)
-    """`name=policy`: a model folder, `tiny`, `openai:URL#MODEL`, a built-in agent, or `module:Class`. The first is
-    the base; a name given again is another seed of that policy. None given: `base=tiny`."""
-    episodes: list[str] = field(default_factory=list)
-    """`name=folder`: score the saved episodes of that folder, and of `folder-forced` where it is there, instead
-    of playing. A name given again is another seed."""
     env: str = "IVT-Scenes-v0"
     """Registered id."""
     split: str = "test"
@@ -118,6 +100,36 @@ class Args(ServedOptions):
     """Actions in an episode."""
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on, for every policy. None: what each was trained for (`overlay` where it does not say)."""
+    overwrite: bool = False
+    """Begin anew where `out` already holds results, which are lost."""
+    num_envs: int = 100
+    """Episodes played side by side."""
+    seed: int = 0
+    """Of what is drawn by chance, and of the intervals."""
+
+    def stages(self) -> tuple[Dataset, range, Stages]:
+        """The data set, the numbers of the samples to play, and the environments."""
+        # Named real data must be there: what is measured never falls back.
+        kwargs: dict[str, Any] = {"data_root": self.data_root, "strict": True}
+        kwargs |= {"split": self.split, "max_steps": self.episode_steps}
+        dataset = make_vector_env(self.env, 1, **kwargs).dataset
+        indices = samples_to_compare(dataset, self.samples)
+        count = min(self.num_envs, len(indices))
+        return dataset, indices, Stages(lambda **seen: make_vector_env(self.env, count, **seen, **kwargs), self.view)
+
+
+@dataclass
+class Args(PlayedOptions):
+    """Columns of several policies on the same samples."""
+
+    config: Path | None = None
+    """YAML file whose part `evaluate` gives defaults; flags override it."""
+    policies: list[str] = field(default_factory=list)
+    """`name=policy`: a model folder, `tiny`, `openai:URL#MODEL`, a built-in agent, or `module:Class`. The first is
+    the base; a name given again is another seed of that policy. None given: `base=tiny`."""
+    episodes: list[str] = field(default_factory=list)
+    """`name=folder`: score the saved episodes of that folder, and of `folder-forced` where it is there, instead
+    of playing. A name given again is another seed."""
     forced: bool = True
     """Play every policy a second time, made to take every refinement: the columns that need every step."""
     margin: float = 0.0
@@ -128,16 +140,10 @@ class Args(ServedOptions):
     """Folder for the tables, episodes, plots and the page."""
     resume: bool = False
     """Go on where an evaluation in `out` was cut off: policies that were played to the end are not played again."""
-    overwrite: bool = False
-    """Begin anew where `out` already holds an evaluation, which is lost."""
     runs: list[Path] = field(default_factory=list)
     """Run folders whose training curves are plotted beside."""
     page_episodes: int = 200
     """Episodes of each policy on the page."""
-    num_envs: int = 100
-    """Episodes played side by side."""
-    seed: int = 0
-    """Of agents that draw, and of the intervals."""
     json: bool = False
     """Print what `results.json` holds and nothing else; the verdict goes to standard error."""
 
@@ -176,9 +182,8 @@ def main(args: Args) -> dict[str, Played]:
 def _begin(args: Args) -> None:
     """Remove what another evaluation made, once it is known that this one can be."""
     if args.resume or args.episodes:  # the episodes stay, and so does what they were played for until it is replaced
-        for name in RESULTS:
-            if name not in _PLAYED:
-                forget(args.out / name)
+        for name in RESULTS[: -len(_PLAYED)]:
+            forget(args.out / name)
     else:
         forget_run(args.out, RESULTS)
     write_json(args.out / CONFIG, asdict(args))
@@ -188,12 +193,10 @@ def _evaluate(args: Args) -> dict[str, Played]:
     dataset = None
     costs: dict[str, list[dict[str, float]]] = {}
     if args.episodes:
-        runs = {
-            name: [_load(folder) for folder in folders] for name, folders in _named("episodes", args.episodes).items()
-        }
-        sources = _named("episodes", args.episodes)
+        sources = named("episodes", args.episodes)
+        runs = {name: [_load(folder) for folder in folders] for name, folders in sources.items()}
     else:
-        sources = _named("policies", args.policies or [DEFAULT_POLICY])
+        sources = named("policies", args.policies or [DEFAULT_POLICY])
         served = Served(args, args.out / ANSWERS)
         with served.run(f", finished episodes in {args.out / 'episodes'}", "--resume"):
             runs, costs, dataset = _play(args, sources, served)
@@ -201,22 +204,15 @@ def _evaluate(args: Args) -> dict[str, Played]:
     played: dict[str, Played] = {}
     for name, of_policy in runs.items():
         check_same_samples(base[0].episodes, of_policy[0].episodes, base_name, name)
-        found = audit_runs(
-            of_policy,
-            name=name,
-            n_boot=RESAMPLES,
-            seed=args.seed,
-            verifier_margin=args.margin,
-            verifier_guard=args.guard,
-        )
-        played[name] = Played(of_policy, found)
+        gate: Any = {"verifier_margin": args.margin, "verifier_guard": args.guard}
+        played[name] = Played(of_policy, audit_runs(of_policy, name=name, n_boot=RESAMPLES, seed=args.seed, **gate))
     if args.episodes or args.resume:
         _begin(args)
     _write(args, played, sources, costs, dataset)
     return played
 
 
-def _named(option: str, texts: Sequence[str]) -> dict[str, list[str]]:
+def named(option: str, texts: Sequence[str]) -> dict[str, list[str]]:
     """What stands for each name, in order: several entries are seeds."""
     found: dict[str, list[str]] = {}
     for text in texts:
@@ -238,11 +234,7 @@ def _load(folder: str) -> Run:
 
 
 def _folders(names: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], str]:
-    """Folder of the episodes of each name and seed.
-
-    Raises:
-        ValueError: For two that would share one.
-    """
+    """Folder of the episodes of each name and seed; ValueError for two that would share one."""
     found = {
         (name, number): name if len(seeds) == 1 else f"{name}-seed{number}"
         for name, seeds in names.items()
@@ -260,13 +252,8 @@ def _play(
 ) -> tuple[dict[str, list[Run]], dict[str, list[dict[str, float]]], Any]:
     """The runs of each policy, saved as they come, what its answers cost, and the data set that was served."""
     folders = _folders(names)
-    # Named real data must be there: an evaluation never falls back.
-    env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
-    env_kwargs |= {"split": args.split, "max_steps": args.episode_steps}
-    dataset = make_vector_env(args.env, 1, **env_kwargs).dataset
-    indices = samples_to_compare(dataset, args.samples)
+    dataset, indices, envs = args.stages()
     count = len(indices)
-    envs = Stages(lambda **seen: make_vector_env(args.env, min(args.num_envs, count), **seen, **env_kwargs), args.view)
 
     def saved_at(folder: str, forced: bool) -> Path:
         return args.out / "episodes" / f"{folder}{'-forced' if forced else ''}"
@@ -274,7 +261,7 @@ def _play(
     passes = (False, True) if args.forced else (False,)
     begun = False
     for (name, number), folder in folders.items():  # a server that is not there is found before anything is played
-        spec = _spec(names[name][number])
+        spec = policy_spec(names[name][number])
         if "openai:" in spec and not all(args.resume and asked_of(saved_at(folder, one)) for one in passes):
             load_agent(spec, env=envs.of(None), seed=args.seed, served=served)
             if not begun:  # its answers are kept from the first on
@@ -300,22 +287,12 @@ def _play(
                 served.usage.on_change = lambda task=task: progress.update(task, note=str(served.usage))  # type: ignore[misc]
                 # A fresh agent for each rollout: one that draws then draws the same. Its view is known once
                 # it is there, and the oracle is given the environment before: only it, and it looks at no image.
-                spec = _spec(names[name][number])
+                spec = policy_spec(names[name][number])
                 agent = Metered(load_agent(spec, env=envs.of(None), seed=args.seed, served=served))
                 env = envs.of(agent)
                 watch = _Watch(saved, agent, name, env, lambda task=task: progress.advance(task))  # type: ignore[misc]
-                found.append(
-                    rollout(
-                        env,
-                        agent,
-                        count,
-                        args.seed,
-                        indices=indices,
-                        ignore_stop=forced,
-                        agent_name=name,
-                        on_episode=watch.finished,
-                    )
-                )
+                said: dict[str, Any] = {"agent_name": name, "on_episode": watch.finished}
+                found.append(rollout(env, agent, count, args.seed, indices=indices, ignore_stop=forced, **said))
                 watch.end()
                 check_episodes(found[-1], stop=not forced)
                 if not begun:  # a policy that cannot be played costs nothing of what is there
@@ -363,7 +340,8 @@ class _Watch:
             self._frame.say()
 
 
-def _spec(text: str) -> str:
+def policy_spec(text: str) -> str:
+    """What ``load_agent`` takes for a policy as it is named in a command."""
     return f"vlm:{text}" if text == TINY_NAME or Path(text).is_dir() else text
 
 
@@ -376,9 +354,10 @@ def _write(
 ) -> None:
     audits = {name: one.audit for name, one in played.items()}
     first = next(iter(audits.values()))
-    comparisons = _comparisons(played, args.seed)
+    comparisons = _comparisons(audits, args.seed)
     served = ", ".join(first.served)
-    write_whole(args.out / "table.txt", "\n".join(_report(args, played, comparisons) + _costs(costs)) + "\n")
+    text = _report(args, played, audits, comparisons) + _costs(costs)
+    write_whole(args.out / "table.txt", "\n".join(text) + "\n")
     results = {
         "args": asdict(args),
         **made_by(),
@@ -434,8 +413,9 @@ def _write_predictions(path: Path, episodes: Sequence[Episode]) -> None:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def _report(args: Args, played: Mapping[str, Played], comparisons: Sequence[Comparison]) -> list[str]:
-    audits = {name: one.audit for name, one in played.items()}
+def _report(
+    args: Args, played: Mapping[str, Played], audits: Mapping[str, Audit], comparisons: Sequence[Comparison]
+) -> list[str]:
     first = next(iter(audits.values()))
     rows = [row for one in audits.values() for row in one.rows]
     # The three headline metrics, so that their intervals fit on a line.
@@ -471,9 +451,8 @@ def _costs(costs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     return ["", "what an episode cost, with its stop honoured:", render(["policy", *fields], lines)]
 
 
-def _comparisons(played: Mapping[str, Played], seed: int) -> list[Comparison]:
+def _comparisons(audits: Mapping[str, Audit], seed: int) -> list[Comparison]:
     """What each policy gains on its own first box, and its answer on the first boxes and answers of the others."""
-    audits = {name: one.audit for name, one in played.items()}
     base = next(iter(audits))
     pairs = []
     for name, one in audits.items():

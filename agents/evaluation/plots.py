@@ -8,12 +8,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from numpy.typing import NDArray
 
 from ivt_agents.training.run import read_metrics
 from ivt_env.episodes import Episode
 from ivt_env.files import whole_file
 from ivt_env.metrics.breakdown import GroupRow
+from ivt_env.metrics.statistics import Interval
 from ivt_env.metrics.stopping import Calibration
+from ivt_env.metrics.swaps import VARIANTS, Swap, VariantScores, share
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -125,11 +128,7 @@ def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> 
     """IoU of the first box against IoU of the last, one panel a policy: what refinement did to each.
 
     Above the diagonal an episode gained. Colour counts episodes on a logarithmic scale, because most
-    change nothing and lie on the diagonal.
-
-    Args:
-        episodes: stopping episodes by policy, of all its seeds.
-        path: the PNG file.
+    change nothing and lie on the diagonal. ``episodes`` are the stopping ones by policy, of all its seeds.
     """
     wide = min(len(episodes), 4)
     high = -(-len(episodes) // wide)
@@ -164,12 +163,8 @@ def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> 
 def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: Path) -> None:
     """Reliability diagrams: how often a box was correct, against how sure the policy said it was.
 
-    On the diagonal a policy means what it says. Below each diagram stands how its statements are
-    spread: a point over few statements tells little.
-
-    Args:
-        statements: by what is stated (a panel each) and by policy (a line each).
-        path: the PNG file.
+    On the diagonal a policy means what it says. Below each diagram stands how its statements are spread: a point
+    over few statements tells little. What is stated has a panel each, a policy a line.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -206,12 +201,9 @@ def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: 
 
 
 def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path) -> None:
-    """Bars of the first box and of the answer by data set, size and siblings, with their intervals.
+    """Bars of the first box and of the answer by data set, size and siblings, of what ``breakdown`` gave by policy.
 
-    Args:
-        rows: by policy (a row of panels each), what ``breakdown`` gave. Drawn are ``step_0`` and
-            ``learned_stop``, or ``last_step`` where there is no stopping rollout.
-        path: the PNG file.
+    The answer is ``learned_stop``, or ``last_step`` where there is no stopping rollout.
     """
     kinds = {
         "dataset": "data set",
@@ -266,3 +258,61 @@ def _by_group(rows: Sequence[GroupRow]) -> dict[str, list[GroupRow]]:
             if row.column == wanted:
                 found.setdefault(row.group, []).append(row)
     return found
+
+
+_SHARES = (("stopped", "stopped"), ("left", "left the shown box"), ("towards", "moved towards the target"))
+_EDGES = np.array([0.0, 0.05, 0.3, 0.5, 0.7, 0.9, 1.0 + 1e-9])
+"""Of the bins of IoU; boxes about something else fill the first two."""
+
+
+def plot_swaps(scores: Sequence[VariantScores], swaps: Mapping[str, Sequence[Swap]], path: Path) -> None:
+    """Shares by variant, and the share stopped against the shown box's IoU with the target, at the first step.
+
+    ``scores`` are those of ``summarise`` for all policies, ``swaps`` the records of each.
+    """
+    step = min(row.step for row in scores)
+    at = [row for row in scores if row.step == step]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(2, 2, figsize=(10, 8), constrained_layout=True, sharey=True)
+        axes = panels.flat
+        shown = [v for v in VARIANTS if any(row.variant == v for row in at)]
+        for axis, (name, title) in zip(axes, _SHARES, strict=False):
+            places = [v for v in shown if name != "left" or v != "none"]
+            for number, policy in enumerate(swaps):
+                rows = {row.variant: getattr(row, name) for row in at if row.policy == policy}
+                width = 0.8 / len(swaps)
+                x = [places.index(v) + (number - (len(swaps) - 1) / 2) * width for v in rows if v in places]
+                held = [rows[v] for v in rows if v in places]
+                heights = [100 * i.value for i in held]
+                axis.bar(x, heights, width, color=f"C{number}", label=policy)
+                axis.errorbar(x, heights, yerr=_reach(held), fmt="none", ecolor="0.25", linewidth=0.9, capsize=2)
+            axis.set_xticks(range(len(places)), places, rotation=35, ha="right")
+            axis.set_title(f"{title} (%), step {step}")
+        axes[0].set_ylim(-2, 102)
+        for number, (policy, records) in enumerate(swaps.items()):
+            at_step = [s for s in records if s.step == step and s.variant not in ("none", "blank")]
+            _plot_stops(axes[3], at_step, line_style(number, len(swaps)), policy)
+        axes[3].set_title(f"stopped (%) by IoU of the shown box, step {step}")
+        axes[3].set_xlabel("IoU of the shown box with the target; dotted: stated probability")
+        axes[3].set_xlim(-0.02, 1.02)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(swaps), frameon=False)
+        save_figure(figure, path)
+
+
+def _plot_stops(axis: plt.Axes, swaps: Sequence[Swap], style: dict[str, Any], label: str) -> None:
+    ious = np.array([s.shown_iou for s in swaps])
+    place = np.digitize(ious, _EDGES) - 1
+    bins = [np.flatnonzero(place == k).tolist() for k in range(len(_EDGES) - 1)]
+    bins = [rows for rows in bins if len(rows)]
+    held = [share([swaps[i].stopped for i in rows], [swaps[i].image_id for i in rows]) for rows in bins]
+    x = [ious[rows].mean() for rows in bins]
+    y = [100 * i.value for i in held]
+    axis.errorbar(x, y, yerr=_reach(held), marker="o", label=label, markersize=4, capsize=2, elinewidth=1, **style)
+    if all(s.stop_probability is not None for s in swaps):
+        stated = np.array([s.stop_probability for s in swaps], dtype=float)
+        axis.plot(x, [100 * stated[rows].mean() for rows in bins], ":", color=style["color"], linewidth=1)
+
+
+def _reach(held: Sequence[Interval]) -> NDArray[np.float64]:
+    """How far the intervals reach below and above their values, in percent: (2, n)."""
+    return 100 * np.array([[i.value - i.low for i in held], [i.high - i.value for i in held]]).clip(0)

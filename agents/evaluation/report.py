@@ -25,7 +25,9 @@ from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode, Step, load_episodes
 from ivt_env.failures import read_json
 from ivt_env.files import asked_of, write_whole
+from ivt_env.metrics.swaps import SHARES
 from ivt_env.metrics.table import difference, each_seed, headline, interval, number, own_gains, p_value, verdict
+from ivt_env.viewer.images import ImageFinder
 from ivt_env.viewer.page import image_jpeg
 
 RIGHT = 0.5
@@ -96,8 +98,6 @@ class Args:
 
 def main(args: Args) -> Path:
     """Write the page; returns its path."""
-    from ivt_env.viewer.images import ImageFinder
-
     results = _read(args.folder / "results.json", "evaluate.py")
     folders = _episode_folders(args.folder, results)
     runs = {name: load_episodes(folder) for name, folder in folders.items()}
@@ -109,10 +109,9 @@ def main(args: Args) -> Path:
 
 def last_screen(results: Mapping[str, Any], page: Path) -> str:
     """What a command ends with: what was played, a verdict for each policy, and where everything else is."""
-    count = results["audits"][next(iter(results["audits"]))]["episodes"]
     source = "saved episodes" if results["args"]["episodes"] else results["args"]["env"]
     return (
-        f"{source}, served: {results['served']}, n = {count}\n\n{headline(results['audits'])}\n\n"
+        f"{source}, served: {results['served']}, n = {_count(results)}\n\n{headline(results['audits'])}\n\n"
         f"report: {page}\nevery table, figure and episode: {results['args']['out']}"
     )
 
@@ -126,31 +125,28 @@ def write_report(
     out: Path | None = None,
     examples: int = 3,
 ) -> Path:
-    """Write the page of an evaluation; returns its path.
+    """Write the page of the evaluation in ``folder``, with ``examples`` of each outcome and policy; returns its path.
 
-    Args:
-        folder: holds ``results.json`` and the plots.
-        episodes: of the policies that examples are wanted of, by name, in the order of the split.
-        image_of: gives the image of an episode. Where it raises ``DataMissingError`` the page says so.
-        swaps: folder of overlay swaps, or None.
-        out: the file; None: ``report.html`` in the folder.
-        examples: of each outcome and policy.
-
-    Raises:
-        DataError: where a folder holds no results, or an episode cannot be shown.
+    ``episodes`` are those of the policies that examples are wanted of, by name, in the order of the split. Where
+    ``image_of`` raises ``DataMissingError`` the page says so. ``swaps`` is a folder of overlay swaps.
     """
     results = _read(folder / "results.json", "evaluate.py")
-    parts = [_verdicts(results), _made_of(results), _scores(results), _behaviour(results), _plots(folder, PLOTS)]
+    behaviour = _table(["figure", *results["audits"]], results["behaviour"])
+    parts = [_verdicts(results), _made_of(results), _scores(results), _section("How the steps are used", behaviour)]
+    parts.append(_plots(folder, PLOTS))
     if swaps is not None:
         parts.append(_swaps(swaps, results))
     parts += [_examples(episodes, image_of, examples), _methods()]
-    count = results["audits"][next(iter(results["audits"]))]["episodes"]
-    head = f"served: {results['served']}, n = {count} samples. Intervals: 95 %, over images."
+    head = f"served: {results['served']}, n = {_count(results)} samples. Intervals: 95 %, over images."
     title = f"Evaluation: {', '.join(results['policies'])}"
     page = _PAGE.format(title=_text(title), head=_text(head), style=_STYLE, parts="\n".join(parts))
     path = out or folder / "report.html"
     write_whole(path, page.encode("utf-8", "xmlcharrefreplace"))
     return path
+
+
+def _count(results: Mapping[str, Any]) -> int:
+    return int(results["audits"][next(iter(results["audits"]))]["episodes"])
 
 
 def _verdicts(results: Mapping[str, Any]) -> Html:
@@ -181,16 +177,16 @@ def _verdicts(results: Mapping[str, Any]) -> Html:
 
 def _made_of(results: Mapping[str, Any]) -> Html:
     """Where the figures come from: enough to make them again."""
-    args = with_new_names(results["args"])
-    played = [
-        f"{args['env']}, split {args['split']}, at most {args['episode_steps']} actions, view {args['view'] or 'own'}"
-    ]
+    args, policies = with_new_names(results["args"]), results["policies"]
+    view = args["view"] or "own"
+    played = f"{args['env']}, split {args['split']}, at most {args['episode_steps']} actions, view {view}"
+    asks_servers = any("openai:" in source for sources in policies.values() for source in sources)
     lines = [
-        *([f"policy {name}", ", ".join(sources)] for name, sources in results["policies"].items()),
-        *([["asked", f"prompts {args['prompts'] or DEFAULT}"]] if _asks_servers(results) else []),
-        ["environment", "saved episodes" if args["episodes"] else played[0]],
+        *([f"policy {name}", ", ".join(sources)] for name, sources in policies.items()),
+        *([["asked", f"prompts {args['prompts'] or DEFAULT}"]] if asks_servers else []),
+        ["environment", "saved episodes" if args["episodes"] else played],
         ["served", results["served"]],
-        ["samples", str(results["audits"][next(iter(results["audits"]))]["episodes"])],
+        ["samples", str(_count(results))],
         ["seed", str(args["seed"])],
         ["version", f"ivt-env {results.get('version', '-')}"],
         ["commit", results.get("commit") or "-"],
@@ -198,10 +194,6 @@ def _made_of(results: Mapping[str, Any]) -> Html:
         ["machine", results.get("machine", "-")],
     ]
     return _section("Provenance", _table(["", ""], lines, left=2))
-
-
-def _asks_servers(results: Mapping[str, Any]) -> bool:
-    return any("openai:" in source for sources in results["policies"].values() for source in sources)
 
 
 def _scores(results: Mapping[str, Any]) -> Html:
@@ -230,10 +222,6 @@ def _scores(results: Mapping[str, Any]) -> Html:
     return _section("Every rule", Html("".join(tables)), note)
 
 
-def _behaviour(results: Mapping[str, Any]) -> Html:
-    return _section("How the steps are used", _table(["figure", *results["audits"]], results["behaviour"]))
-
-
 def _plots(folder: Path, plots: Sequence[tuple[str, str]]) -> Html:
     figures = []
     for name, caption in plots:
@@ -252,25 +240,16 @@ def _check_swaps(folder: Path, swaps: Mapping[str, Any], results: Mapping[str, A
             f"{folder} holds swaps on {swaps['served']}, and the evaluation is of {results['served']}: make them with"
             f" --split {results['served'].rpartition('/')[2]}, or give another --swaps"
         )
-    known = {_bare(spec) for spec in _specs(results)}
+    known = [source for of_name in results["policies"].values() for source in of_name]
+    if results["args"]["episodes"]:  # saved episodes, which may not say of whom they are
+        known = [(asked_of(folder) or {}).get("policy") for folder in known]
     for name, spec in swaps["policies"].items():
-        if None not in known and _bare(spec) not in known:
+        bare = spec.removeprefix("vlm:")
+        if None not in known and bare not in (one.removeprefix("vlm:") for one in known):
             raise DataError(
-                f"{folder} holds swaps of {name}={spec}, and the evaluation is of {', '.join(map(str, known))}: make"
+                f"{folder} holds swaps of {name}={spec}, and the evaluation is of {', '.join(known)}: make"
                 " them of the same policies, or give another --swaps"
             )
-
-
-def _specs(results: Mapping[str, Any]) -> list[str | None]:
-    """The policies that were played; None for saved episodes that do not say of whom they are."""
-    sources = [source for of_name in results["policies"].values() for source in of_name]
-    if not results["args"]["episodes"]:
-        return sources
-    return [(asked_of(folder) or {}).get("policy") for folder in sources]
-
-
-def _bare(spec: str | None) -> str | None:
-    return None if spec is None else spec.removeprefix("vlm:")
 
 
 def _swaps(folder: Path, evaluation: Mapping[str, Any]) -> Html:
@@ -278,7 +257,7 @@ def _swaps(folder: Path, evaluation: Mapping[str, Any]) -> Html:
     _check_swaps(folder, results, evaluation)
     lines = [
         [row["policy"], row["step"], row["variant"], row["num"], number(row["shown_iou"], "IoU", digits=2)]
-        + [_value(row[key], "share", digits=0) for key in ("stopped", "kept", "left", "towards", "right")]
+        + [_value(row[key], "share", digits=0) for key in SHARES]
         for row in results["variants"]
     ]
     head = ["policy", "step", "box drawn", "n", "its IoU", "stops", "keeps", "leaves", "towards target", "then correct"]
@@ -337,10 +316,8 @@ def _strip(episode: Episode, image_of: Callable[[Episode], ImageArray], name: st
 
 
 def _said(step: Step) -> str:
-    if step.parse_failure:
-        return "unparsable"
-    if step.invalid is not None:
-        return f"refused ({step.invalid})"
+    if step.parse_failure or step.invalid is not None:
+        return "unparsable" if step.parse_failure else f"refused ({step.invalid})"
     return "stop" if step.stop else "box"
 
 

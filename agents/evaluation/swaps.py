@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import ArrayLike, NDArray
 
 from ivt_agents.command import progress_bars, run_command
+from ivt_agents.evaluation.evaluate import PlayedOptions, named, policy_spec
+from ivt_agents.evaluation.plots import plot_swaps
 from ivt_agents.play.by_name import load_agent
-from ivt_agents.play.on_split import Stages, samples_to_compare
-from ivt_agents.play.served import ANSWERS, Served, ServedOptions
+from ivt_agents.play.served import ANSWERS, Served
 from ivt_agents.training.run import RunError, check_least, made_by, write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, ImageArray, Sample
@@ -41,7 +42,7 @@ from ivt_env.metrics.swaps import (
     swap_table,
 )
 from ivt_env.metrics.table import as_json
-from ivt_env.rollouts import Agent, box_tuple, make_vector_env, play, waves
+from ivt_env.rollouts import Agent, box_tuple, play, waves
 from ivt_env.vector_env import GroundingVectorEnv
 
 MOVED_IOU = (0.3, 0.8)
@@ -129,12 +130,16 @@ def play_swaps(
 
     Returns:
         The answers by step, sample (as in ``indices``) and variant.
-
-    Raises:
-        ValueError: for an environment that restarts itself, no or repeated indices, an unknown variant,
-            and a step that no episode of this environment has.
     """
-    _check(env, indices, variants, steps)
+    if not len(indices) or len(set(indices)) != len(indices):
+        raise ValueError(f"indices: give each sample once, and at least one; these are {len(indices)}")
+    if not variants or not set(variants) <= VARIANTS.keys():
+        raise ValueError(f"variants {list(variants)}: choose from {', '.join(VARIANTS)}")
+    if not steps or not all(1 <= s < env.max_steps for s in steps):
+        raise ValueError(
+            f"steps {list(steps)}: an episode of at most {env.max_steps} actions has a drawn box to answer at steps "
+            f"1 to {env.max_steps - 1}; give max_steps={max([*steps, 1]) + 1} or other steps"
+        )
     env.reset(options={"index": [int(indices[0])] * env.num_envs})
     plays = _own_plays(env, agent, indices, max(steps))
     order = [v for v in VARIANTS if v in variants]
@@ -143,7 +148,7 @@ def play_swaps(
         for step in sorted(set(steps))
         for index, play in zip(indices, plays, strict=True)
         for variant in order
-        for there, box in [_box_of(variant, env.dataset[int(index)], play.boxes[step - 1], _rng(seed, index, step))]
+        for there, box in [_box_of(variant, env.dataset[int(index)], play.boxes[step - 1], [seed, int(index), step])]
         if there
     ]
     answers: dict[tuple[int, int, str], Swap] = {}
@@ -199,33 +204,14 @@ def elsewhere(target: ArrayLike, rng: np.random.Generator) -> NDArray[np.float64
             return found
 
 
-def _check(env: GroundingVectorEnv, indices: Sequence[int], variants: Sequence[str], steps: Sequence[int]) -> None:
-    if not len(indices) or len(set(indices)) != len(indices):
-        raise ValueError(f"indices: give each sample once, and at least one; these are {len(indices)}")
-    unknown = [v for v in variants if v not in VARIANTS]
-    if unknown or not variants:
-        raise ValueError(f"variants {list(variants)}: choose from {', '.join(VARIANTS)}")
-    if not steps or not all(1 <= s < env.max_steps for s in steps):
-        raise ValueError(
-            f"steps {list(steps)}: an episode of at most {env.max_steps} actions has a drawn box to answer at steps "
-            f"1 to {env.max_steps - 1}; give max_steps={max([*steps, 1]) + 1} or other steps"
-        )
-
-
-def _rng(seed: int, index: int, step: int) -> Callable[[str], np.random.Generator]:
-    """A stream of its own for each variant, so that leaving one out changes no other."""
-    return lambda variant: np.random.default_rng([seed, int(index), step, list(VARIANTS).index(variant)])
-
-
-def _box_of(
-    variant: str, sample: Sample, own: Box | None, rng_of: Callable[[str], np.random.Generator]
-) -> tuple[bool, Box | None]:
+def _box_of(variant: str, sample: Sample, own: Box | None, key: Sequence[int]) -> tuple[bool, Box | None]:
     """Whether the sample has this variant, and the box to draw."""
+    # A stream of its own for each variant, so that leaving one out changes no other.
+    rng = np.random.default_rng([*key, list(VARIANTS).index(variant)])
     if variant == "none":
         return True, None
     if variant in ("own", "blank"):
         return own is not None, own
-    rng = rng_of(variant)
     if variant == "target":
         return True, boxes.visible_part(sample.box)
     if variant == "random":
@@ -338,40 +324,26 @@ RESULTS = ("results.json", "table.txt", "swaps.png", "swaps")
 
 
 @dataclass
-class Args(ServedOptions):
+class Args(PlayedOptions):
     """Show policies other boxes than their own."""
 
     policies: list[str] = field(default_factory=lambda: ["base=tiny"])
     """`name=policy`: a model folder, `tiny`, `openai:URL#MODEL`, a built-in agent, or `module:Class`."""
-    env: str = "IVT-Scenes-v0"
-    """Registered id."""
-    split: str = "test"
-    """Split to play; that of an evaluation whose report is to hold the swaps."""
-    data_root: str | None = None
-    """Folder of real data sets."""
     samples: int = 300
     """Samples, from the beginning of the split; all of it if it has fewer."""
     steps: tuple[int, ...] = (1, 2)
     """Numbers of own actions after which the box is swapped."""
-    episode_steps: int = 3
-    """Actions in an episode; more than the largest step."""
-    view: Literal["overlay", "closeup", "both"] | None = None
-    """What a box is shown on, for every policy. None: what each was trained for (`overlay` where it does not say)."""
     out: Path = Path("runs/swaps")
     """Folder for the records, tables and plot."""
-    overwrite: bool = False
-    """Begin anew where `out` already holds swaps, which are lost."""
-    num_envs: int = 100
-    """Answers taken side by side."""
-    seed: int = 0
-    """Of boxes drawn by chance, agents that draw, and the intervals."""
 
 
 def main(args: Args) -> dict[str, list[Swap]]:
     """Play, score, write and print."""
-    names = dict(_named(p) for p in args.policies)
+    names = {name: policy_spec(text) for name, (text, *_) in named("policies", args.policies).items()}
     if len(names) != len(args.policies):
         raise ValueError(f"policies: every name must be given once, not {args.policies}")
+    if odd := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"policies: {odd[0]!r} is also the name of a file, and so holds no folder; rename it")
     check_least(args, {"samples": 1, "num_envs": 1, "seed": 0})
     with lock_folder(args.out):
         if not args.overwrite and (args.out / RESULTS[0]).exists():
@@ -382,12 +354,7 @@ def main(args: Args) -> dict[str, list[Swap]]:
 
 
 def _swap(args: Args, names: dict[str, str], served: Served) -> dict[str, list[Swap]]:
-    # Named real data must be there: what is measured never falls back.
-    env_kwargs: dict[str, Any] = {"data_root": args.data_root, "strict": True}
-    env_kwargs |= {"split": args.split, "max_steps": args.episode_steps}
-    indices = samples_to_compare(make_vector_env(args.env, 1, **env_kwargs).dataset, args.samples)
-    count = min(args.num_envs, len(indices))
-    envs = Stages(lambda **seen: make_vector_env(args.env, count, **seen, **env_kwargs), args.view)
+    _, indices, envs = args.stages()
     for spec in names.values():  # a server that is not there is found before anything is lost
         if "openai:" in spec:
             load_agent(spec, env=envs.of(None), seed=args.seed, served=served)
@@ -418,16 +385,7 @@ def _swap(args: Args, names: dict[str, str], served: Served) -> dict[str, list[S
     return played
 
 
-def _named(text: str) -> tuple[str, str]:
-    name, equals, spec = text.partition("=")
-    if not equals or not name or not spec or Path(name).name != name:
-        raise ValueError(f"policies: write name=policy, for example base=tiny, not {text!r}")
-    return name, f"vlm:{spec}" if spec == "tiny" or Path(spec).is_dir() else spec
-
-
 def _write(args: Args, played: dict[str, list[Swap]], names: dict[str, str], count: int) -> None:
-    from ivt_agents.evaluation.swap_plots import plot_swaps  # here, so that playing alone needs no matplotlib
-
     scores = [row for name, swaps in played.items() for row in summarise(name, swaps, n_boot=1000, seed=args.seed)]
     depends = [row for name, swaps in played.items() for row in dependence(name, swaps, n_boot=1000, seed=args.seed)]
     one = next(iter(played.values()))[0]

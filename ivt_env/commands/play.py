@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ivt_env.commands.view import serve
 from ivt_env.files import lock_folder
 
 DESCRIPTION = (
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         app = PlayApp(env, args.out, args.episodes, args.seed, title=f"Play {args.env}")
         before = len(app.episodes)
         known = f", {before} played before" if before else ""
-        serve(LocalServer(app, args.port), f"{args.episodes} episodes of {env.dataset.name}/{env.dataset.split}{known}")
+        LocalServer(app, args.port).serve(f"{args.episodes} episodes of {env.dataset.name}/{env.dataset.split}{known}")
     if app.episodes:
         ious = [episode.final_iou for episode in app.episodes]
         right = sum(iou >= 0.5 for iou in ious)

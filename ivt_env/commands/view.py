@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
         app = ViewApp(runs, find, title, args.side or 2560)
         app.get("/", {})  # made now, so that the browser need not wait for it
-        serve(LocalServer(app, args.port), f"{sum(map(len, runs.values())):,} episodes")
+        LocalServer(app, args.port).serve(f"{sum(map(len, runs.values())):,} episodes")
         return 0
     absent: dict[str, int] = {}
 
@@ -90,20 +90,6 @@ def run(args: argparse.Namespace) -> int:
     if images > _MANY_IMAGES:
         print("a page of this size opens slowly; --serve sends images only when they are looked at", file=sys.stderr)
     return 0
-
-
-def serve(server: object, what: str) -> None:
-    """Serve ``what``, in words, until Ctrl-C, which is how it is meant to end; standard output gets the address."""
-    from ivt_env.viewer.server import LocalServer
-
-    assert isinstance(server, LocalServer)
-    print(server.url, flush=True)
-    print(f"{what}; only this machine can open the address; Ctrl-C ends", file=sys.stderr, flush=True)
-    with server:
-        try:
-            server.serve_forever(poll_interval=0.2)
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
 
 
 def _load(path: Path) -> list[Episode]:

@@ -23,7 +23,6 @@ from ivt_env.metrics import table
 from ivt_env.metrics.breakdown import GroupRow, breakdown
 from ivt_env.metrics.columns import (
     Column,
-    Outcomes,
     check_same_samples,
     columns,
     outcomes,
@@ -59,16 +58,11 @@ class Run:
 
     @property
     def episodes(self) -> Sequence[Episode]:
-        """The rollout with the stop, or else the forced one.
-
-        Raises:
-            ValueError: For neither.
-        """
-        if self.stopping is not None:
-            return self.stopping
-        if self.forced is None:
+        """The rollout with the stop, or else the forced one; ValueError for neither."""
+        found = self.forced if self.stopping is None else self.stopping
+        if found is None:
             raise ValueError("no rollout given: pass stopping, forced or both")
-        return self.forced
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,19 +120,15 @@ class Audit:
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, NaN as None; without the per-episode columns, which the episodes hold."""
-        left_out = ("columns", "image_ids")
-        fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in left_out}
-        found: dict[str, Any] = table.as_json(fields | {"images": len(set(self.image_ids))})
-        return found
+        shown = [k for k in self.__dataclass_fields__ if k not in ("columns", "image_ids")]
+        fields = {k: getattr(self, k) for k in shown} | {"images": len(set(self.image_ids))}
+        return dict(table.as_json(fields))
 
 
 def audit(
     *, stopping: Sequence[Episode] | None = None, forced: Sequence[Episode] | None = None, **options: Any
 ) -> Audit:
-    """Audit one run of a policy from n episodes with the stop honoured, the same n without it, or both.
-
-    The ``options`` are those of ``audit_runs``.
-    """
+    """``audit_runs``, with its options, of one run: n episodes with the stop honoured, without it, or both."""
     return audit_runs([Run(stopping, forced)], **options)
 
 
@@ -167,10 +157,6 @@ def audit_runs(
         verifier_guard: As in ``columns``.
         n_boot: Resamples of every interval.
         seed: Of every interval.
-
-    Raises:
-        ValueError: For no run, runs of different samples or rollouts, and as in ``columns`` and
-            ``bootstrap_mean``.
     """
     if not runs:
         raise ValueError(f"{name}: no run given")
@@ -179,15 +165,8 @@ def audit_runs(
         if (run.stopping is None, run.forced is None) != (first.stopping is None, first.forced is None):
             raise ValueError(f"{name}: seed {number} was not played in the same ways as seed 0 (stopping and forced)")
         check_same_samples(first.episodes, run.episodes, "seed 0", f"seed {number}")
-    found = [
-        columns(
-            episodes_forced=run.forced,
-            episodes_stopping=run.stopping,
-            verifier_margin=verifier_margin,
-            verifier_guard=verifier_guard,
-        )
-        for run in runs
-    ]
+    options: Any = {"verifier_margin": verifier_margin, "verifier_guard": verifier_guard}
+    found = [columns(episodes_forced=run.forced, episodes_stopping=run.stopping, **options) for run in runs]
     if any(set(each) != set(found[0]) for each in found):
         raise ValueError(f"{name}: only some of the seeds state a stop probability, so their rules differ")
     pooled = {key: pool_seeds([each[key] for each in found]) for key in found[0]}
@@ -233,10 +212,10 @@ def behaviour_lines(audits: Mapping[str, Audit]) -> list[list[str]]:
 
 
 def _one(run: Run, found: Mapping[str, Column], threshold: float) -> RunAudit:
-    stopping = None if run.stopping is None else outcomes(run.stopping, verify=False)  # ``columns`` has verified
-    forced = None if run.forced is None else outcomes(run.forced, verify=False)
-    refining: Outcomes = outcomes(run.episodes, verify=False) if forced is None else forced
-    deciding: Outcomes = refining if stopping is None else stopping
+    # ``columns`` has verified them.
+    stopping, forced = (None if e is None else outcomes(e, verify=False) for e in (run.stopping, run.forced))
+    refining, deciding = forced or stopping, stopping or forced
+    assert refining is not None and deciding is not None  # a run without any rollout has no columns
     others = {key: column for key, column in found.items() if key != "step_0"}
     before = found["step_0"]
     return RunAudit(
@@ -259,8 +238,8 @@ def _percent(share: Share | None) -> float:
 
 
 def _summary(run: RunAudit) -> RolloutSummary:
-    summary = run.forced if run.stopping is None else run.stopping
-    assert summary is not None  # a run without any rollout has no columns
+    summary = run.stopping or run.forced
+    assert summary is not None
     return summary
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -106,7 +106,10 @@ def score(
     """
     if name not in _RULES:
         raise BenchmarkError(f"no rule {name!r}; there are {', '.join(RULES)}")
-    rows = _Rows(predicted_px, samples, category_map or {}, resamples, seed)
+    targets = targets_px(samples)
+    predicted = _checked(predicted_px, targets)
+    iou = overlap(predicted, targets)
+    rows = _Rows(samples, targets, predicted, iou, category_map or {}, resamples, seed)
     source, rule = _RULES[name]
     rule(rows)
     return RuleResult(name, source, tuple(rows.done), tuple(rows.notes))
@@ -133,7 +136,7 @@ def _mdetr(rows: _Rows) -> None:
 
     GIoU = IoU - (hull - union) / hull (Rezatofighi et al., arXiv 1902.09630) is never above IoU: the harder rule.
     """
-    usable = has_area(rows.predicted)
+    usable = boxes.area(rows.predicted) > 0
     giou = np.where(usable, boxes.giou(np.where(usable[:, None], rows.predicted, rows.targets), rows.targets), -1.0)
     rows.add("Acc@0.5", hits(giou, 0.5, strict=False), "GIoU >= 0.5")
 
@@ -235,14 +238,8 @@ def overlap(predicted_px: ArrayLike, target_px: ArrayLike) -> Array:
     """IoU of each prediction with its target, both (n, 4) xyxy in pixels; 0 for an unusable one. (n,)."""
     targets = np.asarray(target_px, dtype=np.float64)
     predicted = _checked(predicted_px, targets)
-    usable = has_area(predicted)
+    usable = boxes.area(predicted) > 0
     return np.where(usable, boxes.iou(np.where(usable[:, None], predicted, 0.0), targets), 0.0)
-
-
-def has_area(boxes_xyxy: ArrayLike) -> NDArray[np.bool_]:
-    """Whether each box (n, 4) is finite with x2 > x1 and y2 > y1, shape (n,)."""
-    b = np.asarray(boxes_xyxy, dtype=np.float64)
-    return np.asarray(np.isfinite(b).all(axis=1) & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1]))
 
 
 def hits(overlaps: ArrayLike, threshold: float, *, strict: bool) -> Array:
@@ -275,21 +272,19 @@ def legend(results: Sequence[RuleResult]) -> list[str]:
     return lines
 
 
+@dataclass
 class _Rows:
     """What a rule scores, and the rows that it makes of it, with their intervals."""
 
-    def __init__(
-        self, predicted_px: ArrayLike, samples: Sequence[Sample], category_map: Mapping[str, str], resamples: int,
-        seed: int,
-    ) -> None:  # fmt: skip
-        self.done: list[ScoreRow] = []
-        self.notes: list[str] = []
-        self.samples, self.category_map = samples, category_map
-        self.targets = targets_px(samples)
-        self.predicted = _checked(predicted_px, self.targets)
-        self.iou = overlap(self.predicted, self.targets)
-        self._images = [sample.image_id for sample in samples]
-        self._resamples, self._seed = resamples, seed
+    samples: Sequence[Sample]
+    targets: Array
+    predicted: Array
+    iou: Array
+    category_map: Mapping[str, str]
+    resamples: int
+    seed: int
+    done: list[ScoreRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def accuracies(
         self,
@@ -311,10 +306,10 @@ class _Rows:
 
     def add(self, metric: str, values: Array, rule: str, members: NDArray[np.int64] | None = None) -> None:
         index = np.arange(len(values)) if members is None else members
-        chosen, images = values[index], [self._images[i] for i in index]
+        chosen, images = values[index], [self.samples[i].image_id for i in index]
         low = high = None
-        if self._resamples and len(set(images)) >= 2:
-            interval = bootstrap_mean(chosen, images, n_boot=self._resamples, seed=self._seed)
+        if self.resamples and len(set(images)) >= 2:
+            interval = bootstrap_mean(chosen, images, n_boot=self.resamples, seed=self.seed)
             low, high = interval.low, interval.high
         value = float(chosen.mean()) if len(chosen) else math.nan
         self.done.append(ScoreRow(metric, value, len(chosen), rule, low, high))

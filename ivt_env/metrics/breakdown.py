@@ -6,17 +6,16 @@ many rows are looked at together, so a single odd one among them is no finding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ivt_env.episodes import Episode
-from ivt_env.metrics.columns import Array, Column, select, strata
+from ivt_env.metrics.columns import Column, select, strata
 from ivt_env.metrics.scores import Share, per_episode
-from ivt_env.metrics.statistics import Interval, bootstrap_mean
-from ivt_env.metrics.table import marked, render, score_cells, title, with_note
+from ivt_env.metrics.statistics import Interval, mean_interval
+from ivt_env.metrics.table import marked, render, score_cells, score_heads, with_note
 
 ALL = "all"
 """The stratum of every episode."""
@@ -51,15 +50,8 @@ def breakdown(
 ) -> list[GroupRow]:
     """One row per stratum and column, ``all`` first.
 
-    Args:
-        columns: Columns of n episodes, by name, that all come from ``runs``.
-        runs: The rollouts behind them: one, or one a seed where the columns are means over seeds.
-        metrics: Names as in ``per_episode``.
-        n_boot: Resamples of the intervals.
-        seed: Of the intervals.
-
-    Raises:
-        ValueError: For an unknown metric.
+    ``runs`` are the rollouts behind the columns: one, or one a seed where the columns are means over seeds.
+    ``metrics`` are names as in ``per_episode``, ``n_boot`` and ``seed`` those of the intervals.
     """
     episodes = runs[0]
     unparsed = np.array([[sum(s.parse_failure for s in e.steps) for e in run] for run in runs]).sum(axis=0)  # (n,)
@@ -71,32 +63,20 @@ def breakdown(
         failures = Share(int(unparsed[mask].sum()), int(actions[mask].sum()))
         for name, column in columns.items():
             part = select(column, mask)
-            scores = {m: _interval(per_episode(part, m), inside, n_boot=n_boot, seed=seed) for m in metrics}
-            shown = len(set(inside))
-            rows.append(GroupRow(group, name, column.oracle, int(mask.sum()), shown, failures, scores))
+            scores = {m: mean_interval(per_episode(part, m), inside, n_boot=n_boot, seed=seed) for m in metrics}
+            images_shown = len(set(inside))
+            rows.append(GroupRow(group, name, column.oracle, int(mask.sum()), images_shown, failures, scores))
     return rows
 
 
 def group_table(rows: Mapping[str, Sequence[GroupRow]]) -> str:
-    """One line per policy, stratum and column; each metric has a column and an interval column.
-
-    Args:
-        rows: By policy, what ``breakdown`` gave.
-    """
+    """One line per policy, stratum and column of what ``breakdown`` gave by policy."""
     header = ["policy", "group", "column", "episodes", "images", "unparsable"]
-    for metric in next(iter(rows.values()))[0].scores:
-        header += [title(metric), "95% interval"]
-    lines = []
-    for policy, row in ((policy, row) for policy, of_policy in rows.items() for row in of_policy):
-        line = [policy, row.group, marked(row.column, row.oracle), str(row.episodes), str(row.images)]
-        line.append(f"{row.parse_failures.count:g}")
-        for metric, score in row.scores.items():
-            line += score_cells(score, metric)
-        lines.append(line)
-    return with_note(render(header, lines, left=3), any(row.oracle for of_policy in rows.values() for row in of_policy))
-
-
-def _interval(values: Array, images: Sequence[str], *, n_boot: int, seed: int) -> Interval:
-    if len(set(images)) < 2:
-        return Interval(float(values.mean()), math.nan, math.nan, len(values), len(set(images)))
-    return bootstrap_mean(values, images, n_boot=n_boot, seed=seed)
+    header += score_heads(next(iter(rows.values()))[0].scores)
+    all_rows = [(policy, row) for policy, of_policy in rows.items() for row in of_policy]
+    lines = [
+        [policy, row.group, marked(row.column, row.oracle), str(row.episodes), str(row.images)]
+        + [f"{row.parse_failures.count:g}", *score_cells(row.scores)]
+        for policy, row in all_rows
+    ]
+    return with_note(render(header, lines, left=3), any(row.oracle for _, row in all_rows))

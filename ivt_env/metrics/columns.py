@@ -127,10 +127,8 @@ class Column:
         """The column of each run that is averaged here, in the order given to ``pool_seeds``."""
         ious, weights = np.split(self.ious, self.seeds, axis=1), np.split(self.weights, self.seeds, axis=1)
         hits = [None] * self.seeds if self.hits is None else np.split(self.hits, self.seeds, axis=1)
-        return [
-            Column(self.name, iou, weight * self.seeds, self.oracle, self.rollout, hits=hit)
-            for iou, weight, hit in zip(ious, weights, hits, strict=True)
-        ]
+        runs = zip(ious, weights, hits, strict=True)
+        return [replace(self, ious=iou, weights=w * self.seeds, hits=hit, seeds=1) for iou, w, hit in runs]
 
 
 def outcomes(episodes: Sequence[Episode], *, verify: bool = True) -> Outcomes:
@@ -197,24 +195,20 @@ def columns(
 ) -> dict[str, Column]:
     """Every column that the rollouts allow, in reading order.
 
+    By name: ``step_0``, ``last_step``, ``learned_stop``, ``box_stability``, ``confidence_gated`` (only where a stop
+    probability is stated), ``verifier_gated`` (only where some box has a score), ``random_step``, ``oracle_best``.
     With both rollouts, ``step_0`` and ``learned_stop`` come from the stopping one and the rest from
     the forced one. With one only, ``step_0`` comes from it and the columns of the other are absent.
 
     Args:
         episodes_forced: The policy rolled out with the stop not available.
         episodes_stopping: The same samples in the same order, with the stop available.
-        stable_iou: Two successive boxes at least this alike end the episode in ``box_stability``.
-        stop_gate: Stated stop probability that ends the episode in ``confidence_gated``.
-        verifier_scores: Scores of the boxes of the forced rollout for ``verifier_gated``, shape
-            (n, T); None: what the policy itself says, ``stop_verification``.
+        stable_iou: As in ``box_stability``.
+        stop_gate: As in ``confidence_gated``.
+        verifier_scores: ``scores`` of ``verifier_gated``, for the boxes of the forced rollout.
         verifier_margin: ``margin`` of ``verifier_gated``.
         verifier_guard: ``guard_iou`` of ``verifier_gated``.
         verify: As in ``outcomes``.
-
-    Returns:
-        Columns of n episodes by name: ``step_0``, ``last_step``, ``learned_stop``,
-        ``box_stability``, ``confidence_gated`` (only where a stop probability is stated),
-        ``verifier_gated`` (only where some box has a score), ``random_step``, ``oracle_best``.
 
     Raises:
         ValueError: For no rollout, a stop in the forced one, or rollouts of different samples.
@@ -233,41 +227,28 @@ def columns(
         )
 
     def of(forced: Outcomes | None, stopping: Outcomes | None) -> list[Column]:
-        return _columns(forced, stopping, stable_iou, stop_gate, verifier_scores, verifier_margin, verifier_guard)
+        made: list[Column] = []
+        if stopping is not None:
+            made += [_decided("step_0", step_0(stopping), "stopping")]
+        elif forced is not None:
+            made += [_decided("step_0", step_0(forced), "forced")]
+        if forced is not None:
+            made += [_decided("last_step", last_step(forced), "forced")]
+        if stopping is not None:
+            made += [_decided("learned_stop", last_step(stopping), "stopping")]
+        if forced is not None:
+            made += [_decided("box_stability", box_stability(forced, stable_iou), "forced")]
+            if not np.isnan(forced.stop_probability).all():
+                made += [_decided("confidence_gated", confidence_gated(forced, stop_gate), "forced")]
+            if verifier_scores is not None or not np.isnan(stop_verification(forced)).all():
+                kept = verifier_gated(forced, verifier_scores, margin=verifier_margin, guard_iou=verifier_guard)
+                made += [_decided("verifier_gated", kept, "forced")]
+            made += [random_step(forced), _decided("oracle_best", oracle_best(forced), "forced", oracle=True)]
+        return made
 
     # No rule but the oracle's looks at the score, so hits are chosen as IoUs are.
     pointing = of(*(None if o is None else replace(o, iou=o.hit, start_iou=o.start_hit) for o in (forced, stopping)))
     return {c.name: replace(c, hits=p.ious) for c, p in zip(of(forced, stopping), pointing, strict=True)}
-
-
-def _columns(
-    forced: Outcomes | None,
-    stopping: Outcomes | None,
-    stable_iou: float,
-    stop_gate: float,
-    verifier_scores: Array | None,
-    verifier_margin: float,
-    verifier_guard: float | None,
-) -> list[Column]:
-    made: list[Column] = []
-    if stopping is not None:
-        made += [_decided("step_0", step_0(stopping), "stopping")]
-    elif forced is not None:
-        made += [_decided("step_0", step_0(forced), "forced")]
-    if forced is not None:
-        made += [_decided("last_step", last_step(forced), "forced")]
-    if stopping is not None:
-        made += [_decided("learned_stop", last_step(stopping), "stopping")]
-    if forced is not None:
-        made += [_decided("box_stability", box_stability(forced, stable_iou), "forced")]
-        if not np.isnan(forced.stop_probability).all():
-            made += [_decided("confidence_gated", confidence_gated(forced, stop_gate), "forced")]
-        scores = stop_verification(forced) if verifier_scores is None else verifier_scores
-        if verifier_scores is not None or not np.isnan(scores).all():
-            kept = verifier_gated(forced, scores, margin=verifier_margin, guard_iou=verifier_guard)
-            made += [_decided("verifier_gated", kept, "forced")]
-        made += [random_step(forced), _decided("oracle_best", oracle_best(forced), "forced", oracle=True)]
-    return made
 
 
 def step_0(played: Outcomes) -> Array:
@@ -332,15 +313,11 @@ def verifier_gated(
     Args:
         played: n episodes of at most T actions, best without the stop.
         scores: A higher one for a better box; ``scores[i, t]`` speaks of the box after action t, NaN
-            for none. Shape (n, T), of any unit. It must not come from the target. None:
-            ``stop_verification``.
+            for none. Shape (n, T), of any unit. It must not come from the target. None: what the policy
+            itself says, ``stop_verification``.
         margin: In units of the scores. ``inf`` keeps the first box; ``-inf`` takes every box that
             has a score.
-        guard_iou: Take only a box whose IoU with the kept one is at least this (a geometric guard
-            against jumps to another object). None: no guard.
-
-    Raises:
-        ValueError: For scores of another shape, a margin that is NaN or a guard outside [0, 1].
+        guard_iou: Take only a box whose IoU with the kept one is at least this, against jumps to another object.
     """
     score = stop_verification(played) if scores is None else np.asarray(scores, dtype=np.float64)
     if score.shape != played.iou.shape:
@@ -365,10 +342,8 @@ def verifier_gated(
 def random_step(played: Outcomes) -> Column:
     """One of the proposals an episode made, each equally likely; exact expectations, K = T.
 
-    A refused or unparsed proposal counts with the current box after it.
-
-    Raises:
-        ValueError: For an episode without a proposal (it stopped at once).
+    A refused or unparsed proposal counts with the current box after it. An episode without a proposal (it stopped
+    at once) is a ValueError.
     """
     proposals = played.acted & ~played.stop
     counts = proposals.sum(axis=1, keepdims=True)
@@ -399,11 +374,7 @@ def prefix_agreement(forced: Outcomes, stopping: Outcomes, tolerance: float = 1e
 
 
 def check_same_samples(a: Sequence[Episode], b: Sequence[Episode], a_name: str = "a", b_name: str = "b") -> None:
-    """Refuse to pair episodes that are not of the same samples, in the same order.
-
-    Raises:
-        ValueError: Naming the first pair and the field that differ.
-    """
+    """ValueError for episodes that are not of the same samples in the same order; it names the first difference."""
     if len(a) != len(b):
         raise ValueError(f"cannot pair: {a_name} has {len(a)} episodes, {b_name} has {len(b)}")
     for i, (left, right) in enumerate(zip(a, b, strict=True)):
@@ -449,14 +420,13 @@ def pool_seeds(columns: Sequence[Column]) -> Column:
     def blocks(values: Sequence[Array]) -> Array:  # an answer that is not there has probability 0
         return np.concatenate([np.pad(v, ((0, 0), (0, width - v.shape[1]))) for v in values], axis=1)
 
-    return Column(
-        first.name,
-        blocks([c.ious for c in columns]),
-        blocks([c.weights for c in columns]) / len(columns),
-        first.oracle,
-        first.rollout,
+    hits = [c.hits for c in columns if c.hits is not None]
+    return replace(
+        first,
+        ious=blocks([c.ious for c in columns]),
+        weights=blocks([c.weights for c in columns]) / len(columns),
         seeds=len(columns),
-        hits=None if any(c.hits is None for c in columns) else blocks([c.hits for c in columns if c.hits is not None]),
+        hits=blocks(hits) if len(hits) == len(columns) else None,
     )
 
 
@@ -467,17 +437,10 @@ SIDE_LIMITS = {"tiny": 0.1, "small": 0.16, "medium": 0.32, "large": np.inf}
 
 
 def strata(episodes: Sequence[Episode]) -> dict[str, Mask]:
-    """Masks (n,) for the rows per data set, box size and siblings; empty strata are left out.
+    """Masks (n,) by data set, box size (``SIZE_LIMITS_PX``, ``SIDE_LIMITS``) and siblings; empty ones are left out.
 
-    ====================================== =========================================================
-    ``dataset:<name>``                     what was served
-    ``size:small|medium|large``            ``SIZE_LIMITS_PX``: for photographs, comparable with COCO
-    ``side:tiny|small|medium|large``       ``SIDE_LIMITS``: for images that are all of one size,
-                                           such as the scenes
-    ``siblings:0|1|2|3+``                  other objects of the target's class that are annotated;
-                                           0 also where a data set does not annotate them
-    ====================================== =========================================================
-
+    They are named ``dataset:<name>``, ``size:small|medium|large``, ``side:tiny|small|medium|large`` (for images that
+    are all of one size, such as the scenes) and ``siblings:0|1|2|3+`` (annotated other objects of the target's class).
     Every kind of stratum splits the episodes: each is in exactly one of the kind. A box at a limit
     belongs to the larger band, except that ``tiny`` holds its own limit, as in ``test_small``.
     """

@@ -36,7 +36,7 @@ from ivt_env.data.custom import read_declared
 from ivt_env.data.sample import Sample
 
 Array = NDArray[np.float64]
-Numbers = tuple[float, float, float, float]
+Numbers = tuple[float, ...]
 
 FORMATS = {
     "xyxy": "left, top, right, bottom",
@@ -100,7 +100,7 @@ class Prediction:
     """As in the file; None for a failed prediction: no four finite numbers, or four times 0 or -1."""
     box_format: str
     frame: str
-    input_size: tuple[float, float] | None = None
+    input_size: Numbers | None = None
     """(height, width) in pixels of what the model saw; with frame ``resized`` only."""
 
 
@@ -146,20 +146,10 @@ def read_predictions(
 ) -> PredictionFile:
     """Read a file of predictions: JSON lines or a JSON array, UTF-8.
 
-    A box that is null, not four finite numbers or [0, 0, 0, 0] is a parse failure, not an error.
-
-    Args:
-        path: the file.
-        layout: one of ``LAYOUTS``.
-        box_format: one of ``FORMATS``, if the caller declares it.
-        frame: one of ``FRAMES``, if the caller declares it.
-        id_field: the field of the sample's id, where it is not the layout's.
-        box_field: the field of the box, where it is not the layout's.
-
-    Raises:
-        PredictionError: for a file that is unreadable, empty or no JSON, a format or frame that is
-            declared nowhere or twice and differently, a row without id or box field, an id twice,
-            and a file in which no box at all is four numbers.
+    ``layout`` is one of ``LAYOUTS``; ``id_field`` and ``box_field`` name fields where they are not the layout's.
+    ``box_format`` (of ``FORMATS``) and ``frame`` (of ``FRAMES``, or N) are given where the caller declares them.
+    A box that is null, not four finite numbers or [0, 0, 0, 0] is a parse failure, not an error; a file in which no
+    box at all is four numbers is a PredictionError, as is an id that is there twice.
     """
     where = Path(path)
     if layout not in LAYOUTS:
@@ -226,10 +216,8 @@ def match(
         file: what ``read_predictions`` gave.
         samples: n samples with unique ids.
         missing: ``error``, as Ref-L4's evaluator has it, or ``miss``: samples without a row are misses.
-        extra: ``error`` or ``ignore``: rows whose id no sample has. Files over several splits need
-            ``ignore``.
-        trust: score even where many boxes look as if the declaration were wrong (see
-            ``SUSPICIOUS_SHARE``).
+        extra: of rows whose id no sample has. Files over several splits need ``ignore``.
+        trust: score even where many boxes contradict the declaration (``SUSPICIOUS_SHARE``).
     """
     index = {sample.sample_id: number for number, sample in enumerate(samples)}
     if len(index) != len(samples):
@@ -239,7 +227,7 @@ def match(
         _refuse_unknown(file, samples, index)
     if len(known) < len(samples) and missing == "error":
         answered = {row.sample_id for row in known}
-        absent = [sample.sample_id for sample in samples if sample.sample_id not in answered]
+        absent = [id_ for id_ in index if id_ not in answered]
         raise PredictionError(
             f"{file.path}: {len(absent)} of {len(samples)} samples have no prediction, the first {absent[0]!r}; add "
             "them (a null box is a counted miss), or give --missing miss to count them as misses"
@@ -292,6 +280,8 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
     except OSError as error:
         raise PredictionError(f"{path}: cannot be read ({error.strerror}); give a file of predictions") from error
+    except UnicodeDecodeError as error:
+        raise PredictionError(f"{path}: not UTF-8 text ({error}); write the predictions as JSON lines") from error
 
 
 def _parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -302,16 +292,14 @@ def _parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 f"{path}: row {number} is longer than {MAX_LINE_BYTES >> 20} MB, which no prediction is; write one "
                 "JSON object per line"
             )
+        text = line.decode("utf-8")
         try:
-            yield number, json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise PredictionError(f"{path}: not UTF-8 text ({error}); write the predictions as JSON lines") from error
+            row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            if is_first and line.startswith(b"{") and (spread := _spread(path)):
+            if is_first and text.startswith("{") and (spread := _spread(path)):
                 raise PredictionError(f"{path}: {spread}") from error
-            raise PredictionError(
-                f"{path}: row {number} is no JSON: {short(line.decode('utf-8'))} ({error}); {_REMEDY}"
-            ) from error
+            raise PredictionError(f"{path}: row {number} is no JSON: {short(text)} ({error}); {_REMEDY}") from error
+        yield number, row
         is_first = False
 
 
@@ -322,10 +310,9 @@ def _whole(path: Path) -> Any:
             f"{path}: one JSON value of {size >> 20} MB, which would fill the memory (the limit is "
             f"{_MAX_ARRAY_BYTES >> 20} MB); write the predictions as JSON lines"
         )
+    text = path.read_bytes().decode("utf-8-sig")
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise PredictionError(f"{path}: not UTF-8 text ({error}); write the predictions as JSON lines") from error
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PredictionError(f"{path}: not a whole JSON array ({error}); {_REMEDY}") from error
 
@@ -417,76 +404,62 @@ def _undeclared(path: Path, what: str, choices: dict[str, str]) -> str:
 def _row(
     path: Path, number: int, row: dict[str, Any], fields: Layout, declared_format: str | None, frame: str
 ) -> Prediction:
+    here = f"{path}: row {number}"
     for field, option in ((fields.id_field, "--id-field"), (fields.box_field, "--box-field")):
         if field not in row:
             inner = _inner_list(row) or ""
             raise PredictionError(
-                f"{path}: row {number} has no field {field!r}, only {short(sorted(row))}; name it with {option}{inner}"
+                f"{here} has no field {field!r}, only {short(sorted(row))}; name it with {option}{inner}"
             )
     sample_id = row[fields.id_field]
     if not isinstance(sample_id, str) and type(sample_id) is not int:  # bool is an int, and is no id
         raise PredictionError(
-            f"{path}: row {number}: {fields.id_field} is {short(sample_id)}, neither a text nor a whole number; "
+            f"{here}: {fields.id_field} is {short(sample_id)}, neither a text nor a whole number; "
             "name the field of the id with --id-field"
         )
     if len(str(sample_id)) > _LONGEST_ID:
         raise PredictionError(
-            f"{path}: row {number}: {fields.id_field} is a text of {len(str(sample_id))} letters, which is no id (at "
+            f"{here}: {fields.id_field} is a text of {len(str(sample_id))} letters, which is no id (at "
             f"most {_LONGEST_ID}); name the field of the id with --id-field"
         )
-    box_format = _agreed_in_row(path, number, row, fields, declared_format)
+    stated = row.get(fields.format_field or "format")
+    known = isinstance(stated, str) and stated in FORMATS
+    if fields.format_field is not None and not known:
+        raise PredictionError(f"{here}: {fields.format_field} is {short(stated)}; each row of this layout declares it")
+    if known and declared_format is not None and stated != declared_format:
+        raise PredictionError(f"{here} says format {stated}, but {declared_format} is declared; correct one of them")
+    box_format = declared_format or str(stated)
     stated = row.get("frame")
     if isinstance(stated, str) and stated in FRAMES and _frame_of(stated) != frame:
-        raise PredictionError(f"{path}: row {number} says frame {stated}, but {frame} is declared; correct one of them")
+        raise PredictionError(f"{here} says frame {stated}, but {frame} is declared; correct one of them")
     value = row[fields.box_field]
     if box_format == "xy" and isinstance(value, list) and len(value) == 2:
         value = [*value, *value]  # a box without area, whose centre is the point
     elif box_format == "xy":
         value = None
-    numbers = None if _is_mark(value) else _four_numbers(value)
-    input_size = _input_size(path, number, row) if frame == "resized" and numbers is not None else None
-    return Prediction(number, str(sample_id), numbers, box_format, frame, input_size)
+    numbers = _numbers(value, 4, -_LARGEST, _LARGEST) if not _is_mark(value) else None
+    size = None
+    if frame == "resized" and numbers is not None:
+        size = _numbers(row.get("input_size"), 2, 0, 1e6)
+        if size is None:
+            raise PredictionError(
+                f"{here}: input_size is {short(row.get('input_size'))}, and frame resized needs [height, width] in "
+                "pixels of the image that the model saw"
+            )
+    return Prediction(number, str(sample_id), numbers, box_format, frame, size)
 
 
-def _agreed_in_row(path: Path, number: int, row: dict[str, Any], fields: Layout, declared: str | None) -> str:
-    field = fields.format_field
-    stated = row.get(field or "format")
-    known = isinstance(stated, str) and stated in FORMATS
-    if field is not None and not known:
-        raise PredictionError(f"{path}: row {number}: {field} is {short(stated)}; each row of this layout declares it")
-    if known and declared is not None and stated != declared:
-        raise PredictionError(
-            f"{path}: row {number} says format {stated}, but {declared} is declared; correct one of them"
-        )
-    return str(stated) if declared is None else declared
-
-
-def _four_numbers(value: Any) -> Numbers | None:
-    if not isinstance(value, list) or len(value) != 4:
+def _numbers(value: Any, count: int, above: float, below: float) -> Numbers | None:
+    """A list of so many numbers between two others, which NaN is not; None for anything else."""
+    is_list = isinstance(value, list) and len(value) == count
+    if not is_list or not all(type(v) in (int, float) and above < v < below for v in value):
         return None
-    if not all(type(v) in (int, float) and abs(v) < _LARGEST for v in value):  # NaN is not below anything
-        return None
-    a, b, c, d = map(float, value)
-    return a, b, c, d
+    return tuple(map(float, value))
 
 
 def _is_mark(value: Any) -> bool:
     """Whether a box is what evaluators write for a failed prediction: four times 0, or four times -1."""
     return isinstance(value, list) and len(value) == 4 and any(value.count(mark) == 4 for mark in (0, -1))
-
-
-def _input_size(path: Path, number: int, row: dict[str, Any]) -> tuple[float, float]:
-    value = row.get("input_size")
-    if (
-        not isinstance(value, list)
-        or len(value) != 2
-        or not all(type(v) in (int, float) and 0 < v < 1e6 for v in value)
-    ):
-        raise PredictionError(
-            f"{path}: row {number}: input_size is {short(value)}, and frame resized needs [height, width] in pixels "
-            "of the image that the model saw"
-        )
-    return float(value[0]), float(value[1])
 
 
 def _refuse_unknown(file: PredictionFile, samples: Sequence[Sample], index: dict[str, int]) -> None:
@@ -534,19 +507,15 @@ def _refuse_misfit(path: Path, rows: Sequence[tuple[Prediction, Sample]]) -> Non
 
 def _better_format(rows: Sequence[tuple[Prediction, Sample]]) -> str:
     """The format under which most boxes would fit, if nearly all do."""
-    fitting = {
-        name: sum(_fits(replace(row, box_format=name), sample) for row, sample in rows) / len(rows)
-        for name in FORMATS
-        if name != "xy"
-    }
+    fitting = {}
+    for name in (name for name in FORMATS if name != "xy"):
+        read = [(replace(row, box_format=name), sample) for row, sample in rows]
+        fits = [_has_area(to_xyxy_px(*one)) and _reach(*one) <= 0.02 for one in read]
+        fitting[name] = sum(fits) / len(rows)
     best = max(fitting, key=lambda name: fitting[name])
     if fitting[best] > 1 - SUSPICIOUS_SHARE and any(row.box_format != best for row, _ in rows):
         return f"probably {best} ({FORMATS[best]}), under which {fitting[best]:.0%} would fit; declare it"
     return f"probably another frame ({', '.join(FRAMES)}) or format ({', '.join(FORMATS)}); declare it"
-
-
-def _fits(row: Prediction, sample: Sample) -> bool:
-    return _has_area(to_xyxy_px(row, sample)) and _reach(row, sample) <= 0.02
 
 
 def _has_area(box: Numbers) -> bool:

@@ -21,6 +21,9 @@ MIN_CLUSTERS = 10
 """With fewer images no difference is called shown: resampling so few gives intervals that are too
 narrow (with 5, chance alone gives all five the same sign one time in sixteen)."""
 
+LEVEL = 0.95
+"""Coverage of every interval."""
+
 _WEIGHTS_AT_ONCE = 4_000_000
 """Resampling weights held at a time: 32 MB, whatever the number of images."""
 
@@ -36,7 +39,7 @@ class Interval:
     """Episodes."""
     num_clusters: int
     """Images."""
-    level: float = 0.95
+    level: float = LEVEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,49 +57,43 @@ class Difference:
     """Smallest true difference that data like these would show with 80 % power."""
     num: int
     num_clusters: int
-    level: float = 0.95
+    level: float = LEVEL
 
 
-def bootstrap_mean(
-    values: ArrayLike, clusters: Sequence[object], *, n_boot: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Percentile interval of a mean, drawing whole images with replacement.
+def bootstrap_mean(values: ArrayLike, clusters: Sequence[object], *, n_boot: int = 2000, seed: int = 0) -> Interval:
+    """Percentile interval of a mean of one finite number per episode (n,), from ``n_boot`` resamples.
 
-    Args:
-        values: One finite number per episode, shape (n,).
-        clusters: The image of each episode, length n; at least 2 images.
-        n_boot: Number of resamples.
-        seed: Fixes the resamples; the same seed and images give the same ones for every value.
-        level: Coverage, 0.95 for 95 %.
+    Whole images are drawn with replacement; ``clusters`` names the image of each episode, at least 2 images. The
+    same seed and images give the same resamples for every value.
     """
     v, index = _checked(values, clusters)
-    low, high = _percentiles(v, index, n_boot, seed, level)
-    return Interval(float(v.mean()), low, high, len(v), int(index.max()) + 1, level)
+    low, high = _percentiles(v, index, n_boot, seed)
+    return Interval(float(v.mean()), low, high, len(v), int(index.max()) + 1)
+
+
+def mean_interval(values: ArrayLike, clusters: Sequence[object], *, n_boot: int, seed: int) -> Interval:
+    """``bootstrap_mean``, where NaN ends stand for too few images to resample, and a NaN mean for no values."""
+    v, num_clusters = np.asarray(values, dtype=np.float64), len(set(clusters))
+    if num_clusters >= 2:
+        return bootstrap_mean(v, clusters, n_boot=n_boot, seed=seed)
+    return Interval(float(v.mean()) if len(v) else math.nan, math.nan, math.nan, len(v), num_clusters)
 
 
 def paired_bootstrap(
-    a: ArrayLike, b: ArrayLike, clusters: Sequence[object], *, n_boot: int = 2000, seed: int = 0, level: float = 0.95
+    a: ArrayLike, b: ArrayLike, clusters: Sequence[object], *, n_boot: int = 2000, seed: int = 0
 ) -> Difference:
-    """Percentile interval of mean(a) - mean(b) over the same episodes, drawing whole images.
+    """Percentile interval of mean(a) - mean(b) over the same episodes, both (n,), drawing whole images.
 
     Each resample gives the C images multinomial weights that sum to C (Efron and Tibshirani, An
     Introduction to the Bootstrap, 1993, chapters 8 and 13) and takes the weighted mean of the
     per-episode differences, so that pairing and clustering are both kept.
-
-    Args:
-        a: One number per episode, shape (n,).
-        b: The same episodes under the other rule or policy, shape (n,).
-        clusters: The image of each episode, length n.
-        n_boot: Number of resamples.
-        seed: Fixes the resamples.
-        level: Coverage, 0.95 for 95 %.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:
         raise ValueError(f"cannot pair {left.shape} with {right.shape}: score the same episodes")
     d, index = _checked(left - right, clusters)
     d[np.abs(d) < 1e-12] = 0.0  # rounding of equal expectations must not look like a consistent sign
-    low, high = _percentiles(d, index, n_boot, seed, level)
+    low, high = _percentiles(d, index, n_boot, seed)
     num_clusters = int(index.max()) + 1
     se = _clustered_se(d, index)
     return Difference(
@@ -105,10 +102,9 @@ def paired_bootstrap(
         high=high,
         shown=num_clusters >= MIN_CLUSTERS and (low > 0 or high < 0),
         se=se,
-        detectable=_power_factor(0.8, 0.05) * se,
+        detectable=(_z(1 - 0.05 / 2) + _z(0.8)) * se,  # two-sided at 5 %, power 80 %
         num=len(d),
         num_clusters=num_clusters,
-        level=level,
     )
 
 
@@ -143,11 +139,11 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> tuple[float, int, int]:
     return min(1.0, 2 * tail / 2**discordant), only_a, only_b
 
 
-def wilson(count: float, total: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(count: float, total: int) -> tuple[float, float]:
     """Wilson score interval of a proportion (JASA 1927), for independent trials; ``count`` may be an expectation."""
     if total < 1 or not 0 <= count <= total:
         raise ValueError(f"{count} of {total} is no proportion")
-    z = _z(0.5 + _in_unit(level, "level") / 2)
+    z = _z(0.5 + LEVEL / 2)
     p, spread = count / total, z * z / total
     centre = (p + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(p * (1 - p) / total + spread / (4 * total))
@@ -170,8 +166,8 @@ def _checked(values: ArrayLike, clusters: Sequence[object]) -> tuple[Array, NDAr
     return v, index
 
 
-def _percentiles(v: Array, index: NDArray[np.int64], n_boot: int, seed: int, level: float) -> tuple[float, float]:
-    tail = (1 - _in_unit(level, "level")) / 2
+def _percentiles(v: Array, index: NDArray[np.int64], n_boot: int, seed: int) -> tuple[float, float]:
+    tail = (1 - LEVEL) / 2
     if n_boot < 1:
         raise ValueError(f"at least 1 resample is needed, not {n_boot}")
     sums, counts = np.bincount(index, weights=v), np.bincount(index)  # (C,)
@@ -204,15 +200,5 @@ def _clustered_se(v: Array, index: NDArray[np.int64]) -> float:
     return float(np.sqrt(c / (c - 1) * (residuals**2).sum()) / len(v))
 
 
-def _power_factor(power: float, alpha: float) -> float:
-    return _z(1 - _in_unit(alpha, "alpha") / 2) + _z(_in_unit(power, "power"))
-
-
 def _z(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
-
-
-def _in_unit(value: float, name: str) -> float:
-    if not 0 < value < 1:
-        raise ValueError(f"{name} lies between 0 and 1, this one is {value}")
-    return value

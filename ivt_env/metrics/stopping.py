@@ -119,10 +119,7 @@ def auroc(score: ArrayLike, correct: ArrayLike, weights: ArrayLike | None = None
     The Mann-Whitney form (Hanley and McNeil, Radiology 1982), a tie counting half. 0.5 tells
     nothing; below it the score is the wrong way round; NaN where all are correct or all are wrong.
 
-    Args:
-        score: Any numbers, shape (m,): only their order matters.
-        correct: Outcomes, 0 or 1, shape (m,).
-        weights: A value of weight w counts as w equal ones, shape (m,); None: 1 each.
+    Only the order of the scores (m,) matters; a value of weight w counts as w equal ones.
     """
     s, c = _pairs(score, correct)
     w = np.ones(len(s)) if weights is None else np.asarray(weights, dtype=np.float64)

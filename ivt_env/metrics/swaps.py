@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ivt_env import boxes
 from ivt_env.files import whole_file
-from ivt_env.metrics.statistics import MIN_CLUSTERS, Interval, bootstrap_mean, clustered_se, wilson
+from ivt_env.metrics.statistics import MIN_CLUSTERS, Interval, clustered_se, mean_interval, wilson
 from ivt_env.metrics.stopping import auroc
 from ivt_env.metrics.table import MOST_POLICIES, interval, number, render, score_cells, verdict
 
@@ -53,6 +53,8 @@ BAD_BELOW = 0.3
 RIGHT_FROM = 0.5
 """A box is right from this IoU with the target on."""
 
+SHARES = ("stopped", "kept", "left", "towards", "right")
+"""What is counted of the answers: attributes of ``Swap``, and of ``VariantScores`` as a share."""
 GOOD_BAD = "AUROC good / bad"
 _ON_IMAGE = ("own", "target", "sibling", "random", "shifted", "near")
 
@@ -168,8 +170,7 @@ def summarise(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: i
     """
     rows = []
     for step, of_step in _by_step(swaps).items():
-        for variant in VARIANTS:
-            chosen = list(_of(of_step, variant).values())
+        for variant, chosen in of_step.items():
             if not chosen:
                 continue
             images = [s.image_id for s in chosen]
@@ -183,11 +184,7 @@ def summarise(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: i
                     num_clusters=len(set(images)),
                     reached=float(np.mean([s.reached for s in chosen])),
                     shown_iou=float(np.mean([s.shown_iou for s in chosen])),
-                    stopped=share([s.stopped for s in chosen], images),
-                    kept=share([s.kept for s in chosen], images),
-                    left=share([s.left for s in chosen], images),
-                    towards=share([s.towards for s in chosen], images),
-                    right=share([s.right for s in chosen], images),
+                    **{name: share([getattr(s, name) for s in chosen], images) for name in SHARES},
                     change=_bounded(change, images, (-1, 1), n_boot, seed),
                     failed=sum(s.action in ("refused", "unparsable") for s in chosen),
                 )
@@ -198,52 +195,34 @@ def summarise(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: i
 def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: int = 0) -> list[Dependence]:
     """What the decision to stop depends on, for each step; NaN where nothing was played that a statistic compares.
 
-    - ``AUROC good / bad``: the chance that a good shown box gets a higher stop probability than a bad
-      one *of the same sample* (ties count half), mean over samples. 0.5: the answer does not depend on
-      how good the box is. 1: it tells them apart always. Good and bad go by ``GOOD_FROM`` and
-      ``BAD_BELOW``, whatever the variant.
-    - ``AUROC target / near``, ``/ sibling``, ``/ random``: the same for one kind of other box.
-    - ``AUROC own right / wrong``: *across* samples, since each has one own box.
-    - ``index``: share stopped on the target minus share stopped on sibling and random boxes. 0 for a
-      policy that reacts to the presence of a box only, or never stops; 1 for a perfect verifier.
-    - ``index of keeping``: the same with ``Swap.kept``. *No evidence of verifying*: a policy that ignores
-      the drawn box and gives its own right answer again scores 1, too.
-    - ``presence``: share stopped on the own box minus on none.
-    - ``image``: share stopped on the own box minus on the same box on a grey image.
-
-    The AUROCs use stated stop probabilities where every answer compared has one, else whether it stopped;
-    ``measure`` says which. All intervals are bootstrapped over images.
+    ``docs/swaps.md`` says what each statistic is. Pairs are of one sample, and only ``AUROC own right / wrong`` goes
+    *across* samples, since each has one own box. ``index of keeping`` is *no evidence of verifying*: a policy that
+    ignores the drawn box and gives its own right answer again scores 1, too. The AUROCs use stated stop probabilities
+    where every answer compared has one, else whether it stopped; ``measure`` says which. All intervals are
+    bootstrapped over images.
     """
     rows = []
     for step, of_step in _by_step(swaps).items():
-        by = {variant: _of(of_step, variant) for variant in VARIANTS}
-        on_image = [s for variant in _ON_IMAGE for s in by[variant].values()]
-        good = _grouped(s for s in on_image if s.shown_iou >= GOOD_FROM)
-        bad = _grouped(s for s in on_image if s.shown_iou < BAD_BELOW)
-        target, near, sibling, random, own, none, blank = (
-            _grouped(by[v].values()) for v in ("target", "near", "sibling", "random", "own", "none", "blank")
-        )
-        wrong = _grouped((*by["sibling"].values(), *by["random"].values()))
+        on_image = [s for variant in _ON_IMAGE for s in of_step[variant]]
+        by = {variant: _grouped(chosen) for variant, chosen in of_step.items()}
+        by["good"] = _grouped(s for s in on_image if s.shown_iou >= GOOD_FROM)
+        by["bad"] = _grouped(s for s in on_image if s.shown_iou < BAD_BELOW)
+        by["wrong"] = _grouped((*of_step["sibling"], *of_step["random"]))
         found: list[tuple[str, str, float, Interval]] = []
-        for name, high, low in (
-            (GOOD_BAD, good, bad),
-            ("AUROC target / near", target, near),
-            ("AUROC target / sibling", target, sibling),
-            ("AUROC target / random", target, random),
-        ):
-            measure = _measure([s for id_ in high.keys() & low.keys() for s in (*high[id_], *low[id_])])
-            values, images = _paired(high, low, measure, _auroc_of_two)
-            found.append((name, measure, 0.5, _bounded(values, images, (0, 1), n_boot, seed)))
-        measure = _measure(list(by["own"].values()))
-        across = _auroc_across(list(by["own"].values()), measure, n_boot, seed)
+        for high, low in (("good", "bad"), ("target", "near"), ("target", "sibling"), ("target", "random")):
+            measure = _measure([s for i in by[high].keys() & by[low].keys() for s in (*by[high][i], *by[low][i])])
+            values, images = _paired(by[high], by[low], measure, _auroc_of_two)
+            found.append((f"AUROC {high} / {low}", measure, 0.5, _bounded(values, images, (0, 1), n_boot, seed)))
+        measure = _measure(of_step["own"])
+        across = _auroc_across(of_step["own"], measure, n_boot, seed)
         found.append(("AUROC own right / wrong", measure, 0.5, across))
         for name, measure, high, low in (
-            ("index: target - sibling, random", "stop", target, wrong),
-            ("index of keeping (no evidence)", "keep", target, wrong),
-            ("presence: own - none", "stop", own, none),
-            ("image: own - blank", "stop", own, blank),
+            ("index: target - sibling, random", "stop", "target", "wrong"),
+            ("index of keeping (no evidence)", "keep", "target", "wrong"),
+            ("presence: own - none", "stop", "own", "none"),
+            ("image: own - blank", "stop", "own", "blank"),
         ):
-            values, images = _paired(high, low, measure, lambda a, b: float(a.mean() - b.mean()))
+            values, images = _paired(by[high], by[low], measure, lambda a, b: float(a.mean() - b.mean()))
             found.append((name, measure, 0.0, _bounded(values, images, (-1, 1), n_boot, seed)))
         for name, measure, null, value in found:
             clear = value.num_clusters >= MIN_CLUSTERS and (value.low > null or value.high < null)
@@ -283,7 +262,7 @@ def dependence_table(rows: Sequence[Dependence]) -> str:
     """One line per statistic; the last column says whether it differs from what indifference gives."""
     header = ["policy", "step", "statistic", "of", "value", "95% interval", "images", "indifferent", "differs"]
     lines = [
-        [r.policy, str(r.step), r.name, r.measure.replace("_", " "), *score_cells(r.value, "IoU")]
+        [r.policy, str(r.step), r.name, r.measure.replace("_", " "), *score_cells({"IoU": r.value})]
         + [str(r.value.num_clusters), f"{r.null:.1f}", verdict(r.shown, r.value.num_clusters) or "yes"]
         for r in rows
     ]
@@ -296,7 +275,7 @@ def swap_headline(rows: Sequence[Dependence]) -> str:
     for r in (r for r in rows if r.name == GOOD_BAD):
         told = "tells good from bad" if r.value.value > r.null else "prefers bad boxes"
         said = "not played" if not r.value.num else verdict(r.shown, r.value.num_clusters) or told
-        lines.append([r.policy[:28], said, str(r.step), *score_cells(r.value, "IoU"), str(r.value.num_clusters)])
+        lines.append([r.policy[:28], said, str(r.step), *score_cells({"IoU": r.value}), str(r.value.num_clusters)])
     more = [f"and {len(lines) - MOST_POLICIES} more in table.txt"] if len(lines) > MOST_POLICIES else []
     table = render(["policy", "verdict", "step", GOOD_BAD, "95% interval", "images"], lines[:MOST_POLICIES], left=2)
     return "\n".join(
@@ -319,21 +298,24 @@ def save_swaps(path: str | Path, swaps: Iterable[Swap]) -> Path:
     return path
 
 
-def _by_step(swaps: Sequence[Swap]) -> dict[int, list[Swap]]:
+def _by_step(swaps: Sequence[Swap]) -> dict[int, dict[str, list[Swap]]]:
+    """The swaps of one policy by step and variant."""
     if not swaps:
         raise ValueError("no swaps: play some first")
     agents = {s.agent for s in swaps}
     if len(agents) > 1:
         raise ValueError(f"swaps of several policies ({', '.join(sorted(agents))}): score one at a time")
-    return {step: [s for s in swaps if s.step == step] for step in sorted({s.step for s in swaps})}
-
-
-def _of(swaps: Sequence[Swap], variant: str) -> dict[str, Swap]:
-    """The swaps of one variant by sample."""
-    found: dict[str, Swap] = {}
+    found: dict[int, dict[str, list[Swap]]] = {
+        step: {variant: [] for variant in VARIANTS} for step in sorted({s.step for s in swaps})
+    }
+    seen = set()
     for s in swaps:
-        if s.variant == variant and found.setdefault(s.sample_id, s) is not s:
-            raise ValueError(f"{variant} at step {s.step} of sample {s.sample_id!r} is there twice; give one data set")
+        if (key := (s.step, s.variant, s.sample_id)) in seen:
+            raise ValueError(
+                f"{s.variant} at step {s.step} of sample {s.sample_id!r} is there twice; give one data set"
+            )
+        seen.add(key)
+        found[s.step][s.variant].append(s)
     return found
 
 
@@ -379,17 +361,12 @@ def _bounded(
     Where every value lies at a bound, resampling can show no spread; Wilson's interval over the images
     then says how far from the bound the truth may be.
     """
-    num_clusters = len(set(clusters))
-    if not values:
-        return Interval(math.nan, math.nan, math.nan, 0, 0)
-    if num_clusters < 2:
-        return Interval(float(np.mean(values)), math.nan, math.nan, len(values), num_clusters)
-    low, high = bounds
-    if len(set(values)) == 1 and values[0] in bounds:
+    num_clusters, (low, high) = len(set(clusters)), bounds
+    if num_clusters >= 2 and len(set(values)) == 1 and values[0] in bounds:
         p = (values[0] - low) / (high - low)
         start, end = (low + (high - low) * q for q in wilson(p * num_clusters, num_clusters))
         return Interval(float(values[0]), start, end, len(values), num_clusters)
-    return bootstrap_mean(values, clusters, n_boot=n_boot, seed=seed)
+    return mean_interval(values, clusters, n_boot=n_boot, seed=seed)
 
 
 def _auroc_across(swaps: Sequence[Swap], measure: str, n_boot: int, seed: int) -> Interval:

@@ -8,7 +8,7 @@ where there are fewer than ``MIN_CLUSTERS`` images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -133,9 +133,8 @@ def compare(
 ) -> Comparison:
     """Paired difference a minus b of one metric over the same n episodes.
 
-    The columns may be of two rules or of two policies; call ``check_same_samples`` first when
-    they come from different rollouts. Columns of several seeds (``pool_seeds``) are averaged over
-    them, episode by episode, before images are drawn. ``by_seed`` pairs equal numbers of seeds in
+    Call ``check_same_samples`` first when they come from different rollouts. Several seeds (``pool_seeds``) are
+    averaged, episode by episode, before images are drawn. ``by_seed`` pairs equal numbers of seeds in
     the order given; otherwise each seed of the side that has more is set against the other's mean.
 
     McNemar's test is given for accuracies of answers that are right or wrong; it takes the episodes
@@ -144,36 +143,35 @@ def compare(
     x, y = per_episode(a, metric), per_episode(b, metric)
     difference = paired_bootstrap(x, y, image_ids, n_boot=n_boot, seed=seed)
     decided = a.ious.shape[1] == b.ious.shape[1] == 1  # one answer each: no seeds to average, nothing drawn
-    return Comparison(
-        a_name,
-        b_name,
-        metric,
-        a.oracle or b.oracle,
-        difference,
-        tuple(v - w for v, w in _paired_seeds(_by_seed(a, metric), _by_seed(b, metric))),
-        mcnemar(x, y)[0] if decided and metric.startswith("Acc@") else None,
-    )
+    p = mcnemar(x, y)[0] if decided and metric.startswith("Acc@") else None
+    left, right = _by_seed(a, metric), _by_seed(b, metric)
+    if len(left) != len(right):
+        most = max(len(left), len(right))
+        left, right = (s if len(s) == most else [sum(s) / len(s)] * most for s in (left, right))
+    by_seed = tuple(v - w for v, w in zip(left, right, strict=True))
+    return Comparison(a_name, b_name, metric, a.oracle or b.oracle, difference, by_seed, p)
 
 
 def score_table(rows: Sequence[Row]) -> str:
     """One line per policy and rule; each metric has a column and an interval column."""
-    metrics = list(rows[0].scores)
-    header = ["policy", "column", "episodes", "images"]
-    for metric in metrics:
-        header += [title(metric), f"{rows[0].scores[metric].level:.0%} interval"]
     lines = []
     for row in rows:
-        first = row.scores[metrics[0]]
+        first = next(iter(row.scores.values()))
         line = [row.policy, marked(row.column, row.oracle), str(first.num), str(first.num_clusters)]
-        for metric in metrics:
-            line += score_cells(row.scores[metric], metric)
-        lines.append(line)
+        lines.append(line + score_cells(row.scores))
+    header = ["policy", "column", "episodes", "images", *score_heads(rows[0].scores)]
     return with_note(render(header, lines, left=2), any(r.oracle for r in rows))
 
 
-def score_cells(score: Interval, metric: str) -> list[str]:
-    """A score, and its interval."""
-    return [number(score.value, metric), interval(score.low, score.high, metric)]
+def score_heads(metrics: Iterable[str]) -> list[str]:
+    """The headings of ``score_cells``."""
+    return [head for metric in metrics for head in (title(metric), "95% interval")]
+
+
+def score_cells(scores: Mapping[str, Interval]) -> list[str]:
+    """Each score by metric, and its interval."""
+    pairs = ((number(s.value, metric), interval(s.low, s.high, metric)) for metric, s in scores.items())
+    return [cell for pair in pairs for cell in pair]
 
 
 def policy_table(rows: Sequence[Row], metric: str) -> str:
@@ -195,9 +193,8 @@ def difference_table(comparisons: Sequence[Comparison]) -> str:
     ``detectable`` is the smallest true difference that these data would have shown with 80 %
     power: what "n.s." leaves open. ``each seed`` appears where a comparison has several.
     """
-    level = comparisons[0].difference.level
     seeds = any(len(c.by_seed) > 1 for c in comparisons)
-    header = ["a", "b", "metric", "a - b", f"{level:.0%} interval", "images", "detectable", "McNemar p"]
+    header = ["a", "b", "metric", "a - b", "95% interval", "images", "detectable", "McNemar p"]
     lines = []
     for c in comparisons:
         d = c.difference
@@ -236,14 +233,14 @@ def each_seed(values: Sequence[float], metric: str, *, sign: bool = False) -> st
 
 def seed_table(rows: Sequence[Row], metric: str) -> str:
     """One line per policy of several seeds and rule: their number, mean and each seed's score."""
-    several = [(r, r.by_seed[metric]) for r in rows if len(r.by_seed[metric]) > 1]
+    several = [r for r in rows if len(r.by_seed[metric]) > 1]
     lines = [
-        [r.policy, marked(r.column, r.oracle), str(len(values)), number(r.scores[metric].value, metric)]
-        + [each_seed(values, metric)]
-        for r, values in several
+        [r.policy, marked(r.column, r.oracle), str(len(r.by_seed[metric])), number(r.scores[metric].value, metric)]
+        + [each_seed(r.by_seed[metric], metric)]
+        for r in several
     ]
     header = ["policy", "column", "seeds", f"mean, {title(metric)}", "each seed"]
-    return with_note(render(header, lines, left=2), any(r.oracle for r, _ in several))
+    return with_note(render(header, lines, left=2), any(r.oracle for r in several))
 
 
 def headline(audits: Mapping[str, Mapping[str, Any]]) -> str:
@@ -317,14 +314,6 @@ def as_json(value: Any) -> Any:
 
 def _by_seed(column: Column, metric: str) -> list[float]:
     return [float(per_episode(one, metric).mean()) for one in column.by_seed()]
-
-
-def _paired_seeds(left: list[float], right: list[float]) -> list[tuple[float, float]]:
-    if len(left) == len(right):
-        return list(zip(left, right, strict=True))
-    if len(left) > len(right):
-        return [(v, sum(right) / len(right)) for v in left]
-    return [(sum(left) / len(left), w) for w in right]
 
 
 def marked(name: str, oracle: bool) -> str:

@@ -48,13 +48,8 @@ def write_page(
     by data set, split and sample id; repeated episodes of one sample are matched in order. The
     file appears whole or not at all.
 
-    Args:
-        path: the HTML file to write.
-        episodes: one run, or runs by name over the same samples.
-        image_of: gives the image of an episode; called once per distinct image. Where it
-            raises ``DataMissingError``, the page shows that message in the image's place.
-        title: heading of the page.
-        max_image_side: larger images are scaled down to this many pixels; none is enlarged.
+    ``image_of`` is called once per distinct image; where it raises ``DataMissingError``, the page shows that message
+    in the image's place. Images larger than ``max_image_side`` pixels are scaled down; none is enlarged.
     """
     if max_image_side < 1:
         raise ValueError(f"max_image_side is {max_image_side}, it must be at least 1 pixel")

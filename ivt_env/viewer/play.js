@@ -116,10 +116,8 @@ function showAfter(said) {
 
 function showMode() {
   const running = play.now !== null;
-  for (const id of ["episode-top", "panels"]) byId(id).hidden = running;
-  byId("play-body").hidden = !running;
-  byId("play-expression").parentElement.hidden = !running;
-  byId("play-after").hidden = running;
+  for (const part of [byId("episode-top"), byId("panels"), byId("play-after")]) part.hidden = running;
+  for (const part of [byId("play-body"), byId("play-expression").parentElement]) part.hidden = !running;
   document.querySelector(".side").inert = running;
 }
 
@@ -129,15 +127,10 @@ function showBoard() {
   const { now, draft } = play;
   if (!now) return;
   const overlay = byId("board-boxes");
-  const draw = (box, name) => {
-    const place = { x: 100 * box[0] + "%", y: 100 * box[1] + "%",
-      width: 100 * (box[2] - box[0]) + "%", height: 100 * (box[3] - box[1]) + "%" };
-    overlay.append(drawing("rect", { class: "casing of-" + name, ...place }), drawing("rect", { class: name, ...place }));
-  };
   overlay.replaceChildren();
-  for (const box of now.earlier) draw(box, "earlier");
-  if (now.box) draw(now.box, "current");
-  if (draft) draw(draft, "draft");
+  for (const box of now.earlier) drawBox(overlay, box, "earlier");
+  if (now.box) drawBox(overlay, now.box, "current");
+  if (draft) drawBox(overlay, draft, "draft");
   byId("play-place").textContent = `Image ${now.number} of ${now.total} · `
     + `${now.max_steps - now.step} of ${now.max_steps} proposals left · ${now.dataset} / ${now.split} · `
     + "the score comes at the end";
@@ -186,16 +179,14 @@ function nudge(dx, dy, edgesOnly) {
   // The first arrow takes the last proposal up, or puts a box in the middle.
   const box = play.draft || play.now.box || [0.3, 0.3, 0.7, 0.7];
   const least = [1 / width, 1 / height];
-  if (edgesOnly) {
-    play.draft = [box[0], box[1], clamp(box[2] + sx, box[0] + least[0], 1), clamp(box[3] + sy, box[1] + least[1], 1)];
-  } else {
-    const [mx, my] = [clamp(sx, -box[0], 1 - box[2]), clamp(sy, -box[1], 1 - box[3])];
-    play.draft = [box[0] + mx, box[1] + my, box[2] + mx, box[3] + my];
-  }
-  const px = play.draft.map((v, i) => Math.round(v * (i % 2 ? height : width)));
-  byId("said").textContent = `Box from ${px[0]}, ${px[1]} to ${px[2]}, ${px[3]}`;
+  const [mx, my] = [clamp(sx, -box[0], 1 - box[2]), clamp(sy, -box[1], 1 - box[3])];
+  play.draft = edgesOnly
+    ? [box[0], box[1], clamp(box[2] + sx, box[0] + least[0], 1), clamp(box[3] + sy, box[1] + least[1], 1)]
+    : [box[0] + mx, box[1] + my, box[2] + mx, box[3] + my];
   showBoard();
   showEdges();
+  const [left, top, right, bottom] = edges.map((edge) => edge.value);
+  byId("said").textContent = `Box from ${left}, ${top} to ${right}, ${bottom}`;
 }
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };

@@ -21,7 +21,7 @@ from ivt_env.data.sample import DataError, ImageArray
 from ivt_env.env import GroundingEnv
 from ivt_env.episodes import Box, Episode, image_file, load_episodes, save_episodes, save_image
 from ivt_env.files import write_whole
-from ivt_env.rollouts import begin_record, box_tuple, record_action
+from ivt_env.rollouts import begin_record, record_action
 from ivt_env.viewer.images import saved_image
 from ivt_env.viewer.page import page_parts
 from ivt_env.viewer.rows import details, where_of
@@ -40,12 +40,8 @@ class PlayApp(ViewApp):
     def __init__(self, env: GroundingEnv, folder: str | Path, total: int, seed: int = 0, title: str = "Play") -> None:
         """Set up; goes on where an earlier session in ``folder`` ended.
 
-        Args:
-            env: what is played; nothing else may use it meanwhile.
-            folder: gets ``episodes.jsonl``, ``demonstrations.jsonl`` and ``images/``.
-            total: episodes to play, those of earlier sessions counted.
-            seed: decides which samples are drawn; episode i is seeded with ``seed + i``.
-            title: heading of the page.
+        ``folder`` gets ``episodes.jsonl``, ``demonstrations.jsonl`` and ``images/``. ``total`` episodes are played,
+        those of earlier sessions counted; episode i is seeded with ``seed + i``. Nothing else may use ``env``.
         """
         self.env, self.folder, self.total, self.seed = env, Path(folder), total, seed
         self.episodes = self._earlier()
@@ -116,7 +112,8 @@ class PlayApp(ViewApp):
         earlier = list(dict.fromkeys(boxes[:-1]))
         if self._live.initial_box is not None and boxes:
             earlier.insert(0, self._live.initial_box)
-        return {"step": len(self._live.steps), "box": self._box_now(), "earlier": earlier}
+        now = boxes[-1] if boxes else self._live.initial_box
+        return {"step": len(self._live.steps), "box": now, "earlier": earlier}
 
     def _act(self, message: Mapping[str, Any]) -> dict[str, Any]:
         episode = self._live
@@ -155,32 +152,23 @@ class PlayApp(ViewApp):
         if not path.exists():
             save_image(path, self._image_of(episode))
         played = [*self.episodes, episode]
-        rows = [row for i, e in enumerate(played) for row in self._demonstrations(e, self._index(self.seed + i))]
-        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        # A mixture's samples bear the names of its parts, and demonstrations that of what is opened.
+        opened = {"dataset": self.env.dataset.name, "split": self.env.dataset.split}
+        rows = [row for i, e in enumerate(played) for row in demonstrations(e, self._index(self.seed + i))]
+        lines = "".join(json.dumps(opened | row, allow_nan=False) + "\n" for row in rows)
         write_whole(self.folder / "demonstrations.jsonl", lines)
         save_episodes(self.folder, played)
         self.episodes.append(episode)
         self.content.add(HUMAN, episode)
         self._live = None
 
-    def _demonstrations(self, episode: Episode, index: int) -> list[dict[str, Any]]:
-        # A mixture's samples bear the names of its parts, and demonstrations that of what is opened.
-        opened = {"dataset": self.env.dataset.name, "split": self.env.dataset.split}
-        return [row | opened for row in demonstrations(episode, index)]
-
     def _index(self, seed: int) -> int:
         """The sample that ``env.reset(seed=seed)`` draws: its number is needed, and no search for it is quick."""
         return int(np_random(seed)[0].integers(len(self.env.dataset)))
 
-    def _box_now(self) -> Box | None:
-        game = self.env.game
-        return None if game is None or game.box is None else box_tuple(game.box)
-
     def _image_of(self, episode: Episode) -> ImageArray:
         known = self._shown.get((episode.dataset, episode.image_id))
-        if known is not None:
-            return known
-        return saved_image(self.folder / "images" / image_file(episode.image_id))
+        return saved_image(self.folder / "images" / image_file(episode.image_id)) if known is None else known
 
     def _earlier(self) -> list[Episode]:
         path = self.folder / "episodes.jsonl"
@@ -202,7 +190,7 @@ class PlayApp(ViewApp):
 
 
 def demonstrations(episode: Episode, index: int) -> list[dict[str, Any]]:
-    """The steps of an episode as lines of the file that ``train_sft.py --demonstrations`` reads.
+    """The steps of an episode as lines of the file that ``train_sft.py --demonstrations`` reads, but for the data set.
 
     A proposal that the environment refused demonstrates nothing and is left out. ``index`` is that of the sample.
     """
@@ -212,8 +200,6 @@ def demonstrations(episode: Episode, index: int) -> list[dict[str, Any]]:
         if step.invalid is None and (step.stop or step.proposal is not None):
             rows.append(
                 {
-                    "dataset": episode.dataset,
-                    "split": episode.split,
                     "index": index,
                     "sample_id": episode.sample_id,
                     "shown": shown,

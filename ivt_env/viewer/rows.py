@@ -141,19 +141,19 @@ def _check_runs_agree(runs: Mapping[str, Sequence[Episode]]) -> None:
 
 
 def _step_row(step: Step, where: str) -> dict[str, Any]:
-    return without_none(
-        {
-            "box": None if step.box is None else _box_row(step.box, f"{where}: box"),
-            "iou": _finite(step.iou, f"{where}: iou"),
-            "reward": round(_finite(step.reward, f"{where}: reward"), 5),
-            "stop": True if step.stop else None,
-            "invalid": step.invalid,
-            "text": step.text or None,
-            "parseFailure": True if step.parse_failure else None,
-            "stopProbability": _finite_or_none(step.stop_probability, f"{where}: stop_probability"),
-            "confidence": _finite_or_none(step.confidence, f"{where}: confidence"),
-        }
-    )
+    row: dict[str, Any] = {
+        "box": None if step.box is None else _box_row(step.box, f"{where}: box"),
+        "iou": _finite(step.iou, f"{where}: iou"),
+        "reward": round(_finite(step.reward, f"{where}: reward"), 5),
+        "stop": True if step.stop else None,
+        "invalid": step.invalid,
+        "text": step.text or None,
+        "parseFailure": True if step.parse_failure else None,
+    }
+    for key, name in (("stopProbability", "stop_probability"), ("confidence", "confidence")):
+        value = getattr(step, name)
+        row[key] = None if value is None else round(_finite(value, f"{where}: {name}"), 4)
+    return without_none(row)
 
 
 def _box_row(box: Sequence[float], where: str) -> list[float]:
@@ -166,7 +166,3 @@ def _finite(value: float, where: str) -> float:
     if not math.isfinite(value):
         raise DataError(f"{where} is {value}, it must be a finite number")
     return float(value)
-
-
-def _finite_or_none(value: float | None, where: str) -> float | None:
-    return None if value is None else round(_finite(value, where), 4)

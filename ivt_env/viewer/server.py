@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from ivt_env.data.sample import DataError, DataMissingError, ImageArray
@@ -56,20 +56,8 @@ class Refused(Exception):
         self.status = status
 
 
-class App(Protocol):
-    """Answers requests; called from several threads."""
-
-    def get(self, path: str, query: Mapping[str, str]) -> Reply:
-        """A page, or a part of it. ``Refused`` where there is none."""
-        ...
-
-    def post(self, path: str, token: str, message: Any) -> Reply:
-        """Something to do. ``message`` is whatever JSON the browser sent."""
-        ...
-
-
 class ViewApp:
-    """The page of ``ivt view``, and what it asks for while someone looks."""
+    """The page of ``ivt view``, and what it asks for while someone looks; called from several threads."""
 
     def __init__(
         self,
@@ -87,25 +75,25 @@ class ViewApp:
         self._lock = threading.Lock()
 
     def get(self, path: str, query: Mapping[str, str]) -> Reply:
-        """``/``, ``/episode?run=&index=``, ``/image/N`` and ``/search?run=&query=``."""
+        """``/``, ``/episode?run=&index=``, ``/image/N`` and ``/search?run=&query=``; ``Refused`` for all else."""
         if path == "/":
             return Reply(self._page, "text/html; charset=utf-8")
-        if path == "/episode":
-            run = self._run(query)
-            return as_reply(details(run[_number(query.get("index", ""), len(run), "index")]))
-        if path == "/search":
-            name = self.names[_number(query.get("run", ""), len(self.names), "run")]
-            wanted = query.get("query", "")
-            if len(wanted) > _LONGEST_QUERY:
-                raise Refused(400, f"A search of more than {_LONGEST_QUERY} characters.")
-            return as_reply(self.content.search(name, wanted))
         if path.startswith("/image/"):
             number = _number(path.removeprefix("/image/"), len(self.content.images), "image")
             return Reply(self._image(number), "image/jpeg", keep=True)
-        raise Refused(404, "There is no such page here.")
+        if path not in ("/episode", "/search"):
+            raise Refused(404, "There is no such page here.")
+        name = self.names[_number(query.get("run", ""), len(self.names), "run")]
+        if path == "/episode":
+            run = self.content.runs[name]
+            return as_reply(details(run[_number(query.get("index", ""), len(run), "index")]))
+        wanted = query.get("query", "")
+        if len(wanted) > _LONGEST_QUERY:
+            raise Refused(400, f"A search of more than {_LONGEST_QUERY} characters.")
+        return as_reply(self.content.search(name, wanted))
 
     def post(self, path: str, token: str, message: Any) -> Reply:
-        """Nothing: this page only shows."""
+        """Nothing: this page only shows. ``message`` is whatever JSON the browser sent."""
         raise Refused(405, "This page only shows.")
 
     @cached_property
@@ -116,9 +104,6 @@ class ViewApp:
         """The page itself, without the details and images of its episodes."""
         content = {"runs": self.content.overview(), "version": self.version}
         return "".join(page_parts(self.title, self.content.served(), content, from_server=True))
-
-    def _run(self, query: Mapping[str, str]) -> list[Episode]:
-        return self.content.runs[self.names[_number(query.get("run", ""), len(self.names), "run")]]
 
     def _image(self, number: int) -> bytes:
         with self._lock:
@@ -146,7 +131,7 @@ class LocalServer(ThreadingHTTPServer):
     # Where more come at once, the system lets them wait a whole second before they may try again.
     request_queue_size = 512
 
-    def __init__(self, app: App, port: int = 0) -> None:
+    def __init__(self, app: ViewApp, port: int = 0) -> None:
         """Listen on ``port``, or on any that is free (0); ValueError for a port that is taken or cannot be had."""
         self.app = app
         self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
@@ -160,6 +145,16 @@ class LocalServer(ThreadingHTTPServer):
     def url(self) -> str:
         """The address to open in a browser."""
         return f"http://{_ADDRESS}:{self.server_port}/"
+
+    def serve(self, what: str) -> None:
+        """Serve ``what``, in words, until Ctrl-C, which is how it is meant to end; standard output gets the address."""
+        print(self.url, flush=True)
+        print(f"{what}; only this machine can open the address; Ctrl-C ends", file=sys.stderr, flush=True)
+        with self:
+            try:
+                self.serve_forever(poll_interval=0.2)
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hand a connection to a thread; where there are too many, the one that stood still for longest is closed."""

@@ -5,25 +5,15 @@ const GOOD = 0.5; // a box counts as right from this IoU on
 
 const FILTERS = [
   ["all", "All", () => true],
-  ["corrected", "Corrected", (e) => e.outcome === "corrected"],
-  ["broken", "Regressed", (e) => e.outcome === "broken"],
-  ["right", "Kept right", (e) => e.outcome === "right"],
-  ["wrong", "Stayed wrong", (e) => e.outcome === "wrong"],
-  ["never", "Never right", (e) => e.best < GOOD],
-  ["stopped", "Stopped", (e) => e.stopped],
-  ["early", "Stopped too early", (e) => e.stopped && e.final < GOOD],
-  ["unparsable", "Unparsable", (e) => e.unparsable],
+  ["corrected", "Corrected", (e) => e.outcome === "corrected", "step 0 wrong, final box right (IoU 0.5 or more)"],
+  ["broken", "Regressed", (e) => e.outcome === "broken", "step 0 right, final box wrong"],
+  ["right", "Kept right", (e) => e.outcome === "right", "step 0 and final box right"],
+  ["wrong", "Stayed wrong", (e) => e.outcome === "wrong", "step 0 and final box wrong"],
+  ["never", "Never right", (e) => e.best < GOOD, "no step was right"],
+  ["stopped", "Stopped", (e) => e.stopped, "the agent ended the episode"],
+  ["early", "Stopped too early", (e) => e.stopped && e.final < GOOD, "the agent stopped while its box was still wrong"],
+  ["unparsable", "Unparsable", (e) => e.unparsable, "a step whose text held no action, or whose box was refused"],
 ];
-const MEANING = {
-  corrected: "step 0 wrong, final box right (IoU 0.5 or more)",
-  broken: "step 0 right, final box wrong",
-  right: "step 0 and final box right",
-  wrong: "step 0 and final box wrong",
-  never: "no step was right",
-  stopped: "the agent ended the episode",
-  early: "the agent stopped while its box was still wrong",
-  unparsable: "a step whose text held no action, or whose box was refused",
-};
 const OUTCOMES = Object.fromEntries(FILTERS.map(([key, label]) => [key, label]));
 const SORTS = [
   ["order", "sample order", (a, b) => a.index - b.index],
@@ -325,18 +315,19 @@ function zoom(x, y) {
   }
 }
 
+function drawBox(overlay, [x1, y1, x2, y2], name) {
+  const place = {
+    x: 100 * x1 + "%", y: 100 * y1 + "%",
+    width: 100 * Math.max(0, x2 - x1) + "%", height: 100 * Math.max(0, y2 - y1) + "%",
+  };
+  // A light line under the coloured one keeps a box visible on an image of its own colour.
+  const group = drawing("g", {}, drawing("rect", { class: "casing of-" + name, ...place }), drawing("rect", { class: name, ...place }));
+  overlay.append(group);
+  return group;
+}
+
 function makeBoxes(episode, step) {
   const overlay = drawing("svg", { role: "img" });
-  const draw = ([x1, y1, x2, y2], name) => {
-    const place = {
-      x: 100 * x1 + "%", y: 100 * y1 + "%",
-      width: 100 * Math.max(0, x2 - x1) + "%", height: 100 * Math.max(0, y2 - y1) + "%",
-    };
-    // A light line under the coloured one keeps a box visible on an image of its own colour.
-    const group = drawing("g", {}, drawing("rect", { class: "casing of-" + name, ...place }), drawing("rect", { class: name, ...place }));
-    overlay.append(group);
-    return group;
-  };
   const current = step === null ? undefined : boxAt(episode, step);
   const drawn = new Set(current ? [String(current)] : []);
   const earlier = [];
@@ -347,10 +338,10 @@ function makeBoxes(episode, step) {
     earlier.push(box);
   }
   for (let age = earlier.length - 1; age >= 0; age--) {
-    draw(earlier[age], "earlier").style.opacity = String(Math.max(0.3, 0.8 - 0.2 * age));
+    drawBox(overlay, earlier[age], "earlier").style.opacity = String(Math.max(0.3, 0.8 - 0.2 * age));
   }
-  if (current) draw(current, "current");
-  draw(episode.target, "target");
+  if (current) drawBox(overlay, current, "current");
+  drawBox(overlay, episode.target, "target");
   overlay.setAttribute("aria-label", "Target box" + (current ? " and current box" : ", no current box yet")
     + (earlier.length ? `, ${earlier.length} earlier` : ""));
   return overlay;
@@ -389,14 +380,12 @@ function makeWords(episode, step) {
     : "none yet");
   if (made.stopProbability !== undefined) add("Stop probability", ...share(made.stopProbability));
   if (made.confidence !== undefined) add("Confidence", ...share(made.confidence));
-  if (made.parseFailure) {
-    add("Unparsable", "the text holds no usable action");
+  const warn = (...said) => {
+    add(...said);
     measures.lastChild.className = "warning";
-  }
-  if (made.invalid !== undefined) {
-    add("Refused", made.invalid);
-    measures.lastChild.className = "warning";
-  }
+  };
+  if (made.parseFailure) warn("Unparsable", "the text holds no usable action");
+  if (made.invalid !== undefined) warn("Refused", made.invalid);
   const words = made.text
     ? element("pre", { class: "words", dir: "auto", tabindex: "0", "aria-label": "The agent's text" }, made.text)
     : element("p", { class: "words none" }, step < 0 ? "The episode was given this box to start from." : "The agent gave no text.");
@@ -518,8 +507,8 @@ function move(by) {
   select(state.visible[clamp(state.visible.indexOf(state.episode) + by, 0, state.visible.length - 1)]);
 }
 
-for (const [key, label] of FILTERS) {
-  const button = element("button", { type: "button", id: "filter-" + key, title: MEANING[key] }, label, element("span", { class: "number" }));
+for (const [key, label, , meaning] of FILTERS) {
+  const button = element("button", { type: "button", id: "filter-" + key, title: meaning }, label, element("span", { class: "number" }));
   button.addEventListener("click", () => {
     state.filter = key;
     list.scrollTop = 0;
