@@ -10,13 +10,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from ivt_agents.vlm.codec import BoxCodec
-from ivt_agents.vlm.generation import TokenScorer, generate, log_softmax, sample
+from ivt_agents.vlm.generation import TokenScorer, encode_images, generate, log_softmax, sample
 from ivt_agents.vlm.packing import pack
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.prompts import TINY
 from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, number_ids
 from ivt_agents.vlm.turns import WHOLE
-from ivt_agents.vlm.vision import encode_images
 
 
 @pytest.fixture(scope="module")

@@ -145,9 +145,9 @@ def test_an_adapter_as_peft_writes_it_takes_tokenizer_processor_and_prompts_from
 
 def test_what_a_policy_does_not_say_beside_its_question_is_empty_and_not_that_of_another_model(folder):
     """The texts of Qwen about a close-up would be words that the model was never shown."""
-    change(folder / "policy.json", first="Where?", closeup="C", with_closeup="W")
+    change(folder / "policy.json", first="Where is {expression}?", closeup="C", with_closeup="W")
     assert load_policy(folder).dialogue.prompts == Prompts(
-        "Locate {expression}. Current box: {box}.", "C", "W", "Where?"
+        "Locate {expression}. Current box: {box}.", "C", "W", "Where is {expression}?"
     )
     change(folder / "policy.json", first=..., closeup=..., with_closeup=...)
     policy = load_policy(folder)
@@ -213,7 +213,7 @@ def test_a_folder_that_is_not_there_or_holds_no_model_and_a_file_that_is_cut_off
 
 
 @pytest.mark.parametrize(
-    "values", [{"frame": "percent"}, {"view": "sideways"}, {"layout": 3}, {"prompt": "find it"}, {"dtype": "int8"}]
+    "values", [{"frame": "relative_7"}, {"view": "sideways"}, {"layout": 3}, {"prompt": "find it"}, {"dtype": "int8"}]
 )
 def test_a_policy_file_that_cannot_be_meant_is_named_with_key_and_value(folder, values):
     change(folder / "policy.json", **values)
