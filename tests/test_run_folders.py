@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from killed_run import with_out
 from learner import small_trainer
 
@@ -210,6 +211,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_runs(checkpoi
     mutate(state)
     torch.save(state, path)
     before = {n: p.detach().clone() for n, p in trainer.policy.model.named_parameters()}
+    Accelerator(cpu=True)  # conftest takes its state back after each test
     with pytest.raises(RunError, match=message):
         trainer.resume()
     assert trainer.step == 0 and not trainer.optimizer.state_dict()["state"]
@@ -412,8 +414,6 @@ def test_a_warm_start_of_the_same_options_is_used(tmp_path, capsys):
     asked = {k: getattr(same, k) for k in ("env", "split", "data_root", "seed", "view", "layout", "lessons")}
     with whole_folder(tmp_path / "run-sft" / "policy", asked):
         pass
-    from accelerate import Accelerator
-
     args = train_grpo.Args(out=tmp_path / "run")
     assert train_grpo._warm_start(args, Accelerator(cpu=True)) == str(tmp_path / "run-sft" / "policy")
     for name, other in (("env", "IVT-Photos-v0"), ("view", "both"), ("stop", False)):
