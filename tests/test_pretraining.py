@@ -213,7 +213,8 @@ def test_a_process_that_draws_and_is_killed_ends_the_training(words):
         drawing.until(1.0)
 
 
-SHRUNKEN = {"scenes": 16, "search_scenes": 8, "vision_steps": 3, "vision_batch": 4, "steps": 3, "batch": 4}
+SHRUNKEN = {"scenes": 16, "search_scenes": 8, "vision_steps": 3, "vision_batch": 2, "steps": 3, "batch": 2}
+SHRUNKEN |= {"questions_per_image": 2}
 
 
 def run(out, **options):
