@@ -343,9 +343,10 @@ def test_a_prompt_file_decides_what_is_drawn_asked_and_sent(chat, tmp_path):
     assert load_episodes(out / "episodes" / "m")[0].steps[0].proposal == pytest.approx((0.1, 0.1, 0.5, 0.5))
 
 
-def test_an_answer_that_ran_into_its_limit_has_no_action(chat, tmp_path):
+def test_an_answer_that_ran_into_its_limit_has_no_action_and_the_default_prompts_are_named(chat, tmp_path, capsys):
     chat.reply = said('{"bbox_2d": [100, 100, 500, 500]} and', finish="length")
-    evaluate.main(options(tmp_path, chat.url, forced=False, samples=3))
+    evaluate.main(options(tmp_path, chat.url, prompts=None, forced=False, samples=3))
+    assert "is asked with the prompts qwen3-vl" in capsys.readouterr().err
     assert all(s.parse_failure for e in load_episodes(tmp_path / "episodes" / "m") for s in e.steps)
 
 
@@ -398,11 +399,6 @@ def test_prompts_are_listed_shown_and_put_into_a_models_folder(tmp_path, capsys)
     assert load_policy(folder).dialogue.prompts == load_prompts(folder / "policy.json").prompts == wanted
     assert cli.main(["prompts", "qwen3-vl", "--into", str(folder)]) == 2
     assert cli.main(["prompts", "gemini", "--into", str(folder), "--overwrite"]) == 2
-
-
-def test_a_served_model_without_prompts_is_asked_with_a_named_default_and_told_so(chat, tmp_path, capsys):
-    evaluate.main(options(tmp_path, chat.url, prompts=None, samples=3, forced=False))
-    assert "is asked with the prompts qwen3-vl" in capsys.readouterr().err
 
 
 # --- Results that travel ------------------------------------------------------------------------------------------
