@@ -27,6 +27,7 @@ from ivt_agents.vlm.generation import TokenScorer, core_of
 from ivt_agents.vlm.load import PolicyError, load_policy
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.precision import can_merge, stored_as
+from ivt_agents.vlm.prompts import load_prompts
 from ivt_agents.vlm.turns import Turn
 from ivt_env.rollouts import make_vector_env
 from tests.learner import small_config
@@ -120,6 +121,7 @@ def test_a_saved_policy_is_loaded_as_it_was_trained_and_refused_on_other_weights
     policy = adapted(tmp_path / "policy", **options)
     recorded = json.loads((tmp_path / "policy" / "policy.json").read_text())
     assert recorded | stored_as(policy.model) == recorded
+    assert load_prompts(tmp_path / "policy" / "policy.json").prompts == policy.dialogue.prompts
     again = load_policy(tmp_path / "policy", temperature=1.0)
     assert stored_as(again.model) == stored_as(policy.model)
     turns = played(policy)
