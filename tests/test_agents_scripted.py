@@ -55,7 +55,7 @@ def test_no_agent_but_the_oracle_acts_on_the_target(spec: str) -> None:
     for dataset in (Scenes("val"), _OtherTargets(Scenes("val"))):
         env = environment(dataset=dataset)
         # The environment is offered to every agent, as the commands do; only the oracle may take it.
-        played.append(rollout(env, load_agent(spec, env=env, seed=3), episodes=12, seed=5))
+        played.append(rollout(env, load_agent(spec, env=env, seed=3), episodes=24, seed=5))
     one, other = played
     assert all(a.target != b.target and a.sample_id == b.sample_id for a, b in zip(one, other, strict=True))
     assert [e.total_reward for e in one] != [e.total_reward for e in other]  # the targets did change
