@@ -52,7 +52,7 @@ COMMANDS = {
     "score": Command(
         "ivt_env.commands.score", "score a file of predictions, by the benchmark's own rule and a common one"
     ),
-    "prompts": Command("ivt_agents.play.asking", "list, show and copy what models are asked"),
+    "prompts": Command("ivt_agents.play.listings", "list, show and copy what models are asked"),
     "agents": Command("ivt_agents.play.listings", "list the built-in agents and the trained policies found here"),
     "envs": Command("ivt_agents.play.listings", "list the environments, what data each would serve now and from where"),
 }
@@ -81,7 +81,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
         found = importlib.import_module(command.module)
         if name == "data":
             found.add_subcommands(commands.add_parser(name, help=command.help))
-        elif name in ("agents", "envs"):
+        elif name in ("agents", "envs", "prompts"):
             found.add_listing(commands, name, command.help)
         else:
             one = commands.add_parser(name, help=command.help, description=getattr(found, "DESCRIPTION", command.help))

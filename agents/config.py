@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -32,36 +32,9 @@ T = TypeVar("T")
 
 SECTIONS = ("sft", "grpo", "own_gain", "rollout", "evaluate")
 
-RENAMED = {
-    "group": "num_generations",
-    "max_steps": "episode_steps",
-    "scale": "scale_rewards",
-    "loss": "loss_type",
-    "lr": "learning_rate",
-    "warmup": "warmup_steps",
-    "lora_rank": "lora_r",
-    "iterations": "num_iterations",
-    "clip_low": "epsilon",
-    "clip_high": "epsilon_high",
-    "max_new_tokens": "max_completion_length",
-    "mask_truncated": "mask_truncated_completions",
-    "micro_batch": "per_device_train_batch_size",
-    "save_every": "save_steps",
-    "eval_every": "eval_steps",
-    "tracker": "report_to",
-    "optimizer": "optim",
-    "attention": "attn_implementation",
-}
-"""Options by the names that they had; run folders may hold these."""
-
 MEANT = {
-    **{old: (new,) for old, new in RENAMED.items()},
-    "max_steps": ("steps", "episode_steps"),
-    "batch": ("per_device_train_batch_size", "gradient_accumulation_steps"),
-    "mixed_precision": ("bf16",),
-    "credit": ("advantage",),
-    "kl_coef": ("beta",),
     # TRL's and transformers' names for what is called otherwise here
+    "max_steps": ("steps", "episode_steps"),
     "output_dir": ("out",),
     "model_name_or_path": ("model",),
     "torch_dtype": ("dtype",),
@@ -72,8 +45,15 @@ MEANT = {
     "warmup_ratio": ("warmup_steps",),
     "max_length": ("max_completion_length",),
     "generation_batch_size": ("prompts", "num_generations"),
+    # those of other trainers
+    "lr": ("learning_rate",),
+    "batch": ("per_device_train_batch_size", "gradient_accumulation_steps"),
+    "max_new_tokens": ("max_completion_length",),
+    "mixed_precision": ("bf16",),
+    "kl_coef": ("beta",),
+    "lora_rank": ("lora_r",),
 }
-"""What is meant by a name that an option had, or has elsewhere."""
+"""What is meant by a name that an option has elsewhere."""
 
 _SAYS = {
     "steps": "training steps",
@@ -143,7 +123,7 @@ def has_section(path: Path, section: str) -> bool:
 
 
 def meant(name: str, args: type, flags: bool = True) -> str | None:
-    """What to say instead of an old or foreign name of an option; None: it is neither, or ``args`` has it.
+    """What to say instead of a foreign name of an option; None: it is none, or ``args`` has it.
 
     Args:
         name: as a field would be called, or a flag without its dashes.
@@ -160,21 +140,6 @@ def meant(name: str, args: type, flags: bool = True) -> str | None:
     return "say " + " or ".join(
         w + (f" ({_SAYS[n]})" if n in _SAYS else "") for w, n in zip(written, known, strict=True)
     )
-
-
-def with_new_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that a folder records, under today's names, whenever they were written."""
-    found = {RENAMED.get(key, key): value for key, value in recorded.items()}
-    if "mixed_precision" in found:
-        found["bf16"] = found.pop("mixed_precision") == "bf16"
-    if "micro_batch" in recorded and "batch" in found:  # of all processes, cut up as far as need be
-        share = found.pop("batch") / recorded.get("processes", 1)
-        one = min(share, recorded["micro_batch"])
-        numbers = {"per_device_train_batch_size": one, "gradient_accumulation_steps": share / one}
-        found |= {k: int(v) if v == int(v) else v for k, v in numbers.items()}
-    if "lora_rank" in recorded:
-        found.setdefault("lora_alpha", None)
-    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from experiments.paper_tables import Played, report, results
 from ivt_agents.command import progress_bars, run_command
-from ivt_agents.config import has_section, load_config, with_new_names
+from ivt_agents.config import has_section, load_config
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.play.on_split import play, samples_to_compare, validation_samples
 from ivt_agents.sft import train as train_sft
@@ -239,7 +239,7 @@ def _once(stage: train_sft.Args | train_grpo.Args, train: Callable[[], object]) 
     """Run a stage unless it is done; refuse one that was done with other options."""
     options = {k: v for k, v in asdict(stage).items() if k not in NOT_DECISIVE}
     if (done := asked_of(stage.out, STAGE_FILE)) is not None:
-        refuse_other(stage.out, with_new_names(done), options, "give another --out")
+        refuse_other(stage.out, done, options, "give another --out")
         print(f"{stage.out} is done already")
         return
     print(f"training {stage.out}")

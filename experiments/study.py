@@ -26,7 +26,6 @@ from threading import Lock
 
 from experiments.study_tables import last_screen, plot_map, summary
 from ivt_agents.command import run_command
-from ivt_agents.config import with_new_names
 from ivt_agents.training.checkpoints import CONFIG
 from ivt_agents.training.run import RunError, check_least, write_json
 from ivt_env.failures import end_with_parent
@@ -89,7 +88,7 @@ def main(args: Args) -> None:
     check_least(args, least | {"episode_steps": 2, "grpo_steps": 0, "swap_samples": 0, "map_samples": 0})
     with lock_folder(args.out):
         if made := asked_of(args.out, "study.json"):
-            refuse_other(args.out, with_new_names(made), asdict(args), "give another --out", may_differ={"out", "jobs"})
+            refuse_other(args.out, made, asdict(args), "give another --out", may_differ={"out", "jobs"})
         write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
         run_jobs([*_training(args), *_playing(args), *_scoring(args)], args.out, args.jobs)
         write_whole(args.out / "summary.md", summary(args.out, args.splits, swapped=args.swap_samples > 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -55,3 +56,12 @@ def small_trainer(
     )
     log = MetricsLog(folder, accelerator.is_main_process, keep_until=keep_until)
     return GRPOTrainer(policy or small_policy(), env, config, accelerator, log, folder)
+
+
+def trl_config(folder: Path, **options: Any) -> Any:
+    """TRL's configuration for groups of 4 on a CPU, which writes nothing."""
+    from trl import GRPOConfig
+
+    settings: dict[str, Any] = {"output_dir": str(folder), "num_generations": 4, "bf16": False, "use_cpu": True}
+    settings |= {"gradient_checkpointing": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    return GRPOConfig(**(settings | options))

@@ -7,7 +7,6 @@ agent, a random baseline changes with the batch size, and "stopped after one" ha
 from __future__ import annotations
 
 import sys
-import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,22 +102,13 @@ def test_random_agent_stops_by_chance_but_never_at_the_first_step() -> None:
 
 
 @pytest.mark.parametrize("spec", ["random", "oracle"])
-def test_the_number_of_environments_does_not_change_what_is_drawn(spec: str) -> None:
+def test_the_seed_alone_decides_what_is_drawn_and_not_the_number_of_environments(spec: str) -> None:
     runs = []
-    for num_envs in (1, 3, 7):
+    for num_envs, seed in ((1, 4), (3, 4), (7, 4), (7, 5)):
         env = environment(num_envs)
-        runs.append(actions_of(rollout(env, load_agent(spec, env=env, seed=4), episodes=10, seed=9)))
-    assert runs[0] == runs[1] == runs[2]
+        runs.append(actions_of(rollout(env, load_agent(spec, env=env, seed=seed), episodes=10, seed=9)))
+    assert runs[0] == runs[1] == runs[2] != runs[3]
     assert len({str(episode) for episode in runs[0]}) == 10  # and no two episodes are alike
-
-
-@pytest.mark.parametrize("spec", ["random", "oracle"])
-def test_the_seed_decides_every_draw(spec: str) -> None:
-    runs = []
-    for seed in (4, 4, 5):
-        env = environment()
-        runs.append(actions_of(rollout(env, load_agent(spec, env=env, seed=seed), episodes=8, seed=9)))
-    assert runs[0] == runs[1] != runs[2]
 
 
 def test_reset_begins_new_streams_only_where_the_mask_is_true() -> None:
@@ -146,10 +136,10 @@ def test_oracle_without_noise_is_right_at_once_and_stops_after_its_proposals() -
 
 def test_oracle_noise_shrinks_from_step_to_step() -> None:
     env = environment(32)
-    played = rollout(env, OracleAgent(env, noise=0.1, shrink=0.5, proposals=3), episodes=320, seed=0)
+    played = rollout(env, OracleAgent(env, noise=0.1, shrink=0.5, proposals=3), episodes=160, seed=0)
     error = np.array(
         [[(np.array(s.proposal) - e.target) / (e.target[2] - e.target[0]) for s in e.steps] for e in played]
-    )  # (320, 3 steps, 4 edges), relative to the target's width
+    )  # (160, 3 steps, 4 edges), relative to the target's width
     spread = error[:, :, [0, 2]].std(axis=(0, 2))
     assert np.allclose(spread, [0.1, 0.05, 0.025], rtol=0.15)
 
@@ -187,7 +177,7 @@ class Talker:
         self.resets.append(mask.tolist())
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 3, 5])
 def test_stop_after_k_proposes_k_times_and_then_stops(count: int) -> None:
     talker = Talker()
     played = rollout(environment(4, max_steps=4), StopAfter(talker, count), episodes=4, seed=0)
@@ -206,12 +196,9 @@ def test_stop_after_0_keeps_the_box_that_the_episode_began_with() -> None:
     assert np.allclose(episode.steps[0].box or (), start)
 
 
-def test_stop_after_k_lets_the_agent_stop_earlier() -> None:
+def test_stop_after_k_lets_the_agent_stop_earlier_and_counts_a_refused_proposal() -> None:
     (episode,) = rollout(environment(1), load_agent("stop-after-3:centre"), 1, seed=0)
     assert [s.stop for s in episode.steps] == [False, True]
-
-
-def test_a_refused_proposal_counts_towards_stop_after_k() -> None:
     (episode,) = rollout(environment(1), StopAfter(Talker(box=(0.5, 0.5, 0.1, 0.1)), 1), 1, seed=0)
     assert [s.invalid is not None for s in episode.steps] == [True, False]
     assert episode.terminated
@@ -267,20 +254,6 @@ def test_a_class_in_the_current_directory_plugs_in_by_name(here: Path) -> None:
         assert episode.steps[0].proposal == (0, 0, 0.5, 0.5)
 
 
-def test_vlm_specs_hand_folder_seed_and_options_to_load_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    def load_policy(path: str, **options: Any) -> Talker:
-        calls.append((path, options))
-        return Talker()
-
-    fake = types.ModuleType("ivt_agents.vlm.load")
-    fake.load_policy = load_policy  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ivt_agents.vlm.load", fake)
-    load_agent("stop-after-1:vlm:C:/runs/a:b", seed=7, temperature=0.5)
-    assert calls == [("C:/runs/a:b", {"seed": 7, "temperature": 0.5})]
-
-
 def test_a_vlm_without_the_training_install_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ivt_agents.vlm.load", None)
     with pytest.raises(ValueError, match="vlm:x.*needs the training install"):
@@ -294,14 +267,11 @@ def test_a_vlm_without_the_training_install_is_a_clear_error(monkeypatch: pytest
             "randon",
             "no agent 'randon' .did you mean 'random'..; there are random, centre, oracle, ocr, stop-after-K",
         ),
-        ("Centre", "did you mean 'centre'"),
-        ("center", "did you mean 'centre'"),
+        ("Center", "did you mean 'centre'"),
         ("", "no agent ''; there are random"),
-        ("vlm", "no agent 'vlm'"),
         ("vlm:", "no agent 'vlm:'"),
         ("oracle", "reads the target box.*env="),
         ("stop-after-2", "who proposes, like 'stop-after-1:random'"),
-        ("stop-after-two:random", "after how many proposals"),
         ("stop-after--1:random", "after how many proposals"),
         ("stop-after-1:randon", "did you mean 'random'"),
         ("vml:folder", "no module 'vml'.*did you mean 'vlm'"),

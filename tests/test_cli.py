@@ -10,9 +10,7 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 import warnings
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -85,18 +83,18 @@ def test_help_imports_neither_numpy_nor_gymnasium_nor_torch():
     assert probe(code) == "[]\n"
 
 
-@pytest.mark.parametrize("words", [*LIGHT, ["rollout"]], ids=" ".join)
-def test_a_light_command_imports_no_torch(words):
+def test_the_light_commands_import_no_torch_and_no_client():
     code = (
-        "import sys, contextlib, io; from ivt_agents import cli\n"
-        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
-        f"    cli.main({[*words, '--help']!r})\n"
-        "print('torch' in sys.modules or 'transformers' in sys.modules)"
+        "import sys, contextlib, io; from ivt_agents import cli; import ivt_agents.play.by_name\n"
+        f"for words in {[*LIGHT, ['rollout']]!r}:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        cli.main([*words, '--help'])\n"
+        "print(sorted({'torch', 'transformers', 'openai'} & set(sys.modules)))"
     )
-    assert probe(code) == "False\n"
+    assert probe(code) == "[]\n"
 
 
-def stand_in(monkeypatch, name, tmp_path, outcome=None):
+def stand_in(monkeypatch, name, outcome=None):
     """The script's own ``Args``, and a ``main`` that only takes note of what it was called with."""
     got = []
 
@@ -120,10 +118,10 @@ def stand_in(monkeypatch, name, tmp_path, outcome=None):
         ("rollout", ["--env", "IVT-Photos-v0", "--json", "--index", "3"]),
     ],
 )
-def test_flags_reach_the_script_as_they_would_without_ivt(name, words, monkeypatch, tmp_path):
+def test_flags_reach_the_script_as_they_would_without_ivt(name, words, monkeypatch):
     from ivt_agents.command import parse
 
-    module, got = stand_in(monkeypatch, name, tmp_path)
+    module, got = stand_in(monkeypatch, name)
     before = list(sys.argv)
     assert cli.main([name, *words]) == 0
     assert got == [parse(module.Args, words)] and got != [parse(module.Args, [])]
@@ -133,28 +131,27 @@ def test_flags_reach_the_script_as_they_would_without_ivt(name, words, monkeypat
 def test_a_configuration_file_and_an_override_reach_the_training_script(monkeypatch, tmp_path):
     (tmp_path / "c.yaml").write_text("grpo:\n  steps: 7\n  num_generations: 4\nsft:\n  steps: 3\n")
     for name, steps in (("train-grpo", 7), ("train-sft", 3)):
-        _, got = stand_in(monkeypatch, name, tmp_path)
+        _, got = stand_in(monkeypatch, name)
         assert cli.main([name, "--config", str(tmp_path / "c.yaml")]) == 0
         assert cli.main([name, "--config", str(tmp_path / "c.yaml"), "--steps", "9"]) == 0
         assert [args.steps for args in got] == [steps, 9]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(
     ("outcome", "status"),
     [(None, 0), (Path("runs/x"), 0), (True, 0), (2, 2), (ValueError("no such thing"), 2), (KeyboardInterrupt(), 130)],
     ids=repr,
 )
-def test_the_exit_status_of_a_script_says_how_it_went(name, outcome, status, monkeypatch, tmp_path, capsys):
-    stand_in(monkeypatch, name, tmp_path, outcome)
-    assert cli.main([name]) == status
+def test_the_exit_status_of_a_script_says_how_it_went(outcome, status, monkeypatch, capsys):
+    stand_in(monkeypatch, "rollout", outcome)
+    assert cli.main(["rollout"]) == status
     errors = capsys.readouterr().err
     assert ("error: no such thing\n" in errors) == isinstance(outcome, ValueError)
     assert ("interrupted" in errors) == (status == 130)
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
-    stand_in(monkeypatch, "train-sft", tmp_path, ZeroDivisionError("a bug"))
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    stand_in(monkeypatch, "train-sft", ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         cli.main(["train-sft"])
 
@@ -172,30 +169,12 @@ def test_without_the_training_install_the_remedy_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == 'error: tyro is not installed: pip install "ivt-env[train]"\n'
 
 
-@pytest.mark.parametrize("script", [True, False])
-def test_evaluate_prints_its_results_as_json_and_everything_else_elsewhere(script, tmp_path):
-    words = [
-        "--out",
-        str(tmp_path),
-        "--policies",
-        "a=random",
-        "b=centre",
-        "--samples",
-        "6",
-        "--num-envs",
-        "3",
-        "--json",
-    ]
-    ended = subprocess.run(
-        [sys.executable, *(["evaluate.py"] if script else ["-m", "ivt_agents.cli", "evaluate"]), *words],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout) == json.loads((tmp_path / "results.json").read_text())
-    assert "Acc@0.5 (%), without ground truth" in ended.stderr
+def test_evaluate_prints_its_results_as_json_and_everything_else_elsewhere(tmp_path, capsys):
+    options = f"--out {tmp_path} --policies a=random b=centre --samples 6 --num-envs 3 --json"
+    assert cli.main(["evaluate", *options.split()]) == 0
+    output, errors = capsys.readouterr()
+    assert json.loads(output) == json.loads((tmp_path / "results.json").read_text())
+    assert "Acc@0.5 (%), without ground truth" in errors
 
 
 def test_agents_lists_every_form_that_load_agent_takes(capsys, tmp_path):
@@ -236,13 +215,6 @@ def test_envs_says_what_each_would_serve_and_where_it_looked(capsys, tmp_path):
     printed = capsys.readouterr().out
     assert f"from {tmp_path / 'refl4'}" in printed and f"not in {tmp_path}: EMBEDDED SCENES" in printed
     assert "ivt data fetch refcoco" in printed
-
-
-def test_the_installed_command_is_this_one():
-    project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text("utf-8"))["project"]
-    assert project["scripts"] == {"ivt": "ivt_agents.cli:main"}
-    (script,) = entry_points(group="console_scripts", name="ivt")
-    assert script.load() is cli.main
 
 
 def test_a_terminal_without_the_letters_gets_them_escaped(tmp_path):

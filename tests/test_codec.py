@@ -112,21 +112,7 @@ def test_anything_else_is_a_failure_and_never_a_guess(text):
     assert parse_action(text).failed
 
 
-NESTED = [
-    '{"a":',
-    '{"',
-    "{",
-    "[",
-    '{"a":[',
-    '{"a":[1,1,',
-    "\\",
-    '\\"',
-    '"',
-    '{"a": {}, ',
-    '{"a":{"b":1},"c":',
-    '{"\\"',
-    "9",
-]
+NESTED = ['{"a":', '{"', "[", '{"a":[1,1,', '\\"', '{"a":{"b":1},"c":', '{"\\"', "9"]
 
 
 @pytest.mark.parametrize("part", NESTED)

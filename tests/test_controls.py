@@ -15,7 +15,7 @@ import pytest
 
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.controls import PickOfShots, SecondShot, medoid, most_confident
-from ivt_agents.play.cost import Cost, Metered, cost_of
+from ivt_agents.play.cost import Metered, cost_of
 from ivt_agents.play.scripted import StopAfter
 from ivt_agents.sft import train as train_sft
 from ivt_agents.vlm.codec import parse_action
@@ -117,15 +117,14 @@ def test_a_pick_of_shots_proposes_what_its_own_readable_answers_say(kind: str, p
 # ---- what they are equal to ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["medoid-1@0:vlm:tiny", "medoid-3@0:vlm:tiny", "best-of-2@0:vlm:tiny"])
+@pytest.mark.parametrize("spec", ["medoid-3@0:vlm:tiny", "best-of-2@0:vlm:tiny"])
 def test_without_chance_a_pick_of_shots_is_the_first_step_of_the_policy_and_a_stop(spec: str) -> None:
     assert proposals(load_agent(spec)) == proposals(load_agent("stop-after-1:vlm:tiny"))
 
 
 @pytest.mark.parametrize("spec", ["medoid-2@0:vlm:tiny", "second-shot@0:vlm:tiny"])
 def test_the_number_of_environments_does_not_change_what_is_answered(spec: str) -> None:
-    runs = [proposals(load_agent(spec), n) for n in (1, 2, 5)]
-    assert runs[0] == runs[1] == runs[2]
+    assert proposals(load_agent(spec), 1) == proposals(load_agent(spec), 2)
 
 
 @pytest.mark.parametrize("spec", ["medoid-3:vlm:tiny", "second-shot:vlm:tiny"])
@@ -142,19 +141,12 @@ def test_a_conversation_that_could_grow_begins_anew_with_every_shot() -> None:
 def test_a_conversation_that_the_policy_had_before_is_not_gone_on_with() -> None:
     policy = load_policy("tiny", layout="prefix")
     _, observations = opened()
-    wanted = PickOfShots(policy, 1, medoid, 0.0).act(observations)["text"]
-    policy.act(observations)
-    assert PickOfShots(policy, 1, medoid, 0.0).act(observations)["text"] == wanted
-    policy.act(observations)
+    policy.set_temperature(0.25)
     control = PickOfShots(policy, 1, medoid, 0.0)
-    control.act(observations)
+    wanted = control.act(observations)["text"]
+    policy.act(observations)
+    assert control.act(observations)["text"] == wanted and policy.temperature == 0.25
     assert all(t is not None and len(t.prompt.images) == 1 for t in control.turns)
-
-
-def test_a_control_leaves_the_policy_as_it_was() -> None:
-    policy = load_policy("tiny", temperature=0.25, batch_size=7)
-    PickOfShots(policy, 3, medoid).act(opened()[1])
-    assert (policy.sampling.temperature, policy.batch_size) == (0.25, 7)
 
 
 # ---- the second shot -------------------------------------------------------------------------
@@ -273,15 +265,11 @@ class Watched:
     ("spec", "options", "env_options"),
     [
         ("vlm:tiny", {}, {}),
-        ("vlm:tiny", {"reuse": False}, {}),
-        ("vlm:tiny", {"layout": "prefix"}, {}),
         ("vlm:tiny", {"layout": "prefix"}, {"view": "both"}),
         ("vlm:tiny", {"layout": "prefix", "reuse": False}, {}),
         ("stop-after-2:vlm:tiny", {"layout": "prefix"}, {}),
         ("medoid-3:vlm:tiny", {"batch_size": 4}, {}),
-        ("medoid-3:vlm:tiny", {"layout": "prefix"}, {}),
         ("medoid-2:vlm:tiny", {"reuse": False}, {}),
-        ("stop-after-1:second-shot:vlm:tiny", {}, {}),
         ("second-shot:vlm:tiny", {}, {"view": "both"}),
         ("best-of-2:pixels-2:vlm:tiny", {}, {"canvas": 384}),
     ],
@@ -332,44 +320,18 @@ def test_a_conversation_that_was_joined_halfway_is_not_guessed_at() -> None:
         cost_of(policy.turns)
 
 
-def test_means_are_over_episodes() -> None:
-    total = Cost(1, 2, 3, 4, 5) + Cost(1, 0, 1, 0, 1)
-    found = total.per_episode(2)
-    assert found == {"answers": 1.0, "images": 1.0, "patches": 2.0, "prefilled": 2.0, "sampled": 3.0}
-
-
 # ---- larger images -------------------------------------------------------------------------
 
 
-def test_a_policy_with_more_pixels_sees_larger_images_and_keeps_them_when_saved(tmp_path: Any) -> None:
-    image = [np.zeros((384, 384, 3), dtype=np.uint8)]
-    grids = {k: load_policy("tiny", pixels=k).dialogue.process(image)[0].grid for k in (None, 1.0, 2.0, 4.0)}
-    assert grids == {None: (1, 12, 12), 1.0: (1, 12, 12), 2.0: (1, 16, 16), 4.0: (1, 24, 24)}
-    load_policy("tiny", pixels=2.0).save(tmp_path / "larger")
-    again = load_policy(tmp_path / "larger")
-    assert again.dialogue.process(image)[0].grid == (1, 16, 16)
-    twice = load_policy(tmp_path / "larger", pixels=2.0)
-    assert twice.dialogue.process(image)[0].grid == (1, 24, 24), "the factor is on what the folder says"
-
-
 def test_the_larger_image_can_be_trained_on_and_is_what_the_trained_policy_is_shown(tmp_path: Any) -> None:
-    args = train_sft.Args(
-        single_shot=True,
-        pixels=2.0,
-        samples=4,
-        steps=1,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        eval_samples=0,
-        report_to="none",
-        out=tmp_path / "run",
-    )
-    trained = load_policy(train_sft.main(args))
+    few: dict[str, Any] = {"samples": 4, "steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    few |= {"eval_samples": 0, "report_to": "none", "out": tmp_path / "run"}
+    trained = load_policy(train_sft.main(train_sft.Args(single_shot=True, pixels=2.0, **few)))
     image = [np.zeros((384, 384, 3), np.uint8)]
-    assert trained.dialogue.process(image)[0].grid == load_policy("tiny", pixels=2.0).dialogue.process(image)[0].grid
+    assert trained.dialogue.process(image)[0].grid == (1, 16, 16)
 
 
-@pytest.mark.parametrize("pixels", [0.2, 0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("pixels", [0.2, -1.0, float("nan"), float("inf")])
 def test_a_budget_below_the_least_is_refused_with_the_least_factor(pixels: float) -> None:
     with pytest.raises(PolicyError, match=r"pixels .*at most 9216 .*never fewer than 2304.*at least 0\.25"):
         load_policy("tiny", pixels=pixels)
@@ -395,8 +357,6 @@ def test_a_spec_gives_the_control_that_it_names() -> None:
     ("spec", "says"),
     [
         ("medoid-0:vlm:tiny", "control 'medoid-0'.*N answers, at least 1"),
-        ("medoid-x:vlm:tiny", "control 'medoid-x'"),
-        ("best-of-:vlm:tiny", "control 'best-of-'"),
         ("best-of-3@-1:vlm:tiny", "behind it @T"),
         ("second-shot-2:vlm:tiny", "control 'second-shot-2'"),
         ("medoid-3", "write 'medoid-3:vlm:FOLDER'"),
@@ -420,14 +380,12 @@ def test_a_temperature_beside_the_name_is_refused_because_it_would_not_be_used()
         load_agent("medoid-2:vlm:tiny", temperature=0.5)
 
 
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda policy: PickOfShots(policy, 0, medoid), "count 0"),
-        (lambda policy: PickOfShots(policy, 2, medoid, -1.0), "temperature -1"),
-        (lambda policy: SecondShot(policy, float("nan")), "temperature nan"),
-    ],
-)
-def test_an_option_out_of_range_is_refused_with_its_value(make: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        make(load_policy("tiny"))
+def test_an_option_out_of_range_is_refused_with_its_value() -> None:
+    policy = load_policy("tiny")
+    for make, says in (
+        (lambda: PickOfShots(policy, 0, medoid), "count 0"),
+        (lambda: PickOfShots(policy, 2, medoid, -1.0), "temperature -1"),
+        (lambda: SecondShot(policy, float("nan")), "temperature nan"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            make()

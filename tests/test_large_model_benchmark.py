@@ -65,12 +65,10 @@ def test_operations_of_the_decoder_agree_with_those_that_torch_counts():
     assert phases.flops["prefill"] + attention - norms == pytest.approx(torchs.get_total_flops(), rel=1e-3)
 
 
-def test_the_true_sizes_have_their_true_number_of_parameters():
-    tokenizer = build_tokenizer()
-    for size, number in (("2b", 2_127_532_032), ("4b", 4_437_815_808), ("8b", 8_767_123_696)):
-        model = random_model(architecture(size, tokenizer), "meta", torch.bfloat16, 2)
-        assert sum(p.numel() for p in model.parameters()) == number
-        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+def test_a_true_size_has_its_true_number_of_parameters():
+    model = random_model(architecture("4b", build_tokenizer()), "meta", torch.bfloat16, 2)
+    assert sum(p.numel() for p in model.parameters()) == 4_437_815_808
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_phases_are_exclusive():

@@ -100,6 +100,31 @@ def test_a_dragged_box_is_the_one_that_is_scored(open_play: Callable[..., Page],
     assert page.expression() == episode.expression and "1 of 2 played" in page.text("#play-so-far")
 
 
+class LargeImage(OneImage):
+    """One that no window shows pixel by pixel."""
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample("s", "p", "the button", (0.5, 0.5, 0.51, 0.51), (1440, 2560), "scenes", "val")
+
+    def image(self, sample: Sample) -> Any:
+        return np.full((1440, 2560, 3), 128, np.uint8)
+
+
+def test_a_small_target_can_be_drawn_pixel_by_pixel(open_play: Callable[..., Page], tmp_path: Path) -> None:
+    page = open_play(dataset=LargeImage())
+    whole = page.rect("#board")
+    page.drag("#board", (0.5, 0.5), (0.55, 0.55))  # where the mouse is then
+    page.click("#play-zoom")
+    width = page.run("return byId('board').offsetWidth")
+    assert whole[2] - whole[0] < 1000 and width == 2560
+    board, stage = page.rect("#board"), page.rect(".play .stage")
+    assert board[0] < stage[0] and board[2] > stage[2], "it scrolls to where the mouse was, not to a corner"
+    pixels = page.run("return play.draft.map((v, i) => v * [2560, 1440][i % 2])")
+    np.testing.assert_allclose(page.rect("rect.draft") - np.tile(board[:2], 2), pixels, atol=2)
+    page.click("#play-zoom")
+    np.testing.assert_allclose(page.rect("#board"), whole, atol=1)
+
+
 def test_the_whole_game_can_be_played_without_a_mouse(open_play: Callable[..., Page], tmp_path: Path) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 

@@ -22,10 +22,12 @@ from ivt_agents.grpo.trainer import GRPOTrainer
 from ivt_agents.training.options import TrainingOptions
 from ivt_agents.training.run import MetricsLog, RunError
 from ivt_agents.vlm.adapters import add_lora, drop_reference, has_reference, make_trainable, merged, reference_adapter
+from ivt_agents.vlm.footprint import count_parts, weight_bytes
 from ivt_agents.vlm.generation import TokenScorer, core_of
 from ivt_agents.vlm.load import PolicyError, load_policy
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.precision import can_merge, stored_as
+from ivt_agents.vlm.prompts import load_prompts
 from ivt_agents.vlm.turns import Turn
 from ivt_env.rollouts import make_vector_env
 from tests.learner import small_config
@@ -80,52 +82,32 @@ def adapted(folder, **options) -> VLMPolicy:
 
 
 @needs_bitsandbytes
-def test_nf4_quantises_the_decoder_and_leaves_vision_embeddings_norms_and_head_in_bf16():
+def test_nf4_quantises_the_decoder_alone_and_takes_the_bytes_that_the_dry_run_reckons_with():
     import bitsandbytes
 
-    model = load_policy("tiny", quantize="nf4").model
-    kinds = {
-        name: isinstance(m, bitsandbytes.nn.Linear4bit) for name, m in model.named_modules() if hasattr(m, "weight")
-    }
-    quantised = {n for n, yes in kinds.items() if yes}
+    plain, model = load_policy("tiny").model, load_policy("tiny", quantize="nf4").model
+    modules = [(n, m) for n, m in model.named_modules() if hasattr(m, "weight")]
+    quantised = {n for n, m in modules if isinstance(m, bitsandbytes.nn.Linear4bit)}
     assert len(quantised) == 7 * len(model.model.language_model.layers)
     assert all("language_model.layers" in n for n in quantised)
     rest = [p for n, p in model.named_parameters() if n.removesuffix(".weight") not in quantised]
-    assert {p.dtype for p in rest} == {torch.bfloat16}
+    assert {p.dtype for p in rest} == {torch.bfloat16}, "vision, embeddings, norms and head"
     layer = model.model.language_model.layers[0].self_attn.q_proj
     state = layer.weight.quant_state
     assert state.quant_type == "nf4" and state.nested and layer.compute_dtype == torch.bfloat16
-
-
-@needs_bitsandbytes
-def test_nf4_weights_take_the_bytes_that_the_dry_run_reckons_with():
-    from ivt_agents.vlm.footprint import count_parts, weight_bytes
-
-    plain = load_policy("tiny").model
-    model = load_policy("tiny", quantize="nf4").model
-    held = 0
-    for parameter in model.parameters():
-        held += parameter.nbytes
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:  # 256 scales share one float32, so the last group may be short
-            held += state.absmax.nbytes + state.state2.absmax.nbytes
+    states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
+    held = sum(p.nbytes for p in model.parameters())
+    held += sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
     assert held == pytest.approx(weight_bytes(count_parts(plain), "nf4"), rel=0.01)
 
 
 @pytest.mark.parametrize("options", FORMATS)
-def test_a_model_in_few_bits_says_nearly_what_the_full_one_says(options):
+def test_a_model_in_few_bits_says_nearly_what_the_full_one_says_and_its_float32_adapters_learn(options):
     """Rounding is noise; a wrong scale would be nonsense. The bound is a third of the policy's own entropy."""
-    full = load_policy("tiny", temperature=1.0)
+    full, policy = (load_policy("tiny", temperature=1.0, **o) for o in ({}, options))
     turns = played(full)
-    few = load_policy("tiny", temperature=1.0, **options)
-    difference = (scored(few, turns) - scored(full, turns)).abs().mean()
+    difference = (scored(policy, turns) - scored(full, turns)).abs().mean()
     assert 0 < difference < 0.5
-
-
-@pytest.mark.parametrize("options", FORMATS)
-def test_adapters_are_float32_and_learn_on_a_base_in_few_bits(options):
-    policy = load_policy("tiny", temperature=1.0, **options)
-    turns = played(policy)
     policy.model = make_trainable(policy.model, 4)
     trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32} and all("lora_" in n for n in trained)
@@ -135,21 +117,20 @@ def test_adapters_are_float32_and_learn_on_a_base_in_few_bits(options):
 
 
 @pytest.mark.parametrize("options", FORMATS)
-def test_a_saved_policy_is_loaded_as_it_was_trained(options, tmp_path):
+def test_a_saved_policy_is_loaded_as_it_was_trained_and_refused_on_other_weights(options, tmp_path):
     policy = adapted(tmp_path / "policy", **options)
     recorded = json.loads((tmp_path / "policy" / "policy.json").read_text())
     assert recorded | stored_as(policy.model) == recorded
+    assert load_prompts(tmp_path / "policy" / "policy.json").prompts == policy.dialogue.prompts
     again = load_policy(tmp_path / "policy", temperature=1.0)
     assert stored_as(again.model) == stored_as(policy.model)
     turns = played(policy)
     assert torch.equal(scored(again, turns), scored(policy, turns))
-
-
-@needs_bitsandbytes
-def test_an_adapter_made_on_nf4_is_refused_on_other_weights(tmp_path):
-    adapted(tmp_path / "policy", quantize="nf4")
-    with pytest.raises(PolicyError, match="would be another policy"):
-        load_policy(tmp_path / "policy", quantize="none")
+    if "quantize" in options:
+        with pytest.raises(PolicyError, match="would be another policy"):
+            load_policy(tmp_path / "policy", quantize="none")
+    with pytest.raises(RunError, match="give --lora-r 4"):
+        make_trainable(policy.model, 8)
 
 
 # --- Adapters ---------------------------------------------------------------------------------------
@@ -214,12 +195,6 @@ def test_grpo_goes_on_with_the_warm_start_adapter_and_its_first_kl_is_zero(optio
     assert first["train/kl"] == 0 and first["train/grad_norm"] > 0 and second["train/kl"] > 0
     assert any("reference" in n for n in frozen)
     assert all(torch.equal(p, frozen[n]) for n, p in policy.model.named_parameters() if n in frozen)
-
-
-def test_another_rank_than_the_adapter_has_is_refused(tmp_path):
-    policy = adapted(tmp_path / "policy", dtype="bfloat16")
-    with pytest.raises(RunError, match="give --lora-r 4"):
-        make_trainable(policy.model, 8)
 
 
 # --- Sampler and scorer -----------------------------------------------------------------------------
@@ -301,27 +276,16 @@ def test_formats_that_contradict_each_other_or_cannot_be_had_are_refused(options
         TrainingOptions(**options).check_model(rank)
 
 
-def test_nf4_without_its_package_is_refused_with_the_command_that_gets_it(monkeypatch):
+def test_formats_that_are_unknown_or_need_a_package_are_refused_with_what_there_is(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a))
-    with pytest.raises(PolicyError, match=r"ivt-env\[quantize\]"):
-        TrainingOptions(quantize="nf4").check_model(8)
-    with pytest.raises(PolicyError, match=r"ivt-env\[quantize\]"):
-        load_policy("tiny", quantize="nf4")
-
-
-def test_unknown_formats_are_refused_with_those_that_there_are():
     for options, said in (
         ({"dtype": "float16"}, "bfloat16"),
         ({"quantize": "int8"}, "nf4"),
         ({"attention": "x"}, "sdpa"),
+        ({"quantize": "nf4"}, r"ivt-env\[quantize\]"),
     ):
         with pytest.raises(PolicyError, match=said):
             load_policy("tiny", **options)
-
-
-def test_a_loaded_model_trains_every_weight_only_in_float32():
     with pytest.raises(RunError, match="--dtype float32"):
         make_trainable(load_policy("tiny", dtype="bfloat16").model, 0)
-    model = make_trainable(load_policy("tiny").model, 0)
-    assert all(p.requires_grad for p in model.parameters())

@@ -19,11 +19,9 @@ import torch
 from killed_run import run, with_out
 from learner import small_trainer
 
-from ivt_agents.config import RENAMED, with_new_names
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.checks import MAY_CHANGE, check_run
 from ivt_agents.grpo.train import Args
-from ivt_agents.sft.train import Args as SFTArgs
 from ivt_agents.training.checkpoints import (
     PROCESSES,
     checkpoints,
@@ -266,25 +264,6 @@ def test_a_command_that_would_make_another_run_of_it_changes_nothing(tmp_path):
     assert load_checkpoint(out)["step"] == 3
     train_grpo.main(Args(**with_out(TINY, out, steps=1, seed=1, overwrite=True)))
     assert load_checkpoint(out)["step"] == 1 and recorded_options(out)["seed"] == 1
-
-
-def old_names(options: dict[str, object]) -> dict[str, object]:
-    """Options as they were recorded before they got the names of TRL and transformers."""
-    old = {new: name for name, new in RENAMED.items()}
-    found = {old.get(key, key): value for key, value in options.items() if key != "lora_alpha"}
-    found["mixed_precision"] = "bf16" if found.pop("bf16") else "no"
-    if (passes := found.pop("gradient_accumulation_steps", None)) is not None:
-        found["batch"] = found["micro_batch"] * passes * found[PROCESSES]
-    return found
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("args", [Args(bf16=True), SFTArgs(per_device_train_batch_size=8), SFTArgs(lora_r=4)])
-def test_old_names_and_values_are_read_as_todays(args, processes, tmp_path):
-    written = json.loads(json.dumps(asdict(args), default=str)) | {PROCESSES: processes}
-    write_json(tmp_path / "config.json", old_names(written))
-    assert recorded_options(tmp_path) == written
-    assert with_new_names(old_names(written)) == with_new_names(written) == written
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,12 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from killed_run import with_out
-from learner import small_policy, small_trainer
+from learner import small_trainer
 
 from experiments import study
+from ivt_agents.cli import main
 from ivt_agents.evaluation import evaluate
 from ivt_agents.evaluation.report import Args as ReportArgs
 from ivt_agents.evaluation.report import main as report
@@ -35,31 +37,20 @@ from ivt_agents.vlm.load import load_policy
 from ivt_env.episodes import Episode, Step, image_file, load_episodes, save_episodes
 from ivt_env.files import FileError, asked_of, lock_folder, whole_folder
 
-GRPO = {
-    "model": "tiny",
-    "prompts": 1,
-    "num_generations": 2,
-    "episode_steps": 3,
-    "max_completion_length": 14,
-    "lora_r": 4,
-    "learning_rate": 5e-3,
-    "warmup_steps": 1,
-    "temperature": 1.5,  # the shipped model is so sure that its answers are alike, and nothing is learned
-}
-GRPO |= {"eval_samples": 0, "report_to": "none", "save_steps": 1, "steps": 1}
-SFT = {
-    "samples": 6,
-    "steps": 3,
-    "gradient_accumulation_steps": 1,
-    "per_device_train_batch_size": 4,
-    "eval_samples": 3,
-    "report_to": "none",
-    "save_steps": 1,
-}
+GRPO = {"model": "tiny", "prompts": 1, "num_generations": 2, "episode_steps": 3, "max_completion_length": 14}
+GRPO |= {"lora_r": 4, "learning_rate": 5e-3, "warmup_steps": 1, "steps": 1, "save_steps": 1}
+GRPO |= {"temperature": 1.5}  # the shipped model is so sure that its answers are alike, and nothing is learned
+GRPO |= {"eval_samples": 0, "report_to": "none"}
+SFT = {"samples": 6, "steps": 3, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+SFT |= {"eval_samples": 3, "report_to": "none", "save_steps": 1}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -69,32 +60,26 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # --- SFT ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [{"lora_r": 4}, {"optim": "muon"}])
-def test_sft_that_was_cut_off_ends_as_the_run_that_was_not(tmp_path, kind, monkeypatch):
-    options = SFT | kind
-    train_sft.main(train_sft.Args(**with_out(options, tmp_path / "whole")))
+@pytest.mark.parametrize(("kind", "cut"), [({"lora_r": 4}, "taught"), ({"optim": "muon"}, "trained")])
+def test_sft_that_was_cut_off_ends_as_the_run_that_was_not(tmp_path, kind, cut, monkeypatch):
+    options, whole, out = SFT | kind, tmp_path / "whole", tmp_path / cut
+    train_sft.main(train_sft.Args(**with_out(options, whole)))
     played: list[int] = []
     real = train_sft.play
     for module in (train_sft, training_options):
         monkeypatch.setattr(module, "play", lambda *a, **k: played.append(1) or real(*a, **k))
-    for cut in ("taught", "trained"):
-        out = tmp_path / cut
-        shutil.copytree(tmp_path / "whole", out)
-        for name in ("policy", "before_after.json"):
-            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
-        if cut == "taught":
-            shutil.rmtree(out / "checkpoints")
-        else:
-            shutil.rmtree(checkpoints(out)[-1])
-            assert load_checkpoint(out)["step"] == 2
-        played.clear()
-        train_sft.main(train_sft.Args(**with_out(options, out, resume=True)))
-        assert len(played) == 1, "the table's second column; what was measured and harvested before is kept"
-        one, other = weights(tmp_path / "whole" / "policy"), weights(out / "policy")
-        assert all(torch.equal(v, other[n]) for n, v in one.items())
-        same = ("before_after.json", "demonstrations.jsonl", "metrics.jsonl", "before.json")
-        assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in same)
-    assert [row["step"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == [1, 2, 3]
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "policy")
+    (out / "before_after.json").unlink()
+    shutil.rmtree(out / "checkpoints" if cut == "taught" else checkpoints(out)[-1])
+    assert cut == "taught" or load_checkpoint(out)["step"] == 2
+    train_sft.main(train_sft.Args(**with_out(options, out, resume=True)))
+    assert len(played) == 1, "the table's second column; what was measured and harvested before is kept"
+    one, other = weights(whole / "policy"), weights(out / "policy")
+    assert all(torch.equal(v, other[n]) for n, v in one.items())
+    same = ("before_after.json", "demonstrations.jsonl", "metrics.jsonl", "before.json")
+    assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in same)
+    assert [row["step"] for row in read_metrics(whole / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_a_finished_warm_start_is_neither_replaced_nor_used_for_another_seed(tmp_path, monkeypatch):
@@ -109,11 +94,8 @@ def test_a_finished_warm_start_is_neither_replaced_nor_used_for_another_seed(tmp
         train_grpo.main(train_grpo.Args(**with_out(GRPO, tmp_path / "run", model=None, seed=1)))
     assert files_of(out) == before
 
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     for module in (train_sft, training_options):
-        monkeypatch.setattr(module, "play", killed)
+        monkeypatch.setattr(module, "play", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_sft.main(train_sft.Args(**with_out(SFT, out, seed=1, overwrite=True)))
     assert asked_of(out, "config.json")["seed"] == 1
@@ -138,26 +120,19 @@ def test_a_run_anew_that_is_cut_off_leaves_nothing_of_the_old_one_beside_its_con
     train_grpo.main(train_grpo.Args(**with_out(GRPO, out)))
     assert asked_of(out / "policy")["seed"] == 0 and asked_of(out / "adapter")["seed"] == 0
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(GRPOTrainer, "train", killed)
+    monkeypatch.setattr(GRPOTrainer, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_grpo.main(train_grpo.Args(**with_out(GRPO, out, seed=7, overwrite=True)))
     assert asked_of(out, "config.json")["seed"] == 7
     assert sorted(files_of(out)) == ["config.json", "metrics.jsonl"]
 
 
-def test_a_run_that_was_cut_off_before_its_first_checkpoint_begins_anew(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "config.json").write_text("{}")
-    train_grpo.main(train_grpo.Args(**with_out(GRPO, tmp_path)))
-    assert load_checkpoint(tmp_path)["step"] == 1
-
-
-def test_a_mistake_in_a_run_anew_costs_nothing_of_the_old_one(tmp_path):
+def test_a_run_cut_off_before_a_checkpoint_begins_anew_and_a_mistake_in_one_anew_costs_nothing(tmp_path):
     out = tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "config.json").write_text("{}")
     train_grpo.main(train_grpo.Args(**with_out(GRPO, out)))
+    assert load_checkpoint(out)["step"] == 1
     before = files_of(out)
     for wrong in ({"env": "IVT-Nothing-v0"}, {"model": str(tmp_path / "nothing")}, {"num_generations": 1}):
         with pytest.raises(Exception, match="IVT-Nothing|tmp.*nothing|num_generations 1"):
@@ -165,24 +140,26 @@ def test_a_mistake_in_a_run_anew_costs_nothing_of_the_old_one(tmp_path):
     assert files_of(out) == before
 
 
-def test_two_runs_in_one_folder_are_refused_by_name(tmp_path):
-    commands = [
-        lambda out: train_grpo.main(train_grpo.Args(**with_out(GRPO, out, resume=True))),
-        lambda out: train_sft.main(train_sft.Args(**with_out(SFT, out))),
-        lambda out: evaluate.main(evaluate.Args(out=out, samples=1)),
-    ]
+def test_two_runs_in_one_folder_are_refused_by_name(tmp_path, capsys):
     with lock_folder(tmp_path):
-        for command in commands:
+        for command in (
+            lambda: train_grpo.main(train_grpo.Args(**with_out(GRPO, tmp_path, resume=True))),
+            lambda: train_sft.main(train_sft.Args(**with_out(SFT, tmp_path))),
+            lambda: evaluate.main(evaluate.Args(out=tmp_path, samples=1)),
+        ):
             with pytest.raises(FileError, match="in use by process"):
-                command(tmp_path)
+                command()
+        assert main(["play", "--out", str(tmp_path)]) == 2 and "in use by process" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
+    """A checkpoint of two steps, as it was, and a trainer that would go on with it."""
     folder = tmp_path_factory.mktemp("whole")
     small_trainer(folder, steps=2, num_iterations=2, save_steps=1).train(lambda *_: None)
-    return folder, small_policy()
+    path = checkpoints(folder)[-1] / "state.pt"
+    return path, path.read_bytes(), small_trainer(folder, steps=2, num_iterations=2)
 
 
 def change(state, of, value):
@@ -226,30 +203,30 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_runs(tmp_path, checkpoint, name):
-    folder, policy = checkpoint
-    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
-    path = checkpoints(tmp_path)[-1] / "state.pt"
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_runs(checkpoint, name):
+    path, whole, trainer = checkpoint
+    path.write_bytes(whole)
     state = torch.load(path, weights_only=True)
     mutate, message = MUTATIONS[name]
     mutate(state)
     torch.save(state, path)
-    trainer = small_trainer(tmp_path, policy, steps=2, num_iterations=2)
-    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    before = {n: p.detach().clone() for n, p in trainer.policy.model.named_parameters()}
+    Accelerator(cpu=True)  # conftest takes its state back after each test
     with pytest.raises(RunError, match=message):
         trainer.resume()
     assert trainer.step == 0 and not trainer.optimizer.state_dict()["state"]
-    assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
+    assert all(torch.equal(before[n], p) for n, p in trainer.policy.model.named_parameters())
 
 
 def test_a_checkpoint_under_another_number_or_of_too_many_steps_is_refused(tmp_path, checkpoint):
-    folder, policy = checkpoint
-    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    path, whole, trainer = checkpoint
+    path.write_bytes(whole)
+    shutil.copytree(path.parent.parent, tmp_path / "checkpoints")
     with pytest.raises(RunError, match="has made 2 steps already, more than --steps 1: give at least 2"):
-        small_trainer(tmp_path, policy, steps=1, num_iterations=2).resume()
+        small_trainer(tmp_path, trainer.policy, steps=1, num_iterations=2).resume()
     checkpoints(tmp_path)[-1].rename(tmp_path / "checkpoints" / "step-1000000000")
     with pytest.raises(RunError, match="no checkpoint of step 1000000000"):
-        small_trainer(tmp_path, policy, steps=2, num_iterations=2).resume()
+        small_trainer(tmp_path, trainer.policy, steps=2, num_iterations=2).resume()
 
 
 # --- evaluations --------------------------------------------------------------------------------------
@@ -304,10 +281,6 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_never_lies_beside_old_tables
     evaluate.main(evaluate.Args(out=tmp_path / "cut", resume=True, **EVALUATION))
     assert played == ["centre"], "the forced episodes of the second policy were missing, and nothing else"
     assert same_scores(tmp_path / "whole", tmp_path / "cut")
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
 
 
 def test_an_evaluation_that_goes_on_always_says_what_its_episodes_were_played_for(tmp_path, monkeypatch):
@@ -394,21 +367,7 @@ def test_long_ids_become_short_names_that_stay_apart(tmp_path):
     assert {p.name for p in (tmp_path / "images").iterdir()} == set(found)
 
 
-def test_a_broken_image_is_named_and_the_others_are_shown(tmp_path, capsys):
-    from ivt_agents.cli import main
-
-    save_episodes(tmp_path, [episode("a"), episode("b")], lambda e: np.full((20, 30, 3), 200, np.uint8))
-    whole = (tmp_path / "images" / "a.png").read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"GIF89a"):
-        (tmp_path / "images" / "a.png").write_bytes(content)
-        assert main(["view", str(tmp_path)]) == 0
-        assert "1 image(s) are not on the page" in (told := capsys.readouterr().err) and "a.png cannot be read" in told
-    assert (tmp_path / "view.html").read_text().count("data:image/jpeg;base64") >= 1
-
-
 def test_a_device_is_not_replaced(tmp_path, capsys):
-    from ivt_agents.cli import main
-
     save_episodes(tmp_path, [episode("a")], lambda e: np.zeros((20, 30, 3), np.uint8))
     assert main(["view", str(tmp_path), "--out", "/dev/null"]) == 2
     assert "/dev/null is a device" in capsys.readouterr().err
@@ -419,10 +378,7 @@ def test_a_policy_folder_is_complete_or_absent(tmp_path, monkeypatch):
     policy = load_policy("tiny")
     policy.save(tmp_path / "policy", {"seed": 0})
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(type(policy.image_processor), "save_pretrained", killed)
+    monkeypatch.setattr(type(policy.image_processor), "save_pretrained", interrupted)
     for name in ("policy", "other"):
         with pytest.raises(KeyboardInterrupt):
             policy.save(tmp_path / name, {"seed": 1})
@@ -430,17 +386,7 @@ def test_a_policy_folder_is_complete_or_absent(tmp_path, monkeypatch):
     load_policy(str(tmp_path / "policy"))
 
 
-def test_two_people_cannot_play_in_one_folder(tmp_path, capsys):
-    from ivt_agents.cli import main
-
-    with lock_folder(tmp_path):
-        assert main(["play", "--out", str(tmp_path)]) == 2
-    assert "in use by process" in capsys.readouterr().err
-
-
 def test_a_rollout_says_what_it_replaces(tmp_path, capsys):
-    from ivt_agents.cli import main
-
     assert main(["rollout", "--episodes", "2", "--out", str(tmp_path)]) == 0
     assert "replaces" not in capsys.readouterr().err
     assert main(["rollout", "--out", str(tmp_path)]) == 0
@@ -452,8 +398,6 @@ def test_a_warm_start_of_the_same_options_is_used(tmp_path, capsys):
     asked = {k: getattr(same, k) for k in ("env", "split", "data_root", "seed", "view", "layout", "lessons")}
     with whole_folder(tmp_path / "run-sft" / "policy", asked):
         pass
-    from accelerate import Accelerator
-
     args = train_grpo.Args(out=tmp_path / "run")
     assert train_grpo._warm_start(args, Accelerator(cpu=True)) == str(tmp_path / "run-sft" / "policy")
     for name, other in (("env", "IVT-Photos-v0"), ("view", "both"), ("stop", False)):

@@ -46,10 +46,6 @@ def run(tmp_path_factory):
     return folder, train.main(args)
 
 
-def test_the_command_line_names_it_by_its_folder(run):
-    assert isinstance(load_agent(f"sb3:{run[0]}"), SB3Agent)
-
-
 def weights(policy):
     return {name: value.clone() for name, value in policy.state_dict().items()}
 
@@ -74,7 +70,8 @@ def test_training_reaches_every_layer(run):
 
 def test_the_loaded_agent_plays_what_the_policy_plays_behind_the_wrapper(run):
     """Batch, single wrapper, and gym's own loop: the same boxes in the same games."""
-    agent = load_sb3(run[0])
+    agent = load_agent(f"sb3:{run[0]}")
+    assert isinstance(agent, SB3Agent)
     episodes = rollout(make_vector_env("IVT-Scenes-v0", 3, split="val"), agent, 5, indices=range(5))
     env = SB3Wrapper(gym.make("IVT-Scenes-v0", split="val"), side=36)
     for index, episode in enumerate(episodes):

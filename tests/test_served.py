@@ -11,8 +11,6 @@ import random
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -101,12 +99,6 @@ def test_evaluate_swaps_rollout_and_controls_take_a_served_model(chat, tmp_path,
     assert {b["temperature"] for b in questions(chat)} == {0, 1.0}
 
 
-def test_nothing_imports_the_client_before_a_served_model_is_named():
-    code = "import sys, ivt_agents.cli, ivt_agents.evaluation.evaluate, ivt_agents.play.by_name; "
-    code += "assert 'openai' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_best_of_takes_the_answer_that_the_server_is_surest_of(chat):
     boxes_sent = iter([[100, 100, 200, 200], [300, 300, 400, 400], [500, 500, 600, 600]])
     sure = iter([-1.0, -0.1, -2.0])
@@ -131,27 +123,19 @@ def test_best_of_takes_the_answer_that_the_server_is_surest_of(chat):
 # --- A dead, wrong or failing server ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("gone", "refused"),
-        (404, "404 Not Found"),
-        (401, "OPENAI_API_KEY"),
-        ("broken", "not JSON"),
-        ((200, {}, b"null"), "does not say"),
-    ],
-)
-def test_a_wrong_address_is_found_by_one_small_request_before_anything_is_lost(chat, tmp_path, fault, message, capsys):
+def test_a_wrong_address_is_found_by_one_small_request_before_anything_is_lost(chat, tmp_path):
+    """test_teachers.py tries more faults."""
     evaluate.main(options(tmp_path, chat.url, policies=["r=random"], forced=False))
     before = (tmp_path / "results.json").read_bytes()
-    seen = len(chat.seen)
-    if fault == "gone":
-        chat.close()
-    chat.faults = [fault] * 2
     policies = ["first=random", f"m=openai:{chat.url}#m"]
-    with pytest.raises(ServedError, match=f"one small question first.*{message}"):
-        evaluate.main(options(tmp_path, chat.url, policies=policies, overwrite=True))
-    assert (tmp_path / "results.json").read_bytes() == before and len(chat.seen) - seen <= 2
+    for fault, message in (((200, {}, b"null"), "does not say"), ("gone", "refused")):
+        chat.seen.clear()
+        chat.faults = [fault] * 2
+        if fault == "gone":
+            chat.close()
+        with pytest.raises(ServedError, match=f"one small question first.*{message}"):
+            evaluate.main(options(tmp_path, chat.url, policies=policies, overwrite=True))
+        assert (tmp_path / "results.json").read_bytes() == before and len(chat.seen) <= 2
 
 
 def test_a_failing_server_ends_with_status_2_one_line_and_the_command_that_goes_on(chat, tmp_path, capsys):
@@ -165,28 +149,23 @@ def test_a_failing_server_ends_with_status_2_one_line_and_the_command_that_goes_
     words += ["--out", str(tmp_path / "e"), "--concurrency", "2"]
     assert cli.main(words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "gave up after 6 attempts" in error and "answers are kept" in error
-    assert (
-        error.endswith(f"asks nothing twice: ivt {' '.join(words)} --resume".replace("#", "#")) or "--resume" in error
-    )
+    assert "gave up after 6 attempts" in error and "answers are kept" in error and error.endswith("--resume")
     kept = list((tmp_path / "e" / "episodes").glob("*.part.jsonl"))
     assert kept and len(load_episodes(kept[0])) >= 4 and len(list((tmp_path / "e" / "answers").iterdir())) >= 10
 
 
-@pytest.mark.parametrize("fault", [429, 500, "broken", "cut", ("stall", 0.5), (429, {"Retry-After": "0"})])
-def test_a_passing_trouble_changes_no_score(chat, tmp_path, fault, monkeypatch):
+def test_passing_troubles_change_no_score(chat, tmp_path, monkeypatch):
     evaluate.main(options(tmp_path / "calm", chat.url, forced=False))
     expected = predictions(tmp_path / "calm")
-    chat.faults = [None, fault, None, fault, fault]
-    if isinstance(fault, tuple) and fault[0] == "stall":
-        usual = evaluate.Served.policy
+    chat.faults = [None, 429, 500, None, "broken", "cut", ("stall", 0.5), (429, {"Retry-After": "0"}), 500]
+    usual = evaluate.Served.policy
 
-        def impatient(self, address, **more):
-            policy = usual(self, address, **more)
-            policy.client._client = policy.client._client.with_options(timeout=0.2)
-            return policy
+    def impatient(self, address, **more):
+        policy = usual(self, address, **more)
+        policy.client._client = policy.client._client.with_options(timeout=0.2)
+        return policy
 
-        monkeypatch.setattr(evaluate.Served, "policy", impatient)
+    monkeypatch.setattr(evaluate.Served, "policy", impatient)
     evaluate.main(options(tmp_path / "rough", chat.url, forced=False))
     assert predictions(tmp_path / "rough") == expected and not chat.faults
 
@@ -216,18 +195,21 @@ def test_the_caps_hold_and_the_next_run_goes_on(chat, tmp_path):
         assert set(asked_for.values()) == {1}
 
 
-def test_a_server_killed_at_ten_random_moments_loses_nothing_and_is_paid_once(tmp_path):
-    port, log = free_port(), tmp_path / "paid.log"
-    calm_log = tmp_path / "calm.log"
+def test_a_server_killed_at_random_moments_loses_nothing_and_is_paid_once(tmp_path):
+    port, log, calm_log = free_port(), tmp_path / "paid.log", tmp_path / "calm.log"
+    url, few = f"http://127.0.0.1:{port}/v1", {"samples": 24, "num_envs": 8}
+
+    def ended(server):
+        server.kill()
+        server.wait()
+
     calm = scripted(port, 0.0, calm_log)
-    evaluate.main(options(tmp_path / "calm", f"http://127.0.0.1:{port}/v1", samples=40, num_envs=16))
-    calm.kill()
-    calm.wait()
-    total, rng = len(calm_log.read_text().split()), random.Random(5)
-    out, finished = tmp_path / "killed", 0
+    evaluate.main(options(tmp_path / "calm", url, **few))
+    ended(calm)
+    total, out, finished = len(calm_log.read_text().split()), tmp_path / "killed", 0
     log.touch()
-    moments = sorted(rng.sample(range(1, total - 40), 10))  # 16 more may be answered before the server is gone
-    for moment in moments:
+    # More may be answered before the server is gone.
+    for moment in sorted(random.Random(5).sample(range(1, total - 24), 4)):
         server = scripted(port, 0.01, log)
 
         def kill(server=server, moment=moment):
@@ -237,23 +219,21 @@ def test_a_server_killed_at_ten_random_moments_loses_nothing_and_is_paid_once(tm
 
         killer = threading.Thread(target=kill)
         killer.start()
-        more = {"resume": True} if (out / "config.json").exists() else {}
-        args = options(out, f"http://127.0.0.1:{port}/v1", samples=40, num_envs=16, **more)
+        more = few | ({"resume": True} if (out / "config.json").exists() else {})
         with pytest.raises(ServedError, match="this goes on|one small question first"):
-            evaluate.main(args)
+            evaluate.main(options(out, url, **more))
         killer.join()
-        server.wait()
+        ended(server)
         now = sum(len(load_episodes(path)) for path in out.glob("episodes/*.part.jsonl"))
         now += sum(len(load_episodes(path.parent)) for path in out.glob("episodes/*/episodes.jsonl"))
         assert now >= finished, "finished episodes are on disk, and stay there"
         finished = now
     server = scripted(port, 0.0, log)
-    evaluate.main(options(out, f"http://127.0.0.1:{port}/v1", samples=40, num_envs=16, resume=True))
-    server.kill()
-    server.wait()
+    evaluate.main(options(out, url, resume=True, **few))
+    ended(server)
     paid = Counter(log.read_text().split())
     # An answer that was sent when the server was killed may be missing from its log: at most one for each thread.
-    assert set(paid.values()) == {1} and set(paid) <= set(calm_log.read_text().split()) and len(paid) > 0.9 * total
+    assert set(paid.values()) == {1} and set(paid) <= set(calm_log.read_text().split()) and len(paid) > 0.8 * total
     assert predictions(out) == predictions(tmp_path / "calm")
     a, b = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "calm"))
     assert a["rows"] == b["rows"] and a["costs"] == b["costs"]
@@ -263,20 +243,20 @@ def test_sixteen_at_a_time_are_many_times_as_fast_as_one(tmp_path):
     """benchmarks/served.py measures it on 500 samples; here few, on a machine that may be busy."""
     port, seconds = free_port(), {}
     server = scripted(port, 0.2, tmp_path / "log")
-    env = make_vector_env("IVT-Scenes-v0", 48, split="val", max_steps=1)
+    env = make_vector_env("IVT-Scenes-v0", 16, split="val", max_steps=1)
     for at_a_time in (1, 16):
         served = Served(ServedOptions(prompts="tiny", concurrency=at_a_time))
         agent = load_agent(f"openai:http://127.0.0.1:{port}/v1#m", served=served)
         start = time.monotonic()
-        rollout(env, agent, 48, 0, indices=range(48))
+        rollout(env, agent, 16, 0, indices=range(16))
         seconds[at_a_time] = time.monotonic() - start
     server.kill()
     server.wait()
-    assert seconds[1] / seconds[16] > 6, seconds
+    assert seconds[1] / seconds[16] > 4, seconds
 
 
-def test_the_benchmark_of_it_runs_and_finds_equal_scores(capsys):
-    benchmark.main(benchmark.Args(samples=6, seconds=0.01, concurrency=(1, 4), forced=False))
+def test_the_benchmark_of_it_runs(capsys):
+    benchmark.main(benchmark.Args(samples=6, seconds=0.01, concurrency=(4,), forced=False))
     assert "the scores are equal" in capsys.readouterr().out
 
 
@@ -308,38 +288,33 @@ def test_gemini_answers_y_first_and_qwen_vl_in_tags():
 
 
 def test_images_are_sent_at_the_size_that_the_frame_counts_in():
-    size = load_prompts("qwen2.5-vl").image
-    assert size.of(480, 640) == (476, 644) and size.of(427, 640) == (420, 644)  # as Qwen's own processor
-    assert ImageSize(max_pixels=10_000).of(200, 400) == (70, 141) and ImageSize().of(33, 77) == (33, 77)
-    assert size.resize(np.zeros((480, 640, 3), np.uint8)).shape == (476, 644, 3)
-
-
-def test_the_rule_for_sizes_is_that_of_the_processor():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    size, rng = load_prompts("qwen2.5-vl").image, np.random.default_rng(0)
-    for height, width in rng.integers(20, 3000, (300, 2)).tolist():
+    size = load_prompts("qwen2.5-vl").image
+    for height, width in np.random.default_rng(0).integers(20, 3000, (300, 2)).tolist():
         assert size.of(height, width) == smart_resize(height, width, 28, 3136, 12845056)
+    assert ImageSize(max_pixels=10_000).of(200, 400) == (70, 141) and ImageSize().of(33, 77) == (33, 77)
+    assert size.resize(np.zeros((480, 640, 3), np.uint8)).shape == (476, 644, 3)
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
+        ("[1]", "holds a list"),
         ("prompt: 'find {expression}'", "frame is not declared"),
         ("prompt: find it\nframe: relative_1000", "asks for {expression}"),
         ("prompt: '{expression}'\nframe: percent", "coordinate frame 'percent'"),
-        ("prompt: '{expression}'\nframe: relative_1000\nfames: 1", "unknown key 'fames'"),
-        ("prompt: '{expression}'\nframe: relative_1000\nanswer: '[x1, y1, x2, x1]'", "once each"),
-        ("prompt: '{expression}'\nframe: relative_1000\nlayout: long", "layout is 'long'"),
-        ("prompt: '{expression}'\nframe: relative_1000\nimage: {side: 3}", "unknown key 'side'"),
-        ("prompt: '{expression}'\nframe: relative_1000\nimage: {max_pixels: 0}", "max_pixels"),
-        ("prompt: '{expression}'\nframe: relative_1000\noverlay: {style: dots}", "style 'dots'"),
-        ("prompt: '{expression}'\nframe: relative_1000\nprompt: x", "given twice"),
-        ("[1]", "holds a list"),
+        ("+fames: 1", "unknown key 'fames'"),
+        ("+answer: '[x1, y1, x2, x1]'", "once each"),
+        ("+layout: long", "layout is 'long'"),
+        ("+image: {side: 3}", "unknown key 'side'"),
+        ("+image: {max_pixels: 0}", "max_pixels"),
+        ("+overlay: {style: dots}", "style 'dots'"),
+        ("+prompt: x", "given twice"),
     ],
 )
 def test_a_wrong_prompt_file_is_refused_by_its_key(tmp_path, text, why):
-    (tmp_path / "p.yaml").write_text(text)
+    (tmp_path / "p.yaml").write_text(text.replace("+", "prompt: '{expression}'\nframe: relative_1000\n"))
     with pytest.raises(PromptError, match=rf"p\.yaml: .*{why}"):
         load_prompts(tmp_path / "p.yaml")
     with pytest.raises(PromptError, match="give one of gemini"):
@@ -368,17 +343,17 @@ def test_a_prompt_file_decides_what_is_drawn_asked_and_sent(chat, tmp_path):
     assert load_episodes(out / "episodes" / "m")[0].steps[0].proposal == pytest.approx((0.1, 0.1, 0.5, 0.5))
 
 
-def test_an_answer_that_ran_into_its_limit_has_no_action(chat, tmp_path):
+def test_an_answer_that_ran_into_its_limit_has_no_action_and_the_default_prompts_are_named(chat, tmp_path, capsys):
     chat.reply = said('{"bbox_2d": [100, 100, 500, 500]} and', finish="length")
-    evaluate.main(options(tmp_path, chat.url, forced=False, samples=3))
+    evaluate.main(options(tmp_path, chat.url, prompts=None, forced=False, samples=3))
+    assert "is asked with the prompts qwen3-vl" in capsys.readouterr().err
     assert all(s.parse_failure for e in load_episodes(tmp_path / "episodes" / "m") for s in e.steps)
 
 
 def test_a_frame_that_fits_much_worse_than_another_is_warned_of_with_numbers(chat, tmp_path, caplog):
     dataset, by_text = Scenes("val"), {}
-    for index in range(60):
+    for index in range(52):
         by_text.setdefault(dataset[index].expression, dataset[index].box)
-    only = [i for i in range(60) if by_text[dataset[i].expression] == dataset[i].box]
 
     def pixels(body):
         text = asked(body)[0]
@@ -387,14 +362,14 @@ def test_a_frame_that_fits_much_worse_than_another_is_warned_of_with_numbers(cha
         return said(f'{{"bbox_2d": {[round(v * side) for v in box]}}}')
 
     chat.reply = pixels
-    evaluate.main(options(tmp_path / "wrong", chat.url, samples=60, forced=False, episode_steps=1))
-    (warning,) = [r.message for r in caplog.records if "mean IoU" in r.message]
-    assert "the first 50 boxes" in warning and "(relative_1000)" in warning and "as resized_pixels" in warning
-    caplog.clear()
     (tmp_path / "p.yaml").write_text("prompt: 'Locate {expression}. '\nframe: resized_pixels\n")
-    file = str(tmp_path / "p.yaml")
-    evaluate.main(options(tmp_path / "right", chat.url, prompts=file, samples=60, forced=False, episode_steps=1))
-    assert not [r for r in caplog.records if "mean IoU" in r.message] and len(only) > 30
+    for prompts, warned in (("tiny", True), (str(tmp_path / "p.yaml"), False)):
+        caplog.clear()
+        out, few = tmp_path / f"{warned}", {"samples": 52, "forced": False, "episode_steps": 1}
+        evaluate.main(options(out, chat.url, prompts=prompts, **few))
+        said_so = [r.message for r in caplog.records if "mean IoU" in r.message]
+        assert len(said_so) == warned
+        assert all("the first 50 boxes" in m and "(relative_1000)" in m and "as resized_pixels" in m for m in said_so)
 
 
 def test_the_check_of_the_frame_sees_swapped_axes_and_needs_some_answers():
@@ -420,18 +395,10 @@ def test_prompts_are_listed_shown_and_put_into_a_models_folder(tmp_path, capsys)
     load_policy(folder)
     assert "asked with the prompts qwen3-vl" in capsys.readouterr().err
     assert cli.main(["prompts", "tiny", "--into", str(folder)]) == 0
-    assert (
-        load_policy(folder).dialogue.prompts
-        == load_prompts("tiny").prompts
-        == load_prompts(folder / "policy.json").prompts
-    )
+    wanted = load_prompts("tiny").prompts
+    assert load_policy(folder).dialogue.prompts == load_prompts(folder / "policy.json").prompts == wanted
     assert cli.main(["prompts", "qwen3-vl", "--into", str(folder)]) == 2
     assert cli.main(["prompts", "gemini", "--into", str(folder), "--overwrite"]) == 2
-
-
-def test_a_served_model_without_prompts_is_asked_with_a_named_default_and_told_so(chat, tmp_path, capsys):
-    evaluate.main(options(tmp_path, chat.url, prompts=None, samples=3, forced=False))
-    assert "is asked with the prompts qwen3-vl" in capsys.readouterr().err
 
 
 # --- Results that travel ------------------------------------------------------------------------------------------
@@ -500,7 +467,7 @@ def test_the_page_for_newcomers_shows_what_its_commands_print(real, tmp_path, mo
 
 def test_the_tiny_model_behind_transformers_own_server_scores_as_it_does_here(real, tmp_path):
     policies = ["here=tiny", f"served=openai:{real}#tiny"]
-    evaluate.main(options(tmp_path / "e", real, policies=policies, samples=40, num_envs=20))
+    evaluate.main(options(tmp_path / "e", real, policies=policies, samples=16, num_envs=16))
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     scores = {
         name: {r["column"]: r["scores"] for r in results["rows"] if r["policy"] == name} for name in ("here", "served")

@@ -24,7 +24,7 @@ def first_ious(split, count):
 
 @pytest.fixture(scope="module")
 def on_test():
-    return first_ious("test", 300)
+    return first_ious("test", 150)
 
 
 def test_first_boxes_on_test_are_as_right_and_as_precise_as_published(on_test):
@@ -32,9 +32,9 @@ def test_first_boxes_on_test_are_as_right_and_as_precise_as_published(on_test):
 
 
 def test_a_first_look_finds_an_object_of_a_search_scene_but_not_which_one_is_meant():
-    found = (first_ious("test_search", 300) >= 0.5).mean()
+    found = (first_ious("test_search", 150) >= 0.5).mean()
     scenes = load_dataset("scenes", "test_search", strict=True)
-    chance = np.mean([1 / scenes[i].meta["things"] for i in range(300)])
+    chance = np.mean([1 / scenes[i].meta["things"] for i in range(150)])
     assert abs(found - chance) < 0.08, (found, chance)
 
 

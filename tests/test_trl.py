@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from learner import trl_config
 from trl import GRPOConfig, GRPOTrainer
 
 from ivt_agents.trl import config_fields
@@ -32,24 +30,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def trainer_of(folder: Path, policy: Any, view: str = "overlay", **options: object) -> GRPOTrainer:
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_generations": 4,
-        "temperature": 1.0,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 3,
-    }
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "temperature": 1.0, "seed": 3}
     return GRPOTrainer(
         model=policy.model,
         reward_funcs=episode_return,
-        args=GRPOConfig(**(settings | options)),
+        args=trl_config(folder, **(batch | options)),
         train_dataset=rollout_rows(range(8)),
         processing_class=rollout_processor(policy),
         rollout_func=TRLRollout(policy, "IVT-Scenes-v0", split="train", max_steps=3, view=view),
@@ -134,24 +119,24 @@ def without_figures(line: str) -> str:
     return re.sub(r"[+-]?\d+\.\d+", "#", line)
 
 
-@pytest.mark.parametrize("script", ["examples/train_with_trl.py", "examples/train_with_trl.py --rollout"])
-def test_an_example_trains_two_steps_and_prints_what_the_page_shows(script):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, *script.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    printed = run.stdout.splitlines()
-    assert [without_figures(line) for line in printed] == [without_figures(line) for line in transcript(script)]
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("train_with_trl")
+
+
+@pytest.mark.parametrize("rollout", [False, True])
+def test_an_example_trains_two_steps_and_prints_what_the_page_shows(example, rollout, capsys):
+    example.main(example.Args(rollout=rollout))
+    printed = capsys.readouterr().out.splitlines()
+    page = transcript(f"examples/train_with_trl.py{' --rollout' if rollout else ''}")
+    assert [without_figures(line) for line in printed] == [without_figures(line) for line in page]
     rewards = [float(re.search(r"reward ([\d.]+)", line)[1]) for line in printed[:2]]
     assert len(rewards) == 2 and all(0 <= r <= 1 for r in rewards) and max(rewards) > 0
 
 
-@pytest.mark.parametrize("rollout", [False, True])
-def test_an_example_takes_other_data_and_fields_of_trl(rollout, tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    example = importlib.import_module("train_with_trl")
-    options = {"rollout": rollout, "steps": 5, "prompts": 1, "group": 2, "turns": 2, "env": "IVT-Photos-v0"}
+def test_an_example_takes_other_data_and_fields_of_trl(example, tmp_path, capsys):
+    options = {"rollout": True, "steps": 5, "prompts": 1, "group": 2, "turns": 2, "env": "IVT-Photos-v0"}
     example.main(example.Args(**options, grpo=("learning_rate=0.0", "max_steps=1")))
     printed = capsys.readouterr().out
     assert printed.count("step ") == 1 and "\n0 of 109 weights changed" in printed

@@ -5,14 +5,11 @@ Silent when false: `parse_failures 1.000 -> 1.000`, gradient norm 0, "policy sav
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from learner import small_policy, small_trainer
 
+from ivt_agents.evaluation import evaluate
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo import trainer as trainer_module
 from ivt_agents.grpo.trainer import WITHOUT_VARIANCE
@@ -22,16 +19,9 @@ from ivt_agents.sft import train as train_sft
 from ivt_agents.training.run import RunError
 from ivt_agents.vlm.load import load_policy
 
-ROOT = Path(__file__).parent.parent
-SFT = {
-    "samples": 4,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "steps": 1,
-    "eval_samples": 0,
-    "report_to": "none",
-}
-GRPO = {"steps": 1, "prompts": 2, "num_generations": 2, "eval_samples": 0, "report_to": "none"}
+BOTH = {"steps": 1, "eval_samples": 0, "report_to": "none"}
+SFT = BOTH | {"samples": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+GRPO = BOTH | {"prompts": 2, "num_generations": 2}
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +54,9 @@ def test_told_to_go_on_they_go_on_and_say_it_loudly(tmp_path, without_prompt, ca
         assert "cannot be used" in caplog.text and "bbox_2d" in caplog.text, name
 
 
-def test_evaluate_says_it_loudly(tmp_path, without_prompt):
-    options = f"--policies lost={without_prompt} --samples 4 --no-forced --out {tmp_path / 'e'}".split()
-    done = subprocess.run(
-        [sys.executable, "evaluate.py", *options], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "(100%) cannot be used" in done.stderr and '{"stop": true}' in done.stderr
+def test_evaluate_says_it_loudly(tmp_path, without_prompt, caplog):
+    evaluate.main(evaluate.Args(policies=[f"lost={without_prompt}"], samples=4, forced=False, out=tmp_path / "e"))
+    assert "(100%) cannot be used" in caplog.text and '{"stop": true}' in caplog.text
 
 
 class OutsideAgent(RandomAgent):

@@ -19,7 +19,6 @@ from typing import Any
 from tyro.conf import Positional
 
 from ivt_agents.command import run_command
-from ivt_agents.config import with_new_names
 from ivt_agents.vlm.prompts import DEFAULT
 from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode, Step, load_episodes
@@ -177,7 +176,7 @@ def _verdicts(results: Mapping[str, Any]) -> Html:
 
 def _made_of(results: Mapping[str, Any]) -> Html:
     """Where the figures come from: enough to make them again."""
-    args, policies = with_new_names(results["args"]), results["policies"]
+    args, policies = results["args"], results["policies"]
     view = args["view"] or "own"
     played = f"{args['env']}, split {args['split']}, at most {args['episode_steps']} actions, view {view}"
     asks_servers = any("openai:" in source for sources in policies.values() for source in sources)
@@ -361,7 +360,10 @@ def _episode_folders(folder: Path, results: Mapping[str, Any]) -> dict[str, Path
 def _read(path: Path, maker: str) -> Any:
     if not path.exists():
         raise DataError(f"{path} is not there: give a folder that {maker} has written")
-    return read_json(path, f"was {maker} cut off?", DataError)
+    found = read_json(path, f"was {maker} cut off?", DataError)
+    if "episode_steps" not in found.get("args", {}):
+        raise DataError(f"{path} is of another version of this project: run {maker} again")
+    return found
 
 
 def _first(episode: Episode) -> float:

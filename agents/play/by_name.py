@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from ivt_agents.play.controls import CONTROL_FORMS, control_of
 from ivt_agents.play.scripted import CentreAgent, OracleAgent, RandomAgent, StopAfter
 from ivt_agents.play.served import Served
 from ivt_env import failures
+from ivt_env.data.checked import closest
 from ivt_env.rollouts import Agent
 from ivt_env.vector_env import GroundingVectorEnv
 
@@ -122,7 +122,7 @@ def load_agent(
         if options:
             raise ValueError(f"agent {spec!r} is made without arguments: no {', '.join(sorted(options))}")
         return _load_class(spec, head, rest)
-    raise ValueError(f"no agent {spec!r}{_closest(head, _NAMES)}; {_THERE_ARE}")
+    raise ValueError(f"no agent {spec!r}{closest(head, _NAMES)}; {_THERE_ARE}")
 
 
 def _load_trained(kind: str, path: str, options: dict[str, Any]) -> Agent:
@@ -147,14 +147,14 @@ def _load_class(spec: str, module_name: str, class_name: str) -> Agent:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(f"agent {spec!r}: {module_name} cannot be imported: {error}") from error
         # A name like this is as likely a slip in a built-in one.
-        near = _closest(module_name, _NAMES[len(BUILT_IN) :])
+        near = closest(module_name, _NAMES[len(BUILT_IN) :])
         raise ValueError(f"agent {spec!r}: no module {error.name!r} here or installed{near}; {_THERE_ARE}") from error
     failures.PLUGGED_IN.add(module.__name__)
     agent_class = getattr(module, class_name, None)
     if not inspect.isclass(agent_class):
         classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
         held = f"; {module_name} has {', '.join(classes)}" if classes else f"; {module_name} has no class"
-        raise ValueError(f"agent {spec!r}: no class {class_name!r}{_closest(class_name, classes)}{held}")
+        raise ValueError(f"agent {spec!r}: no class {class_name!r}{closest(class_name, classes)}{held}")
     missing = [name for name in ("act", "reset") if not callable(getattr(agent_class, name, None))]
     if missing:
         raise ValueError(
@@ -166,9 +166,3 @@ def _load_class(spec: str, module_name: str, class_name: str) -> Agent:
     except TypeError as error:
         raise ValueError(f"agent {spec!r} is made as {class_name}(), without arguments: {error}") from error
     return cast(Agent, agent_class())
-
-
-def _closest(word: str, valid: Sequence[str]) -> str:
-    names = {v.lower(): v for v in valid}
-    found = difflib.get_close_matches(word.lower(), names, n=1)
-    return f" (did you mean {names[found[0]]!r}?)" if found else ""

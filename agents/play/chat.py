@@ -79,17 +79,12 @@ class Usage:
         self._lock = threading.Lock()
 
     def begin_request(self) -> None:
-        """Count a request, or refuse it.
-
-        Raises:
-            BudgetError: where the budget is used up.
-        """
+        """Count a request; BudgetError where the budget is used up."""
         budget = self.budget
         with self._lock:
             if self.tokens >= budget.max_tokens:
-                raise BudgetError(
-                    f"the cap of {budget.max_tokens} tokens is reached: {self.tokens} used ({budget.options}-tokens)"
-                )
+                used = f"{self.tokens} used ({budget.options}-tokens)"
+                raise BudgetError(f"the cap of {budget.max_tokens} tokens is reached: {used}")
             if self.requests >= budget.max_requests:
                 raise BudgetError(f"the cap of {budget.max_requests} requests is reached ({budget.options}-requests)")
             self.requests += 1
@@ -163,15 +158,9 @@ class ChatClient:
         attempts: int = 6,
         timeout_s: float = 120.0,
     ) -> None:
-        """Check the address; nothing is sent yet.
+        """Check ``<base url>`` or ``<base url>#<model>``; nothing is sent yet.
 
-        Args:
-            address: ``<base url>`` or ``<base url>#<model>``, for example ``http://127.0.0.1:8000/v1``.
-            usage: what the run has used, and may use.
-            cache: of answers; None: none is kept.
-            concurrency: requests on their way at a time.
-            attempts: requests for one answer; waits grow, and ``Retry-After`` is honoured up to a minute.
-            timeout_s: of one request.
+        ``attempts`` are requests for one answer; waits grow, and ``Retry-After`` is honoured up to a minute.
 
         Raises:
             ServedError: for an address that is none or holds a secret, and where the package is missing.
@@ -238,15 +227,13 @@ class ChatClient:
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """What the jobs give, in order; ``concurrency`` of them at a time.
 
-        Raises:
-            ServedError: the first one of a job. Jobs that have not begun are left out; what is on its way is awaited.
+        After the first error, which is raised, jobs that have not begun are left out; what is on its way is awaited.
         """
         self._given_up.clear()
         futures = [self._threads.submit(job) for job in jobs]
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            if (failed := next((f for f in done if f.exception()), None)) is not None:
-                failed.result()
+            for future in wait(futures, return_when=FIRST_EXCEPTION)[0]:
+                future.result()  # raises what it raised
             return [future.result() for future in futures]
         except BaseException:
             self._given_up.set()
@@ -302,7 +289,13 @@ class ChatClient:
                     )
                 self._model = names[0]
         rest = {key: value for key, value in body.items() if key != "messages"}
-        messages = [_encoded(turn) for turn in body["messages"]]
+        images, messages = 0, []
+        for turn in body["messages"]:
+            parts = turn["content"]
+            if isinstance(parts, list):
+                images += sum(isinstance(part, SentImage) for part in parts)
+                parts = [part.part() if isinstance(part, SentImage) else part for part in parts]
+            messages.append({**turn, "content": parts})
         reply, seconds = self._try(
             lambda client: client.chat.completions.create(model=self._model, messages=messages, extra_body=rest)
         )
@@ -326,7 +319,7 @@ class ChatClient:
             prompt_tokens=sent if type(sent) is int else total,
             completion_tokens=said if type(said) is int else 0,
             seconds=round(seconds, 3),
-            images=sum(isinstance(part, SentImage) for turn in body["messages"] for part in turn["content"]),
+            images=images,
             confidence=_confidence(choice) if rest.get("logprobs") else None,
         )
 
@@ -343,13 +336,12 @@ class ChatClient:
                 status, headers = error.status_code, error.response.headers
                 said = self._without_key(f"{status} {error.response.reason_phrase}. {error.response.text}")[:400]
                 passing = status in (408, 409, 429) or status >= 500
-                with_wait = headers.get("Retry-After")
-                asked = _seconds(with_wait)
+                asked = _seconds(headers.get("Retry-After"))
                 if status in (401, 403):
                     held = "was refused" if self._key else "is not set"
                     said, passing = f"{status}, the key in {KEY_VARIABLE} {held}. {said}", False
                 if asked is not None and asked > _LONGEST_ASKED_S:
-                    said, passing = f"{said}, and the server asks to wait {with_wait} s", False
+                    said, passing = f"{said}, and the server asks to wait {asked:g} s", False
                 if not passing or "insufficient_quota" in error.response.text:
                     self.usage.end_request(None)
                     raise ServedError(f"{self.name}: {said}") from None
@@ -392,14 +384,6 @@ class SentImage:
 def user_turn(text: str, images: Sequence[np.ndarray]) -> dict[str, Any]:
     """A user's turn: images, RGB uint8 (height, width, 3), in front of a text."""
     return {"role": "user", "content": [*map(SentImage, images), {"type": "text", "text": text}]}
-
-
-def _encoded(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn as it is sent."""
-    parts = turn["content"]
-    if isinstance(parts, list):
-        parts = [part.part() if isinstance(part, SentImage) else part for part in parts]
-    return {**turn, "content": parts}
 
 
 def _confidence(choice: Any) -> float | None:

@@ -51,13 +51,9 @@ def cost_of(
     """What one ``act`` cost.
 
     Args:
-        turns: what was asked and said; None where nothing was. Turns that share a prompt object shared
-            its prefill.
-        before: for each place in ``turns`` what was said there last, for conversations that go on.
-        reuse: as the policy has it: conversations go on where their cache ends. False: they are read anew.
-
-    Raises:
-        ValueError: for a turn that goes on with a conversation that is not in ``before``.
+        turns: what was asked and said; None where nothing was. Turns of one prompt object shared its prefill.
+        before: what was said last at each place in ``turns``; a conversation that goes on must stand there.
+        reuse: conversations go on where their cache ends, as the policy has it. False: they are read anew.
     """
     served = [turn for turn in turns if isinstance(turn, Answer)]
     said = [(place, turn) for place, turn in enumerate(turns) if turn is not None and not isinstance(turn, Answer)]
@@ -90,20 +86,15 @@ class Metered:
     """An agent, unchanged in what it does, whose costs are added up while it plays."""
 
     def __init__(self, agent: Agent) -> None:
-        """Set up.
-
-        Args:
-            agent: any; where it wraps another (its ``agent``), that one's answers are counted.
-        """
+        """Wrap any agent; where it wraps another (its ``agent``), that one's answers are counted."""
         self.agent = agent
         self.shown = getattr(agent, "shown", {})
         speaker: Any = agent
         while speaker is not None and not hasattr(speaker, "turns"):
             speaker = getattr(speaker, "agent", None)
-        self._speaker = speaker
-        self._counted = None if self._speaker is None else self._speaker.turns
+        self._speaker, self._counted = speaker, getattr(speaker, "turns", None)
         self._before: dict[int, Turn] = {}
-        self.cost: Cost | None = None if self._speaker is None else Cost()
+        self.cost: Cost | None = None if speaker is None else Cost()
         """So far; None for an agent that does not show what it asks: a scripted one, or a class of your own
         without ``turns`` (see ``VLMPolicy.turns``)."""
 

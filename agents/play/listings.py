@@ -1,4 +1,4 @@
-"""``ivt agents`` and ``ivt envs``: what can be named on the command line, and what it would be."""
+"""``ivt agents``, ``ivt envs`` and ``ivt prompts``: what can be named on the command line, and what it would be."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+_ABOUT = {
+    "agents": "Every form that --agent takes, and the trained policies below FOLDER. --policies of `ivt evaluate` "
+    "takes the same after `name=`; there a policy's folder needs no `vlm:`.",
+    "envs": "Every registered environment, the splits of its data set, and what each split would serve now.",
+    "prompts": "Without a name: the shipped prompt files. With one: the file itself, to be read, or copied and "
+    "changed. With --into: says in a model's folder what the model is asked (policy.json).",
+}
+
 
 def add_listing(commands: Any, name: str, line: str) -> None:
-    """Add ``ivt agents`` or ``ivt envs``, with its line of help, to the commands of ``add_subparsers``."""
-    if name == "agents":
-        about = "Every form that --agent takes, and the trained policies below FOLDER. --policies of `ivt evaluate` "
-        about += "takes the same after `name=`; there a policy's folder needs no `vlm:`."
-    else:
-        about = "Every registered environment, the splits of its data set, and what each split would serve now."
-    one: argparse.ArgumentParser = commands.add_parser(name, help=line, description=about)
+    """Add one of the three, with its line of help, to the commands of ``add_subparsers``."""
+    one: argparse.ArgumentParser = commands.add_parser(name, help=line, description=_ABOUT[name])
+    one.set_defaults(run={"agents": _agents, "envs": _envs, "prompts": _prompts}[name])
+    if name == "prompts":
+        one.add_argument("name", nargs="?", metavar="NAME_OR_FILE", help="a shipped prompt file, or a file")
+        one.add_argument("--into", type=Path, metavar="FOLDER", help="of a model: write its policy.json")
+        one.add_argument("--overwrite", action="store_true", help="replace the policy.json that is there")
+        return
     one.add_argument("--json", action="store_true", help="print JSON and nothing else")
     if name == "agents":
         says = "searched for policies (%(default)s)"
@@ -26,15 +35,14 @@ def add_listing(commands: Any, name: str, line: str) -> None:
     else:
         says = "folder of the real data sets (default: the variable IVT_DATA, then the user's cache)"
         one.add_argument("--data-root", type=Path, metavar="FOLDER", help=says)
-    one.set_defaults(run=_agents if name == "agents" else _envs)
 
 
 def built_in_agents() -> dict[str, str]:
     """Every form of an agent's name and what it is: the table in the documentation of ``load_agent``."""
     from ivt_agents.play.by_name import load_agent
 
-    rows = re.findall(r"^\s*``([^`]+)``\s{2,}(.+?)\s*$|^\s*``([^`]+)`` (.+?)\s*$", load_agent.__doc__ or "", re.M)
-    return {a or c: (b or d).replace("``", "") for a, b, c, d in rows if not (c and d.startswith("is "))}
+    table = (load_agent.__doc__ or "").split("=\n")[1]
+    return {spec: what.replace("``", "") for spec, what in re.findall(r"``([^`]+)`` +(.+?)\s*$", table, re.M)}
 
 
 def policies(folder: Path) -> list[dict[str, Any]]:
@@ -127,3 +135,37 @@ def _words(row: dict[str, Any], found: dict[str, Any]) -> str:
     how = "docs/data/gui.md" if row["dataset"] in GUI else f"ivt data fetch {row['dataset']}"
     get = "" if row["dataset"] == "mixed" else f"; to get it: {how}"
     return f"not in {row['looked_in']}: EMBEDDED SCENES in its place, or an error with strict{get}"
+
+
+def _prompts(args: argparse.Namespace) -> int:
+    """List, show or write.
+
+    Raises:
+        PromptError: for a file or folder that is not there or in the way, and prompts that a model on this machine
+            cannot have.
+    """
+    from ivt_agents.vlm.codec import ANSWER
+    from ivt_agents.vlm.prompts import POLICY_FILE, PromptError, find_prompts, load_prompts, shipped_prompts
+    from ivt_env.files import write_whole
+
+    if args.name is None:
+        if args.into is not None:
+            raise PromptError(f"--into {args.into}: name the prompts, one of {', '.join(shipped_prompts())}, or a file")
+        for name in shipped_prompts():
+            asked = load_prompts(name)
+            print(f"{name:<12}{asked.codec.frame:<16}{asked.layout:<8}{asked.codec.answer}")
+        return 0
+    path, asked = find_prompts(args.name), load_prompts(args.name)
+    if args.into is None:
+        print(path.read_text(encoding="utf-8"), end="")
+        return 0
+    if asked.codec.answer != ANSWER:
+        raise PromptError(f"{path}: answers are {asked.codec.answer}; a model on this machine answers {ANSWER}")
+    if not args.into.is_dir():
+        raise PromptError(f"--into {args.into}: no such folder; give that of a model")
+    target = args.into / POLICY_FILE
+    if target.exists() and not args.overwrite:
+        raise PromptError(f"{target} is there: what the model was trained on may stand in it; add --overwrite")
+    write_whole(target, json.dumps(asked.settings(), indent=1) + "\n")
+    print(target)
+    return 0

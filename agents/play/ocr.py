@@ -1,9 +1,8 @@
 """``ocr``: finds what an expression quotes by reading the screen, and looks closer at what it cannot read.
 
 A pretrained reader of text (RapidOCR) and a few rules; no training, and no look at the target. It keeps every line
-that it has read. What was read from the whole image, shrunk to the canvas, is a guess; what was read in a close-up
-takes its place. It proposes the line that fits best, and stops when that was read in a close-up. So it proves what a
-second look is worth: the close-up holds the pixels that the first look did not show.
+that it has read: what was read from the whole image, shrunk to the canvas, is a guess, and what was read in a close-up
+takes its place. It proposes the line that fits best, and stops when that was read in a close-up.
 """
 
 from __future__ import annotations
@@ -20,14 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ivt_agents.play.scripted import no_actions
+from ivt_agents.vlm.prompts import WHOLE, Box, images_of
 from ivt_env.game import iou_of_two
 
-Box = tuple[float, float, float, float]
-
-SURE = 0.85
-"""Likeness from which a text counts as the one that was asked for."""
-PLAUSIBLE = 0.45
-"""Likeness below which a line is not worth a look."""
+SURE, PLAUSIBLE = 0.85, 0.45
+"""Likeness from which a text counts as the one that was asked for, and from which a line is worth a look."""
 GRID = 4
 """Windows a side when nothing plausible was read: the whole image in close-ups of a quarter of the side."""
 _EXPRESSION = re.compile(
@@ -40,13 +37,11 @@ _BESIDE = {"checkbox": "left", "radio button": "left", "switch": "left", "field"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of text, or some words of one, and where it was read."""
+    """A line of text, or some words of one, where it is on the image, and whether it was read in a close-up."""
 
     text: str
     box: Box
-    """Relative to the image."""
     sharp: bool
-    """Read in a close-up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,63 +79,52 @@ class OCRAgent:
             raise ValueError(f"looks {looks}, threads {threads}: give looks from 0 and threads from 1")
         self.looks = looks
         self._reader = _reader(threads)
-        self._memories: list[_Memory] = []
+        self._memories: dict[int, _Memory] = {}
         self._read: dict[bytes, list[tuple[str, Box]]] = {}
 
     def reset(self, mask: NDArray[np.bool_]) -> None:
         """New episodes where ``mask`` (N,) is true."""
-        if len(mask) != len(self._memories):
-            self._memories = [_Memory() for _ in mask]
-        for i in np.flatnonzero(mask):
-            self._memories[i] = _Memory()
+        self._memories |= {i: _Memory() for i in np.flatnonzero(mask).tolist()}
 
     def act(self, observations: Mapping[str, Any]) -> dict[str, Any]:
         """A box (N, 4) and a stop (N,) for each environment, and what was decided in words."""
-        n = len(observations["active"])
-        actions: dict[str, Any] = {
-            "box": np.zeros((n, 4), dtype=np.float32), "stop": np.zeros(n, dtype=np.int64), "text": [""] * n,
-        }  # fmt: skip
-        for i in np.flatnonzero(observations["active"]):
-            box, actions["text"][i] = self._answer({k: v[i] for k, v in observations.items()}, self._memories[i])
-            actions["stop"][i] = box is None
-            if box is not None:
-                actions["box"][i] = box
+        active = observations["active"]
+        actions = no_actions(len(active)) | {"text": [""] * len(active)}
+        for i in np.flatnonzero(active).tolist():
+            box, actions["text"][i] = self._answer(observations, i)
+            actions["box"][i], actions["stop"][i] = box or 0.0, box is None
         return actions
 
-    def _answer(self, seen: Mapping[str, Any], memory: _Memory) -> tuple[Box | None, str]:
-        """The next box, None to stop; and why."""
-        current = tuple(map(float, seen["box"]))
+    def _answer(self, observations: Mapping[str, Any], i: int) -> tuple[Box | None, str]:
+        """The next box of environment ``i``, None to stop; and why."""
+        memory, current = self._memories[i], tuple(map(float, observations["box"][i]))
         began = any(current)
-        if began and "window" not in seen:
+        if began and "window" not in observations:
             return None, "No close-up is shown, so I keep my first answer."
-        self._look(seen, memory)
-        found = candidates(str(seen["expression"]), memory.lines)
-        best = max(found, key=lambda each: each.fit, default=None)
-        if int(seen["step"]) < self.looks and not (best and best.fit >= SURE and best.unread is None):
-            for each in sorted(found, key=lambda each: -each.fit):
+        self._look(*images_of(observations, i)[-1], memory)
+        found = sorted(candidates(str(observations["expression"][i]), memory.lines), key=lambda each: -each.fit)
+        best = found[0] if found else None
+        if int(observations["step"][i]) < self.looks and not (best and best.fit >= SURE and best.unread is None):
+            for each in found:
                 if each.fit >= PLAUSIBLE and each.unread and each.unread.box not in memory.looked:
                     memory.looked.add(each.unread.box)
                     return each.unread.box, f"This may read {each.unread.text!r}; I look closer."
             if (there := _unseen(memory, best)) is not None:
                 return there, "Nothing that I read fits; I look elsewhere."
         if best is None:
-            return (None, "I can read nothing.") if began else ((0.0, 0.0, 1.0, 1.0), "I can read nothing.")
+            return None if began else WHOLE, "I can read nothing."
         if began and iou_of_two(current, best.box) > 0.9:
             return None, f"This reads {best.lines[0].text!r}; I keep it."
         return best.box, f"{best.lines[0].text!r} fits best."
 
-    def _look(self, seen: Mapping[str, Any], memory: _Memory) -> None:
+    def _look(self, image: NDArray[np.uint8], window: Box, memory: _Memory) -> None:
         """Read what is shown, in place of what was read there before."""
-        key = "closeup" if "closeup" in seen and any(seen["box"]) else "image"
-        height, width = seen["closeup_extent" if key == "closeup" else "extent"]
-        shown = np.ascontiguousarray(seen[key][:height, :width])
-        window = seen["window"] if "window" in seen and any(seen["box"]) else (0.0, 0.0, 1.0, 1.0)
-        x1, y1, x2, y2 = map(float, window)
+        x1, y1, x2, y2 = window
         closer = (x2 - x1) < 1
         if closer:
-            memory.windows.append((x1, y1, x2, y2))
-        kept = [line for line in memory.lines if line.sharp or not _inside(line.box, (x1, y1, x2, y2))]
-        for text, (a, b, c, d) in self._text(shown):
+            memory.windows.append(window)
+        kept = [line for line in memory.lines if line.sharp or not _inside(line.box, window)]
+        for text, (a, b, c, d) in self._text(np.ascontiguousarray(image)):
             box = x1 + a * (x2 - x1), y1 + b * (y2 - y1), x1 + c * (x2 - x1), y1 + d * (y2 - y1)
             cut = closer and (a < 0.005 and x1 > 0 or c > 0.995 and x2 < 1)
             if not (closer and any(iou_of_two(box, line.box) > 0.5 for line in kept if line.sharp)):
@@ -154,64 +138,53 @@ class OCRAgent:
             if len(self._read) >= 1024:
                 self._read.pop(next(iter(self._read)))
             result = self._reader(image[:, :, ::-1])
-            lines = []
-            for corners, text in zip(
-                *(() if part is None else part for part in (result.boxes, result.txts)), strict=True
-            ):
-                low, high = corners.min(axis=0), corners.max(axis=0)
-                low, high = np.clip(low, 0, None), np.minimum(high, image.shape[1::-1])
+            size, lines = np.array(image.shape[1::-1]), []
+            for corners, text in zip(result.boxes if result.txts else (), result.txts or (), strict=True):
+                low, high = np.clip(corners.min(axis=0), 0, None), np.minimum(corners.max(axis=0), size)
                 if (high > low).all():
-                    a, b, c, d = (np.concatenate([low, high]) / np.tile(image.shape[1::-1], 2)).tolist()
+                    a, b, c, d = (np.concatenate([low, high]) / np.tile(size, 2)).tolist()
                     lines.append((text, (a, b, c, d)))
             self._read[key] = lines
         return self._read[key]
 
 
 def _unseen(memory: _Memory, best: Candidate | None) -> Box | None:
-    """A small box in the middle of the window with the most unread lines; None where all have been seen.
-
-    Where the row of the best candidate was read, windows along that row come first.
-    """
-    row = best.lines[1].box[1] if best and len(best.lines) > 1 and best.lines[1].sharp else None
-    found, most = None, -1
-    for line, column in product(range(GRID), repeat=2):
-        window = column / GRID, line / GRID, (column + 1) / GRID, (line + 1) / GRID
-        if any(_inside(window, seen) for seen in memory.windows):
-            continue
-        held = sum(not each.sharp and _inside(each.box, window) for each in memory.lines)
-        held += 1000 if row is not None and window[1] <= row < window[3] else 0
-        if held > most:
-            x, y, side = (column + 0.5) / GRID, (line + 0.5) / GRID, 0.25 / GRID
-            found, most = (x - side, y - side, x + side, y + side), held
-    return found
+    """A small box in the middle of the window with the most unread lines, those of the best one's row first."""
+    row = best.lines[1].box[1] if best and len(best.lines) > 1 and best.lines[1].sharp else -1.0
+    unread = [line.box for line in memory.lines if not line.sharp]
+    grid = ((x / GRID, y / GRID, (x + 1) / GRID, (y + 1) / GRID) for y, x in product(range(GRID), repeat=2))
+    left = [window for window in grid if not any(_inside(window, seen) for seen in memory.windows)]
+    if not left:
+        return None
+    x1, y1, x2, y2 = max(left, key=lambda w: (w[1] <= row < w[3], sum(_inside(box, w) for box in unread)))
+    x, y, side = (x1 + x2) / 2, (y1 + y2) / 2, 0.25 / GRID
+    return x - side, y - side, x + side, y + side
 
 
 def candidates(expression: str, lines: list[Line]) -> list[Candidate]:
     """The boxes that an expression may mean, given the lines that were read."""
+    plain = "", re.sub(r"^the ", "", expression).replace("field", "").strip(), None, None
     parsed = _EXPRESSION.search(expression)
-    noun, name, row, heading = parsed.groups() if parsed else ("", expression, None, None)
-    if parsed is None:
-        name = re.sub(r"^the ", "", expression).replace("field", "").strip()
+    noun, name, row, heading = parsed.groups() if parsed else plain
     names = _like(name, lines)
     if row is None and heading is None:
         return [Candidate(fit, _target(line.box, noun), (line,)) for fit, line in names]
-    anchors = _like(row or heading or "", lines)[:6]
     found = []
-    for (fit, line), (other, anchor) in product(names[:40], anchors):
+    for (fit, line), (other, anchor) in product(names[:40], _like(row or heading or "", lines)[:6]):
         x1, y1, x2, y2 = line.box
-        middle, size = (anchor.box[1] + anchor.box[3]) / 2, anchor.box[3] - anchor.box[1]
-        if row is not None and noun == "cell":  # the name is that of the column
-            if y2 <= middle:
-                # As far as the name of the next column.
-                level = (each.box[0] for each in lines if each.box[1] <= (y1 + y2) / 2 <= each.box[3])
-                box = x1, anchor.box[1], min((x for x in level if x > x2), default=max(x2, x1 + 0.03)), anchor.box[3]
-                found.append(Candidate(fit * other, box, (line, anchor)))
-        elif row is not None:
-            off = abs((y1 + y2) / 2 - middle) / max(size, 1e-6)
-            found.append(Candidate(fit * other * (1 if off < 0.8 else 0.3), _target(line.box, noun), (line, anchor)))
-        elif (y1 + y2) / 2 > middle:
-            distance = (y1 - anchor.box[3]) + 0.3 * abs(x1 - anchor.box[0])
-            found.append(Candidate(fit * other * (1 - min(distance, 0.9)), _target(line.box, noun), (line, anchor)))
+        middle, weight, box = (anchor.box[1] + anchor.box[3]) / 2, 1.0, _target(line.box, noun)
+        if row is not None and noun == "cell" and y2 <= middle:  # the name is that of the column
+            # As far as the name of the next column.
+            level = (each.box[0] for each in lines if each.box[1] <= (y1 + y2) / 2 <= each.box[3])
+            box = x1, anchor.box[1], min((x for x in level if x > x2), default=max(x2, x1 + 0.03)), anchor.box[3]
+        elif row is not None and noun != "cell":
+            off = abs((y1 + y2) / 2 - middle) / max(anchor.box[3] - anchor.box[1], 1e-6)
+            weight = 1.0 if off < 0.8 else 0.3
+        elif row is None and (y1 + y2) / 2 > middle:
+            weight = 1 - min((y1 - anchor.box[3]) + 0.3 * abs(x1 - anchor.box[0]), 0.9)
+        else:
+            continue
+        found.append(Candidate(fit * other * weight, box, (line, anchor)))
     return found
 
 
@@ -223,21 +196,18 @@ def _like(name: str, lines: list[Line]) -> list[tuple[float, Line]]:
         if fit > 0.3:
             x1, y1, x2, y2 = line.box
             step = (x2 - x1) / max(len(line.text), 1)
-            words = line.text[start:end]
-            found.append((fit, Line(words, (x1 + start * step, y1, x1 + end * step, y2), line.sharp)))
+            found.append((fit, Line(line.text[start:end], (x1 + start * step, y1, x1 + end * step, y2), line.sharp)))
     return sorted(found, key=lambda each: -each[0])
 
 
 @lru_cache(maxsize=1 << 16)
 def _likeness(name: str, text: str) -> tuple[float, int, int]:
     """How like ``name`` the text or some words of it are, from 0 to 1, and which letters these are."""
-    wanted = _plain(name)
-    spans = [(match.start(), match.end()) for match in re.finditer(r"\S+", text)]
-    count = len(name.split())
+    wanted, count = _plain(name), len(name.split())
+    spans = [match.span() for match in re.finditer(r"\S+", text)]
     best = (0.0, 0, len(text))
-    for first in range(len(spans)):
-        for last in range(first + max(count - 2, 0), min(first + count + 1, len(spans))):
-            start, end = spans[first][0], spans[last][1]
+    for first, (start, _) in enumerate(spans):
+        for _, end in spans[first + max(count - 2, 0) : first + count + 1]:
             matcher = SequenceMatcher(None, wanted, _plain(text[start:end]), autojunk=False)
             if matcher.quick_ratio() > best[0] and (ratio := matcher.ratio()) > best[0]:
                 best = ratio, start, end
@@ -274,10 +244,6 @@ def _reader(threads: int) -> Any:
         from rapidocr import RapidOCR  # type: ignore[import-not-found]
     except ImportError as error:
         raise ValueError(f"agent 'ocr' needs RapidOCR, ivt-env[ocr]: {error}") from error
-    engine = "EngineConfig.onnxruntime."
-    return RapidOCR(
-        params={
-            f"{engine}intra_op_num_threads": threads, f"{engine}inter_op_num_threads": threads,
-            "Global.log_level": "error", "Global.use_cls": False, "Global.max_side_len": 8000,
-        }
-    )  # fmt: skip
+    params = {"Global.log_level": "error", "Global.use_cls": False, "Global.max_side_len": 8000}
+    params |= {f"EngineConfig.onnxruntime.{kind}_op_num_threads": threads for kind in ("intra", "inter")}
+    return RapidOCR(params=params)

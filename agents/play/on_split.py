@@ -76,17 +76,10 @@ def samples_to_compare(dataset: Dataset, wanted: int) -> range:
 
 
 def check_answers(unusable: int, answers: int, examples: Sequence[str], most: float, stop: bool = True) -> None:
-    """Say loudly what a policy writes whose answers mostly cannot be used, or refuse it.
+    """Say loudly what a policy writes of whose answers most are ``unusable`` (neither a stop nor a box that is taken).
 
-    Args:
-        unusable: answers without a stop or a box that the environment takes.
-        answers: of how many.
-        examples: some of the unusable ones, raw.
-        most: share of them that is an error when it is exceeded.
-        stop: whether a stop is an answer.
-
-    Raises:
-        ValueError: shows three answers and what was expected.
+    More than the share ``most`` is an error, which shows three ``examples`` and what was expected; ``stop``: whether
+    a stop is an answer.
     """
     if unusable <= min(most, _LOUD) * answers:
         return

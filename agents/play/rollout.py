@@ -13,7 +13,6 @@ output into a file), a bar on standard error shows how far it is.
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 import sys
@@ -30,6 +29,7 @@ from ivt_agents.play.by_name import Agent, load_agent
 from ivt_agents.play.chat import ServedError
 from ivt_agents.play.on_split import Stages
 from ivt_agents.play.served import ANSWERS, Served, ServedOptions
+from ivt_env.data.checked import closest
 from ivt_env.data.sample import ImageArray, Sample
 from ivt_env.episodes import Box, Episode, Step, save_episodes
 from ivt_env.files import forget, lock_folder
@@ -107,9 +107,8 @@ def _set_up(args: Args, served: Served) -> tuple[GroundingVectorEnv, Agent]:
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: give an integer of at least 0")
     if args.env not in ivt_env.IDS:
-        near = difflib.get_close_matches(args.env, ivt_env.IDS, n=1, cutoff=0.4)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"no environment {args.env!r}{hint}; there are {', '.join(ivt_env.IDS)}")
+        near = closest(args.env, ivt_env.IDS)
+        raise ValueError(f"no environment {args.env!r}{near}; there are {', '.join(ivt_env.IDS)}")
     options = {"split": args.split, "data_root": args.data_root, "strict": args.strict, "max_steps": args.episode_steps}
     envs = Stages(lambda **seen: make_vector_env(args.env, num_envs=1, **seen, **options), args.view)
     env = envs.of(None)

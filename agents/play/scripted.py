@@ -115,22 +115,12 @@ class OracleAgent:
     """
 
     def __init__(
-        self,
-        env: GroundingVectorEnv,
-        noise: float = 0.1,
-        shrink: float = 0.5,
-        proposals: int = 2,
-        seed: int = 0,
+        self, env: GroundingVectorEnv, noise: float = 0.1, shrink: float = 0.5, proposals: int = 2, seed: int = 0
     ) -> None:
-        """Set up.
+        """Take the targets from the samples of ``env``.
 
-        Args:
-            env: the environment being played; its samples hold the targets.
-            noise: standard deviation of each edge at the first step, relative to the target's width
-                (left, right) or height (top, bottom).
-            shrink: factor on the noise at every further step.
-            proposals: how many boxes it puts forward before it stops.
-            seed: decides every draw.
+        ``noise`` is the standard deviation of each edge at the first step, relative to the target's width (left, right)
+        or height (top, bottom); every further step multiplies it by ``shrink``. It stops after ``proposals`` boxes.
         """
         if not (np.isfinite(noise) and noise >= 0 and np.isfinite(shrink) and shrink >= 0):
             raise ValueError(f"noise {noise}, shrink {shrink}: give finite numbers of at least 0")
@@ -188,7 +178,7 @@ class StopAfter:
         if not asked.any():
             return no_actions(len(active)) | {"stop": due.astype(np.int64)}
         actions = dict(self.agent.act({**observations, "active": asked}))
-        actions["stop"] = np.where(due, 1, np.asarray(actions["stop"])).astype(np.int64)
+        actions["stop"] = np.where(due, 1, actions["stop"]).astype(np.int64)
         if "text" in actions:
             actions["text"] = ["" if d else text for d, text in zip(due, actions["text"], strict=True)]
         if "parse_failure" in actions:

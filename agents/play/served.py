@@ -11,7 +11,7 @@ import logging
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,11 +64,7 @@ class Served:
     """The served models of one run: one budget, one cache, one client for each address."""
 
     def __init__(self, options: ServedOptions | None = None, cache: Path | None = None) -> None:
-        """Read the prompt file; nothing is sent yet.
-
-        Args:
-            options: of the command.
-            cache: folder of what was answered; None: nothing is kept.
+        """Read the prompt file; nothing is sent yet. ``cache`` is the folder of what was answered.
 
         Raises:
             PromptError: for a prompt file that cannot be used.
@@ -84,8 +80,7 @@ class Served:
     def policy(self, address: str, *, seed: int = 0, temperature: float = 0.0) -> ServedPolicy:
         """The policy at ``<base url>[#<model>]``; at its first use it has answered one small request by then."""
         if address not in self._clients:
-            options: dict[str, Any] = {"cache": self.cache, "concurrency": self.options.concurrency}
-            client = ChatClient(address, self.usage, **options)
+            client = ChatClient(address, self.usage, cache=self.cache, concurrency=self.options.concurrency)
             client.check()
             if self.options.prompts is None:
                 print(
@@ -109,12 +104,7 @@ class Served:
     def run(self, kept: str, *flags: str) -> Iterator[None]:
         """Around the whole of a command: its cache is removed when it ends well, and goes on when it does not.
 
-        Args:
-            kept: what else is kept, for the message.
-            flags: with which the same command goes on.
-
-        Raises:
-            ServedError: that of the block, with what is kept and the command that goes on.
+        A ``ServedError`` then says what is kept (``kept``: besides answers), and the command that goes on (``flags``).
         """
         try:
             yield
@@ -139,14 +129,7 @@ class ServedPolicy:
     """Plays the environment with a model behind an address."""
 
     def __init__(self, client: ChatClient, asked: PromptFile, *, seed: int = 0, temperature: float = 0.0) -> None:
-        """Wrap a client.
-
-        Args:
-            client: asks the model.
-            asked: what, and how its boxes come back.
-            seed: tells apart the answers of runs that sample.
-            temperature: 0 for greedy.
-        """
+        """``client`` asks, ``asked`` says what; ``seed`` tells apart the answers of runs that sample."""
         self.client, self.asked, self.seed, self.temperature = client, asked, seed, temperature
         self.shown, self.layout = asked.shown, asked.layout
         self.reuse, self.batch_size = True, client.concurrency
@@ -243,15 +226,15 @@ class FrameCheck:
         if numbers is None:
             return
         size = self.asked.image.of(*size_on_canvas(episode.size, self.canvas))
-        read = {frame: _reading(numbers, frame, size) for frame in self.frames()}
-        self._ious.append({frame: float(boxes.iou(box, episode.target)) for frame, box in read.items()})
+        found = {}
+        # The declared frame first, and all in both orders of x and y.
+        for frame in dict.fromkeys([self.asked.codec.frame, "relative_1000", "relative_1", "resized_pixels"]):
+            for order, said in (((0, 1, 2, 3), ""), ((1, 0, 3, 2), ", x and y swapped")):
+                box = BoxCodec(frame).decode([numbers[k] for k in order], size)
+                found[frame + said] = float(boxes.iou(box, episode.target))
+        self._ious.append(found)
         if len(self._ious) == FRAME_ANSWERS:
             self.say()
-
-    def frames(self) -> dict[str, None]:
-        """The declared frame and the others, each in both orders of x and y."""
-        known = dict.fromkeys([self.asked.codec.frame, "relative_1000", "relative_1", "resized_pixels"])
-        return dict.fromkeys(f"{frame}{other}" for frame in known for other in ("", _SWAPPED))
 
     def say(self) -> None:
         """Log the warning, if there is one, once."""
@@ -273,12 +256,3 @@ class FrameCheck:
             f" ({declared}), and {means[best]:.2f} as {best}: the prompt file probably declares another frame than the"
             " model uses; nothing is changed"
         )
-
-
-_SWAPPED = ", x and y swapped"
-
-
-def _reading(numbers: Sequence[float], frame: str, size: tuple[int, int]) -> list[float]:
-    a, b, c, d = numbers
-    given = (b, a, d, c) if frame.endswith(_SWAPPED) else (a, b, c, d)
-    return BoxCodec(frame.removesuffix(_SWAPPED)).decode(given, size)

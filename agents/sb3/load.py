@@ -39,12 +39,9 @@ class SB3Agent:
     """What it was trained to see."""
 
     def __init__(self, policy: ActorCriticPolicy, shape: Mapping[str, Any], deterministic: bool = True) -> None:
-        """Set up.
+        """Wrap a policy that was trained behind ``SB3Wrapper``; ``deterministic``: its most probable action.
 
-        Args:
-            policy: trained behind ``SB3Wrapper``.
-            shape: ``side``, ``text_size``, ``text_seed``, ``stop_above`` of the wrapper, and ``max_steps``.
-            deterministic: the most probable action instead of a sampled one.
+        ``shape`` holds ``side``, ``text_size``, ``text_seed``, ``stop_above`` of the wrapper, and ``max_steps``.
         """
         self.policy, self.deterministic = policy, deterministic
         self._side, self._stop_above = int(shape["side"]), float(shape["stop_above"])
@@ -95,10 +92,7 @@ def save_sb3(folder: Path, policy: ActorCriticPolicy, shape: Mapping[str, Any], 
 def load_sb3(folder: str | Path, *, deterministic: bool = True, seed: int | None = None) -> SB3Agent:
     """The agent that ``python -m ivt_agents.sb3.train`` saved.
 
-    Args:
-        folder: of the run.
-        deterministic: the most probable action; false samples, and then ``seed`` decides what.
-        seed: of PyTorch's generator. None: it is left as it is.
+    With ``deterministic=False`` it samples, and ``seed``, of PyTorch's generator, decides what.
 
     Raises:
         SB3Error: for a folder that is not there, lacks a file, or whose files do not fit each other.

@@ -24,14 +24,7 @@ class WordsLookAtImage(BaseFeaturesExtractor):
     """Features (N, F) of a batch of observations of ``SB3Wrapper`` with the view ``overlay``."""
 
     def __init__(self, observation_space: spaces.Dict, channels: int = 24, heads: int = 4, words: int = 16) -> None:
-        """Set up.
-
-        Args:
-            observation_space: of the wrapper.
-            channels: of the image's features.
-            heads: things looked for at once.
-            words: numbers of the text that are handed on as they are.
-        """
+        """``heads`` are the things looked for at once, ``words`` the numbers of the text that are handed on."""
         text_size = observation_space["expression"].shape[0]  # type: ignore[index]
         step_size = observation_space["step"].shape[0]  # type: ignore[index]
         super().__init__(observation_space, features_dim=4 * heads + words + 4 + step_size)

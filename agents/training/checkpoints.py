@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ivt_agents.config import with_new_names
 from ivt_agents.training.run import MetricsLog, RunError
 from ivt_agents.training.sharding import fill_optimizer, fill_parameters, gathered_optimizer, gathered_parameters
 from ivt_env.failures import reading
@@ -54,7 +53,7 @@ def check_new(folder: Path, results: Sequence[str]) -> None:
 
 
 def recorded_options(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` of a run holds, under today's names.
+    """What ``config.json`` of a run holds.
 
     Raises:
         RunError: where it is missing.
@@ -62,7 +61,7 @@ def recorded_options(folder: Path) -> dict[str, Any]:
     """
     if (recorded := asked_of(folder, CONFIG)) is None:
         raise RunError(f"nothing to resume in {folder}: no {CONFIG}; start without --resume")
-    return with_new_names(recorded)
+    return recorded
 
 
 def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path, may_change: Collection[str]) -> None:

@@ -64,12 +64,7 @@ class TRLGrounding:
     """One episode at a time. Every public method but ``reset`` is a tool, so there is just one."""
 
     def __init__(self, policy: VLMPolicy, env_id: str, **kwargs: Any) -> None:
-        """Make the environment.
-
-        Args:
-            policy: gives the wording and the box codec; it plays nothing here.
-            env_id: a registered id.
-            **kwargs: of ``gym.make``.
+        """Make ``env_id`` with ``kwargs`` of ``gym.make``; ``policy`` gives the wording and the box codec alone.
 
         Raises:
             ValueError: where boxes are not relative to the whole image.

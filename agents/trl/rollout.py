@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from ivt_agents.grpo.collect import Groups, collect
+from ivt_agents.grpo.collect import collect
 from ivt_agents.trl.environment import CHAT_TEMPLATE, ImageProcessor
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.turns import EncodedImage, Turn
@@ -89,15 +89,9 @@ class TRLRollout:
     """A ``rollout_func``: plays an episode for each prompt with the trainer's model."""
 
     def __init__(self, policy: VLMPolicy, env_id: str, **kwargs: Any) -> None:
-        """Prepare to play.
+        """Prepare ``policy``, whose layout is ``prefix``, to play ``env_id`` with the model of the trainer.
 
-        Args:
-            policy: plays; its model is replaced by the trainer's. Its layout has to be ``prefix``.
-            env_id: a registered id.
-            **kwargs: of the environment: ``split``, ``max_steps``, ``view`` and so on.
-
-        Raises:
-            ValueError: for another layout.
+        ``kwargs`` are of the environment: ``split``, ``max_steps``, ``view`` and so on.
         """
         if policy.layout != "prefix":
             raise ValueError(
@@ -108,11 +102,7 @@ class TRLRollout:
         self._model: Any = None
 
     def __call__(self, prompts: Sequence[Sequence[dict[str, Any]]], trainer: Any) -> dict[str, list[Any]]:
-        """Play one episode for each prompt.
-
-        Args:
-            prompts: of rows of ``rollout_rows``; a group's are repeated by TRL.
-            trainer: the ``GRPOTrainer``.
+        """Play one episode for each prompt of rows of ``rollout_rows``; a group's are repeated by TRL.
 
         Returns:
             For each episode ``prompt_ids`` (the first question), ``completion_ids`` (all that follows: answers,
@@ -131,7 +121,13 @@ class TRLRollout:
         groups = collect(self._env(len(prompts)), self._policy, [prompt[-1]["index"] for prompt in prompts], 1)
         for room, turns in zip(rooms, groups.turns, strict=True):
             room.fill(turns[-1].prompt.images)
-        return _fields(groups)
+        columns = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
+        rows = zip(*map(_row, groups.turns), strict=True)
+        return {name: list(values) for name, values in zip(columns, rows, strict=True)} | {
+            "total_reward": groups.rewards.sum(-1).reshape(-1).tolist(),
+            "final_iou": groups.ious[..., -1].reshape(-1).tolist(),
+            "actions": np.asarray(groups.taken).sum(-1).reshape(-1).tolist(),
+        }
 
     def _env(self, count: int) -> GroundingVectorEnv:
         if count not in self._envs:
@@ -161,17 +157,6 @@ class TRLRollout:
         if kwargs.get("image_grid_thw") is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs = kwargs | {"mm_token_type_ids": (kwargs["input_ids"] == self._policy.image_token).int()}
         return args, kwargs
-
-
-def _fields(groups: Groups) -> dict[str, list[Any]]:
-    """Conversations as a ``rollout_func`` hands them back."""
-    rows = [_row(turns) for turns in groups.turns]
-    columns = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
-    return {name: list(values) for name, values in zip(columns, zip(*rows, strict=True), strict=True)} | {
-        "total_reward": groups.rewards.sum(-1).reshape(-1).tolist(),
-        "final_iou": groups.ious[..., -1].reshape(-1).tolist(),
-        "actions": np.asarray(groups.taken).sum(-1).reshape(-1).tolist(),
-    }
 
 
 def _row(turns: Sequence[Turn]) -> tuple[list[int], list[int], list[float], list[int]]:

@@ -49,16 +49,10 @@ def add_lora(model: Any, rank: int, alpha: int | None = None) -> Any:
 
 
 def make_trainable(model: Any, rank: int, alpha: int | None = None, reference: bool = False) -> Any:
-    """Decide what is trained: every weight, a fresh adapter, or the adapter that the model came with.
+    """Decide what is trained: every weight (``rank`` 0), a fresh adapter, or the adapter that the model came with.
 
     An adapter on float32 weights is merged first, so that "without adapter" is the policy as given. On any other base
-    it is trained further.
-
-    Args:
-        model: as ``load_policy`` loads it, with or without an adapter.
-        rank: of the adapter; 0 trains every weight.
-        alpha: of the adapter; None: twice the rank, or as the adapter has it that is trained further.
-        reference: keep a frozen copy of an adapter that is trained further.
+    it is trained further; ``reference`` then keeps a frozen copy of it.
 
     Raises:
         RunError: where the base cannot be trained in this way, or the adapter has another rank or alpha.

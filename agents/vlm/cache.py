@@ -28,11 +28,7 @@ class RoomyLayer(DynamicLayer):
     """Keys and values (B, heads, length, head width) as views of larger blocks."""
 
     def __init__(self, room: int) -> None:
-        """Set nothing aside yet.
-
-        Args:
-            room: columns to keep free behind the first ones that are written.
-        """
+        """Set nothing aside yet; ``room`` columns are kept free behind the first ones that are written."""
         super().__init__()
         self.room = room
         self._blocks: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -20,7 +20,7 @@ import numpy as np
 from ivt_env import boxes
 from ivt_env.text_actions import STOP_TEXT, ParsedAction, parse_action
 
-__all__ = ["ANSWER", "FRAMES", "STOP_TEXT", "BoxCodec", "ParsedAction", "as_actions", "parse_action"]
+__all__ = ["ANSWER", "FRAMES", "STOP_TEXT", "WHOLE", "Box", "BoxCodec", "ParsedAction", "as_actions", "parse_action"]
 
 FRAMES = {"qwen3_vl": "relative_1000", "qwen2_vl": "relative_1000", "qwen2_5_vl": "resized_pixels"}
 """Coordinate frame by ``model_type``."""
@@ -30,7 +30,10 @@ ANSWER = '{"bbox_2d": [x1, y1, x2, y2]}'
 
 _PLACES = ("x1", "y1", "x2", "y2")
 _PLACE = re.compile(r"\b[xy][12]\b")
-_WHOLE: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+"""The window of an image that shows everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class BoxCodec:
         self,
         action: ParsedAction,
         sizes: Sequence[Sequence[int]],
-        windows: Sequence[tuple[float, float, float, float]],
+        windows: Sequence[Box],
     ) -> list[float] | None:
         """The box of an answer, relative to the whole image; None for none, or one of an image that is not there.
 
@@ -111,7 +114,7 @@ class BoxCodec:
             return None
         window = windows[action.image - 1]
         box = self.decode(action.numbers, sizes[action.image - 1])
-        return box if tuple(window) == _WHOLE else [float(v) for v in boxes.out_of_window(box, window)]
+        return box if tuple(window) == WHOLE else [float(v) for v in boxes.out_of_window(box, window)]
 
     def box_text(self, box: Sequence[float], resized: Sequence[int]) -> str:
         """A box in the model's frame, as a question names it: ``[x1, y1, x2, y2]``, or as answers write it."""
@@ -130,11 +133,7 @@ def as_actions(
 ) -> dict[str, Any]:
     """The actions of ``count`` environments (see ``ivt_env.rollouts.Agent``) from the answers of some of them.
 
-    Args:
-        count: of environments.
-        answers: by environment: its box, whether it is a stop, and what else is stated of it, ``text`` and ``tokens``
-            among it.
-        further: names of the other numbers that are stated.
+    An answer is its box, whether it is a stop, and what else is stated: ``text``, ``tokens`` and ``further`` numbers.
     """
     actions: dict[str, Any] = {
         "box": np.full((count, 4), np.nan, dtype=np.float32),

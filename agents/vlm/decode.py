@@ -43,19 +43,11 @@ def decode_fixed(
     generator: torch.Generator | None,
     memories: list[Memory | None] | None,
 ) -> None:
-    """Grow one completion for each turn; see ``ivt_agents.vlm.generation.generate``.
+    """Grow one completion for each of ``turns``; see ``ivt_agents.vlm.generation.generate``.
 
-    Args:
-        model: the Qwen-VL model for conditional generation.
-        cache: of the distinct prompts; it is emptied.
-        logits: (B, vocabulary) behind the prompts.
-        rows: (B,) for each turn the row of its prompt in ``cache``.
-        mask: (B, columns of the cache).
-        last: (4, B) position of each prompt's last token.
-        turns: filled.
-        sampling: how to draw.
-        generator: source of randomness.
-        memories: filled where it is a list.
+    ``cache`` holds the distinct prompts and is emptied; ``rows`` (B,) says for each turn which of them is its own.
+    ``logits`` (B, vocabulary), ``mask`` (B, columns of the cache) and ``last`` (4, B), the position of the last token,
+    are those behind the prompts. ``memories`` is filled where it is a list.
     """
     decoder = _Decoder(model, cache, rows, mask, last, sampling, generator)
     count = decoder.run(logits, capture=logits.is_cuda)
@@ -66,26 +58,19 @@ class FixedLayer(DynamicLayer):
     """Keys and values (B, heads, columns, head width) that are written in place."""
 
     def __init__(self, filled: RoomyLayer, rows: torch.Tensor, columns: int, column: torch.Tensor) -> None:
-        """Take over what a prefill computed, and free it there.
+        """Take over what a prefill computed, spread to ``rows`` (B,) and ``columns``, and free it there.
 
-        Args:
-            filled: keys and values of the prompts.
-            rows: (B,) for each answer the row of its prompt.
-            columns: all that there will ever be.
-            column: (1,) the next one to write; shared by all layers, moved by whoever decodes.
+        ``column`` (1,) is the next one to write; shared by all layers, moved by whoever decodes.
         """
         super().__init__()
         self.column = column
-        self.keys, self.values = (self._spread(t, rows, columns) for t in (filled.keys, filled.values))
+        # Zeros, not just any bytes: a masked column still takes part, with weight 0, and 0 times NaN is NaN.
+        shape = (len(rows), filled.keys.shape[1], columns, filled.keys.shape[3])
+        self.keys, self.values = filled.keys.new_zeros(shape), filled.values.new_zeros(shape)
+        length = filled.keys.shape[2]
+        self.keys[:, :, :length], self.values[:, :, :length] = filled.keys[rows], filled.values[rows]
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
         filled.release()
-
-    @staticmethod
-    def _spread(filled: torch.Tensor, rows: torch.Tensor, columns: int) -> torch.Tensor:
-        # Zeros, not just any bytes: a masked column still takes part, with weight 0, and 0 times NaN is NaN.
-        out = filled.new_zeros(len(rows), filled.shape[1], columns, filled.shape[3])
-        out[:, :, : filled.shape[2]] = filled[rows]
-        return out
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -131,11 +116,9 @@ class _Decoder:
             cache.layers[number] = FixedLayer(layer, rows, columns, self.column)
 
     def run(self, logits: torch.Tensor, capture: bool) -> int:
-        """Decode until every completion has ended; returns the number of tokens.
+        """Decode behind ``logits`` (B, vocabulary) until every completion has ended; returns the number of tokens.
 
-        Args:
-            logits: (B, vocabulary) behind the prompts.
-            capture: record the pass of one token as a CUDA graph. False: run it anew each time.
+        ``capture``: record the pass of one token as a CUDA graph, instead of running it anew each time.
         """
         ends = torch.tensor(self.sampling.end_ids, dtype=torch.long, device=self.ids.device)
         graph = None

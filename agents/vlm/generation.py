@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from ivt_agents.vlm.cache import Memory, make_cache, recall, refuse_inexact_cache, remember
-from ivt_agents.vlm.mrope import mrope_positions
 from ivt_agents.vlm.packing import break_even, pack
-from ivt_agents.vlm.turns import EncodedImage, Prompt, Turn, images_in
-from ivt_agents.vlm.vision import encode_images
+from ivt_agents.vlm.turns import EncodedImage, Prompt, Turn, images_in, mrope_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +167,7 @@ def _prefill(
 ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run what is not yet remembered of each prompt through the model.
 
-    Returns:
-        The cache, hidden states (B, tail, width), the mask of its columns (B, past + tail), and the
-        positions (4, B) of the last token.
+    The cache, hidden states (B, tail, width), the mask of its columns (B, past + tail), the last positions (4, B).
     """
     config, device = model.config, model.device
     image_token, merge = config.image_token_id, config.vision_config.spatial_merge_size
@@ -199,18 +196,43 @@ def _prefill(
     return cache, hidden, columns, where[:, :, -1]
 
 
+def encode_images(model: Any, images: Sequence[EncodedImage], keep: bool) -> BaseModelOutputWithDeepstackFeatures:
+    """The vision tower's output for a batch's images, in order; each distinct object is encoded once.
+
+    ``keep`` stores the result on the images and uses what is stored: right only while the vision tower is frozen.
+    """
+    distinct = list({id(p): p for p in images}.values())
+    missing = [p for p in distinct if not (keep and p.features is not None)]
+    made: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+    if missing:
+        device = model.device
+        patches = torch.cat([p.patches for p in missing]).to(device)
+        grids = torch.tensor([p.grid for p in missing], device=device)
+        out = model.get_image_features(patches, grids, return_dict=True)
+        layers = getattr(out, "deepstack_features", None) or []
+        for k, image in enumerate(missing):
+            made[id(image)] = (out.pooler_output[k], [layer[k] for layer in layers])
+            if keep:
+                image.features = out.pooler_output[k].detach()
+                image.deepstack = [layer[k].detach() for layer in layers]
+    for image in distinct:
+        if id(image) not in made:
+            assert image.features is not None and image.deepstack is not None
+            made[id(image)] = (image.features, image.deepstack)
+    rows = [made[id(p)] for p in images]
+    depth = len(rows[0][1])
+    return BaseModelOutputWithDeepstackFeatures(
+        pooler_output=[features for features, _ in rows],
+        deepstack_features=[[layers[d] for _, layers in rows] for d in range(depth)],
+    )
+
+
 def forward(
     model: Any, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, features: Any, cache: Any
 ) -> torch.Tensor:
-    """Hidden states (B, L, width) of a batch whose images are already encoded.
+    """Hidden states (B, L, width) of a batch ``input_ids`` (B, L) whose images are already encoded.
 
-    Args:
-        model: the Qwen-VL model for conditional generation.
-        input_ids: (B, L).
-        mask: (B, past + L) of 1 and 0, or (B, 1, L, L) added to the attention scores.
-        positions: (4, B, L).
-        features: of all images in ``input_ids``, or None where there are none.
-        cache: to be continued, or None.
+    ``mask`` is (B, past + L) of 1 and 0, or (B, 1, L, L) added to the attention scores; ``positions`` (4, B, L).
     """
     return model.model(  # type: ignore[no-any-return]
         input_ids=input_ids,
@@ -230,13 +252,10 @@ class TokenScorer(nn.Module):
     """
 
     def __init__(self, model: nn.Module, sampling: Sampling, frozen_vision: bool, packing: bool = True) -> None:
-        """Wrap a model.
+        """Wrap Qwen-VL for conditional generation, or a peft model around one.
 
-        Args:
-            model: Qwen-VL for conditional generation, or a peft model around one.
-            sampling: temperature and suppressed tokens of the distribution.
-            frozen_vision: image encodings may be kept on the images and used again.
-            packing: false gives each turn a row of its own, as flash attention needs it.
+        ``frozen_vision``: image encodings may be kept on the images and used again. Without ``packing`` each turn has
+        a row of its own, as flash attention needs it.
         """
         super().__init__()
         self.model = model
@@ -246,11 +265,7 @@ class TokenScorer(nn.Module):
         """What sharing is worth, see ``ivt_agents.vlm.packing.plan_rows``."""
 
     def forward(self, turns: Sequence[Turn]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score sampled tokens.
-
-        Returns:
-            Log-probabilities, and entropies without gradient, both (number of sampled tokens,), turn after turn.
-        """
+        """Log-probabilities, and entropies without gradient, of the sampled tokens (N,), turn after turn."""
         log_probs = self.distributions(turns)
         ids = torch.tensor([i for t in turns for i in t.completion], device=log_probs.device)
         chosen = log_probs.gather(1, ids[:, None])[:, 0]
@@ -263,13 +278,8 @@ class TokenScorer(nn.Module):
         """Log-probabilities (number of sampled tokens, vocabulary), turn after turn."""
         core = core_of(self.model)
         config, device = core.config, core.device
-        packed = pack(
-            turns,
-            self.sampling.pad_id,
-            config.image_token_id,
-            config.vision_config.spatial_merge_size,
-            self.worth,
-        )
+        merge = config.vision_config.spatial_merge_size
+        packed = pack(turns, self.sampling.pad_id, config.image_token_id, merge, self.worth)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_vision):
             features = encode_images(core, packed.images, keep=self.frozen_vision)
         mask = packed.attention_mask.to(device)

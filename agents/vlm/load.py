@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from ivt_agents.vlm.codec import BoxCodec
 from ivt_agents.vlm.dialogue import LAYOUTS
 from ivt_agents.vlm.generation import core_of
 from ivt_agents.vlm.policy import OWN, VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, can_merge, stored_as, use_float32_head
-from ivt_agents.vlm.prompts import Prompts
 from ivt_agents.vlm.sources import (
     AGAIN,
     CONFIG,
@@ -61,21 +58,11 @@ def load_policy(
     asked for, so that a folder that cannot be played is refused here. Beside a small model on a CPU PyTorch gets one
     thread (see ``fit_threads``).
 
-    Args:
-        name: of the model.
-        temperature: 0 for greedy.
-        seed: of the sampling.
-        max_new_tokens: limit of a turn. None: 48 for a vocabulary of whole words like the tiny model's, else 160.
-        dtype: of the weights. None: as the folder says, else float32, or bfloat16 under nf4.
-        quantize: ``none`` or ``nf4``, of the base. None: as the folder says, else none.
-        attention: one of ``ATTENTION``. None: sdpa on a GPU, else eager.
-        device: None: a GPU if there is one.
-        batch_size: rows in one forward pass of generation.
-        layout: see ``VLMPolicy``. None: as the folder says, else fresh.
-        reuse: see ``VLMPolicy``.
-        view: see ``VLMPolicy``. None: as the folder says, else overlay.
-        pixels: multiplies the most pixels of an image after the image processor, which never enlarges it to that;
-            saved with the policy. None: as the folder says.
+    What is None is as the folder says. Else: ``max_new_tokens`` 48 for a vocabulary of whole words like the tiny
+    model's, and 160; ``dtype`` float32, or bfloat16 under ``quantize`` ``nf4``; ``attention`` sdpa on a GPU, and eager;
+    ``device`` a GPU if there is one; ``layout`` fresh; ``view`` overlay. ``pixels`` multiplies the most pixels of an
+    image after the image processor, which never enlarges it to that, and is saved with the policy. ``layout``,
+    ``view`` and ``reuse``: see ``VLMPolicy``.
 
     Raises:
         PolicyError: for a folder that is not there, is no model, is incomplete or does not fit its own weights;
@@ -86,14 +73,14 @@ def load_policy(
     source = find_source(name)
     with reading(Path(source.base) / CONFIG, AGAIN, PolicyError):
         config = AutoConfig.from_pretrained(source.base)
-    settings = read_settings(source, config.model_type)
-    quantize = quantize or settings.get("quantize", "none")
-    if quantize == "none" and settings.get("quantize") == "nf4":
+    asked, held = read_settings(source, config.model_type)
+    quantize = quantize or held.get("quantize", "none")
+    if quantize == "none" and held.get("quantize") == "nf4":
         raise PolicyError(
             f"quantize none: {source.name} is an adapter that was trained on NF4 weights, which differ from the others"
             " by their rounding; on those it would be another policy. Leave quantize out"
         )
-    usual = "bfloat16" if quantize == "nf4" else settings.get("dtype", "float32")
+    usual = "bfloat16" if quantize == "nf4" else held.get("dtype", "float32")
     dtype = str(dtype or usual).removeprefix("torch.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The fused attention kernel's backward pass takes twice as long as plain matrix products at the
@@ -117,32 +104,24 @@ def load_policy(
             model,
             tokenizer,
             processor,
-            Prompts(settings["prompt"], settings["closeup"], settings["with_closeup"], settings["first"]),
-            BoxCodec(settings["frame"]),
+            asked.prompts,
+            asked.codec,
             max_new_tokens=max_new_tokens or (48 if whole_words else 160),
             temperature=temperature,
             seed=seed,
             batch_size=batch_size,
-            layout=layout or settings["layout"],
-            shown=shown_of(settings, view),
+            layout=layout or asked.layout,
+            shown=asked.shown | ({} if view is None else {"view": view}),
             reuse=reuse,
             name=str(name),
         )
         policy.check()
-    opener = settings.get("first_answers", OWN)
+    opener = held.get("first_answers", OWN)
     if opener != OWN:
         same: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": device, "batch_size": batch_size}
         with reading(source.name, kind=PolicyError):
             policy.opener = load_policy(opener, **same, max_new_tokens=max_new_tokens, reuse=reuse)
     return policy
-
-
-def shown_of(settings: Mapping[str, Any], view: str | None = None) -> dict[str, Any]:
-    """Keywords of the environment from the keys of a ``policy.json``; ``view`` is taken before its own."""
-    found = {key: settings[key] for key in ("overlay", "canvas") if settings.get(key) is not None}
-    if settings.get("around") is not None:
-        found["closeup"] = settings["around"]
-    return found | {"view": view or settings["view"]}
 
 
 def _without_weights(config: Any) -> Any:

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ivt_agents.vlm.mrope import mrope_positions
-from ivt_agents.vlm.turns import EncodedImage, Turn, images_in
+from ivt_agents.vlm.turns import EncodedImage, Turn, images_in, mrope_positions
 
 
 @dataclass(slots=True, eq=False)
@@ -62,9 +61,6 @@ def break_even(config: Any) -> float:
 
     Estimated from a layer's shape, as (parameters of its matrices) / (6 x heads x head width). Measured for
     the tiny model on two CPU cores: 60 + 0.24 L microseconds a token in a row of L, so 250; this gives 277.
-
-    Args:
-        config: of a Qwen-VL model.
     """
     text = config.text_config
     heads, kv, width = text.num_attention_heads, text.num_key_value_heads, text.hidden_size
@@ -77,11 +73,7 @@ def plan_rows(turns: Sequence[Turn], image_token: int, worth: float | None = mat
     """Which turns share a row, and which tokens they share.
 
     A longer row makes attention dearer: a turn joins where that costs less than computing what is shared again.
-
-    Args:
-        turns: at least one.
-        image_token: the id of an image placeholder.
-        worth: see ``break_even``; infinite: share whatever can be shared; None: nothing.
+    ``worth``: see ``break_even``; infinite: share whatever can be shared; None: nothing.
     """
     images: dict[int, int] = {}
     keyed = [_keys(turn, image_token, images) for turn in turns]
@@ -125,14 +117,9 @@ def _saved(length: int, shared: int, row: int, worth: float) -> float:
 
 
 def pack(turns: Sequence[Turn], pad_id: int, image_token: int, merge: int, worth: float | None = math.inf) -> Packed:
-    """Lay turns out; see ``Packed``.
+    """Lay at least one turn out; see ``Packed``, and ``plan_rows`` for ``worth``.
 
-    Args:
-        turns: at least one.
-        pad_id: fills up; masks come from lengths, never from ids.
-        image_token: the id of an image placeholder.
-        merge: the vision tower's spatial merge size.
-        worth: see ``plan_rows``.
+    ``pad_id`` fills up; masks come from lengths, never from ids. ``merge`` is the vision tower's spatial merge size.
     """
     plan = plan_rows(turns, image_token, worth)
     length = max(row.length for row in plan)

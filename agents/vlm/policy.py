@@ -69,13 +69,10 @@ class VLMPolicy:
             batch_size: rows in one forward pass of generation.
             layout: ``fresh``, a prompt of its own each step, or ``prefix``, one growing conversation.
             shown: keywords of the environment that the policy was trained for (``view``, ``overlay``, ``closeup``,
-                ``canvas``); for those who make one for it. None: the defaults.
+                ``canvas``); for those who make one for it.
             reuse: compute equal prompts once, keep image encodings, and continue conversations on
                 their key-value caches. False computes everything anew each time: slower, the same.
             name: under which it was loaded.
-
-        Raises:
-            ValueError: for an unknown layout.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")

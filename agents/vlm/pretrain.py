@@ -191,17 +191,9 @@ def train_grounding(
     keep: Callable[[], None],
     only: int | None = None,
 ) -> None:
-    """Second stage: single-shot grounding, several questions an image.
+    """Second stage: single-shot grounding, several questions an image; its losses go into ``log``.
 
-    Args:
-        slots: the model.
-        head: of the first stage.
-        images: to train on.
-        args: the options.
-        progress: shows how far it is.
-        log: gets losses.
-        keep: called every ``save_seconds``.
-        only: end after so many steps; None: ``args.steps``.
+    ``keep`` is called every ``save_seconds``; it ends after ``only`` steps where that is given.
     """
     model, device, pool = slots.model, images.device, images.pool
     matrices = [p for n, p in model.model.language_model.layers.named_parameters() if p.ndim == 2]
@@ -319,12 +311,8 @@ def train(
 ) -> dict[str, float]:
     """Both stages on scenes that are being drawn; saves the model and its record, and returns seconds by stage.
 
-    Args:
-        args: the options.
-        drawing: of the training scenes.
-        held_out: of search scenes for ``marks_read``.
-        progress: shows how far it is.
-        start: ``time.monotonic()`` from which ``args.seconds`` counts; None: now.
+    ``held_out`` are search scenes for ``marks_read``; ``start`` is the ``time.monotonic()`` from which ``args.seconds``
+    counts, if not now.
     """
     start = time.monotonic() if start is None else start
     torch.manual_seed(args.seed)

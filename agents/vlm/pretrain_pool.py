@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ivt_agents.vlm.codec import WHOLE, Box
 from ivt_env import boxes
 from ivt_env.data.scenes import Scene, make_scene
 from ivt_env.data.scenes.language import Expression
@@ -53,11 +54,8 @@ LEGIBLE = 4.5
 """Smallest side of a mark, in pixels of the 96, that a cell is asked to read."""
 _VISIBLE = 0.6
 """Share of an object's box that a window must hold for questions about it."""
-_WHOLE = (0.0, 0.0, 1.0, 1.0)
 CHUNK = 20
 """Scenes that a process draws at a time."""
-
-Window = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ class View:
     scene: Scene
     image: NDArray[np.uint8]
     """(96, 96, 3)"""
-    window: Window
+    window: Box
     questions: list[Expression]
 
     def write(self, pool: Pool, row: int, words: Words) -> None:
@@ -256,7 +254,7 @@ def standard_views(split: str, index: int) -> list[View]:
     # The close-up is around an object that is asked about, or there would be nothing to ask.
     target = scene.things[asked[int(rng.integers(len(asked)))].target]
     window = _around(target.box, rng, (1.2, 3.5), smallest=0.1)
-    return [_view(scene, full, _WHOLE, asked), _view(scene, full, window, asked)]
+    return [_view(scene, full, WHOLE, asked), _view(scene, full, window, asked)]
 
 
 def search_views(split: str, index: int) -> list[View]:
@@ -269,11 +267,11 @@ def search_views(split: str, index: int) -> list[View]:
     near = min((t for t in scene.things if t is not one), key=lambda t: math.dist(t.centre, one.centre))
     both = np.array([one.box, near.box])
     pair = (*both[:, :2].min(0).tolist(), *both[:, 2:].max(0).tolist())
-    windows = (_WHOLE, _around(one.box, rng, (1.1, 2.8), smallest=0.1), _around(pair, rng, (1.05, 1.5), smallest=0.2))
+    windows = (WHOLE, _around(one.box, rng, (1.1, 2.8), smallest=0.1), _around(pair, rng, (1.05, 1.5), smallest=0.2))
     return [_view(scene, full, window, asked) for window in windows]
 
 
-def _view(scene: Scene, full: Image.Image, window: Window, asked: list[Expression]) -> View:
+def _view(scene: Scene, full: Image.Image, window: Box, asked: list[Expression]) -> View:
     """The window, cut at whole pixels."""
     side = scene.side
     x1, y1 = round(window[0] * side), round(window[1] * side)
@@ -282,7 +280,7 @@ def _view(scene: Scene, full: Image.Image, window: Window, asked: list[Expressio
     return View(scene, np.asarray(cut), (x1 / side, y1 / side, (x1 + size) / side, (y1 + size) / side), asked)
 
 
-def _around(box: Sequence[float], rng: np.random.Generator, factor: tuple[float, float], smallest: float) -> Window:
+def _around(box: Sequence[float], rng: np.random.Generator, factor: tuple[float, float], smallest: float) -> Box:
     """A square window around a box, ``factor`` times as large, not centred; the box may stick out a little."""
     longest = max(box[2] - box[0], box[3] - box[1])
     size = min(max(longest * math.exp(rng.uniform(*np.log(factor))), smallest), 1.0)
@@ -292,14 +290,14 @@ def _around(box: Sequence[float], rng: np.random.Generator, factor: tuple[float,
     return (float(low[0]), float(low[1]), float(low[0] + size), float(low[1] + size))
 
 
-def shown(thing: Thing, window: Window) -> float:
+def shown(thing: Thing, window: Box) -> float:
     """Share of the thing's box that lies in a window."""
     x1, y1, x2, y2 = thing.box
     width, height = min(x2, window[2]) - max(x1, window[0]), min(y2, window[3]) - max(y1, window[1])
     return max(width, 0.0) * max(height, 0.0) / ((x2 - x1) * (y2 - y1))
 
 
-def cell_labels(things: Sequence[Thing], window: Window = _WHOLE) -> NDArray[np.float32]:
+def cell_labels(things: Sequence[Thing], window: Box = WHOLE) -> NDArray[np.float32]:
     """What each merged token should know, (36, 9).
 
     A cell speaks for the object that covers most of it or, before that, for a small object that

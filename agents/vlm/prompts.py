@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ivt_agents.config import KeysOnce
-from ivt_agents.vlm.codec import ANSWER, BoxCodec
+from ivt_agents.vlm.codec import ANSWER, WHOLE, Box, BoxCodec
 from ivt_env import boxes
 from ivt_env.failures import reading
 from ivt_env.grounding import VIEWS
@@ -29,9 +29,6 @@ TINY_NAME = "tiny"
 """The name of the shipped model, wherever a model folder or hub name is taken."""
 NO_BOX_TEXT = "none"
 
-Box = tuple[float, float, float, float]
-WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-
 LAYOUTS = ("fresh", "prefix")
 SHIPPED = Path(__file__).parent.parent / "prompts"
 """Folder of the shipped prompt files."""
@@ -40,8 +37,8 @@ POLICY_FILE = "policy.json"
 DEFAULT = "qwen3-vl"
 """What models are asked that do not say."""
 MOST_CANVAS = 8192
-_IGNORED = ("dtype", "quantize")
-"""Keys of ``policy.json`` about the weights."""
+HELD = ("dtype", "quantize", "first_answers")
+"""Keys of ``policy.json`` that are not about what is asked."""
 
 
 class PromptError(ValueError):
@@ -61,19 +58,11 @@ class Prompts:
     """The question before there is a box. Empty: ``text``."""
 
     def fill(
-        self,
-        expression: str,
-        box_text: str | None,
-        windows: Sequence[Box] = (WHOLE,),
-        size: Sequence[int] = (0, 0),
+        self, expression: str, box_text: str | None, windows: Sequence[Box] = (WHOLE,), size: Sequence[int] = (0, 0)
     ) -> str:
-        """The user's text.
+        """The user's text about the current box, ``box_text`` in the model's coordinates, or None.
 
-        Args:
-            expression: what is to be found.
-            box_text: the current box in the model's coordinates; None: there is none.
-            windows: what each image shows.
-            size: (height, width) of the first image in pixels, for ``{height}`` and ``{width}``.
+        ``windows`` are what each image shows, ``size`` (height, width) that of the first one in pixels.
         """
         # str.replace, not str.format: an expression may hold braces.
         text = self.first if box_text is None and self.first else self.text
@@ -219,10 +208,12 @@ def load_prompts(name: str | Path) -> PromptFile:
         found = yaml.load(path.read_text(encoding="utf-8"), KeysOnce)
         if not isinstance(found, dict):
             raise ValueError(f"holds a {type(found).__name__}, not keys and values")
-        return _prompt_file({key: value for key, value in found.items() if key not in _IGNORED})
+        return prompt_file(found)
 
 
-def _prompt_file(found: Mapping[str, Any]) -> PromptFile:
+def prompt_file(found: Mapping[str, Any]) -> PromptFile:
+    """What the keys of a prompt file say; ValueError names the key that cannot be meant."""
+    found = {key: value for key, value in found.items() if key not in HELD}
     kinds: dict[str, type] = dict.fromkeys(("prompt", "first", "closeup", "with_closeup", "system"), str)
     kinds |= dict.fromkeys(("layout", "view", "frame", "answer"), str)
     kinds |= dict.fromkeys(("max_tokens", "canvas"), int) | dict.fromkeys(
@@ -242,7 +233,12 @@ def _prompt_file(found: Mapping[str, Any]) -> PromptFile:
         raise ValueError(f"max_tokens is {found['max_tokens']}, expected at least 1")
     if "frame" not in found:
         raise ValueError("frame is not declared, and it is never guessed: relative_1000, resized_pixels, ...")
-    check_shown(found)
+    if found.get("view", VIEWS[0]) not in VIEWS:
+        raise ValueError(f"view is {found['view']!r}, expected one of {', '.join(VIEWS)}")
+    Overlay.from_json(found.get("overlay"))
+    Surroundings.from_json(found.get("around"))
+    if not 16 <= found.get("canvas", 16) <= MOST_CANVAS:
+        raise ValueError(f"canvas is {found['canvas']!r}, expected 16 to {MOST_CANVAS} pixels")
     image = found.get("image", {})
     if strange := set(image) - {"multiple", "min_pixels", "max_pixels"}:
         raise ValueError(f"image has the unknown key {min(strange)!r}; there are multiple, min_pixels, max_pixels")
@@ -254,21 +250,6 @@ def _prompt_file(found: Mapping[str, Any]) -> PromptFile:
         image=ImageSize(**image),
         **{key: found[key] for key in same if key in found},
     )
-
-
-def check_shown(found: Mapping[str, Any]) -> None:
-    """Refuse values of ``view``, ``overlay``, ``around`` and ``canvas`` that no environment takes.
-
-    Raises:
-        ValueError: names the key.
-    """
-    if found.get("view", VIEWS[0]) not in VIEWS:
-        raise ValueError(f"view is {found['view']!r}, expected one of {', '.join(VIEWS)}")
-    Overlay.from_json(found.get("overlay"))
-    Surroundings.from_json(found.get("around"))
-    canvas = found.get("canvas")
-    if canvas is not None and (type(canvas) is not int or not 16 <= canvas <= MOST_CANVAS):
-        raise ValueError(f"canvas is {canvas!r}, expected 16 to {MOST_CANVAS} pixels")
 
 
 def images_of(observations: Mapping[str, Any], row: int) -> list[tuple[NDArray[np.uint8], Box]]:

@@ -17,11 +17,10 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from ivt_agents.vlm.codec import ANSWER, FRAMES
-from ivt_agents.vlm.dialogue import LAYOUTS
 from ivt_agents.vlm.footprint import resized
 from ivt_agents.vlm.policy import OWN, POLICY_FILE
 from ivt_agents.vlm.precision import DTYPES
-from ivt_agents.vlm.prompts import DEFAULT, TINY_NAME, check_shown, load_prompts
+from ivt_agents.vlm.prompts import DEFAULT, HELD, TINY_NAME, PromptFile, load_prompts, prompt_file
 from ivt_agents.vlm.tiny import weights_folder
 from ivt_env.failures import read_json, reading
 
@@ -109,14 +108,14 @@ def find_source(name: str | Path) -> Source:
         adapters.append(folder)
 
 
-def read_settings(source: Source, model_type: str) -> dict[str, Any]:
-    """How a policy is asked and held: what ``VLMPolicy.save`` wrote, or, with a warning, the default of other models.
+def read_settings(source: Source, model_type: str) -> tuple[PromptFile, dict[str, str]]:
+    """What a policy is asked, and how it is held (``HELD``): as it was saved, or, with a warning, by default.
 
     Raises:
         PolicyError: for a policy of a run that was not saved to its end, and for values out of range.
     """
-    asked = _PROMPTS.get(FRAMES.get(model_type, ""), DEFAULT)
-    settings: dict[str, Any] = {"first": ""} | load_prompts(asked).settings() | {"frame": FRAMES.get(model_type)}
+    usual = _PROMPTS.get(FRAMES.get(model_type, ""), DEFAULT)
+    found: dict[str, Any] = load_prompts(usual).settings() | {"frame": FRAMES.get(model_type)}
     parts = [*source.adapters, Path(source.base)]
     path = next((part / POLICY_FILE for part in parts if (part / POLICY_FILE).exists()), None)
     if path is None:
@@ -127,27 +126,24 @@ def read_settings(source: Source, model_type: str) -> dict[str, Any]:
                 " --resume, or train it again"
             )
         print(
-            f"{source.name} holds no {POLICY_FILE}: it is asked with the prompts {asked} (whole image with the box"
+            f"{source.name} holds no {POLICY_FILE}: it is asked with the prompts {usual} (whole image with the box"
             f" drawn, a fresh prompt each step); `ivt prompts NAME --into {source.name}` makes one that asks otherwise",
             file=sys.stderr,
         )
     else:
-        settings |= dict.fromkeys(("first", "closeup", "with_closeup"), "") | read_json(path, AGAIN, PolicyError)
-    if settings.get("answer", ANSWER) != ANSWER:
-        raise PolicyError(f"{path}: answer is {settings['answer']!r:.80}; a model on this machine answers {ANSWER}")
-    with reading(path or source.base, AGAIN, PolicyError):
-        check_shown(settings)
-    choices = {"frame": tuple(FRAMES.values()), "layout": LAYOUTS, "dtype": tuple(DTYPES), "quantize": ("none", "nf4")}
-    for key, known in choices.items():
-        if key in settings and settings[key] not in known:
-            where = path or f"model type {model_type!r}"
-            raise PolicyError(f"{where}: {key} is {settings[key]!r}, expected one of {', '.join(sorted(set(known)))}")
-    if type(opener := settings.get("first_answers", OWN)) is not str or str(source.name) == opener:
-        raise PolicyError(f"{path}: first_answers is {opener!r:.80}, expected {OWN!r} or the name of another model")
-    for key in ("prompt", "closeup", "with_closeup", "first"):
-        if not isinstance(settings[key], str) or (key == "prompt" and "{expression}" not in settings[key]):
-            raise PolicyError(f"{path}: {key} is {settings[key]!r:.80}, expected a text that asks for {{expression}}")
-    return settings
+        said = read_json(path, AGAIN, PolicyError)
+        found = {key: found[key] for key in ("prompt", "frame")} | {k: v for k, v in said.items() if v is not None}
+    with reading(path or f"model type {model_type!r}", AGAIN, PolicyError):
+        asked = prompt_file(found)
+        if asked.codec.answer != ANSWER:
+            raise ValueError(f"answer is {asked.codec.answer!r:.80}; a model on this machine answers {ANSWER}")
+        choices = {"frame": tuple(FRAMES.values()), "dtype": tuple(DTYPES), "quantize": ("none", "nf4")}
+        for key, known in choices.items():
+            if key in found and found[key] not in known:
+                raise ValueError(f"{key} is {found[key]!r:.80}, expected one of {', '.join(sorted(set(known)))}")
+        if type(opener := found.get("first_answers", OWN)) is not str or str(source.name) == opener:
+            raise ValueError(f"first_answers is {opener!r:.80}, expected {OWN!r} or the name of another model")
+    return asked, {key: found[key] for key in HELD if key in found}
 
 
 def check_config(source: Source, config: Any, build: Any) -> None:

@@ -1,17 +1,17 @@
-"""Turns: what was shown to the model and what it sampled, as token ids.
+"""Turns: what was shown to the model and what it sampled, as token ids, and where each token lies (M-RoPE).
 
 The ids that were sampled are the ids that are scored; nothing is decoded and tokenised again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-Box = tuple[float, float, float, float]
-WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+from ivt_agents.vlm.codec import WHOLE, Box
 
 
 @dataclass(slots=True, eq=False)
@@ -68,3 +68,29 @@ def images_in(prompt: Prompt, length: int, image_token: int, merge: int) -> int:
             break
         count += 1
     return count
+
+
+def mrope_positions(ids: Sequence[int], images: Sequence[EncodedImage], image_token: int, merge: int) -> np.ndarray:
+    """M-RoPE positions of one sequence, (3, L); equals the model's own ``get_rope_index``.
+
+    Text counts up on all three axes; an image keeps its frame index on the first axis and spreads
+    over rows and columns on the others, and the text after it goes on behind the longer side.
+    """
+    array = np.asarray(ids)
+    out = np.empty((3, len(array)), dtype=np.int64)
+    placeholders = np.flatnonzero(array == image_token)
+    at = position = used = 0
+    for image in images:
+        start = int(placeholders[used])
+        out[:, at:start] = position + np.arange(start - at)
+        position += start - at
+        _, rows, columns = image.grid
+        rows, columns = rows // merge, columns // merge
+        cells = np.arange(rows * columns)
+        at = start + len(cells)
+        out[:, start:at] = position + np.stack([cells * 0, cells // columns, cells % columns])
+        position, used = position + max(rows, columns), used + len(cells)
+    if used != len(placeholders):
+        raise ValueError(f"{len(placeholders)} image placeholders for {len(images)} images of {used} tokens")
+    out[:, at:] = position + np.arange(len(array) - at)
+    return out

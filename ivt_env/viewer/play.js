@@ -53,6 +53,7 @@ const begin = () => attempt(async () => {
   state.playing = true;
   byId("play-expression").textContent = said.expression || "(no expression)";
   board.style.setProperty("--aspect", String(said.size[1] / said.size[0]));
+  board.style.setProperty("--pixels", said.size[1] + "px");
   byId("board-image").src = imageAddress(said.image);
   edges.forEach((edge, i) => { edge.max = String(said.size[i % 2 ? 0 : 1]); });
   showMode();
@@ -158,6 +159,7 @@ function where(event) {
 }
 
 let from = null; // where a drag began: relative, and on the screen
+let pointed = [0.5, 0.5]; // where the mouse was last, relative
 
 board.addEventListener("pointerdown", (event) => {
   if (!play.now || event.button !== 0) return;
@@ -165,8 +167,9 @@ board.addEventListener("pointerdown", (event) => {
   from = { at: where(event), x: event.clientX, y: event.clientY };
 });
 board.addEventListener("pointermove", (event) => {
+  pointed = where(event);
   if (!from || Math.abs(event.clientX - from.x) < SMALLEST || Math.abs(event.clientY - from.y) < SMALLEST) return;
-  const [x, y] = where(event);
+  const [x, y] = pointed;
   play.draft = [Math.min(x, from.at[0]), Math.min(y, from.at[1]), Math.max(x, from.at[0]), Math.max(y, from.at[1])];
   showBoard();
   showEdges();
@@ -199,6 +202,7 @@ board.addEventListener("keydown", (event) => {
     nudge(arrow[0] * far, arrow[1] * far, event.shiftKey);
   } else if (event.key === "Enter") propose();
   else if (event.key === "s" && !event.ctrlKey) stop();
+  else if (event.key === "z" && !event.ctrlKey) zoom(...pointed);
   else return;
   event.preventDefault();
   event.stopPropagation();
@@ -217,6 +221,7 @@ edges.forEach((edge) => {
 });
 byId("play-propose").addEventListener("click", propose);
 byId("play-stop").addEventListener("click", stop);
+byId("play-zoom").addEventListener("click", () => zoom(...pointed));
 byId("play-next").addEventListener("click", begin);
 document.addEventListener("keydown", (event) => {
   if (event.key === "n" && !state.playing && !byId("play-next").hidden && event.target.tagName !== "INPUT"

@@ -49,7 +49,7 @@ class PlayApp(ViewApp):
         self._live: Episode | None = None
         self._playing = threading.RLock()
         self._shown: dict[tuple[str, str], ImageArray] = {}
-        super().__init__({HUMAN: self.episodes}, self._image_of, title, max_image_side=env.screen.side)
+        super().__init__({HUMAN: self.episodes}, self._image_of, title)
 
     def page(self) -> str:
         """The page itself, with the episodes that are over."""

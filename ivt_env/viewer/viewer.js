@@ -308,7 +308,7 @@ function makeStage(episode, step, side) {
 // Every pixel of the image, or all of it; x and y say where to look, from 0 to 1.
 function zoom(x, y) {
   state.zoomed = !state.zoomed;
-  for (const stage of document.querySelectorAll(".panel .stage")) {
+  for (const stage of document.querySelectorAll(".panel .stage, .play .stage")) {
     stage.classList.toggle("zoomed", state.zoomed);
     const image = stage.firstElementChild;
     stage.scrollTo(x * image.offsetWidth - stage.clientWidth / 2, y * image.offsetHeight - stage.clientHeight / 2);
