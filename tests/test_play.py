@@ -111,7 +111,7 @@ def test_the_second_click_of_a_double_click_is_no_second_step_and_a_reload_goes_
         tell(app, "/act", {"number": 1, "step": 0, "stop": True})
     first = tell(app, "/start", {})
     shown = Image.open(io.BytesIO(app.get(f"/image/{first['image']}", {}).body))
-    assert max(shown.size) == 768, "the image itself: an agent that is shown close-ups sees as much"
+    assert max(shown.size) == 384, "the image itself: an agent that is shown close-ups sees as much"
     tell(app, "/act", {"number": 1, "step": 0, "box": box})
     with pytest.raises(Refused, match="another step") as refused:
         tell(app, "/act", {"number": 1, "step": 0, "box": box})
