@@ -45,7 +45,7 @@ COMMANDS = {
         True,
         "evaluate",
     ),
-    "report": Command("ivt_agents.evaluation.report", "write the page of an evaluation again", True),
+    "report": Command("ivt_agents.evaluation.report", "rebuild the report page of an evaluation", True),
     "train-sft": Command("ivt_agents.sft.train", "teach a policy corrective traces", True, "sft"),
     "train-grpo": Command("ivt_agents.grpo.train", "train a policy by multi-turn GRPO on IoU gains", True, "grpo"),
     "data": Command("ivt_env.commands.data", "fetch, check, convert and look at data sets"),
@@ -71,7 +71,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
         epilog=f"{_EXAMPLES}\n{_STATUS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="store_true", help="say which version this is, and end")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
     parser.add_argument("-v", "--verbose", action="store_true", help="show what is read, written and left out")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, command in COMMANDS.items():

@@ -75,7 +75,7 @@ class Screen:
             raise ValueError(f"canvas {canvas!r}: give the side in pixels, an integer of at least 16")
         self.dataset, self.view, self.side, self.overlay, self.around = dataset, view, canvas, overlay, around
         self.memory = {"image": RecycledMemory(), "closeup": RecycledMemory()}
-        """Of observations that nobody holds any more, nor a view of them."""
+        """Memory of earlier observations. It is reused once nobody holds them or a view of them."""
 
     def load(self, sample: Sample) -> Loaded:
         """Decode a sample's image and place it on the canvas."""
@@ -239,8 +239,8 @@ class Grounding:
         one ``reset`` before the first ``step``.
 
         Raises:
-            ValueError: for anything else than the state of an environment made with the same options over the
-                same data. Nothing is changed then.
+            ValueError: unless the state is that of an environment made with the same options over the same data.
+                Nothing is changed then.
         """
         try:
             for name, value in self._made_with().items():

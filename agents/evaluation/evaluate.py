@@ -1,4 +1,4 @@
-"""Plays policies on one split, or reads saved episodes, and puts the columns side by side.
+"""Plays policies on one split, or reads saved episodes, and puts their scores side by side.
 
     ivt evaluate --policies base=tiny sft=runs/sft/policy grpo=runs/grpo/policy
     ivt evaluate --policies floor=random ceiling=my_module:MyAgent --samples 200
@@ -70,14 +70,14 @@ from ivt_env.viewer import write_page
 from ivt_env.viewer.images import ImageFinder
 
 MAY_CHANGE = SERVED_MAY_CHANGE | {"out", "config", "resume", "overwrite", "margin", "guard", "runs", "page_episodes"}
-"""Options that an evaluation that goes on may change: nothing that is played depends on them."""
+"""Options that may change on `--resume`, because the episodes do not depend on them."""
 _PLOTS = ("accuracy_by_step.png", "before_after.png", "groups.png", "reliability.png", "training.png")
 PREDICTIONS = "predictions"
 """Folder of a JSON line per sample, for each policy."""
 _PLAYED = ("episodes", ANSWERS, PROMPTS)
-"""What has been played, and is gone on with."""
+"""Episodes and completions that are on disk already; `--resume` continues from them."""
 RESULTS = ("results.json", "table.txt", "report.html", "episodes.html", *_PLOTS, PREDICTIONS, *_PLAYED)
-"""What an evaluation writes; one anew removes it in this order."""
+"""What an evaluation writes. A new evaluation removes these in this order."""
 DEFAULT_POLICY = "base=tiny"
 RESAMPLES = 1000
 COST = "cost.json"
@@ -101,11 +101,11 @@ class PlayedOptions(ServedOptions):
     view: Literal["overlay", "closeup", "both"] | None = None
     """What a box is shown on, for every policy. None: what each was trained for (`overlay` where it does not say)."""
     overwrite: bool = False
-    """Begin anew where `out` already holds results, which are lost."""
+    """Start over even if `out` already holds results; the old results are deleted."""
     num_envs: int = 100
     """Episodes played side by side."""
     seed: int = 0
-    """Of what is drawn by chance, and of the intervals."""
+    """Seed of what is sampled, and of the bootstrap intervals."""
 
     def stages(self) -> tuple[Dataset, range, Stages]:
         """The data set, the numbers of the samples to play, and the environments."""
@@ -120,7 +120,7 @@ class PlayedOptions(ServedOptions):
 
 @dataclass
 class Args(PlayedOptions):
-    """Columns of several policies on the same samples."""
+    """Compare several policies on the same samples."""
 
     config: Path | None = None
     """YAML file whose part `evaluate` gives defaults; flags override it."""
@@ -131,7 +131,7 @@ class Args(PlayedOptions):
     """`name=folder`: score the saved episodes of that folder, and of `folder-forced` where it is there, instead
     of playing. A name given again is another seed."""
     forced: bool = True
-    """Play every policy a second time, made to take every refinement: the columns that need every step."""
+    """Also play every policy with its stop ignored. The columns that need all steps come from this second pass."""
     margin: float = 0.0
     """By how much the stop probability of a later box must exceed that of the kept one (`verifier_gated`)."""
     guard: float | None = None
@@ -139,9 +139,9 @@ class Args(PlayedOptions):
     out: Path = Path("runs/evaluation")
     """Folder for the tables, episodes, plots and the page."""
     resume: bool = False
-    """Go on where an evaluation in `out` was cut off: policies that were played to the end are not played again."""
+    """Continue the interrupted evaluation in `out`: policies that were played to the end are not played again."""
     runs: list[Path] = field(default_factory=list)
-    """Run folders whose training curves are plotted beside."""
+    """Run folders whose training curves are plotted too."""
     page_episodes: int = 200
     """Episodes of each policy on the page."""
     json: bool = False
@@ -180,7 +180,7 @@ def main(args: Args) -> dict[str, Played]:
 
 
 def _begin(args: Args) -> None:
-    """Remove what another evaluation made, once it is known that this one can be."""
+    """Remove an earlier evaluation's results, once it is certain that this one can be made."""
     if args.resume or args.episodes:  # the episodes stay, and so does what they were played for until it is replaced
         for name in RESULTS[: -len(_PLAYED)]:
             forget(args.out / name)
@@ -285,8 +285,8 @@ def _play(
                 note = str(served.usage) if begun else ""
                 task = progress.add_task(f"{folder}{', forced' if forced else ''}", total=count, note=note)
                 served.usage.on_change = lambda task=task: progress.update(task, note=str(served.usage))  # type: ignore[misc]
-                # A fresh agent for each rollout: one that draws then draws the same. Its view is known once
-                # it is there, and the oracle is given the environment before: only it, and it looks at no image.
+                # Each rollout gets a fresh agent, so that a sampling agent draws the same each time. Its view is known
+                # only after it is made, so it is made with the default environment, which the oracle alone uses.
                 spec = policy_spec(names[name][number])
                 agent = Metered(load_agent(spec, env=envs.of(None), seed=args.seed, served=served))
                 env = envs.of(agent)
@@ -295,7 +295,7 @@ def _play(
                 found.append(rollout(env, agent, count, args.seed, indices=indices, ignore_stop=forced, **said))
                 watch.end()
                 check_episodes(found[-1], stop=not forced)
-                if not begun:  # a policy that cannot be played costs nothing of what is there
+                if not begun:  # if a policy cannot be played, existing results stay
                     _begin(args)
                     begun = True
                 with whole_folder(saved, asdict(args) | {"policy": spec, "ignore_stop": forced}) as partial:

@@ -83,7 +83,8 @@ class Args(TrainingOptions):
     """An episode with an unusable answer earns nothing. Where no stop is at hand an unusable answer is the only way
     to keep a box, and a bonus of 0.1 does not outweigh that (`docs/paper.md`)."""
     advantage: Literal["return_to_go", "trajectory", "episode_and_step"] = "return_to_go"
-    """Credit by each step's return-to-go, by the whole episode, or that plus a comparison of equal states."""
+    """Advantage from each step's return-to-go, from the whole episode's return, or from that plus a comparison of
+    steps in equal states."""
     discount: Hidden[float] = 1.0
     """What the next step's return counts in a step's own, with `return_to_go`. 1: all gains up to the end, so that the
     final IoU is maximised. 0: each action's own gain, for a policy that spoils any box it is given afterwards."""
@@ -106,8 +107,8 @@ class Args(TrainingOptions):
     epsilon_high: Hidden[float | None] = None
     """... and at 1 + epsilon_high. None: what fits the loss (dapo: 0.28)."""
     beta: float = 0.1
-    """Weight of the KL divergence to the warm-started policy (the paper: 0.04). Without it GRPO unlearns small
-    corrections."""
+    """Weight of the KL divergence to the warm-started policy (the paper: 0.04). At 0 the policy forgets how
+    to make small corrections."""
     kl_in: Hidden[Literal["loss", "reward"]] = "loss"
     """Add it to the loss (k3 times ratio), or subtract it from each step's reward (k1)."""
     temperature: Hidden[float] = 0.7

@@ -43,7 +43,7 @@ SCALE_FLOOR = 1e-3
 """A standard deviation of returns counts as at least this much reward."""
 
 GOOD = 0.5
-"""IoU from which on stopping is right, in the metrics of the stop; nothing is trained on it."""
+"""Stopping is right if the IoU is at least this, in the metrics of the stop. Nothing is trained on it."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Credit:
 class GRPOTrainer:
     """Trains a policy in place.
 
-    What it leaves out of the GRPO of arXiv 2402.03300 unless asked for, and why: division by the
-    group's standard deviation (it blows up groups that hardly differ, as continuous IoU makes them)
-    and by each sequence's length (it favours long wrong answers); one global token count divides
-    instead. The baseline is the mean of the *other* members, per step, of the return-to-go.
+    Two parts of GRPO (arXiv 2402.03300) are off by default. Advantages are not divided by the group's standard
+    deviation, because that inflates groups whose returns hardly differ, and continuous IoU makes many of them. Losses
+    are not divided by each sequence's length, because that favours long wrong completions; one global token count
+    divides instead. The baseline is the mean of the *other* members, per step, of the return-to-go.
     """
 
     def __init__(
@@ -211,12 +211,12 @@ class GRPOTrainer:
             on_step(self.step, metrics)
 
     def _warn_of_equal_groups(self, share: float) -> None:
-        """Say so where nothing is learned, once for as long as it lasts."""
+        """Warn once per streak of steps in which nothing is learned."""
         self._without_variance = self._without_variance + 1 if share == 1 else 0
         if self._without_variance == WITHOUT_VARIANCE and self.accelerator.is_main_process:
             log.warning(
-                "steps %d to %d: in every group all members earned alike, so nothing was learned; answers that cannot"
-                " be used, a low --temperature or samples that are too easy or too hard make them so",
+                "steps %d to %d: in every group all episodes had the same return, so nothing was learned. Likely"
+                " causes: unusable answers, a low --temperature, samples that are too easy or too hard",
                 self.step - WITHOUT_VARIANCE + 1,
                 self.step,
             )
@@ -285,7 +285,7 @@ class GRPOTrainer:
         horizon = groups.rewards.shape[-1]
         flat = groups.rewards.reshape(-1, horizon).copy()  # (P * G, T)
         played = enumerate(groups.turns)
-        places = [(i, t) for i, episode in played for t, turn in enumerate(episode) if not self._is_anothers(turn)]
+        places = [(i, t) for i, episode in played for t, turn in enumerate(episode) if not self._is_by_opener(turn)]
         sums = torch.zeros(3, dtype=torch.float64)
         for start in range(0, len(places), config.per_device_train_batch_size):
             part = places[start : start + config.per_device_train_batch_size]
@@ -305,8 +305,8 @@ class GRPOTrainer:
             "rollout/kl_penalty": paid / episodes,
         }
 
-    def _is_anothers(self, turn: Turn) -> bool:
-        """Whether a turn is a first answer of another model, which is not trained."""
+    def _is_by_opener(self, turn: Turn) -> bool:
+        """Whether another model (the opener) gave this turn. Such turns are not trained on."""
         return self.policy.opener is not None and turn.prompt.opening
 
     def _credit(self, groups: Groups, rewards: NDArray[np.float64]) -> Credit:
@@ -330,7 +330,7 @@ class GRPOTrainer:
                     if config.mask_truncated_completions and not turn.finished:
                         out.masked_tokens += len(turn.completion)
                         continue  # a turn cut off by the limit was not an answer
-                    if self._is_anothers(turn):
+                    if self._is_by_opener(turn):
                         continue
                     out.rows.append(turn)
                     out.advantages.append(float(values[m, t]))
@@ -454,7 +454,7 @@ class GRPOTrainer:
         refined = groups.taken[:, :, 1:] & ~(groups.stopped[:, :, None] & _last_action(groups.taken)[:, :, 1:])
         gains = np.diff(ious, axis=-1)[refined]
         good = last[groups.stopped] >= GOOD
-        # Episodes that had a good box before them and an action left to say so.
+        # Episodes that acted again while the current box was already good, so that they could have stopped.
         could = (groups.taken[:, :, 1:] & (ious[:, :, :-1] >= GOOD)).any(-1)
         by_step = [np.diff(ious, axis=-1)[:, :, t][refined[:, :, t]] for t in range(refined.shape[-1])]
         values = [
@@ -539,6 +539,6 @@ def _refuse_dropout(model: torch.nn.Module) -> None:
         rate = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "attention_dropout", 0.0)
         if rate:
             raise ValueError(
-                f"dropout {rate} in {name}: the update would score another policy than the one that sampled, and the"
+                f"dropout {rate} in {name}: the update would score a different policy from the one that sampled, so the"
                 " first ratio would not be 1; set it to 0 in the model's configuration"
             )

@@ -22,7 +22,7 @@ from ivt_env.rendering import Surroundings
 Box = NDArray[np.float64]
 
 ON = 0.3
-"""IoU with an object from which on a box counts as lying on it."""
+"""A box lies on an object if their IoU is at least this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Shares:
     shifted: float = 1.0
     """The target's box, moved and scaled."""
     other: float = 0.2
-    """The box of another object, where the data set knows one. Seldom: a policy that expects wrong objects leaves right
-    ones."""
+    """The box of another object, where the data set knows one. Kept low: a policy that learns to expect
+    wrong objects also moves away from right ones."""
     candidate: float = 0.5
     """In search scenes, each of the other objects."""
 
@@ -65,7 +65,7 @@ def teach_to_look(
         view: of the environment. With ``both`` a box near the target is corrected in the close-up's frame.
         around: what a close-up shows.
         shares: how often each state is taught.
-        good_iou: from here on the answer is to stop.
+        good_iou: at this IoU or above, the lesson is to stop.
     """
     shares, made = shares or Shares(), []
     for index, own in zip(indices, student_boxes, strict=True):
@@ -93,7 +93,7 @@ def teach_to_look(
 
 
 def _visited(others: Sequence[Box], search: bool, rng: np.random.Generator) -> list[Box]:
-    """Boxes of an episode so far: in search scenes some of the other objects, elsewhere seldom one."""
+    """Boxes of an episode so far: in search scenes some of the other objects, elsewhere one in 20 % of cases."""
     if search:
         chosen = rng.permutation(len(others))[: int(rng.integers(len(others) + 1))]
     else:

@@ -39,13 +39,14 @@ class TrainingOptions:
     data_root: str | None = None
     """Folder of real data sets."""
     resume: bool = False
-    """Go on where the run in `out` was cut off; what decides the result must be as it was."""
+    """Continue the interrupted run in `out`. Options that affect the result must not change."""
     overwrite: bool = False
-    """Begin anew where `out` already holds a run, which is lost."""
+    """Start over even if `out` already holds a run; the old run is deleted."""
     view: Literal["overlay", "closeup", "both"] | None = None
-    """What a box is shown on: the whole image, the region around it enlarged, or both. None: as the model says."""
+    """What a box is shown on: the whole image, the region around it enlarged, or both. None: the view that the model
+    was trained with."""
     layout: Hidden[Literal["fresh", "prefix"] | None] = None
-    """A prompt of its own each step, or one growing conversation (the paper). None: as the model says."""
+    """A prompt of its own each step, or one growing conversation (the paper). None: what the model was trained with."""
     learning_rate: float = 1e-3
     """The highest learning rate."""
     lora_r: int = 0
@@ -69,7 +70,7 @@ class TrainingOptions:
     dtype: Hidden[Literal["float32", "bfloat16"] | None] = None
     """Format of the weights. None: bfloat16 under nf4, else as a policy folder records it, or float32."""
     quantize: Literal["none", "nf4"] | None = None
-    """nf4: the language model's matrices in four bits, with LoRA alone. None: as a policy folder records it."""
+    """nf4: load the language model's matrices in four bits; needs LoRA. None: as a policy folder records it."""
     attn_implementation: Hidden[Literal["eager", "sdpa", "flash_attention_2"] | None] = None
     """Attention code. None: sdpa on a GPU, eager on a CPU. With flash_attention_2, turns no longer share a row in
     the update, because it takes no mask that could tell them apart."""
@@ -77,11 +78,11 @@ class TrainingOptions:
     """Keep each layer's input alone for the backward pass and compute the layer again there: less memory, about
     a third more time in the update. The result is the same."""
     dry_run: bool = False
-    """Build the true architecture without weights, print what it needs and what fits, and end."""
+    """Build the full architecture without weights, print the memory that it needs and what fits, and exit."""
     gpu_memory_gb: Hidden[float] = 80.0
-    """Memory of the GPU that a dry run reckons with."""
+    """Memory of the GPU that a dry run assumes."""
     image: Hidden[tuple[int, int]] = (480, 640)
-    """Height and width of the images that a dry run reckons with."""
+    """Height and width of the images that a dry run assumes."""
 
     def __post_init__(self) -> None:
         """Choose the split of the evaluations."""

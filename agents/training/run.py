@@ -36,7 +36,7 @@ class RunError(ValueError):
 
 
 def check_least(options: object, least: Mapping[str, int]) -> None:
-    """Refuse numbers that are too small for anything to come of them; so written, NaN is refused, too.
+    """Refuse values below the minimum. The comparison is written so that it refuses NaN too.
 
     Args:
         options: with an attribute for each name.
@@ -53,13 +53,13 @@ def check_least(options: object, least: Mapping[str, int]) -> None:
 def check_rate(lr: float) -> None:
     """Refuse a learning rate that is not a positive number (``RunError``)."""
     if not 0 < lr < math.inf:
-        raise RunError(f"learning_rate {lr:g}: the weights would stay, go uphill or be lost; give more than 0")
+        raise RunError(f"learning_rate {lr:g}: give a finite number greater than 0")
 
 
 def check_share(name: str, value: float) -> None:
-    """Refuse what is no share (``RunError``)."""
+    """Refuse what is no fraction (``RunError``)."""
     if not 0 <= value <= 1:
-        raise RunError(f"{name} {value:g}: a share; give 0 to 1")
+        raise RunError(f"{name} {value:g}: give a fraction from 0 to 1")
 
 
 def make_accelerator(bf16: bool) -> Accelerator:
@@ -86,15 +86,15 @@ def make_accelerator(bf16: bool) -> Accelerator:
             f"FSDP was asked for, but {why}: accelerate would hold the whole model in every process without a word;"
             " launch without it (configs/accelerate/ddp.yaml)"
         )
-    # Its launcher sets the address where it was told of several, and their number where it started them.
+    # accelerate's launcher sets MASTER_ADDR when it is asked for several processes, WORLD_SIZE only if it starts them.
     if alone and not torch.cuda.is_available() and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ):
         log.warning(
-            "accelerate launch was told of several processes and started one, as it does without a GPU: this is one"
+            "accelerate launch was asked for several processes and started one, because there is no GPU: this is one"
             " process; torchrun --standalone --nproc_per_node N starts N"
         )
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=cpu)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise RunError("FSDP version 1: rollouts need to gather its weights in a way it has not; set fsdp_version: 2")
+        raise RunError("FSDP version 1 cannot gather weights as rollouts need them; set fsdp_version: 2")
     return accelerator
 
 

@@ -82,7 +82,7 @@ class Source:
     name: str
     """The label of its samples."""
     layout: str
-    """The reader: ``refs-umd``, ``mdetr``, ... The index is named after the data set and it."""
+    """The reader: ``refs-umd``, ``mdetr``, ... The index file is named after the data set and the reader."""
     folder: Path
     """The index lies in ``.ivt_index/`` below it."""
     files: Sequence[Path]
@@ -107,7 +107,7 @@ class Source:
     embedded: bool = False
     """Whether the files hold the images too; ``images/`` beside the index is then looked at."""
     packaged: bool = False
-    """Whether it is part of this package, in which no index is written where a cache can be."""
+    """Whether it is part of this package. Its index goes into the user's cache folder if there is one."""
 
 
 class Table:
@@ -249,12 +249,12 @@ def open_table(source: Source, split: str, cached_images: int = 32, need_images:
         source: the data set.
         split: one of ``source.splits``.
         cached_images: how many decoded images to keep (about 1 MB each).
-        need_images: whether a missing folder of images is an error at once. (A single missing
-            image is one when it is asked for.)
+        need_images: whether a missing folder of images is an error on opening. A single missing image is an error
+            only when it is requested.
 
     Raises:
         DataError: for an unknown or empty split, files that are missing, broken, or hold too many bad rows, and images
-            shared by train and another split where that may not be.
+            shared by train and another split, unless the source allows it.
     """
     held = (*source.splits, *source.unions)
     if split not in held:
@@ -273,7 +273,7 @@ def open_table(source: Source, split: str, cached_images: int = 32, need_images:
     }  # fmt: skip
     place = hashlib.sha256(str(source.folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     places = [source.folder / ".ivt_index"]
-    with contextlib.suppress(DataError):  # a user without a home folder, who need not have one
+    with contextlib.suppress(DataError):  # the user may have no home folder, and then no cache
         places.append(cache_folder() / "index" / f"{source.name}-{place}")
         places = places[source.packaged :]
     held_index = (_read_index(folder / _index_name(source), identity, split) for folder in places)
@@ -305,7 +305,7 @@ def _build(source: Source, identity: dict[str, Any], split: str, places: Sequenc
         raise DataError(f"{where}: holds no expression of split {split!r} ({held}); {source.remedy}")
     published = {s: count for s, count in (source.published or {}).items() if s in counts}
     if any(counts[s] != count for s, count in published.items()):
-        _log.warning("%s: expressions per split %s, published are %s", where, counts, published)
+        _log.warning("%s: expressions per split: found %s, published %s", where, counts, published)
     if not source.may_share_images:
         _refuse_shared_images(batches, where, source)
     left_out = [list(one) for one in zip(bad.splits, bad.reasons, strict=True)]
@@ -321,7 +321,7 @@ def _build(source: Source, identity: dict[str, Any], split: str, places: Sequenc
         else:
             return reader.get_batch(facts["splits"].index(split)), facts, path, folder / "images"
     where_not = " or ".join(map(str, places))
-    _log.warning("no index of %s can be written to %s: slow at each opening", source.name, where_not)
+    _log.warning("cannot write an index of %s to %s; opening it will be slow every time", source.name, where_not)
     return batches[split], facts, None, (target or places[0]) / "images"
 
 
