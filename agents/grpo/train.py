@@ -106,9 +106,8 @@ class Args(TrainingOptions):
     """The probability ratio is clipped at 1 - epsilon ... None: what fits the loss (dapo: 0.2)."""
     epsilon_high: Hidden[float | None] = None
     """... and at 1 + epsilon_high. None: what fits the loss (dapo: 0.28)."""
-    beta: float = 0.1
-    """Weight of the KL divergence to the warm-started policy (the paper: 0.04). At 0 the policy forgets how
-    to make small corrections."""
+    beta: float = 0.0
+    """Weight of the KL divergence to the warm-started policy (the paper: 0.04)."""
     kl_in: Hidden[Literal["loss", "reward"]] = "loss"
     """Add it to the loss (k3 times ratio), or subtract it from each step's reward (k1)."""
     temperature: Hidden[float] = 0.7
