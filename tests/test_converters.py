@@ -129,8 +129,8 @@ def test_category_name_takes_only_objects_alone_of_their_category_crowds_counted
     done = convert(place, content, expression_key=CATEGORY_NAME)
     assert [(s.sample_id, s.expression) for s in samples(place / "out")] == [("2", "dog")]
     assert done.notes == {
-        "crowds are no targets": 1,
-        "objects that share their category with another in the image are no targets": 1,
+        "crowds are not targets": 1,
+        "objects that share their category with another in the image are not targets": 1,
     }
 
 
@@ -284,7 +284,7 @@ def test_label_studio_percent_become_the_box_and_texts_the_expressions(place):
     assert (found["11-r3"].box, found["11-r3"].siblings) == ((0.0, 0.0, 1.0, 1.0), ())
     assert found["11-r2"].siblings == ((0.125, 0.2, 0.375, 0.2 + 0.4), (0.1, 0.1, 0.2, 0.2))
     assert found["11-r2"].meta == {"task": 11, "region": "r2", "category": "cat"}
-    assert done.notes == {"rectangles without an expression are no targets": 1}
+    assert done.notes == {"rectangles without an expression are not targets": 1}
 
 
 def test_label_studio_boxes_refer_to_the_upright_image(place):

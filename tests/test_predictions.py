@@ -332,7 +332,7 @@ def test_a_broken_file_names_row_and_remedy(tmp_path: Path) -> None:
         ([good, '{"sample_id": "ref-1", "bo'], "row 2 is no JSON"),
         (
             [{**good, "sample_id": "x" * 1001}],
-            "row 1: sample_id is a text of 1001 letters, which is no id (at most 1000)",
+            "row 1: sample_id has 1001 characters, too many for an id (at most 1000)",
         ),
         ([good, "[1, 2]"], "row 2 is [1, 2], not a JSON object"),
         (["[1, 2"], "not a whole JSON array"),

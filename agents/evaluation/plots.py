@@ -203,7 +203,7 @@ def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: 
 def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path) -> None:
     """Bars of the first box and of the answer by data set, size and siblings, of what ``breakdown`` gave by policy.
 
-    The answer is ``learned_stop``, or ``last_step`` where there is no stopping rollout.
+    The answer is ``learned_stop``, or ``last_step`` if no rollout was free to stop.
     """
     kinds = {
         "dataset": "data set",

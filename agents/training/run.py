@@ -57,7 +57,7 @@ def check_rate(lr: float) -> None:
 
 
 def check_share(name: str, value: float) -> None:
-    """Refuse what is no fraction (``RunError``)."""
+    """Refuse a value outside 0 to 1 (``RunError``)."""
     if not 0 <= value <= 1:
         raise RunError(f"{name} {value:g}: give a fraction from 0 to 1")
 

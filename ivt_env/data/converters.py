@@ -93,11 +93,11 @@ def from_coco(
     for found in objects.values():
         siblings = [other.bbox for other in of_class[found.image_id, found.category_id] if other is not found]
         if found.is_crowd:
-            notes["crowds are no targets"] += 1
+            notes["crowds are not targets"] += 1
         elif expression_key == CATEGORY_NAME and siblings:
-            notes["objects that share their category with another in the image are no targets"] += 1
+            notes["objects that share their category with another in the image are not targets"] += 1
         elif not found.expressions:
-            notes["objects without an expression are no targets"] += 1
+            notes["objects without an expression are not targets"] += 1
         else:
             image = images[found.image_id]["file_name"]
             coco = _COCO_FILE.fullmatch(PurePosixPath(image).name)

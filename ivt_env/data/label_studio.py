@@ -25,7 +25,7 @@ _NO_TEXT = (
     "write an expression to each rectangle (a TextArea with perRegion in the labelling interface), or name a field of "
     "the tasks with --expression-key data.FIELD"
 )
-_NO_EXPRESSION = "rectangles without an expression are no targets"
+_NO_EXPRESSION = "rectangles without an expression are not targets"
 _UPLOADED = re.compile(r"(?:.*/)?data/upload/(?:\d+/)?")
 _RECTANGLE = ("x", "y", "width", "height")
 _NO_BOX = re.compile("(polygon|ellipse|keypoint|brush|vector|bitmask)(labels)?")

@@ -91,7 +91,7 @@ def _expression(
     coco_image_id(file_name, image_id)
     size = checked.image_size(image)
     meta: dict[str, Any] = {"ann_id": ann_id, "image_id": image_id, "category_id": category_id}
-    with contextlib.suppress(BadRowError):  # the name of a category may be missing, which is no harm
+    with contextlib.suppress(BadRowError):  # a missing category name does no harm
         meta["category"] = checked.text(categories.get(category_id), "name")
     return Row(
         split=split,

@@ -207,7 +207,7 @@ def read_pickle(path: Path) -> Any:
 
 
 class _CallableRefusedError(pickle.UnpicklingError):
-    """A pickle asked for something that is no plain data."""
+    """A pickle asked for something other than plain data."""
 
 
 class _PlainUnpickler(pickle.Unpickler):

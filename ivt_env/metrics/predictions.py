@@ -419,7 +419,7 @@ def _row(
         )
     if len(str(sample_id)) > _LONGEST_ID:
         raise PredictionError(
-            f"{here}: {fields.id_field} is a text of {len(str(sample_id))} letters, which is no id (at "
+            f"{here}: {fields.id_field} has {len(str(sample_id))} characters, too many for an id (at "
             f"most {_LONGEST_ID}); name the field of the id with --id-field"
         )
     stated = row.get(fields.format_field or "format")

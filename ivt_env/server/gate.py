@@ -115,7 +115,7 @@ class Socket(WebSocketsSansIOProtocol):
         super().handle_cont(event)
 
     def _count(self) -> None:
-        """Count a frame that is no message."""
+        """Count a frame that is not a message."""
         now = self.loop.time()
         self._allowed = min(_FRAMES, self._allowed + (now - self._counted) * _FRAMES_PER_SECOND) - 1
         self._counted = now
