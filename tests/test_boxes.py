@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ivt_env import boxes
 
 GRID = 4096  # coordinates are multiples of 1/4096: exact in float32 and far from underflow
-prop = partial(settings, deadline=None, max_examples=60)
+prop = partial(settings, deadline=None, max_examples=200)
 
 unit = st.integers(0, GRID).map(lambda k: k / GRID)
 

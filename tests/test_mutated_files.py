@@ -180,7 +180,7 @@ def predictions(root: Path) -> Iterator[Case]:
 def test_mutated_file_gives_samples_or_one_error(tmp_path, monkeypatch, family):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cases = list(family(tmp_path / "files"))
-    faults, statuses, peak, each = [], Counter(), 0, number(14)
+    faults, statuses, peak, each = [], Counter(), 0, number(24)
     for seed in range(each):
         path, mutate_it, run = cases[seed % len(cases)]
         original = path.read_bytes() if path.exists() else None

@@ -88,7 +88,7 @@ def command(family, folder, rng, what=""):
     return [name, "--config", str(folder / "c.yaml"), *CAPS[name], "--out", str(folder.parent / "out")]
 
 
-@pytest.mark.parametrize(("family", "few"), [("policies", 3), ("adapters", 1), ("runs", 2), ("configurations", 4)])
+@pytest.mark.parametrize(("family", "few"), [("policies", 4), ("adapters", 2), ("runs", 3), ("configurations", 6)])
 def test_a_changed_input_is_refused_in_one_line_or_read(family, few, made, tmp_path):
     source = made / ("run" if family == "runs" else family)
     broken, statuses, peak = [], Counter(), 0
