@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import learner
 import pytest
@@ -96,16 +96,22 @@ def save_sharded_updates(out: Path) -> None:
     end_training(trainer.accelerator)
 
 
+def sharding(command: ModuleType) -> list[Accelerator]:
+    """Let a training command shard, and leave its processes together at its end; the list gets its accelerators."""
+    made: list[Accelerator] = []
+
+    def make(_: object) -> Accelerator:
+        made.append(sharding_accelerator())
+        made[-1].end_training = lambda: None
+        return made[-1]
+
+    command.make_accelerator = make  # type: ignore[attr-defined]
+    return made
+
+
 def run_sharded_commands(out: Path) -> None:
     """Runs in each process: a whole run, half a run, and the other half of it."""
-    accelerators = []
-
-    def make(_: str) -> Accelerator:
-        accelerators.append(sharding_accelerator())
-        accelerators[-1].end_training = lambda: None  # the processes are needed again
-        return accelerators[-1]
-
-    train_grpo.make_accelerator = make  # type: ignore[assignment]
+    accelerators = sharding(train_grpo)
     options = TINY | {"prompts": 2, "eval_samples": 2, "eval_steps": 0}
     train_grpo.main(Args(**with_out(options, out / "whole", steps=4)))
     train_grpo.main(Args(**with_out(options, out / "cut", steps=2)))
@@ -117,14 +123,7 @@ def run_sharded_commands(out: Path) -> None:
 
 def run_sft_commands(out: Path) -> None:
     """Runs in each process: a whole run of the supervised training, and its second half from a checkpoint."""
-    accelerators = []
-
-    def make(_: object) -> Accelerator:
-        accelerators.append(sharding_accelerator())
-        accelerators[-1].end_training = lambda: None  # the processes are needed again
-        return accelerators[-1]
-
-    train_sft.make_accelerator = make  # type: ignore[assignment]
+    accelerators = sharding(train_sft)
     processes = int(os.environ["WORLD_SIZE"])
     options = {"model": "tiny", "samples": 6, "optim": "adamw", "lora_r": 4, "eval_samples": 2, "learning_rate": 5e-3}
     options |= {
