@@ -32,6 +32,7 @@ IDS: dict[str, dict[str, Any]] = {
     "IVT-ScreenSpotV2-v0": {"dataset": "screenspotv2", "split": "test"},
     "IVT-ScreenSpotPro-v0": {"dataset": "screenspotpro", "split": "test"},
     "IVT-UIVision-v0": {"dataset": "uivision", "split": "test"},
+    "IVT-UIVisionLayout-v0": {"dataset": "uivisionlayout", "split": "test"},
     "IVT-MMBenchGUI-v0": {"dataset": "mmbenchgui", "split": "test"},
     "IVT-OSWorldG-v0": {"dataset": "osworldg", "split": "test"},
 }

@@ -44,9 +44,25 @@ def _rows() -> dict[str, tuple[str, list[dict[str, Any]], str]]:
             ],
             "element_grounding",
         ),
+        "uivisionlayout": (
+            "annotations/layout_grounding/layout_grounding.json",
+            [
+                {
+                    "name": "tools",
+                    "explanation": f"holds tool {k}",
+                    "bbox": list(BOX),
+                    "image_size": size,
+                    "platform": "gimp",
+                    "image_path": f"layout_grounding/{k}.png",
+                }
+                for k in "ab"
+            ],
+            "layout_grounding",
+        ),
         "mmbenchgui": (
             "L2_annotations.json",
-            [bench | {"index": n, "image_path": f"{k}.png"} for n, k in enumerate("ab")],
+            # the second path names its folder, as the example on the set's page does
+            [bench | {"index": n, "image_path": path} for n, path in enumerate(("a.png", "os_web/b.png"))],
             "os_web",
         ),
         "osworldg": (
@@ -61,6 +77,7 @@ def _rows() -> dict[str, tuple[str, list[dict[str, Any]], str]]:
     }
 
 
+FOLDERS = {"uivisionlayout": "uivision"}
 IMAGES = {"screenspotv2": "screenspotv2_image", "mmbenchgui": "offline_images"}
 
 
@@ -71,12 +88,13 @@ def plain_image(shade: int) -> Image.Image:
 
 
 def write_gui(root: Path) -> None:
-    """All six below ``root``."""
+    """All seven below ``root``."""
     for name, (file, rows, below) in _rows().items():
-        path = root / name / file
+        folder = root / FOLDERS.get(name, name)
+        path = folder / file
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(rows), encoding="utf-8")
-        images = root / name / IMAGES.get(name, "images") / below
+        images = folder / IMAGES.get(name, "images") / below
         images.mkdir(parents=True)
         for shade, letter in enumerate("ab"):
             plain_image(50 + shade).save(images / f"{letter}.png")

@@ -12,18 +12,21 @@ import io
 import json
 import shutil
 import tempfile
+import urllib.parse
 from pathlib import Path, PurePosixPath
 
 import hub_layouts
 import pytest
 from file_server import Served, jpeg, sha256
+from gui_layouts import HEIGHT, WIDTH, write_gui
 from refer_layout import write_refer_folder
 from test_archives import make_tar, make_zip
 
 from ivt_agents import cli
 from ivt_env.commands import fetch as command
-from ivt_env.data import catalogue, load_dataset, refer
+from ivt_env.data import GUI, catalogue, load_dataset, refer
 from ivt_env.data.catalogue import CATALOGUE, COCO_TRAIN2014, HubFolder, hub_files
+from ivt_env.data.gui import LAYOUTS
 from ivt_env.data.sample import DataError
 
 REFCOCOG_ZIP = "/licheng/referit/data/refcocog.zip"
@@ -216,9 +219,10 @@ def test_the_licence_comes_before_the_first_byte(server, fetch):
 # --- The Hub --------------------------------------------------------------------------------------
 
 
-def serve_hub(server, dataset, files, folder="", revision="main", page=100):
+def serve_hub(server, dataset, files, folder="", revision="main", page=100, recursive=False):
     """A Hub data set: its listing, ``page`` entries at a time, and its files."""
     base = f"/api/datasets/{dataset}/tree/{revision}" + (f"/{folder}" if folder else "")
+    query = "?recursive=true" if recursive else ""
     rows = [{"type": "directory", "oid": "0", "size": 0, "path": "sub"}]
     for path, content in files.items():
         rows.append(
@@ -226,9 +230,11 @@ def serve_hub(server, dataset, files, folder="", revision="main", page=100):
              "lfs": {"oid": sha256(content), "size": len(content), "pointerSize": 130}}
         )  # fmt: skip
         server.files[f"/datasets/{dataset}/resolve/{revision}/{path}"] = Served(content)
-    rows.append({"type": "file", "oid": "git", "size": 9, "path": ".gitattributes"})
+    attributes = f"{folder}/.gitattributes".lstrip("/")
+    rows.append({"type": "file", "oid": "git", "size": 9, "path": attributes})
+    server.files[f"/datasets/{dataset}/resolve/{revision}/{attributes}"] = Served(b"* -text\n\n")
     for start in range(0, len(rows), page):
-        address = base + (f"?cursor={start}" if start else "")
+        address = base + (f"?cursor={start}" if start else query)
         more = {"Link": f'<https://huggingface.co{base}?cursor={start + page}>; rel="next"'}
         server.files[address] = Served(
             json.dumps(rows[start : start + page]).encode(), headers=more if start + page < len(rows) else {}
@@ -268,6 +274,31 @@ def test_a_split_of_a_hub_data_set_can_come_alone(server, fetch, tmp_path):
     assert status == 2 and "none holds files of split 'test'" in err
     status, _, err = fetch("lmms", "--split", "train")
     assert status == 2 and "lmms has no split 'train'; it has val, test, testA, testB" in err
+
+
+@pytest.mark.parametrize("name", GUI)
+def test_a_set_of_screens_comes_with_its_images_and_opens(server, fetch, tmp_path, name):
+    write_gui(tmp_path / "published")
+    layout, found = LAYOUTS[name], CATALOGUE[name]
+    source = tmp_path / "published" / (layout.folder or name)
+    files = {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
+    for folder in found.hub:
+        inside = {path: content for path, content in files.items() if path.startswith(folder.folder)}
+        if name == "screenspotpro" and folder.recursive:  # so many that they are summed up
+            inside |= {f"images/more/{n}.png": inside["images/blender/a.png"] for n in range(command._MANY)}
+        serve_hub(server, folder.dataset, inside, folder.folder, page=7, recursive=folder.recursive)
+    for file in found.files:
+        packed = zip_of({f"{file.below}/{path}" if file.below else path: content for path, content in files.items()
+                         if file.below or path.startswith(layout.images)} | {"__MACOSX/x": b"x"})  # fmt: skip
+        server.files[urllib.parse.urlsplit(file.url).path] = Served(packed)
+    status, out, _ = fetch(name, "--yes")
+    assert status == 0 and "Licence: " in out and f"{name}: complete" in out
+    assert ("files, " in out and "1 without a published checksum" in out) == (name == "screenspotpro")
+    data = load_dataset(name, "test", tmp_path / "root", strict=True)
+    assert len(data) > 1 and data.skipped == 0 and data.image(data[0]).shape == (HEIGHT, WIDTH, 3)
+    server.log.clear()
+    assert fetch(name)[0] == 0
+    assert all("/api/" in path for _, path, _ in server.log), "what is there is not downloaded again"
 
 
 def test_ref_l4_gets_its_images_beside_its_annotations(server, fetch, monkeypatch, tmp_path):

@@ -9,14 +9,15 @@ import json
 
 import numpy as np
 import pytest
-from gui_layouts import BOX, HEIGHT, WIDTH, write_gui
+from gui_layouts import BOX, FOLDERS, HEIGHT, WIDTH, write_gui
 
 from ivt_agents.cli import main
 from ivt_env.data import GUI, load_dataset
 from ivt_env.data.gui import LAYOUTS
 from ivt_env.data.sample import DataError, DataMissingError
 
-ROWS = {"screenspot": 3, "screenspotv2": 3, "screenspotpro": 3, "uivision": 2, "mmbenchgui": 2, "osworldg": 2}
+ROWS = {"screenspot": 3, "screenspotv2": 3, "screenspotpro": 3, "uivision": 2, "uivisionlayout": 2, "mmbenchgui": 2,
+        "osworldg": 2}  # fmt: skip
 JSON = sorted(set(GUI) - {"screenspot"})
 
 
@@ -27,7 +28,7 @@ def root(tmp_path):
 
 
 def annotations(root, name):
-    return next(iter((root / name).glob(LAYOUTS[name].files)))
+    return next(iter((root / FOLDERS.get(name, name)).glob(LAYOUTS[name].files)))
 
 
 def edited(root, name, **values):
@@ -44,7 +45,8 @@ def test_every_row_is_served_with_its_box_and_its_image(root, name):
     assert (data.name, len(data)) == (name, ROWS[name])
     for i in range(len(data)):
         sample = data[i]
-        assert sample.expression == "close" and sample.size == (HEIGHT, WIDTH)
+        assert sample.expression == (f"tools: holds tool {'ab'[i]}" if name == "uivisionlayout" else "close")
+        assert sample.size == (HEIGHT, WIDTH)
         assert np.allclose(np.multiply(sample.box, [WIDTH, HEIGHT] * 2), BOX)
         x1, y1, x2, y2 = BOX
         image = data.image(sample)
@@ -61,7 +63,9 @@ def test_meta_holds_what_scores_are_broken_down_by_and_refusals_are_left_out_and
 
 @pytest.mark.parametrize("name", GUI)
 def test_an_absent_set_says_where_it_was_looked_for_and_how_to_get_it(tmp_path, name):
-    with pytest.raises(DataMissingError, match=r"docs/data/gui\.md"):
+    for other in {"uivision": "layout", "uivisionlayout": "element"}.get(name, ""), "images":
+        (tmp_path / "uivision" / "annotations" / f"{other}_grounding").mkdir(parents=True)
+    with pytest.raises(DataMissingError, match=f"To get it: `ivt data fetch {name}`"):
         load_dataset(name, "test", tmp_path, strict=True)
 
 
@@ -92,7 +96,7 @@ def test_a_polygon_of_two_corners_and_an_unknown_kind_are_no_targets(root):
 def test_check_reads_all_of_them(root, capsys):
     assert main(["data", "check", *GUI, "--data-root", str(root)]) == 1
     said = capsys.readouterr().out
-    assert said.count("2 image files read") == 6
+    assert said.count("2 image files read") == 7
     assert said.count("ERROR") == said.count("published are") == 5, "small sets have other counts, and no other fault"
 
 

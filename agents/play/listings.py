@@ -124,16 +124,13 @@ def _envs(args: argparse.Namespace) -> int:
 
 
 def _words(row: dict[str, Any], found: dict[str, Any]) -> str:
-    from ivt_env.data import GUI
-
     if found["from"] == "embedded":
         return "embedded, always there"
     if found["from"] is not None:
         return f"from {found['from']}"
     if found["serves"] is None:
         return f"nothing: no data set of your own in {row['looked_in']} (docs/data/custom.md)"
-    how = "docs/data/gui.md" if row["dataset"] in GUI else f"ivt data fetch {row['dataset']}"
-    get = "" if row["dataset"] == "mixed" else f"; to get it: {how}"
+    get = "" if row["dataset"] == "mixed" else f"; to get it: ivt data fetch {row['dataset']}"
     return f"not in {row['looked_in']}: EMBEDDED SCENES in its place, or an error with strict{get}"
 
 

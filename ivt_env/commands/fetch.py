@@ -8,6 +8,7 @@ one where a split needs a fraction of it.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import importlib
 import os
 import re
@@ -35,6 +36,8 @@ from ivt_env.data.sample import DataError
 from ivt_env.files import write_whole
 
 ASK_ABOVE_BYTES = 1_000_000_000
+_MANY = 20
+"""Files of a data set; more are downloaded several at a time and summed up in a line."""
 _COCO_NAME = re.compile(r"COCO_train2014_\d{12}\.jpg")
 _REFER_SETS = ("refcocog", "refcoco", "refcocoplus")
 
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("archive", "single", "none"),
         help="as one archive (default), one by one as the annotations name them (default with --split), or not at all",
     )
-    parser.add_argument("--workers", type=_workers, default=8, metavar="N", help="images at a time (default: 8)")
+    parser.add_argument("--workers", type=_workers, default=8, metavar="N", help="downloads at a time (default: 8)")
     parser.add_argument(
         "--keep-archives", action="store_true", help="keep an archive after it is unpacked (default: delete it)"
     )
@@ -89,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
     absent = [file for file in files if not is_ready(file, root)]
     try:
         _ask([_size(file, root) for file in absent], args.yes)
+        plain = [file for file in absent if file.unpack_into is None]
+        if len(plain) > _MANY:
+            _obtain_many(plain, root, args.workers)
+            absent = [file for file in absent if file.unpack_into is not None]
         for file in absent:
             _obtain(file, root, args.keep_archives)
         if found.images is not None and how == "single":
@@ -186,7 +193,7 @@ def _obtain(file: RemoteFile, root: Path, keep: bool) -> None:
         return
     folder = root / file.unpack_into
     with _shown(f"unpacking {target.name}") as progress:
-        files, size = unpack(target, folder, only=file.only, flatten=file.flatten, progress=progress)
+        files, size = unpack(target, folder, only=file.only, below=file.below, flatten=file.flatten, progress=progress)
     missing = _missing(file, root)
     if missing is not None:
         raise DataError(
@@ -197,6 +204,25 @@ def _obtain(file: RemoteFile, root: Path, keep: bool) -> None:
     if not keep:
         target.unlink()
     print(f"{target.name}: {files} files in {folder}" + ("" if keep else "; the archive is deleted"))
+
+
+def _obtain_many(files: Sequence[RemoteFile], root: Path, workers: int) -> None:
+    """Download files that need no unpacking, several at a time; the first that cannot be had ends it."""
+    sizes = [file.bytes or 0 for file in files]
+    check_space(root, sum(sizes), f"downloading {len(files)} files")
+    with _shown("files", "files") as progress, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        futures = [
+            pool.submit(download, file.url, root / file.path, size=file.bytes, sha256=file.sha256) for file in files
+        ]
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+                future.result()
+                progress(done, len(files))
+        finally:  # after an error or Ctrl-C those under way end, and are kept
+            pool.shutdown(cancel_futures=True)
+    unpublished = sum(file.sha256 is None for file in files)
+    said = "all as published" if not unpublished else f"{unpublished} without a published checksum"
+    print(f"{root}: {len(files)} files, {readable(sum(sizes))} ({said})")
 
 
 def _unpacked_note(file: RemoteFile, root: Path) -> Path:

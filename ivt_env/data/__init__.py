@@ -36,7 +36,7 @@ __all__ = [
     "splits",
 ]
 
-GUI = ("screenspot", "screenspotv2", "screenspotpro", "uivision", "mmbenchgui", "osworldg")
+GUI = ("screenspot", "screenspotv2", "screenspotpro", "uivision", "uivisionlayout", "mmbenchgui", "osworldg")
 """Public test sets of screens (``ivt_env.data.gui``)."""
 NAMES = (
     *("scenes", "photos", "screens", "refcocog", "refcoco", "refcocoplus", "refl4", "refadv", "mixed"),
@@ -210,8 +210,7 @@ def _absence(name: str, root: Path) -> str:
     also = "".join(
         f" What is in {source.folder} ({source.layout}) serves only {', '.join(source.splits)}." for source in there
     )
-    how = "docs/data/gui.md" if name in GUI else f"`ivt data fetch {name}`"
     return (
-        f"{name}: not on this machine; looked for {', '.join(places)}.{also} To get it: {how}. If "
+        f"{name}: not on this machine; looked for {', '.join(places)}.{also} To get it: `ivt data fetch {name}`. If "
         "you have it elsewhere, pass data_root=... or set the variable IVT_DATA to the folder that holds it."
     )

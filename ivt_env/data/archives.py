@@ -32,6 +32,7 @@ def unpack(
     folder: Path,
     *,
     only: Sequence[str] = (),
+    below: str = "",
     flatten: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> tuple[int, int]:
@@ -41,6 +42,7 @@ def unpack(
         archive: the file.
         folder: where members go; it is made. The user's own links inside it are followed.
         only: ``fnmatch`` patterns of the plain file names that are wanted. None means all.
+        below: folder inside the archive whose content is wanted. Empty means all.
         flatten: drop the members' folders.
         progress: told of unpacked bytes.
 
@@ -59,7 +61,10 @@ def unpack(
                 raise ValueError(
                     f"at its member {name!r} it has grown to {readable(judged)}, the limit is {limit} bytes"
                 )
-            parts = PurePosixPath(name).parts
+            path, within = PurePosixPath(name), PurePosixPath(below)
+            if not path.is_relative_to(within) or path == within:
+                continue
+            parts = path.relative_to(within).parts
             target = folder.joinpath(*(parts[-1:] if flatten else parts))
             # __MACOSX is what the Finder adds about each file.
             if is_folder or parts[0] == "__MACOSX" or not any(fnmatch.fnmatchcase(parts[-1], p) for p in only or "*"):
@@ -68,7 +73,8 @@ def unpack(
                 raise ValueError(f"its member {name!r} and an earlier one would be the same file")
             members[target] = size, info
         if not members:
-            raise ValueError("it holds no files" + (f" that match {', '.join(only)}" if only else ""))
+            wanted = (f" in {below}" if below else "") + (f" that match {', '.join(only)}" if only else "")
+            raise ValueError(f"it holds no files{wanted}")
     total = sum(size for size, _ in members.values())
     absent = {t: held for t, held in members.items() if not t.is_file() or t.stat().st_size != held[0]}
     to_come = sum(size for size, _ in absent.values())

@@ -13,7 +13,7 @@ import urllib.parse
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ivt_env.data.checked import closest
+from ivt_env.data.checked import closest, relative_path
 from ivt_env.data.fetch import get_bytes
 from ivt_env.data.sample import DataError
 from ivt_env.failures import reading
@@ -59,6 +59,8 @@ class RemoteFile:
     """For an archive: folder relative to the data root (``.`` is the root itself)."""
     only: tuple[str, ...] = ()
     """Patterns (``fnmatch``, of the plain file name) of the members that are wanted; none means all."""
+    below: str = ""
+    """Folder inside the archive whose content is wanted; empty means all."""
     flatten: bool = False
     """Whether members lose their folders: for archives whose inner folder is not documented."""
     unpack_factor: float = 0.0
@@ -77,11 +79,13 @@ class HubFolder:
 
     dataset: str
     into: str
-    """Folder under the data root; files keep their plain name."""
+    """Folder under the data root; files keep their path below ``folder``."""
     pattern: str = "*.parquet"
     """``fnmatch`` pattern of the plain file name."""
     folder: str = ""
     """Folder inside the Hub data set."""
+    recursive: bool = False
+    """Whether files in the folders below it are wanted too."""
     revision: str = "main"
     split_pattern: str | None = None
     """Pattern with ``{split}`` where a single split can be fetched alone."""
@@ -133,7 +137,7 @@ def hub_url(dataset: str, revision: str, path: str) -> str:
 def hub_files(folder: HubFolder, split: str | None = None, mirror: str | None = None) -> list[RemoteFile]:
     """The files of a Hub folder (of a split, where that can be told), with the sizes and checksums of the Hub."""
     place = f"{folder.dataset}/tree/{folder.revision}" + (f"/{folder.folder}" if folder.folder else "")
-    url: str | None = f"https://huggingface.co/api/datasets/{place}"
+    url: str | None = f"https://huggingface.co/api/datasets/{place}" + ("?recursive=true" if folder.recursive else "")
     listed: list[RemoteFile] = []
     while url is not None:
         url = mirrored(url, mirror)
@@ -145,7 +149,8 @@ def hub_files(folder: HubFolder, split: str | None = None, mirror: str | None = 
                 if row["type"] == "file" and fnmatch.fnmatchcase(name, folder.pattern):
                     lfs = row.get("lfs") or {"size": row["size"]}  # a small file has no checksum: it is kept in git
                     source = hub_url(folder.dataset, folder.revision, row["path"])
-                    into = f"{folder.into}/{name}"
+                    below = PurePosixPath(relative_path(row["path"], "path")).relative_to(folder.folder)
+                    into = f"{folder.into}/{below}"
                     listed.append(RemoteFile(source, into, bytes=int(lfs["size"]), sha256=lfs.get("oid")))
         following = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link") or "")
         url = following[1] if following else None
@@ -224,6 +229,41 @@ _VLM_R1_FILES = tuple(
     for name in ("refcoco", "refcocop", "refcocog")
     for ending in ("train.json", "train.jsonl", "val.json")
 )
+
+_OSWORLD_G = "daa6bd8e0e629f0917ad2984df930bf0bd967540"
+"""Commit, as public evaluations name it."""
+_REPORTED = "(as reported; see its page)"
+_SCREEN_TERMS = "For evaluation: there is no train split. The screens show programs and pages of their own owners."
+
+
+def _on_hub(
+    name: str, title: str, dataset: str, licence: str, *folders: HubFolder, archive: tuple[str, str] | None = None
+) -> Entry:
+    """A test set of screens; ``archive``: the file that holds its images, and the folder that they fill."""
+    images = []
+    if archive is not None:
+        file, folder = archive
+        images = [
+            RemoteFile(
+                url=hub_url(dataset, "main", file),
+                path=f"{DOWNLOADS}/{file}",
+                unpack_into=folder.split("/")[0],
+                unpack_factor=1.05,
+                must_hold=(folder, 1),
+                listed_is_all=False,
+            )
+        ]
+    return Entry(
+        name=name,
+        title=title,
+        licence=f"{licence} {_REPORTED}",
+        notice=_SCREEN_TERMS,
+        homepage=f"https://huggingface.co/datasets/{dataset}",
+        splits=("test",),
+        files=tuple(images),
+        hub=folders,
+    )
+
 
 _ENTRIES = (
     _refer(
@@ -342,6 +382,56 @@ _ENTRIES = (
             for name in ("refcoco", "refcocoplus", "refcocog")
         ),
         images=COCO_TRAIN2014,
+    ),
+    _on_hub(
+        "screenspot", "ScreenSpot", "rootsautomation/ScreenSpot", "Apache-2.0",
+        HubFolder("rootsautomation/ScreenSpot", "screenspot", recursive=True),
+    ),
+    _on_hub(
+        "screenspotv2", "ScreenSpot-v2", "OS-Copilot/ScreenSpot-v2", "Apache-2.0",
+        HubFolder("OS-Copilot/ScreenSpot-v2", "screenspotv2", "screenspot_*_v2.json"),
+        archive=("screenspotv2_image.zip", "screenspotv2/screenspotv2_image"),
+    ),
+    _on_hub(
+        "screenspotpro", "ScreenSpot-Pro", "likaixin/ScreenSpot-Pro", "MIT",
+        HubFolder("likaixin/ScreenSpot-Pro", "screenspotpro/annotations", "*.json", "annotations"),
+        HubFolder("likaixin/ScreenSpot-Pro", "screenspotpro/images", "*", "images", recursive=True),
+    ),
+    *(
+        _on_hub(
+            name, title, "ServiceNow/ui-vision", "MIT",
+            HubFolder("ServiceNow/ui-vision", f"uivision/annotations/{part}", "*.json", f"annotations/{part}"),
+            HubFolder("ServiceNow/ui-vision", f"uivision/images/{part}", "*", f"images/{part}", recursive=True),
+        )
+        for name, title, part in (
+            ("uivision", "UI-Vision, elements", "element_grounding"),
+            ("uivisionlayout", "UI-Vision, layout", "layout_grounding"),
+        )
+    ),
+    _on_hub(
+        "mmbenchgui", "MMBench-GUI, level 2", "OpenGVLab/MMBench-GUI", "Apache-2.0",
+        HubFolder("OpenGVLab/MMBench-GUI", "mmbenchgui", "L2_annotations.json"),
+        archive=("MMBench-GUI-OfflineImages.zip", "mmbenchgui/offline_images"),
+    ),
+    Entry(
+        name="osworldg",
+        title="OSWorld-G",
+        licence=f"Apache-2.0 {_REPORTED}",
+        notice=_SCREEN_TERMS,
+        homepage="https://github.com/xlang-ai/OSWorld-G",
+        splits=("test",),
+        files=(
+            RemoteFile(
+                url=f"https://github.com/xlang-ai/OSWorld-G/archive/{_OSWORLD_G}.zip",
+                path=f"{DOWNLOADS}/osworld-g.zip",
+                unpack_into="osworldg",
+                below=f"OSWorld-G-{_OSWORLD_G}/benchmark",
+                unpack_factor=1.05,
+                must_exist=("osworldg/OSWorld-G.json",),
+                must_hold=("osworldg/images", 1),
+                listed_is_all=False,
+            ),
+        ),
     ),
 )  # fmt: skip
 

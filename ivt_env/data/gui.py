@@ -34,7 +34,8 @@ class Layout:
     images: str = "images"
     """Folder of the images, below the set's folder."""
     image: str = "image_path"
-    expression: str = "instruction"
+    expression: tuple[str, ...] = ("instruction",)
+    """Keys whose texts, joined by ``: ``, name the target."""
     box: str = "bbox"
     convention: Convention = "xyxy"
     relative: bool = False
@@ -44,11 +45,13 @@ class Layout:
     id: str | None = None
     """Key of the row's id; None: file and number."""
     below: str | None = None
-    """Key of a folder below ``images`` that holds the image."""
+    """Key of a folder below ``images`` that holds the image; a path may name it already."""
     kept: tuple[str, ...] = ()
     """Keys that become ``meta``."""
     rows: int | None = None
     """Published, of those that can be read."""
+    folder: str | None = None
+    """Below the data root, where sets share one; None: the set's name."""
 
 
 LAYOUTS = {
@@ -59,13 +62,16 @@ LAYOUTS = {
     "screenspotpro": Layout("likaixin/ScreenSpot-Pro", "annotations/*.json", image="img_filename", size="img_size",
                             id="id", kept=("ui_type", "group", "application", "platform"), rows=1581),
     "uivision": Layout("ServiceNow/ui-vision", "annotations/element_grounding/element_grounding_*.json",
-                       expression="prompt_to_evaluate", kept=("element_type", "platform"), rows=5479),
+                       expression=("prompt_to_evaluate",), kept=("element_type", "platform"), rows=5479,
+                       folder="uivision"),
+    "uivisionlayout": Layout("ServiceNow/ui-vision", "annotations/layout_grounding/layout_grounding.json",
+                             expression=("name", "explanation"), kept=("platform",), folder="uivision"),
     "mmbenchgui": Layout("OpenGVLab/MMBench-GUI", "L2_annotations.json", "offline_images", relative=True,
-                         below="platform", kept=("index", "platform", "app_name", "data_type")),
+                         below="platform", kept=("index", "platform", "app_name", "data_type", "grounding_type")),
     "osworldg": Layout("xlang-ai/OSWorld-G", "OSWorld-G.json", box="box_coordinates", convention="xywh", id="id",
                        kept=("GUI_types", "box_type"), rows=510),
 }  # fmt: skip
-PLACES = {name: (f"{name}/{layout.files}",) for name, layout in LAYOUTS.items()}
+PLACES = {name: (f"{layout.folder or name}/{layout.files}",) for name, layout in LAYOUTS.items()}
 """Data set name -> what is looked for under the root."""
 
 _COLUMNS = ("image", "file_name", "bbox", "instruction")
@@ -79,12 +85,14 @@ def find(root: Path, name: str) -> Source | None:
     the annotation file without its ending.
     """
     layout = LAYOUTS.get(name)
-    folder = root / name
-    if layout is None or not os.path.lexists(folder):
+    if layout is None:
+        return None
+    folder = root / (layout.folder or name)
+    if not os.path.lexists(folder if layout.folder is None else (folder / layout.files).parent):
         return None
     paths = tuple(sorted(folder.glob(layout.files))) or (folder / layout.files,)  # is then said to be missing
     images, embedded = folder / layout.images, name == "screenspot"
-    where = f"get it again from {layout.repository} (docs/data/gui.md)"
+    where = f"`ivt data fetch {name}` gets it (docs/data/gui.md)"
     return Source(
         name=name,
         layout="gui",
@@ -136,7 +144,8 @@ def _read_parquet(paths: Sequence[Path], layout: Layout, remedy: str, bad: BadRo
 def _row(layout: Layout, part: str, headers: Headers, values: dict[str, Any]) -> Row:
     name = checked.relative_path(checked.text(values, layout.image), layout.image)
     if layout.below is not None:
-        name = f"{checked.plain_file_name(checked.text(values, layout.below), layout.below)}/{name}"
+        below = checked.plain_file_name(checked.text(values, layout.below), layout.below)
+        name = name if name.startswith(f"{below}/") else f"{below}/{name}"
     size = headers.of(name)[1].stored if layout.size is None else _size(values.get(layout.size), layout.size)
     box = _box(layout, values, (1, 1) if layout.relative else size)
     return _made(layout, part, values, name, size, box)
@@ -145,7 +154,7 @@ def _row(layout: Layout, part: str, headers: Headers, values: dict[str, Any]) ->
 def _made(layout: Layout, part: str, values: dict[str, Any], image: str, size: tuple[int, int], box: Box) -> Row:
     sample_id = f"{part}-{values['']}" if layout.id is None else checked.text(values, layout.id)
     meta = {"part": part} | {key: values[key] for key in layout.kept if key in values}
-    expression = checked.text(values, layout.expression).strip()
+    expression = ": ".join(checked.text(values, key).strip() for key in layout.expression)
     return Row("test", sample_id, image, image, size, expression, box, (), meta)
 
 
