@@ -7,10 +7,11 @@
     ivt evaluate --episodes base=runs/evaluation/episodes/base loop=runs/other/episodes/loop
 
 Each policy is played twice on the same samples: with its stop honoured, and forced to make every
-refinement (``--no-forced`` leaves this out and halves the time). From these come step 0, the last
-step, the learned stop, the other rules without ground truth, a random step and the oracle's best step. Only
-the last of them looks at the target; it is there to be distrusted. Differences are paired over
-images; beside one whose 95 % interval holds zero stands *n.s.*, or *n too small* with fewer than 10 images.
+refinement (``--no-forced`` leaves this out). In the second rollout a greedy policy without a conversation is asked
+only for what comes after its stop: until then both are the same. From these come step 0, the last step, the learned
+stop, the other rules without ground truth, a random step and the oracle's best step. Only the last of them looks at
+the target; it is there to be distrusted. Differences are paired over images; beside one whose 95 % interval holds
+zero stands *n.s.*, or *n too small* with fewer than 10 images.
 
 A name that is given several times is one policy of several seeds: its scores are means over them.
 
@@ -38,6 +39,7 @@ from ivt_agents.evaluation.plots import (
 )
 from ivt_agents.evaluation.report import last_screen, write_report
 from ivt_agents.play.by_name import load_agent
+from ivt_agents.play.continued import Continued, repeats_itself
 from ivt_agents.play.cost import Cost, Metered
 from ivt_agents.play.on_split import Stages, check_episodes, samples_to_compare
 from ivt_agents.play.served import ANSWERS, PROMPTS, FrameCheck, Served, ServedOptions, served_by
@@ -290,6 +292,8 @@ def _play(
                 spec = policy_spec(names[name][number])
                 agent = Metered(load_agent(spec, env=envs.of(None), seed=args.seed, served=served))
                 env = envs.of(agent)
+                if forced and repeats_itself(agent.agent):
+                    agent = Metered(Continued(agent.agent, found[0], env.num_envs))
                 watch = _Watch(saved, agent, name, env, lambda task=task: progress.advance(task))  # type: ignore[misc]
                 said: dict[str, Any] = {"agent_name": name, "on_episode": watch.finished}
                 found.append(rollout(env, agent, count, args.seed, indices=indices, ignore_stop=forced, **said))
