@@ -196,6 +196,8 @@ def _run_and_exit(command: Callable[[], object], folder: Path | None, output: in
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (in_use + MOST_BYTES,) * 2)
         faulthandler.disable()  # of pytest
+        if "torch" in sys.modules:  # its pool is made anew after a fork, which two threads at once do wrongly
+            sys.modules["torch"].set_num_threads(1)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(SECONDS)
         if folder is not None:
