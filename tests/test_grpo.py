@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from learner import small_policy, small_trainer
+from ranks import launch
 from refer_layout import write_refer_folder
 
 from ivt_agents.grpo import train as train_grpo
@@ -99,11 +100,7 @@ def one_and_two_processes(tmp_path, script: Path) -> list[dict]:
     found = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.pt"
-        # Not accelerate's launcher: on a machine without GPUs it starts one process, whatever it is told.
-        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, "-m", *launch, str(script), str(out)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(processes, script, out)
         found.append(torch.load(out, weights_only=True))
     return found
 
@@ -423,9 +420,9 @@ def test_the_environment_of_the_command_has_its_reward_and_shows_what_the_policy
 
 def test_the_command_is_one_run_on_two_processes(tmp_path):
     """Without a GPU accelerate has to be told so, or each process is a run of its own in the same folder."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_grpo.py"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_grpo.py"]
     found = []
-    for name, start in (("one", ["train_grpo.py"]), ("two", launch)):
+    for name, start in (("one", ["train_grpo.py"]), ("two", torchrun)):
         done = command(*start, *SMALL, "--eval-samples", "0", "--out", str(tmp_path / name))
         assert done.returncode == 0, done.stderr[-3000:]
         found.append([r for r in metrics_of(tmp_path / name) if "train/loss" in r])

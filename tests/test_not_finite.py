@@ -7,13 +7,13 @@ nothing had been measured, and the exit status is 0.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from learner import small_policy, small_trainer
+from ranks import launch
 from torch import nn
 
 from ivt_agents.grpo import trainer as trainer_module
@@ -194,10 +194,7 @@ def train_with_a_poisoned_process(out: Path) -> None:
 
 
 def test_two_processes_stop_together_where_one_of_them_went_wrong(tmp_path):
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, "-m", *launch, str(Path(__file__)), str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, __file__, tmp_path / "run")
     first, second = (json.loads((tmp_path / f"said-{k}.json").read_text()) for k in (0, 1))
     assert first["reward"].startswith("step 2: a reward is not finite in another process")
     assert second["reward"].startswith("step 2: a reward is inf")

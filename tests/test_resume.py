@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import torch
 from killed_run import run, with_out
 from learner import small_trainer
+from ranks import launch
 
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.checks import MAY_CHANGE, check_run
@@ -296,10 +296,7 @@ def train_on_several(out: Path, part: str) -> None:
 
 def test_on_two_processes_four_steps_equal_two_and_a_resumed_two_to_the_bit(tmp_path):
     for part in ("first", "second"):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [sys.executable, *launch, __file__, str(tmp_path), part]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(2, __file__, tmp_path, part)
     assert [row["step"] for row in lines(tmp_path / "cut")] == [1, 2, 3, 4]
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     assert_same_state(tmp_path / "cut", tmp_path / "whole")

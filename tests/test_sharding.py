@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,6 +19,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from learner import small_policy, small_trainer
+from ranks import launch
 from test_grpo import keep_gradients, move_adapter, play
 from test_resume import TINY, assert_same_state, lines, with_out
 
@@ -32,8 +32,6 @@ from ivt_agents.training.run import RunError, end_training, make_accelerator
 from ivt_agents.training.sharding import check_shareable, gathered
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.speed import checkpoint_layers
-
-ROOT = Path(__file__).parent.parent
 
 CASES: dict[str, tuple[bool, dict[str, object]]] = {
     "moved adapter": (True, {}),
@@ -145,17 +143,10 @@ def run_sft_commands(out: Path) -> None:
     accelerators[-1].state.destroy_process_group()
 
 
-def launch(processes: int, *arguments: object) -> None:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *start, __file__, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def test_two_processes_that_share_the_weights_learn_what_one_learns(tmp_path):
     found = []
     for processes in (1, 2):
-        launch(processes, "updates", tmp_path / f"{processes}.pt")
+        launch(processes, __file__, "updates", tmp_path / f"{processes}.pt")
         found.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
     one, two = found
     assert one.keys() == two.keys() == CASES.keys()
@@ -171,7 +162,7 @@ def test_two_processes_that_share_the_weights_learn_what_one_learns(tmp_path):
 
 
 def test_the_command_evaluates_saves_and_resumes_with_shared_weights(tmp_path):
-    launch(2, "commands", tmp_path)
+    launch(2, __file__, "commands", tmp_path)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert [row["step"] for row in lines(whole, "train/")] == [1, 2, 3, 4]
     assert lines(cut, "train/") == lines(whole, "train/")
@@ -194,7 +185,7 @@ def test_the_command_evaluates_saves_and_resumes_with_shared_weights(tmp_path):
 
 def test_supervised_training_with_shared_weights_learns_what_one_process_learns_and_resumes(tmp_path):
     for processes in (1, 2):
-        launch(processes, "sft", tmp_path)
+        launch(processes, __file__, "sft", tmp_path)
     one, two, cut = (tmp_path / name for name in ("1-whole", "2-whole", "2-cut"))
     assert_same_state(cut, two)
     for a, b in zip(lines(one, "sft/"), lines(two, "sft/"), strict=True):
