@@ -9,6 +9,9 @@ all its images again), and with the library's ``generate`` on the whole conversa
 anew each turn, which is what one writes first. Answers are cut off
 at a fixed length and boxes are drawn at random, so that all ways play three turns of equally many tokens.
 The ratios are what counts: absolute times depend on the machine.
+
+The floor of a rollout and of a training step is the time of its matrix products alone: every product that torch was
+asked for is recorded with its shapes, and all are made again, with nothing between them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -27,6 +31,8 @@ import numpy as np
 import torch
 import tyro
 from peft.tuners.lora import Linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
 from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
@@ -125,6 +131,48 @@ def fixed_length(policy: VLMPolicy, tokens: int) -> None:
     policy.sampling = replace(policy.sampling, max_new_tokens=tokens, end_ids=(), suppressed=suppressed)
 
 
+_PRODUCTS = [
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    )
+]
+
+
+class Products(TorchDispatchMode):
+    """Records the matrix products, attention's included, of what runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self._calls: dict[str, Callable[[], Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in _PRODUCTS:
+            shapes = tree_map(lambda v: (v.shape, v.stride(), v.dtype) if isinstance(v, torch.Tensor) else v, args)
+            key = f"{func}{shapes}{kwargs}"
+            self.seen[key] += 1
+            if key not in self._calls:
+                copies = tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, args)
+                self._calls[key] = lambda: func(*copies, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def seconds(self) -> float:
+        """What all of them take, one after the other; each shape by the fastest of four tries."""
+        total = 0.0
+        for key, count in self.seen.items():
+            tries = []
+            for _ in range(4):
+                start = time.perf_counter()
+                for _ in range(8):
+                    self._calls[key]()
+                tries.append((time.perf_counter() - start) / 8)
+            total += count * min(tries)
+        return total
+
+
 def compare_ways(args: Args) -> list[dict[str, Any]]:
     """Median seconds of each way in each layout."""
     rows = []
@@ -142,6 +190,9 @@ def compare_ways(args: Args) -> list[dict[str, Any]]:
             for name, policy in ways.items():
                 seconds[name].append(play(env, policy, args, generated=name.startswith("library")))
         best = median(seconds["shared"][1:])
+        with torch.no_grad(), Products() as products:
+            play(env, ways["shared"], args)
+        seconds["its matrix products alone"] = [0.0, products.seconds()]
         for name, values in seconds.items():
             took = median(values[1:])
             rows.append({"layout": layout, "way": name, "seconds": took, "ratio": took / best})
@@ -219,8 +270,12 @@ def share_of_arithmetic(args: Args) -> dict[str, float]:
                 trainer.train_step()
                 found.append((time.perf_counter() - start, sum(inside)))
             trainer.step += 1
+        with Products() as products:
+            trainer.train_step()
     whole, inside_median = (median(column) for column in zip(*found, strict=True))
-    return {"seconds": whole, "model": inside_median, "rest": median(1 - b / a for a, b in found)}
+    return {"seconds": whole, "model": inside_median, "rest": median(1 - b / a for a, b in found)} | {
+        "products": products.seconds()
+    }
 
 
 def main(args: Args) -> None:
@@ -236,7 +291,8 @@ def main(args: Args) -> None:
     step = share_of_arithmetic(args)
     print(
         f"\na training step of 16 x 8 episodes: {step['seconds']:.2f} s, of which model, gradients and optimizer"
-        f" {step['model']:.2f} s; the rest is {100 * step['rest']:.1f} %"
+        f" {step['model']:.2f} s; the rest is {100 * step['rest']:.1f} %. Its matrix products alone take"
+        f" {step['products']:.2f} s"
     )
     if args.out is not None:
         figures = {"args": asdict(args), "rollouts": rows, "step": step}
