@@ -56,7 +56,7 @@ def test_first_folder_that_holds_the_file_counts(made):
 def test_opening_reads_no_image_and_few_are_kept(made, monkeypatch):
     read = []
     monkeypatch.setattr(module, "read_image", lambda path, *rest: read.append(path.name) or np.zeros((1, 1, 3)))
-    table = open_table(made.source(), "train", cached_images=2)
+    table = open_table(made.source(), "train", cached_bytes=2 * np.zeros((1, 1, 3)).nbytes)
     a, b, c = ({s.image_id: s for s in list(table)}).values()
     assert read == []
     for sample in (a, a, b, a, c):
@@ -66,6 +66,10 @@ def test_opening_reads_no_image_and_few_are_kept(made, monkeypatch):
     assert len(read) == 3
     table.image(b)
     assert len(read) == 4
+    small = open_table(made.source(), "train", cached_bytes=1)
+    for sample in (a, a, b, b):
+        small.image(sample)
+    assert len(read) == 6, "the last image is kept however large it is"
 
 
 def test_missing_image_is_an_error_with_its_path_only_when_asked_for(made):

@@ -120,7 +120,7 @@ class Table:
     """
 
     def __init__(
-        self, source: Source, split: str, cached_images: int, batch: pa.RecordBatch, facts: dict[str, Any],
+        self, source: Source, split: str, cached_bytes: int, batch: pa.RecordBatch, facts: dict[str, Any],
         path: Path | None, images: Path,
     ) -> None:  # fmt: skip
         """Called by ``open_table``; ``path`` is that of the index, None where it could be written nowhere."""
@@ -130,7 +130,7 @@ class Table:
         self._batch, self._facts, self._path = batch, facts, path
         self._image_folders = [*source.image_folders, *([images] if source.embedded else [])]
         self._image_remedy = source.image_remedy
-        self._cached_images = cached_images
+        self._cached_bytes = cached_bytes
         self._images: OrderedDict[str, ImageArray] = OrderedDict()
         self._columns()
 
@@ -172,7 +172,7 @@ class Table:
             cached = read_image(path, str(path), size)
             cached.setflags(write=False)
             self._images[sample.image_id] = cached
-            while len(self._images) > self._cached_images:
+            while len(self._images) > 1 and sum(image.nbytes for image in self._images.values()) > self._cached_bytes:
                 self._images.popitem(last=False)
         else:
             self._images.move_to_end(sample.image_id)
@@ -242,13 +242,13 @@ _Index = tuple[pa.RecordBatch, dict[str, Any], Path | None, Path]
 """The batch of a split, what the index was built from and what was left out, its file, and the folder of images."""
 
 
-def open_table(source: Source, split: str, cached_images: int = 32, need_images: bool = True) -> Table:
+def open_table(source: Source, split: str, cached_bytes: int = 96 << 20, need_images: bool = True) -> Table:
     """Open a split, building the index where there is none that fits.
 
     Args:
         source: the data set.
         split: one of ``source.splits``.
-        cached_images: how many decoded images to keep (about 1 MB each).
+        cached_bytes: of decoded images to keep; the last one is kept in any case.
         need_images: whether a missing folder of images is an error on opening. A single missing image is an error
             only when it is requested.
 
@@ -278,7 +278,7 @@ def open_table(source: Source, split: str, cached_images: int = 32, need_images:
         places = places[source.packaged :]
     held_index = (_read_index(folder / _index_name(source), identity, split) for folder in places)
     found = next(filter(None, held_index), None) or _build(source, identity, split, places)
-    table = Table(source, split, cached_images, *found)
+    table = Table(source, split, cached_bytes, *found)
     if table.skipped:
         _log.warning(
             "%s: %d unusable rows of the %s files were left out (all splits together)",
