@@ -49,7 +49,7 @@ evaluate:
   policies: [a=random, b=centre]
   samples: 3
   forced: false
-  margin: 0.1
+  num_envs: 2
 """
 CAPS = {
     "rollout": ["--episodes", "1", "--episode-steps", "2"],

@@ -71,7 +71,7 @@ from ivt_env.vector_env import GroundingVectorEnv
 from ivt_env.viewer import write_page
 from ivt_env.viewer.images import ImageFinder
 
-MAY_CHANGE = SERVED_MAY_CHANGE | {"out", "config", "resume", "overwrite", "margin", "guard", "runs", "page_episodes"}
+MAY_CHANGE = SERVED_MAY_CHANGE | {"out", "config", "resume", "overwrite", "runs", "page_episodes"}
 """Options that may change on `--resume`, because the episodes do not depend on them."""
 _PLOTS = ("accuracy_by_step.png", "before_after.png", "groups.png", "reliability.png", "training.png")
 PREDICTIONS = "predictions"
@@ -134,10 +134,6 @@ class Args(PlayedOptions):
     of playing. A name given again is another seed."""
     forced: bool = True
     """Also play every policy with its stop ignored. The columns that need all steps come from this second pass."""
-    margin: float = 0.0
-    """By how much the stop probability of a later box must exceed that of the kept one (`verifier_gated`)."""
-    guard: float | None = None
-    """Smallest IoU of a later box with the kept one (`verifier_gated`); None: no such guard."""
     out: Path = Path("runs/evaluation")
     """Folder for the tables, episodes, plots and the page."""
     resume: bool = False
@@ -206,8 +202,7 @@ def _evaluate(args: Args) -> dict[str, Played]:
     played: dict[str, Played] = {}
     for name, of_policy in runs.items():
         check_same_samples(base[0].episodes, of_policy[0].episodes, base_name, name)
-        gate: Any = {"verifier_margin": args.margin, "verifier_guard": args.guard}
-        played[name] = Played(of_policy, audit_runs(of_policy, name=name, n_boot=RESAMPLES, seed=args.seed, **gate))
+        played[name] = Played(of_policy, audit_runs(of_policy, name=name, n_boot=RESAMPLES, seed=args.seed))
     if args.episodes or args.resume:
         _begin(args)
     _write(args, played, sources, costs, dataset)

@@ -67,7 +67,7 @@ COLUMNS = {
     "verifier_gated": (
         "the first box, unless the policy judged a later one better",
         "whether it can tell its boxes apart",
-        "choosing its margin on the split that is scored",
+        "-",
     ),
     "random_step": ("each proposal with equal chance", "the baseline of every rule that chooses", "-"),
     "oracle_best": (

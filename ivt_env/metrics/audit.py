@@ -138,8 +138,6 @@ def audit_runs(
     name: str = "policy",
     threshold: float = 0.5,
     metrics: Sequence[str] = (*METRICS, "hit"),
-    verifier_margin: float = 0.0,
-    verifier_guard: float | None = None,
     n_boot: int = 1000,
     seed: int = 0,
 ) -> Audit:
@@ -153,8 +151,6 @@ def audit_runs(
         name: Of the policy, for the tables.
         threshold: IoU from which a box counts as right, in the rates, the stops and the calibration.
         metrics: Of ``rows``.
-        verifier_margin: As in ``columns``.
-        verifier_guard: As in ``columns``.
         n_boot: Resamples of every interval.
         seed: Of every interval.
     """
@@ -165,8 +161,7 @@ def audit_runs(
         if (run.stopping is None, run.forced is None) != (first.stopping is None, first.forced is None):
             raise ValueError(f"{name}: seed {number} was not played in the same ways as seed 0 (stopping and forced)")
         check_same_samples(first.episodes, run.episodes, "seed 0", f"seed {number}")
-    options: Any = {"verifier_margin": verifier_margin, "verifier_guard": verifier_guard}
-    found = [columns(episodes_forced=run.forced, episodes_stopping=run.stopping, **options) for run in runs]
+    found = [columns(episodes_forced=run.forced, episodes_stopping=run.stopping) for run in runs]
     if any(set(each) != set(found[0]) for each in found):
         raise ValueError(f"{name}: only some of the seeds state a stop probability, so their rules differ")
     pooled = {key: pool_seeds([each[key] for each in found]) for key in found[0]}

@@ -188,9 +188,6 @@ def columns(
     episodes_stopping: Sequence[Episode] | None = None,
     stable_iou: float = 0.9,
     stop_gate: float = 0.5,
-    verifier_scores: Array | None = None,
-    verifier_margin: float = 0.0,
-    verifier_guard: float | None = None,
     verify: bool = True,
 ) -> dict[str, Column]:
     """Every column that the rollouts allow, in reading order.
@@ -205,9 +202,6 @@ def columns(
         episodes_stopping: The same samples in the same order, with the stop available.
         stable_iou: As in ``box_stability``.
         stop_gate: As in ``confidence_gated``.
-        verifier_scores: ``scores`` of ``verifier_gated``, for the boxes of the forced rollout.
-        verifier_margin: ``margin`` of ``verifier_gated``.
-        verifier_guard: ``guard_iou`` of ``verifier_gated``.
         verify: As in ``outcomes``.
 
     Raises:
@@ -240,9 +234,8 @@ def columns(
             made += [_decided("box_stability", box_stability(forced, stable_iou), "forced")]
             if not np.isnan(forced.stop_probability).all():
                 made += [_decided("confidence_gated", confidence_gated(forced, stop_gate), "forced")]
-            if verifier_scores is not None or not np.isnan(stop_verification(forced)).all():
-                kept = verifier_gated(forced, verifier_scores, margin=verifier_margin, guard_iou=verifier_guard)
-                made += [_decided("verifier_gated", kept, "forced")]
+            if not np.isnan(stop_verification(forced)).all():
+                made += [_decided("verifier_gated", verifier_gated(forced), "forced")]
             made += [random_step(forced), _decided("oracle_best", oracle_best(forced), "forced", oracle=True)]
         return made
 
@@ -299,39 +292,18 @@ def stop_verification(played: Outcomes) -> Array:
     return np.concatenate([following, np.full((len(following), 1), np.nan)], axis=1)
 
 
-def verifier_gated(
-    played: Outcomes, scores: Array | None = None, *, margin: float = 0.0, guard_iou: float | None = None
-) -> Array:
-    """IoU of the box that a verifier keeps: the first, unless it finds a later one better. Shape (n,).
+def verifier_gated(played: Outcomes) -> Array:
+    """IoU of the box that the policy keeps by its own judgement: the first, unless it scores a later one higher. (n,).
 
-    The box after the first action is kept. Box after box, a later one takes its place where its own
-    score exceeds that of the kept box by more than ``margin``. A box without a score (the last one
-    of an episode, with the policy's own scores) is not taken, and one kept without a score is not
-    given up. Only where no box is kept at all is the next one taken whatever its score: an episode
-    without an answer has nothing to protect.
-
-    Args:
-        played: n episodes of at most T actions, best without the stop.
-        scores: A higher one for a better box; ``scores[i, t]`` speaks of the box after action t, NaN
-            for none. Shape (n, T), of any unit. It must not come from the target. None: what the policy
-            itself says, ``stop_verification``.
-        margin: In units of the scores. ``inf`` keeps the first box; ``-inf`` takes every box that
-            has a score.
-        guard_iou: Take only a box whose IoU with the kept one is at least this, against jumps to another object.
+    The scores are those of ``stop_verification``. The box after the first action is kept. Box after box, a later one
+    takes its place where its own score exceeds that of the kept box. A box without a score (the last one of an
+    episode) is not taken, and one kept without a score is not given up. Only where no box is kept at all is the next
+    one taken whatever its score: an episode without an answer has nothing to protect.
     """
-    score = stop_verification(played) if scores is None else np.asarray(scores, dtype=np.float64)
-    if score.shape != played.iou.shape:
-        raise ValueError(f"verifier scores of shape {score.shape} for boxes of shape {played.iou.shape}: one a box")
-    if np.isnan(margin):
-        raise ValueError("the margin of the verifier is NaN, so nothing would ever exceed it: give a number")
-    if guard_iou is not None and not 0 <= guard_iou <= 1:
-        raise ValueError(f"the guard is an IoU in [0, 1], not {guard_iou}")
+    score = stop_verification(played)
     kept_iou, kept_box, kept_score = played.iou[:, 0], played.box[:, 0], score[:, 0]
     for t in range(1, played.iou.shape[1]):
-        # Added on the left: a score minus an infinite margin is finite or infinite, never NaN.
-        better = score[:, t] > kept_score + margin  # NaN on either side: False
-        if guard_iou is not None:
-            better &= boxes.iou(played.box[:, t], kept_box) >= guard_iou
+        better = score[:, t] > kept_score  # NaN on either side: False
         take = played.accepted[:, t] & (better | boxes.is_no_box(kept_box))
         kept_iou = np.where(take, played.iou[:, t], kept_iou)
         kept_box = np.where(take[:, None], played.box[:, t], kept_box)
