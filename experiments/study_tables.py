@@ -13,7 +13,6 @@ METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mIoU")
 LOOP, BASE = "grpo", "base"
 ANSWERS = {"sft": "learned_stop", "grpo": "learned_stop", "half": "learned_stop", "half-grpo": "learned_stop"}
 """The column that counts as a policy's answer; of all others it is the first box."""
-SEARCH = "search"
 
 
 def last_screen(out: Path, splits: Sequence[str]) -> str:

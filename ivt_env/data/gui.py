@@ -27,8 +27,6 @@ _log = logging.getLogger(__name__)
 class Layout:
     """Where a set lies, and what a row holds."""
 
-    repository: str
-    """On the Hugging Face Hub, or GitHub."""
     files: str
     """Pattern of the annotation files, below the set's folder."""
     images: str = "images"
@@ -55,20 +53,20 @@ class Layout:
 
 
 LAYOUTS = {
-    "screenspot": Layout("rootsautomation/ScreenSpot", "**/*.parquet", image="file_name", relative=True, size=None,
+    "screenspot": Layout("**/*.parquet", image="file_name", relative=True, size=None,
                          kept=("data_type", "data_source"), rows=1272),
-    "screenspotv2": Layout("OS-Copilot/ScreenSpot-v2", "screenspot_*_v2.json", "screenspotv2_image", "img_filename",
+    "screenspotv2": Layout("screenspot_*_v2.json", "screenspotv2_image", "img_filename",
                            convention="xywh", size=None, kept=("data_type", "data_source"), rows=1272),
-    "screenspotpro": Layout("likaixin/ScreenSpot-Pro", "annotations/*.json", image="img_filename", size="img_size",
+    "screenspotpro": Layout("annotations/*.json", image="img_filename", size="img_size",
                             id="id", kept=("ui_type", "group", "application", "platform"), rows=1581),
-    "uivision": Layout("ServiceNow/ui-vision", "annotations/element_grounding/element_grounding_*.json",
+    "uivision": Layout("annotations/element_grounding/element_grounding_*.json",
                        expression=("prompt_to_evaluate",), kept=("element_type", "platform"), rows=5479,
                        folder="uivision"),
-    "uivisionlayout": Layout("ServiceNow/ui-vision", "annotations/layout_grounding/layout_grounding.json",
+    "uivisionlayout": Layout("annotations/layout_grounding/layout_grounding.json",
                              expression=("name", "explanation"), kept=("platform",), folder="uivision"),
-    "mmbenchgui": Layout("OpenGVLab/MMBench-GUI", "L2_annotations.json", "offline_images", relative=True,
+    "mmbenchgui": Layout("L2_annotations.json", "offline_images", relative=True,
                          below="platform", kept=("index", "platform", "app_name", "data_type", "grounding_type")),
-    "osworldg": Layout("xlang-ai/OSWorld-G", "OSWorld-G.json", box="box_coordinates", convention="xywh", id="id",
+    "osworldg": Layout("OSWorld-G.json", box="box_coordinates", convention="xywh", id="id",
                        kept=("GUI_types", "box_type"), rows=510),
 }  # fmt: skip
 PLACES = {name: (f"{layout.folder or name}/{layout.files}",) for name, layout in LAYOUTS.items()}
