@@ -152,7 +152,7 @@ def _score(size: int, folder: Path) -> Row:
     with (folder / "boxes.jsonl").open("w") as file:
         for n, box in enumerate(_boxes(np.random.default_rng(1), size).tolist()):
             file.write(json.dumps({"sample_id": str(n), "box": box}) + "\n")
-    words = ["score", str(folder / "boxes.jsonl"), "--dataset", "custom", "--split", "test", "--data-root", str(root)]
+    words = f"score {folder}/boxes.jsonl --dataset custom --split test --samples {size} --data-root {root}".split()
     return _timed("score", size, [*words, "--format", "xyxy", "--frame", "px", "--trust-declaration"])
 
 
