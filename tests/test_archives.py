@@ -104,6 +104,14 @@ def test_only_what_is_wanted_is_unpacked_without_its_folders(make, tmp_path):
         unpack(make(files), tmp_path / "out", only=("*.csv",))
 
 
+def test_a_folder_of_an_archive_is_unpacked_without_what_lies_beside_it(make, tmp_path):
+    files = FILES | {"set/deep/other.json": b"{}", "set/deeper/no.json": b"", "set/deep-not.json": b""}
+    assert unpack(make(files), tmp_path / "out", below="set/deep")[0] == 1
+    assert contents(tmp_path / "out") == {"other.json": b"{}"}
+    with pytest.raises(DataError, match=r"archive: .*it holds no files in set/none"):
+        unpack(make(files), tmp_path / "out", below="set/none")
+
+
 def test_a_folder_that_the_user_keeps_elsewhere_is_used(make, tmp_path):
     (tmp_path / "big-disk").mkdir()
     (tmp_path / "out").mkdir()
@@ -126,7 +134,7 @@ def test_a_folder_that_the_user_keeps_elsewhere_is_used(make, tmp_path):
         "..\\outside.txt",
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"only": ("*.json",)}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"only": ("*.json",)}, {"below": "set"}], ids=str)
 def test_a_member_cannot_leave_the_folder_wanted_or_not(make, tmp_path, name, options):
     archive = make(FILES | {name: b"outside"})
     with pytest.raises(DataError) as caught:
