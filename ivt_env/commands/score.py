@@ -140,7 +140,7 @@ def _samples(args: argparse.Namespace) -> tuple[list[Sample], int]:
     count = total if args.samples is None else args.samples
     if count > total:
         raise PredictionError(f"--samples {count}: {args.dataset} {args.split} has {total}")
-    if count > _MOST_SAMPLES:
+    if args.samples is None and total > _MOST_SAMPLES:
         raise PredictionError(f"{args.dataset} {args.split} has {total} samples: say how many with --samples N")
     return [dataset[number] for number in range(count)], total
 
