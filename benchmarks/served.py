@@ -51,7 +51,8 @@ def main(args: Args) -> None:
         for at_a_time in args.concurrency:
             out, before = folder / str(at_a_time), len(log.read_text().split())
             command = [sys.executable, str(ROOT / "evaluate.py"), "--split", "val", "--samples", str(args.samples)]
-            command += ["--policies", f"m=openai:http://127.0.0.1:{port}/v1#m", "--prompts", "tiny", "--out", str(out)]
+            command += ["--policies", f"m=openai:http://127.0.0.1:{port}/v1#m", "--prompt-file", "tiny"]
+            command += ["--out", str(out)]
             command += ["--concurrency", str(at_a_time)] + ([] if args.forced else ["--no-forced"])
             start, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             subprocess.run(command, check=True, capture_output=True, env=os.environ | {"no_proxy": "*"})

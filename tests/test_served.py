@@ -65,7 +65,7 @@ def chat():
 
 
 def options(out, url, **changes):
-    values = dict(policies=[f"m=openai:{url}#m"], prompts="tiny", split="val", samples=12, num_envs=8, out=out)
+    values = dict(policies=[f"m=openai:{url}#m"], prompt_file="tiny", split="val", samples=12, num_envs=8, out=out)
     return evaluate.Args(**(values | {"concurrency": 4} | changes))
 
 
@@ -85,12 +85,12 @@ def test_evaluate_swaps_rollout_and_controls_take_a_served_model(chat, tmp_path,
     name = f"openai:{chat.url}#m"
     evaluate.main(options(tmp_path / "e", chat.url, forced=False))
     assert not (tmp_path / "e" / "answers").exists() and not list(tmp_path.glob("e/episodes/*.part.jsonl"))
-    swaps.main(swaps.Args(policies=[f"m={name}"], prompts="tiny", split="val", samples=6, out=tmp_path / "s"))
-    words = ["rollout", "--agent", name, "--prompts", "tiny", "--out", str(tmp_path / "r")]
+    swaps.main(swaps.Args(policies=[f"m={name}"], prompt_file="tiny", split="val", samples=6, out=tmp_path / "s"))
+    words = ["rollout", "--agent", name, "--prompt-file", "tiny", "--out", str(tmp_path / "r")]
     assert cli.main(words) == 0
     assert cli.main(["report", str(tmp_path / "e"), "--swaps", str(tmp_path / "s")]) == 0
     env = make_vector_env("IVT-Scenes-v0", 4, split="val", max_steps=2)
-    served = Served(ServedOptions(prompts="tiny"))
+    served = Served(ServedOptions(prompt_file="tiny"))
     for spec in (f"medoid-3:{name}", f"second-shot:{name}", f"stop-after-1:{name}"):
         before = len(questions(chat))
         played = rollout(env, load_agent(spec, env=env, served=served), 4, 0, indices=range(4))
@@ -111,7 +111,7 @@ def test_best_of_takes_the_answer_that_the_server_is_surest_of(chat):
 
     chat.reply = reply
     env = make_vector_env("IVT-Scenes-v0", 1, split="val")
-    served = Served(ServedOptions(prompts="tiny", concurrency=1))
+    served = Served(ServedOptions(prompt_file="tiny", concurrency=1))
     (episode,) = rollout(env, load_agent(f"best-of-3:openai:{chat.url}#m", served=served), 1, 0, indices=[0])
     assert episode.steps[0].proposal == pytest.approx((0.3, 0.3, 0.4, 0.4))
     assert episode.steps[0].confidence == pytest.approx(np.exp(-0.1)) and episode.steps[0].tokens == 300
@@ -145,8 +145,8 @@ def test_a_failing_server_ends_with_status_2_one_line_and_the_command_that_goes_
         return usual(handler, body) if answered.acquire(blocking=False) else chat.send(handler, 500, b"down")
 
     chat.handle = handle
-    words = f"evaluate --policies m=openai:{chat.url}#m --prompts tiny --split val --samples 20 --num-envs 4".split()
-    words += ["--out", str(tmp_path / "e"), "--concurrency", "2"]
+    words = f"evaluate --policies m=openai:{chat.url}#m --prompt-file tiny --split val --samples 20".split()
+    words += ["--num-envs", "4", "--out", str(tmp_path / "e"), "--concurrency", "2"]
     assert cli.main(words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "gave up after 6 attempts" in error and "answers are kept" in error and error.endswith("--resume")
@@ -173,7 +173,7 @@ def test_passing_troubles_change_no_score(chat, tmp_path, monkeypatch):
 def test_a_prompt_file_that_was_changed_is_not_gone_on_with(chat, tmp_path):
     file = tmp_path / "p.yaml"
     file.write_text("prompt: '{expression} {box}'\nframe: relative_1000\n")
-    more = {"prompts": str(file), "forced": False, "concurrency": 1}
+    more = {"prompt_file": str(file), "forced": False, "concurrency": 1}
     with pytest.raises(BudgetError):
         evaluate.main(options(tmp_path / "e", chat.url, max_requests=4, **more))
     assert (tmp_path / "e" / "prompts.yaml").read_text() == file.read_text()
@@ -245,7 +245,7 @@ def test_sixteen_at_a_time_are_many_times_as_fast_as_one(tmp_path):
     server = scripted(port, 0.2, tmp_path / "log")
     env = make_vector_env("IVT-Scenes-v0", 16, split="val", max_steps=1)
     for at_a_time in (1, 16):
-        served = Served(ServedOptions(prompts="tiny", concurrency=at_a_time))
+        served = Served(ServedOptions(prompt_file="tiny", concurrency=at_a_time))
         agent = load_agent(f"openai:http://127.0.0.1:{port}/v1#m", served=served)
         start = time.monotonic()
         rollout(env, agent, 16, 0, indices=range(16))
@@ -331,7 +331,7 @@ def test_a_prompt_file_decides_what_is_drawn_asked_and_sent(chat, tmp_path):
     )
     chat.reply = said('{"bbox_2d": [0.1, 0.1, 0.5, 0.5]}')
     out = tmp_path / "e"
-    evaluate.main(options(out, chat.url, prompts=str(tmp_path / "mine.yaml"), samples=4, forced=False))
+    evaluate.main(options(out, chat.url, prompt_file=str(tmp_path / "mine.yaml"), samples=4, forced=False))
     first, later = (next(b for b in questions(chat) if len(b["messages"]) == n) for n in (2, 4))
     assert first["messages"][0] == {"role": "system", "content": "Be brief."}
     assert first["messages"][1]["content"][-1]["text"].startswith("Find ")
@@ -345,7 +345,7 @@ def test_a_prompt_file_decides_what_is_drawn_asked_and_sent(chat, tmp_path):
 
 def test_an_answer_that_ran_into_its_limit_has_no_action_and_the_default_prompts_are_named(chat, tmp_path, capsys):
     chat.reply = said('{"bbox_2d": [100, 100, 500, 500]} and', finish="length")
-    evaluate.main(options(tmp_path, chat.url, prompts=None, forced=False, samples=3))
+    evaluate.main(options(tmp_path, chat.url, prompt_file=None, forced=False, samples=3))
     assert "is asked with the prompts qwen3-vl" in capsys.readouterr().err
     assert all(s.parse_failure for e in load_episodes(tmp_path / "episodes" / "m") for s in e.steps)
 
@@ -366,7 +366,7 @@ def test_a_frame_that_fits_much_worse_than_another_is_warned_of_with_numbers(cha
     for prompts, warned in (("tiny", True), (str(tmp_path / "p.yaml"), False)):
         caplog.clear()
         out, few = tmp_path / f"{warned}", {"samples": 52, "forced": False, "episode_steps": 1}
-        evaluate.main(options(out, chat.url, prompts=prompts, **few))
+        evaluate.main(options(out, chat.url, prompt_file=prompts, **few))
         said_so = [r.message for r in caplog.records if "mean IoU" in r.message]
         assert len(said_so) == warned
         assert all("the first 50 boxes" in m and "(relative_1000)" in m and "as resized_pixels" in m for m in said_so)

@@ -105,7 +105,7 @@ def test_a_server_is_asked_the_same_as_by_this_project_and_its_answers_score_the
     prompts = tmp_path / "prompts.yaml"
     text = (ROOT / "agents" / "prompts" / "tiny.yaml").read_text()
     prompts.write_text(text + f"layout: {layout}\nsystem: Be brief.\nrequest: {{top_k: 5}}\n")
-    served = Served(ServedOptions(prompts=str(prompts), concurrency=1))
+    served = Served(ServedOptions(prompt_file=str(prompts), concurrency=1))
     shown = served.asked.shown
     env = make_vector_env("IVT-Scenes-v0", 1, split="val", **shown)
     agent = load_agent(f"openai:{chat.url}#m", env=env, served=served)
@@ -142,7 +142,9 @@ def test_a_server_that_fails_gives_no_score_and_resume_asks_for_what_is_missing(
 
 def test_the_shipped_tiny_model_behind_transformers_own_server_scores_as_it_does_here(tmp_path):
     shutil.copytree(weights_folder(), tmp_path / "tiny")
-    env = make_vector_env("IVT-Scenes-v0", SAMPLES, split="val", **Served(ServedOptions(prompts="tiny")).asked.shown)
+    env = make_vector_env(
+        "IVT-Scenes-v0", SAMPLES, split="val", **Served(ServedOptions(prompt_file="tiny")).asked.shown
+    )
     episodes = rollout(env, load_agent("vlm:tiny", env=env), SAMPLES, 0, indices=range(SAMPLES))
     with transformers_serve("tiny", tmp_path) as url:
         traces = evaluated(url, tmp_path / "out", "-m", "tiny", "--env.taskset.prompts", "tiny")

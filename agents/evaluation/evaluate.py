@@ -3,7 +3,7 @@
     ivt evaluate --policies base=tiny sft=runs/sft/policy grpo=runs/grpo/policy
     ivt evaluate --policies floor=random ceiling=my_module:MyAgent --samples 200
     ivt evaluate --policies base=tiny loop=runs/s0/policy loop=runs/s1/policy loop=runs/s2/policy
-    ivt evaluate --policies vlm='openai:http://127.0.0.1:8000/v1#MODEL' --prompts qwen3-vl
+    ivt evaluate --policies vlm='openai:http://127.0.0.1:8000/v1#MODEL' --prompt-file qwen3-vl
     ivt evaluate --episodes base=runs/evaluation/episodes/base loop=runs/other/episodes/loop
 
 Each policy is played twice on the same samples: with its stop honoured, and forced to make every

@@ -182,7 +182,7 @@ def _made_of(results: Mapping[str, Any]) -> Html:
     asks_servers = any("openai:" in source for sources in policies.values() for source in sources)
     lines = [
         *([f"policy {name}", ", ".join(sources)] for name, sources in policies.items()),
-        *([["asked", f"prompts {args['prompts'] or DEFAULT}"]] if asks_servers else []),
+        *([["asked", f"prompts {args['prompt_file'] or DEFAULT}"]] if asks_servers else []),
         ["environment", "saved episodes" if args["episodes"] else played],
         ["served", results["served"]],
         ["samples", str(_count(results))],

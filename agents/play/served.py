@@ -45,7 +45,7 @@ _LEAST_ANSWERS, _MUCH_BETTER = 10, 0.15
 class ServedOptions:
     """How models behind an address (`openai:BASE_URL#MODEL`) are asked."""
 
-    prompts: str | None = None
+    prompt_file: str | None = None
     """What served models are asked and how they write boxes: a shipped prompt file (`ivt prompts` lists them), or a
     file. None: `qwen3-vl`."""
     concurrency: int = 16
@@ -73,7 +73,7 @@ class Served:
         self.options = options or ServedOptions()
         self.cache = None if cache is None else AnswerCache(cache)
         self.usage = Usage(Budget(self.options.max_requests, self.options.max_tokens))
-        name = self.options.prompts or DEFAULT
+        name = self.options.prompt_file or DEFAULT
         self.asked, self.text = load_prompts(name), find_prompts(name).read_text(encoding="utf-8")
         self._clients: dict[str, ChatClient] = {}
 
@@ -82,10 +82,10 @@ class Served:
         if address not in self._clients:
             client = ChatClient(address, self.usage, cache=self.cache, concurrency=self.options.concurrency)
             client.check()
-            if self.options.prompts is None:
+            if self.options.prompt_file is None:
                 print(
-                    f"{client.name} is asked with the prompts {DEFAULT} (boxes in {self.asked.codec.frame}); --prompts"
-                    " names others: `ivt prompts` lists them",
+                    f"{client.name} is asked with the prompts {DEFAULT} (boxes in {self.asked.codec.frame});"
+                    " --prompt-file names others: `ivt prompts` lists them",
                     file=sys.stderr,
                 )
             self._clients[address] = client
@@ -96,8 +96,8 @@ class Served:
         copy = folder / PROMPTS
         if copy.exists() and copy.read_text(encoding="utf-8") != self.text:
             raise FileError(
-                f"the prompts {self.options.prompts or DEFAULT} are not those that {folder} was begun with: {copy} is a"
-                " copy of them; change the file back, or begin anew with another --out"
+                f"the prompts {self.options.prompt_file or DEFAULT} are not those that {folder} was begun with: {copy}"
+                " is a copy of them; change the file back, or begin anew with another --out"
             )
 
     @contextmanager
