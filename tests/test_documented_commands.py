@@ -127,7 +127,7 @@ NOT_HERE = {
     "python -m experiments.paper --config configs/paper_qwen3vl_4b.yaml --dry-run": HUB,
     "python -m experiments.paper --config configs/paper_qwen3vl_4b.yaml --out runs/paper4b": HOURS,
     "python -m experiments.paper --out runs/paper": HOURS,
-    "python benchmarks/growth.py": "takes a quarter of an hour; test_growth runs it small",
+    "python benchmarks/growth.py": "takes 20 minutes; test_growth runs it small",
     "python benchmarks/against_trl.py --prompts 8": "takes minutes; test_against_trl runs it small",
     "python benchmarks/against_trl.py --prompts 8 --rounds 2 --checkpointing": "takes minutes; test_against_trl",
     "python -m ivt_agents.sb3.train": "takes 90 seconds; test_docs runs it small",
