@@ -64,7 +64,7 @@ check: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 test: check $(VENV)/verifiers/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(ALONE))
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 $(addprefix --ignore=,$(ALONE))
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 4 --dist loadfile $(ALONE)
 
 # Without browsers, builds, servers, models and trainings.
