@@ -88,7 +88,7 @@ def _say(rows: list[Row]) -> None:
     if row.part in ("groups", "turns"):
         each = row.size * 4 if row.part == "groups" else row.size * 4 * 8
         line += f"  {1000 * row.seconds / each:.2f} (all of it)"
-    elif before is not None:
+    elif before is not None and before.size != row.size:
         line += f"  {1000 * (row.seconds - before.seconds) / (row.size - before.size):.4f}"
         line += f", {1024 * (row.peak_mb - before.peak_mb) / (row.size - before.size):.2f} kB"
     print(f"{line}  {row.more}", flush=True)
