@@ -57,3 +57,6 @@ def test_only_a_greedy_policy_without_a_conversation_repeats_itself():
     assert not repeats_itself(load_policy("tiny", temperature=0.5))
     assert not repeats_itself(load_policy("tiny", layout="prefix"))
     assert not repeats_itself(RandomAgent())
+    derived = load_policy("tiny")
+    derived.__class__ = StopsOnSome
+    assert not repeats_itself(derived), "it might remember"

@@ -19,8 +19,11 @@ from ivt_env.rollouts import Agent
 
 
 def repeats_itself(agent: Agent) -> bool:
-    """Whether ``agent`` answers alike whenever it is shown the same: a greedy policy that holds no conversation."""
-    return isinstance(agent, VLMPolicy) and agent.temperature == 0 and agent.layout == "fresh"
+    """Whether ``agent`` answers alike whenever it is shown the same: a greedy policy that holds no conversation.
+
+    A class derived from ``VLMPolicy`` may remember what it has seen, so it counts as one that does.
+    """
+    return type(agent) is VLMPolicy and agent.temperature == 0 and agent.layout == "fresh"
 
 
 class Continued:
