@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from refer_layout import ReferFolder
 
-from ivt_env.data import DataError, Sample, jxu124, lmms, mdetr, vlm_r1
-from ivt_env.data.table import Table, open_table
+from ivt_env.data import DataError, Sample, refcoco
+from ivt_env.data.table import Source, Table, open_table
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: "
 EXIF_ORIENTATION = 0x0112
@@ -174,7 +173,7 @@ class Hub:
     """What was written; change ``rows`` and ``save()`` to break something."""
 
     layout: str
-    module: ModuleType
+    find: Callable[[Path, str], Source | None]
     root: Path
     name: str
     rows: dict[str, Any]
@@ -192,7 +191,7 @@ class Hub:
         self.write(self)
 
     def open(self, split: str) -> Table:
-        source = self.module.find(self.root, self.name)
+        source = self.find(self.root, self.name)
         assert source is not None
         return open_table(source, split, need_images=False)
 
@@ -272,9 +271,9 @@ def write_jxu124(root: Path, name: str, things: list[Thing]) -> Hub:
             for t in held
         ]  # fmt: skip
     folder = root / "jxu124" / name / "data"
-    prefixes = jxu124.SPLITS[name]
+    prefixes = refcoco.PREFIXES
     return Hub(
-        "jxu124", jxu124, root, name, rows, _write_parquet,
+        "jxu124", refcoco.jxu124, root, name, rows, _write_parquet,
         lambda split: folder / f"{prefixes[split]}-00000-of-00001-94431d5f4bd5b93f.parquet", JXU124_SCHEMA,
     )  # fmt: skip
 
@@ -296,9 +295,9 @@ def write_lmms(root: Path, name: str, things: list[Thing]) -> Hub:
         ]
         for split, held in _by_split(things).items()
     }
-    folder = root / "lmms" / lmms.FOLDERS[name] / "data"
+    folder = root / "lmms" / refcoco.LMMS_FOLDERS[name] / "data"
     return Hub(
-        "lmms", lmms, root, name, rows, _write_parquet,
+        "lmms", refcoco.lmms, root, name, rows, _write_parquet,
         lambda split: folder / f"{split}-00000-of-00001.parquet", LMMS_SCHEMA,
     )  # fmt: skip
 
@@ -326,7 +325,7 @@ def write_mdetr(root: Path, name: str, things: list[Thing]) -> Hub:
             content["images"].append(
                 {
                     "file_name": t.file_name, "height": t.size[0], "width": t.size[1], "id": running,
-                    "original_id": t.image_id, "caption": sentence, "dataset_name": mdetr.LABELS[name],
+                    "original_id": t.image_id, "caption": sentence, "dataset_name": refcoco.MDETR_LABELS[name],
                 }
             )  # fmt: skip
             content["annotations"].append(
@@ -337,8 +336,8 @@ def write_mdetr(root: Path, name: str, things: list[Thing]) -> Hub:
             )  # fmt: skip
         rows[split] = content | {"categories": categories}
     return Hub(
-        "mdetr", mdetr, root, name, rows, _write_text,
-        lambda split: root / "mdetr" / f"finetune_{mdetr.LABELS[name]}_{split}.json",
+        "mdetr", refcoco.mdetr, root, name, rows, _write_text,
+        lambda split: root / "mdetr" / f"finetune_{refcoco.MDETR_LABELS[name]}_{split}.json",
     )  # fmt: skip
 
 
@@ -352,7 +351,7 @@ def write_vlm_r1(root: Path, name: str, things: list[Thing]) -> Hub:
             rows[split].append(
                 {
                     "height": t.size[0], "width": t.size[1], "original_id": t.ann_id, "image_id": running,
-                    "dataset_name": mdetr.LABELS[name], "category_id": t.category_id,
+                    "dataset_name": refcoco.MDETR_LABELS[name], "category_id": t.category_id,
                     "bbox_list": [[x1, y1, x2 - 1, y2 - 1]], "image": f"train2014/{t.file_name}",
                     "normal_caption": sentence, "solution": [x1, y1, x2, y2],
                     "normalized_solution": [math.floor(1000 * v) for v in t.relative],
@@ -360,8 +359,8 @@ def write_vlm_r1(root: Path, name: str, things: list[Thing]) -> Hub:
             )  # fmt: skip
     folder = root / "vlm_r1" / "rec_jsons_processed"
     return Hub(
-        "vlm_r1", vlm_r1, root, name, rows, _write_text,
-        lambda split: folder / f"{vlm_r1.LABELS[name]}_{split}.json",
+        "vlm_r1", refcoco.vlm_r1, root, name, rows, _write_text,
+        lambda split: folder / f"{refcoco.VLM_R1_LABELS[name]}_{split}.json",
     )  # fmt: skip
 
 
@@ -382,8 +381,8 @@ def write_vlm_r1_jsonl(root: Path, name: str, things: list[Thing], as_text: bool
     ]
     folder = root / "vlm_r1" / "rec_jsons_processed"
     return Hub(
-        "vlm_r1", vlm_r1, root, name, {"train": rows}, _write_text,
-        lambda split: folder / f"{vlm_r1.LABELS[name]}_{split}.jsonl",
+        "vlm_r1", refcoco.vlm_r1, root, name, {"train": rows}, _write_text,
+        lambda split: folder / f"{refcoco.VLM_R1_LABELS[name]}_{split}.jsonl",
     )  # fmt: skip
 
 

@@ -96,9 +96,9 @@ def test_own_boxes_are_taken_up_to_one_pixel_outside_and_refused_beyond(size, bb
 @pytest.mark.parametrize(
     ("bbox", "message"),
     [
-        (None, "bbox None is not four numbers"),
-        ("1234", "bbox '1234' is not four numbers"),
-        ({"x": 1}, "bbox {'x': 1} is not four numbers"),
+        (None, "bbox None is not four finite numbers"),
+        ("1234", "bbox '1234' is not four finite numbers"),
+        ({"x": 1}, "bbox {'x': 1} is not four finite numbers"),
         ([10, 10, "5", 5], "is not four finite numbers"),
         ([10, 10, True, 5], "is not four finite numbers"),
         ([10, math.nan, 5, 5], "is not four finite numbers"),

@@ -206,7 +206,7 @@ DAMAGES = [
     (sentence(score=1), "unknown: .*score"),
     (ref(sent_ids=[77]), r"sent_ids \[77\], but its sentences have"),
     (lambda layout, ref: ref["sent_ids"].append(ref["sent_ids"]), "but its sentences have"),
-    (ref(sentences=[]), "not a list of sentences"),
+    (ref(sentences=[]), "has no sentences"),
     (ref(sentences=["a cat"]), "sent_id is None"),
     (sentence(sent="  "), "sent is .*not a text"),
     (ref(ann_id="5"), "ann_id is '5'"),

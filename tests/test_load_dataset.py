@@ -121,17 +121,17 @@ def test_first_layout_that_is_there_and_has_the_split_is_served(tmp_path):
 def test_every_layout_says_where_it_looks_and_finds_nothing_in_an_empty_folder(tmp_path):
     for name, layouts in data._LAYOUTS.items():
         for layout in layouts if name != "screens" else ():
-            module = importlib.import_module(f"ivt_env.data.{layout}")
-            assert module.PLACES[name] and all(not Path(place).is_absolute() for place in module.PLACES[name])
-            assert module.find(tmp_path, name) is None
-            assert module.find(tmp_path / "absent", name) is None
+            assert data._found(layout, tmp_path, name) is None
+            assert data._found(layout, tmp_path / "absent", name) is None
+        assert name == "screens" or all(not Path(place).is_absolute() for place in places_of(name, Path()))
 
 
 # --- What it serves instead -----------------------------------------------------------------------
 
 
 def places_of(name: str, root: Path) -> list[str]:
-    modules = [importlib.import_module(f"ivt_env.data.{layout}") for layout in data._LAYOUTS[name]]
+    modules = {layout.partition(".")[0]: None for layout in data._LAYOUTS[name]}
+    modules = [importlib.import_module(f"ivt_env.data.{module}") for module in modules]
     return [str(root / place) for module in modules for place in module.PLACES[name]]
 
 
@@ -273,7 +273,10 @@ def test_every_name_opens_on_a_fresh_machine_with_each_of_its_splits():
 
 
 def test_importing_the_data_package_imports_no_reader_and_no_pyarrow():
-    readers = {layout for layouts in data._LAYOUTS.values() for layout in layouts} | {"mixture", "table"}
+    readers = {layout.partition(".")[0] for layouts in data._LAYOUTS.values() for layout in layouts} | {
+        "mixture",
+        "table",
+    }
     unwanted = ["pyarrow", "torch", *(f"ivt_env.data.{reader}" for reader in sorted(readers))]
     code = f"import sys, ivt_env.data; print([m for m in {unwanted} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

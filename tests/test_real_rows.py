@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ivt_agents.cli import main
-from ivt_env.data import DataError, jxu124, lmms, mdetr, refer, vlm_r1
+from ivt_env.data import DataError, refcoco, refer
 from ivt_env.data.converters import from_coco
 from ivt_env.data.label_studio import from_label_studio
 from ivt_env.data.table import Table, open_table
@@ -35,8 +35,8 @@ def real(tmp_path, monkeypatch):
     return tmp_path / "real"
 
 
-def table(module, root, split, name="refcoco", need_images=True) -> Table:
-    return open_table(module.find(root, name), split, need_images=need_images)
+def table(find, root, split, name="refcoco", need_images=True) -> Table:
+    return open_table(find(root, name), split, need_images=need_images)
 
 
 def pixels(sample) -> np.ndarray:
@@ -45,13 +45,13 @@ def pixels(sample) -> np.ndarray:
 
 
 def test_lmms_rows_are_read_though_refcocos_file_names_end_in_a_running_number(real):
-    testa = table(lmms, real, "testA")
+    testa = table(refcoco.lmms, real, "testA")
     assert (len(testa), testa.skipped) == (14, 0)
     first = testa[0]
     assert (first.image_id, first.meta["ann_id"]) == ("coco-580957", 1537681)
     assert np.allclose(pixels(first), [468.3, 0.91, 468.3 + 171.7, 0.91 + 116.12], rtol=0, atol=1e-9)
     assert first.expression == "bowl behind the others can only see part"
-    of_g = table(lmms, real, "test", "refcocog")
+    of_g = table(refcoco.lmms, real, "test", "refcocog")
     assert (len(of_g), of_g.skipped) == (4, 0)
     assert {s.meta["ann_id"] for s in of_g} == {298801, 453172}
     assert all(testa.image(sample).shape[2] == 3 for sample in testa)
@@ -61,16 +61,16 @@ def test_four_layouts_agree_on_ids_boxes_and_expressions(real):
     root = real / "refer"
     truth = {}
     for split, count in (("train", 3), ("testA", 26)):
-        held = {module: table(module, root, split) for module in (refer, jxu124)}
+        held = {find: table(find, root, split) for find in (refer.find, refcoco.jxu124)}
         assert {len(one) for one in held.values()} == {count}
         for a, b in zip(*held.values(), strict=True):
             assert (a.sample_id, a.image_id, a.expression, a.size) == (b.sample_id, b.image_id, b.expression, b.size)
             assert np.allclose(a.box, b.box, rtol=0, atol=1e-9) and a.meta["ann_id"] == b.meta["ann_id"]
-        truth |= {(s.image_id, s.expression, s.size): pixels(s) for s in held[refer]}
-        assert len(table(mdetr, root, split)) == count
-    of_vlm_r1 = table(vlm_r1, root, "train")  # all 29 are in its one file
+        truth |= {(s.image_id, s.expression, s.size): pixels(s) for s in held[refer.find]}
+        assert len(table(refcoco.mdetr, root, split)) == count
+    of_vlm_r1 = table(refcoco.vlm_r1, root, "train")  # all 29 are in its one file
     assert len(of_vlm_r1) == 29
-    for other in (table(mdetr, root, "train"), table(mdetr, root, "testA"), of_vlm_r1):
+    for other in (table(refcoco.mdetr, root, "train"), table(refcoco.mdetr, root, "testA"), of_vlm_r1):
         for sample in other:
             expected = truth[sample.image_id, sample.expression, sample.size]
             assert np.allclose(pixels(sample), expected, rtol=0, atol=1e-9)
@@ -89,13 +89,13 @@ def test_predictions_score_as_published(real, capsys, name, accuracies, miou):
 
 
 def test_mdetr_row(real):
-    (sample,) = table(mdetr, real / "mdetr", "val")
+    (sample,) = table(refcoco.mdetr, real / "mdetr", "val")
     assert (sample.image_id, sample.size) == ("coco-580957", (428, 640))
     assert np.allclose(pixels(sample), [468.3, 0.91, 468.3 + 171.7, 0.91 + 116.12], rtol=0, atol=1e-9)
 
 
 def test_vlm_r1_row_and_its_log_is_refused_with_what_is_wanted(real, capsys):
-    (sample,) = table(vlm_r1, real, "train", need_images=False)
+    (sample,) = table(refcoco.vlm_r1, real, "train", need_images=False)
     assert sample.sample_id == "1719310-0"
     assert np.allclose(pixels(sample), [103.93, 299.99, 238.15, 477.41], rtol=0, atol=1e-9)
     command = [str(real / "vlm_r1" / "vlmr1_log.json"), "--dataset", "refcoco", "--split", "testA", "--format", "xyxy"]

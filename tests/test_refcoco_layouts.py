@@ -36,7 +36,8 @@ from PIL import Image
 from refer_layout import PHOTOS, write_refer_folder
 
 import ivt_env.data as data
-from ivt_env.data import DataError, lmms, refcoco, refer, vlm_r1
+from ivt_env.data import DataError, refcoco, refer
+from ivt_env.data.hub import parquet_rows
 from ivt_env.data.table import open_table
 
 NAMES = ("refcocog", "refcoco", "refcocoplus")
@@ -71,7 +72,7 @@ def hub(tmp_path, request):
 
 
 def served_splits(layout, name):
-    held = {"lmms": lmms.SPLITS[name], "vlm_r1": ("train", "val"), "lines": ("train",)}
+    held = {"lmms": refcoco.LMMS_SPLITS[name], "vlm_r1": ("train", "val"), "lines": ("train",)}
     return held.get(layout, next(iter(refer.PARTITIONS[name].values())))
 
 
@@ -104,7 +105,7 @@ def test_samples_and_images_are_those_of_the_refer_layout(tmp_path, name, layout
     splits = served_splits(layout, name)
     things = things_of(write_refer_folder(tmp_path, name))
     hub = WRITERS[layout](tmp_path, name, [thing for thing in things if thing.split in splits])
-    assert hub.module.find(tmp_path, name).splits == splits
+    assert hub.find(tmp_path, name).splits == splits
     shared = [key for key in ("ann_id", "ref_id", "image_id", "category") if key in OF_RECORD[layout][1]]
     for split in splits:
         original, table = open_table(refer.source(tmp_path, name), split), hub.open(split)
@@ -133,22 +134,22 @@ def test_odd_sizes_texts_and_images_round_trip_in_the_stored_frame(tmp_path, lay
 @pytest.mark.parametrize(
     ("layout", "place"),
     [(layout, place) for layout in ("jxu124", "mdetr") for place in refcoco.IMAGE_FOLDERS]
-    + [("vlm_r1", f"{place}/train2014".lstrip("/")) for place in vlm_r1.IMAGE_FOLDERS],
+    + [("vlm_r1", f"{place}/train2014".lstrip("/")) for place in refcoco.VLM_R1_IMAGE_FOLDERS],
 )
 def test_images_are_found_in_every_documented_place(tmp_path, layout, place):
     things = [t for t in things_of(write_refer_folder(tmp_path / "elsewhere")) if t.split == "train"]
     put_images(tmp_path / place, things)
     hub = WRITERS[layout](tmp_path, "refcocog", things)
-    table = open_table(hub.module.find(tmp_path, "refcocog"), "train")
+    table = open_table(hub.find(tmp_path, "refcocog"), "train")
     with Image.open(PHOTOS / "astronaut.jpg") as image:
         assert np.array_equal(table.image(table[0]), np.asarray(image))
 
 
 def test_only_splits_on_disk_are_offered(tmp_path, hub):
-    source = hub.module.find(tmp_path, hub.name)
+    source = hub.find(tmp_path, hub.name)
     splits = SPLITS.get(hub.key, ("train", "testA"))
     assert (source.name, source.layout, source.splits) == (hub.name, hub.layout, splits)
-    assert hub.module.find(tmp_path, "refcocog") is hub.module.find(tmp_path, "photos") is None
+    assert hub.find(tmp_path, "refcocog") is hub.find(tmp_path, "photos") is None
     with pytest.raises(DataError, match=rf"\({hub.layout}\) has no split 'test'; it has {', '.join(splits)}"):
         open_table(source, "test")
 
@@ -342,7 +343,7 @@ def test_people_split_may_call_itself_test(parquet):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("bbox", "[1, 2, 3, 4]", "bbox '[1, 2, 3, 4]' is not four numbers"),
+        ("bbox", "[1, 2, 3, 4]", "bbox '[1, 2, 3, 4]' is not four finite numbers"),
         ("image_id", "5", "image_id is '5', not a whole number"),
         ("sentences", ["a", "b"], "sent_id is None, not a whole number"),
         ("sentences", 7, "has no sentences"),
@@ -390,16 +391,16 @@ def test_every_box_in_hundredths_of_a_pixel_comes_back_to_the_bit(tmp_path):
     [("refcoco", ("train", "val", "test")), ("refcocog", ("train", "val")), ("refcocoplus", ("train",))],
 )
 def test_mixed_and_absent_splits_are_never_served(tmp_path, name, refused):
-    hub = write_lmms(tmp_path, name, [t for split in (*refused, *lmms.SPLITS[name]) for t in many(split, 3)])
-    source = lmms.find(tmp_path, name)
-    assert source.splits == lmms.SPLITS[name]
+    hub = write_lmms(tmp_path, name, [t for split in (*refused, *refcoco.LMMS_SPLITS[name]) for t in many(split, 3)])
+    source = refcoco.lmms(tmp_path, name)
+    assert source.splits == refcoco.LMMS_SPLITS[name]
     for split in refused:
         assert hub.path_of(split) not in source.files
         assert data.find_source(name, split, tmp_path) is None
     assert {s.split for split in source.splits for s in hub.samples(split)} == set(source.splits)
     for split in source.splits:
         hub.path_of(split).unlink()
-    assert lmms.find(tmp_path, name) is None
+    assert refcoco.lmms(tmp_path, name) is None
 
 
 def test_few_images_are_in_memory_at_once(tmp_path):
@@ -410,7 +411,7 @@ def test_few_images_are_in_memory_at_once(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=10)
     del rows
     before, most = pa.total_allocated_bytes(), 0
-    for _ in lmms.hub.parquet_rows(path, lmms._COLUMNS, "fetch it again", lmms._ROWS_AT_ONCE):
+    for _ in parquet_rows(path, refcoco.LMMS_COLUMNS, "fetch it again", refcoco.LMMS_ROWS_AT_ONCE):
         most = max(most, pa.total_allocated_bytes() - before)
     assert 0 < most < path.stat().st_size / 2
 
@@ -482,7 +483,7 @@ def test_json_goes_before_jsonl(tmp_path):
     hub = written(tmp_path, "vlm_r1")
     write_vlm_r1_jsonl(tmp_path, "refcocoplus", many("train", 3))
     assert len(hub.open("train")) == 40
-    files = vlm_r1.find(tmp_path, "refcocoplus").files
+    files = refcoco.vlm_r1(tmp_path, "refcocoplus").files
     assert [path.name for path in files] == ["refcocop_train.json", "refcocop_val.json"]
 
 

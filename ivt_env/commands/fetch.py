@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import importlib
 import os
 import re
 import sys
@@ -251,12 +250,13 @@ def _obtain_images(found: Entry, images: ImageSource, root: Path, args: argparse
 
 def image_names(name: str, split: str, root: Path) -> list[str]:
     """The images of COCO train2014 that a split names, sorted; its annotations must be there, its images not."""
+    from ivt_env.data import refcoco, refer
     from ivt_env.data.table import open_table
 
-    layout = importlib.import_module(f"ivt_env.data.{'refer' if name in _REFER_SETS else name}")
+    find = refer.find if name in _REFER_SETS else getattr(refcoco, name)
     names: set[str] = set()
     for part in (name,) if name in _REFER_SETS else _REFER_SETS:
-        source = layout.find(root, part)
+        source = find(root, part)
         if source is None or split not in source.splits:
             continue
         for path in open_table(source, split, need_images=False).file_names():

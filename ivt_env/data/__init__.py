@@ -12,7 +12,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ivt_env.data.checked import closest
@@ -46,14 +45,17 @@ NAMES = (
 """Every data set name that ``load_dataset`` takes."""
 
 _LAYOUTS = {
-    **dict.fromkeys(("refcocog", "refcoco", "refcocoplus"), ("refer", "jxu124", "vlm_r1", "mdetr", "lmms")),
-    "refl4": ("ref_l4",),
-    "refadv": ("ref_adv",),
-    "screens": ("custom",),
-    **dict.fromkeys(GUI, ("gui",)),
-    "custom": ("custom",),
+    **dict.fromkeys(
+        ("refcocog", "refcoco", "refcocoplus"),
+        ("refer.find", "refcoco.jxu124", "refcoco.vlm_r1", "refcoco.mdetr", "refcoco.lmms"),
+    ),
+    "refl4": ("ref_l4.find",),
+    "refadv": ("ref_adv.find",),
+    "screens": ("custom.find",),
+    **dict.fromkeys(GUI, ("gui.find",)),
+    "custom": ("custom.find",),
 }
-"""Real data sets and the modules that read their layouts; the first that is on disk and has the split is served."""
+"""Real data sets and what finds each of their layouts; the first that is on disk and has the split is served."""
 
 _SPLITS = {
     "refcocog": ("train", "val", "test"),
@@ -178,14 +180,16 @@ def load_dataset(
 def find_source(name: str, split: str, root: Path) -> Source | None:
     """Where a real data set lies under ``root`` in a layout that has this split; None: nowhere."""
     for layout in _LAYOUTS[name]:
-        found = _layout(layout).find(root, name)
+        found = _found(layout, root, name)
         if found is not None and (split in found.splits or split in found.unions):
             return found
     return None
 
 
-def _layout(module: str) -> ModuleType:
-    return importlib.import_module(f"ivt_env.data.{module}")
+def _found(layout: str, root: Path, name: str) -> Source | None:
+    module, _, function = layout.partition(".")
+    source: Source | None = getattr(importlib.import_module(f"ivt_env.data.{module}"), function)(root, name)
+    return source
 
 
 def _absence(name: str, root: Path) -> str:
@@ -205,8 +209,9 @@ def _absence(name: str, root: Path) -> str:
             f"{', '.join(' '.join(part) for part in absent)}. To get them: "
             f"{', '.join(dict.fromkeys(f'`ivt data fetch {name}`' for name, _ in absent))}."
         )
-    places = [str(root / place) for layout in _LAYOUTS[name] for place in _layout(layout).PLACES[name]]
-    there = [found for layout in _LAYOUTS[name] if (found := _layout(layout).find(root, name)) is not None]
+    modules = dict.fromkeys(layout.partition(".")[0] for layout in _LAYOUTS[name])
+    places = [str(root / place) for m in modules for place in importlib.import_module(f"ivt_env.data.{m}").PLACES[name]]
+    there = [found for layout in _LAYOUTS[name] if (found := _found(layout, root, name)) is not None]
     also = "".join(
         f" What is in {source.folder} ({source.layout}) serves only {', '.join(source.splits)}." for source in there
     )

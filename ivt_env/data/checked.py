@@ -12,7 +12,7 @@ import logging
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 
 from ivt_env.data.sample import DataError
 from ivt_env.failures import reading
@@ -120,6 +120,15 @@ def per_sentence(
             yield row_of(sample_id=sample_id, expression=expression)
 
 
+def sentence_ids(row: dict[str, Any], here: str) -> None:
+    """BadRowError unless an object has sentences, and in ``sent_ids`` their ids."""
+    if not isinstance(row["sentences"], list) or not row["sentences"]:
+        raise BadRowError(f"{here}: has no sentences (sentences is {short(row['sentences'])})")
+    stated = [integer(sentence, "sent_id") for sentence in row["sentences"]]
+    if row["sent_ids"] != stated:
+        raise BadRowError(f"{here}: sent_ids {short(row['sent_ids'])}, but its sentences have {short(stated)}")
+
+
 def lists_in(content: Any, path: Path, keys: Iterable[str], remedy: str) -> None:
     """DataError unless a JSON file is an object that holds these lists."""
     for key in keys:
@@ -132,6 +141,11 @@ def by_id(entries: Iterable[Any]) -> dict[int, dict[str, Any]]:
     return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int}
 
 
+def are_numbers(bbox: Any) -> TypeGuard[list[float]]:
+    """Whether something is a list of four numbers, which need not be finite."""
+    return isinstance(bbox, list | tuple) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
+
+
 def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: str = "bbox") -> Box:
     """A box in pixels of the original image to xyxy relative to it, neither clipped nor rounded.
 
@@ -139,9 +153,7 @@ def relative_box(bbox: Any, size: tuple[int, int], convention: Convention, key: 
     but four finite numbers with an area; it says where the box is possible under the other convention. ``size`` is
     (height, width), the convention is never guessed, and ``key`` is how a message names the box.
     """
-    if not isinstance(bbox, list | tuple) or len(bbox) != 4:
-        raise BadRowError(f"{key} {short(bbox)} is not four numbers")
-    if not all(type(value) in (int, float) and abs(value) < 1e9 for value in bbox):
+    if not are_numbers(bbox) or not all(abs(value) < 1e9 for value in bbox):
         raise BadRowError(f"{key} {short(bbox)} is not four finite numbers")
     x1, y1, c, d = map(float, bbox)
     x2, y2 = (x1 + c, y1 + d) if convention == "xywh" else (c, d)

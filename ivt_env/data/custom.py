@@ -148,7 +148,7 @@ def boxed(bbox: Any, size: tuple[int, int], declared: Declared, key: str = "bbox
     frame = (unit, unit) if unit else size
     if declared.overhang:
         return checked.relative_box(bbox, frame, declared.box, key)
-    is_numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox)
+    is_numbers = checked.are_numbers(bbox)
     # What lies within one unit of the corner fits nearly everywhere and tells nothing.
     is_small = is_numbers and all(abs(value) <= 1 for value in bbox)
     if declared.frame != "relative" and is_small:

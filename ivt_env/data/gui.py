@@ -167,10 +167,9 @@ def _box(layout: Layout, values: dict[str, Any], size: tuple[int, int]) -> Box:
         return checked.relative_box(sides, size, "xyxy", layout.box)
     if kind != "bbox":
         raise BadRowError(f"box_type is {short(kind)}, not bbox, polygon or refusal")
-    if layout.convention == "xyxy" and isinstance(numbers, list) and len(numbers) == 4:
+    if layout.convention == "xyxy" and checked.are_numbers(numbers):  # UI-Vision has corners in any order
         a, b, c, d = numbers
-        if all(type(value) in (int, float) for value in numbers):  # UI-Vision has corners in any order
-            numbers = [min(a, c), min(b, d), max(a, c), max(b, d)]
+        numbers = [min(a, c), min(b, d), max(a, c), max(b, d)]
     return checked.relative_box(numbers, size, layout.convention, layout.box)
 
 

@@ -131,11 +131,7 @@ def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callabl
     here = f"ref_id {ref_id}"
     if ref["split"] not in splits:
         raise BadRowError(f"{here}: split {short(ref['split'])} is none of {', '.join(splits)}")
-    if not isinstance(ref["sentences"], list) or not ref["sentences"]:
-        raise BadRowError(f"{here}: sentences is {short(ref['sentences'])}, not a list of sentences")
-    stated = [checked.integer(sentence, "sent_id") for sentence in ref["sentences"]]
-    if ref["sent_ids"] != stated:
-        raise BadRowError(f"{here}: sent_ids {short(ref['sent_ids'])}, but its sentences have {stated}")
+    checked.sentence_ids(ref, here)
     for what, number, entries in (
         ("annotation", ann_id, instances.annotations),
         ("image", image_id, instances.images),
