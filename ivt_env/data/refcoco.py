@@ -4,10 +4,11 @@ Boxes are in pixels of the image as stored, and only REFER's files know an objec
 ``"coco-<COCO's number>"``, as everywhere.
 
 - ``jxu124`` (Hub, annotations only): an object a row. ``bbox`` is **xyxy**; the JSON in ``raw_anns`` holds the same box
-  as **xywh**, and where the two disagree by more than 1e-4 pixels the whole file is refused, because no one can say
-  then in which convention it is. (Public code exists that takes ``bbox`` for xywh.) ``sample_id``: ``"<ref_id>-<sent_id>"``.
+  as **xywh**, and where the two disagree by more than 1e-4 pixels the whole file is refused, because nobody can say
+  then in which convention it is. (Public code exists that takes ``bbox`` for xywh.) ``sample_id`` is
+  ``"<ref_id>-<sent_id>"``.
 - ``vlm_r1``: **xyxy**. ``.json`` is a list of objects whose box is ``solution`` (never ``bbox_list``, which is a pixel
-  short); ``sample_id`` is ``"<ann_id>-<running number>"``, as in MDETR's files, from which it was made. ``.jsonl``
+  short); ``sample_id`` is ``"<ann_id>-<running number>"``, as in MDETR's files, from which it was made. ``.jsonl``,
   read where there is no ``.json``, has one conversation a line, whose answer is four numbers as a list or as its text;
   ``sample_id`` is the line's ``id``, and the size is read from the image's header: a row without its image is a bad
   row, also later, until the index (``.ivt_index/``) is deleted.
