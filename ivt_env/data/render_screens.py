@@ -244,25 +244,35 @@ class _Tree:
         nodes = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
         self._driver, self._scale = driver, scale
         self._nodes = {node["nodeId"]: node for node in nodes}
-        self._order: list[dict[str, Any]] = []
         self._heading: dict[str, str] = {}
-        self._walk(nodes[0], [""])
+        self._line: dict[str, dict[str, Any] | None] = {}
+        """Node -> the row of a table that holds it."""
+        self._heads: dict[str, dict[str, Any]] = {}
+        """Row -> the first row of its table."""
+        self._walk(nodes[0], [""], None, {})
 
-    def _walk(self, node: dict[str, Any], heading: list[str]) -> None:
-        if self._role(node) == "heading":
+    def _walk(
+        self, node: dict[str, Any], heading: list[str], line: dict[str, Any] | None, table: dict[str, Any]
+    ) -> None:
+        role, number = self._role(node), node["nodeId"]
+        if role == "heading":
             heading[0] = self._name(node)
-        self._order.append(node)
-        self._heading[node["nodeId"]] = heading[0]
+        elif role in ("table", "grid"):
+            table = {}  # filled with its first row
+        elif role == "row":
+            line = node
+            self._heads[number] = table.setdefault("first", node)
+        self._heading[number], self._line[number] = heading[0], line
         for child in node.get("childIds", ()):
             if child in self._nodes:
-                self._walk(self._nodes[child], heading)
+                self._walk(self._nodes[child], heading, line, table)
 
     def objection(self, expression: str, box: Sequence[float]) -> str | None:
         """Why an expression is not kept; None where exactly one element fits it, and that lies in ``box``."""
         parsed = _EXPRESSION.fullmatch(expression)
         if parsed is None:
             return "not an expression of this form"
-        fitting = [node for node in self._order if self._fits(node, **parsed.groupdict())]
+        fitting = [self._nodes[number] for number in self._heading if self._fits(number, **parsed.groupdict())]
         if len(fitting) != 1:
             return f"fits {'no element' if not fitting else 'several elements'} of the accessibility tree"
         place = {"backendNodeId": fitting[0]["backendDOMNodeId"]}
@@ -271,24 +281,17 @@ class _Tree:
         off = max(abs(a * self._scale - b) for a, b in zip(corners, box, strict=True))
         return None if off <= 1.5 * self._scale else "lies elsewhere in the accessibility tree"
 
-    def _fits(self, node: dict[str, Any], noun: str, name: str | None, row: str | None, heading: str | None) -> bool:
+    def _fits(self, number: str, noun: str, name: str | None, row: str | None, heading: str | None) -> bool:
+        node, line = self._nodes[number], self._line[number]
         if node.get("ignored") or self._role(node) not in _NOUNS[noun]:
             return False
-        if heading is not None and _folded(self._heading[node["nodeId"]]) != _folded(heading):
+        if heading is not None and _folded(self._heading[number]) != _folded(heading):
             return False
-        line = self._line(node)
         if row is not None and (line is None or _folded(self._row_name(line)) != _folded(row)):
             return False
         if name is None:
             return True
         return _folded(self._column(node, line) if noun == "cell" else self._name(node)) == _folded(name)
-
-    def _line(self, node: dict[str, Any]) -> dict[str, Any] | None:
-        """The row of a table that holds the node."""
-        above: dict[str, Any] | None = node
-        while above is not None and self._role(above) != "row":
-            above = self._nodes.get(above.get("parentId", ""))
-        return above
 
     def _cells(self, line: dict[str, Any]) -> list[dict[str, Any]]:
         held = [self._nodes[child] for child in line.get("childIds", ()) if child in self._nodes]
@@ -301,18 +304,10 @@ class _Tree:
 
     def _column(self, node: dict[str, Any], line: dict[str, Any] | None) -> str:
         """The heading of the column in which a cell stands."""
-        above = line
-        while above is not None and self._role(above) not in ("table", "grid"):
-            above = self._nodes.get(above.get("parentId", ""))
-        rows = [] if above is None else [n for n in self._order if self._role(n) == "row" and self._under(n, above)]
-        place = [cell["nodeId"] for cell in self._cells(line or {})].index(node["nodeId"]) if line else 0
-        heads = self._cells(rows[0]) if rows else []
+        if line is None:
+            return ""
+        place, heads = self._cells(line).index(node), self._cells(self._heads[line["nodeId"]])
         return self._text(heads[place]) if place < len(heads) else ""
-
-    def _under(self, node: dict[str, Any], above: dict[str, Any]) -> bool:
-        while node is not above and node.get("parentId") in self._nodes:
-            node = self._nodes[node["parentId"]]
-        return node is above
 
     def _text(self, node: dict[str, Any]) -> str:
         if self._role(node) == "StaticText":
