@@ -13,7 +13,6 @@ import os
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,45 +84,32 @@ def find(root: Path, name: str) -> Source | None:
     return source(root, name) if name in FOLDERS and os.path.lexists(root / FOLDERS[name]) else None
 
 
-@dataclass(frozen=True)
-class _Instances:
-    """``instances.json``, by id; an entry is checked where a ref is about it."""
-
-    images: dict[int, dict[str, Any]]
-    annotations: dict[int, dict[str, Any]]
-    categories: dict[int, dict[str, Any]]
-    of_class: dict[tuple[int, int], list[dict[str, Any]]]
-    """(image, category) -> annotations."""
-
-
-def _instances(path: Path) -> _Instances:
-    content = checked.read_json(path, _REMEDY)
-    lists = ("images", "annotations", "categories")
-    checked.lists_in(content, path, lists, _REMEDY)
-    of_class: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-    images, annotations, categories = (checked.by_id(content[key]) for key in lists)
-    for entry in annotations.values():
-        with contextlib.suppress(BadRowError):
-            of_class[checked.integer(entry, "image_id"), checked.integer(entry, "category_id")].append(entry)
-    return _Instances(images, annotations, categories, of_class)
-
-
 def _read(refs_path: Path, instances_path: Path, splits: tuple[str, ...], bad: BadRows, _folder: Path) -> Iterator[Row]:
     """Join both files; one row per sentence."""
     refs = read_pickle(refs_path)
     if not isinstance(refs, list) or not refs:
         raise DataError(f"{refs_path}: holds {short(refs)}, not a list of refs; {_REMEDY}")
-    instances = _instances(instances_path)
+    content, lists = checked.read_json(instances_path, _REMEDY), ("images", "annotations", "categories")
+    checked.lists_in(content, instances_path, lists, _REMEDY)
+    # An entry is checked where a ref is about it.
+    instances = {key: checked.by_id(content[key]) for key in lists}
+    of_class: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for entry in instances["annotations"].values():
+        with contextlib.suppress(BadRowError):
+            of_class[checked.integer(entry, "image_id"), checked.integer(entry, "category_id")].append(entry)
     for number, ref in enumerate(refs):
         held = ref if isinstance(ref, dict) else {}
         bad.split = stated if isinstance(stated := held.get("split"), str) and stated in splits else None
         yield from checked.per_sentence(
-            bad, f"{number} of {refs_path.name}", held.get("sentences"), bound(_object, ref, instances, splits),
-            bound(_sentence, held),
+            bad, f"{number} of {refs_path.name}", held.get("sentences"),
+            bound(_object, ref, instances, of_class, splits), bound(_sentence, held),
         )  # fmt: skip
 
 
-def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callable[..., Row]:
+def _object(
+    ref: Any, instances: dict[str, dict[int, dict[str, Any]]],
+    of_class: dict[tuple[int, int], list[dict[str, Any]]], splits: tuple[str, ...],
+) -> Callable[..., Row]:  # fmt: skip
     """Check a ref and its joins; what its sentences share."""
     _exact_keys(ref, _REF_KEYS, "ref")
     ref_id, ann_id = checked.integer(ref, "ref_id"), checked.integer(ref, "ann_id")
@@ -132,19 +118,15 @@ def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callabl
     if ref["split"] not in splits:
         raise BadRowError(f"{here}: split {short(ref['split'])} is none of {', '.join(splits)}")
     checked.sentence_ids(ref, here)
-    for what, number, entries in (
-        ("annotation", ann_id, instances.annotations),
-        ("image", image_id, instances.images),
-        ("category", category_id, instances.categories),
-    ):
+    for (key, entries), number in zip(instances.items(), (image_id, ann_id, category_id), strict=True):
         if number not in entries:
-            raise BadRowError(f"{here}: {what} {number} is not in instances.json")
-    annotation, image = instances.annotations[ann_id], instances.images[image_id]
+            raise BadRowError(f"{here}: instances.json has no {number} in its {key}")
+    annotation, image = instances["annotations"][ann_id], instances["images"][image_id]
     try:
         said = checked.integer(annotation, "image_id"), checked.integer(annotation, "category_id")
         file_name, size = checked.plain_file_name(checked.text(image, "file_name")), checked.image_size(image)
         box = checked.relative_box(annotation.get("bbox"), size, "xywh")
-        category = checked.text(instances.categories[category_id], "name")
+        category = checked.text(instances["categories"][category_id], "name")
     except BadRowError as error:
         raise BadRowError(f"{here}: annotation {ann_id} of image {image_id}: {error}") from error
     if said != (image_id, category_id):
@@ -153,7 +135,7 @@ def _object(ref: Any, instances: _Instances, splits: tuple[str, ...]) -> Callabl
             f"image {said[0]} and category {said[1]}"
         )
     siblings = []
-    for other in instances.of_class[said]:
+    for other in of_class[said]:
         with contextlib.suppress(BadRowError):
             if other is not annotation:
                 siblings.append(checked.relative_box(other.get("bbox"), size, "xywh"))
