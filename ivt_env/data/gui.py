@@ -73,7 +73,6 @@ PLACES = {name: (f"{layout.folder or name}/{layout.files}",) for name, layout in
 """Data set name -> what is looked for under the root."""
 
 _COLUMNS = ("image", "file_name", "bbox", "instruction")
-_REFUSAL = "refusal"
 
 
 def find(root: Path, name: str) -> Source | None:
@@ -115,7 +114,7 @@ def _read_json(paths: Sequence[Path], layout: Layout, remedy: str, bad: BadRows,
         if not isinstance(content, list):
             raise DataError(f"{path}: is {short(content)}, not a list of rows; {remedy}")
         # A refusal has no target: there is nothing to find.
-        held = [(n, row) for n, row in enumerate(content) if not _is_refusal(row)]
+        held = [(n, r) for n, r in enumerate(content) if not isinstance(r, dict) or r.get("box_type") != "refusal"]
         refusals += len(content) - len(held)
         numbered = ((n, row | {"": n} if isinstance(row, dict) else row) for n, row in held)
         yield from checked.usable(bad, path.name, numbered, bound(_row, layout, path.stem, headers))
@@ -177,7 +176,3 @@ def _size(value: Any, key: str) -> tuple[int, int]:
     if not isinstance(value, list) or len(value) != 2:
         raise BadRowError(f"{key} is {short(value)}, not [width, height]")
     return checked.image_size({"height": value[1], "width": value[0]})
-
-
-def _is_refusal(row: Any) -> bool:
-    return isinstance(row, dict) and row.get("box_type") == _REFUSAL

@@ -27,6 +27,7 @@ _NO_TEXT = (
 )
 _NO_EXPRESSION = "rectangles without an expression are not targets"
 _UPLOADED = re.compile(r"(?:.*/)?data/upload/(?:\d+/)?")
+_IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif)(\?|$)", re.IGNORECASE)
 _RECTANGLE = ("x", "y", "width", "height")
 _NO_BOX = re.compile("(polygon|ellipse|keypoint|brush|vector|bitmask)(labels)?")
 
@@ -169,7 +170,7 @@ def _image(task: dict[str, Any], image_key: str) -> str:
     """The path of the image below the folder of images."""
     held = task.get("data")
     if isinstance(held, dict) and image_key not in held:
-        named = [key for key, value in held.items() if isinstance(value, str) and _names_a_image(value)]
+        named = [key for key, value in held.items() if isinstance(value, str) and _IMAGE.search(value)]
         if len(named) != 1:
             raise BadRowError(
                 f"data has no field {image_key!r}, and {len(named)} of its fields name an image "
@@ -193,11 +194,6 @@ def _image(task: dict[str, Any], image_key: str) -> str:
     else:
         path = given
     return str(PurePosixPath(relative_path(path.removeprefix("/"), f"data.{image_key}")))
-
-
-def _names_a_image(value: str) -> bool:
-    plain = value.split("?d=")[-1].split("?")[0].lower()
-    return plain.endswith((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
 def _regions(annotation: dict[str, Any], here: str, bad: BadRows, notes: dict[str, int]) -> tuple[list[_Region], int]:

@@ -95,7 +95,8 @@ def _row(values: dict[str, Any], images: hub.EmbeddedImages) -> Row:
         "human_authored": checked.flag(values, "human_authored"),
         "image_source": source,
     }
-    image_id = _image_id(file_name, source)
+    coco = _COCO_FILE.fullmatch(file_name) if source.startswith("coco") else None
+    image_id = f"coco-{int(coco[1])}" if coco else f"oi-{Path(file_name).stem}"
     header = images.put(values["image"], image_id, file_name)
     if not header.fits(size):
         raise BadRowError(
@@ -103,11 +104,6 @@ def _row(values: dict[str, Any], images: hub.EmbeddedImages) -> Row:
             f"{size[1]} wide and {size[0]} high, so the box would be wrong"
         )
     return Row("test", sample_id, image_id, file_name, size, expression, box, (), meta)
-
-
-def _image_id(file_name: str, source: str) -> str:
-    coco = _COCO_FILE.fullmatch(file_name) if source.startswith("coco") else None
-    return f"coco-{int(coco[1])}" if coco else f"oi-{Path(file_name).stem}"
 
 
 def _count(value: Any) -> int:

@@ -64,18 +64,14 @@ def find(root: Path, name: str) -> Source | None:
         splits=SPLITS,
         unions={"all": SPLITS},
         read=bound(_read, paths),
-        image_folders=[images, *_below(images)],
+        # Those below it, too, where an archive with a prefix puts its files.
+        image_folders=[images, *sorted(path for path in images.glob("*") if path.is_dir())],
         remedy=_REMEDY,
         image_remedy="unpack Ref-L4's images.tar.gz there",
         published=PUBLISHED_COUNTS,
         may_share_images=True,  # there is no train split to leak into
         boxes_proven=True,
     )
-
-
-def _below(folder: Path) -> list[Path]:
-    """The folders of ``folder``: where an archive with a prefix puts its files."""
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
 def _read(paths: dict[str, Path], bad: BadRows, _folder: Path) -> Iterator[Row]:
