@@ -179,10 +179,8 @@ def box_inside(
     """
     box = relative_box(bbox, size, convention, key)
     shown = f"{key} {list(bbox)} ({_CORNERS[convention]})"
-    if not _inside(_in_pixels(box, size), size, slack):
-        raise BadRowError(
-            f"{shown} leaves the image, which is {size[1]} wide and {size[0]} high{_otherwise(box, size, slack)}"
-        )
+    if why := _leaves(box, size, slack):
+        raise BadRowError(f"{shown} {why}")
     if max(box[0], 0) >= min(box[2], 1) or max(box[1], 0) >= min(box[3], 1):
         raise BadRowError(f"{shown} has no area inside the image")
     return box
@@ -193,10 +191,8 @@ def looks_misdeclared(box: Box, size: tuple[int, int]) -> str | None:
 
     A few such boxes are targets that reach beyond their images; many mean a file in another convention or frame.
     """
-    if _inside(_in_pixels(box, size), size):
-        return None
-    shown = [round(value, 2) for value in _in_pixels(box, size)]
-    return f"xyxy {shown} leaves the image, which is {size[1]} wide and {size[0]} high{_otherwise(box, size)}"
+    why = _leaves(box, size, (1.0, 1.0))
+    return why and f"xyxy {[round(value, 2) for value in _in_pixels(box, size)]} {why}"
 
 
 def image_size(row: Any, height: str = "height", width: str = "width") -> tuple[int, int]:
@@ -309,13 +305,16 @@ def _in_pixels(box: Box, size: tuple[int, int]) -> Box:
     return box[0] * width, box[1] * height, box[2] * width, box[3] * height
 
 
-def _otherwise(box: Box, size: tuple[int, int], slack: tuple[float, float] = (1.0, 1.0)) -> str:
-    """As what a box would fit its image: with width and height swapped, or its width and height as a corner."""
+def _leaves(box: Box, size: tuple[int, int], slack: tuple[float, float]) -> str | None:
+    """That a box leaves its image, and how it would not: with sides swapped, or its width and height as a corner."""
     x1, y1, x2, y2 = _in_pixels(box, size)
+    if _inside((x1, y1, x2, y2), size, slack):
+        return None
+    why = f"leaves the image, which is {size[1]} wide and {size[0]} high"
     if _inside((x1, y1, x2, y2), (size[1], size[0]), slack):
-        return " (are width and height swapped?)"
-    corners = x1, y1, x2 - x1, y2 - y1
-    return _probably("xyxy") if _inside(corners, size, slack) and corners[2] > x1 and corners[3] > y1 else ""
+        return f"{why} (are width and height swapped?)"
+    fits = _inside((x1, y1, x2 - x1, y2 - y1), size, slack) and x2 - x1 > x1 and y2 - y1 > y1
+    return why + (_probably("xyxy") if fits else "")
 
 
 def _probably(convention: Convention) -> str:
