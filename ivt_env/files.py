@@ -134,18 +134,13 @@ def asked_of(path: str | Path, name: str = ASKED) -> dict[str, Any] | None:
     return read_json(path, f"delete {path.parent}, or give another folder", FileError) if path.exists() else None
 
 
-def first_difference(made: Mapping[str, Any], asked: Mapping[str, Any], may_differ: Collection[str] = ()) -> str | None:
-    """The first option of ``asked`` that ``made`` does not have; None where there is none."""
-    now = as_read(asked)
-    return next((k for k, v in now.items() if k not in may_differ and (k not in made or made[k] != v)), None)
-
-
 def refuse_other(
     path: str | Path, made: Mapping[str, Any], asked: Mapping[str, Any], remedy: str, may_differ: Collection[str] = ()
 ) -> None:
     """Refuse a folder made for something else, but for what ``may_differ``; names the first option that differs."""
-    if (name := first_difference(made, asked, may_differ)) is not None:
-        raise FileError(f"{path} was made with {name} {made.get(name)!r}, not {as_read(asked)[name]!r}: {remedy}")
+    for name, value in as_read(asked).items():
+        if name not in may_differ and (name not in made or made[name] != value):
+            raise FileError(f"{path} was made with {name} {made.get(name)!r}, not {value!r}: {remedy}")
 
 
 @contextlib.contextmanager

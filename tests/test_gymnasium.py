@@ -51,7 +51,7 @@ def root(tmp_path_factory):
         split: [(*part, load_dataset(*part, folder, strict=True)[0].sample_id) for part in parts]
         for split, parts in mixture.PARTS.items()
     }
-    mixture.write_ids(folder / "mixed" / mixture.IDS_FILE, ids, seed=0)
+    mixture.write_whole(folder / "mixed" / mixture.IDS_FILE, json.dumps({"splits": ids}))
     return folder
 
 

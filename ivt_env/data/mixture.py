@@ -168,7 +168,7 @@ def redraw(root: Path, seed: int) -> Path:
     places = _places(root) if held is None else [held]
     for path in places:
         try:
-            write_ids(path, ids, seed)
+            write_whole(path, json.dumps({"seed": seed, "splits": ids}, indent=0, ensure_ascii=False))
             return path
         except OSError as error:
             _log.warning("%s: the ids are not written there (%s)", path, error)
@@ -182,11 +182,6 @@ def _places(root: Path) -> list[Path]:
     with contextlib.suppress(DataError):  # a user without a home folder
         places.append(cache_folder() / "mixed" / IDS_FILE)
     return places
-
-
-def write_ids(path: Path, ids: Ids, seed: int) -> None:
-    """Write the chosen ids; the file is complete or absent."""
-    write_whole(path, json.dumps({"seed": seed, "splits": ids}, indent=0, ensure_ascii=False))
 
 
 def read_ids(path: Path) -> Ids:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ivt_env import boxes
-from ivt_env.episodes import Box, Episode
+from ivt_env.episodes import Episode
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -158,8 +158,8 @@ def outcomes(episodes: Sequence[Episode], *, verify: bool = True) -> Outcomes:
         return np.array([[getattr(step, name) for step in steps] for steps in padded], dtype=bool) & acted
 
     target = np.array([e.target for e in episodes], dtype=np.float64)
-    start_box = np.array([_or_zeros(e.initial_box) for e in episodes], dtype=np.float64)
-    box = np.array([[_or_zeros(s.box) for s in steps] for steps in padded], dtype=np.float64)
+    start_box = np.array([e.initial_box or boxes.NO_BOX for e in episodes], dtype=np.float64)
+    box = np.array([[s.box or boxes.NO_BOX for s in steps] for steps in padded], dtype=np.float64)
     accepted = [[s.proposal is not None and s.invalid is None and not s.stop for s in steps] for steps in padded]
     recorded = numbers("iou")
     if verify:
@@ -439,10 +439,6 @@ def _at_first(condition: Mask, values: Array, otherwise: Array) -> Array:
     """``values`` (n, T) at the first True of ``condition`` (n, T), else ``otherwise`` (n,)."""
     first = condition.argmax(axis=1)
     return np.where(condition.any(axis=1), values[np.arange(len(values)), first], otherwise)
-
-
-def _or_zeros(box: Box | None) -> Box:
-    return (0.0, 0.0, 0.0, 0.0) if box is None else box
 
 
 def _check_ious(episodes: Sequence[Episode], recorded: Array, recomputed: Array) -> None:
