@@ -20,7 +20,7 @@ from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.expression_space import Expression
 from ivt_env.game import Game
 from ivt_env.rendering import Overlay, Sheet, Surroundings
-from ivt_env.rewards import RewardConfig
+from ivt_env.rewards import RewardConfig, from_options
 
 Observation = dict[str, Any]
 Action = Mapping[str, Any]
@@ -185,9 +185,9 @@ class Grounding:
         if initial_box is not None and (why := boxes.invalid_reason(initial_box)):
             raise ValueError(f"initial_box {initial_box}: {why}")
         self.dataset = load_dataset(dataset, split, data_root, strict) if isinstance(dataset, str) else dataset
-        self.reward_config = RewardConfig.from_json(reward)
-        around = Surroundings.from_json(closeup)
-        self.screen = Screen(self.dataset, view, canvas, Overlay.from_json(overlay), around)
+        self.reward_config = from_options(RewardConfig, "reward", reward)
+        drawn, around = from_options(Overlay, "overlay", overlay), from_options(Surroundings, "closeup", closeup)
+        self.screen = Screen(self.dataset, view, canvas, drawn, around)
         self.max_steps, self.initial_box, self.render_mode = max_steps, initial_box, render_mode
         self.live: list[LiveEpisode] = []
         """The running episodes; none before the first ``reset``."""

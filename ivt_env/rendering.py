@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ivt_env import boxes
 from ivt_env.data.sample import ImageArray
-from ivt_env.rewards import from_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +51,6 @@ class Overlay:
         if not isinstance(self.trail, bool):
             raise ValueError(f"overlay trail {self.trail!r}: give true or false")
 
-    @classmethod
-    def from_json(cls, options: Mapping[str, Any] | Overlay | None) -> Overlay:
-        """From the JSON-able ``overlay`` keyword of ``gym.make``; None gives the defaults."""
-        if isinstance(options, Mapping) and isinstance(options.get("colour"), list):
-            options = {**options, "colour": tuple(options["colour"])}
-        return from_options(cls, "overlay", options)
-
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
@@ -79,11 +71,6 @@ class Surroundings:
             raise ValueError(f"closeup smallest {self.smallest!r}: give a number from 0 to 1")
         if not isinstance(self.square, bool):
             raise ValueError(f"closeup square {self.square!r}: give true or false")
-
-    @classmethod
-    def from_json(cls, options: Mapping[str, Any] | Surroundings | None) -> Surroundings:
-        """From the JSON-able ``closeup`` keyword of ``gym.make``; None gives the defaults."""
-        return from_options(cls, "closeup", options)
 
     def window(self, box: ArrayLike, size: Sequence[int]) -> NDArray[np.float64]:
         """The region shown around a box, relative to an image of ``size`` (height, width) in pixels."""

@@ -37,7 +37,7 @@ def from_options(kind: type[T], name: str, options: Mapping[str, Any] | T | None
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(options) - known):
         raise ValueError(f"unknown {name} option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
-    return kind(**options)
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,6 @@ class RewardConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
                 raise ValueError(f"{name} is {value!r}: give a number >= 0 (it is subtracted)")
-
-    @classmethod
-    def from_json(cls, options: Mapping[str, Any] | RewardConfig | None) -> RewardConfig:
-        """From the JSON-able ``reward`` keyword of ``gym.make``; None gives the defaults."""
-        return from_options(cls, "reward", options)
 
     def phi(self, box: ArrayLike | None, target: ArrayLike) -> float:
         """Potential of a box; 0 when there is none."""

@@ -308,8 +308,8 @@ def test_the_reset_options_choose_the_sample_and_the_first_box():
 
 def test_a_reward_or_overlay_object_serves_as_well_as_its_options():
     made = GroundingEnv(overlay=Overlay(opacity=0.5), reward=RewardConfig(kind="final"))
-    assert made.screen.overlay == Overlay.from_json({"opacity": 0.5})
-    assert made.reward_config == RewardConfig.from_json({"kind": "final"})
+    assert made.screen.overlay == Overlay(opacity=0.5)
+    assert made.reward_config == RewardConfig(kind="final")
 
 
 # ---- import ----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ivt_agents.training.run import RunError, end_training
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy
 from ivt_env.rendering import Overlay, Surroundings
-from ivt_env.rewards import RewardConfig
+from ivt_env.rewards import RewardConfig, from_options
 from ivt_env.rollouts import make_vector_env
 
 ROOT = Path(__file__).parent.parent
@@ -413,8 +413,8 @@ def test_the_environment_of_the_command_has_its_reward_and_shows_what_the_policy
     screen, shown = env.screen, policy.shown
     assert (screen.view, screen.side) == (shown["view"], shown["canvas"]) == ("both", 256)
     assert (screen.overlay, screen.around) == (
-        Overlay.from_json(shown["overlay"]),
-        Surroundings.from_json(shown["closeup"]),
+        from_options(Overlay, "overlay", shown["overlay"]),
+        Surroundings(**shown["closeup"] or {}),
     )
 
 

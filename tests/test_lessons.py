@@ -43,7 +43,7 @@ def first_boxes(dataset):
 
 
 def taught(dataset, view="both", seed=0, **shares):
-    rng, around = np.random.default_rng(seed), Surroundings.from_json(AROUND)
+    rng, around = np.random.default_rng(seed), Surroundings(**AROUND)
     chosen = Shares(**(NOTHING | shares)) if shares else None
     return teach_to_look(dataset, INDICES, first_boxes(dataset), rng, view, around, shares=chosen)
 

@@ -64,9 +64,6 @@ def test_cache_folder_honours_xdg_and_ignores_a_relative_one(monkeypatch, tmp_pa
     for value in ("", "relative/folder"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         assert data.cache_folder() == Path.home() / ".cache" / "ivt_env"
-    monkeypatch.setattr(data.sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    assert data.cache_folder() == tmp_path / "local" / "ivt_env"
 
 
 def test_a_home_folder_that_is_not_there_is_named_with_the_remedy_where_it_is_needed(monkeypatch, tmp_path):

@@ -24,6 +24,7 @@ from ivt_env import boxes
 from ivt_env.failures import reading
 from ivt_env.grounding import VIEWS
 from ivt_env.rendering import Overlay, Surroundings
+from ivt_env.rewards import from_options
 
 TINY_NAME = "tiny"
 """The name of the shipped model, wherever a model folder or hub name is taken."""
@@ -235,8 +236,8 @@ def prompt_file(found: Mapping[str, Any]) -> PromptFile:
         raise ValueError("frame is not declared, and it is never guessed: relative_1000, resized_pixels, ...")
     if found.get("view", VIEWS[0]) not in VIEWS:
         raise ValueError(f"view is {found['view']!r}, expected one of {', '.join(VIEWS)}")
-    Overlay.from_json(found.get("overlay"))
-    Surroundings.from_json(found.get("around"))
+    from_options(Overlay, "overlay", found.get("overlay"))
+    from_options(Surroundings, "closeup", found.get("around"))
     if not 16 <= found.get("canvas", 16) <= MOST_CANVAS:
         raise ValueError(f"canvas is {found['canvas']!r}, expected 16 to {MOST_CANVAS} pixels")
     image = found.get("image", {})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,15 +76,12 @@ class DatasetFallbackWarning(UserWarning):
 
 
 def cache_folder() -> Path:
-    r"""This package's own folder in the user's cache; it need not exist yet.
+    """This package's own folder in the user's cache; it need not exist yet.
 
-    ``$XDG_CACHE_HOME/ivt_env`` where that is an absolute path, else ``%LOCALAPPDATA%\ivt_env`` on Windows and
-    ``~/.cache/ivt_env`` elsewhere; DataError where the user has no home folder.
+    ``$XDG_CACHE_HOME/ivt_env`` where that is an absolute path, else ``~/.cache/ivt_env``; DataError where the user has
+    no home folder.
     """
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(chosen) and sys.platform == "win32":
-        chosen = os.environ.get("LOCALAPPDATA", "")
-    if os.path.isabs(chosen):
+    if os.path.isabs(chosen := os.environ.get("XDG_CACHE_HOME", "")):
         return Path(chosen) / "ivt_env"
     try:
         return Path.home() / ".cache" / "ivt_env"

@@ -19,6 +19,7 @@ from ivt_env.data.images import read_image
 from ivt_env.env import GroundingEnv
 from ivt_env.grounding import DTYPES, Action, Observation, action_space, observation_space
 from ivt_env.rendering import Overlay
+from ivt_env.rewards import from_options
 
 _TYPES = DTYPES | {"target": np.float32}
 
@@ -61,7 +62,7 @@ class RemoteEnv(gym.Env[Observation, Action]):
         made = self.state()
         keywords = {name: p.default for name, p in inspect.signature(GroundingEnv).parameters.items()} | made["kwargs"]
         self.env_id = made["env"]
-        trail = Overlay.from_json(keywords["overlay"]).trail
+        trail = from_options(Overlay, "overlay", keywords["overlay"]).trail
         self.observation_space = observation_space(keywords["view"], keywords["canvas"], keywords["max_steps"], trail)
         self.action_space = action_space()
 
