@@ -19,7 +19,7 @@ from PIL import Image
 
 from ivt_env.data.sample import DataError, ImageArray
 from ivt_env.failures import reading
-from ivt_env.files import whole_file
+from ivt_env.files import whole_file, write_lines
 
 Box = tuple[float, float, float, float]
 
@@ -113,9 +113,7 @@ def save_episodes(
         for episode in {e.image_id: e for e in episodes}.values():
             save_image(folder / "images" / image_file(episode.image_id), image_of(episode))
     path = folder / "episodes.jsonl"
-    with whole_file(path, "w") as file:
-        for episode in episodes:
-            file.write(json.dumps(asdict(episode), allow_nan=False) + "\n")
+    write_lines(path, map(asdict, episodes))
     return path
 
 

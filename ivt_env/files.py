@@ -1,10 +1,7 @@
-"""Files and folders that are complete or absent, and locks on folders.
+"""Files and folders that are complete or absent, also after SIGKILL, on a full disk or after a power cut, and locks.
 
-Everything that the project writes appears under its name only when it is complete: after SIGKILL, on a full disk,
-after a power cut the name is absent, or holds what it held before. What a killed process left of a file or folder is
-removed by the next one that writes it, and all that lies in a folder by the next one that locks it.
-
-A folder made by ``whole_folder`` says what it was asked for (``asked.json``), so that whoever finds one can compare.
+What a killed process left of a file or folder is removed by the next one that writes it, and all that lies in a folder
+by the next one that locks it.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import shlex
 import shutil
 import stat
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,6 +73,13 @@ def write_whole(path: str | Path, content: bytes | str, *, sync: bool = True) ->
     """Write a file complete or not at all (``whole_file``)."""
     with whole_file(path, "wb", sync=sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines, one a row, complete or not at all; ValueError for a number that is not finite."""
+    with whole_file(path, "w") as file:
+        for row in rows:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from ivt_agents.training.run import RunError, check_least, made_by, write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.episodes import Box
-from ivt_env.files import forget, lock_folder, write_whole
+from ivt_env.files import forget, lock_folder, write_lines, write_whole
 from ivt_env.game import Game
 from ivt_env.metrics.swaps import (
     BAD_BELOW,
@@ -36,7 +36,6 @@ from ivt_env.metrics.swaps import (
     Swap,
     dependence,
     dependence_table,
-    save_swaps,
     summarise,
     swap_headline,
     swap_table,
@@ -380,7 +379,7 @@ def _swap(args: Args, names: dict[str, str], served: Served) -> dict[str, list[S
                     task, completed=done, total=total
                 ),
             )
-            save_swaps(args.out / "swaps" / f"{name}.jsonl", played[name])
+            write_lines(args.out / "swaps" / f"{name}.jsonl", map(asdict, played[name]))
     _write(args, played, names, len(indices))
     return played
 

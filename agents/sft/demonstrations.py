@@ -18,7 +18,7 @@ from ivt_agents.sft.teacher.template import critique
 from ivt_env import boxes
 from ivt_env.data.sample import DataError, Dataset, Sample
 from ivt_env.failures import reading
-from ivt_env.files import whole_file
+from ivt_env.files import write_lines
 from ivt_env.rendering import Surroundings
 
 Box = tuple[float, float, float, float]
@@ -49,9 +49,7 @@ class Demonstration:
 
 def save_demonstrations(path: str | Path, demonstrations: Sequence[Demonstration]) -> None:
     """Write JSON lines; the file appears whole or not at all."""
-    with whole_file(path, "w") as file:
-        for demonstration in demonstrations:
-            file.write(json.dumps(asdict(demonstration), allow_nan=False) + "\n")
+    write_lines(path, map(asdict, demonstrations))
 
 
 def load_demonstrations(path: str | Path, dataset: Dataset) -> list[Demonstration]:

@@ -8,17 +8,14 @@ there being one. This module holds the records and the statistics; ``ivt_agents.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ivt_env import boxes
-from ivt_env.files import whole_file
 from ivt_env.metrics.statistics import MIN_CLUSTERS, Interval, clustered_se, mean_interval, wilson
 from ivt_env.metrics.stopping import auroc
 from ivt_env.metrics.table import MOST_POLICIES, interval, number, render, score_cells, verdict
@@ -287,15 +284,6 @@ def _cell(value: Interval, metric: str = "share", sign: bool = False) -> str:
     """A value with its interval, where it has one."""
     ends = interval(value.low, value.high, metric, sign=sign)
     return f"{number(value.value, metric, sign=sign)} {'' if ends == '-' else ends}".rstrip()
-
-
-def save_swaps(path: str | Path, swaps: Iterable[Swap]) -> Path:
-    """Write JSON lines, one swap a line; the file appears whole or not at all. Returns the path."""
-    path = Path(path)
-    with whole_file(path, "w") as file:
-        for swap in swaps:
-            file.write(json.dumps(asdict(swap), allow_nan=False) + "\n")
-    return path
 
 
 def _by_step(swaps: Sequence[Swap]) -> dict[int, dict[str, list[Swap]]]:

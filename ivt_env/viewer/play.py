@@ -1,8 +1,6 @@
-"""Episodes played by a person: the page of ``ivt play`` and the environment behind it.
+"""Episodes played by a person: the page of ``ivt play`` and the environment behind it, which runs here.
 
-The environment runs here, not in the browser. While an episode runs, the browser gets the image,
-the expression and its own boxes, which is what any agent is shown; target, IoU and rewards follow
-when the episode is over.
+While an episode runs, the browser gets what any agent is shown; target, IoU and rewards follow when it is over.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from gymnasium.utils.seeding import np_random
 from ivt_env.data.sample import DataError, ImageArray
 from ivt_env.env import GroundingEnv
 from ivt_env.episodes import Box, Episode, image_file, load_episodes, save_episodes, save_image
-from ivt_env.files import write_whole
+from ivt_env.files import write_lines
 from ivt_env.rollouts import begin_record, record_action
 from ivt_env.viewer.images import saved_image
 from ivt_env.viewer.page import page_parts
@@ -155,8 +153,7 @@ class PlayApp(ViewApp):
         # A mixture's samples bear the names of its parts, and demonstrations that of what is opened.
         opened = {"dataset": self.env.dataset.name, "split": self.env.dataset.split}
         rows = [row for i, e in enumerate(played) for row in demonstrations(e, self._index(self.seed + i))]
-        lines = "".join(json.dumps(opened | row, allow_nan=False) + "\n" for row in rows)
-        write_whole(self.folder / "demonstrations.jsonl", lines)
+        write_lines(self.folder / "demonstrations.jsonl", (opened | row for row in rows))
         save_episodes(self.folder, played)
         self.episodes.append(episode)
         self.content.add(HUMAN, episode)
