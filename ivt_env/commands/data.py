@@ -20,14 +20,11 @@ from ivt_env.data.custom import SPLITS as OWN_SPLITS
 from ivt_env.data.label_studio import from_label_studio
 from ivt_env.data.mixture import held_ids, open_mixture, redraw
 from ivt_env.data.sample import DataError, DataMissingError
-from ivt_env.data.sheet import can_draw, cell_size, contact_sheet
+from ivt_env.data.sheet import can_draw, contact_sheet
 from ivt_env.data.table import Source, Table, open_table
 from ivt_env.files import FileError, whole_file
 
 _ON_DISK = tuple(name for name in NAMES if name not in ("scenes", "photos", "mixed"))
-
-_MOST_PIXELS = 250_000_000
-"""Of a contact sheet: more would fill the memory."""
 
 _FETCH = (
     "Downloads a data set to where its reader looks for it. Shows the licence and the size first and asks before more "
@@ -264,11 +261,6 @@ def _show(args: argparse.Namespace) -> int:
     outside = [index for index in chosen if not 0 <= index < len(dataset)]
     if outside:
         raise DataError(f"--index {outside[0]}: {args.name} {dataset.split} has samples 0 to {len(dataset) - 1}")
-    columns = min(args.columns, len(chosen))
-    cell_height, cell_width = cell_size(args.side)
-    height, width = -(-len(chosen) // columns) * cell_height, columns * cell_width
-    if height * width > _MOST_PIXELS:
-        raise DataError(f"a sheet of {width} x {height} pixels is too large; give a smaller --side or fewer samples")
     sheet = Image.fromarray(contact_sheet(dataset, chosen, args.columns, args.side))
     try:
         with whole_file(args.out) as file:

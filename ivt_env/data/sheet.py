@@ -13,13 +13,9 @@ from ivt_env.rendering import Overlay, caption_font, draw_overlay, place_on_canv
 
 _BACKGROUND, _INK, _FAINT = (24, 26, 30), (235, 235, 235), (150, 155, 165)
 _TARGET, _SIBLING = (0, 220, 90), (120, 170, 255)
+_MOST_PIXELS = 250_000_000  # more would fill the memory
 _MARGIN = 10
 _LINES = 3
-
-
-def cell_size(side: int) -> tuple[int, int]:
-    """(height, width) in pixels of one sample's place on a sheet: the image and the lines below it."""
-    return side + 2 * _MARGIN + _line_height(side) * (_LINES + 1), side + 2 * _MARGIN
 
 
 def can_draw(text: str) -> bool:
@@ -27,10 +23,6 @@ def can_draw(text: str) -> bool:
     font = caption_font(12)
     missing = bytes(font.getmask("\ue123"))  # of the private area: no font has it
     return all(bytes(font.getmask(letter)) != missing for letter in set(text) if not letter.isspace())
-
-
-def _line_height(side: int) -> int:
-    return round(max(11, side // 22) * 1.35)
 
 
 def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, side: int = 300) -> ImageArray:
@@ -48,11 +40,14 @@ def contact_sheet(dataset: Dataset, indices: Sequence[int], columns: int = 4, si
     if not indices or columns < 1:
         raise ValueError(f"a sheet needs samples and columns, got {len(indices)} samples and {columns} columns")
     columns = min(columns, len(indices))
-    font = caption_font(max(11, side // 22))
-    line_height = _line_height(side)
-    height, width = cell_size(side)
-    rows = -(-len(indices) // columns)
-    page = Image.new("RGB", (columns * width, rows * height), _BACKGROUND)
+    letter = max(11, side // 22)
+    line_height = round(letter * 1.35)
+    height, width = side + 2 * _MARGIN + line_height * (_LINES + 1), side + 2 * _MARGIN
+    size = columns * width, -(-len(indices) // columns) * height
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise ValueError(f"a sheet of {size} pixels is too large; give a smaller --side or fewer samples")
+    font = caption_font(letter)
+    page = Image.new("RGB", size, _BACKGROUND)
     pen = ImageDraw.Draw(page)
     letters = max(8, int(side / pen.textlength("abcdefghij", font=font) * 10))
     for place, index in enumerate(indices):
