@@ -132,7 +132,7 @@ def test_the_annotated_size_chooses_the_frame_and_without_one_it_is_the_upright_
         header = read_header(raw, "exif")
         assert (header.stored, header.orientation) == ((height, width), orientation)
         assert header.upright == upright.shape[:2]
-        assert header.frame_is_unclear == (orientation != 1 and upright.shape == stored.shape)
+        assert bool(header.unclear) == (orientation != 1 and upright.shape == stored.shape)
         assert near(read_image(raw, "exif"), upright)
         assert near(read_image(raw, "exif", header.stored), stored), "the pixels as stored are preferred"
         if header.upright != header.stored:

@@ -151,11 +151,8 @@ def _coco_object(
     image = images[image_id]
     size = checked.image_size(image)
     path, header = headers.of(checked.relative_path(checked.text(image, "file_name"), "file_name"))
-    if not header.fits(size):
-        raise BadRowError(
-            f"{path}: is {header.stored[1]} wide and {header.stored[0]} high, image {image_id} says {size[1]} wide "
-            f"and {size[0]} high, so the box would be wrong; put the original there"
-        )
+    if why := header.misfit(size):
+        raise BadRowError(f"{path}: {why}")
     checked.box_inside(entry.get("bbox"), size, "xywh")
     if category_id not in categories:
         raise BadRowError(f"category_id {category_id} is not in 'categories'")

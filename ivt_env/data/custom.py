@@ -269,13 +269,8 @@ class _Images:
         if stated is not None:
             return stated
         path, header = self._headers.of(image)
-        if header.frame_is_unclear:
-            raise BadRowError(
-                f"{path}: its EXIF note says to show it turned or mirrored (orientation {header.orientation}), with "
-                "the same height and width, so it is unclear which of the two its boxes refer to; turn the pixels "
-                "themselves (for example with ImageMagick's `mogrify -auto-orient`) or, where the boxes refer to "
-                "the pixels as stored, state width and height"
-            )
+        if header.unclear:
+            raise BadRowError(f"{path}: {header.unclear} or, where they refer to the pixels as stored, state the size")
         return header.upright
 
     def check_identity(self, image_id: str, image: str, size: tuple[int, int]) -> None:

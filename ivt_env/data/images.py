@@ -62,14 +62,26 @@ class Header:
         """(height, width) as a viewer shows it."""
         return (self.stored[1], self.stored[0]) if self.orientation in _QUARTER_TURNS else self.stored
 
-    def fits(self, size: tuple[int, int]) -> bool:
-        """Whether the image has this (height, width), as stored or upright."""
-        return size in (self.stored, self.upright)
+    def misfit(self, size: tuple[int, int]) -> str | None:
+        """Why boxes would be wrong that refer to an image of this (height, width); None where it has that size."""
+        if size in (self.stored, self.upright):
+            return None
+        return (
+            f"the image is {self.stored[1]} wide and {self.stored[0]} high, its annotation says {size[1]} wide and "
+            f"{size[0]} high, so its boxes would be wrong; put the original file in its place (not resized, cropped or "
+            "rotated), or correct the annotation"
+        )
 
     @property
-    def frame_is_unclear(self) -> bool:
-        """Whether the stored and the upright image differ, and have the same height and width."""
-        return self.orientation != 1 and self.stored == self.upright
+    def unclear(self) -> str | None:
+        """What is wrong where the stored and the upright image differ, and have the same height and width."""
+        if self.orientation == 1 or self.stored != self.upright:
+            return None
+        return (
+            f"its EXIF note says to show it turned or mirrored (orientation {self.orientation}), with the same height "
+            "and width, so it is unclear which of the two its boxes refer to; turn the pixels themselves (for example "
+            "with ImageMagick's `mogrify -auto-orient`)"
+        )
 
 
 def read_header(source: str | os.PathLike[str] | bytes, where: str) -> Header:
@@ -146,13 +158,8 @@ def read_image(source: str | os.PathLike[str] | bytes, where: str, size: tuple[i
         pixels = np.array(_to_rgb(image, where), dtype=np.uint8)  # (H, W, 3)
         is_upright = image.format == "TIFF"  # Pillow turns these alone while it decodes
     size = None if size is None else (size[0], size[1])
-    if size is not None and not header.fits(size):
-        height, width = header.stored
-        raise DataError(
-            f"{where}: the image is {width} wide and {height} high, its annotation "
-            f"says {size[1]} wide and {size[0]} high, so its boxes would be wrong; put the original file "
-            "in its place (not resized, cropped or rotated), or correct the annotation"
-        )
+    if size is not None and (why := header.misfit(size)):
+        raise DataError(f"{where}: {why}")
     wanted = size is None or size != header.stored  # whether the boxes refer to the upright image
     if header.orientation == 1 or wanted == is_upright:
         return pixels

@@ -256,17 +256,9 @@ def _region(number: str, held: list[dict[str, Any]], rectangles: list[dict[str, 
 def _is_usable(region: _Region, header: Header, image: str, declared: Declared, here: str, bad: BadRows) -> bool:
     """Whether a region goes with its image; if not, it is added to ``bad``."""
     try:
-        if not header.fits(region.size):
-            raise BadRowError(
-                f"{image} is {header.stored[1]} wide and {header.stored[0]} high, but was {region.size[1]} wide and "
-                f"{region.size[0]} high when it was annotated; put the original there"
-            )
-        if header.frame_is_unclear:  # the browser has shown it upright, its size would be read as stored
-            raise BadRowError(
-                f"{image}: its EXIF note says to show it turned or mirrored (orientation {header.orientation}) with "
-                "the same height and width, which the lines cannot say; turn the pixels themselves (for example with "
-                "ImageMagick's `mogrify -auto-orient`)"
-            )
+        # The browser has shown it upright, its size would be read as stored.
+        if why := header.misfit(region.size) or header.unclear:
+            raise BadRowError(f"{image}: {why}")
         boxed(region.bbox, region.size, declared)
     except BadRowError as error:
         bad.add(here, f"region {region.id}: {error}")

@@ -98,11 +98,8 @@ def _row(values: dict[str, Any], images: hub.EmbeddedImages) -> Row:
     coco = _COCO_FILE.fullmatch(file_name) if source.startswith("coco") else None
     image_id = f"coco-{int(coco[1])}" if coco else f"oi-{Path(file_name).stem}"
     header = images.put(values["image"], image_id, file_name)
-    if not header.fits(size):
-        raise BadRowError(
-            f"{file_name} is {header.stored[1]} wide and {header.stored[0]} high, but the row says "
-            f"{size[1]} wide and {size[0]} high, so the box would be wrong"
-        )
+    if why := header.misfit(size):
+        raise BadRowError(f"{file_name}: {why}")
     return Row("test", sample_id, image_id, file_name, size, expression, box, (), meta)
 
 
