@@ -108,7 +108,7 @@ def test_a_saved_image_that_is_broken_is_named_and_one_of_another_shape_refused(
     broken = tmp_path / "images" / image_file("astronaut.jpg")
     broken.write_bytes(b"no image")
     assert cli.main(["view", str(tmp_path)]) == 0
-    assert f"not on the page: {broken} cannot be read" in capsys.readouterr().err
+    assert f"not on the page: {broken}: not a whole image" in capsys.readouterr().err
     (tmp_path / "view.html").unlink()
     Image.new("RGB", (10, 30)).save(broken)
     assert cli.main(["view", str(tmp_path)]) == 2

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ivt_env.commands import fetch
 from ivt_env.data import NAMES, data_folder, find_source, load_dataset, splits
-from ivt_env.data.checks import Finding, Report, check_source, leaks
+from ivt_env.data.checks import Report, check_source, leaks
 from ivt_env.data.converters import Converted, export, from_coco
 from ivt_env.data.custom import SPLITS as OWN_SPLITS
 from ivt_env.data.label_studio import from_label_studio
@@ -156,7 +156,8 @@ def _check(args: argparse.Namespace) -> int:
             tables |= {(source.name, s): open_table(source, s, need_images=False) for s in of_source}
             if not args.json:
                 print(report)
-    across = _across(tables, every=args.json) if len(args.names) > 1 else []
+    pairs = sorted((a, b) for a in tables for b in tables if a[0] != b[0] and a[1] == "train")
+    across = [found for a, b in pairs for found in leaks({a: tables[a], b: tables[b]}, every=args.json)]
     if args.json:
         found = {"data_sets": [r.as_json() for r in reports], "across": [asdict(finding) for finding in across]}
         print(json.dumps(found, indent=1))
@@ -167,11 +168,6 @@ def _check(args: argparse.Namespace) -> int:
                 f"  {finding.level.upper():<8} {finding.text} ({finding.count:,}): {', '.join(finding.examples)}{more}"
             )
     return 0 if all(report.ok for report in reports) else 1
-
-
-def _across(tables: dict[tuple[str, str], Table], every: bool) -> list[Finding]:
-    pairs = {(a, b) for a in tables for b in tables if a[0] != b[0] and a[1] == "train"}
-    return [finding for a, b in sorted(pairs) for finding in leaks({a: tables[a], b: tables[b]}, every=every)]
 
 
 def _progress(done: int, total: int) -> None:

@@ -6,10 +6,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from ivt_env.data import load_dataset
+from ivt_env.data.images import read_image
 from ivt_env.data.sample import DataError, DataMissingError, Dataset, ImageArray, Sample
 from ivt_env.episodes import Episode, image_file
 from ivt_env.viewer.rows import where_of
@@ -109,9 +107,6 @@ def _at_number(dataset: Dataset, sample_id: str) -> Sample | None:
 def saved_image(path: Path) -> ImageArray:
     """An image that a run or a session saved; DataMissingError where it is broken or not there."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataMissingError(
-            f"{path} cannot be read ({error}); delete it to have it taken from the data set, or play again"
-        ) from error
+        return read_image(path, str(path))
+    except DataError as error:
+        raise DataMissingError(f"{error}; delete it to have it taken from the data set, or play again") from error
