@@ -205,8 +205,6 @@ DAMAGES = [
     (ref(image_id=581857), "says image 581857"),
     (ref(category_id=1), "category 1"),
     (ref(split="trian"), "split 'trian' is none of train, val, test"),
-    (lambda layout, ref: ref.pop("file_name"), r"keys missing: \['file_name'\]"),
-    (sentence(score=1), "unknown: .*score"),
     (ref(sent_ids=[77]), r"sent_ids \[77\], but its sentences have"),
     (lambda layout, ref: ref["sent_ids"].append(ref["sent_ids"]), "but its sentences have"),
     (ref(sentences=[]), "has no sentences"),
@@ -214,7 +212,7 @@ DAMAGES = [
     (sentence(sent="  "), "sent is .*not a text"),
     (ref(ann_id="5"), "ann_id is '5'"),
     (lambda layout, ref: layout.refs.append(ref), "occurs twice"),
-    (lambda layout, ref: layout.refs.append([1]), "a ref is a dict"),
+    (lambda layout, ref: layout.refs.append([1]), "ref_id is None"),
 ]
 
 

@@ -122,11 +122,12 @@ def per_sentence(
 
 def sentence_ids(row: dict[str, Any], here: str) -> None:
     """BadRowError unless an object has sentences, and in ``sent_ids`` their ids."""
-    if not isinstance(row["sentences"], list) or not row["sentences"]:
-        raise BadRowError(f"{here}: has no sentences (sentences is {short(row['sentences'])})")
-    stated = [integer(sentence, "sent_id") for sentence in row["sentences"]]
-    if row["sent_ids"] != stated:
-        raise BadRowError(f"{here}: sent_ids {short(row['sent_ids'])}, but its sentences have {short(stated)}")
+    sentences = row.get("sentences")
+    if not isinstance(sentences, list) or not sentences:
+        raise BadRowError(f"{here}: has no sentences (sentences is {short(sentences)})")
+    stated = [integer(sentence, "sent_id") for sentence in sentences]
+    if row.get("sent_ids") != stated:
+        raise BadRowError(f"{here}: sent_ids {short(row.get('sent_ids'))}, but its sentences have {short(stated)}")
 
 
 def lists_in(content: Any, path: Path, keys: Iterable[str], remedy: str) -> None:

@@ -172,10 +172,11 @@ def _coco_image_id(file_name: str, stated: int | None = None) -> int:
 def _read_jxu124(files: Files, remedy: str, bad: BadRows, _folder: Path) -> Iterator[Row]:
     for path, number, held in hub.split_rows(files, bad, _JXU124_COLUMNS, remedy):
         check = bound(_jxu124_object, held, str(bad.split), f"{path}: row {number}", remedy)
-        yield from checked.per_sentence(bad, f"{number} of {path.name}", held["sentences"], check, bound(_said, held))
+        yield from checked.per_sentence(bad, f"{number} of {path.name}", held["sentences"], check, bound(said, held))
 
 
-def _said(held: dict[str, Any], _number: int, sentence: Any) -> tuple[str, str]:
+def said(held: dict[str, Any], _number: int, sentence: Any) -> tuple[str, str]:
+    """``sample_id`` and expression of a sentence of jxu124's, and of REFER's, which they were made from."""
     return f"{held['ref_id']}-{checked.integer(sentence, 'sent_id')}", checked.text(sentence, "sent").strip()
 
 
