@@ -75,54 +75,36 @@ def find(root: Path, name: str) -> Source | None:
 
 
 def _read(paths: dict[str, Path], bad: BadRows, _folder: Path) -> Iterator[Row]:
-    place_of: dict[int, str] = {}
-    file_of: dict[str, tuple[str, tuple[int, int]]] = {}
+    seen: dict[Any, Any] = {}
     for split, path in paths.items():
         bad.split = split
-        for number, values in hub.parquet_rows(path, COLUMNS, _REMEDY):
-            place = f"{path.name} row {number}"
-            try:
-                row = _row(values, split)
-                first = place_of.setdefault(values["id"], place)
-                if first != place:
-                    raise BadRowError(f"id {values['id']} is also that of {first}")
-                image = file_of.setdefault(row.image_id, (row.file_name, row.size))
-                if image != (row.file_name, row.size):
-                    raise BadRowError(f"image {(row.file_name, row.size)} is {image} in a row before")
-            except BadRowError as error:
-                bad.add(f"{number} of {path.name}", error)
-                continue
-            if why := _area_misfit(values):
-                bad.suspicions.append(f"{place}: id {values['id']}: {why}")
-            yield row
+        rows = ((n, values | {"": f"{path.name} row {n}"}) for n, values in hub.parquet_rows(path, COLUMNS, _REMEDY))
+        yield from checked.usable(bad, path.name, rows, bound(_row, split, seen, bad))
 
 
-def _row(values: dict[str, Any], split: str) -> Row:
-    sample_id = checked.integer(values, "id")
-    try:
-        if values["split"] != split:
-            raise BadRowError(f"split is {short(values['split'])} in the file of {split}")
-        source, number = _image_of(values)
-        size = checked.image_size(values)
-        box = checked.relative_box(values["bbox"], size, "xywh")
-        return Row(
-            split=split,
-            sample_id=str(sample_id),
-            image_id=f"{source}-{number}",
-            file_name=checked.plain_file_name(checked.text(values, "file_name")),
-            size=size,
-            expression=checked.text(values, "caption").strip(),
-            box=box,
-            meta={
-                "id": sample_id,
-                "category": checked.text(values, "ori_category_id"),
-                "bbox_id": checked.text(values, "bbox_id"),
-                "is_rewrite": checked.flag(values, "is_rewrite"),
-                "source": source,
-            },
-        )
-    except BadRowError as error:
-        raise BadRowError(f"id {sample_id}: {error}") from error
+def _row(split: str, seen: dict[Any, Any], bad: BadRows, values: dict[str, Any]) -> Row:
+    """Check a row; ``seen`` holds the place of each id, and the file and size of each image."""
+    sample_id, place = checked.integer(values, "id"), values[""]
+    if values["split"] != split:
+        raise BadRowError(f"id {sample_id}: split is {short(values['split'])} in the file of {split}")
+    source, number = _image_of(values)
+    size, file_name = checked.image_size(values), checked.plain_file_name(checked.text(values, "file_name"))
+    box, image_id = checked.relative_box(values["bbox"], size, "xywh"), f"{source}-{number}"
+    expression = checked.text(values, "caption").strip()
+    meta = {
+        "id": sample_id,
+        "category": checked.text(values, "ori_category_id"),
+        "bbox_id": checked.text(values, "bbox_id"),
+        "is_rewrite": checked.flag(values, "is_rewrite"),
+        "source": source,
+    }
+    if (first := seen.setdefault(sample_id, place)) != place:
+        raise BadRowError(f"id {sample_id} is also that of {first}")
+    if (image := seen.setdefault(image_id, (file_name, size))) != (file_name, size):
+        raise BadRowError(f"id {sample_id}: image {(file_name, size)} is {image} in a row before")
+    if why := _area_misfit(values):
+        bad.suspicions.append(f"{place}: id {sample_id}: {why}")
+    return Row(split, str(sample_id), image_id, file_name, size, expression, box, meta=meta)
 
 
 def _image_of(values: dict[str, Any]) -> tuple[str, int]:
