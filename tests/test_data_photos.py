@@ -14,15 +14,15 @@ import pytest
 from PIL import Image
 
 import ivt_env.data.photos as module
-from ivt_env.data import Dataset, load_dataset
-from ivt_env.data.photos import SPLITS, Photos
+from ivt_env.data import Dataset, load_dataset, splits
+from ivt_env.data.photos import Photos
 from ivt_env.data.sample import DataError
 
 FOLDER = Path(module.__file__).parent.parent / "assets" / "photos"
 ROWS = [json.loads(line) for line in (FOLDER / "annotations.jsonl").read_text("utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", splits("photos"))
 def test_every_split_serves_all_16_samples_as_they_are_annotated(split):
     photos = load_dataset("photos", split)
     assert isinstance(photos, Dataset) and (photos.name, photos.split) == ("photos", split)

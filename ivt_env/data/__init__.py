@@ -57,6 +57,7 @@ _LAYOUTS = {
 """Real data sets and what finds each of their layouts; the first that is on disk and has the split is served."""
 
 _SPLITS = {
+    "photos": ("train", "val", "test", "all"),
     "refcocog": ("train", "val", "test"),
     "refcoco": ("train", "val", "testA", "testB"),
     "refcocoplus": ("train", "val", "testA", "testB"),
@@ -107,15 +108,10 @@ def splits(name: str) -> tuple[str, ...]:
     """The splits of a data set, which need not be on this machine; DataError for an unknown name."""
     if name in _SPLITS:
         return _SPLITS[name]
-    # Each imported only when asked for: this package must import fast.
     if name == "scenes":
-        from ivt_env.data.scenes import SPLITS
+        from ivt_env.data.scenes import SPLITS  # only when asked for: this package must import fast
 
         return tuple(SPLITS)
-    if name == "photos":
-        from ivt_env.data import photos
-
-        return photos.SPLITS
     raise DataError(f"no data set {name!r}{closest(name, NAMES)}; there are {', '.join(NAMES)}")
 
 

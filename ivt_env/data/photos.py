@@ -7,10 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from ivt_env.boxes import to_relative
+from ivt_env.data import splits
 from ivt_env.data.images import read_image
 from ivt_env.data.sample import DataError, ImageArray, Sample
-
-SPLITS = ("train", "val", "test", "all")
 
 _FOLDER = Path(__file__).resolve().parent.parent / "assets" / "photos"
 _EYES = {"the eye on the left", "the eye on the right"}
@@ -31,9 +30,9 @@ class Photos:
     name = "photos"
 
     def __init__(self, split: str = "train") -> None:
-        """Open a split; DataError for another than ``SPLITS``, which all give the same samples."""
-        if split not in SPLITS:
-            raise DataError(f"photos has no split {split!r}; it has {', '.join(SPLITS)} (all the same)")
+        """Open a split, train, val, test or all; DataError for another."""
+        if split not in splits(self.name):
+            raise DataError(f"photos has no split {split!r}; it has {', '.join(splits(self.name))} (all the same)")
         self.split = split
         self._samples = _samples(split)
 
@@ -62,7 +61,7 @@ def _photograph(image_id: str, size: tuple[int, int]) -> ImageArray:
     return image
 
 
-@lru_cache(maxsize=len(SPLITS))
+@lru_cache(maxsize=4)
 def _samples(split: str) -> tuple[Sample, ...]:
     path = _FOLDER / "annotations.jsonl"
     try:
