@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -25,17 +24,10 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["ivt_agents.cli", "ivt_agents.evaluation.evaluate", "ivt_agents.grpo.train", "ivt_agents.play.rollout"]
-    + ["ivt_env.commands.data", "ivt_env.commands.view", "ivt_env.viewer.page", "ivt_agents.sb3.train"]
-    + ["ivt_agents.evaluation.swaps", "ivt_agents.vlm.pretrain"]
-)
+from forked import before_file_operations, forked
 
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
-FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
 TRAINING = ["--eval-samples", "2", "--report-to", "none", "--save-steps", "1"]
 SFT = [
@@ -85,33 +77,24 @@ COMMANDS = {
 }
 
 
-def _command(words: list[str], folder: str, log: str, die: tuple[int, int, float] | None, limit: int) -> None:
+def _command(words: list[str], folder: str, count: str, die: tuple[int, int, float] | None, limit: int) -> None:
     """Runs in the forked process. ``die``: signal, number of the file operation (0: none), seconds."""
-    import torch
-
     from ivt_agents.cli import main
     from ivt_agents.command import parse
     from ivt_env import failures
 
-    torch.set_num_threads(1)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     seen = 0
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    def told(number: int) -> None:
         nonlocal seen
-        # Removing a tree names its files without their folder.
-        if event in FILE_EVENTS and (event in FILE_EVENTS[2:4] or folder in str(arguments[0])):
-            seen += 1
-            if die is not None and seen == die[1]:
-                os.kill(os.getpid(), die[0])
+        seen = number
+        if die is not None and number == die[1]:
+            os.kill(os.getpid(), die[0])
 
-    sys.addaudithook(hook)
+    before_file_operations(folder, told)
     if die is not None and not die[1]:
         timer = threading.Timer(die[2], os.kill, (os.getpid(), die[0]))
         timer.daemon = True
@@ -122,7 +105,7 @@ def _command(words: list[str], folder: str, log: str, die: tuple[int, int, float
     else:
         status = main(words)
     if die is None and not limit:
-        Path(log + ".count").write_text(str(seen))
+        Path(count).write_text(str(seen))
     sys.stdout.flush()
     os._exit(status)
 
@@ -131,9 +114,8 @@ def run(
     words: list[str], folder: Path, log: Path, die: tuple[int, int, float] | None = None, limit: int = 0
 ) -> tuple[int, float]:
     """Exit status and seconds of a command."""
-    process = CONTEXT.Process(target=_command, args=(words, str(folder), str(log), die, limit))
     begun = time.perf_counter()
-    process.start()
+    process = forked(log, _command, words, str(folder), f"{log}.count", die, limit)
     process.join(300)
     assert process.exitcode is not None, f"{words} hangs"
     return process.exitcode, time.perf_counter() - begun

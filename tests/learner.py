@@ -58,6 +58,10 @@ def small_trainer(
     return GRPOTrainer(policy or small_policy(), env, config, accelerator, log, folder)
 
 
+def with_out(options: dict[str, Any], out: Path, **changes: Any) -> dict[str, Any]:
+    return options | {"out": out} | changes
+
+
 def trl_config(folder: Path, **options: Any) -> Any:
     """TRL's configuration for groups of 4 on a CPU, which writes nothing."""
     from trl import GRPOConfig

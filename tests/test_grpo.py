@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import launch
 from learner import small_policy, small_trainer
-from ranks import launch
 from refer_layout import write_refer_folder
 
+from ivt_agents import cli
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.losses import CLIPS, LOSSES, denominator
@@ -95,16 +96,6 @@ def test_one_batch_of_all_rows_equals_many_of_one(tmp_path, rows, lora, loss):
         assert torch.allclose(whole[name], single[name], atol=2e-5 * float(whole[name].abs().max() + 1e-3)), name
 
 
-def one_and_two_processes(tmp_path, script: Path) -> list[dict]:
-    """What a script saves when it is launched on one process, and on two."""
-    found = []
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.pt"
-        launch(processes, script, out)
-        found.append(torch.load(out, weights_only=True))
-    return found
-
-
 CASES: dict[str, dict[str, object]] = {
     **{
         loss: bounds(loss) | {"scale_rewards": "batch", "advantage": "episode_and_step", "beta": 0.1} for loss in LOSSES
@@ -143,7 +134,9 @@ def save_whole_updates(out: Path) -> None:
 
 
 def test_every_loss_credit_and_metric_is_the_same_on_one_process_and_on_two(tmp_path):
-    one, two = one_and_two_processes(tmp_path, Path(__file__))
+    save_whole_updates(tmp_path / "1.pt")
+    launch(2, save_whole_updates, tmp_path / "2.pt")
+    one, two = (torch.load(tmp_path / f"{count}.pt", weights_only=True) for count in (1, 2))
     assert one.keys() == two.keys() == CASES.keys()
     for name, case in one.items():
         assert (case["processes"], two[name]["processes"]) == (1, 2), "else one run is compared with itself"
@@ -349,26 +342,25 @@ def test_a_broken_or_missing_checkpoint_is_an_error_that_names_it(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def command(*arguments: str, timeout: int = 280) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+def command(*arguments: object) -> int:
+    return cli.main(["train-grpo", *map(str, arguments)])
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-SMALL = "--model tiny --steps 2 --prompts 2 --num-generations 4 --eval-samples 8 --report-to none".split()
+SMALL = "--model tiny --steps 2 --prompts 2 --num-generations 4 --eval-samples 2 --report-to none".split()
 SMALL += ["--episode-steps", "3", "--temperature", "1.5"]  # colder answers are alike: nothing would be learned
 
 
 @pytest.mark.parametrize("place", ["photos", "refer"])
-def test_it_trains_on_real_photographs(tmp_path, place):
+def test_it_trains_on_real_photographs(tmp_path, place, capsys):
     options = ["--env", "IVT-Photos-v0"]
     if place == "refer":
         write_refer_folder(tmp_path / "data")
         options = ["--env", "IVT-RefCOCOg-v0", "--data-root", str(tmp_path / "data")]
-    done = command("train_grpo.py", *SMALL, *options, "--out", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert command(*SMALL, *options, "--out", tmp_path / "run") == 0
     rows = metrics_of(tmp_path / "run")
     trained = [r for r in rows if "train/loss" in r]
     assert len(trained) == 2
@@ -377,19 +369,19 @@ def test_it_trains_on_real_photographs(tmp_path, place):
         assert row["train/sampler_scorer_difference"] < 1e-4
     assert any(row["train/grad_norm"] > 0 for row in trained)
     assert (tmp_path / "run" / "policy" / "policy.json").exists()
-    assert "final_iou" in done.stdout
+    assert "final_iou" in capsys.readouterr().out
 
 
-def test_training_on_data_that_is_not_there_is_an_error(tmp_path):
-    done = command("train_grpo.py", *SMALL, "--env", "IVT-RefCOCOg-v0", "--data-root", str(tmp_path), "--out", "x")
-    assert done.returncode == 2 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr
+def test_training_on_data_that_is_not_there_is_an_error(tmp_path, capsys):
+    assert command(*SMALL, "--env", "IVT-RefCOCOg-v0", "--data-root", tmp_path, "--out", tmp_path / "x") == 2
+    told = capsys.readouterr().err
+    assert str(tmp_path) in told and "Traceback" not in told
 
 
 def test_every_new_option_runs_from_the_command_and_is_recorded(tmp_path):
     options = ["--loss-type", "cispo", "--advantage", "episode_and_step", "--scale-rewards", "batch"]
     options += ["--beta", "0.01", "--kl-in", "reward", "--num-iterations", "2"]
-    done = command("train_grpo.py", *SMALL, *options, "--no-mask-truncated-completions", "--out", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert command(*SMALL, *options, "--no-mask-truncated-completions", "--out", tmp_path / "run") == 0
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (recorded["epsilon"], recorded["epsilon_high"]) == CLIPS["cispo"], "what None stood for"
     assert recorded["advantage"] == "episode_and_step" and recorded["beta"] == 0.01
@@ -420,13 +412,12 @@ def test_the_environment_of_the_command_has_its_reward_and_shows_what_the_policy
 
 def test_the_command_is_one_run_on_two_processes(tmp_path):
     """Without a GPU accelerate has to be told so, or each process is a run of its own in the same folder."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_grpo.py"]
-    found = []
-    for name, start in (("one", ["train_grpo.py"]), ("two", torchrun)):
-        done = command(*start, *SMALL, "--eval-samples", "0", "--out", str(tmp_path / name))
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append([r for r in metrics_of(tmp_path / name) if "train/loss" in r])
-    one, two = found
+    options = [*SMALL, "--eval-samples", "0", "--out"]
+    assert command(*options, tmp_path / "one") == 0
+    torchrun = [*"-m torch.distributed.run --standalone --nproc_per_node 2 train_grpo.py".split(), *options]
+    done = subprocess.run([sys.executable, *torchrun, tmp_path / "two"], cwd=ROOT, capture_output=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ([r for r in metrics_of(tmp_path / name) if "train/loss" in r] for name in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2]
     # Each process samples with a seed of its own, so only what is fixed by the options can be compared.
     assert one[0]["train/lr"] == two[0]["train/lr"] and 0 < two[0]["train/grad_norm"] < 10
@@ -439,15 +430,10 @@ def test_an_adapter_as_the_starting_model_is_merged_first(tmp_path):
     move_adapter(policy)
     policy.save(tmp_path / "sft")
     options = ["--model", str(tmp_path / "sft"), *"--beta 0.1 --learning-rate 1e-12 --steps 1".split(), *SMALL[4:]]
-    done = command("train_grpo.py", *options, "--out", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert command(*options, "--out", tmp_path / "run") == 0
     (row,) = [r for r in metrics_of(tmp_path / "run") if "train/loss" in r]
     assert abs(row["train/kl"]) < 1e-6 and row["train/sampler_scorer_difference"] < 1e-4
     given = load_policy(tmp_path / "sft").model.merge_and_unload().state_dict()
     kept, base = (load_policy(name).model.state_dict() for name in (tmp_path / "run" / "policy", "tiny"))
     assert all(torch.allclose(kept[n], given[n], atol=1e-6) for n in given), "at such a rate nothing moves"
     assert any(not torch.allclose(base[n], given[n], atol=1e-4) for n in given)
-
-
-if __name__ == "__main__":
-    save_whole_updates(Path(sys.argv[1]))

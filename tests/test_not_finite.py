@@ -7,13 +7,12 @@ nothing had been measured, and the exit status is 0.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import launch
 from learner import small_policy, small_trainer
-from ranks import launch
 from torch import nn
 
 from ivt_agents.grpo import trainer as trainer_module
@@ -194,14 +193,10 @@ def train_with_a_poisoned_process(out: Path) -> None:
 
 
 def test_two_processes_stop_together_where_one_of_them_went_wrong(tmp_path):
-    launch(2, __file__, tmp_path / "run")
+    launch(2, train_with_a_poisoned_process, tmp_path / "run")
     first, second = (json.loads((tmp_path / f"said-{k}.json").read_text()) for k in (0, 1))
     assert first["reward"].startswith("step 2: a reward is not finite in another process")
     assert second["reward"].startswith("step 2: a reward is inf")
     for said in (first, second):
         assert said["gradient"].startswith("step 2: the gradient's norm is nan")
         assert said["reward kept"] == said["gradient kept"] == ["step-000001"]
-
-
-if __name__ == "__main__":
-    train_with_a_poisoned_process(Path(sys.argv[1]))

@@ -8,16 +8,16 @@ import json
 import os
 import shutil
 import signal
-import sys
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from killed_run import run, with_out
-from learner import small_trainer
-from ranks import launch
+from forked import before_file_operations, forked, launch
+from learner import small_trainer, with_out
 
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.checks import MAY_CHANGE, check_run
@@ -74,15 +74,37 @@ def assert_same_state(one: Path, two: Path, kept: tuple[str, ...] = ("exp_avg", 
 # --- killed -----------------------------------------------------------------------------------------
 
 
+def train(options: dict[str, Any], die_at_file: int | None) -> None:
+    """Runs in a process of its own, which dies before a file operation in the run's folder."""
+
+    def told(number: int) -> None:
+        if number == die_at_file:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before_file_operations(str(options["out"]), told)
+    train_grpo.main(Args(**options))
+
+
+def run(options: dict[str, Any], kill_after: float | None = None, die_at_file: int | None = None) -> tuple[int, float]:
+    """Start a run and wait for its end, or kill it after so many seconds; returns its exit code and its seconds."""
+    begun = time.perf_counter()
+    process = forked(os.devnull, train, options, die_at_file)
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode, time.perf_counter() - begun
+
+
 def test_a_run_that_is_killed_again_and_again_ends_as_the_run_that_was_not(tmp_path):
-    options, steps = TINY, 6
+    options, steps = TINY, 4
     code, whole = run(with_out(options, tmp_path / "whole", steps=steps))
     assert code == 0
     seconds = [row["time/update"] + row["time/rollout_model"] for row in read_metrics(tmp_path / "whole/metrics.jsonl")]
     start = whole - sum(seconds)
     rng = np.random.default_rng(7)
     out, killed, before = tmp_path / "cut", 0, 0
-    for attempt in range(9):
+    for attempt in range(7):
         # By turns: at a moment of the start or of the first steps, and at a file operation.
         late = float(start * rng.uniform(0.2, 1.0) + rng.uniform(0.0, 2.0) * np.mean(seconds))
         how = {"kill_after": late} if attempt % 2 else {"die_at_file": int(rng.integers(1, 24))}
@@ -95,7 +117,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_run_that_was_not(tmp_p
             before = state["step"]
             read_metrics(out / "metrics.jsonl")
             recorded_options(out)
-    assert killed >= 5, "a run that was never killed proves nothing"
+    assert killed >= 4, "a run that was never killed proves nothing"
     code, _ = run(with_out(options, out, steps=steps, resume=bool(checkpoints(out))))
     assert code == 0
     assert [row["step"] for row in lines(out)] == list(range(1, steps + 1))
@@ -125,11 +147,11 @@ def test_a_run_with_muon_and_a_falling_rate_goes_on_as_if_it_had_not_been_cut(tm
 
 
 def write_a_run(folder: Path, begun: int) -> None:
-    """What a run writes between its steps, without a model: it goes on from ``begun`` steps to five."""
+    """What a run writes between its steps, without a model: it goes on from ``begun`` steps to four."""
     with lock_folder(folder):
-        write_json(folder / "config.json", {"steps": 5})
+        write_json(folder / "config.json", {"steps": 4})
         log = MetricsLog(folder, keep_until=begun or None)
-        for step in range(begun + 1, 6):
+        for step in range(begun + 1, 5):
             log.write(step, {"train/loss": float(step)})
             log.sync()
             state = {"parameters": torch.full((50,), float(step)), "optimizers": None}
@@ -145,16 +167,12 @@ def test_whatever_file_operation_is_never_made_the_run_goes_on(tmp_path):
         folder = tmp_path / str(number)
         pid = os.fork()
         if pid == 0:
-            seen = 0
 
-            def hook(event: str, arguments: tuple, number: int = number) -> None:
-                nonlocal seen
-                if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
-                    seen += 1
-                    if seen == number:
-                        os.kill(os.getpid(), signal.SIGKILL)
+            def told(seen: int, number: int = number) -> None:
+                if seen == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-            sys.addaudithook(hook)
+            before_file_operations("", told)
             write_a_run(folder, 0)
             os._exit(0)
         _, status = os.waitpid(pid, 0)
@@ -167,11 +185,11 @@ def test_whatever_file_operation_is_never_made_the_run_goes_on(tmp_path):
         for checkpoint in checkpoints(folder):
             assert torch.load(checkpoint / "state.pt", weights_only=True)["step"] == int(checkpoint.name[5:])
         write_a_run(folder, saved)
-        assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-        assert [c.name for c in checkpoints(folder)][-2:] == ["step-000004", "step-000005"]
-        if saved < 5:  # else nothing was written that could have cleared up
+        assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+        assert [c.name for c in checkpoints(folder)][-2:] == ["step-000003", "step-000004"]
+        if saved < 4:  # else nothing was written that could have cleared up
             assert len(checkpoints(folder)) == 2 and not list(folder.rglob("*.partial"))
-    assert died > 40
+    assert died > 32
 
 
 def test_a_last_line_that_was_cut_off_is_dropped_and_a_broken_one_in_the_middle_is_not(tmp_path):
@@ -296,11 +314,7 @@ def train_on_several(out: Path, part: str) -> None:
 
 def test_on_two_processes_four_steps_equal_two_and_a_resumed_two_to_the_bit(tmp_path):
     for part in ("first", "second"):
-        launch(2, __file__, tmp_path, part)
+        launch(2, train_on_several, tmp_path, part)
     assert [row["step"] for row in lines(tmp_path / "cut")] == [1, 2, 3, 4]
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     assert_same_state(tmp_path / "cut", tmp_path / "whole")
-
-
-if __name__ == "__main__":
-    train_on_several(Path(sys.argv[1]), sys.argv[2])

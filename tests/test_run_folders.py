@@ -7,8 +7,9 @@ evaluation, and ends with status 0.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -19,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from killed_run import with_out
-from learner import small_trainer
+from forked import forked
+from learner import small_trainer, with_out
 
 from experiments import study
 from ivt_agents.cli import main
@@ -34,6 +35,7 @@ from ivt_agents.training import options as training_options
 from ivt_agents.training.checkpoints import checkpoints, load_checkpoint
 from ivt_agents.training.run import RunError, read_metrics
 from ivt_agents.vlm.load import load_policy
+from ivt_env import failures
 from ivt_env.episodes import Episode, Step, image_file, load_episodes, save_episodes
 from ivt_env.files import FileError, asked_of, lock_folder, whole_folder
 
@@ -319,30 +321,26 @@ def test_a_study_begun_again_with_other_numbers_is_refused_by_name(tmp_path, mon
     assert asked_of(tmp_path, "study.json")["samples"] == 500
 
 
-SLEEPER = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
-from pathlib import Path
-from experiments.study import Job, run_jobs
-from ivt_env.failures import run
-out = Path(sys.argv[1])
-child = f"import os,time,pathlib; pathlib.Path({str(out)!r}, 'pid').write_text(str(os.getpid())); time.sleep(60)"
-jobs = [Job(name, (sys.executable, "-c", child), out / "never") for name in ("a", "b")]
-sys.exit(run(lambda: run_jobs(jobs, out, 1)))
-"""
+def study_of_sleepers(out: Path) -> None:
+    """Runs in a process of its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    child = f"import os,time,pathlib; pathlib.Path({str(out)!r}, 'pid').write_text(str(os.getpid())); time.sleep(60)"
+    jobs = [study.Job(name, (sys.executable, "-c", child), out / "never") for name in ("a", "b")]
+    sys.exit(failures.run(lambda: study.run_jobs(jobs, out, 1)))
 
 
 @pytest.mark.parametrize(("number", "status"), [(9, -9), (15, 143), (2, 130)])
 def test_the_children_of_a_study_die_with_it(tmp_path, number, status):
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], cwd=Path(__file__).parent.parent)
+    process = forked(tmp_path / "log", study_of_sleepers, tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.exitcode is None
         time.sleep(0.05)
     child = Path("/proc") / (tmp_path / "pid").read_text()
     assert child.exists()
-    process.send_signal(number)
-    assert process.wait(60) == status
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == status
     while child.exists() and "Z" not in (child / "stat").read_text().split()[2]:
         assert time.monotonic() < deadline, "the child lives on"
         time.sleep(0.05)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -18,10 +17,10 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from learner import small_policy, small_trainer
-from ranks import launch
+from forked import launch
+from learner import small_policy, small_trainer, with_out
 from test_grpo import keep_gradients, move_adapter, play
-from test_resume import TINY, assert_same_state, lines, with_out
+from test_resume import TINY, assert_same_state, lines
 
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.collect import Groups, collect
@@ -146,7 +145,7 @@ def run_sft_commands(out: Path) -> None:
 def test_two_processes_that_share_the_weights_learn_what_one_learns(tmp_path):
     found = []
     for processes in (1, 2):
-        launch(processes, __file__, "updates", tmp_path / f"{processes}.pt")
+        launch(processes, save_sharded_updates, tmp_path / f"{processes}.pt")
         found.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
     one, two = found
     assert one.keys() == two.keys() == CASES.keys()
@@ -162,7 +161,7 @@ def test_two_processes_that_share_the_weights_learn_what_one_learns(tmp_path):
 
 
 def test_the_command_evaluates_saves_and_resumes_with_shared_weights(tmp_path):
-    launch(2, __file__, "commands", tmp_path)
+    launch(2, run_sharded_commands, tmp_path)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert [row["step"] for row in lines(whole, "train/")] == [1, 2, 3, 4]
     assert lines(cut, "train/") == lines(whole, "train/")
@@ -185,7 +184,7 @@ def test_the_command_evaluates_saves_and_resumes_with_shared_weights(tmp_path):
 
 def test_supervised_training_with_shared_weights_learns_what_one_process_learns_and_resumes(tmp_path):
     for processes in (1, 2):
-        launch(processes, __file__, "sft", tmp_path)
+        launch(processes, run_sft_commands, tmp_path)
     one, two, cut = (tmp_path / name for name in ("1-whole", "2-whole", "2-cut"))
     assert_same_state(cut, two)
     for a, b in zip(lines(one, "sft/"), lines(two, "sft/"), strict=True):
@@ -223,9 +222,3 @@ def test_what_cannot_be_shared_out_is_refused_before_training():
     check_shareable(torch.nn.Linear(2, 2), sharing)
     with pytest.raises(RunError, match="each matrix whole"):
         check_shareable(torch.nn.Linear(2, 2), sharing, "muon")
-
-
-if __name__ == "__main__":
-    {"updates": save_sharded_updates, "commands": run_sharded_commands, "sft": run_sft_commands}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
