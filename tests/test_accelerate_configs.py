@@ -5,13 +5,11 @@ have, is found when eight GPUs have been waited for. accelerate's own classes re
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -70,17 +68,15 @@ def test_ddp_shares_nothing(monkeypatch):
     assert env.get("ACCELERATE_USE_FSDP", "false") == "false"
 
 
-def test_a_launcher_that_starts_one_process_where_it_was_told_of_two_is_said_in_one_line(tmp_path):
+def test_a_launcher_that_starts_one_process_where_it_was_told_of_two_is_said_in_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     script = tmp_path / "one.py"
     script.write_text(
         "from ivt_agents.training.run import make_accelerator\n"
         "print('processes', make_accelerator('no').num_processes)\n"
     )
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     for count, said in ((2, 1), (1, 0)):
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count), str(script)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-        assert done.returncode == 0 and done.stdout.strip() == "processes 1", done.stderr[-3000:]
-        assert [line.count("this is one process; torchrun") for line in done.stderr.splitlines() if line].count(
-            1
-        ) == said
+        launch_command(launch_command_parser().parse_args(["--num_processes", str(count), str(script)]))
+        output, errors = capfd.readouterr()
+        assert output.strip() == "processes 1"
+        assert [line.count("this is one process; torchrun") for line in errors.splitlines()].count(1) == said

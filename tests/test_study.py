@@ -86,9 +86,7 @@ def test_the_controls_get_the_steps_of_the_loop_and_no_answer_twice(tmp_path):
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     """A study's folder, played by scripted agents under the names of the study, by its own commands: two seeds."""
-    args = Args(
-        out=tmp_path_factory.mktemp("study"), seeds=2, splits=["val"], samples=40, marks=[8, 16], map_samples=12
-    )
+    args = Args(out=tmp_path_factory.mktemp("study"), seeds=2, splits=["val"], samples=12, marks=[8, 16], map_samples=4)
     agents = {"base": "centre", "grpo-0": "oracle", "control-pixels-0": "centre"}
     for name in names(args):
         agents.setdefault(name, "random")
@@ -96,7 +94,7 @@ def scored(tmp_path_factory):
         options = list(job.command[3:])
         if job.name.startswith("swaps"):
             parsed = tyro.cli(swaps.Args, args=options)
-            swaps.main(dataclasses.replace(parsed, policies=["loop=oracle"], samples=10))
+            swaps.main(dataclasses.replace(parsed, policies=["loop=oracle"], samples=6))
             continue
         parsed = tyro.cli(evaluate.Args, args=options)
         name = parsed.policies[0].partition("=")[0]
