@@ -362,7 +362,7 @@ def main(args: Args) -> None:
     words = words_of(build_tokenizer())
     with ExitStack() as stack:
         # First, so that the processes are made before anything starts a thread or takes a GPU.
-        held_out = stack.enter_context(Drawing(words, 0, 300, 1, split="val"))
+        held_out = stack.enter_context(Drawing(words, 0, min(300, args.search_scenes or 300), 1, split="val"))
         drawing = stack.enter_context(
             Drawing(words, args.scenes, args.search_scenes, args.workers, first=args.first_scene)
         )
