@@ -181,7 +181,7 @@ def test_the_clip_stops_gradients_on_one_side_only():
     old = torch.zeros(4, dtype=torch.float64)
     log_probs = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    clipped_loss(log_probs, old, advantages, 0.2, 0.28).backward()
+    clipped_loss(log_probs, old, advantages, torch.arange(4), 0.2, 0.28).backward()
     # Gone too far up with a good token, or too far down with a bad one: no gradient.
     assert (log_probs.grad == 0).tolist() == [True, False, False, True]
     assert clipped("grpo", log_probs, old, advantages, torch.arange(len(old)), 0.2, 0.28) == 2
@@ -249,10 +249,8 @@ def test_the_kl_penalty_in_the_reward_has_the_gradient_of_the_reverse_kl(seed):
     weight = log_probs.detach().exp()
     rewards = -kl_penalty(log_probs, reference)
     assert not rewards.requires_grad
-    losses = [
-        LOSSES["dapo"](log_probs[i : i + 1], log_probs[i : i + 1].detach(), rewards[i : i + 1], torch.zeros(1).long())
-        for i in range(6)
-    ]
+    parts = [(log_probs[i : i + 1], log_probs[i : i + 1].detach(), rewards[i : i + 1]) for i in range(6)]
+    losses = [LOSSES["dapo"](*part, torch.zeros(1).long(), *CLIPS["dapo"]) for part in parts]
     (found,) = torch.autograd.grad(sum(weight[i] * losses[i] for i in range(6)), logits, retain_graph=True)
     assert torch.allclose(found, wanted, rtol=1e-9)
     (as_loss,) = torch.autograd.grad((weight * (log_probs - reference)).sum(), logits)

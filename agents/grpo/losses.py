@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+from torch import Tensor, bincount, minimum, zeros
 
 CLIPS: dict[str, tuple[float, float]] = {
     "grpo": (0.2, 0.2),
@@ -28,44 +28,32 @@ CLIPS: dict[str, tuple[float, float]] = {
 """Default (clip_low, clip_high) of each loss."""
 
 
-def lengths(sequence: torch.Tensor) -> torch.Tensor:
+def lengths(sequence: Tensor) -> Tensor:
     """For each token the number of tokens of its sequence, (N,)."""
-    return torch.bincount(sequence)[sequence]
+    return bincount(sequence)[sequence]
 
 
-def surrogate(ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float) -> torch.Tensor:
+def surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """min(r A, clip(r) A) per token (PPO, arXiv 1707.06347, eq. 7), with DAPO's separate upper bound."""
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return torch.minimum(ratio * advantages, clipped * advantages)
+    return minimum(ratio * advantages, clipped * advantages)
 
 
 def clipped_loss(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-) -> torch.Tensor:
-    """Sum of the clipped surrogate over tokens.
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, sequence: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """- sum_i sum_t min(r A, clip(r) A).
 
-    Args:
-        log_probs: of the sampled tokens under the policy being trained.
-        old_log_probs: under the policy that sampled them.
-        advantages: of the step that each token belongs to.
-        clip_low: the ratio's lower bound is 1 - clip_low.
-        clip_high: the ratio's upper bound is 1 + clip_high.
+    DAPO (arXiv 2503.14476) divides by the tokens of the whole batch: every token weighs the same, and a higher upper
+    bound leaves room for improbable tokens to grow ("clip-higher"). Dr. GRPO (arXiv 2503.20783) divides by a constant
+    that no answer can change: the most tokens that the rollout could have had, episodes x actions x token limit.
     """
     return -surrogate((log_probs - old_log_probs).exp(), advantages, clip_low, clip_high).sum()
 
 
 def grpo(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    sequence: torch.Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-) -> torch.Tensor:
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, sequence: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
     """- 1/S sum_i 1/|o_i| sum_t min(r A, clip(r) A): the mean over each answer, then over answers.
 
     GRPO (arXiv 2402.03300, eq. 3). A token of a long answer weighs less: long wrong answers are
@@ -75,46 +63,9 @@ def grpo(
     return -(values / lengths(sequence)).sum()
 
 
-def dr_grpo(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    sequence: torch.Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-) -> torch.Tensor:
-    """- 1/C sum_i sum_t min(r A, clip(r) A), with a constant C that no answer can change.
-
-    Dr. GRPO (arXiv 2503.20783): neither an answer's length nor the standard deviation of a group
-    divides. C is the most tokens that the rollout could have had: episodes x actions x token limit.
-    """
-    return clipped_loss(log_probs, old_log_probs, advantages, clip_low, clip_high)
-
-
-def dapo(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    sequence: torch.Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-) -> torch.Tensor:
-    """- 1/N sum_i sum_t min(r A, clip(r) A), N the tokens of the whole batch, clip_high > clip_low.
-
-    DAPO (arXiv 2503.14476): every token weighs the same, and the higher upper bound leaves
-    room for improbable tokens to grow ("clip-higher"). Divided by the global number of tokens.
-    """
-    return clipped_loss(log_probs, old_log_probs, advantages, clip_low, clip_high)
-
-
 def gspo(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    sequence: torch.Tensor,
-    clip_low: float = 3e-4,
-    clip_high: float = 4e-4,
-) -> torch.Tensor:
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, sequence: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
     """- 1/S sum_i min(s_i A_i, clip(s_i) A_i), s_i = exp(1/|o_i| sum_t log r_t).
 
     GSPO (arXiv 2507.18071): one ratio for a whole answer, the geometric mean of its tokens', so an
@@ -126,13 +77,8 @@ def gspo(
 
 
 def cispo(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    sequence: torch.Tensor,
-    clip_low: float = 1.0,
-    clip_high: float = 0.28,
-) -> torch.Tensor:
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, sequence: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
     """- 1/N sum_i sum_t detach(clip(r)) A log pi: REINFORCE with a capped importance weight.
 
     CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5): the clip bounds a token's weight and never
@@ -142,8 +88,14 @@ def cispo(
     return -(weight * advantages * log_probs).sum()
 
 
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, float], torch.Tensor]
-LOSSES: dict[str, Loss] = {"grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "cispo": cispo}
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
+LOSSES: dict[str, Loss] = {
+    "grpo": grpo,
+    "dr_grpo": clipped_loss,
+    "dapo": clipped_loss,
+    "gspo": gspo,
+    "cispo": cispo,
+}
 PER_SEQUENCE = ("grpo", "gspo")
 """Losses that average over each sequence first."""
 
@@ -151,85 +103,65 @@ PER_SEQUENCE = ("grpo", "gspo")
 def denominator(loss: str, tokens: float, sequences: float, capacity: float) -> float:
     """What the sum is divided by; at least 1, so that a step in which nothing is learned is no 0 / 0.
 
-    Args:
-        loss: one of ``LOSSES``.
-        tokens: that carry a gradient, in all processes.
-        sequences: the same for answers.
-        capacity: the most tokens that the rollout could have had.
+    ``tokens`` and ``sequences`` are those that carry a gradient, in all processes; ``capacity`` is the most tokens that
+    the rollout could have had.
     """
     if loss == "dr_grpo":
         return max(capacity, 1.0)
     return max(sequences if loss in PER_SEQUENCE else tokens, 1.0)
 
 
-def sequence_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+def sequence_ratio(log_probs: Tensor, old_log_probs: Tensor, sequence: Tensor) -> Tensor:
     """Geometric mean of the ratios of each token's sequence, (N,)."""
-    count = torch.bincount(sequence)  # (S,)
-    sums = torch.zeros(len(count), dtype=log_probs.dtype, device=log_probs.device)
+    count = bincount(sequence)  # (S,)
+    sums = zeros(len(count), dtype=log_probs.dtype, device=log_probs.device)
     means = sums.index_add(0, sequence, log_probs - old_log_probs) / count  # (S,)
     return means.exp()[sequence]
 
 
 def clipped_sides(
     loss: str,
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    sequence: torch.Tensor,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    sequence: Tensor,
     clip_low: float,
     clip_high: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """How many tokens the clip acts on (no gradient; cispo: a capped weight): at the lower bound, at the upper one.
 
     The lower bound stops tokens that were bad and have become rarer, the upper one tokens that were good
     and have become more frequent; which of them binds says which way the policy has moved too far.
     """
-    if loss == "cispo":  # a cap on the weight, whatever the advantage
-        ratio = (log_probs - old_log_probs).exp()
-        return (ratio < 1 - clip_low).float().sum(), (ratio > 1 + clip_high).float().sum()
-    if loss == "gspo":
-        return _bound(sequence_ratio(log_probs, old_log_probs, sequence), advantages, clip_low, clip_high)
-    return _bound((log_probs - old_log_probs).exp(), advantages, clip_low, clip_high)
-
-
-def _bound(
-    ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens without gradient: below the lower bound, and above the upper one."""
-    low = (ratio < 1 - clip_low) & (advantages < 0)
-    high = (ratio > 1 + clip_high) & (advantages > 0)
+    by_sequence = loss == "gspo"
+    ratio = sequence_ratio(log_probs, old_log_probs, sequence) if by_sequence else (log_probs - old_log_probs).exp()
+    low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
+    if loss != "cispo":  # which caps the weight, whatever the advantage
+        low, high = low & (advantages < 0), high & (advantages > 0)
     return low.float().sum(), high.float().sum()
 
 
-def k3(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(policy || reference) per token, never negative."""
     delta = reference_log_probs - log_probs
     return delta.exp() - delta - 1
 
 
 def kl_loss(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    reference_log_probs: torch.Tensor,
-    sequence: torch.Tensor | None = None,
-) -> torch.Tensor:
+    log_probs: Tensor, old_log_probs: Tensor, reference_log_probs: Tensor, sequence: Tensor | None = None
+) -> Tensor:
     """Sum of ratio * k3. Its gradient is that of the reverse KL under the current policy.
 
     k3 alone as a loss follows the forward KL instead (arXiv 2512.21852); the differentiable ratio
-    puts the missing score-function term back.
-
-    Args:
-        log_probs: of the sampled tokens under the policy being trained.
-        old_log_probs: under the policy that sampled them.
-        reference_log_probs: under the policy to stay close to.
-        sequence: divides each token's term by the length of its sequence, as losses ``PER_SEQUENCE`` do.
+    puts the missing score-function term back. ``sequence`` divides each token's term by the length of its sequence,
+    as losses ``PER_SEQUENCE`` do.
     """
     ratio = (log_probs - old_log_probs).exp()
     values = ratio * k3(log_probs, reference_log_probs)
     return (values if sequence is None else values / lengths(sequence)).sum()
 
 
-def kl_penalty(old_log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+def kl_penalty(old_log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """k1 = log(policy / reference) per token, detached: what KL in the reward subtracts.
 
     As a reward k1 gives the exact gradient of the reverse KL; as a loss its gradient would be 0 in
