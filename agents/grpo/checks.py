@@ -37,10 +37,6 @@ def check_run(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) 
 def check_options(args: Args, processes: int = 1) -> None:
     """Refuse options that contradict each other, before anything is loaded. Changes nothing.
 
-    Args:
-        args: as given.
-        processes: that the training would run on.
-
     Raises:
         RunError: names the value and says what would have gone wrong.
     """

@@ -48,16 +48,9 @@ def collect(
     """Play ``group_size`` episodes of each sample to their end.
 
     All members of a group start alike: same image, expression and initial box; they differ by the
-    policy's sampling alone.
-
-    Args:
-        env: ``len(indices) * group_size`` environments, autoreset disabled.
-        policy: samples at its own temperature.
-        indices: P samples of the environment's split.
-        group_size: G.
-        watch: gets the seconds of ``rollout_model`` and ``rollout_environment``.
-        format_bonus: added to the last reward of an episode all of whose answers were usable.
-        require_format: an episode with an unusable answer earns nothing.
+    policy's sampling alone. ``env`` has ``len(indices) * group_size`` environments, autoreset disabled.
+    ``format_bonus`` is added to the last reward of an episode all of whose answers were usable; with
+    ``require_format`` an episode with an unusable one earns nothing.
     """
     watch = watch or Stopwatch()
     count = len(indices) * group_size

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,20 +111,9 @@ class GRPOTrainer:
     ) -> None:
         """Prepare model, optimizer and reference.
 
-        Args:
-            policy: with the parameters to train requiring gradients.
-            env: ``prompts / processes * group`` environments, autoreset disabled.
-            config: see ``GRPOConfig``.
-            accelerator: from accelerate.
-            log: receives the metrics.
-            folder: of the run, for checkpoints.
+        The parameters of ``policy`` that require gradients are trained. ``env`` has ``prompts / processes * group``
+        environments, autoreset disabled; ``folder`` is that of the run, for checkpoints.
         """
-        if config.prompts % accelerator.num_processes:
-            raise ValueError(
-                f"{config.prompts} prompts cannot be shared by {accelerator.num_processes} processes evenly"
-            )
-        if config.num_generations < 2:
-            raise ValueError("a group of one has no other members to compare with: every advantage would be 0")
         _refuse_dropout(policy.model)
         self.policy, self.env, self.config = policy, env, config
         self.accelerator, self.log, self.folder = accelerator, log, folder
@@ -152,28 +142,20 @@ class GRPOTrainer:
     def _reference(self, scorer: TokenScorer) -> Callable[[Sequence[Turn]], torch.Tensor]:
         """Log-probabilities under the policy that training started from, without gradient."""
         model = self.policy.model
+        inside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         if _has_fresh_adapter(model):
-            # The base is the warm-started policy and does not change, so "without adapter" is it.
-            def without_adapter(turns: Sequence[Turn]) -> torch.Tensor:
-                with torch.no_grad(), model.disable_adapter():
-                    return scorer(turns)[0]
+            inside = model.disable_adapter  # the base is the warm-started policy and does not change
+        elif has_reference(model):
+            inside = partial(reference_adapter, model)
+        else:
+            still = copy.deepcopy(model).requires_grad_(False).eval()
+            scorer = TokenScorer(still, scorer.sampling, scorer.frozen_vision, scorer.worth is not None)
 
-            return without_adapter
-        if has_reference(model):
+        def reference(turns: Sequence[Turn]) -> torch.Tensor:
+            with torch.no_grad(), inside():
+                return scorer(turns)[0]
 
-            def with_frozen_adapter(turns: Sequence[Turn]) -> torch.Tensor:
-                with torch.no_grad(), reference_adapter(model):
-                    return scorer(turns)[0]
-
-            return with_frozen_adapter
-        still = copy.deepcopy(model).requires_grad_(False).eval()
-        frozen = TokenScorer(still, scorer.sampling, scorer.frozen_vision, scorer.worth is not None)
-
-        def of_copy(turns: Sequence[Turn]) -> torch.Tensor:
-            with torch.no_grad():
-                return frozen(turns)[0]
-
-        return of_copy
+        return reference
 
     def whole_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, one process may use the policy as it likes; all must enter and leave together."""
@@ -181,23 +163,12 @@ class GRPOTrainer:
 
     def agreed(self, value: bool) -> bool:
         """The main process's answer, in all processes."""
-        answer = torch.tensor([float(value and self.accelerator.is_main_process)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(answer, "sum").item())
+        return bool(self._summed({"yes": value and self.accelerator.is_main_process})["yes"])
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint of the run's folder; exact to the bit on one machine.
-
-        Raises:
-            RunError: where it does not fit, or where processes see different checkpoints.
-        """
-        config, model = self.config, self.policy.model
-        self.step = load_state(
-            self.folder, model, [self.optimizer], self.accelerator, config.steps, config.num_iterations
-        )
-
-    def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
-        save_state(self.folder, self.step, self.policy.model, [self.optimizer], self.accelerator, self.log)
+        """``load_state`` of the run's folder."""
+        steps, updates = self.config.steps, self.config.num_iterations
+        self.step = load_state(self.folder, self.policy.model, [self.optimizer], self.accelerator, steps, updates)
 
     def train(self, on_step: Callable[[int, dict[str, Any]], None]) -> None:
         """Run the remaining steps; ``on_step`` gets the step's number and metrics."""
@@ -207,7 +178,7 @@ class GRPOTrainer:
             self._warn_of_equal_groups(metrics["rollout/zero_variance_groups"])
             self.log.write(self.step, metrics)
             if self.step % self.config.save_steps == 0 or self.step == self.config.steps:
-                self.save()
+                save_state(self.folder, self.step, self.policy.model, [self.optimizer], self.accelerator, self.log)
             on_step(self.step, metrics)
 
     def _warn_of_equal_groups(self, share: float) -> None:
@@ -223,8 +194,8 @@ class GRPOTrainer:
 
     def _check_answers(self, groups: Groups) -> None:
         """Refuse a policy whose first answers cannot be used, in all processes."""
-        counts = torch.tensor([float(len(groups.unusable)), float(groups.taken.sum())], device=self.accelerator.device)
-        unusable, answers = (int(v) for v in self.accelerator.reduce(counts, "sum").tolist())
+        sums = self._summed({"unusable": len(groups.unusable), "answers": groups.taken.sum()})
+        unusable, answers = int(sums["unusable"]), int(sums["answers"])
         check_answers(unusable, answers, groups.unusable, self.config.max_unusable, self.policy.may_stop)
         self._answers_checked = True
 
@@ -286,7 +257,7 @@ class GRPOTrainer:
         flat = groups.rewards.reshape(-1, horizon).copy()  # (P * G, T)
         played = enumerate(groups.turns)
         places = [(i, t) for i, episode in played for t, turn in enumerate(episode) if not self._is_by_opener(turn)]
-        sums = torch.zeros(3, dtype=torch.float64)
+        kl = paid = count = 0.0
         for start in range(0, len(places), config.per_device_train_batch_size):
             part = places[start : start + config.per_device_train_batch_size]
             turns = [groups.turns[i][t] for i, t in part]
@@ -296,14 +267,17 @@ class GRPOTrainer:
             penalty = config.beta * kl_penalty(old, reference)
             for place, tokens in zip(part, penalty.split([len(t.completion) for t in turns]), strict=True):
                 flat[place] -= float(tokens.double().sum())
-            values = [k3(old, reference).sum(), penalty.sum(), torch.tensor(float(len(old)))]
-            sums += torch.stack([v.double().cpu() for v in values])
-        kl, paid, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
-        episodes = len(groups.turns) * accelerator.num_processes
+            kl, paid, count = kl + float(k3(old, reference).sum()), paid + float(penalty.sum()), count + len(old)
+        sums = self._summed({"kl": kl, "paid": paid, "count": count, "episodes": len(groups.turns)})
         return flat.reshape(groups.rewards.shape), {
-            "train/kl": kl / max(count, 1),
-            "rollout/kl_penalty": paid / episodes,
+            "train/kl": sums["kl"] / max(sums["count"], 1),
+            "rollout/kl_penalty": sums["paid"] / sums["episodes"],
         }
+
+    def _summed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over all processes."""
+        sums = torch.tensor([float(v) for v in values.values()], device=self.accelerator.device)
+        return dict(zip(values, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
 
     def _is_by_opener(self, turn: Turn) -> bool:
         """Whether another model (the opener) gave this turn. Such turns are not trained on."""
@@ -344,21 +318,17 @@ class GRPOTrainer:
     def _totals(self, groups: Groups, credit: Credit) -> dict[str, float]:
         """Counts over all processes: the loss's denominator must not depend on how work is shared."""
         turns = [t for episode in groups.turns for t in episode]
-        counts = torch.tensor(
-            [
-                float(sum(len(t.completion) for t in credit.rows)),
-                float(len(credit.rows)),
-                float(sum(len(t.completion) for t in turns)),
-                float(groups.taken.sum()),
-                float(len(groups.turns)),
-                float(sum(not t.finished for t in turns)),
-                float(credit.masked_tokens),
-                float(sum(len(t.prompt.windows) for t in turns)),
-            ],
-            device=self.accelerator.device,
-        )
-        names = ("tokens", "sequences", "sampled", "actions", "episodes", "truncated", "masked_tokens", "images")
-        totals = dict(zip(names, self.accelerator.reduce(counts, "sum").tolist(), strict=True))
+        counts = {
+            "tokens": sum(len(t.completion) for t in credit.rows),
+            "sequences": len(credit.rows),
+            "sampled": sum(len(t.completion) for t in turns),
+            "actions": groups.taken.sum(),
+            "episodes": len(groups.turns),
+            "truncated": sum(not t.finished for t in turns),
+            "masked_tokens": credit.masked_tokens,
+            "images": sum(len(t.prompt.windows) for t in turns),
+        }
+        totals = self._summed(counts)
         capacity = totals["episodes"] * groups.taken.shape[-1] * self.policy.sampling.max_new_tokens
         totals["denominator"] = denominator(self.config.loss_type, totals["tokens"], totals["sequences"], capacity)
         return totals
@@ -366,14 +336,10 @@ class GRPOTrainer:
     def _update(
         self, rows: list[Turn], advantages: list[float], spare: Turn, divisor: float, first: bool
     ) -> dict[str, float]:
-        """One optimizer step over all rows, cut into micro-batches of similar length.
+        """One optimizer step over this process's turns, cut into micro-batches of similar length.
 
-        Args:
-            rows: this process's turns.
-            advantages: one for each.
-            spare: any turn, for a process that has run out of rows.
-            divisor: of the summed loss; the same in all processes.
-            first: whether the policy is still the one that sampled.
+        ``spare`` is any turn, for a process that has run out of rows; ``divisor``, of the summed loss, is the same in
+        all processes; ``first``: the policy is still the one that sampled.
         """
         config, accelerator = self.config, self.accelerator
         parts = micro_batches(rows, config.per_device_train_batch_size, self.policy.image_token, self.worth)
@@ -403,8 +369,9 @@ class GRPOTrainer:
             check_weights(step, self.policy.model, remedy, accelerator)
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.eval()
-        sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
-        loss_sum, entropy, low, high, kl, drifts, count = sums.tolist()
+        names = ("loss", "entropy", "low", "high", "kl", "drifts", "count")
+        reduced = self._summed(dict(zip(names, sums.tolist(), strict=True)))
+        loss_sum, entropy, low, high, kl, drifts, count = reduced.values()
         count = max(count, 1.0)
         found = {
             "train/loss": loss_sum / divisor,
@@ -451,58 +418,47 @@ class GRPOTrainer:
         None: there was nothing to measure it on.
         """
         ious, first, last = groups.ious, groups.ious[:, :, 0], groups.ious[:, :, -1]
-        refined = groups.taken[:, :, 1:] & ~(groups.stopped[:, :, None] & _last_action(groups.taken)[:, :, 1:])
-        gains = np.diff(ious, axis=-1)[refined]
-        good = last[groups.stopped] >= GOOD
+        last_action = groups.taken & ~np.pad(groups.taken[:, :, 1:], ((0, 0), (0, 0), (0, 1)))  # (P, G, T)
+        refined = (groups.taken & ~(groups.stopped[:, :, None] & last_action))[:, :, 1:]
+        gains = np.diff(ious, axis=-1)  # (P, G, T - 1)
+        by_step = {t: gains[:, :, t - 1][refined[:, :, t - 1]] for t in range(1, gains.shape[-1] + 1)}
         # Episodes that acted again while the current box was already good, so that they could have stopped.
         could = (groups.taken[:, :, 1:] & (ious[:, :, :-1] >= GOOD)).any(-1)
-        by_step = [np.diff(ious, axis=-1)[:, :, t][refined[:, :, t]] for t in range(refined.shape[-1])]
-        values = [
-            last.sum(),
-            first.sum(),
-            gains.sum(),
-            float(len(gains)),
-            groups.stopped.sum(),
-            good.sum(),
-            float(groups.parse_failures),
-            float(credit.skipped),
-            groups.rewards.sum(),
-            could.sum(),
-            *(g.sum() for g in by_step),
-            *(float(len(g)) for g in by_step),
-        ]
-        sums = torch.tensor([float(v) for v in values], device=self.accelerator.device)
-        final, start, gain, refinements, stops, right, failures, flat, reward, chances, *rest = self.accelerator.reduce(
-            sums, "sum"
-        ).tolist()
-        steps = {
-            f"rollout/gain_step_{t}": total / count if count else None
-            for t, (total, count) in enumerate(zip(rest[: len(by_step)], rest[len(by_step) :], strict=True), 1)
+        values = {
+            "final": last.sum(),
+            "first": first.sum(),
+            "gain": gains[refined].sum(),
+            "refinements": refined.sum(),
+            "stops": groups.stopped.sum(),
+            "right": (last[groups.stopped] >= GOOD).sum(),
+            "chances": could.sum(),
+            "unparsable": groups.parse_failures,
+            "flat": credit.skipped,
+            "reward": groups.rewards.sum(),
+            **{f"gain {t}": found.sum() for t, found in by_step.items()},
+            **{f"refinements {t}": len(found) for t, found in by_step.items()},
         }
-        episodes = totals["episodes"]
+        sums = self._summed(values) | totals
+
+        def share(part: str, whole: str) -> float | None:
+            return sums[part] / sums[whole] if sums[whole] else None
+
         return {
-            "rollout/final_iou": final / episodes,
-            "rollout/step0_iou": start / episodes,
-            "rollout/gain_per_refinement": gain / refinements if refinements else None,
-            "rollout/stop_rate": stops / episodes,
-            "rollout/stop_precision": right / stops if stops else None,
-            "rollout/stop_recall": right / chances if chances else None,
-            **steps,
-            "rollout/parse_failure_rate": failures / totals["actions"],
-            "rollout/zero_variance_groups": flat / self.config.prompts,
-            "rollout/reward": reward / episodes,
-            "rollout/actions_per_episode": totals["actions"] / episodes,
-            "rollout/tokens_per_action": totals["sampled"] / totals["actions"],
-            "rollout/truncated_turns": totals["truncated"] / totals["actions"],
+            "rollout/final_iou": share("final", "episodes"),
+            "rollout/step0_iou": share("first", "episodes"),
+            "rollout/gain_per_refinement": share("gain", "refinements"),
+            "rollout/stop_rate": share("stops", "episodes"),
+            "rollout/stop_precision": share("right", "stops"),
+            "rollout/stop_recall": share("right", "chances"),
+            **{f"rollout/gain_step_{t}": share(f"gain {t}", f"refinements {t}") for t in by_step},
+            "rollout/parse_failure_rate": share("unparsable", "actions"),
+            "rollout/zero_variance_groups": sums["flat"] / self.config.prompts,
+            "rollout/reward": share("reward", "episodes"),
+            "rollout/actions_per_episode": share("actions", "episodes"),
+            "rollout/tokens_per_action": share("sampled", "actions"),
+            "rollout/truncated_turns": share("truncated", "actions"),
             "train/masked_tokens": totals["masked_tokens"],
         }
-
-
-def _last_action(taken: np.ndarray) -> np.ndarray:
-    """True at the last action of each episode, (P, G, T)."""
-    after = np.concatenate([taken[:, :, 1:], np.zeros_like(taken[:, :, :1])], axis=-1)
-    last: np.ndarray = taken & ~after
-    return last
 
 
 def _states(episodes: list[list[Turn]], horizon: int) -> NDArray[np.int64]:

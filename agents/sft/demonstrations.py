@@ -111,13 +111,8 @@ def teach_as_the_paper(
     ``steps`` equal parts, each explained. What was right from the start is dropped, so no box is ever to be
     kept and nothing ends the episode. A trajectory is learned as a whole, the student's own first box with it:
     that the paper's policies learned to give bad first boxes from bad ones in the data says that it was.
-    Without it nothing holds the first box in place (``docs/paper.md``).
-
-    Args:
-        dataset: the split being taught.
-        indices: which samples.
-        student_boxes: the student's step-0 box for each; None where it gave none.
-        steps: of the walk, T in the paper.
+    Without it nothing holds the first box in place (``docs/paper.md``). ``student_boxes`` are the student's first box
+    of each sample, None where it gave none; ``steps`` is T in the paper.
     """
     made: list[Demonstration] = []
     for index, first in zip(indices, student_boxes, strict=True):
@@ -164,14 +159,7 @@ def _box(box: Sequence[float] | np.ndarray | None) -> Box | None:
 def in_closeup(
     shown: Sequence[float] | np.ndarray, target: Sequence[float] | np.ndarray, around: Surroundings, size: Sequence[int]
 ) -> bool:
-    """Whether the close-up around ``shown`` holds all of the target, so that it can be measured there.
-
-    Args:
-        shown: the current box.
-        target: the box to be measured.
-        around: what a close-up shows.
-        size: (height, width) of the image in pixels.
-    """
+    """Whether the close-up around ``shown`` holds all of the target, in an image of ``size`` (height, width) pixels."""
     inside = boxes.into_window(target, around.window(shown, size))
     return bool((inside[:2] >= 0).all() and (inside[2:] <= 1).all())
 

@@ -49,15 +49,10 @@ def write_traces(
 ) -> list[Demonstration]:
     """The drafts with the teacher's words; those it had no usable words for are left out.
 
-    Args:
-        drafts: as the template teacher makes them. First answers and stops need no words of the teacher's, and in
-            search scenes the words must say what is seen, not where the target is: these stay as they are.
-        dataset: that they are about.
-        teacher: writes the words.
-        path: JSON lines, appended to one by one; what is there from an earlier run is kept.
-        cache: of the teacher's texts.
-        unusable_limit: share of unusable texts from which on it is an error.
-        on_progress: called with the number of drafts finished since the last call.
+    First answers and stops need no words of the teacher's, and in search scenes the words must say what is seen, not
+    where the target is: these drafts stay as they are. ``path`` gets JSON lines one by one; what is there from an
+    earlier run is kept. A share of unusable texts above ``unusable_limit`` is an error. ``on_progress`` gets the number
+    of drafts finished since the last call.
 
     Raises:
         ServedError: when the teacher is given up, or the cost cap is reached; says what is kept.
@@ -84,7 +79,12 @@ def write_traces(
                     if why := unusable_reason(text):
                         unusable += 1
                         log.warning("%s on %s: text not used, it %s", teacher.name, draft.sample_id, why)
-                        _check_share(unusable, asked, unusable_limit, teacher, path)
+                        if asked >= _UNUSABLE_AFTER and unusable > unusable_limit * asked:
+                            raise TeacherError(
+                                f"{unusable} of {asked} texts of {teacher.name} could not be used (limit"
+                                f" {unusable_limit:.0%}; reasons are logged): it is not fit for this; what could be"
+                                f" used is in {path}"
+                            )
                         continue
                     draft = replace(draft, trace=text)
                 file.write(json.dumps(asdict(draft), allow_nan=False) + "\n")
@@ -124,14 +124,6 @@ def _texts(drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher, 
     return [tidy(texts[k]) if k in texts else None for k in range(len(drafts))]
 
 
-def _check_share(unusable: int, asked: int, limit: float, teacher: Teacher, path: Path) -> None:
-    if asked >= _UNUSABLE_AFTER and unusable > limit * asked:
-        raise TeacherError(
-            f"{unusable} of {asked} texts of {teacher.name} could not be used (limit {limit:.0%}; reasons are logged): "
-            f"it is not fit for this; what could be used is in {path}"
-        )
-
-
 def _begin(
     path: Path, drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher
 ) -> dict[tuple[object, ...], Demonstration]:
@@ -146,7 +138,9 @@ def _begin(
     theirs = read_json(head, f"remove {path} and {head}", TeacherError) if head.exists() else None
     if theirs != mine:
         raise TeacherError(f"{path} was begun by {theirs}, not by {mine}: remove it, or choose another --out")
-    _drop_half_line(path)
+    content = path.read_bytes()
+    with path.open("r+b") as file:  # what a killed run had half written is cut off
+        file.truncate(content.rfind(b"\n") + 1)
     if not path.stat().st_size:
         return {}
     done = {_key(d): d for d in load_demonstrations(path, dataset)}
@@ -156,15 +150,6 @@ def _begin(
             "number of samples?): remove it, or choose another --out"
         )
     return done
-
-
-def _drop_half_line(path: Path) -> None:
-    """Cut off what a killed run had half written."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
 
 
 def _key(demonstration: Demonstration) -> tuple[object, ...]:

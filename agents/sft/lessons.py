@@ -57,15 +57,9 @@ def teach_to_look(
 ) -> list[Demonstration]:
     """Demonstrations of keeping, correcting and looking elsewhere, each with what is seen.
 
-    Args:
-        dataset: the split being taught.
-        indices: which samples.
-        student_boxes: the student's first box for each; None where it gave none.
-        rng: decides which states are taught, and their boxes.
-        view: of the environment. With ``both`` a box near the target is corrected in the close-up's frame.
-        around: what a close-up shows.
-        shares: how often each state is taught.
-        good_iou: at this IoU or above, the lesson is to stop.
+    ``student_boxes`` are the student's first box of each sample, None where it gave none. With view ``both`` a box near
+    the target is corrected in the frame of the close-up, which shows what is ``around`` it. At ``good_iou`` or above
+    the lesson is to stop.
     """
     shares, made = shares or Shares(), []
     for index, own in zip(indices, student_boxes, strict=True):

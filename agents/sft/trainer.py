@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import nn
 
 from ivt_agents.sft.demonstrations import Demonstration
 from ivt_agents.training.checkpoints import load_state, save_state, what_is_kept
@@ -87,12 +86,8 @@ def to_turns(
 def batches(samples: Sequence[Hashable], batch: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Indices of ``steps`` batches, epoch after epoch, each epoch in a new order.
 
-    Args:
-        samples: for each demonstration its sample or image. Those of one come one after the other, so
-            that it is decoded, and where they show the same box encoded, once.
-        batch: indices in a batch.
-        steps: how many batches.
-        rng: decides the order.
+    ``samples`` has for each demonstration its sample or image. Those of one come one after the other, so that it is
+    decoded, and where they show the same box encoded, once.
     """
     members: dict[Hashable, list[int]] = {}
     for k, sample in enumerate(samples):
@@ -128,11 +123,8 @@ class AnswerLoss(TokenScorer):
     def __init__(self, policy: VLMPolicy, frozen_vision: bool, smoothing: float | None = 0.0) -> None:
         """Wrap a policy's model.
 
-        Args:
-            policy: whose model is trained.
-            frozen_vision: see ``TokenScorer``.
-            smoothing: standard deviation of the targets, in thousandths of an image's side. 0: hard targets. None:
-                ``SMOOTHING`` where the tokenizer has a token for each number, else 0.
+        ``smoothing`` is the standard deviation of the targets, in thousandths of an image's side. 0: hard targets.
+        None: ``SMOOTHING`` where the tokenizer has a token for each number, else 0.
 
         Raises:
             ValueError: for ``smoothing`` with a tokenizer that writes a number in several tokens.
@@ -171,12 +163,10 @@ class AnswerLoss(TokenScorer):
 
 
 def make_optimizers(policy: VLMPolicy, kind: str) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Optimizers of the trained parameters, and each one's learning rate relative to the peak.
+    """Optimizers of the parameters that require gradients, and each one's learning rate relative to the peak.
 
-    Args:
-        policy: parameters that require gradients are trained.
-        kind: ``adamw``, or ``muon``: Muon (Jordan 2024) for the language model's matrices, at ten times
-            the rate of AdamW, which keeps the rest, as in the tiny model's own training.
+    ``kind`` is ``adamw``, or ``muon``: Muon (Jordan 2024) for the language model's matrices, at ten times the rate of
+    AdamW, which keeps the rest, as in the tiny model's own training.
     """
     chosen = layer_matrices(policy.model) if kind == "muon" else {}
     made: list[tuple[torch.optim.Optimizer, float]] = []
@@ -208,25 +198,12 @@ def train(
 ) -> None:
     """Cross-entropy on the answers' tokens, end of turn included; nothing else carries loss.
 
-    Args:
-        policy: trained in place; all its parameters that require gradients.
-        make_turns: turns for indices of demonstrations.
-        samples: see ``batches``.
-        accelerator: from accelerate; each process takes its share of every batch.
-        log: receives the loss.
-        folder: of the run, for checkpoints.
-        save_every: steps between checkpoints.
-        resume: go on from the newest of them.
-        steps: optimizer steps.
-        batch: demonstrations in a step, over all processes.
-        micro_batch: demonstrations in one forward pass.
-        peak_lr: of AdamW.
-        seed: of the order.
-        on_step: called with (step, loss) after each step.
-        smoothing: see ``AnswerLoss``.
-        optimizer: see ``make_optimizers``.
+    ``policy`` is trained in place, all its parameters that require gradients. ``make_turns`` makes turns for indices of
+    demonstrations, and ``batch`` is how many of them a step has over all processes, ``micro_batch`` one forward pass.
+    ``peak_lr`` is that of AdamW; ``on_step`` gets (step, loss). See ``batches``, ``AnswerLoss``, ``make_optimizers``.
     """
-    answer_loss: Any = AnswerLoss(policy, not _trains_vision(policy), smoothing)
+    frozen = not any(p.requires_grad for p in policy.core.model.visual.parameters())
+    answer_loss: Any = AnswerLoss(policy, frozen, smoothing)
     worth = answer_loss.worth
     made, shares = zip(*make_optimizers(policy, optimizer), strict=True)
     answer_loss, *kept = accelerator.prepare(answer_loss, *made)
@@ -248,7 +225,9 @@ def train(
         # Every process must take part in the same number of passes; one that has no more repeats its last, for nothing.
         most = int(accelerator.gather(torch.tensor([len(parts)], device=accelerator.device)).max())
         for number in range(most):
-            with _sync(accelerator, answer_loss, number == most - 1), accelerator.autocast():
+            # Gradients travel between processes at the last micro-batch only.
+            alone = contextlib.nullcontext() if number == most - 1 else accelerator.no_sync(answer_loss)
+            with alone, accelerator.autocast():
                 losses = answer_loss(parts[min(number, len(parts) - 1)])
                 # One global token count, times the number of processes because gradients are averaged: they do
                 # not depend on how the batch is cut up.
@@ -284,14 +263,3 @@ def _prepared(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _sync(accelerator: Accelerator, module: nn.Module, last: bool) -> Any:
-    """Gradients travel between processes at the last micro-batch only."""
-    return contextlib.nullcontext() if last else accelerator.no_sync(module)
-
-
-def _trains_vision(policy: VLMPolicy) -> bool:
-    return any(
-        p.requires_grad for n, p in policy.model.named_parameters() if ".visual." in n or n.startswith("visual.")
-    )

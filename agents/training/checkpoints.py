@@ -35,15 +35,7 @@ _MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffe
 
 
 def check_new(folder: Path, results: Sequence[str]) -> None:
-    """Refuse to begin a run where the results of another lie.
-
-    Args:
-        folder: of the run.
-        results: names of what cannot be made again without loss, besides checkpoints.
-
-    Raises:
-        RunError: says what is there, and what to give.
-    """
+    """Refuse (``RunError``) to begin a run where checkpoints or ``results`` of another lie."""
     there, found = [name for name in results if (folder / name).exists()], checkpoints(folder)
     if there or found:
         run = f"a run of {_number(found[-1])} steps" if found else f"the results of another run ({', '.join(there)})"
@@ -53,12 +45,7 @@ def check_new(folder: Path, results: Sequence[str]) -> None:
 
 
 def recorded_options(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` of a run holds.
-
-    Raises:
-        RunError: where it is missing.
-        FileError: where it cannot be read.
-    """
+    """What ``config.json`` of a run holds; RunError where it is missing, FileError where it cannot be read."""
     if (recorded := asked_of(folder, CONFIG)) is None:
         raise RunError(f"nothing to resume in {folder}: no {CONFIG}; start without --resume")
     return recorded
@@ -67,14 +54,8 @@ def recorded_options(folder: Path) -> dict[str, Any]:
 def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path, may_change: Collection[str]) -> None:
     """Refuse to go on with a run under other options than it was begun with.
 
-    The result would be a run that no command describes: its first half is one experiment and its second
-    another, under one name.
-
-    Args:
-        recorded: of the run, from its ``config.json``.
-        given: of this command, with ``processes``; what None stood for is filled in.
-        out: folder of the run.
-        may_change: options on which no result depends.
+    The result would be a run that no command describes. ``given`` are the options of this command with ``processes``,
+    None filled in; on those that ``may_change`` no result depends.
 
     Raises:
         RunError: names each option with both values, and what to give.
@@ -85,12 +66,9 @@ def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Pat
         return
     told = [f"{k}: the run has {recorded.get(k)!r}, this command {v!r}" for k, v in different.items()]
     flags = [_flag(k, recorded.get(k)) for k in different if k != PROCESSES and recorded.get(k) is not None]
-    advice = []
-    if flags:
-        advice.append(f"give {' '.join(flags)} to go on")
-    if PROCESSES in different:
-        advice.append(f"start {recorded.get(PROCESSES)} processes to go on")
-    advice.append("or begin another run with a new --out")
+    advice = [f"give {' '.join(flags)} to go on"] if flags else []
+    advice += [f"start {recorded.get(PROCESSES)} processes to go on"] if PROCESSES in different else []
+    advice += ["or begin another run with a new --out"]
     raise RunError(f"{out} is a run with other options. {'; '.join(told)}. {', '.join(advice)}".replace("\n", " "))
 
 
@@ -132,12 +110,9 @@ def _number(checkpoint: Path) -> int:
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write ``checkpoints/step-N`` whole or not at all, and forget all but the last two.
+    """Write ``checkpoints/step-N`` of a run whole or not at all, and forget all but the last two.
 
-    Args:
-        folder: of the run.
-        step: number of finished training steps.
-        state: what ``torch.load(weights_only=True)`` can read back.
+    ``state`` is what ``torch.load(weights_only=True)`` can read back.
     """
     final = folder / "checkpoints" / f"step-{step:06d}"
     with whole_folder(final, {"step": step}) as partial:
@@ -149,11 +124,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run.
-
-    Raises:
-        RunError: where there is none, or it cannot be read.
-    """
+    """The newest checkpoint of a run; RunError where there is none, or it cannot be read."""
     found = checkpoints(folder)
     if not found:
         raise RunError(f"nothing to resume in {folder}: no checkpoints/step-*; start without --resume")
@@ -187,15 +158,8 @@ def load_state(
 ) -> int:
     """Go on from the newest checkpoint of a run's folder; exact to the bit on one machine.
 
-    Everything is checked before anything is changed.
-
-    Args:
-        folder: of the run.
-        model: as training begins with it: what is trained requires gradients.
-        optimizers: in the order in which they were saved.
-        accelerator: from accelerate.
-        most_steps: that the run is to have at its end.
-        updates: of each optimizer in a step, at most.
+    Everything is checked before anything is changed. ``model`` is as training begins with it, ``optimizers`` are in the
+    order in which they were saved, with at most ``updates`` in a step; the run is to have ``most_steps`` at its end.
 
     Returns:
         The number of finished steps.

@@ -21,12 +21,9 @@ class NotFiniteError(ValueError):
 def check_finite(step: int, found: Mapping[str, float], remedy: str, accelerator: Accelerator | None = None) -> None:
     """Stop before something is made of numbers that are not finite.
 
-    Args:
-        step: number of the training step, from 1, that they belong to.
-        found: numbers by name; the sum of many stands for all of them.
-        remedy: what is kept and what to do, the end of the message.
-        accelerator: of a run on several processes. All must call this, and all stop where one has to: it would
-            leave the others waiting for it.
+    ``found`` are numbers of the training ``step`` (from 1) by name; the sum of many stands for all of them. ``remedy``,
+    what is kept and what to do, ends the message. With an ``accelerator`` all processes must call this, and all stop
+    where one has to: it would leave the others waiting for it.
 
     Raises:
         NotFiniteError: in every process.

@@ -43,11 +43,7 @@ def orthogonalised(
 ) -> torch.Tensor:
     """A matrix with about the same singular vectors and all singular values near 1, by Newton-Schulz iterations.
 
-    Args:
-        matrix: (rows, columns); it is not changed.
-        coefficients: a, b, c of ``a X + b (X X') X + c (X X')^2 X``.
-        steps: iterations.
-        eps: the least norm that is divided by.
+    Each is ``a X + b (X X') X + c (X X')^2 X`` with ``coefficients`` a, b, c; ``eps`` is the least norm divided by.
     """
     a, b, c = coefficients
     tall = matrix.size(0) > matrix.size(1)

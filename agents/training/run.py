@@ -36,15 +36,7 @@ class RunError(ValueError):
 
 
 def check_least(options: object, least: Mapping[str, int]) -> None:
-    """Refuse values below the minimum. The comparison is written so that it refuses NaN too.
-
-    Args:
-        options: with an attribute for each name.
-        least: the smallest value of each.
-
-    Raises:
-        RunError: names the first that is smaller.
-    """
+    """Refuse (``RunError``) attributes of ``options`` below the ``least`` of each name, and NaN."""
     for name, number in least.items():
         if not getattr(options, name) >= number:
             raise RunError(f"{name} {getattr(options, name)}: give at least {number}")
@@ -66,10 +58,7 @@ def make_accelerator(bf16: bool) -> Accelerator:
     """For one process or several, with or without GPUs.
 
     Unless it is told "cpu", accelerate makes each of several processes without a GPU a run of its own,
-    and all of them would write into one folder.
-
-    Args:
-        bf16: compute in bfloat16, by autocast.
+    and all of them would write into one folder. ``bf16``: compute in bfloat16, by autocast.
 
     Raises:
         RunError: where the launcher was told to shard the model, and accelerate would not.
@@ -122,14 +111,9 @@ class MetricsLog:
         keep_until: int | None = None,
         config: Mapping[str, Any] | None = None,
     ):
-        """Open the log.
+        """Open the log of a run; ``tracker`` is one of ``TRACKERS`` and is shown ``config``.
 
-        Args:
-            folder: of the run.
-            enabled: false on all processes but the main one.
-            tracker: one of ``ivt_agents.training.tracking.TRACKERS``.
-            keep_until: when a run is resumed, lines of later steps are dropped first.
-            config: options of the run, for the tracker.
+        Lines of steps after ``keep_until`` are dropped first.
 
         Raises:
             RunError: for a log that cannot be read.

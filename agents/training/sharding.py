@@ -26,16 +26,7 @@ from ivt_agents.training.run import RunError
 
 
 def check_shareable(model: nn.Module, accelerator: Accelerator, optimizer: str = "adamw") -> None:
-    """Refuse what FSDP cannot share out, before it is tried.
-
-    Args:
-        model: as it will be trained.
-        accelerator: where nothing is shared out everything passes.
-        optimizer: ``adamw`` or ``muon``.
-
-    Raises:
-        RunError: names the option and what to do.
-    """
+    """Refuse (``RunError``) what FSDP cannot share out, before it is tried; without FSDP everything passes."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if optimizer == "muon":
@@ -51,11 +42,8 @@ def check_shareable(model: nn.Module, accelerator: Accelerator, optimizer: str =
 def whole_weights(module: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Inside, each process holds all weights of ``module`` and may call its parts as often as it likes.
 
-    All processes must enter and leave together. Nothing may be trained inside.
-
-    Args:
-        module: as ``accelerator.prepare`` gave it back.
-        accelerator: that it was prepared by.
+    All processes must enter and leave together. Nothing may be trained inside. ``module`` is as
+    ``accelerator.prepare`` gave it back.
     """
     units = [m for m in module.modules() if isinstance(m, FSDPModule)]
     if not units:

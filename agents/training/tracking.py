@@ -25,11 +25,7 @@ class TrackerError(ValueError):
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that could not be opened, before anything is loaded.
-
-    Raises:
-        TrackerError: for an unknown name, or a package that is not installed, with the command that installs it.
-    """
+    """Refuse (``TrackerError``) a tracker that is unknown or not installed, before anything is loaded."""
     if name not in TRACKERS:
         raise TrackerError(f"tracker {name!r}: choose one of {', '.join(TRACKERS)}")
     if name == "none":
@@ -48,12 +44,7 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any], begun: int)
 
     Each start of the command is a run of its own in wandb and trackio, grouped by the run folder: they
     do not take steps twice, and the steps behind the last checkpoint of a killed run are made twice.
-
-    Args:
-        name: one of ``TRACKERS``.
-        folder: of the run.
-        config: shown beside the curves.
-        begun: finished steps that the run goes on from; 0 for a new one.
+    ``config`` is shown beside the curves; ``begun`` are finished steps that the run goes on from.
 
     Raises:
         TrackerError: where it is missing or does not start.

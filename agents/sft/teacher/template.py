@@ -30,12 +30,9 @@ def teacher_words() -> list[str]:
 
 
 def critique(box: ArrayLike, target: ArrayLike, siblings: Sequence[Sequence[float]] = ()) -> str:
-    """What is wrong with ``box`` and how to correct it, in one sentence.
+    """What is wrong with ``box`` and how to correct it, in one sentence; ``siblings`` are others of the target's class.
 
-    Args:
-        box: the drawn box, xyxy relative.
-        target: the true box, xyxy relative.
-        siblings: boxes of other objects of the target's class.
+    All are xyxy relative to the image.
     """
     overlap = float(boxes.iou(box, target))
     if overlap < 0.1:
