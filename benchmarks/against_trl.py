@@ -147,7 +147,7 @@ def measure_ours(args: Args, layout: str) -> dict[str, Any]:
 
     from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
     from ivt_agents.training.run import MetricsLog
-    from ivt_agents.vlm.speed import checkpoint_layers
+    from ivt_agents.vlm.load import checkpoint_layers
     from ivt_env.rollouts import make_vector_env
 
     policy = model_of(args, layout)

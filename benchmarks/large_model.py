@@ -63,10 +63,10 @@ from ivt_agents.vlm.codec import BoxCodec
 from ivt_agents.vlm.decode import decode_fixed
 from ivt_agents.vlm.footprint import Parts, Shape, Workload, count_parts, need, visual_tokens
 from ivt_agents.vlm.generation import core_of
+from ivt_agents.vlm.load import checkpoint_layers
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, use_float32_head
 from ivt_agents.vlm.prompts import TINY
-from ivt_agents.vlm.speed import checkpoint_layers
 from ivt_agents.vlm.tiny import SPECIALS, build_image_processor, build_tokenizer
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env

@@ -33,7 +33,7 @@ from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import CONFIG, checkpoints
 from ivt_agents.training.run import RunError, check_least, write_json
 from ivt_agents.vlm.load import load_policy
-from ivt_agents.vlm.without_stop import forbid_stop
+from ivt_agents.vlm.policy import forbid_stop
 from ivt_env.episodes import Episode, save_episodes
 from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
 from ivt_env.metrics.columns import columns

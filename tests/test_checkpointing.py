@@ -12,9 +12,8 @@ import torch
 from ivt_agents.training.options import TrainingOptions
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.generation import TokenScorer, core_of
-from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.load import checkpoint_layers, load_policy
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.speed import checkpoint_layers
 from ivt_env.rollouts import make_vector_env
 
 

@@ -38,8 +38,8 @@ from ivt_agents.training.run import RunError
 from ivt_agents.vlm.codec import STOP_TEXT, parse_action
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.policy import forbid_stop, without_stop
 from ivt_agents.vlm.prompts import QWEN, TINY, Prompts
-from ivt_agents.vlm.without_stop import forbid_stop, without_stop
 from ivt_env import boxes
 from ivt_env.data.scenes import Scenes
 from ivt_env.episodes import Episode, Step

@@ -29,8 +29,7 @@ from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import load_checkpoint
 from ivt_agents.training.run import RunError, end_training, make_accelerator
 from ivt_agents.training.sharding import check_shareable, gathered
-from ivt_agents.vlm.load import load_policy
-from ivt_agents.vlm.speed import checkpoint_layers
+from ivt_agents.vlm.load import checkpoint_layers, load_policy
 
 CASES: dict[str, tuple[bool, dict[str, object]]] = {
     "moved adapter": (True, {}),

@@ -43,9 +43,9 @@ from ivt_agents.training.run import (
 from ivt_agents.training.sharding import check_shareable, fill_parameters, gathered_parameters
 from ivt_agents.vlm.adapters import drop_reference, layer_matrices, make_trainable, merged
 from ivt_agents.vlm.dry_run import GENERATION_ROWS
-from ivt_agents.vlm.load import TINY_NAME, load_policy
-from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.without_stop import forbid_stop
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.policy import VLMPolicy, forbid_stop
+from ivt_agents.vlm.prompts import TINY_NAME
 from ivt_env.episodes import save_episodes
 from ivt_env.files import asked_of, lock_folder, refuse_other
 from ivt_env.rollouts import make_vector_env

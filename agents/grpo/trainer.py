@@ -29,9 +29,9 @@ from ivt_agents.training.run import MetricsLog, Stopwatch, derived_seed
 from ivt_agents.training.sharding import whole_weights
 from ivt_agents.vlm.adapters import has_reference, reference_adapter
 from ivt_agents.vlm.generation import TokenScorer
+from ivt_agents.vlm.load import can_pack
 from ivt_agents.vlm.packing import micro_batches
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.speed import can_pack
 from ivt_agents.vlm.turns import Turn
 from ivt_env.vector_env import GroundingVectorEnv
 

@@ -19,6 +19,7 @@ It ends with a table of before and after, without ground truth, on the validatio
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,6 @@ from rich.progress import Progress
 from ivt_agents.command import Hidden, progress_bars
 from ivt_agents.play.chat import Budget
 from ivt_agents.play.on_split import play, summary
-from ivt_agents.sft.checks import HARVEST, MAY_CHANGE, RESULTS, check_options
 from ivt_agents.sft.demonstrations import (
     Demonstration,
     can_be_said,
@@ -53,19 +53,30 @@ from ivt_agents.training.checkpoints import (
     forget_run,
     recorded_options,
 )
+from ivt_agents.training.options import MAY_CHANGE as SHARED_MAY_CHANGE
 from ivt_agents.training.options import TrainingOptions
 from ivt_agents.training.run import MetricsLog, RunError, end_training, make_accelerator, seed_everything, write_json
 from ivt_agents.training.sharding import check_shareable, fill_parameters, gathered_parameters
 from ivt_agents.vlm.adapters import make_trainable, merged
-from ivt_agents.vlm.load import TINY_NAME, load_policy
-from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.policy import VLMPolicy, forbid_stop
+from ivt_agents.vlm.prompts import TINY_NAME
 from ivt_agents.vlm.turns import Turn
-from ivt_agents.vlm.without_stop import forbid_stop
 from ivt_env.failures import read_json
 from ivt_env.files import lock_folder
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env
 from ivt_env.vector_env import GroundingVectorEnv
+
+MAY_CHANGE = SHARED_MAY_CHANGE | {"teacher_cache", "teacher_max_requests", "teacher_max_tokens"}
+"""Options that a resumed run may change: neither the policy nor the table depends on them."""
+
+RESULTS = ("policy", "before_after.json", "checkpoints", "before.json", "demonstrations.jsonl", "metrics.jsonl")
+"""What a run makes; a run anew removes it in this order."""
+HARVEST = ("harvest.jsonl", "harvest.json", "first_boxes.json")
+"""What a model teacher wrote. It says by itself whom it is of, so that a run that was cut off finds it again."""
+
+_LEAST = {"samples": 1, "gradient_accumulation_steps": 1, "teacher_max_requests": 0, "teacher_max_tokens": 0}
 
 
 @dataclass
@@ -114,6 +125,26 @@ class Args(TrainingOptions):
     """Train the language model alone; its image encodings are then computed without gradient."""
     save_steps: Hidden[int] = 50
     """Steps between checkpoints."""
+
+
+def check_options(args: Args) -> None:
+    """Refuse options that cannot work, before anything is loaded. Changes nothing.
+
+    Raises:
+        RunError: names the value and says what would have gone wrong.
+        PolicyError: for a number format that cannot be had.
+    """
+    args.check(**_LEAST)
+    args.check_model(args.lora_r)
+    if args.first_answers == "model" and args.single_shot:
+        raise RunError("first_answers model with single_shot: nothing would be learned; leave one of them out")
+    if args.first_answers == "model" and args.layout == "prefix":
+        raise RunError("first_answers model with layout prefix: two models cannot hold one conversation; leave one out")
+    # So written, NaN is refused, too.
+    if args.smoothing is not None and not 0 <= args.smoothing < math.inf:
+        raise RunError(f"smoothing {args.smoothing:g}: a standard deviation; give 0 or more thousandths")
+    if args.pixels is not None and not 0 < args.pixels < math.inf:
+        raise RunError(f"pixels {args.pixels:g}: no image has so many; give a factor above 0")
 
 
 def main(args: Args) -> Path:

@@ -13,8 +13,7 @@ from ivt_agents.play.on_split import MAX_UNUSABLE, play, validation_samples
 from ivt_agents.training.run import RunError, check_least, check_rate, check_share
 from ivt_agents.training.tracking import TrackerName, check_tracker
 from ivt_agents.vlm.dry_run import Plan, dry_run
-from ivt_agents.vlm.load import check_weights
-from ivt_agents.vlm.speed import can_pack, checkpoint_layers
+from ivt_agents.vlm.load import can_pack, check_weights, checkpoint_layers
 from ivt_env.episodes import Episode
 
 MAY_CHANGE = frozenset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from ivt_agents.vlm.precision import DTYPES, can_merge, stored_as, use_float32_h
 from ivt_agents.vlm.sources import (
     AGAIN,
     CONFIG,
-    TINY_NAME,
     PolicyError,
     Source,
     check_config,
@@ -27,12 +27,11 @@ from ivt_agents.vlm.sources import (
     load_tokenizer,
     read_settings,
 )
-from ivt_agents.vlm.speed import fit_threads
 from ivt_env.failures import reading
 
-__all__ = ["ATTENTION", "TINY_NAME", "PolicyError", "check_weights", "load_policy", "nf4_config"]
-
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
+SMALL = 10_000_000
+"""Parameters up to which a model gains nothing, and loses much on a busy machine, by more than one thread."""
 
 
 def load_policy(
@@ -233,3 +232,27 @@ def nf4_config() -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["model.visual", "lm_head"],
     )
+
+
+def fit_threads(model: Any) -> None:
+    """One thread for a small model on a CPU, unless OMP_NUM_THREADS or MKL_NUM_THREADS says otherwise.
+
+    Threads of so short operations wait for each other most of the time. By size and not by a measurement, because the
+    number of threads decides the last digits, and a run must be the same when it is repeated.
+    """
+    small = sum(p.numel() for p in model.parameters()) < SMALL
+    if small and model.device.type == "cpu" and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        torch.set_num_threads(1)
+
+
+def can_pack(model: Any) -> bool:
+    """Whether turns may share a row in the update: flash attention takes no mask that could tell them apart."""
+    return bool(core_of(model).config._attn_implementation != "flash_attention_2")
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Keep each layer's input alone for the backward pass and compute the layer again there.
+
+    Non-reentrant: gradients reach adapters inside a layer although no input of the first layer requires one.
+    """
+    core_of(model).activation_checkpointing_enable({"use_reentrant": False})
