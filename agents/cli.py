@@ -59,12 +59,7 @@ COMMANDS = {
 
 
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
-    """The parser of the whole command.
-
-    Args:
-        chosen: the command whose arguments are wanted. Only its module is imported, so that help and
-            light commands start at once.
-    """
+    """The parser of the whole command; of modules only that of ``chosen`` is imported, so that help starts at once."""
     parser = argparse.ArgumentParser(
         "ivt",
         description="Iterative visual grounding: environments, agents, training and evaluation.",

@@ -26,7 +26,8 @@ def parse(args: type[T], argv: list[str] | None = None, section: str | None = No
     for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if told := meant(flag.removeprefix("--no-").removeprefix("--"), args):
             raise ConfigError(f"{flag}: {told}")
-    hidden = {n: h for n, h in get_type_hints(args, include_extras=True).items() if "not in --help" in _notes(h)}
+    hints = get_type_hints(args, include_extras=True)
+    hidden = {n: h for n, h in hints.items() if "not in --help" in getattr(h, "__metadata__", ())}
     if hidden and {"-h", "--help"} & set(argv):
         shown = {name: Annotated[hint, tyro.conf.Suppress] for name, hint in hidden.items()}
         try:  # tyro would not accept what it does not show, so that the help is that of another class
@@ -35,35 +36,22 @@ def parse(args: type[T], argv: list[str] | None = None, section: str | None = No
             print(f"{len(hidden)} more options are listed in docs/command_line.md.")
     # Only --config is looked for here; what else stands on the command line is tyro's, help included.
     given = [*zip(argv, argv[1:], strict=False), *(word.split("=", 1) for word in argv if "=" in word)]
-    chosen = {name: value for name, value in given}.get("--config")
+    chosen = dict(given).get("--config")  # type: ignore[arg-type]
     if section is None or chosen is None:
         return tyro.cli(args, args=argv)
     return tyro.cli(args, args=argv, default=load_config(Path(chosen), args, section))
 
 
-def _notes(hint: Any) -> tuple[Any, ...]:
-    return getattr(hint, "__metadata__", ())
-
-
 def run_command(
     main: Callable[[T], Any], args: type[T], argv: list[str] | None = None, section: str | None = None
 ) -> None:
-    """Parse ``args`` from the command line and run ``main``.
-
-    ``section`` is the part of a ``--config`` file that the script reads; None: it takes no such file. The
-    exit status is that of ``ivt_env.failures``.
-    """
+    """Parse ``args`` (see ``parse``) and run ``main``; the exit status is that of ``ivt_env.failures``."""
     if status := failures.run(lambda: main(parse(args, argv, section))):
         raise SystemExit(status)
 
 
 def progress_bars(*, note: bool = False, disable: bool = False) -> Progress:
-    """Bars on standard error, so that what a command prints can be piped.
-
-    Args:
-        note: tasks have a field ``note``, shown behind the bar.
-        disable: show nothing.
-    """
+    """Bars on standard error, so that what a command prints can be piped; ``note``: shown behind, a field of tasks."""
     columns = [TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     columns += [TimeRemainingColumn(), *([TextColumn("{task.fields[note]}")] if note else [])]
     return Progress(

@@ -88,13 +88,7 @@ class KeysOnce(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def load_config(path: Path, args: type[T], section: str, base: T | None = None) -> T:
-    """``args`` with the values that ``section`` of the file gives.
-
-    Args:
-        path: of the file.
-        args: the script's dataclass.
-        section: one of ``SECTIONS``.
-        base: has the values that the section does not give. None: the defaults.
+    """``args`` with the values that ``section`` of the file gives, and those of ``base`` (None: the defaults).
 
     Raises:
         ConfigError: for a file that is not there, has no such part, or a key or value that does not fit.
@@ -114,21 +108,14 @@ def load_config(path: Path, args: type[T], section: str, base: T | None = None) 
 
 
 def has_section(path: Path, section: str) -> bool:
-    """Whether the file has that part, and something in it.
-
-    Raises:
-        ConfigError: for a file that is not there or no configuration.
-    """
+    """Whether the file has that part, and something in it; ConfigError for no configuration."""
     return _read(path).get(section) is not None
 
 
 def meant(name: str, args: type, flags: bool = True) -> str | None:
-    """What to say instead of a foreign name of an option; None: it is none, or ``args`` has it.
+    """What to say instead of a foreign name of an option, of a field or flag; None: it is none, or ``args`` has it.
 
-    Args:
-        name: as a field would be called, or a flag without its dashes.
-        args: the script's dataclass.
-        flags: write options as flags, not as keys of a file.
+    ``flags``: write options as flags, not as keys of a file.
     """
     name = name.replace("-", "_")
     hints = get_type_hints(args)

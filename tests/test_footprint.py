@@ -16,8 +16,7 @@ from ivt_agents.grpo import train as train_grpo
 from ivt_agents.sft import train as train_sft
 from ivt_agents.vlm.adapters import add_lora
 from ivt_agents.vlm.architectures import (
-    QWEN3_PIXELS,
-    QWEN25_PIXELS,
+    PIXELS,
     build_without_weights,
     find_config,
     shipped_config,
@@ -238,7 +237,7 @@ def test_checkpointing_keeps_what_the_estimate_says_beside_the_layer_computed_ag
 # --- Images -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("patch", "limits"), [(16, QWEN3_PIXELS), (14, QWEN25_PIXELS), (8, (2304, 9216))])
+@pytest.mark.parametrize(("patch", "limits"), [(16, PIXELS["qwen3_vl"]), (14, PIXELS["qwen2_5_vl"]), (8, (2304, 9216))])
 def test_visual_tokens_are_the_image_processors(patch, limits):
     edges = {"shortest_edge": limits[0], "longest_edge": limits[1]}
     processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, size=edges)

@@ -158,12 +158,9 @@ class ChatClient:
         attempts: int = 6,
         timeout_s: float = 120.0,
     ) -> None:
-        """Check ``<base url>`` or ``<base url>#<model>``; nothing is sent yet.
+        """Check ``<base url>`` or ``<base url>#<model>`` (``ServedError``); nothing is sent yet.
 
         ``attempts`` are requests for one answer; waits grow, and ``Retry-After`` is honoured up to a minute.
-
-        Raises:
-            ServedError: for an address that is none or holds a secret, and where the package is missing.
         """
         try:
             import openai
@@ -207,11 +204,7 @@ class ChatClient:
         """Requests on their way, so that equal ones are sent once."""
 
     def check(self) -> None:
-        """Send one small request: a server that cannot answer is found before anything else is done.
-
-        Raises:
-            ServedError: for an address, key or model that does not work, after at most two attempts.
-        """
+        """Send one small request, at most twice: ServedError for a server that cannot answer, before all else."""
         patient = self.attempts, self._client
         self.attempts, self._client = 2, self._client.with_options(timeout=30.0)
         try:
@@ -245,9 +238,7 @@ class ChatClient:
     def ask(self, body: Body, draw: Any = None) -> Answer:
         """The model's answer to a request, from the cache where it is there.
 
-        Args:
-            body: of the request, without the model's name.
-            draw: which of several answers to the same request is meant, where it samples; part of the cache's key.
+        ``draw``: which of several answers to the same request is meant, where it samples; part of the cache's key.
 
         Raises:
             ServedError: for an answer that cannot be had; BudgetError where the budget is used up.

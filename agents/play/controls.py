@@ -85,11 +85,8 @@ class PickOfShots:
 
     def _choose(self, shots: Actions, start: int) -> int:
         """The place in ``shots`` of the answer to propose, among ``count`` from ``start`` on."""
-        usable = [
-            k
-            for k in range(start, start + self.count)
-            if not shots["stop"][k] and boxes.invalid_reason(shots["box"][k]) is None
-        ]
+        places = (k for k in range(start, start + self.count) if not shots["stop"][k])
+        usable = [k for k in places if boxes.invalid_reason(shots["box"][k]) is None]
         if not usable:
             return start
         sure = shots.get("confidence", np.zeros(len(shots["stop"])))[usable]
@@ -111,11 +108,7 @@ class SecondShot:
         self._first: dict[int, dict[str, Any]] = {}
 
     def act(self, observations: Mapping[str, Any]) -> Actions:
-        """A box (N, 4) at the first two steps, a stop (N,) afterwards; see ``ivt_env.rollouts.Agent``.
-
-        Raises:
-            RuntimeError: for an episode whose first observation was not seen.
-        """
+        """A box (N, 4) at the first two steps, a stop (N,) afterwards; see ``ivt_env.rollouts.Agent``."""
         active, step = np.asarray(observations["active"]), np.asarray(observations["step"])
         actions = _stopped(active)
         self.turns = []
@@ -127,7 +120,12 @@ class SecondShot:
                 # A copy: an environment may draw its next image into the same array.
                 shown = copy.deepcopy(_split(observations, rows))
                 self._first |= dict(zip(rows.tolist(), shown, strict=True))
-            shots = _shoot(self.agent, [self._recall(row) for row in rows.tolist()], 1, temperature)
+            if unseen := [row for row in rows.tolist() if row not in self._first]:
+                raise RuntimeError(
+                    f"environment {unseen[0]} is at its second step and its first observation was not seen: a second"
+                    " shot begins where the episode does, so let the agent act from step 0 on"
+                )
+            shots = _shoot(self.agent, [self._first[row] for row in rows.tolist()], 1, temperature)
             self.turns = [*self.turns, *self.agent.turns]
             actions = _with_answers(actions, rows, shots, range(len(rows)))
         return actions
@@ -136,25 +134,13 @@ class SecondShot:
         """Forget the first observations of the environments where ``mask`` (N,) is true."""
         self._first = {row: one for row, one in self._first.items() if row < len(mask) and not mask[row]}
 
-    def _recall(self, row: int) -> dict[str, Any]:
-        if row not in self._first:
-            raise RuntimeError(
-                f"environment {row} is at its second step and its first observation was not seen: a second shot"
-                " begins where the episode does, so let the agent act from step 0 on"
-            )
-        return self._first[row]
-
 
 CONTROL_FORMS = ("medoid-N:VLM", "best-of-N:VLM", "second-shot:VLM")
 """How a command line names a control; ``@T`` behind the name sets the temperature: ``medoid-8@0.7:vlm:tiny``."""
 
 
 def control_of(name: str) -> Callable[[Policy], PickOfShots | SecondShot] | None:
-    """What makes the control that ``name`` (``medoid-8``, ``best-of-4@0.7``, ``second-shot``) names, or None.
-
-    Raises:
-        ValueError: for a name that begins like one and is none.
-    """
+    """What makes the control that ``name`` names; None for another name, ValueError for one that only begins so."""
     if not name.startswith(("medoid-", "best-of-", "second-shot")):
         return None
     found = re.fullmatch(r"(?:(medoid|best-of)-([1-9][0-9]*)|second-shot)(?:@([0-9]+(?:\.[0-9]+)?))?", name)

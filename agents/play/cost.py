@@ -48,12 +48,9 @@ class Cost:
 def cost_of(
     turns: Sequence[Turn | Answer | None], before: Mapping[int, Turn] | None = None, reuse: bool = True
 ) -> Cost:
-    """What one ``act`` cost.
+    """What one ``act`` cost; turns of one prompt object shared its prefill, None is where nothing was said.
 
-    Args:
-        turns: what was asked and said; None where nothing was. Turns of one prompt object shared its prefill.
-        before: what was said last at each place in ``turns``; a conversation that goes on must stand there.
-        reuse: conversations go on where their cache ends, as the policy has it. False: they are read anew.
+    ``before`` is what was said last at each place, for conversations that go on (with ``reuse``: at their cache).
     """
     served = [turn for turn in turns if isinstance(turn, Answer)]
     said = [(place, turn) for place, turn in enumerate(turns) if turn is not None and not isinstance(turn, Answer)]

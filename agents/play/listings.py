@@ -60,11 +60,7 @@ def policies(folder: Path) -> list[dict[str, Any]]:
 
 
 def environments(data_root: Path | None) -> list[dict[str, Any]]:
-    """Every registered id, JSON-able: its data set, and per split whether it is served and from where.
-
-    Raises:
-        DataError: for a home folder that does not exist.
-    """
+    """Every registered id, JSON-able: its data set, and per split whether it is served and from where."""
     import ivt_env
     from ivt_env.data import data_folder, find_source, splits
     from ivt_env.data.mixture import PARTS
@@ -135,12 +131,6 @@ def _words(row: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _prompts(args: argparse.Namespace) -> int:
-    """List, show or write.
-
-    Raises:
-        PromptError: for a file or folder that is not there or in the way, and prompts that a model on this machine
-            cannot have.
-    """
     from ivt_agents.vlm.codec import ANSWER
     from ivt_agents.vlm.prompts import POLICY_FILE, PromptError, find_prompts, load_prompts, shipped_prompts
     from ivt_env.files import write_whole

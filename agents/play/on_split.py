@@ -23,11 +23,7 @@ _LOUD = 0.5
 
 
 def validation_samples(env_id: str, split: str, eval_split: str, wanted: int, data_root: str | None) -> range:
-    """The samples of a training command's evaluations, found before anything is loaded or trained.
-
-    Raises:
-        DataError: where there is no such split, with the options that help.
-    """
+    """The samples of a training command's evaluations; DataError, with what helps, where there is no such split."""
     options: dict[str, Any] = {"data_root": data_root, "strict": True}
     make_vector_env(env_id, 1, split=split, **options).close()  # what is wrong with all of it is said as it is
     if not wanted:
@@ -61,11 +57,7 @@ class Stages:
 
 
 def samples_to_compare(dataset: Dataset, wanted: int) -> range:
-    """``first_samples`` for a command that draws intervals over images, known before anything is played.
-
-    Raises:
-        DataError: where they show one image, so that nothing can be resampled.
-    """
+    """``first_samples``; DataError where they show one image, so that no interval over images could be drawn."""
     indices = first_samples(dataset, wanted)
     if not any(dataset[index].image_id != dataset[0].image_id for index in indices):
         raise DataError(

@@ -64,12 +64,7 @@ class Served:
     """The served models of one run: one budget, one cache, one client for each address."""
 
     def __init__(self, options: ServedOptions | None = None, cache: Path | None = None) -> None:
-        """Read the prompt file; nothing is sent yet. ``cache`` is the folder of what was answered.
-
-        Raises:
-            PromptError: for a prompt file that cannot be used.
-            ServedError: for caps that allow nothing.
-        """
+        """Read the prompt file (``PromptError``); nothing is sent yet. ``cache`` is the folder of what was answered."""
         self.options = options or ServedOptions()
         self.cache = None if cache is None else AnswerCache(cache)
         self.usage = Usage(Budget(self.options.max_requests, self.options.max_tokens))
@@ -151,11 +146,7 @@ class ServedPolicy:
         self._said = {row: said for row, said in self._said.items() if row < len(mask) and not mask[row]}
 
     def act(self, observations: Mapping[str, Any]) -> dict[str, Any]:
-        """One action per environment; see ``ivt_env.rollouts.Agent``.
-
-        Raises:
-            ServedError: for an answer that cannot be had. Those that were given are in the client's cache.
-        """
+        """One action per environment, see ``ivt_env.rollouts.Agent``; ServedError for an answer that cannot be had."""
         n = len(observations["box"])
         active = np.asarray(observations.get("active", np.ones(n, dtype=bool)))
         rows = [int(i) for i in np.flatnonzero(active)]

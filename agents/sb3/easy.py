@@ -24,11 +24,7 @@ KIND = "attributes"
 
 
 def easy_indices(dataset: Dataset, count: int) -> list[int]:
-    """The first ``count`` easy samples of a split of the scenes.
-
-    Raises:
-        ValueError: where the data set is another one, or has not as many.
-    """
+    """The first ``count`` easy samples of a split of the scenes; ValueError where there are not as many."""
     if dataset.name != "scenes":
         raise ValueError(f"easy scenes are picked from the scenes, not from {dataset.name}: use --no-easy there")
     metas = ((index, dataset[index].meta) for index in range(len(dataset)))
@@ -77,9 +73,8 @@ ENV_ID = "IVT-Scenes-v0"
 def compare(agent: Agent, split: str, *, easy: bool, samples: int, max_steps: int = 3, seed: int = 0) -> dict[str, Any]:
     """Play an agent (``ppo``), the random and the centre agent on the first (easy) samples of a split of the scenes.
 
-    Returns:
-        JSON-able: mean final IoU with 95 % intervals, share with IoU of at least 0.5, proposals an episode,
-        and paired differences in final IoU of the agent with the two others.
+    JSON-able: mean final IoU with 95 % intervals, share with IoU of at least 0.5, proposals an episode, and paired
+    differences in final IoU of the agent with the two others.
     """
     dataset = load_dataset("scenes", split)
     indices = easy_indices(dataset, samples) if easy else list(first_samples(dataset, samples))

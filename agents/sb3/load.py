@@ -49,12 +49,7 @@ class SB3Agent:
         self._text = HashedText(int(shape["text_size"]), int(shape["text_seed"]))
 
     def act(self, observations: Mapping[str, Any]) -> dict[str, Any]:
-        """``box`` (N, 4) and ``stop`` (N,) for each environment.
-
-        Raises:
-            SB3Error: at a step that the policy cannot know, because its training episodes were shorter; for
-                a view with a close-up.
-        """
+        """``box`` (N, 4), ``stop`` (N,); SB3Error at a step or for a view that the policy was not trained for."""
         active = np.asarray(observations["active"])
         actions = no_actions(len(active))
         rows = np.flatnonzero(active)
@@ -92,10 +87,8 @@ def save_sb3(folder: Path, policy: ActorCriticPolicy, shape: Mapping[str, Any], 
 def load_sb3(folder: str | Path, *, deterministic: bool = True, seed: int | None = None) -> SB3Agent:
     """The agent that ``python -m ivt_agents.sb3.train`` saved.
 
-    With ``deterministic=False`` it samples, and ``seed``, of PyTorch's generator, decides what.
-
-    Raises:
-        SB3Error: for a folder that is not there, lacks a file, or whose files do not fit each other.
+    With ``deterministic=False`` it samples, and ``seed``, of PyTorch's generator, decides what. SB3Error for a folder
+    that cannot be used.
     """
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():

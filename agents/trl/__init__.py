@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
@@ -11,11 +12,7 @@ import yaml  # type: ignore[import-untyped]
 
 
 def config_fields(words: Sequence[str], config: type) -> dict[str, Any]:
-    """Fields of a dataclass such as ``trl.GRPOConfig`` from words ``name=value``; a value is read as YAML.
-
-    Raises:
-        ValueError: for a word without ``=``, a name that the class has no field of, or a value that is no YAML.
-    """
+    """Fields of a dataclass such as ``trl.GRPOConfig`` from words ``name=value``, YAML; ValueError for others."""
     found = {}
     for word in words:
         name, given, value = word.partition("=")
@@ -28,8 +25,6 @@ def config_fields(words: Sequence[str], config: type) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ValueError(f"{word!r}: the value cannot be read") from error
         if isinstance(found[name], str):  # YAML 1.1 takes 1e-5, without a point, for a text
-            try:
+            with suppress(ValueError):
                 found[name] = float(value)
-            except ValueError:
-                pass
     return found

@@ -52,10 +52,7 @@ def make_trainable(model: Any, rank: int, alpha: int | None = None, reference: b
     """Decide what is trained: every weight (``rank`` 0), a fresh adapter, or the adapter that the model came with.
 
     An adapter on float32 weights is merged first, so that "without adapter" is the policy as given. On any other base
-    it is trained further; ``reference`` then keeps a frozen copy of it.
-
-    Raises:
-        RunError: where the base cannot be trained in this way, or the adapter has another rank or alpha.
+    it is trained further; ``reference`` then keeps a frozen copy of it. RunError where that cannot be.
     """
     held = stored_as(model)
     if rank == 0 and not can_merge(model):

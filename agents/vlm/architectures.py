@@ -20,14 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from ivt_agents.vlm.sources import AGAIN, CONFIG, PROCESSOR, PolicyError, find_source, pixel_limits, scaled
 from ivt_env.failures import reading
@@ -48,10 +41,8 @@ KNOWN = tuple(
 )
 """Hub names whose shapes are shipped."""
 
-QWEN3_PIXELS = (65_536, 16_777_216)
-"""Smallest and largest image in pixels after resizing, as Qwen3-VL ships its image processor."""
-QWEN25_PIXELS = (3_136, 12_845_056)
-"""The same for Qwen2.5-VL."""
+PIXELS = {"qwen3_vl": (65_536, 16_777_216), "qwen2_5_vl": (3_136, 12_845_056)}
+"""Smallest and largest image in pixels after resizing, as the image processors are shipped, by model type."""
 
 
 def shipped_config(name: str) -> Any:
@@ -84,11 +75,7 @@ def shipped_config(name: str) -> Any:
 
 
 def find_config(name: str) -> tuple[Any, str]:
-    """The configuration of a model and where it is from; nothing is downloaded.
-
-    Raises:
-        PolicyError: where it is neither on disk nor among the shipped shapes, or is no Qwen-VL model.
-    """
+    """The configuration of a model and where it is from; PolicyError where it is not here or no Qwen-VL model."""
     base = find_source(name).base
     with reading(Path(base) / CONFIG, AGAIN, PolicyError):
         try:
@@ -103,31 +90,24 @@ def find_config(name: str) -> tuple[Any, str]:
                     f"of {', '.join(KNOWN)}"
                 ) from error
             config, source = shipped_config(base), "shapes shipped with this project (see agents/vlm/architectures.py)"
-    if config.model_type not in _CLASSES:
-        raise PolicyError(f"{name} is a {config.model_type!r}; a dry run knows {sorted(_CLASSES)}")
+    if config.model_type not in PIXELS:
+        raise PolicyError(f"{name} is a {config.model_type!r}; a dry run knows {sorted(PIXELS)}")
     return config, source
-
-
-_CLASSES = {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
 
 
 def build_without_weights(config: Any) -> Any:
     """The real model class on the meta device: every parameter has its shape and no memory."""
     with torch.device("meta"):
-        model = _CLASSES[config.model_type](config)
-    # Input and output embeddings are one parameter where the configuration says so.
-    model.tie_weights()
-    return model
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def image_limits(config: Any, name: str, pixels: float | None = None) -> tuple[int, int]:
     """Smallest and largest number of pixels that the model's image processor hands on, ``pixels`` times the most."""
     source = find_source(name)
     folder = source.find(*PROCESSOR)
-    limits = QWEN3_PIXELS if config.model_type == "qwen3_vl" else QWEN25_PIXELS
+    limits = PIXELS[config.model_type]
     if folder is not None:
         with reading(f"image processor of {folder}", AGAIN, PolicyError), suppress(OSError):  # a hub name: not here
-            limits = pixel_limits(
-                AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True), folder
-            )
+            found = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+            limits = pixel_limits(found, folder)
     return limits if pixels is None else scaled(limits, pixels, folder or source.base)

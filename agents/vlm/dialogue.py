@@ -31,11 +31,7 @@ class Dialogue:
     """Speaks a model's chat template, token by token."""
 
     def __init__(self, tokenizer: Any, image_processor: Any, prompts: Prompts, codec: BoxCodec) -> None:
-        """Wrap a tokenizer with a chat template and an image processor of the Qwen-VL family.
-
-        Raises:
-            ValueError: for a chat template that does not end a completion with a special token.
-        """
+        """Wrap those of a Qwen-VL; ValueError for a chat template that ends no completion with a special token."""
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.prompts, self.codec = prompts, codec
         self.image_token: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -78,11 +74,7 @@ class Dialogue:
         return [*self._tokens(text, special=False), self.end_id]
 
     def action_text(self, box: Sequence[float], views: Sequence[View], number: int = 1) -> str:
-        """The answer with a box (relative to the whole image) in the frame of image ``number``, from 1.
-
-        Raises:
-            ValueError: for an image that is not shown, or a box that does not lie inside it.
-        """
+        """The answer with a box (relative to the whole image), which must lie in image ``number``, from 1."""
         if not 1 <= number <= len(views):
             raise ValueError(f"an answer in the frame of image {number}, but {len(views)} shown")
         image, window = views[number - 1]

@@ -87,7 +87,7 @@ def load_policy(
     attention = attention or ("eager" if device == "cpu" else "sdpa")
     check_weights(dtype, quantize, attention, device)
     with reading(Path(source.base) / CONFIG, AGAIN, PolicyError):
-        check_config(source, config, _without_weights)
+        check_config(source, config)
     tokenizer = load_tokenizer(source, config)
     processor = load_image_processor(source, config, pixels)
     model = _load_model(source, dtype, quantize, device)
@@ -123,11 +123,6 @@ def load_policy(
     return policy
 
 
-def _without_weights(config: Any) -> Any:
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
-
-
 def _read_back(model: Any, source: Source, held: dict[str, str], attention: str) -> None:
     """Refuse a model that is not held and computed as it was asked for, or whose weights are not finite."""
     core = core_of(model)
@@ -142,11 +137,7 @@ def _read_back(model: Any, source: Source, held: dict[str, str], attention: str)
 
 
 def check_weights(dtype: str, quantize: str, attention: str | None, device: str) -> None:
-    """Refuse formats that cannot be had here, before anything is read.
-
-    Raises:
-        PolicyError: says what is missing, or what contradicts what.
-    """
+    """Refuse (``PolicyError``) formats that cannot be had here or contradict each other, before anything is read."""
     if dtype not in DTYPES:
         raise PolicyError(f"dtype {dtype}: give one of {', '.join(DTYPES)}")
     if quantize not in ("none", "nf4"):
@@ -174,14 +165,10 @@ def _load_model(source: Source, dtype: str, quantize: str, device: str) -> Any:
         options |= {"quantization_config": nf4_config(), "device_map": {"": device}}
     with reading(source.base, f"is it complete, and do weights and {CONFIG} belong together? {AGAIN}", PolicyError):
         model, report = AutoModelForImageTextToText.from_pretrained(source.base, **options)
-    wrong = {
-        k: sorted(map(str, report[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]
-    }
-    if wrong:
-        kind, keys = next(iter(wrong.items()))
-        raise PolicyError(
-            f"{source.base}: weights and {CONFIG} do not belong together: {kind.replace('_', ' ')} {keys[:3]}; {AGAIN}"
-        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, report[kind])):
+            what = f"{kind.replace('_', ' ')} {keys[:3]}"
+            raise PolicyError(f"{source.base}: weights and {CONFIG} do not belong together: {what}; {AGAIN}")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On some CPUs bitsandbytes lays out the weights anew at the first pass in eval mode, for a

@@ -55,24 +55,13 @@ class VLMPolicy:
         reuse: bool = True,
         name: str = "",
     ) -> None:
-        """Wrap a loaded model; ``load_policy`` is the usual way here.
+        """Wrap a loaded Qwen-VL, or a peft model around one; ``load_policy`` is the usual way here.
 
-        Args:
-            model: Qwen-VL for conditional generation, or a peft model around one.
-            tokenizer: its tokenizer, with a chat template.
-            image_processor: its image processor.
-            prompts: what is asked.
-            codec: how its boxes are written.
-            max_new_tokens: limit of a turn; a turn that runs into it has no action.
-            temperature: 0 for greedy.
-            seed: of the sampling.
-            batch_size: rows in one forward pass of generation.
-            layout: ``fresh``, a prompt of its own each step, or ``prefix``, one growing conversation.
-            shown: keywords of the environment that the policy was trained for (``view``, ``overlay``, ``closeup``,
-                ``canvas``); for those who make one for it.
-            reuse: compute equal prompts once, keep image encodings, and continue conversations on
-                their key-value caches. False computes everything anew each time: slower, the same.
-            name: under which it was loaded.
+        A turn that runs into ``max_new_tokens`` has no action; a ``temperature`` of 0 is greedy; ``batch_size`` are the
+        rows in one pass of generation. ``layout`` is ``fresh``, a prompt of its own each step, or ``prefix``, one
+        growing conversation. ``shown`` are keywords of the environment that the policy was trained for (``view``,
+        ``overlay``, ``closeup``, ``canvas``). ``reuse``: compute equal prompts once, keep image encodings, and continue
+        conversations on their key-value caches; False computes everything anew: slower, the same.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")
@@ -116,10 +105,7 @@ class VLMPolicy:
 
     @property
     def opener(self) -> VLMPolicy | None:
-        """The model that gives the first box, so that learning to refine does not harm first boxes; None: the policy.
-
-        Always greedy, so that a group of episodes differs by what is learned alone.
-        """
+        """The model that gives the first box, always greedy, so that learning to refine does not harm first boxes."""
         return self._opener
 
     @opener.setter
@@ -260,10 +246,7 @@ class VLMPolicy:
     def save(self, folder: str | Path, made_for: Mapping[str, Any] | None = None) -> None:
         """Write everything that ``load_policy`` needs into ``folder``, which appears complete or not at all.
 
-        ``made_for`` are the options that made the policy, for those who find the folder.
-
-        Raises:
-            NotFiniteError: for weights that are not finite, before anything is written.
+        ``made_for`` are the options that made the policy. NotFiniteError for weights that are not finite.
         """
         if name := unusable_weight(self.model.named_parameters()):
             raise NotFiniteError(

@@ -89,10 +89,8 @@ class ImageSize:
 
     def __post_init__(self) -> None:
         """Refuse what no image can have."""
-        values = (self.multiple, self.min_pixels, self.max_pixels)
-        if not all(type(v) is int and v >= 1 for v in values) or self.max_pixels < max(
-            self.min_pixels, self.multiple**2
-        ):
+        values = multiple, least, most = (self.multiple, self.min_pixels, self.max_pixels)
+        if not all(type(v) is int and v >= 1 for v in values) or most < max(least, multiple**2):
             raise ValueError(f"image: multiple, min_pixels and max_pixels are {values}; give whole numbers that fit")
 
     def of(self, height: int, width: int) -> tuple[int, int]:
@@ -185,11 +183,7 @@ def shipped_prompts() -> list[str]:
 
 
 def find_prompts(name: str | Path) -> Path:
-    """The prompt file that is shipped under ``name``, or the file of that name.
-
-    Raises:
-        PromptError: where there is neither.
-    """
+    """The prompt file that is shipped under ``name``, or the file of that name; PromptError where there is neither."""
     shipped, path = SHIPPED / f"{name}.yaml", Path(name)
     if str(name) in shipped_prompts():
         return shipped
@@ -199,11 +193,7 @@ def find_prompts(name: str | Path) -> Path:
 
 
 def load_prompts(name: str | Path) -> PromptFile:
-    """Read a shipped prompt file by its name, or a file.
-
-    Raises:
-        PromptError: for a file that is not there, is no YAML, or holds a key or value that does not belong there.
-    """
+    """Read a shipped prompt file by its name, or a file; PromptError for one that cannot be used."""
     path = find_prompts(name)
     with reading(path, kind=PromptError):
         found = yaml.load(path.read_text(encoding="utf-8"), KeysOnce)
@@ -217,9 +207,8 @@ def prompt_file(found: Mapping[str, Any]) -> PromptFile:
     found = {key: value for key, value in found.items() if key not in HELD}
     kinds: dict[str, type] = dict.fromkeys(("prompt", "first", "closeup", "with_closeup", "system"), str)
     kinds |= dict.fromkeys(("layout", "view", "frame", "answer"), str)
-    kinds |= dict.fromkeys(("max_tokens", "canvas"), int) | dict.fromkeys(
-        ("overlay", "around", "image", "request"), dict
-    )
+    kinds |= dict.fromkeys(("max_tokens", "canvas"), int)
+    kinds |= dict.fromkeys(("overlay", "around", "image", "request"), dict)
     for key, value in found.items():
         if key not in kinds:
             raise ValueError(f"unknown key {key!r}; there are {', '.join(kinds)}")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import safe_open
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from ivt_agents.vlm.codec import ANSWER, FRAMES
 from ivt_agents.vlm.footprint import resized
@@ -72,11 +73,7 @@ class Source:
 
 
 def find_source(name: str | Path) -> Source:
-    """Where a model is. Nothing but ``adapter_config.json`` is read.
-
-    Raises:
-        PolicyError: for a folder that is not there or holds no model, and an adapter whose base is not there.
-    """
+    """Where a model is; nothing but ``adapter_config.json`` is read. PolicyError where it or its base is not there."""
     adapters: list[Path] = []
     while True:
         folder = weights_folder() if str(name) == TINY_NAME else Path(name)
@@ -146,11 +143,8 @@ def read_settings(source: Source, model_type: str) -> tuple[PromptFile, dict[str
     return asked, {key: found[key] for key in HELD if key in found}
 
 
-def check_config(source: Source, config: Any, build: Any) -> None:
-    """Refuse a configuration that describes another model than the weights beside it, before memory is taken.
-
-    ``build`` makes the model from a configuration on the meta device.
-    """
+def check_config(source: Source, config: Any) -> None:
+    """Refuse a configuration that describes another model than the weights beside it, before memory is taken."""
     folder = Path(source.base)
     if not folder.exists():
         return
@@ -162,7 +156,8 @@ def check_config(source: Source, config: Any, build: Any) -> None:
     for path in folder.glob(WEIGHTS):
         with reading(path, f"is it complete? {AGAIN}", PolicyError), safe_open(path, "pt") as weights:
             held += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())
-    wanted = sum(p.numel() for p in build(config).parameters())
+    with torch.device("meta"):
+        wanted = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
     if held and not wanted / 2 < held < 2 * wanted:
         raise PolicyError(
             f"{folder}: {CONFIG} describes {wanted:,} parameters, and the weights have {held:,}: they do not belong"
