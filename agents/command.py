@@ -36,7 +36,7 @@ def parse(args: type[T], argv: list[str] | None = None, section: str | None = No
             print(f"{len(hidden)} more options are listed in docs/command_line.md.")
     # Only --config is looked for here; what else stands on the command line is tyro's, help included.
     given = [*zip(argv, argv[1:], strict=False), *(word.split("=", 1) for word in argv if "=" in word)]
-    chosen = dict(given).get("--config")  # type: ignore[arg-type]
+    chosen = {name: value for name, value in given}.get("--config")
     if section is None or chosen is None:
         return tyro.cli(args, args=argv)
     return tyro.cli(args, args=argv, default=load_config(Path(chosen), args, section))

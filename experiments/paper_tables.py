@@ -16,18 +16,9 @@ import numpy as np
 
 from ivt_env.episodes import Episode
 from ivt_env.metrics.columns import Column, outcomes
-from ivt_env.metrics.scores import StepChanges, rollout_summary, scores, step_changes
-from ivt_env.metrics.table import (
-    ORACLE_NOTE,
-    Comparison,
-    as_json,
-    compare,
-    difference,
-    marked,
-    number,
-    render,
-    title,
-)
+from ivt_env.metrics.scores import rollout_summary, scores, step_changes
+from ivt_env.metrics.statistics import Difference
+from ivt_env.metrics.table import ORACLE_NOTE, as_json, compare, difference, marked, number, render, title
 
 METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mIoU")
 N_BOOT = 1000
@@ -95,14 +86,9 @@ def rules(played: Played) -> dict[str, Column]:
     return dict(sorted(found.items(), key=lambda item: (item[1].oracle, item[0] != "step_0")))
 
 
-def changes(played: Played) -> StepChanges:
-    """What the refinements did; the IoU drop per step is minus its ``mean_change``."""
-    return step_changes(outcomes(played.episodes))
-
-
 def drop(played: Played) -> float:
     """IoU lost per refinement, a mean over all refinements of the forced rollout; negative for a gain."""
-    return -changes(played).mean_change
+    return -step_changes(outcomes(played.episodes)).mean_change
 
 
 def version_1(played: Mapping[str, Played]) -> str:
@@ -112,21 +98,19 @@ def version_1(played: Mapping[str, Played]) -> str:
         if line.policy not in played:
             continue
         one = played[line.policy]
-        lost, worse = (drop(one), changes(one).samples_degrading.value) if line.loop else (None, None)
-        lines.append([line.title, *_cells(scores(one.columns[line.column], METRICS)), *_drop_cells(lost, worse)])
+        found = step_changes(outcomes(one.episodes))
+        after = (-found.mean_change, found.samples_degrading.value) if line.loop else (None, None)
+        lines.append([line.title, *_cells([*scores(one.columns[line.column], METRICS).values(), *after])])
         if line.policy != "own_gain":
-            told = _cells(dict(zip(METRICS, line.reported, strict=False)))
-            lines.append(["   the paper, reported", *told, *_drop_cells(*line.reported[4:])])
+            lines.append(["   the paper, reported", *_cells(line.reported)])
     head = ["version 1: ground truth chooses", *map(title, METRICS), "IoU drop per step", "samples degrading (%)"]
     return render(head, lines)
 
 
-def _cells(of_metric: Mapping[str, float | None]) -> list[str]:
-    return [number(of_metric[m], m) for m in METRICS]
-
-
-def _drop_cells(drop: float | None, degrading: float | None) -> list[str]:
-    return [number(drop, "IoU", sign=True), number(degrading)]
+def _cells(values: Sequence[float | None]) -> list[str]:
+    """Of ``METRICS``; where they stand behind, also a drop per step and a share."""
+    kinds = [*((m, False) for m in METRICS), ("IoU", True), ("share", False)]
+    return [number(value, kind, sign=sign) for value, (kind, sign) in zip(values, kinds, strict=False)]
 
 
 def version_2(played: Mapping[str, Played]) -> str:
@@ -139,9 +123,10 @@ def version_2(played: Mapping[str, Played]) -> str:
         for rule, column in found.items():
             if name == "single" and rule != "step_0":
                 continue
-            own = "-" if rule == "step_0" else _difference(_compare(rule, column, found["step_0"], clusters))
-            against = "-" if column is base else _difference(_compare(rule, column, base, clusters))
-            lines.append([name, marked(rule, column.oracle), *_cells(scores(column, METRICS)), own, against])
+            own = "-" if rule == "step_0" else _difference(_gain(column, found["step_0"], clusters))
+            against = "-" if column is base else _difference(_gain(column, base, clusters))
+            cells = _cells([*scores(column, METRICS).values()])
+            lines.append([name, marked(rule, column.oracle), *cells, own, against])
     head = ["version 2", "rule", *map(title, METRICS), "Acc@0.5 - own step 0", "Acc@0.5 - base single shot"]
     return render(head, lines, left=2)
 
@@ -151,12 +136,12 @@ def claims(played: Mapping[str, Played]) -> list[Claim]:
     clusters = outcomes(played["base"].episodes).image_ids
     base, sft, grpo = (rules(played[name]) for name in ("base", "sft", "grpo"))
     made = []
-    fall = _compare("last", base["last_step"], base["step_0"], clusters)
+    fall = _gain(base["last_step"], base["step_0"], clusters)
     made.append(Claim("the untrained loop collapses", _down(fall), f"last step - step 0: {_difference(fall)}"))
-    repair = _compare("last", sft["last_step"], base["last_step"], clusters)
+    repair = _gain(sft["last_step"], base["last_step"], clusters)
     text = "SFT repairs it: its last step is better than the untrained loop's"
     made.append(Claim(text, _up(repair), f"last step, SFT - base: {_difference(repair)}"))
-    seen = _compare("best", sft["oracle_best"], base["last_step"], clusters)
+    seen = _gain(sft["oracle_best"], base["last_step"], clusters)
     text = "SFT repairs it as version 1 counts: its best step * is better than the untrained loop's last"
     made.append(Claim(text, _up(seen), f"{_difference(seen)} (reported: 48.7 -> 82.0)"))
     lost = drop(played["sft"])
@@ -165,10 +150,8 @@ def claims(played: Mapping[str, Played]) -> list[Claim]:
     )
     made += _what_grpo_did("GRPO", played["sft"], played["grpo"], clusters, " (reported: 0.140 -> 0.029, 4.8 times)")
     for name, found in (("SFT", sft), ("GRPO", grpo)):
-        ceiling = _compare("oracle", found["oracle_best"], found["step_0"], clusters)
-        gains = {
-            r: _compare(r, c, found["step_0"], clusters) for r, c in found.items() if not c.oracle and r != "step_0"
-        }
+        ceiling = _gain(found["oracle_best"], found["step_0"], clusters)
+        gains = {r: _gain(c, found["step_0"], clusters) for r, c in found.items() if not c.oracle and r != "step_0"}
         text = f"the mirage after {name}: the oracle gains on step 0, no rule without ground truth does"
         figures = f"oracle {_difference(ceiling)}; " + ", ".join(f"{r} {_difference(c)}" for r, c in gains.items())
         made.append(Claim(text, _up(ceiling) and not any(_up(c) for c in gains.values()), figures))
@@ -189,7 +172,7 @@ def _what_grpo_did(
     text = f"{name} lowers the drop per step at least five times"
     fewer = Claim(text, lost > 0 and times >= 5, figures + reported)
     shared = [r for r in sft if r in grpo and not sft[r].oracle]
-    moved = {r: _compare(r, grpo[r], sft[r], clusters) for r in shared}
+    moved = {r: _gain(grpo[r], sft[r], clusters) for r in shared}
     figures = f"{name} - SFT: " + ", ".join(f"{r} {_difference(c)}" for r, c in moved.items())
     text = f"no Acc@0.5 falls through {name}"
     return [fewer, Claim(text, not any(_down(c) for c in moved.values()), figures)]
@@ -200,14 +183,10 @@ def report(played: Mapping[str, Played], what: str) -> str:
     text = [what, "", version_1(played), "", ORACLE_NOTE, "", version_2(played), "", ORACLE_NOTE, REPORTED_2, ""]
     text += ["Differences are paired over images, in points; the 95 % bootstrap interval of a difference that is"]
     text += ["'n.s.' (not significant) holds zero. Boxes that no answer could be read from:"]
-    text += [
-        f"  {name}: {100 * rollout_summary(outcomes(p.episodes)).parse_failures.value:.1f} % of actions"
-        for name, p in played.items()
-    ]
-    text += [""]
-    for claim in claims(played):
-        text.append(f"[{'yes' if claim.holds else 'NO'}] {claim.text}\n      {claim.figures}")
-    return "\n".join(text)
+    failed = {name: rollout_summary(outcomes(p.episodes)).parse_failures.value for name, p in played.items()}
+    text += [f"  {name}: {100 * share:.1f} % of actions" for name, share in failed.items()]
+    told = [f"[{'yes' if claim.holds else 'NO'}] {claim.text}\n      {claim.figures}" for claim in claims(played)]
+    return "\n".join([*text, "", *told])
 
 
 def results(played: Mapping[str, Played]) -> dict[str, Any]:
@@ -217,24 +196,23 @@ def results(played: Mapping[str, Played]) -> dict[str, Any]:
         found[name] = {
             "rules": {rule: scores(column, METRICS) for rule, column in rules(one).items()},
             "oracle_rules": [rule for rule, column in rules(one).items() if column.oracle],
-            "changes": as_json(changes(one)),
+            "changes": as_json(step_changes(outcomes(one.episodes))),
             "rollout": as_json(rollout_summary(outcomes(one.episodes))),
         }
     return {"policies": found, "claims": [as_json(c) for c in claims(played)]}
 
 
-def _compare(name: str, a: Column, b: Column, clusters: Sequence[str]) -> Comparison:
-    return compare(name, a, b.name, b, clusters, "Acc@0.5", n_boot=N_BOOT)
+def _gain(a: Column, b: Column, clusters: Sequence[str]) -> Difference:
+    return compare(a.name, a, b.name, b, clusters, "Acc@0.5", n_boot=N_BOOT).difference
 
 
-def _up(c: Comparison) -> bool:
-    return c.difference.shown and c.difference.diff > 0
+def _up(d: Difference) -> bool:
+    return d.shown and d.diff > 0
 
 
-def _down(c: Comparison) -> bool:
-    return c.difference.shown and c.difference.diff < 0
+def _down(d: Difference) -> bool:
+    return d.shown and d.diff < 0
 
 
-def _difference(c: Comparison) -> str:
-    d = c.difference
-    return difference(d.diff, d.shown, d.num_clusters, c.metric)
+def _difference(d: Difference) -> str:
+    return difference(d.diff, d.shown, d.num_clusters, "Acc@0.5")

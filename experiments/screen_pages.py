@@ -91,12 +91,10 @@ dialog {{ background: {ground}; color: {text}; border: 1px solid {accent}; width
 
 
 def links(names: Sequence[str]) -> str:
-    """Links, one after the other."""
     return " ".join(f'<a href="#{n}">{escape(name)}</a>' for n, name in enumerate(names))
 
 
 def buttons(names: Sequence[str], role: str = "button") -> str:
-    """Buttons with words on them."""
     return " ".join(f'<button role="{role}">{escape(name)}</button>' for name in names)
 
 
@@ -136,23 +134,19 @@ def box(label: str, kind: str = "checkbox", on: bool = False) -> str:
 
 
 def search(hint: str) -> str:
-    """The search field of a page."""
     return f'<input type="search" placeholder="{hint}" size="30">'
 
 
 def day(draw: Draw) -> str:
-    """A date and a time."""
     month = draw.choice("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split())
     return f"{draw.randint(1, 28)} {month} {draw.randint(7, 19)}:{draw.randint(10, 59)}"
 
 
 def some(draw: Draw, names: Sequence[str], count: int) -> list[str]:
-    """Different ones, in any order."""
     return draw.sample(names, min(count, len(names)))
 
 
 def mail(draw: Draw) -> str:
-    """A mail client."""
     rows = [
         ['<input type="checkbox" aria-label="Select">', icons({"Star": "☆", "Flag": "⚑"}), f'<a href="#m">{subject}</a>',
          sender, f"{draw.randint(2, 980)} kB", day(draw)]
@@ -169,7 +163,6 @@ def mail(draw: Draw) -> str:
 
 
 def sheet(draw: Draw) -> str:
-    """A spreadsheet."""
     head = ("Item", "Order", "Stock", "Price", "Weight", "Supplier", "Depot", "Counted", "Margin", "Shelf")
     rows = [
         [item, f"PO-{draw.randint(1000, 9999)}", str(draw.randint(0, 400)), f"{draw.uniform(3, 900):.2f}",
@@ -188,7 +181,6 @@ def sheet(draw: Draw) -> str:
 
 
 def settings(draw: Draw) -> str:
-    """Settings of a program."""
     groups = some(draw, ("Display", "Sound", "Network", "Privacy", "Updates", "Keyboard", "Backup", "Storage"), 6)
     lines = ("Enabled", "Start with the system", "Show in the menu", "Send reports", "Use less power", "Ask first")
     cards = "".join(
@@ -209,7 +201,6 @@ def settings(draw: Draw) -> str:
 
 
 def calendar(draw: Draw) -> str:
-    """A month with appointments."""
     events = [f"{draw.randint(8, 18)}:{draw.choice(('00', '15', '30'))} {s}" for s in SUBJECTS + TASKS]
     draw.shuffle(events)
     weeks, taken = [], iter(events)
@@ -231,7 +222,6 @@ def calendar(draw: Draw) -> str:
 
 
 def files(draw: Draw) -> str:
-    """A file manager."""
     tools = {"Rename": "✎", "Share": "➦", "Delete": "✖", "Details": "ⓘ"}
     rows = [
         ['<input type="checkbox" aria-label="Select">', f'<a href="#f">{name}</a>', f"{draw.randint(1, 900)} kB",
@@ -249,7 +239,6 @@ def files(draw: Draw) -> str:
 
 
 def users(draw: Draw) -> str:
-    """An administrator's table."""
     rows = [
         [f"{draw.randint(100, 999)}", person, f"{person.split()[0].lower()}@example.org", draw.choice(CITIES),
          draw.choice(("Owner", "Editor", "Reader")), day(draw), draw.choice(("Active", "Invited", "Locked")),
@@ -265,7 +254,6 @@ def users(draw: Draw) -> str:
 
 
 def form(draw: Draw) -> str:
-    """An order with several addresses."""
     place = ("Name", "Street", "Town", "Postcode", "Country", "Telephone")
     parts = "".join(
         f'<div class="card"><h2>{part}</h2>'
@@ -285,7 +273,6 @@ def form(draw: Draw) -> str:
 
 
 def dialog(draw: Draw) -> str:
-    """A dialog over another application, which is out of reach while it is open."""
     inner = (
         f"<h2>Export {draw.choice(FILES)}</h2>{field('File name', 'export')}{choice('Format', ('CSV', 'JSON', 'PDF'))}"
         f"{choice('Encoding', ('UTF-8', 'Latin-1'))}{field('First page', '1', 'number')}{field('Last page', '9', 'number')}"
@@ -301,7 +288,6 @@ def dialog(draw: Draw) -> str:
 
 
 def board(draw: Draw) -> str:
-    """Tasks in columns."""
     tasks = iter(some(draw, TASKS, 24))
     columns = "".join(
         f'<div class="card"><h2>{name}</h2>'
@@ -318,7 +304,6 @@ def board(draw: Draw) -> str:
 
 
 def shop(draw: Draw) -> str:
-    """A catalogue with filters."""
     goods = "".join(
         f'<div class="card"><h2>{thing}</h2><p>{draw.uniform(5, 900):.2f} euros, {draw.randint(1, 400)} reviews</p>'
         f"{links(('Details', 'Reviews'))} {buttons(('Add to basket',))} {icons({'Remember': '♡', 'Compare': '⚖'})}</div>"
@@ -334,7 +319,6 @@ def shop(draw: Draw) -> str:
 
 
 def dashboard(draw: Draw) -> str:
-    """Figures at a glance."""
     figures = "".join(
         f'<div class="card"><h2>{name}</h2><h1>{draw.randint(10, 99999):,}</h1><p>{draw.randint(-9, 30)} % on last week</p>'
         f"{links(('Details', 'Trend'))} {icons({'Pin': '⚑', 'Hide': '✖'})}</div>"
@@ -353,7 +337,6 @@ def dashboard(draw: Draw) -> str:
 
 
 def issues(draw: Draw) -> str:
-    """A tracker of issues."""
     labels = ("bug", "docs", "question", "wish", "urgent", "easy")
     rows = [
         [f"#{draw.randint(100, 999)}", f'<a href="#i">{task}</a>', links([draw.choice(labels)]),
@@ -370,7 +353,6 @@ def issues(draw: Draw) -> str:
 
 
 def chat(draw: Draw) -> str:
-    """A chat in rooms."""
     said = "".join(
         f"<h2>{person}, {day(draw)}</h2><p>{subject}: see {links([draw.choice(FILES)])}, please."
         f" {icons({'Answer': '↶', 'React': '☺', 'Copy': '⧉', 'More': '…'})}</p>"
@@ -385,7 +367,6 @@ def chat(draw: Draw) -> str:
 
 
 def timetable(draw: Draw) -> str:
-    """Departures."""
     rows = [
         [f"{draw.choice(('IC', 'RE', 'EC'))} {draw.randint(100, 999)}", f"{draw.randint(5, 23)}:{draw.randint(10, 59)}",
          *draw.sample(CITIES, 2), str(draw.randint(1, 24)), draw.choice(("on time", "5 min late", "cancelled")),
@@ -401,7 +382,6 @@ def timetable(draw: Draw) -> str:
 
 
 def drawing(draw: Draw) -> str:
-    """A drawing program: signs everywhere."""
     tools = {"Select": "➤", "Pen": "✒", "Pencil": "✎", "Scissors": "✂", "Star": "★", "Circle": "●", "Square": "■",
              "Triangle": "▲", "Text": "✍", "Fill": "◧", "Zoom in": "⊕", "Zoom out": "⊖", "Rotate": "⟳", "Mirror": "⇋"}  # fmt: skip
     layers = [
@@ -422,7 +402,6 @@ def drawing(draw: Draw) -> str:
 
 
 def music(draw: Draw) -> str:
-    """A music player."""
     rows = [
         [icons({"Play": "▶"}), f"{draw.choice(('Slow', 'Late', 'Blue', 'First', 'Last'))} {thing.lower()}",
          f'<a href="#a">{draw.choice(PEOPLE)}</a>', f"{draw.randint(1, 9)}:{draw.randint(10, 59)}",
@@ -462,13 +441,11 @@ def lay_out(out: Path, sqlite: Path, docs: Path, episodes: Path | None) -> int:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
-    """Lay the pages out."""
     parser = argparse.ArgumentParser(description="Lays out the pages behind IVT-Screens-v0.")
     parser.add_argument("--out", type=Path, default=Path("build/pages"), help="default: %(default)s")
     parser.add_argument("--sqlite", type=Path, default=Path("/usr/share/doc/sqlite3"), help="default: %(default)s")

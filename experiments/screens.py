@@ -14,7 +14,8 @@ import argparse
 import json
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from ivt_agents.play.scripted import StopAfter
 from ivt_env import boxes
 from ivt_env.data import load_dataset
 from ivt_env.episodes import Episode
-from ivt_env.files import whole_file, write_whole
+from ivt_env.files import write_whole
 from ivt_env.metrics.statistics import paired_bootstrap
 from ivt_env.rendering import Surroundings, size_on_canvas
 
@@ -57,6 +58,9 @@ class Answer:
     any_covered: bool
     """Some close-up does."""
     looks: int
+
+
+SCORES: dict[str, Callable[[Answer], bool]] = {"hit": lambda e: e.hit, "Acc@0.5": lambda e: e.iou >= 0.5}
 
 
 def measure(page: str, numbers: list[int], folder: Path) -> Path:
@@ -129,17 +133,14 @@ def report(answers: list[Answer]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for name in (*map(way, TIMES), SAME, LOOP):
-        held = by_way[name]
-        hits, right = [float(e.hit) for e in held], [float(e.iou >= 0.5) for e in held]
-        megapixels = np.mean([e.pixels for e in held]) / 1e6
-        row = f"| {name} | {megapixels:.2f} | {100 * np.mean(hits):.1f} | {100 * np.mean(right):.1f} |"
-        for ours, theirs in (([float(e.hit) for e in loop], hits), ([float(e.iou >= 0.5) for e in loop], right)):
-            if name == LOOP:
-                row += " |"
-                continue
+        shares, differences = [], []
+        for of in SCORES.values():
+            ours, theirs = ([float(of(e)) for e in by_way[of_way]] for of_way in (LOOP, name))
+            shares.append(f"{100 * np.mean(theirs):.1f}")
             d = paired_bootstrap(ours, theirs, pages)
-            row += f" {100 * d.diff:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}] |"
-        lines.append(row)
+            differences.append("" if name == LOOP else f"{100 * d.diff:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]")
+        megapixels = np.mean([e.pixels for e in by_way[name]]) / 1e6
+        lines.append(f"| {' | '.join([name, f'{megapixels:.2f}', *shares, *differences])} |")
     before = {e.sample: e.hit for e in by_way[way(1)]}
     wrong, right_first = [e for e in loop if not before[e.sample]], [e for e in loop if before[e.sample]]
     covered = [e for e in wrong if e.covered]
@@ -159,10 +160,7 @@ def report(answers: list[Answer]) -> str:
         f"| looks an episode | {np.mean([e.looks for e in loop]):.2f} |",
         "", f"| element | n | {' | '.join((way(1), way(8), LOOP))} |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
-    counts: dict[str, int] = defaultdict(int)
-    for each in loop:
-        counts[each.noun] += 1
-    for noun, count in sorted(counts.items(), key=lambda item: -item[1]):
+    for noun, count in Counter(e.noun for e in loop).most_common():
         cells = [f"{100 * np.mean([e.hit for e in by_way[w] if e.noun == noun]):.1f}" for w in (way(1), way(8), LOOP)]
         lines.append(f"| {noun} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -170,15 +168,10 @@ def report(answers: list[Answer]) -> str:
 
 def plot(answers: list[Answer], path: Path) -> None:
     """Hit and Acc@0.5 against the pixels that were read."""
-    import matplotlib
+    from ivt_agents.evaluation.plots import plt, save_figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, title, right in zip(
-        axes, ("hit", "Acc@0.5"), (lambda e: e.hit, lambda e: e.iou >= 0.5), strict=True
-    ):  # fmt: skip
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, (title, right) in zip(axes, SCORES.items(), strict=True):
         points = {}
         for name in (*map(way, TIMES), SAME, LOOP):
             held = [e for e in answers if e.way == name]
@@ -195,8 +188,8 @@ def plot(answers: list[Answer], path: Path) -> None:
     axes[0].set_ylim(0, 100)
     axes[0].legend()
     figure.tight_layout()
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    figure.set_dpi(110)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -211,9 +204,8 @@ def main() -> None:
     for number, page in enumerate(_dataset().image_ids()):
         numbers[page].append(number)
     pages = random.Random(0).sample(sorted(numbers), len(numbers))[: args.pages]
-    drawn = [
-        sorted(random.Random(page).sample(numbers[page], min(args.per_page, len(numbers[page])))) for page in pages
-    ]
+    counts = [min(args.per_page, len(numbers[page])) for page in pages]
+    drawn = [sorted(random.Random(p).sample(numbers[p], count)) for p, count in zip(pages, counts, strict=True)]
     with ProcessPoolExecutor(args.workers) as pool:
         answers: list[Answer] = []
         for path in pool.map(measure, pages, drawn, [args.out / "pages"] * len(pages)):
