@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ivt_agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations, teach_as_the_paper
 from ivt_agents.sft.teacher.template import FITS, MISSES, WRONG_OBJECT, critique, teacher_words
+from ivt_agents.sft.train import Args
 from ivt_agents.sft.trainer import batches, to_turns, train
 from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.codec import parse_action
@@ -194,13 +195,7 @@ def test_training_lowers_the_loss_on_its_demonstrations(tmp_path, dataset):
         [d.index for d in made],
         Accelerator(cpu=True),
         MetricsLog(Path(tmp_path)),
-        Path(tmp_path),
-        save_every=20,
-        steps=12,
-        batch=len(turns),
-        micro_batch=8,
-        peak_lr=1e-3,
-        seed=0,
-        on_step=lambda _, loss: losses.append(loss),
+        Args(out=tmp_path, steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=3, optim="adamw"),
+        lambda _, loss: losses.append(loss),
     )
     assert losses[-1] < 0.7 * losses[0]

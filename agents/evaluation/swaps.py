@@ -55,16 +55,13 @@ class BlankImages:
     """A data set with every image uniformly grey; all else as it is."""
 
     def __init__(self, dataset: Dataset) -> None:
-        """Wrap ``dataset``."""
         self._dataset = dataset
         self.name, self.split = dataset.name, dataset.split
 
     def __len__(self) -> int:
-        """Number of samples."""
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``, as the wrapped data set has it."""
         return self._dataset[index]
 
     def image(self, sample: Sample) -> ImageArray:
@@ -122,8 +119,7 @@ def play_swaps(
         seed: decides the boxes that are drawn by chance.
         variants: of ``VARIANTS``.
         steps: numbers of own actions before the swap, each from 1 to ``env.max_steps - 1``.
-        replay: play the own actions again before each answer, so that an agent that remembers has them
-            in mind. False saves this for agents that answer from the observation alone.
+        replay: play the own actions again before each answer, for an agent that remembers.
         agent_name: written into the records.
         on_progress: called with how many answers have been taken, and of how many.
 
@@ -153,16 +149,9 @@ def play_swaps(
     answers: dict[tuple[int, int, str], Swap] = {}
     for blank in (False, True):
         dataset = BlankImages(env.dataset) if blank else env.dataset
-        stage = GroundingVectorEnv(
-            env.num_envs,
-            dataset=dataset,
-            max_steps=env.max_steps,
-            canvas=env.screen.side,
-            view=env.screen.view,
-            overlay=env.screen.overlay,
-            closeup=env.screen.around,
-            autoreset_mode=AutoresetMode.DISABLED,
-        )
+        seen: dict[str, Any] = {"canvas": env.screen.side, "view": env.screen.view, "overlay": env.screen.overlay}
+        seen |= {"closeup": env.screen.around, "max_steps": env.max_steps, "autoreset_mode": AutoresetMode.DISABLED}
+        stage = GroundingVectorEnv(env.num_envs, dataset=dataset, **seen)
         for step in sorted(set(steps)):
             # Answers about one sample side by side: its image is decoded, and a model's prompt computed, once.
             chosen = [j for j in jobs if j.step == step and (j.variant == "blank") == blank]
@@ -281,32 +270,26 @@ def _answers(
     moment = next(moments)
     for i, job in enumerate(jobs[: int(active.sum())]):
         game, (box, iou) = stage.games[i], before[i]
-        if moment.stops[i]:
-            action = "stop"
-        elif moment.unparsable[i]:
-            action = "unparsable"
-        else:
-            action = "refused" if moment.invalid[i] is not None else "propose"
-        yield (
-            job,
-            Swap(
-                sample_id=game.sample.sample_id,
-                image_id=game.sample.image_id,
-                variant=job.variant,
-                step=step,
-                shown=box,
-                shown_iou=iou,
-                target=box_tuple(game.sample.box),
-                action=action,
-                new_box=_held(game),
-                new_iou=game.iou,
-                stop_probability=moment.said(i)["stop_probability"],
-                reached=not any(job.own.stopped[:step]),
-                agent=agent_name,
-                dataset=game.sample.dataset,
-                split=game.sample.split,
-            ),
+        action = "refused" if moment.invalid[i] is not None else "propose"
+        action = "stop" if moment.stops[i] else "unparsable" if moment.unparsable[i] else action
+        swap = Swap(
+            sample_id=game.sample.sample_id,
+            image_id=game.sample.image_id,
+            variant=job.variant,
+            step=step,
+            shown=box,
+            shown_iou=iou,
+            target=box_tuple(game.sample.box),
+            action=action,
+            new_box=_held(game),
+            new_iou=game.iou,
+            stop_probability=moment.said(i)["stop_probability"],
+            reached=not any(job.own.stopped[:step]),
+            agent=agent_name,
+            dataset=game.sample.dataset,
+            split=game.sample.split,
         )
+        yield job, swap
 
 
 def _stack(wanted: Sequence[Box | None]) -> NDArray[np.float32]:
@@ -389,18 +372,10 @@ def _write(args: Args, played: dict[str, list[Swap]], names: dict[str, str], cou
     depends = [row for name, swaps in played.items() for row in dependence(name, swaps, n_boot=1000, seed=args.seed)]
     one = next(iter(played.values()))[0]
     served = f"{one.dataset}/{one.split}"
-    report = "\n".join(
-        [
-            f"{args.env}, served: {served}, {count} samples, one answer each; 95 % intervals over images",
-            "",
-            swap_table(scores),
-            "",
-            "does the answer depend on how good the drawn box is?",
-            "",
-            dependence_table(depends),
-        ]
-    )
-    write_whole(args.out / "table.txt", report + "\n")
+    head = f"{args.env}, served: {served}, {count} samples, one answer each; 95 % intervals over images"
+    asked = "does the answer depend on how good the drawn box is?"
+    text = "\n\n".join([head, swap_table(scores), asked, dependence_table(depends)])
+    write_whole(args.out / "table.txt", text + "\n")
     plot_swaps(scores, played, args.out / "swaps.png")
     results = {"args": asdict(args), **made_by(), "policies": names, "served": served}
     write_json(args.out / "results.json", results | {"variants": as_json(scores), "dependence": as_json(depends)})

@@ -48,11 +48,9 @@ class SmallImages:
         self._images: dict[str, ImageArray] = {}
 
     def __len__(self) -> int:
-        """Number of samples."""
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``; IndexError outside the range."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}/{self.split}: {len(self)} samples are held, index {index} is outside")
         return replace(self._dataset[self._indices[index]], size=(self._side, self._side))

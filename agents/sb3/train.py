@@ -22,8 +22,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,26 +91,19 @@ class Args:
     """Decides weights, samples and draws."""
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, PyTorch computes in one thread, unless the user has chosen a number."""
-    before = torch.get_num_threads()
-    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@one_thread()
 def main(args: Args) -> dict[str, Any]:
     """Train, save, compare; returns what `results.json` holds."""
     _check(args)
+    threads = torch.get_num_threads()
     with lock_folder(args.out):
         if not args.overwrite and (args.out / CONFIG_FILE).exists():
             raise ValueError(f"{args.out} holds a policy: add --overwrite to lose it, or give another --out")
-        return _train(args)
+        if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+            torch.set_num_threads(1)
+        try:
+            return _train(args)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _train(args: Args) -> dict[str, Any]:
@@ -119,7 +111,14 @@ def _train(args: Args) -> dict[str, Any]:
     dataset = load_dataset("scenes", "train")
     indices = easy_indices(dataset, args.samples) if args.easy else list(first_samples(dataset, args.samples))
     small = SmallImages(dataset, indices, args.side)
-    envs = DummyVecEnv([_maker(small, args) for _ in range(args.num_envs)])
+    # At the size that is seen: a box drawn on the small image instead of shrunk with the large one.
+    seen: dict[str, Any] = {"max_steps": args.episode_steps, "canvas": args.side}
+
+    def make() -> gym.Env[Any, Any]:
+        env = GroundingEnv(small, reward={"potential": args.potential}, **seen)
+        return _LimitIsEnd(SB3Wrapper(env, side=args.side))
+
+    envs = DummyVecEnv([make] * args.num_envs)
     model = PPO(
         "MultiInputPolicy",
         envs,
@@ -207,17 +206,6 @@ class _LimitIsEnd(gym.Wrapper[dict[str, Any], np.ndarray, dict[str, Any], np.nda
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, reward, terminated or truncated, False, info
-
-
-def _maker(dataset: SmallImages, args: Args) -> Callable[[], gym.Env[Any, Any]]:
-    def make() -> gym.Env[Any, Any]:
-        # At the size that is seen: a box drawn on the small image instead of shrunk with the large one.
-        env = GroundingEnv(
-            dataset, max_steps=args.episode_steps, canvas=args.side, reward={"potential": args.potential}
-        )
-        return _LimitIsEnd(SB3Wrapper(env, side=args.side))
-
-    return make
 
 
 def _check(args: Args) -> None:

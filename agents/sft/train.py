@@ -128,12 +128,7 @@ class Args(TrainingOptions):
 
 
 def check_options(args: Args) -> None:
-    """Refuse options that cannot work, before anything is loaded. Changes nothing.
-
-    Raises:
-        RunError: names the value and says what would have gone wrong.
-        PolicyError: for a number format that cannot be had.
-    """
+    """Refuse options that cannot work (``RunError``, ``PolicyError``), before anything is loaded."""
     args.check(**_LEAST)
     args.check_model(args.lora_r)
     if args.first_answers == "model" and args.single_shot:
@@ -197,7 +192,10 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
     keep_until = (int(found[-1].name[5:]) if found else 0) if args.resume else None
     log = MetricsLog(args.out, chief, args.report_to, keep_until, config=asdict(args))
     with progress_bars(note=True, disable=not chief) as progress:
-        before = _before(policy, args, measured_on, progress) if chief else {}
+        first = args.out / "before.json"
+        if chief and not (args.resume and first.exists()):  # measured once, however often the run is cut off
+            write_json(first, _measure(policy, args, measured_on, progress, "before"))
+        before = read_json(first, f"remove {first} to measure it again", RunError) if chief else {}
         taught = args.out / "demonstrations.jsonl"
         if args.resume and taught.exists():
             demonstrations = load_demonstrations(taught, dataset)
@@ -232,24 +230,8 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
         def on_step(step: int, loss: float) -> None:
             progress.update(task, completed=step, note=f"loss {loss:.3f}")
 
-        train(
-            policy,
-            make_turns,
-            [dataset[d.index].image_id for d in demonstrations],
-            accelerator,
-            log,
-            args.out,
-            save_every=args.save_steps,
-            resume=bool(found),
-            steps=args.steps,
-            batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-            micro_batch=args.per_device_train_batch_size,
-            peak_lr=args.learning_rate,
-            seed=args.seed,
-            on_step=on_step,
-            smoothing=args.smoothing,
-            optimizer=args.optim,
-        )
+        images = [dataset[d.index].image_id for d in demonstrations]
+        train(policy, make_turns, images, accelerator, log, args, on_step, resume=bool(found))
         folder = args.out / "policy"
         trained = gathered_parameters(policy.model) if accelerator.distributed_type == DistributedType.FSDP else None
         if chief:
@@ -276,15 +258,11 @@ def _student(args: Args, device: str) -> VLMPolicy:
     policy = load_policy(args.model, pixels=args.pixels, device=device, **args.loading())
     if args.lessons == "paper":
         forbid_stop(policy)
-    if _keeps_first_answers(args, policy):
+    looks = args.lora_r == 0 and args.lessons == "looks" and not args.single_shot and policy.layout == "fresh"
+    keeps = looks if args.first_answers is None else args.first_answers == "model"
+    if keeps and policy.opener is None:  # a student whose first answers are another model's keeps that
         policy.opener = load_policy(args.model, device=device, **args.loading())
     return policy
-
-
-def _keeps_first_answers(args: Args, policy: VLMPolicy) -> bool:
-    """Whether the student as it was goes on giving the first answers; one whose are another model's keeps that."""
-    looks = args.lora_r == 0 and args.lessons == "looks" and not args.single_shot and policy.layout == "fresh"
-    return policy.opener is None and (looks if args.first_answers is None else args.first_answers == "model")
 
 
 def _prepare_parameters(policy: VLMPolicy, args: Args) -> None:
@@ -329,8 +307,10 @@ def _demonstrations(
         return [Demonstration(dataset.name, dataset.split, i, s.sample_id, None, s.box) for i, s in samples]
     boxes_file = args.out / "first_boxes.json"
     made_for = {"model": args.model, "dataset": dataset.name, "split": dataset.split, "indices": indices}
-    boxes = _saved_boxes(boxes_file, made_for) if teacher is not None else None
-    if boxes is None:
+    saved = read_json(boxes_file, "remove it") if teacher is not None and boxes_file.exists() else {}
+    if saved.items() >= made_for.items():
+        boxes = saved["boxes"]
+    else:
         task = progress.add_task("harvesting", total=len(indices), note="")
         episodes = play(
             policy,
@@ -358,30 +338,8 @@ def _demonstrations(
     # A harvest that was cut off must go on with the very same boxes; not every GPU repeats itself to the bit.
     write_json(boxes_file, made_for | {"boxes": boxes})
     task = progress.add_task("teaching", total=len(drafts), note="")
-    return write_traces(
-        drafts,
-        dataset,
-        teacher,
-        args.out / "harvest.jsonl",
-        AnswerCache(args.teacher_cache),
-        on_progress=lambda n: progress.advance(task, n),
-    )
-
-
-def _saved_boxes(path: Path, made_for: dict[str, Any]) -> list[Sequence[float] | None] | None:
-    """The student's first boxes of an earlier run with the same student and samples."""
-    if not path.exists():
-        return None
-    saved = read_json(path, "remove it")
-    return saved["boxes"] if all(saved.get(k) == v for k, v in made_for.items()) else None
-
-
-def _before(policy: VLMPolicy, args: Args, indices: range, progress: Progress) -> dict[str, float]:
-    """What the student does before it is taught; measured once, however often the run is cut off."""
-    path = args.out / "before.json"
-    if not (args.resume and path.exists()):
-        write_json(path, _measure(policy, args, indices, progress, "before"))
-    return read_json(path, f"remove {path} to measure it again", RunError)
+    cache, path = AnswerCache(args.teacher_cache), args.out / "harvest.jsonl"
+    return write_traces(drafts, dataset, teacher, path, cache, on_progress=lambda n: progress.advance(task, n))
 
 
 def _measure(policy: VLMPolicy, args: Args, indices: range, progress: Progress, name: str) -> dict[str, float]:

@@ -8,8 +8,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +31,9 @@ from ivt_agents.vlm.turns import Box, Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.game import Game
 from ivt_env.grounding import LiveEpisode, Screen
+
+if TYPE_CHECKING:  # the script imports this module
+    from ivt_agents.sft.train import Args
 
 
 def to_turns(
@@ -183,38 +185,30 @@ def train(
     samples: Sequence[Hashable],
     accelerator: Accelerator,
     log: MetricsLog,
-    folder: Path,
-    *,
-    save_every: int,
-    resume: bool = False,
-    steps: int,
-    batch: int,
-    micro_batch: int,
-    peak_lr: float,
-    seed: int,
+    args: Args,
     on_step: Callable[[int, float], None],
-    smoothing: float | None = 0.0,
-    optimizer: str = "adamw",
+    resume: bool = False,
 ) -> None:
     """Cross-entropy on the answers' tokens, end of turn included; nothing else carries loss.
 
     ``policy`` is trained in place, all its parameters that require gradients. ``make_turns`` makes turns for indices of
-    demonstrations, and ``batch`` is how many of them a step has over all processes, ``micro_batch`` one forward pass.
-    ``peak_lr`` is that of AdamW; ``on_step`` gets (step, loss). See ``batches``, ``AnswerLoss``, ``make_optimizers``.
+    demonstrations, whose ``samples`` are those of ``batches``; ``on_step`` gets (step, loss).
     """
     frozen = not any(p.requires_grad for p in policy.core.model.visual.parameters())
-    answer_loss: Any = AnswerLoss(policy, frozen, smoothing)
+    micro_batch, seed, steps = args.per_device_train_batch_size, args.seed, args.steps
+    batch = micro_batch * args.gradient_accumulation_steps * accelerator.num_processes
+    answer_loss: Any = AnswerLoss(policy, frozen, args.smoothing)
     worth = answer_loss.worth
-    made, shares = zip(*make_optimizers(policy, optimizer), strict=True)
+    made, shares = zip(*make_optimizers(policy, args.optim), strict=True)
     answer_loss, *kept = accelerator.prepare(answer_loss, *made)
     # Sharding puts other parameters in the place of those that were there.
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    begun = load_state(folder, policy.model, kept, accelerator, steps, 1) if resume else 0
+    begun = load_state(args.out, policy.model, kept, accelerator, steps, 1) if resume else 0
     policy.model.train()
     rng = np.random.default_rng((seed, 11))
     left = islice(batches(samples, batch, steps, rng), begun, None)
     for step, turns in enumerate(_prepared(left, make_turns, accelerator), begun):
-        rate = learning_rate(step, steps, peak_lr, warmup=min(20, max(1, steps // 10)))
+        rate = learning_rate(step, steps, args.learning_rate, warmup=min(20, max(1, steps // 10)))
         for one, share in zip(kept, shares, strict=True):
             for group in one.param_groups:
                 group["lr"] = rate * share
@@ -236,7 +230,7 @@ def train(
             loss_sum += float(loss.detach()) / accelerator.num_processes
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
         found = {"the loss": loss_sum, "the gradient's norm": float(norm)}
-        remedy = what_is_kept(folder, peak_lr)
+        remedy = what_is_kept(args.out, args.learning_rate)
         check_finite(step + 1, found, remedy, accelerator)
         for one in kept:
             one.step()
@@ -244,8 +238,8 @@ def train(
         check_weights(step + 1, policy.model, remedy, accelerator)
         value = float(accelerator.reduce(torch.tensor(loss_sum, device=accelerator.device), "sum"))
         log.write(step + 1, {"sft/loss": value, "sft/grad_norm": float(norm), "sft/tokens": float(total)})
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            save_state(folder, step + 1, policy.model, kept, accelerator, log)
+        if (step + 1) % args.save_steps == 0 or step + 1 == steps:
+            save_state(args.out, step + 1, policy.model, kept, accelerator, log)
         on_step(step + 1, value)
     policy.model.eval()
 
