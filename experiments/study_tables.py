@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ivt_env.metrics.table import difference, interval, number, render
 
 METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mIoU")
@@ -113,22 +115,18 @@ def plot_map(out: Path, marks: Sequence[int]) -> None:
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
         for place, (name, label) in enumerate(labels.items()):
-            rows = [_scores(_read(out / "map" / str(m) / name), name, _column(name)) for m in marks]
-            values = [row["Acc@0.5"]["value"] * 100 for row in rows]
-            bars = [
-                [v - row["Acc@0.5"]["low"] * 100 for v, row in zip(values, rows, strict=True)],
-                [row["Acc@0.5"]["high"] * 100 - v for v, row in zip(values, rows, strict=True)],
-            ]
+            column = ANSWERS.get(name.rpartition("-")[0] or name, "step_0")
+            rows = [_scores(_read(out / "map" / str(m) / name), name, column)["Acc@0.5"] for m in marks]
+            values, low, high = (100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
+            bars = [values - low, high - values]
             pixels = _pixels(out, name, marks)
             axes.errorbar(marks, values, bars, label=f"{label} ({pixels})", capsize=3, **line_style(place, len(labels)))
         axes.axhline(23.75, color="grey", linewidth=1, linestyle=":")
         axes.annotate("chance", (marks[-1], 24.5), color="grey", ha="right")
-        axes.set_xlabel("side of the mark that tells the objects apart, in pixels of 768")
-        axes.set_ylabel("Acc@0.5, without ground truth (%)")
-        axes.set_xticks(list(marks))
-        axes.set_ylim(0, 100)
+        label = "side of the mark that tells the objects apart, in pixels of 768"
+        axes.set(title="Where a second look pays", xlabel=label, ylabel="Acc@0.5, without ground truth (%)")
+        axes.set(xticks=list(marks), ylim=(0, 100))
         axes.legend(loc="lower right", fontsize=9)
-        axes.set_title("Where a second look pays")
         save_figure(figure, out / "map.png")
 
 
@@ -141,10 +139,6 @@ def _pixels(out: Path, name: str, marks: Sequence[int]) -> str:
         looks = [1 + 2 * (actions - 1) for actions in found]
     low, high = (round(v * side * side / 1000) for v in (min(looks), max(looks)))
     return f"{low} k pixels" if low == high else f"{low} to {high} k pixels"
-
-
-def _column(name: str) -> str:
-    return ANSWERS.get(name.rpartition("-")[0] or name, "step_0")
 
 
 def _scores(results: Mapping[str, Any], name: str, column: str) -> Any:

@@ -69,11 +69,9 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 
 def plot_training(runs: Sequence[Path], path: Path) -> None:
     """Final IoU without ground truth (sampled and greedy), behaviour and health of one or more GRPO runs."""
+    ious = (("rollout/final_iou", "sampled, final"), ("rollout/step0_iou", "sampled, step 0"))
     panels = (
-        (
-            "IoU without ground truth",
-            (("rollout/final_iou", "sampled, final"), ("rollout/step0_iou", "sampled, step 0")),
-        ),
+        ("IoU without ground truth", ious),
         ("greedy on val", (("eval/final_iou", "final IoU"), ("eval/step0_iou", "step-0 IoU"))),
         ("behaviour", (("rollout/stop_rate", "stop rate"), ("rollout/parse_failure_rate", "unparsable"))),
         ("entropy of a token", (("train/entropy", "entropy"),)),
@@ -89,15 +87,13 @@ def plot_training(runs: Sequence[Path], path: Path) -> None:
                     steps, values = metrics[key]
                     name = label if len(runs) == 1 else f"{label}, {run.name}"
                     colour, dash = f"C{number if len(runs) > 1 else line}", ("-", "--")[line % 2]
-                    sampled = not key.startswith("eval/")
-                    if sampled:
-                        axis.plot(steps, values, dash, color=colour, alpha=0.2, linewidth=0.8)
-                    shown = smooth(values) if sampled else values
-                    axis.plot(
-                        steps, shown, dash, color=colour, label=name, marker=None if sampled else "o", markersize=3
-                    )
-            axis.set_title(title)
-            axis.set_xlabel("training step")
+                    style: dict[str, Any] = {"color": colour, "linestyle": dash}
+                    if key.startswith("eval/"):
+                        axis.plot(steps, values, label=name, marker="o", markersize=3, **style)
+                    else:
+                        axis.plot(steps, values, alpha=0.2, linewidth=0.8, **style)
+                        axis.plot(steps, smooth(values), label=name, **style)
+            axis.set(title=title, xlabel="training step")
             if axis.lines:
                 axis.legend(fontsize=7)
         save_figure(figure, path)
@@ -117,9 +113,8 @@ def plot_accuracy_by_step(forced: Mapping[str, Sequence[Episode]], path: Path) -
                 size = 3 + style["linewidth"]
                 axis.plot(range(longest), accuracy, marker="o", label=name, markersize=size, **style)
                 axis.plot([longest - 0.8], [oracle], "x", color=style["color"], markersize=3 + size, zorder=3)
-            axis.set_title(f"Acc@{threshold} (%), forced to refine")
-            axis.set_xlabel("step;  x: oracle's best step (uses the target)")
-            axis.set_xticks(range(longest))
+            title, label = f"Acc@{threshold} (%), forced to refine", "step;  x: oracle's best step (uses the target)"
+            axis.set(title=title, xlabel=label, xticks=range(longest))
         axes[0].legend(fontsize=8)
         save_figure(figure, path)
 
@@ -133,22 +128,19 @@ def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> 
     wide = min(len(episodes), 4)
     high = -(-len(episodes) // wide)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            high, wide, figsize=(3.5 * wide + 1, 3.7 * high), constrained_layout=True, squeeze=False
-        )
+        size = (3.5 * wide + 1, 3.7 * high)
+        figure, axes = plt.subplots(high, wide, figsize=size, constrained_layout=True, squeeze=False)
         drawn = []
         for axis, (name, played) in zip(axes.flat, episodes.items(), strict=False):
             first, last = np.array([e.steps[0].iou for e in played]), np.array([e.final_iou for e in played])
-            drawn.append(
-                axis.hexbin(first, last, gridsize=24, extent=(0, 1, 0, 1), bins="log", mincnt=1, cmap="viridis")
-            )
+            style: dict[str, Any] = {"gridsize": 24, "extent": (0, 1, 0, 1), "bins": "log", "mincnt": 1}
+            drawn.append(axis.hexbin(first, last, cmap="viridis", **style))
             axis.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
             for line in (axis.axvline, axis.axhline):  # right from here on
                 line(0.5, color="C3", linewidth=0.8, linestyle=":")
             better, worse = 100 * (last > first + 1e-6).mean(), 100 * (last < first - 1e-6).mean()
-            axis.set_title(f"{name}\nbetter {better:.0f} %, worse {worse:.0f} %, n = {len(played)}")
-            axis.set_xlabel("IoU of the first box")
-            axis.set_ylabel("IoU of the answer (learned stop)")
+            title = f"{name}\nbetter {better:.0f} %, worse {worse:.0f} %, n = {len(played)}"
+            axis.set(title=title, xlabel="IoU of the first box", ylabel="IoU of the answer (learned stop)")
             axis.set_aspect("equal")
         for axis in axes.flat[len(episodes) :]:
             axis.set_visible(False)
@@ -180,20 +172,12 @@ def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: 
                     continue
                 label = f"{name}: ECE {found.ece:.2f}, r {found.pearson:.2f}"
                 style = line_style(number, len(by_policy))
-                right = [100 * b.right for b in used]
-                upper.plot(
-                    [b.stated for b in used], right, marker="o", markersize=3 + style["linewidth"], label=label, **style
-                )
-                share = [100 * b.num / found.num for b in found.bins]
-                edges = [b.low for b in found.bins] + [1.0]
-                lower.stairs(share, edges, **style)
-            upper.set_title(title)
-            upper.set_ylabel("correct (IoU >= 0.5), %")
-            upper.set_ylim(-3, 103)
-            lower.set_ylabel("statements, %")
-            lower.set_ylim(0, 105)
-            lower.set_xlabel("stated")
-            lower.set_xlim(0, 1)
+                dots: dict[str, Any] = {"marker": "o", "markersize": 3 + style["linewidth"], "label": label}
+                upper.plot([b.stated for b in used], [100 * b.right for b in used], **dots, **style)
+                shares = [100 * b.num / found.num for b in found.bins]
+                lower.stairs(shares, [*(b.low for b in found.bins), 1.0], **style)
+            upper.set(title=title, ylabel="correct (IoU >= 0.5), %", ylim=(-3, 103))
+            lower.set(ylabel="statements, %", ylim=(0, 105), xlabel="stated", xlim=(0, 1))
             if len(upper.lines) > 1:  # beside the diagonal
                 # Under the axes' title nothing is free in every case, so the lines are named outside.
                 upper.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.1), frameon=False)
@@ -205,45 +189,32 @@ def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path) -> None:
 
     The answer is ``learned_stop``, or ``last_step`` if no rollout was free to stop.
     """
-    kinds = {
-        "dataset": "data set",
-        "size": "box, pixels (COCO)",
-        "side": "box, share of the side",
-        "siblings": "siblings",
-    }
+    kinds = {"dataset": "data set", "size": "box, pixels (COCO)", "side": "box, share of the side"}
+    kinds["siblings"] = "siblings"
     with plt.rc_context(STYLE):
         found = {name: _by_group(of_policy) for name, of_policy in rows.items()}
         groups = list(dict.fromkeys(group for by_group in found.values() for group in by_group))
         of_kind = {kind: [g for g in groups if g.startswith(f"{kind}:")] for kind in kinds}
         # Two panels side by side, so that the text keeps its size on a page.
-        figure, axes = plt.subplots(
-            2 * len(found), 2, figsize=(9, 0.8 + 4.6 * len(found)), sharey=True, squeeze=False, constrained_layout=True
-        )
+        size: dict[str, Any] = {"figsize": (9, 0.8 + 4.6 * len(found)), "constrained_layout": True}
+        figure, axes = plt.subplots(2 * len(found), 2, sharey=True, squeeze=False, **size)
         for place_of_policy, (name, by_group) in enumerate(found.items()):
             panels = axes[2 * place_of_policy : 2 * place_of_policy + 2].flat
             for axis, (kind, members) in zip(panels, of_kind.items(), strict=True):
-                axis.set_title(f"{name}: {kinds[kind]}")
                 for place, group in enumerate(members):
                     for side, row in enumerate(by_group.get(group, ())):
                         score = row.scores["Acc@0.5"]
                         # No interval on a single image; rounding may put one a hair inside the mean.
                         below, above = np.nan_to_num([score.value - score.low, score.high - score.value])
-                        axis.bar(
-                            place + 0.4 * side - 0.2,
-                            100 * score.value,
-                            0.38,
-                            color=f"C{side}",
-                            yerr=[[100 * max(below, 0)], [100 * max(above, 0)]],
-                            ecolor="0.35",
-                            error_kw={"linewidth": 0.9},
-                            label=row.column if place == 0 else None,
-                        )
+                        reach = [[100 * max(below, 0)], [100 * max(above, 0)]]
+                        style: dict[str, Any] = {"color": f"C{side}", "ecolor": "0.35", "error_kw": {"linewidth": 0.9}}
+                        label = row.column if place == 0 else None
+                        axis.bar(place + 0.4 * side - 0.2, 100 * score.value, 0.38, yerr=reach, label=label, **style)
                 counts = [by_group[g][0].episodes if by_group.get(g) else 0 for g in members]
                 names = [f"{g.partition(':')[2]}\nn={c}" for g, c in zip(members, counts, strict=True)]
                 axis.set_xticks(range(len(members)), names)
-                axis.set_xlim(-0.6, max(len(members), 1) - 0.4)
+                axis.set(title=f"{name}: {kinds[kind]}", xlim=(-0.6, max(len(members), 1) - 0.4), ylabel="Acc@0.5 (%)")
                 axis.grid(axis="x", visible=False)
-                axis.set_ylabel("Acc@0.5 (%)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         save_figure(figure, path)
@@ -253,10 +224,8 @@ def _by_group(rows: Sequence[GroupRow]) -> dict[str, list[GroupRow]]:
     """The rows of the first box and of the answer, by stratum."""
     answer = "learned_stop" if any(r.column == "learned_stop" for r in rows) else "last_step"
     found: dict[str, list[GroupRow]] = {}
-    for wanted in ("step_0", answer):
-        for row in rows:
-            if row.column == wanted:
-                found.setdefault(row.group, []).append(row)
+    for row in (r for wanted in ("step_0", answer) for r in rows if r.column == wanted):
+        found.setdefault(row.group, []).append(row)
     return found
 
 
@@ -292,9 +261,8 @@ def plot_swaps(scores: Sequence[VariantScores], swaps: Mapping[str, Sequence[Swa
         for number, (policy, records) in enumerate(swaps.items()):
             at_step = [s for s in records if s.step == step and s.variant not in ("none", "blank")]
             _plot_stops(axes[3], at_step, line_style(number, len(swaps)), policy)
-        axes[3].set_title(f"stopped (%) by IoU of the shown box, step {step}")
-        axes[3].set_xlabel("IoU of the shown box with the target; dotted: stated probability")
-        axes[3].set_xlim(-0.02, 1.02)
+        label = "IoU of the shown box with the target; dotted: stated probability"
+        axes[3].set(title=f"stopped (%) by IoU of the shown box, step {step}", xlabel=label, xlim=(-0.02, 1.02))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(swaps), frameon=False)
         save_figure(figure, path)
 

@@ -159,17 +159,9 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     policy = _load(args, str(accelerator.device))
     check_shareable(policy.model, accelerator, args.optim)
     penalties = {name: getattr(args, name) for name in ("step_cost", "invalid_penalty", "wrong_stop_penalty")}
-    reward = {"kind": args.reward, **penalties}
-    env = make_vector_env(
-        args.env,
-        args.prompts // accelerator.num_processes * args.num_generations,
-        split=args.split,
-        data_root=args.data_root,
-        strict=True,
-        max_steps=args.episode_steps,
-        reward=reward,
-        **policy.shown,
-    )
+    seen: dict[str, Any] = {"reward": {"kind": args.reward, **penalties}, "max_steps": args.episode_steps}
+    seen |= {"split": args.split, "data_root": args.data_root, "strict": True, **policy.shown}
+    env = make_vector_env(args.env, args.prompts // accelerator.num_processes * args.num_generations, **seen)
     config = GRPOConfig(**{k: v for k, v in asdict(args).items() if k in GRPOConfig.__dataclass_fields__})
     # The log is opened after the checkpoint is read: a resumed run drops what it will write again.
     log = MetricsLog(args.out, enabled=False)
@@ -224,11 +216,7 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
 
 
 def _begin(args: Args, processes: int) -> dict[str, Any]:
-    """The options as they are recorded. The model of a resumed run need not be given again.
-
-    Raises:
-        RunError: for a resumed run that would be another, and for a new one on top of one that is there.
-    """
+    """The options as they are recorded; RunError for a resumed run that would be another, and on top of another."""
     given: dict[str, Any] = {**asdict(args), PROCESSES: processes}
     if args.resume:
         recorded = recorded_options(args.out)
@@ -266,32 +254,19 @@ def _load(args: Args, device: str) -> VLMPolicy:
 def _warm_start(args: Args, accelerator: Accelerator) -> str:
     """The SFT policy beside this run, made now unless a finished one is there."""
     out = args.out.with_name(args.out.name + "-sft")
-    wanted = train_sft.Args(
-        env=args.env,
-        split=args.split,
-        data_root=args.data_root,
-        out=out,
-        seed=args.seed,
-        view=args.view,
-        layout=args.layout,
-        lessons="looks" if args.stop else "paper",
-        samples=4000,
-        steps=400,
-        bf16=args.bf16,
-        episode_steps=args.episode_steps,
-        eval_samples=args.eval_samples,
-        eval_split=args.eval_split,
-        max_unusable=args.max_unusable,
-    )
+    taught = {name: getattr(args, name) for name in ("env", "split", "data_root", "seed", "view", "layout")}
+    beside = {name: getattr(args, name) for name in ("bf16", "episode_steps", "eval_samples", "eval_split")}
+    lessons: Literal["looks", "paper"] = "looks" if args.stop else "paper"
+    wanted = train_sft.Args(**taught, **beside, out=out, lessons=lessons, samples=4000, steps=400)
+    wanted.max_unusable = args.max_unusable
     made = asked_of(out / "policy")
     wanted.resume = made is None and (out / CONFIG).exists()  # one that was cut off goes on
     accelerator.wait_for_everyone()  # all have looked before one writes
     if made is None:
         print("warm start: none given, training one (pass --model to use your own)")
         return str(train_sft.main(wanted))
-    same = {name: getattr(wanted, name) for name in ("env", "split", "data_root", "seed", "view", "layout", "lessons")}
     remedy = f"remove {out}, give another --out, or say --model {out / 'policy'} to use it all the same"
-    refuse_other(out / "policy", made, same, remedy)
+    refuse_other(out / "policy", made, taught | {"lessons": lessons}, remedy)
     print(f"warm start: using {out / 'policy'}")
     return str(out / "policy")
 

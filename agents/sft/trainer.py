@@ -103,12 +103,19 @@ def batches(samples: Sequence[Hashable], batch: int, steps: int, rng: np.random.
         order = order[batch:]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then cosine down to a tenth."""
+def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:
+    """Linear warm-up, then cosine down to the share ``floor`` of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def smoothed_targets(sigma: float, device: torch.device) -> torch.Tensor:
+    """Rows of a target distribution over the numbers 0..1000 for each of them, (1001, 1001)."""
+    values = torch.arange(1001.0, device=device)
+    near = torch.exp(-0.5 * ((values[:, None] - values) / sigma) ** 2)
+    return near / near.sum(1, keepdim=True)
 
 
 SMOOTHING = 6.0
@@ -147,9 +154,7 @@ class AnswerLoss(TokenScorer):
                     " no near tokens; use smoothing 0"
                 )
             numbers = torch.tensor([ids[0] for ids in encoded], device=policy.core.device)
-            values = torch.arange(1001.0, device=numbers.device)
-            near = torch.exp(-0.5 * ((values[:, None] - values) / smoothing) ** 2)
-            self.register_buffer("targets", near / near.sum(1, keepdim=True), persistent=False)  # (1001, 1001)
+            self.register_buffer("targets", smoothed_targets(smoothing, numbers.device), persistent=False)
             self.register_buffer("numbers", numbers, persistent=False)
 
     def forward(self, turns: Sequence[Turn]) -> torch.Tensor:  # type: ignore[override]

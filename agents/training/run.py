@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import platform
-import random
 import subprocess
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, set_seed
 
 import ivt_env
 from ivt_agents.training.finite import check_finite
@@ -201,10 +200,7 @@ class Stopwatch:
 
 def seed_everything(*parts: int) -> None:
     """Seed Python, NumPy and torch from a tuple of integers, for example (seed, step, rank)."""
-    seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    set_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
 
 
 def derived_seed(*parts: int) -> int:

@@ -17,17 +17,11 @@ Written for TRL 1.16, and it imports nothing of it. ``reset`` returns the first 
 every answer but a stop goes to the tool, so an unreadable one costs a step. The token ids of a conversation are those
 of the ``prefix`` layout.
 
-What TRL's interface cannot express, beside what ``docs/trl.md`` names for both ways:
-
-- *The end of an episode.* A tool cannot end a rollout: TRL asks again until an answer calls no tool, or
-  ``max_tool_calling_iterations`` is used up. A limit of T actions is a limit of T - 1 tool calls; the last
-  answer is then sampled and never handed to the tool. ``episode_reward`` plays it, so it has to be the
-  reward function; a ``get_reward`` method, which takes no argument, could not see it.
-- *Groups.* Each rollout has an environment of its own, and each draws and encodes the same image again.
-- *A limit of tokens for one answer* is no option of its own: ``generation_kwargs={"max_new_tokens": n}``.
-  An answer that was cut off is followed by the next question without an end-of-turn token.
-- *Text that is only text.* A chat template is rendered whole, so special tokens that an expression spells
-  out are read as special tokens.
+A tool cannot end a rollout: TRL asks again until an answer calls no tool, or ``max_tool_calling_iterations`` is used
+up. A limit of T actions is a limit of T - 1 tool calls; the last answer is then sampled and never handed to the tool.
+``episode_reward`` plays it, so it has to be the reward function; a ``get_reward`` method, which takes no argument,
+could not see it. An answer that ``generation_kwargs={"max_new_tokens": n}`` cut off is followed by the next question
+without an end-of-turn token.
 """
 
 from __future__ import annotations
@@ -83,11 +77,9 @@ class TRLGrounding:
         self._total = 0.0
 
     def reset(self, index: int, **_: Any) -> list[dict[str, Any]]:
-        """Begin with sample ``index``; the other columns of the row are not needed.
+        """Begin with sample ``index``, the one column of the row that is needed; content blocks of the user's turn.
 
-        Returns:
-            Content blocks for the user's turn: the image and the question. (TRL's signature says text;
-            its trainer takes blocks, too.)
+        TRL's signature says text; its trainer takes blocks, too.
         """
         observation, _ = self._env.reset(seed=0, options={"index": int(index)})
         self._over, self._played, self._total = False, 0, 0.0
@@ -117,9 +109,8 @@ class TRLGrounding:
     def _shown(self, observation: dict[str, Any]) -> list[dict[str, Any]]:
         height, width = observation["extent"]
         box = observation["box"]
-        text = self._prompts.fill(
-            observation["expression"], self._codec.box_text(box.tolist(), ()) if box.any() else None
-        )
+        current = self._codec.box_text(box.tolist(), ()) if box.any() else None
+        text = self._prompts.fill(observation["expression"], current)
         image = Image.fromarray(observation["image"][:height, :width])
         return [{"type": "image", "image": image}, {"type": "text", "text": text}]
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,12 +55,6 @@ class RolloutImages(Sequence[EncodedImage]):
 
     def __len__(self) -> int:
         return len(self._held)
-
-    @overload
-    def __getitem__(self, at: int) -> EncodedImage: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[EncodedImage]: ...
 
     def __getitem__(self, at: Any) -> Any:
         return self._held[at]
@@ -109,9 +103,6 @@ class TRLRollout:
             and the questions between them), ``logprobs`` of the ids that were sampled (0 elsewhere) and
             ``env_mask`` (1 where an id was sampled); for the reward functions ``total_reward``, ``final_iou``
             and ``actions``.
-
-        Raises:
-            ValueError: for rows that are not of ``rollout_rows``, or another temperature than the trainer's.
         """
         self._take(trainer)
         found = [prompt[-1].get("images") for prompt in prompts]
@@ -182,11 +173,7 @@ class RolloutProcessor(ImageProcessor):
     """Hands TRL the images that the rollout prepared for the model."""
 
     def __call__(self, images: Sequence[RolloutImages], text: Any = None, **_: Any) -> BatchFeature:
-        """``pixel_values`` and ``image_grid_thw`` of all rollouts, one after the other; the text is token ids already.
-
-        Raises:
-            ValueError: for a rollout without images: ``TRLRollout`` did not play it.
-        """
+        """``pixel_values`` and ``image_grid_thw`` of all rollouts in turn; the text is token ids already."""
         if not images or not all(isinstance(room, RolloutImages) and len(room) for room in images):
             raise ValueError("rollouts without images: give the trainer rollout_func=TRLRollout(...)")
         encoded = [one for room in images for one in room]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from ivt_agents.command import progress_bars, run_command
+from ivt_agents.sft.trainer import learning_rate, smoothed_targets
 from ivt_agents.training.finite import NotFiniteError, check_finite, unusable_weight
 from ivt_agents.training.muon import Muon
 from ivt_agents.vlm.policy import POLICY_FILE
@@ -122,20 +122,6 @@ class Images:
         return self._copies[name][there if index is None else (there[0], there[1])]
 
 
-def cosine(step: int, total: int, floor: float = 0.02, warmup: int = 50) -> float:
-    """Learning-rate factor: linear warm-up, then cosine down to ``floor``."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def smoothed_targets(sigma: float) -> torch.Tensor:
-    """Rows of a target distribution over the numbers 0..1000 for each of them, (1001, 1001)."""
-    values = torch.arange(1001.0)
-    near = torch.exp(-0.5 * ((values[:, None] - values) / sigma) ** 2)
-    return near / near.sum(1, keepdim=True)
-
-
 def cell_loss(head: CellHead, merged: torch.Tensor, deep: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """Of the merged tokens and, at a lower weight, of the deep-stack mergers', which keeps them in the game too."""
     flat = labels.view(-1, LABELS)
@@ -163,7 +149,7 @@ def train_vision(
     task, log = progress.add_task("vision", total=args.vision_steps, note=""), []
     for step in range(args.vision_steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * cosine(step, args.vision_steps)
+            group["lr"] = args.lr * learning_rate(step, args.vision_steps, 1.0, warmup=50, floor=0.02)
         rows = pool.sample(rng, args.vision_batch, args.vision_shares)
         with autocast(device):
             merged, deep = slots.see(images.take("images", rows))
@@ -215,12 +201,12 @@ def train_grounding(
         share = step / args.steps
         if step % 100 == 0:
             sigma = args.smoothing[0] * (1 - share) + args.smoothing[1] * share
-            targets = smoothed_targets(sigma).to(device)
+            targets = smoothed_targets(sigma, torch.device("cpu")).to(device)
             if only is None:
                 images.until(args.drawn_first + (1 - args.drawn_first) * min(1.0, 1.5 * share))
         for optimizer, lr in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * cosine(step, args.steps)
+                group["lr"] = lr * learning_rate(step, args.steps, 1.0, warmup=50, floor=0.02)
         rows = pool.sample(rng, args.batch, args.shares)
         picks = pool.choose(rng, rows, args.questions_per_image)
         asked, lengths = images.take("slots", rows, picks).long(), images.take("lengths", rows, picks).long()
