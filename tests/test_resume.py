@@ -20,8 +20,7 @@ from forked import before_file_operations, forked, launch
 from learner import small_trainer, with_out
 
 from ivt_agents.grpo import train as train_grpo
-from ivt_agents.grpo.checks import MAY_CHANGE, check_run
-from ivt_agents.grpo.train import Args
+from ivt_agents.grpo.train import MAY_CHANGE, Args, check_run
 from ivt_agents.training.checkpoints import (
     PROCESSES,
     checkpoints,

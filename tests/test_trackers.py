@@ -18,8 +18,7 @@ from test_resume import TINY, with_out
 
 from ivt_agents.command import parse
 from ivt_agents.grpo import train as train_grpo
-from ivt_agents.grpo.checks import check_options
-from ivt_agents.grpo.train import Args
+from ivt_agents.grpo.train import Args, check_options
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training.run import MetricsLog, read_metrics
 from ivt_agents.training.tracking import TRACKERS, TrackerError, check_tracker
