@@ -5,7 +5,7 @@
     python benchmarks/large_model.py --size 4b --decode growing     # without CUDA graphs
     python benchmarks/large_model.py --size tiny --device cpu       # the same code, shrunken, in seconds
 
-The architecture is the true one (`agents/vlm/architectures.py`), the weights are random and made on the
+The architecture is the true one (`agents/vlm/dry_run.py`), the weights are random and made on the
 device, and everything else is this project's own: policy, environment, GRPO trainer with LoRA and a KL
 divergence to the reference. What is not as in a real run, and why:
 
@@ -58,9 +58,9 @@ from accelerate import Accelerator
 from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
 from ivt_agents.training.run import MetricsLog, write_json
 from ivt_agents.vlm.adapters import make_trainable
-from ivt_agents.vlm.architectures import shipped_config
 from ivt_agents.vlm.codec import BoxCodec
 from ivt_agents.vlm.decode import decode_fixed
+from ivt_agents.vlm.dry_run import shipped_config
 from ivt_agents.vlm.footprint import Parts, Shape, Workload, count_parts, need, visual_tokens
 from ivt_agents.vlm.generation import core_of
 from ivt_agents.vlm.load import checkpoint_layers

@@ -15,13 +15,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.sft import train as train_sft
 from ivt_agents.vlm.adapters import add_lora
-from ivt_agents.vlm.architectures import (
+from ivt_agents.vlm.dry_run import (
     PIXELS,
+    Plan,
     build_without_weights,
+    dry_run,
     find_config,
     shipped_config,
 )
-from ivt_agents.vlm.dry_run import Plan, dry_run
 from ivt_agents.vlm.footprint import (
     NF4_BYTES,
     Shape,

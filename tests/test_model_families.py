@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForCondition
 
 from ivt_agents.training.options import TrainingOptions
 from ivt_agents.vlm.adapters import make_trainable
-from ivt_agents.vlm.architectures import shipped_config
+from ivt_agents.vlm.dry_run import shipped_config
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.tiny import SPECIALS, build_image_processor, build_tokenizer

@@ -61,11 +61,7 @@ def load_policy(
     model's, and 160; ``dtype`` float32, or bfloat16 under ``quantize`` ``nf4``; ``attention`` sdpa on a GPU, and eager;
     ``device`` a GPU if there is one; ``layout`` fresh; ``view`` overlay. ``pixels`` multiplies the most pixels of an
     image after the image processor, which never enlarges it to that, and is saved with the policy. ``layout``,
-    ``view`` and ``reuse``: see ``VLMPolicy``.
-
-    Raises:
-        PolicyError: for a folder that is not there, is no model, is incomplete or does not fit its own weights;
-            for ``pixels`` that leave fewer than the processor's least, or that it does not heed.
+    ``view`` and ``reuse``: see ``VLMPolicy``. PolicyError for what cannot be used.
     """
     if layout not in (None, *LAYOUTS):
         raise PolicyError(f"layout {layout!r}: choose {' or '.join(LAYOUTS)}")

@@ -119,12 +119,8 @@ class Pool:
         return np.argsort(order, axis=1)[:, :count]
 
 
-def empty_pool(standard: int, search: int, folder: str | None = None) -> Pool:
-    """Room for all images of so many scenes; in files of ``folder``, which processes share, or in memory.
-
-    Raises:
-        OSError: where the folder has no room for them.
-    """
+def empty_pool(standard: int, search: int, folder: str) -> Pool:
+    """Room for all images of so many scenes in files of ``folder`` (``OSError``), which processes share."""
     n = 2 * standard + 3 * search
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "images": ((n, INPUT_SIDE, INPUT_SIDE, 3), np.uint8),
@@ -132,8 +128,6 @@ def empty_pool(standard: int, search: int, folder: str | None = None) -> Pool:
         "slots": ((n, QUESTIONS, SLOT), np.int16),
         "lengths": ((n, QUESTIONS), np.int16),
     }
-    if folder is None:
-        return Pool(**{k: np.zeros(s, t) for k, (s, t) in shapes.items()}, scenes=(standard, search), drawn=[0, 0])
     maps: dict[str, Any] = {}
     try:
         for name, (shape, kind) in shapes.items():
@@ -177,11 +171,7 @@ class Drawing:
         self._workers.shutdown(cancel_futures=True)
 
     def until(self, share: float) -> None:
-        """Wait until this share of both kinds of scenes is drawn.
-
-        Raises:
-            ChildProcessError: where a process that draws was killed.
-        """
+        """Wait until this share of both kinds of scenes is drawn; ChildProcessError where a process was killed."""
         pool = self.pool
         while any(d < math.ceil(min(share, 1.0) * n) for d, n in zip(pool.drawn, pool.scenes, strict=True)):
             try:

@@ -106,11 +106,7 @@ def find_source(name: str | Path) -> Source:
 
 
 def read_settings(source: Source, model_type: str) -> tuple[PromptFile, dict[str, str]]:
-    """What a policy is asked, and how it is held (``HELD``): as it was saved, or, with a warning, by default.
-
-    Raises:
-        PolicyError: for a policy of a run that was not saved to its end, and for values out of range.
-    """
+    """What a policy is asked, and how it is held (``HELD``): as it was saved (``PolicyError``), or by default."""
     usual = _PROMPTS.get(FRAMES.get(model_type, ""), DEFAULT)
     found: dict[str, Any] = load_prompts(usual).settings() | {"frame": FRAMES.get(model_type)}
     parts = [*source.adapters, Path(source.base)]
