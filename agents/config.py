@@ -88,11 +88,7 @@ class KeysOnce(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def load_config(path: Path, args: type[T], section: str, base: T | None = None) -> T:
-    """``args`` with the values that ``section`` of the file gives, and those of ``base`` (None: the defaults).
-
-    Raises:
-        ConfigError: for a file that is not there, has no such part, or a key or value that does not fit.
-    """
+    """``args`` with the values of a ``section`` (``ConfigError``), else those of ``base`` or the defaults."""
     content = _read(path)
     values = content.get(section)
     if values is None:

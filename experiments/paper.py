@@ -128,12 +128,7 @@ def _run(args: Args, recipe: Recipe, count: int) -> dict[str, Any]:
 
 
 def load_recipe(args: Args) -> Recipe:
-    """The trainings that a file describes, each in a folder of its own below ``args.out``.
-
-    Raises:
-        ConfigError: for a file that cannot be used.
-        RunError: for options that would not be the paper's recipe; names each.
-    """
+    """The trainings that a file describes, each in a folder of its own; RunError where they are not the paper's."""
     shared = {"seed": args.seed, "data_root": args.data_root}
     changes = {k: v for k, v in shared.items() if v is not None}
     sft = replace(load_config(args.config, train_sft.Args, "sft"), out=args.out / "sft", **changes)  # type: ignore[arg-type]

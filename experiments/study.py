@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from threading import Lock
 from experiments.study_tables import last_screen, plot_map, summary
 from ivt_agents.command import run_command
 from ivt_agents.training.checkpoints import CONFIG
-from ivt_agents.training.run import RunError, check_least, write_json
+from ivt_agents.training.run import RunError, check_least, made_by, write_json
 from ivt_env.failures import end_with_parent
 from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
 
@@ -89,7 +88,7 @@ def main(args: Args) -> None:
     with lock_folder(args.out):
         if made := asked_of(args.out, "study.json"):
             refuse_other(args.out, made, asdict(args), "give another --out", may_differ={"out", "jobs"})
-        write_json(args.out / "study.json", asdict(args) | {"machine": _machine(), "commit": _commit()})
+        write_json(args.out / "study.json", asdict(args) | made_by())
         run_jobs([*_training(args), *_playing(args), *_scoring(args)], args.out, args.jobs)
         write_whole(args.out / "summary.md", summary(args.out, args.splits, swapped=args.swap_samples > 0))
         if args.map_samples:
@@ -195,8 +194,7 @@ def _job(
 def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
     """Run the commands that have not been run, ``workers`` at a time, each on one core, none before what it needs.
 
-    Raises:
-        RunError: naming the log of the first command that failed. Those that run are run to their end.
+    RunError names the log of the first command that failed; those that run are run to their end.
     """
     missing = [job for job in jobs if not job.made.exists()]
     done = {job.name for job in jobs} - {job.name for job in missing}
@@ -244,17 +242,6 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
             raise
     if failed:
         raise RunError(f"{failed[0].name} failed; its log: {out / failed[0].name}.log. Fix it and run this again")
-
-
-def _machine() -> str:
-    import torch
-
-    return f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "not a git checkout"
 
 
 if __name__ == "__main__":

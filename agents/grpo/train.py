@@ -314,11 +314,7 @@ def check_run(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) 
 
 
 def check_options(args: Args, processes: int = 1) -> None:
-    """Refuse options that contradict each other, before anything is loaded. Changes nothing.
-
-    Raises:
-        RunError: names the value and says what would have gone wrong.
-    """
+    """Refuse (``RunError``) options that contradict each other, before anything is loaded."""
     args.check(**_LEAST)
     if over := args.prompts % processes:
         raise RunError(

@@ -192,13 +192,6 @@ class GRPOTrainer:
                 self.step,
             )
 
-    def _check_answers(self, groups: Groups) -> None:
-        """Refuse a policy whose first answers cannot be used, in all processes."""
-        sums = self._summed({"unusable": len(groups.unusable), "answers": groups.taken.sum()})
-        unusable, answers = int(sums["unusable"]), int(sums["answers"])
-        check_answers(unusable, answers, groups.unusable, self.config.max_unusable, self.policy.may_stop)
-        self._answers_checked = True
-
     def train_step(self) -> dict[str, Any]:
         """One rollout and ``iterations`` optimizer steps on it."""
         config, accelerator, watch = self.config, self.accelerator, Stopwatch()
@@ -217,8 +210,11 @@ class GRPOTrainer:
                 format_bonus=config.format_bonus,
                 require_format=config.require_format,
             )
-            if not self._answers_checked:
-                self._check_answers(groups)
+            if not self._answers_checked:  # a policy whose first answers cannot be used is refused in all processes
+                counts = self._summed({"unusable": len(groups.unusable), "answers": groups.taken.sum()})
+                unusable, answers = int(counts["unusable"]), int(counts["answers"])
+                check_answers(unusable, answers, groups.unusable, config.max_unusable, self.policy.may_stop)
+                self._answers_checked = True
             rewards, metrics = self._rewards(groups)
         sampled = sum(v for episode in groups.turns for turn in episode for v in turn.log_probs)
         found = {"a reward": float(np.abs(rewards).sum()), "a sampled log-probability": sampled}

@@ -117,21 +117,17 @@ def load_agent(
     if head == "openai" and rest:
         return (served or Served()).policy(rest, seed=seed, **options)
     if head in _TRAINED and rest:
-        return _load_trained(head, rest, {"seed": seed, **options})
+        module, name, needs = _TRAINED[head]
+        try:
+            load: Callable[..., Agent] = getattr(importlib.import_module(module), name)
+        except ImportError as error:
+            raise ValueError(f"agent {spec!r} needs {needs}: {error}") from error
+        return load(rest, seed=seed, **options)
     if colon and rest and head not in (*_TRAINED, "openai"):
         if options:
             raise ValueError(f"agent {spec!r} is made without arguments: no {', '.join(sorted(options))}")
         return _load_class(spec, head, rest)
     raise ValueError(f"no agent {spec!r}{closest(head, _NAMES)}; {_THERE_ARE}")
-
-
-def _load_trained(kind: str, path: str, options: dict[str, Any]) -> Agent:
-    module, name, needs = _TRAINED[kind]
-    try:
-        load: Callable[..., Agent] = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ValueError(f"agent '{kind}:{path}' needs {needs}: {error}") from error
-    return load(path, **options)
 
 
 def _load_class(spec: str, module_name: str, class_name: str) -> Agent:

@@ -236,12 +236,9 @@ class ChatClient:
             raise
 
     def ask(self, body: Body, draw: Any = None) -> Answer:
-        """The model's answer to a request, from the cache where it is there.
+        """The model's answer to a request, from the cache where it is there; ServedError where it cannot be had.
 
         ``draw``: which of several answers to the same request is meant, where it samples; part of the cache's key.
-
-        Raises:
-            ServedError: for an answer that cannot be had; BudgetError where the budget is used up.
         """
         said = json.dumps([self._base, self._model, body, draw], sort_keys=True, default=str)
         key = hashlib.sha256(said.encode()).hexdigest()

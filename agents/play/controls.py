@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -179,23 +178,15 @@ def _shoot(policy: Policy, shown: Sequence[Mapping[str, Any]], count: int, tempe
     batch["active"] = everyone
     # No answer goes on with a conversation: not with another sample's, and not with an earlier one.
     policy.reset(everyone)
-    with _sampling(policy, temperature, count):
-        actions = policy.act(batch)
-    policy.reset(everyone)
-    return actions
-
-
-@contextmanager
-def _sampling(policy: Policy, temperature: float, count: int) -> Iterator[None]:
-    """Inside, the policy samples at ``temperature``, and no batch ends between answers to one observation."""
     usual, rows = policy.temperature, policy.batch_size
     policy.set_temperature(temperature)
-    policy.batch_size = count * max(1, rows // count)
+    policy.batch_size = count * max(1, rows // count)  # no batch ends between answers to one observation
     try:
-        yield
+        return policy.act(batch)
     finally:
         policy.set_temperature(usual)
         policy.batch_size = rows
+        policy.reset(everyone)
 
 
 def _with_answers(actions: Actions, rows: NDArray[np.intp], shots: Actions, chosen: Sequence[int]) -> Actions:

@@ -53,12 +53,7 @@ def save_demonstrations(path: str | Path, demonstrations: Sequence[Demonstration
 
 
 def load_demonstrations(path: str | Path, dataset: Dataset) -> list[Demonstration]:
-    """Read and check demonstrations for ``dataset``.
-
-    Raises:
-        DataError: for a line that is none, that belongs to another data set or sample, or whose
-            boxes are unusable; names file and line.
-    """
+    """Read demonstrations for ``dataset``; DataError names the line that is none, of other data, or has no good box."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no demonstrations at {path}: give a JSON-lines file, or leave --demonstrations out")

@@ -51,12 +51,8 @@ def write_traces(
 
     First answers and stops need no words of the teacher's, and in search scenes the words must say what is seen, not
     where the target is: these drafts stay as they are. ``path`` gets JSON lines one by one; what is there from an
-    earlier run is kept. A share of unusable texts above ``unusable_limit`` is an error. ``on_progress`` gets the number
-    of drafts finished since the last call.
-
-    Raises:
-        ServedError: when the teacher is given up, or the cost cap is reached; says what is kept.
-        TeacherError: when it is unfit, and for a file of another harvest.
+    earlier run is kept, also after a ServedError. TeacherError for a file of another harvest, and for a share of
+    unusable texts above ``unusable_limit``. ``on_progress`` gets the number of drafts finished since the last call.
     """
     done = _begin(path, drafts, dataset, teacher)
     todo = [d for d in drafts if _key(d) not in done]

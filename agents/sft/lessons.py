@@ -112,7 +112,9 @@ def _lesson(
     overlaps = np.asarray(boxes.iou(shown, candidates))
     on = int(overlaps.argmax())
     looks = sample.meta.get("looks")
-    seen = f"{_article(looks[on])} {looks[on]}. " if looks and overlaps[on] >= ON else ""
+    seen = ""
+    if looks and overlaps[on] >= ON:
+        seen = f"{'An' if looks[on][0] in 'aeiou' else 'A'} {looks[on]}. "
     if on == 0 and overlaps[0] >= ON:
         if overlaps[0] >= good_iou:
             return demonstration(sample, dataset, index, shown, None, seen + FITS, before=before)
@@ -127,10 +129,6 @@ def _lesson(
         looked = {int(np.asarray(boxes.iou(box, candidates)).argmax()) for box in before} | ({on} if seen else set())
         following = min((box for k, box in enumerate(candidates) if k not in looked), key=lambda box: box[0])
     return demonstration(sample, dataset, index, shown, following, seen + said, before=before)
-
-
-def _article(words: str) -> str:
-    return "An" if words[0] in "aeiou" else "A"
 
 
 def _jitter(box: Box, share: float, rng: np.random.Generator) -> Box:

@@ -132,11 +132,8 @@ class AnswerLoss(TokenScorer):
     def __init__(self, policy: VLMPolicy, frozen_vision: bool, smoothing: float | None = 0.0) -> None:
         """Wrap a policy's model.
 
-        ``smoothing`` is the standard deviation of the targets, in thousandths of an image's side. 0: hard targets.
-        None: ``SMOOTHING`` where the tokenizer has a token for each number, else 0.
-
-        Raises:
-            ValueError: for ``smoothing`` with a tokenizer that writes a number in several tokens.
+        ``smoothing`` is the standard deviation of the targets, in thousandths of an image's side; ValueError where the
+        tokenizer writes a number in several tokens. 0: hard targets. None: ``SMOOTHING`` where it has a token for each.
         """
         encoded = [policy.tokenizer(str(n), add_special_tokens=False)["input_ids"] for n in range(1001)]
         single = all(len(ids) == 1 for ids in encoded)

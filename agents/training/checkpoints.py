@@ -52,13 +52,10 @@ def recorded_options(folder: Path) -> dict[str, Any]:
 
 
 def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path, may_change: Collection[str]) -> None:
-    """Refuse to go on with a run under other options than it was begun with.
+    """Refuse (``RunError``) to go on with a run under other options than it was begun with: no command describes it.
 
-    The result would be a run that no command describes. ``given`` are the options of this command with ``processes``,
-    None filled in; on those that ``may_change`` no result depends.
-
-    Raises:
-        RunError: names each option with both values, and what to give.
+    ``given`` are the options of this command with ``processes``, None filled in; on those that ``may_change`` no result
+    depends.
     """
     now = as_read(given)
     different = {k: v for k, v in now.items() if k not in may_change and (k not in recorded or recorded[k] != v)}
@@ -156,16 +153,11 @@ def save_state(
 def load_state(
     folder: Path, model: nn.Module, optimizers: Sequence[Any], accelerator: Accelerator, most_steps: int, updates: int
 ) -> int:
-    """Go on from the newest checkpoint of a run's folder; exact to the bit on one machine.
+    """Go on from the newest checkpoint of a run's folder, exact to the bit on one machine; the number of its steps.
 
-    Everything is checked before anything is changed. ``model`` is as training begins with it, ``optimizers`` are in the
-    order in which they were saved, with at most ``updates`` in a step; the run is to have ``most_steps`` at its end.
-
-    Returns:
-        The number of finished steps.
-
-    Raises:
-        RunError: where it does not fit, or where processes see different checkpoints.
+    Everything is checked (``RunError``) before anything is changed. ``model`` is as training begins with it,
+    ``optimizers`` are in the order in which they were saved, with at most ``updates`` in a step; the run is to have
+    ``most_steps`` at its end.
     """
     state = load_checkpoint(folder)
     steps = torch.tensor([int(state["step"])], device=accelerator.device)

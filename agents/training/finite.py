@@ -23,10 +23,7 @@ def check_finite(step: int, found: Mapping[str, float], remedy: str, accelerator
 
     ``found`` are numbers of the training ``step`` (from 1) by name; the sum of many stands for all of them. ``remedy``,
     what is kept and what to do, ends the message. With an ``accelerator`` all processes must call this, and all stop
-    where one has to: it would leave the others waiting for it.
-
-    Raises:
-        NotFiniteError: in every process.
+    where one has to (``NotFiniteError``): it would leave the others waiting for it.
     """
     wrong = [0.0 if math.isfinite(value) else 1.0 for value in found.values()]
     if accelerator is not None and accelerator.num_processes > 1:

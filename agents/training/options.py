@@ -88,11 +88,7 @@ class TrainingOptions:
         self.eval_split = self.eval_split or ("val_search" if self.env == "IVT-Scenes-v0" else "val")
 
     def check(self, **least: int) -> None:
-        """Refuse what makes no sense by itself, before anything is loaded; ``least`` are further smallest values.
-
-        Raises:
-            RunError: names the value and says what would have gone wrong.
-        """
+        """Refuse (``RunError``) what makes no sense by itself; ``least`` are further smallest values."""
         check_tracker(self.report_to)
         check_least(self, _LEAST | {"episode_steps": 1} | least)
         check_rate(self.learning_rate)

@@ -54,13 +54,10 @@ def check_share(name: str, value: float) -> None:
 
 
 def make_accelerator(bf16: bool) -> Accelerator:
-    """For one process or several, with or without GPUs.
+    """For one process or several, with or without GPUs; ``bf16``: compute in bfloat16, by autocast.
 
-    Unless it is told "cpu", accelerate makes each of several processes without a GPU a run of its own,
-    and all of them would write into one folder. ``bf16``: compute in bfloat16, by autocast.
-
-    Raises:
-        RunError: where the launcher was told to shard the model, and accelerate would not.
+    Unless it is told "cpu", accelerate makes each of several processes without a GPU a run of its own, and all of them
+    would write into one folder. RunError where the launcher was told to shard the model, and accelerate would not.
     """
     if bf16 and not bf16_pays():
         log.warning("--bf16: this processor computes more slowly in bfloat16 than in float32; leave it out")
@@ -110,13 +107,9 @@ class MetricsLog:
         keep_until: int | None = None,
         config: Mapping[str, Any] | None = None,
     ):
-        """Open the log of a run; ``tracker`` is one of ``TRACKERS`` and is shown ``config``.
+        """Open the log of a run (``RunError``), without lines of steps after ``keep_until``.
 
-        Lines of steps after ``keep_until`` are dropped first.
-
-        Raises:
-            RunError: for a log that cannot be read.
-            TrackerError: for a tracker that cannot be used.
+        ``tracker`` is one of ``TRACKERS`` (``TrackerError``) and is shown ``config``.
         """
         self._file = self._tracker = None
         self._kept: list[dict[str, float]] = []
@@ -135,11 +128,7 @@ class MetricsLog:
         return any(row["step"] == step and any(k.startswith(prefix) for k in row) for row in self._kept)
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """One line; None means *not measured* and is left out.
-
-        Raises:
-            NotFiniteError: on processes that write and on those that do not.
-        """
+        """One line; None means *not measured* and is left out. NotFiniteError on all processes."""
         values = {k: float(v) for k, v in metrics.items() if v is not None}
         check_finite(step, values, "It can neither be logged nor learned from.")
         if not values:
@@ -165,12 +154,9 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; none where it is missing.
+    """The lines of a ``metrics.jsonl``, none where it is missing; RunError for one that is broken.
 
     A process that is killed may leave its last line unfinished: that one is dropped.
-
-    Raises:
-        RunError: names a line that is broken though others follow it.
     """
     if not path.exists():
         return []

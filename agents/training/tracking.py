@@ -40,14 +40,11 @@ def check_tracker(name: str) -> None:
 
 
 def open_tracker(name: str, folder: Path, config: Mapping[str, Any], begun: int) -> Any:
-    """A started tracker of accelerate, or None for ``none``.
+    """A started tracker of accelerate, or None for ``none``; TrackerError where it is missing or does not start.
 
     Each start of the command is a run of its own in wandb and trackio, grouped by the run folder: they
     do not take steps twice, and the steps behind the last checkpoint of a killed run are made twice.
     ``config`` is shown beside the curves; ``begun`` are finished steps that the run goes on from.
-
-    Raises:
-        TrackerError: where it is missing or does not start.
     """
     check_tracker(name)
     if name == "none":
@@ -66,13 +63,10 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any], begun: int)
             tracker = TrackioTracker(PROJECT, name=title, group=folder.name, embed=False)
         tracker.start()
         if name != "tensorboard":  # there it would make a run of its own, named by the time of day
-            tracker.store_init_configuration({k: v if _plain(v) else str(v) for k, v in config.items()})
+            plain = bool | int | float | str | None
+            tracker.store_init_configuration({k: v if isinstance(v, plain) else str(v) for k, v in config.items()})
     except Exception as error:
         # A stranger's package: not logged in, no network, a store that cannot be written, whatever it says.
         hint = "; `wandb login`, or WANDB_MODE=offline to send it later" if name == "wandb" else ""
         raise TrackerError(f"tracker {name} did not start: {' '.join(str(error).split())}{hint}") from error
     return tracker
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)

@@ -58,11 +58,7 @@ class TRLGrounding:
     """One episode at a time. Every public method but ``reset`` is a tool, so there is just one."""
 
     def __init__(self, policy: VLMPolicy, env_id: str, **kwargs: Any) -> None:
-        """Make ``env_id`` with ``kwargs`` of ``gym.make``; ``policy`` gives the wording and the box codec alone.
-
-        Raises:
-            ValueError: where boxes are not relative to the whole image.
-        """
+        """Make ``env_id`` with ``kwargs`` of ``gym.make``; ``policy`` gives wording and codec (``ValueError``)."""
         self._prompts, self._codec = policy.dialogue.prompts, policy.codec
         if self._codec.frame != "relative_1000":
             raise ValueError(
