@@ -145,7 +145,8 @@ def measure_ours(args: Args, layout: str) -> dict[str, Any]:
     """Steps of this project's trainer."""
     from accelerate import Accelerator
 
-    from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
+    from ivt_agents.grpo import train as train_grpo
+    from ivt_agents.grpo.trainer import GRPOTrainer
     from ivt_agents.training.run import MetricsLog
     from ivt_agents.vlm.load import checkpoint_layers
     from ivt_env.rollouts import make_vector_env
@@ -154,23 +155,17 @@ def measure_ours(args: Args, layout: str) -> dict[str, Any]:
     if args.checkpointing:
         checkpoint_layers(policy.model)
     env = make_vector_env(ENV, args.prompts * args.group, split="train", max_steps=args.turns)
-    config = GRPOConfig(
+    config = train_grpo.Args(
         steps=args.steps + 1,
         prompts=args.prompts,
         num_generations=args.group,
         learning_rate=LEARNING_RATE,
         warmup_steps=1,
         advantage="trajectory",
-        num_iterations=1,
-        epsilon=0.2,
-        epsilon_high=0.28,
-        beta=0.0,
         per_device_train_batch_size=args.batch * args.turns,
-        max_grad_norm=1.0,
         mask_truncated_completions=False,
         seed=args.seed,
         save_steps=args.steps + 2,
-        loss_type="dapo",
     )
     with tempfile.TemporaryDirectory() as folder:
         log = MetricsLog(Path(folder), enabled=False)

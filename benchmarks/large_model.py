@@ -55,7 +55,8 @@ import torch
 import tyro
 from accelerate import Accelerator
 
-from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.grpo.trainer import GRPOTrainer
 from ivt_agents.training.run import MetricsLog, write_json
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.codec import BoxCodec
@@ -367,21 +368,14 @@ def measure(args: Args) -> dict[str, Any]:
     torch.manual_seed(0)
     policy = make_policy(args)
     env = make_vector_env("IVT-Photos-v0", args.prompts * args.group, split="train", max_steps=args.turns, canvas=640)
-    config = GRPOConfig(
+    config = train_grpo.Args(
         steps=args.steps + 1,
         prompts=args.prompts,
         num_generations=args.group,
         learning_rate=1e-5,
         warmup_steps=1,
-        advantage="return_to_go",
-        num_iterations=1,
-        epsilon=0.2,
-        epsilon_high=0.28,
         beta=args.beta,
         per_device_train_batch_size=args.micro_batch,
-        max_grad_norm=1.0,
-        mask_truncated_completions=True,
-        seed=0,
         save_steps=10**9,
     )
     with tempfile.TemporaryDirectory() as folder:

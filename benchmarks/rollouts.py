@@ -35,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
-from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
+from ivt_agents.grpo import train as train_grpo
+from ivt_agents.grpo.trainer import GRPOTrainer
 from ivt_agents.training.run import MetricsLog, make_accelerator
 from ivt_agents.vlm import generation
 from ivt_agents.vlm.adapters import make_trainable
@@ -227,23 +228,7 @@ def share_of_arithmetic(args: Args) -> dict[str, float]:
     """Seconds of a training step (the trainer's defaults) inside the model, its gradients and the optimizer."""
     policy = load_policy(args.model, temperature=1.0, max_new_tokens=40)
     policy.model = make_trainable(policy.model, 16)
-    config = GRPOConfig(
-        steps=1,
-        prompts=16,
-        num_generations=8,
-        learning_rate=1e-3,
-        warmup_steps=1,
-        advantage="return_to_go",
-        num_iterations=1,
-        epsilon=0.2,
-        epsilon_high=0.28,
-        beta=0.0,
-        per_device_train_batch_size=64,
-        max_grad_norm=1.0,
-        mask_truncated_completions=True,
-        seed=0,
-        save_steps=100,
-    )
+    config = train_grpo.Args(steps=1, prompts=16, warmup_steps=1, save_steps=100)
     env = make_vector_env("IVT-Scenes-v0", config.prompts * config.num_generations, split="train", max_steps=args.turns)
     found = []
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ from ivt_agents.training.checkpoints import CONFIG, checkpoints
 from ivt_agents.training.run import RunError, check_least, write_json
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import forbid_stop
-from ivt_env.episodes import Episode, save_episodes
+from ivt_env.episodes import save_episodes
 from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
 from ivt_env.metrics.columns import columns
 from ivt_env.rollouts import make_vector_env
@@ -101,7 +101,9 @@ def main(args: Args) -> dict[str, Any]:
     for stage in recipe.stages.values():
         stage.check_model(stage.lora_r)
         validation_samples(stage.env, stage.split, stage.eval_split, stage.eval_samples, stage.data_root)
-    count = _count(args, recipe)
+    env = make_vector_env(recipe.sft.env, 1, split=args.split, data_root=recipe.sft.data_root, strict=True)
+    env.close()
+    count = len(samples_to_compare(env.dataset, args.samples))
     with lock_folder(args.out):
         return _run(args, recipe, count)
 
@@ -196,38 +198,15 @@ def evaluate(args: Args, recipe: Recipe, count: int) -> dict[str, Played]:
     with progress_bars() as progress:
         for name, (model, steps) in policies.items():
             task = progress.add_task(name, total=count)
-            episodes = _play(args, recipe, model, steps, count, name, lambda n, t=task: progress.advance(t, n))  # type: ignore[misc]
+            policy = load_policy(model, max_new_tokens=recipe.grpo.max_completion_length, **sft.loading())
+            forbid_stop(policy)
+            how: dict[str, Any] = {"num_envs": args.num_envs, "agent_name": name, "max_steps": steps, **policy.shown}
+            how["on_progress"] = lambda n, task=task: progress.advance(task, n)
+            how |= {"data_root": sft.data_root, "strict": True}
+            episodes = play(policy, sft.env, args.split, range(count), **how)
             save_episodes(args.out / "episodes" / name, episodes)
             played[name] = Played(episodes, columns(episodes_forced=episodes))
     return played
-
-
-def _count(args: Args, recipe: Recipe) -> int:
-    """How many samples there are to evaluate on; raises where the split cannot be read."""
-    env = make_vector_env(recipe.sft.env, 1, split=args.split, data_root=recipe.sft.data_root, strict=True)
-    env.close()
-    return len(samples_to_compare(env.dataset, args.samples))
-
-
-def _play(
-    args: Args, recipe: Recipe, model: str, steps: int, count: int, name: str, on_progress: Callable[[int], None]
-) -> list[Episode]:
-    sft = recipe.sft
-    policy = load_policy(model, max_new_tokens=recipe.grpo.max_completion_length, **sft.loading())
-    forbid_stop(policy)
-    return play(
-        policy,
-        sft.env,
-        args.split,
-        range(count),
-        num_envs=args.num_envs,
-        agent_name=name,
-        on_progress=on_progress,
-        max_steps=steps,
-        data_root=sft.data_root,
-        strict=True,
-        **policy.shown,
-    )
 
 
 def _once(stage: train_sft.Args | train_grpo.Args, train: Callable[[], object]) -> None:

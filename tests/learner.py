@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ivt_agents.grpo.trainer import GRPOConfig, GRPOTrainer
+from ivt_agents.grpo.train import Args
+from ivt_agents.grpo.trainer import GRPOTrainer
 from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.adapters import add_lora
 from ivt_agents.vlm.load import load_policy
@@ -16,25 +17,9 @@ from ivt_agents.vlm.policy import VLMPolicy
 from ivt_env.rollouts import make_vector_env
 
 
-def small_config(**changes: object) -> GRPOConfig:
-    values = {
-        "steps": 4,
-        "prompts": 2,
-        "num_generations": 4,
-        "learning_rate": 1e-3,
-        "warmup_steps": 1,
-        "advantage": "return_to_go",
-        "num_iterations": 1,
-        "epsilon": 0.2,
-        "epsilon_high": 0.28,
-        "beta": 0.0,
-        "per_device_train_batch_size": 64,
-        "max_grad_norm": 1.0,
-        "mask_truncated_completions": True,
-        "seed": 0,
-        "save_steps": 2,
-    }
-    return GRPOConfig(**(values | changes))  # type: ignore[arg-type]
+def small_config(**changes: object) -> Args:
+    values = {"steps": 4, "prompts": 2, "num_generations": 4, "warmup_steps": 1, "save_steps": 2}
+    return Args(**({"epsilon": 0.2, "epsilon_high": 0.28} | values | changes))  # type: ignore[arg-type]
 
 
 def small_policy(lora: bool = True) -> VLMPolicy:

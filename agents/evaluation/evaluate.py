@@ -37,7 +37,7 @@ from ivt_agents.evaluation.plots import (
     plot_reliability,
     plot_training,
 )
-from ivt_agents.evaluation.report import last_screen, write_report
+from ivt_agents.evaluation.report import episode_folders, last_screen, write_report
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.continued import Continued, repeats_itself
 from ivt_agents.play.cost import Cost, Metered
@@ -47,7 +47,6 @@ from ivt_agents.play.served import MAY_CHANGE as SERVED_MAY_CHANGE
 from ivt_agents.training.checkpoints import CONFIG, check_new, check_resume, forget_run, recorded_options
 from ivt_agents.training.run import check_least, made_by, write_json
 from ivt_agents.vlm.prompts import TINY_NAME
-from ivt_env.data.sample import Dataset, ImageArray
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json
 from ivt_env.files import asked_of, forget, lock_folder, whole_file, whole_folder, write_whole
@@ -109,15 +108,14 @@ class PlayedOptions(ServedOptions):
     seed: int = 0
     """Seed of what is sampled, and of the bootstrap intervals."""
 
-    def stages(self) -> tuple[Dataset, range, Stages]:
-        """The data set, the numbers of the samples to play, and the environments."""
+    def stages(self) -> tuple[range, Stages]:
+        """The numbers of the samples to play, and the environments."""
         # Named real data must be there: what is measured never falls back.
         kwargs: dict[str, Any] = {"data_root": self.data_root, "strict": True}
         kwargs |= {"split": self.split, "max_steps": self.episode_steps}
-        dataset = make_vector_env(self.env, 1, **kwargs).dataset
-        indices = samples_to_compare(dataset, self.samples)
+        indices = samples_to_compare(make_vector_env(self.env, 1, **kwargs).dataset, self.samples)
         count = min(self.num_envs, len(indices))
-        return dataset, indices, Stages(lambda **seen: make_vector_env(self.env, count, **seen, **kwargs), self.view)
+        return indices, Stages(lambda **seen: make_vector_env(self.env, count, **seen, **kwargs), self.view)
 
 
 @dataclass
@@ -188,7 +186,6 @@ def _begin(args: Args) -> None:
 
 
 def _evaluate(args: Args) -> dict[str, Played]:
-    dataset = None
     costs: dict[str, list[dict[str, float]]] = {}
     if args.episodes:
         sources = named("episodes", args.episodes)
@@ -197,7 +194,7 @@ def _evaluate(args: Args) -> dict[str, Played]:
         sources = named("policies", args.policies or [DEFAULT_POLICY])
         served = Served(args, args.out / ANSWERS)
         with served.run(f", finished episodes in {args.out / 'episodes'}", "--resume"):
-            runs, costs, dataset = _play(args, sources, served)
+            runs, costs = _play(args, sources, served)
     base_name, base = next(iter(runs.items()))
     played: dict[str, Played] = {}
     for name, of_policy in runs.items():
@@ -205,7 +202,7 @@ def _evaluate(args: Args) -> dict[str, Played]:
         played[name] = Played(of_policy, audit_runs(of_policy, name=name, n_boot=RESAMPLES, seed=args.seed))
     if args.episodes or args.resume:
         _begin(args)
-    _write(args, played, sources, costs, dataset)
+    _write(args, played, sources, costs)
     return played
 
 
@@ -246,10 +243,10 @@ def _folders(names: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], str]:
 
 def _play(
     args: Args, names: Mapping[str, Sequence[str]], served: Served
-) -> tuple[dict[str, list[Run]], dict[str, list[dict[str, float]]], Any]:
-    """The runs of each policy, saved as they come, what its answers cost, and the data set that was served."""
+) -> tuple[dict[str, list[Run]], dict[str, list[dict[str, float]]]]:
+    """The runs of each policy, saved as they come, and what its answers cost."""
     folders = _folders(names)
-    dataset, indices, envs = args.stages()
+    indices, envs = args.stages()
     count = len(indices)
 
     def saved_at(folder: str, forced: bool) -> Path:
@@ -304,7 +301,7 @@ def _play(
                         write_json(partial / COST, costs[name][-1])
                 watch.journal.unlink(missing_ok=True)
             runs.setdefault(name, []).append(Run(found[0], found[1] if args.forced else None))
-    return runs, costs, dataset
+    return runs, costs
 
 
 class _Watch:
@@ -349,7 +346,6 @@ def _write(
     played: Mapping[str, Played],
     sources: Mapping[str, Sequence[str]],
     costs: Mapping[str, list[dict[str, float]]],
-    dataset: Any,
 ) -> None:
     audits = {name: one.audit for name, one in played.items()}
     first = next(iter(audits.values()))
@@ -373,21 +369,9 @@ def _write(
     write_json(args.out / "results.json", results)
     _plot(args, played)
     episodes = {name: one.runs[0].episodes for name, one in played.items()}
-    image_of: Callable[[Episode], ImageArray]
-    if dataset is None:
-        image_of = ImageFinder(episodes, {name: Path(sources[name][0]) for name in episodes}, args.data_root)
-    else:
-        by_id = {dataset[i].sample_id: i for i in range(first.episodes)}
-
-        def image_of(episode: Episode) -> ImageArray:
-            return dataset.image(dataset[by_id[episode.sample_id]])  # type: ignore[no-any-return]
-
-    write_page(
-        args.out / "episodes.html",
-        {name: list(some[: args.page_episodes]) for name, some in episodes.items()},
-        image_of,
-        title=f"Episodes: {', '.join(played)} on {served}",
-    )
+    image_of = ImageFinder(episodes, episode_folders(args.out, results), args.data_root)
+    shown = {name: list(some[: args.page_episodes]) for name, some in episodes.items()}
+    write_page(args.out / "episodes.html", shown, image_of, title=f"Episodes: {', '.join(played)} on {served}")
     page = write_report(args.out, episodes, image_of)
     print(last_screen(results, page), file=sys.stderr if args.json else sys.stdout)
     if args.json:

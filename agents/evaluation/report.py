@@ -98,7 +98,7 @@ class Args:
 def main(args: Args) -> Path:
     """Write the page; returns its path."""
     results = _read(args.folder / "results.json", "evaluate.py")
-    folders = _episode_folders(args.folder, results)
+    folders = episode_folders(args.folder, results)
     runs = {name: load_episodes(folder) for name, folder in folders.items()}
     find = ImageFinder(runs, folders, args.data_root or results["args"]["data_root"])
     path = write_report(args.folder, runs, find, swaps=args.swaps, out=args.out, examples=args.examples)
@@ -345,7 +345,7 @@ def _methods() -> Html:
     return _section("What each column may be used for", Html(body))
 
 
-def _episode_folders(folder: Path, results: Mapping[str, Any]) -> dict[str, Path]:
+def episode_folders(folder: Path, results: Mapping[str, Any]) -> dict[str, Path]:
     """The stopping episodes of each policy's first seed, where they were saved."""
     found = {}
     for name, seeds in results["policies"].items():

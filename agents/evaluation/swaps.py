@@ -336,7 +336,7 @@ def main(args: Args) -> dict[str, list[Swap]]:
 
 
 def _swap(args: Args, names: dict[str, str], served: Served) -> dict[str, list[Swap]]:
-    _, indices, envs = args.stages()
+    indices, envs = args.stages()
     for spec in names.values():  # a server that is not there is found before anything is lost
         if "openai:" in spec:
             load_agent(spec, env=envs.of(None), seed=args.seed, served=served)

@@ -29,7 +29,7 @@ from accelerate import Accelerator
 
 from ivt_agents.command import Hidden, progress_bars
 from ivt_agents.grpo.losses import CLIPS
-from ivt_agents.grpo.trainer import SCALE_FLOOR, GRPOConfig, GRPOTrainer
+from ivt_agents.grpo.trainer import SCALE_FLOOR, GRPOTrainer
 from ivt_agents.play.on_split import summary
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import CONFIG, PROCESSES, check_new, check_resume, forget_run, recorded_options
@@ -177,10 +177,9 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     seen: dict[str, Any] = {"reward": {"kind": args.reward, **penalties}, "max_steps": args.episode_steps}
     seen |= {"split": args.split, "data_root": args.data_root, "strict": True, **policy.shown}
     env = make_vector_env(args.env, args.prompts // accelerator.num_processes * args.num_generations, **seen)
-    config = GRPOConfig(**{k: v for k, v in asdict(args).items() if k in GRPOConfig.__dataclass_fields__})
     # The log is opened after the checkpoint is read: a resumed run drops what it will write again.
     log = MetricsLog(args.out, enabled=False)
-    trainer = GRPOTrainer(policy, env, config, accelerator, log, args.out)
+    trainer = GRPOTrainer(policy, env, args, accelerator, log, args.out)
     if args.resume:
         trainer.resume()
     options |= {"model": args.model, "view": policy.view, "layout": policy.layout}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ivt_agents.grpo.advantages import advantages as advantages_of
 from ivt_agents.grpo.advantages import spread, zero_variance
 from ivt_agents.grpo.collect import Groups, collect
-from ivt_agents.grpo.losses import LOSSES, PER_SEQUENCE, clipped_sides, denominator, k3, kl_loss, kl_penalty
-from ivt_agents.play.on_split import MAX_UNUSABLE, check_answers
+from ivt_agents.grpo.losses import CLIPS, LOSSES, PER_SEQUENCE, clipped_sides, denominator, k3, kl_loss, kl_penalty
+from ivt_agents.play.on_split import check_answers
 from ivt_agents.training.checkpoints import load_state, save_state, what_is_kept
 from ivt_agents.training.finite import check_finite, check_weights
 from ivt_agents.training.muon import Muon
@@ -35,6 +35,9 @@ from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.turns import Turn
 from ivt_env.vector_env import GroundingVectorEnv
 
+if TYPE_CHECKING:  # the script imports this module
+    from ivt_agents.grpo.train import Args
+
 log = logging.getLogger(__name__)
 
 WITHOUT_VARIANCE = 5
@@ -45,36 +48,6 @@ SCALE_FLOOR = 1e-3
 
 GOOD = 0.5
 """Stopping is right if the IoU is at least this, in the metrics of the stop. Nothing is trained on it."""
-
-
-@dataclass(frozen=True)
-class GRPOConfig:
-    """What the learner needs to know; the meaning of each field is in ``train_grpo.py``."""
-
-    steps: int
-    prompts: int
-    num_generations: int
-    learning_rate: float
-    warmup_steps: int
-    advantage: str
-    num_iterations: int
-    epsilon: float
-    epsilon_high: float
-    beta: float
-    per_device_train_batch_size: int
-    max_grad_norm: float
-    mask_truncated_completions: bool
-    seed: int
-    save_steps: int
-    loss_type: str = "dapo"
-    scale_rewards: str = "none"
-    kl_in: str = "loss"
-    format_bonus: float = 0.0
-    require_format: bool = False
-    discount: float = 1.0
-    optim: str = "adamw"
-    cooldown: int = 0
-    max_unusable: float = MAX_UNUSABLE
 
 
 @dataclass
@@ -104,7 +77,7 @@ class GRPOTrainer:
         self,
         policy: VLMPolicy,
         env: GroundingVectorEnv,
-        config: GRPOConfig,
+        config: Args,
         accelerator: Accelerator,
         log: MetricsLog,
         folder: Path,
@@ -116,6 +89,8 @@ class GRPOTrainer:
         """
         _refuse_dropout(policy.model)
         self.policy, self.env, self.config = policy, env, config
+        given = zip(CLIPS[config.loss_type], (config.epsilon, config.epsilon_high), strict=True)
+        self.bounds = [usual if own is None else own for usual, own in given]
         self.accelerator, self.log, self.folder = accelerator, log, folder
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         frozen = not any(p.requires_grad for n, p in policy.model.named_parameters() if "visual" in n)
@@ -394,8 +369,7 @@ class GRPOTrainer:
         weights = torch.tensor(advantages, device=device).repeat_interleave(counts)  # (N,)
         sequence = torch.arange(len(turns), device=device).repeat_interleave(counts)  # (N,)
         log_probs, entropy = self.scorer(turns)
-        bounds = config.epsilon, config.epsilon_high
-        loss = LOSSES[config.loss_type](log_probs, old, weights, sequence, *bounds)
+        loss = LOSSES[config.loss_type](log_probs, old, weights, sequence, *self.bounds)
         kl = torch.zeros((), device=device)
         if self.reference is not None and config.kl_in == "loss":
             reference = self.reference(turns)
@@ -403,7 +377,7 @@ class GRPOTrainer:
             loss = loss + config.beta * kl_loss(log_probs, old, reference, by_sequence)
             kl = k3(log_probs.detach(), reference).sum()
         with torch.no_grad():
-            low, high = clipped_sides(config.loss_type, log_probs, old, weights, sequence, *bounds)
+            low, high = clipped_sides(config.loss_type, log_probs, old, weights, sequence, *self.bounds)
             drift = (log_probs - old).abs()
         stats = [loss.detach(), entropy.detach().sum(), low, high, kl, drift.sum(), torch.tensor(float(len(old)))]
         return loss, torch.stack([s.double().cpu() for s in stats]), float(drift.max())
