@@ -28,7 +28,7 @@ from experiments.paper_tables import Played, report, results
 from ivt_agents.command import progress_bars, run_command
 from ivt_agents.config import has_section, load_config
 from ivt_agents.grpo import train as train_grpo
-from ivt_agents.play.on_split import play, samples_to_compare, validation_samples
+from ivt_agents.play.on_split import play, samples_to_compare
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import CONFIG, checkpoints
 from ivt_agents.training.run import RunError, check_least, write_json
@@ -100,7 +100,7 @@ def main(args: Args) -> dict[str, Any]:
     train_sft.check_options(recipe.sft)
     for stage in recipe.stages.values():
         stage.check_model(stage.lora_r)
-        validation_samples(stage.env, stage.split, stage.eval_split, stage.eval_samples, stage.data_root)
+        stage.measured_on()
     env = make_vector_env(recipe.sft.env, 1, split=args.split, data_root=recipe.sft.data_root, strict=True)
     env.close()
     count = len(samples_to_compare(env.dataset, args.samples))

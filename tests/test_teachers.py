@@ -29,8 +29,7 @@ from ivt_agents.sft.demonstrations import Demonstration, load_demonstrations, sa
 from ivt_agents.sft.harvest import write_traces
 from ivt_agents.sft.lessons import teach_to_look
 from ivt_agents.sft.teacher import prompts
-from ivt_agents.sft.teacher.load import ServedTeacher, load_teacher
-from ivt_agents.sft.teacher.prompts import TeacherError, trace_request, unusable_reason
+from ivt_agents.sft.teacher.load import ServedTeacher, TeacherError, load_teacher, trace_request, unusable_reason
 from ivt_agents.sft.teacher.template import critique
 from ivt_agents.training.run import RunError
 from ivt_agents.vlm.codec import parse_action

@@ -25,7 +25,7 @@ from ivt_agents.play.on_split import check_answers
 from ivt_agents.training.checkpoints import load_state, save_state, what_is_kept
 from ivt_agents.training.finite import check_finite, check_weights
 from ivt_agents.training.muon import Muon
-from ivt_agents.training.run import MetricsLog, Stopwatch, derived_seed
+from ivt_agents.training.run import MetricsLog, Stopwatch
 from ivt_agents.training.sharding import whole_weights
 from ivt_agents.vlm.adapters import has_reference, reference_adapter
 from ivt_agents.vlm.generation import TokenScorer
@@ -174,7 +174,8 @@ class GRPOTrainer:
         # All processes draw the same samples and each plays its share.
         draw = np.random.default_rng((config.seed, 21, self.step))
         indices = draw.integers(len(self.env.dataset), size=config.prompts)[rank::world]
-        self.policy.generator.manual_seed(derived_seed(config.seed, 22, self.step, rank))
+        drawn = np.random.SeedSequence((config.seed, 22, self.step, rank)).generate_state(1, np.uint64)[0]
+        self.policy.generator.manual_seed(int(drawn >> np.uint64(1)))
         with self.whole_weights():
             groups = collect(
                 self.env,

@@ -22,21 +22,6 @@ _LOUD = 0.5
 """A larger share than this is reported even if it is not an error."""
 
 
-def validation_samples(env_id: str, split: str, eval_split: str, wanted: int, data_root: str | None) -> range:
-    """The samples of a training command's evaluations; DataError, with what helps, where there is no such split."""
-    options: dict[str, Any] = {"data_root": data_root, "strict": True}
-    make_vector_env(env_id, 1, split=split, **options).close()  # what is wrong with all of it is said as it is
-    if not wanted:
-        return range(0)
-    try:
-        return first_samples(make_vector_env(env_id, 1, split=eval_split, **options).dataset, wanted)
-    except DataError as error:
-        raise DataError(
-            f"eval_split {eval_split}: {error}. Name a split that is there with --eval-split ({split} is), or give"
-            " --eval-samples 0 to train without evaluations"
-        ) from error
-
-
 class Stages:
     """Vector environments of one command, one for each way in which a box is shown."""
 

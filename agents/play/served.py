@@ -106,18 +106,15 @@ class Served:
         except ServedError as error:
             if self.cache is None or not self._clients:
                 raise
+            # This process's command with the flags, and without --overwrite.
+            words = [w for w in (Path(sys.argv[0]).name, *sys.argv[1:]) if w not in ("--overwrite", *flags)]
+            command = shlex.join([*words[0].split(), *words[1:], *flags])
             raise type(error)(
                 f"{error}. {len(self.cache)} answers are kept in {self.cache.folder}{kept}; this goes on, and asks"
-                f" nothing twice: {same_command(*flags)}"
+                f" nothing twice: {command}"
             ) from error
         if self.cache is not None:
             forget(self.cache.folder)
-
-
-def same_command(*flags: str) -> str:
-    """This process's command with ``flags``, and without ``--overwrite``."""
-    words = [w for w in (Path(sys.argv[0]).name, *sys.argv[1:]) if w not in ("--overwrite", *flags)]
-    return shlex.join([*words[0].split(), *words[1:], *flags])
 
 
 class ServedPolicy:
@@ -228,22 +225,13 @@ class FrameCheck:
             self.say()
 
     def say(self) -> None:
-        """Log the warning, if there is one, once."""
-        if not self._said and (found := self.warning()):
-            self._said = True
-            log.warning("%s", found)
-
-    def warning(self) -> str | None:
-        """What would fit much better, with numbers; None where nothing does, or too few answers are known."""
-        if len(self._ious) < _LEAST_ANSWERS:
-            return None
+        """Log, once, what would fit much better, with numbers."""
+        if self._said or len(self._ious) < _LEAST_ANSWERS:
+            return
+        self._said = True
         means = {frame: sum(one[frame] for one in self._ious) / len(self._ious) for frame in self._ious[0]}
-        declared = self.asked.codec.frame
-        best = max(means, key=means.__getitem__)
-        if means[best] < means[declared] + _MUCH_BETTER:
-            return None
-        return (
-            f"{self.name}: the first {len(self._ious)} boxes have a mean IoU of {means[declared]:.2f} as declared"
-            f" ({declared}), and {means[best]:.2f} as {best}: the prompt file probably declares another frame than the"
-            " model uses; nothing is changed"
-        )
+        declared, best = self.asked.codec.frame, max(means, key=means.__getitem__)
+        if means[best] >= means[declared] + _MUCH_BETTER:
+            found = f"{means[declared]:.2f} as declared ({declared}), and {means[best]:.2f} as {best}"
+            found = f"{self.name}: the first {len(self._ious)} boxes have a mean IoU of {found}"
+            log.warning("%s: the prompt file probably declares another frame; nothing is changed", found)

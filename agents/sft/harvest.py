@@ -15,10 +15,10 @@ from pathlib import Path
 
 from ivt_agents.play.chat import AnswerCache, ServedError
 from ivt_agents.sft.demonstrations import Demonstration, load_demonstrations
-from ivt_agents.sft.teacher.load import Teacher
-from ivt_agents.sft.teacher.prompts import (
+from ivt_agents.sft.teacher.load import (
     QUESTION,
     SYSTEM,
+    Teacher,
     TeacherError,
     TraceRequest,
     tidy,

@@ -22,11 +22,11 @@ from ivt_agents.training.muon import Muon
 from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.adapters import layer_matrices
 from ivt_agents.vlm.codec import STOP_TEXT
-from ivt_agents.vlm.dialogue import images_of
 from ivt_agents.vlm.generation import Sampling, TokenScorer
 from ivt_agents.vlm.load import can_pack
 from ivt_agents.vlm.packing import micro_batches
 from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.prompts import images_of
 from ivt_agents.vlm.turns import Box, Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.game import Game

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +10,14 @@ from typing import Any, Literal
 import torch
 
 from ivt_agents.command import Hidden
-from ivt_agents.play.on_split import MAX_UNUSABLE, play, validation_samples
-from ivt_agents.training.run import RunError, check_least, check_rate, check_share
+from ivt_agents.play.on_split import MAX_UNUSABLE, play
+from ivt_agents.training.run import RunError, check_least
 from ivt_agents.training.tracking import TrackerName, check_tracker
 from ivt_agents.vlm.dry_run import Plan, dry_run
 from ivt_agents.vlm.load import can_pack, check_weights, checkpoint_layers
+from ivt_env.data.sample import DataError
 from ivt_env.episodes import Episode
+from ivt_env.rollouts import first_samples, make_vector_env
 
 MAY_CHANGE = frozenset(
     {"save_steps", "max_unusable", "out", "report_to", "config", "resume", "overwrite"}
@@ -91,8 +94,10 @@ class TrainingOptions:
         """Refuse (``RunError``) what makes no sense by itself; ``least`` are further smallest values."""
         check_tracker(self.report_to)
         check_least(self, _LEAST | {"episode_steps": 1} | least)
-        check_rate(self.learning_rate)
-        check_share("max_unusable", self.max_unusable)
+        if not 0 < self.learning_rate < math.inf:
+            raise RunError(f"learning_rate {self.learning_rate:g}: give a finite number greater than 0")
+        if not 0 <= self.max_unusable <= 1:
+            raise RunError(f"max_unusable {self.max_unusable:g}: give a fraction from 0 to 1")
 
     def check_model(self, lora_r: int) -> None:
         """Refuse what contradicts itself (RunError) or cannot be had here (PolicyError), before anything is loaded."""
@@ -123,8 +128,19 @@ class TrainingOptions:
             print("attention flash_attention_2: packing is off, each turn is computed in a row of its own")
 
     def measured_on(self) -> range:
-        """The samples of the evaluations, found before anything is loaded (``DataError``)."""
-        return validation_samples(self.env, self.split, self.eval_split, self.eval_samples, self.data_root)
+        """The samples of the evaluations, found before anything is loaded (``DataError``, with what helps)."""
+        options: dict[str, Any] = {"data_root": self.data_root, "strict": True}
+        make_vector_env(self.env, 1, split=self.split, **options).close()  # what is wrong with all of it is said so
+        if not self.eval_samples:
+            return range(0)
+        try:
+            env = make_vector_env(self.env, 1, split=self.eval_split, **options)
+        except DataError as error:
+            raise DataError(
+                f"eval_split {self.eval_split}: {error}. Name a split that is there with --eval-split ({self.split}"
+                " is), or give --eval-samples 0 to train without evaluations"
+            ) from error
+        return first_samples(env.dataset, self.eval_samples)
 
     def measure(self, policy: Any, indices: range, **how: Any) -> list[Episode]:
         """Greedy episodes of ``policy`` for an evaluation."""

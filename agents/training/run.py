@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import platform
 import subprocess
@@ -39,18 +38,6 @@ def check_least(options: object, least: Mapping[str, int]) -> None:
     for name, number in least.items():
         if not getattr(options, name) >= number:
             raise RunError(f"{name} {getattr(options, name)}: give at least {number}")
-
-
-def check_rate(lr: float) -> None:
-    """Refuse a learning rate that is not a positive number (``RunError``)."""
-    if not 0 < lr < math.inf:
-        raise RunError(f"learning_rate {lr:g}: give a finite number greater than 0")
-
-
-def check_share(name: str, value: float) -> None:
-    """Refuse a value outside 0 to 1 (``RunError``)."""
-    if not 0 <= value <= 1:
-        raise RunError(f"{name} {value:g}: give a fraction from 0 to 1")
 
 
 def make_accelerator(bf16: bool) -> Accelerator:
@@ -187,11 +174,6 @@ class Stopwatch:
 def seed_everything(*parts: int) -> None:
     """Seed Python, NumPy and torch from a tuple of integers, for example (seed, step, rank)."""
     set_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
-
-
-def derived_seed(*parts: int) -> int:
-    """One 63-bit seed from several integers; equal parts give equal seeds on every machine."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def made_by() -> dict[str, Any]:

@@ -10,21 +10,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ivt_agents.vlm.codec import BoxCodec, ParsedAction
-from ivt_agents.vlm.prompts import LAYOUTS, Prompts, images_of
+from ivt_agents.vlm.prompts import Prompts
 from ivt_agents.vlm.turns import Box, EncodedImage, Prompt, Turn
 from ivt_env import boxes
 
-__all__ = ["LAYOUTS", "Dialogue", "images_of"]
-
 View = tuple[EncodedImage, Box]
 """An image and the region that it shows, relative to the whole image."""
+_ANSWER = {"role": "assistant", "content": "\x01"}
 
 
 class Dialogue:
@@ -46,7 +44,7 @@ class Dialogue:
             return self._process(images)
         # Most of it is resizing, which releases Python's lock.
         chunks = [images[k : k + _CHUNK] for k in range(0, len(images), _CHUNK)]
-        return [image for part in _threads().map(self._process, chunks) for image in part]
+        return [image for part in _THREADS.map(self._process, chunks) for image in part]
 
     def _process(self, images: Sequence[NDArray[np.uint8]]) -> list[EncodedImage]:
         out = self.image_processor(images=list(images), return_tensors="pt")
@@ -119,7 +117,7 @@ class Dialogue:
         opening = self._rendered([_user("\x00", images)])
         before, _, after = opening.partition("\x00")
         if later:
-            whole = self._rendered([_user("\x00", images), _answer("\x01"), _user("\x02", images)])
+            whole = self._rendered([_user("\x00", images), _ANSWER, _user("\x02", images)])
             head, _, rest = whole.partition("\x01")
             end = self.tokenizer.convert_ids_to_tokens(self.end_id)
             if head != opening or not rest.startswith(end):
@@ -133,7 +131,7 @@ class Dialogue:
 
     def _end(self) -> int:
         """The special token right behind an answer in the chat template."""
-        whole = self._rendered([_user("\x00", 1), _answer("\x01")], begun=False)
+        whole = self._rendered([_user("\x00", 1), _ANSWER], begun=False)
         _, answered, rest = whole.partition("\x01")
         ids = self._tokens(rest.lstrip(), special=True)
         if not answered or not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
@@ -161,14 +159,6 @@ def _user(text: str, images: int) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
 
-def _answer(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
 _CHUNK = 8
 """Images that one thread prepares at a time."""
-
-
-@lru_cache(maxsize=1)
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="images")
+_THREADS = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="images")

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from ivt_agents.vlm.dialogue import LAYOUTS
 from ivt_agents.vlm.generation import core_of
 from ivt_agents.vlm.policy import OWN, VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, can_merge, stored_as, use_float32_head
+from ivt_agents.vlm.prompts import LAYOUTS
 from ivt_agents.vlm.sources import (
     AGAIN,
     CONFIG,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,13 @@ from ivt_agents.vlm.adapters import folded
 from ivt_agents.vlm.cache import Memory
 from ivt_agents.vlm.codec import STOP_TEXT, BoxCodec, as_actions
 from ivt_agents.vlm.decode import fixed_decoder
-from ivt_agents.vlm.dialogue import LAYOUTS, Dialogue, images_of
+from ivt_agents.vlm.dialogue import Dialogue
 from ivt_agents.vlm.generation import Sampling, core_of, generate
 from ivt_agents.vlm.precision import stored_as
-from ivt_agents.vlm.prompts import POLICY_FILE, PromptFile, Prompts
+from ivt_agents.vlm.prompts import LAYOUTS, POLICY_FILE, PromptFile, Prompts, images_of
 from ivt_agents.vlm.tiny import weights_folder
 from ivt_agents.vlm.turns import WHOLE, Prompt, Turn
 from ivt_env.files import whole_folder, write_whole
-
-__all__ = ["POLICY_FILE", "VLMPolicy"]
 
 OWN = "policy"
 """First answers are the policy's own."""
@@ -173,11 +170,11 @@ class VLMPolicy:
     def _turns(self, observations: Mapping[str, Any], rows: Sequence[int]) -> list[Turn]:
         """A turn for each row; the images of the next rows are prepared while the model is at work on these."""
         chunks = [rows[k : k + self.batch_size] for k in range(0, len(rows), self.batch_size)]
-        waiting = [_next().submit(self.prompts_for, observations, chunk) for chunk in chunks[:1]]
+        waiting = [_NEXT.submit(self.prompts_for, observations, chunk) for chunk in chunks[:1]]
         turns: list[Turn] = []
         for number, chunk in enumerate(chunks, 1):
             prompts = waiting.pop().result()
-            waiting += [_next().submit(self.prompts_for, observations, later) for later in chunks[number : number + 1]]
+            waiting += [_NEXT.submit(self.prompts_for, observations, later) for later in chunks[number : number + 1]]
             turns += self._generate(prompts, chunk)
         return turns
 
@@ -313,6 +310,4 @@ def forbid_stop(policy: VLMPolicy) -> None:
 _VISION_TOKENS = ("image_pad", "video_pad", "vision_start", "vision_end")
 
 
-@lru_cache(maxsize=1)
-def _next() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="prompts")
+_NEXT = ThreadPoolExecutor(1, thread_name_prefix="prompts")
