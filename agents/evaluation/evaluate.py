@@ -30,13 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivt_agents.command import progress_bars
-from ivt_agents.evaluation.plots import (
-    plot_accuracy_by_step,
-    plot_before_after,
-    plot_groups,
-    plot_reliability,
-    plot_training,
-)
+from ivt_agents.evaluation import plots
 from ivt_agents.evaluation.report import episode_folders, last_screen, write_report
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.continued import Continued, repeats_itself
@@ -50,21 +44,12 @@ from ivt_agents.vlm.prompts import TINY_NAME
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json
 from ivt_env.files import asked_of, forget, lock_folder, whole_file, whole_folder, write_whole
+from ivt_env.metrics import table
 from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_lines
 from ivt_env.metrics.breakdown import group_table
 from ivt_env.metrics.columns import check_same_samples, outcomes
 from ivt_env.metrics.scores import METRICS
 from ivt_env.metrics.stopping import confidence_calibration, stop_calibration
-from ivt_env.metrics.table import (
-    Comparison,
-    as_json,
-    compare,
-    difference_table,
-    policy_table,
-    render,
-    score_table,
-    seed_table,
-)
 from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
 from ivt_env.viewer import write_page
@@ -358,8 +343,8 @@ def _write(
         **made_by(),
         "policies": dict(sources),
         "served": served,
-        "rows": as_json([row for one in audits.values() for row in one.rows]),
-        "comparisons": as_json(comparisons),
+        "rows": table.as_json([row for one in audits.values() for row in one.rows]),
+        "comparisons": table.as_json(comparisons),
         "costs": dict(costs),
         "behaviour": behaviour_lines(audits),
         "audits": {name: one.as_json() for name, one in audits.items()},
@@ -397,7 +382,7 @@ def _write_predictions(path: Path, episodes: Sequence[Episode]) -> None:
 
 
 def _report(
-    args: Args, played: Mapping[str, Played], audits: Mapping[str, Audit], comparisons: Sequence[Comparison]
+    args: Args, played: Mapping[str, Played], audits: Mapping[str, Audit], comparisons: Sequence[table.Comparison]
 ) -> list[str]:
     first = next(iter(audits.values()))
     rows = [row for one in audits.values() for row in one.rows]
@@ -409,14 +394,14 @@ def _report(
     text = [f"{source}, served: {', '.join(first.served)}, n = {first.episodes}, at most {longest} actions"]
     if several:
         text += ["means over seeds: " + ", ".join(f"{name} {count}" for name, count in several.items())]
-    text += ["", *(policy_table(rows, metric) + "\n" for metric in (*METRICS, "hit"))]
-    text += ["with their 95 % intervals over images:", score_table(short), ""]
+    text += ["", *(table.policy_table(rows, metric) + "\n" for metric in (*METRICS, "hit"))]
+    text += ["with their 95 % intervals over images:", table.score_table(short), ""]
     if several:
-        text += [seed_table(rows, metric) + "\n" for metric in GAIN_METRICS]
+        text += [table.seed_table(rows, metric) + "\n" for metric in GAIN_METRICS]
     text += ["paired differences over images, 95 % bootstrap intervals:", ""]
-    text += [difference_table([c for c in comparisons if c.metric == m]) + "\n" for m in GAIN_METRICS]
+    text += [table.difference_table([c for c in comparisons if c.metric == m]) + "\n" for m in GAIN_METRICS]
     text += ["how the steps were used, and what the policy knows of its boxes:"]
-    text += [render(["figure", *audits], behaviour_lines(audits)), ""]
+    text += [table.render(["figure", *audits], behaviour_lines(audits)), ""]
     groups = {name: [g for g in one.groups if g.column in ("step_0", "learned_stop")] for name, one in audits.items()}
     text += ["by data set, size of the target's box and number of same-class distractors:", group_table(groups)]
     return text
@@ -431,10 +416,10 @@ def _costs(costs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
         [name, *(f"{sum(seed[field] for seed in seeds) / len(seeds):.1f}" for field in fields)]
         for name, seeds in costs.items()
     ]
-    return ["", "what an episode cost, with its stop honoured:", render(["policy", *fields], lines)]
+    return ["", "what an episode cost, with its stop honoured:", table.render(["policy", *fields], lines)]
 
 
-def _comparisons(audits: Mapping[str, Audit], seed: int) -> list[Comparison]:
+def _comparisons(audits: Mapping[str, Audit], seed: int) -> list[table.Comparison]:
     """What each policy gains on its own first box, and its answer on the first boxes and answers of the others."""
     base = next(iter(audits))
     pairs = []
@@ -452,17 +437,19 @@ def _comparisons(audits: Mapping[str, Audit], seed: int) -> list[Comparison]:
         for a, b in pairs:
             first, second = (audits[policy].columns[column] for policy, column in (a, b))
             images = audits[base].image_ids
-            found.append(compare(" ".join(a), first, " ".join(b), second, images, metric, n_boot=RESAMPLES, seed=seed))
+            found.append(
+                table.compare(" ".join(a), first, " ".join(b), second, images, metric, n_boot=RESAMPLES, seed=seed)
+            )
     return found
 
 
 def _plot(args: Args, played: Mapping[str, Played]) -> None:
     forced = {name: one.forced for name, one in played.items() if one.forced}
     if forced:
-        plot_accuracy_by_step(forced, args.out / "accuracy_by_step.png")
+        plots.plot_accuracy_by_step(forced, args.out / "accuracy_by_step.png")
     stopping = {name: one.stopping for name, one in played.items()}
-    plot_before_after(stopping, args.out / "before_after.png")
-    plot_groups({name: one.audit.groups for name, one in played.items()}, args.out / "groups.png")
+    plots.plot_before_after(stopping, args.out / "before_after.png")
+    plots.plot_groups({name: one.audit.groups for name, one in played.items()}, args.out / "groups.png")
     found = {name: outcomes(episodes, verify=False) for name, episodes in stopping.items()}
     stated = {
         "stop probability, of the box that is shown": {k: stop_calibration(v) for k, v in found.items()},
@@ -472,6 +459,6 @@ def _plot(args: Args, played: Mapping[str, Played]) -> None:
     path = args.out / "reliability.png"
     path.unlink(missing_ok=True)
     if any(stated.values()):  # agents without probabilities have nothing to draw
-        plot_reliability({title: of for title, of in stated.items() if of}, path)
+        plots.plot_reliability({title: of for title, of in stated.items() if of}, path)
     if args.runs:
-        plot_training(args.runs, args.out / "training.png")
+        plots.plot_training(args.runs, args.out / "training.png")

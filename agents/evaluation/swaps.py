@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
@@ -69,18 +69,14 @@ class BlankImages:
         return np.full((*sample.size, 3), _GREY, dtype=np.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class _OwnPlay:
-    """What a policy's own actions led to, action by action."""
+class _OwnPlay(NamedTuple):
+    """Action by action: the current box after it, and whether the policy wanted to stop."""
 
     boxes: tuple[Box | None, ...]
-    """The current box after each action."""
     stopped: tuple[bool, ...]
-    """Whether it wanted to stop, at each action."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
+class _Job(NamedTuple):
     """One answer to be taken."""
 
     index: int
@@ -112,19 +108,10 @@ def play_swaps(
     ``sibling`` where it has none apart from the target (IoU below ``BAD_BELOW``). The boxes of ``target``,
     ``sibling``, ``random`` and ``near`` depend on seed, sample and step only: they are the same for every agent.
 
-    Args:
-        env: made with ``autoreset_mode="Disabled"`` and the view that the agent needs.
-        agent: who answers.
-        indices: samples of the environment's data set, each once.
-        seed: decides the boxes that are drawn by chance.
-        variants: of ``VARIANTS``.
-        steps: numbers of own actions before the swap, each from 1 to ``env.max_steps - 1``.
-        replay: play the own actions again before each answer, for an agent that remembers.
-        agent_name: written into the records.
-        on_progress: called with how many answers have been taken, and of how many.
-
-    Returns:
-        The answers by step, sample (as in ``indices``) and variant.
+    ``env`` is made with ``autoreset_mode="Disabled"`` and the view that the agent needs; ``indices`` name each sample
+    once. ``steps`` are numbers of own actions before the swap, each from 1 to ``env.max_steps - 1``; ``replay``: play
+    them again before each answer, for an agent that remembers. ``on_progress`` gets how many answers have been taken,
+    and of how many. The answers come by step, sample (as in ``indices``) and variant.
     """
     if not len(indices) or len(set(indices)) != len(indices):
         raise ValueError(f"indices: give each sample once, and at least one; these are {len(indices)}")
@@ -196,18 +183,16 @@ def _box_of(variant: str, sample: Sample, own: Box | None, key: Sequence[int]) -
     """Whether the sample has this variant, and the box to draw."""
     # A stream of its own for each variant, so that leaving one out changes no other.
     rng = np.random.default_rng([*key, list(VARIANTS).index(variant)])
+    target = boxes.visible_part(sample.box)
     if variant == "none":
         return True, None
     if variant in ("own", "blank"):
         return own is not None, own
-    if variant == "target":
-        return True, boxes.visible_part(sample.box)
-    if variant == "random":
-        return True, box_tuple(elsewhere(boxes.visible_part(sample.box), rng))
-    if variant == "near":
-        return True, box_tuple(moved(boxes.visible_part(sample.box), rng))
     if variant == "shifted":
         return own is not None, None if own is None else box_tuple(moved(own, rng))
+    if variant in ("target", "random", "near"):
+        drawn = {"random": elsewhere, "near": moved}.get(variant)
+        return True, target if drawn is None else box_tuple(drawn(target, rng))
     apart = [boxes.visible_part(b) for b in sample.siblings if float(boxes.iou(b, sample.box)) < BAD_BELOW]
     return bool(apart), apart[int(rng.integers(len(apart)))] if apart else None
 

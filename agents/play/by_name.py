@@ -18,8 +18,6 @@ from ivt_env.data.checked import closest
 from ivt_env.rollouts import Agent
 from ivt_env.vector_env import GroundingVectorEnv
 
-__all__ = ["BUILT_IN", "Agent", "load_agent"]
-
 BUILT_IN = ("random", "centre", "oracle", "ocr")
 """The agents that go by a bare name."""
 
@@ -69,16 +67,10 @@ def load_agent(
     ``VLM`` is ``vlm:FOLDER``, ``pixels-K:vlm:FOLDER`` or ``openai:URL#MODEL``. The three in front of it are controls
     of equal compute (``docs/controls.md``); they sample at temperature 1, or at T as ``medoid-N@T:VLM``.
 
-    Args:
-        spec: one of these.
-        env: the vector environment that will be played; only the oracle is given it.
-        seed: for what is drawn or sampled at random; a ``module:Class`` does not get it.
-        served: how models behind an address are asked. None: the defaults, and no cache.
-        **options: of the agent itself (``stop_probability``, ``noise``, what ``load_policy`` takes).
-            A ``module:Class`` takes none.
-
-    Raises:
-        ValueError: for a spec that names no agent, or a class that is none.
+    ``env`` is the vector environment that will be played, for the oracle alone; ``seed`` is for what is drawn at
+    random; ``served`` says how models behind an address are asked (None: the defaults, and no cache); ``options`` are
+    those of the agent itself (``stop_probability``, ``noise``, what ``load_policy`` takes). A ``module:Class`` gets
+    none of them. ValueError for a spec that names no agent, or a class that is none.
     """
     head, colon, rest = spec.partition(":")
     if spec == "random":
@@ -95,9 +87,8 @@ def load_agent(
         return OCRAgent(**options)
     if head.startswith("stop-after-"):
         if not re.fullmatch(r"stop-after-[0-9]+:.+", spec):
-            raise ValueError(
-                f"agent {spec!r}: say after how many proposals, and who proposes, like 'stop-after-1:random'"
-            )
+            told = "say after how many proposals, and who proposes, like 'stop-after-1:random'"
+            raise ValueError(f"agent {spec!r}: {told}")
         proposer = load_agent(rest, env=env, seed=seed, served=served, **options)
         return StopAfter(proposer, int(head.removeprefix("stop-after-")))
     if head.startswith("pixels-"):

@@ -62,7 +62,6 @@ class Budget:
     """How the two options begin that set it, for messages."""
 
     def __post_init__(self) -> None:
-        """Refuse caps that allow nothing."""
         for name, value in (("requests", self.max_requests), ("tokens", self.max_tokens)):
             if value < 1:
                 raise ServedError(f"a cap of {value} {name} allows nothing: give at least 1")

@@ -37,7 +37,6 @@ class Cost:
     """Tokens sampled, those that end an answer included."""
 
     def __add__(self, other: Cost) -> Cost:
-        """Both together."""
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def per_episode(self, episodes: int) -> dict[str, float]:

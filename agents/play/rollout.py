@@ -25,7 +25,7 @@ from rich.markup import escape
 
 import ivt_env
 from ivt_agents.command import progress_bars, run_command
-from ivt_agents.play.by_name import Agent, load_agent
+from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.chat import ServedError
 from ivt_agents.play.on_split import Stages
 from ivt_agents.play.served import ANSWERS, Served, ServedOptions
@@ -33,7 +33,7 @@ from ivt_env.data.checked import closest
 from ivt_env.data.sample import ImageArray, Sample
 from ivt_env.episodes import Box, Episode, Step, save_episodes
 from ivt_env.files import forget, lock_folder
-from ivt_env.rollouts import make_vector_env, rollout
+from ivt_env.rollouts import Agent, make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
 from ivt_env.viewer import write_page
 

@@ -209,13 +209,12 @@ class _LimitIsEnd(gym.Wrapper[dict[str, Any], np.ndarray, dict[str, Any], np.nda
 
 
 def _check(args: Args) -> None:
-    for name in ("steps", "samples", "episode_steps", "num_envs", "rollout", "epochs"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give an integer of at least 1")
+    least = dict.fromkeys(("steps", "samples", "episode_steps", "num_envs", "rollout", "epochs"), 1) | {"side": 16}
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give an integer of at least {number}")
     if not 0 <= args.gamma <= 1:
         raise ValueError(f"--gamma {args.gamma}: give a number from 0 to 1")
-    if args.side < 16:
-        raise ValueError(f"--side {args.side}: give at least 16 pixels")
     if args.batch < 2 or args.num_envs * args.rollout % args.batch:
         raise ValueError(
             f"--batch {args.batch}: give a number that divides the {args.num_envs * args.rollout} actions of a"

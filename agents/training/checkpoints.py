@@ -31,9 +31,6 @@ _MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffe
 """What each optimizer keeps of a parameter that it has moved."""
 
 
-# --- what was asked for ---------------------------------------------------------------------------------------
-
-
 def check_new(folder: Path, results: Sequence[str]) -> None:
     """Refuse (``RunError``) to begin a run where checkpoints or ``results`` of another lie."""
     there, found = [name for name in results if (folder / name).exists()], checkpoints(folder)
@@ -84,9 +81,6 @@ def forget_run(folder: Path, results: Sequence[str]) -> None:
     """
     for name in (*results, CONFIG):
         forget(folder / name)
-
-
-# --- checkpoints ----------------------------------------------------------------------------------------------
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -170,81 +164,71 @@ def load_state(
     step: int = state["step"]
     if step > most_steps:
         raise RunError(f"{folder} has made {step} steps already, more than --steps {most_steps}: give at least {step}")
-    _Fit(checkpoints(folder)[-1], model).check(state, optimizers, step * updates)
+    _check_fit(checkpoints(folder)[-1], model, state, optimizers, step * updates)
     fill_parameters(model, state["parameters"])
     for one, values in zip(optimizers, state["optimizers"], strict=True):
         fill_optimizer(one, values)
     return step
 
 
-class _Fit:
-    """Whether a checkpoint is one of this model and its optimizers."""
+def _check_fit(
+    path: Path, model: nn.Module, state: Mapping[str, Any], optimizers: Sequence[Any], most_updates: int
+) -> None:
+    """Raise ``RunError`` for the first thing by which a checkpoint is none of this model and its optimizers."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before, values, saved = gathered_parameters(model), state["parameters"], state["optimizers"]
 
-    def __init__(self, checkpoint: Path, model: nn.Module) -> None:
-        self._checkpoint = checkpoint
-        self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._before = gathered_parameters(model)
-
-    def _refuse(self, what: str) -> NoReturn:
-        path = self._checkpoint
+    def refuse(what: str) -> NoReturn:
         raise RunError(f"{path / 'state.pt'}: {what}; remove {path} to resume from the one before")
 
-    def check(self, state: Mapping[str, Any], optimizers: Sequence[Any], most_updates: int) -> None:
-        """Raise ``RunError`` for the first thing that does not fit."""
-        values, saved = state["parameters"], state["optimizers"]
-        if not isinstance(values, dict) or set(values) != set(self._named):
-            folder = self._checkpoint.parent.parent
-            raise RunError(f"the checkpoint in {folder} was written with another --model or other LoRA options")
-        for name, parameter in self._named.items():
-            self._tensor(name, values[name], parameter)
-        if not isinstance(saved, list) or len(saved) != len(optimizers):
-            self._refuse("it was written with another --optim")
-        names = {id(p): n for n, p in self._named.items()}
-        for one, its in zip(optimizers, saved, strict=True):
-            self._optimizer(one, its, names, values, most_updates)
+    def check_tensor(name: str, value: Any, like: torch.Tensor) -> None:
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            refuse(f"{name} is no tensor")
+        if value.shape != like.shape or value.dtype != like.dtype:
+            found, wanted = (f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in (value, like))
+            refuse(f"{name} is {found}, and the model has {wanted} there")
+        if not bool(torch.isfinite(value).all()):
+            refuse(f"{name} is not finite")
 
-    def _optimizer(
-        self, optimizer: Any, saved: Any, names: Mapping[int, str], values: Mapping[str, Any], most_updates: int
-    ) -> None:
+    if not isinstance(values, dict) or set(values) != set(named):
+        folder = path.parent.parent
+        raise RunError(f"the checkpoint in {folder} was written with another --model or other LoRA options")
+    for name, parameter in named.items():
+        check_tensor(name, values[name], parameter)
+    if not isinstance(saved, list) or len(saved) != len(optimizers):
+        refuse("it was written with another --optim")
+    names = {id(p): n for n, p in named.items()}
+    for optimizer, its in zip(optimizers, saved, strict=True):
         kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
         groups = optimizer.state_dict()["param_groups"]
-        if not isinstance(saved, dict) or saved.keys() != {"state", "param_groups"}:
-            self._refuse("its optimizer state is none")
-        theirs, moments = saved["param_groups"], saved["state"]
+        if not isinstance(its, dict) or its.keys() != {"state", "param_groups"}:
+            refuse("its optimizer state is none")
+        theirs, moments = its["param_groups"], its["state"]
         if not isinstance(theirs, list) or [_settings(g) for g in theirs] != [_settings(g) for g in groups]:
-            self._refuse("it was written with another --optim, or with other settings of it")
+            refuse("it was written with another --optim, or with other settings of it")
         if not all(isinstance(g["lr"], float) and math.isfinite(g["lr"]) for g in theirs):
-            self._refuse("a learning rate is not a finite number")
+            refuse("a learning rate is not a finite number")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if not isinstance(moments, dict) or not moments.keys() <= set(range(len(parameters))):
-            self._refuse("its optimizer state is none")
+            refuse("its optimizer state is none")
         for number, parameter in enumerate(parameters):
             name = names[id(parameter)]
             if number not in moments:  # right where no step has moved it
-                if not torch.equal(values[name], self._before[name]):
-                    self._refuse(f"the optimizer knows nothing of {name}, which was trained")
+                if not torch.equal(values[name], before[name]):
+                    refuse(f"the optimizer knows nothing of {name}, which was trained")
                 continue
             kept = moments[number]
             if not isinstance(kept, dict) or kept.keys() != _MOMENTS[kind]:
-                self._refuse(f"the optimizer's state of {name} is not that of {kind}")
+                refuse(f"the optimizer's state of {name} is not that of {kind}")
             for key, value in kept.items():
                 if key != "step":
-                    self._tensor(f"{key} of {name}", value, parameter)
+                    check_tensor(f"{key} of {name}", value, parameter)
                     continue
                 count = float(value) if isinstance(value, torch.Tensor) and value.numel() == 1 else math.nan
                 if not (1 <= count <= most_updates and count.is_integer()):
-                    self._refuse(f"step {value!r} of the optimizer for {name} is none of 1 to {most_updates}")
+                    refuse(f"step {value!r} of the optimizer for {name} is none of 1 to {most_updates}")
             if kind == "AdamW" and bool((kept["exp_avg_sq"] < 0).any()):
-                self._refuse(f"exp_avg_sq of {name} is negative")
-
-    def _tensor(self, name: str, value: Any, like: torch.Tensor) -> None:
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            self._refuse(f"{name} is no tensor")
-        if value.shape != like.shape or value.dtype != like.dtype:
-            found, wanted = (f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in (value, like))
-            self._refuse(f"{name} is {found}, and the model has {wanted} there")
-        if not bool(torch.isfinite(value).all()):
-            self._refuse(f"{name} is not finite")
+                refuse(f"exp_avg_sq of {name} is negative")
 
 
 def _settings(group: Any) -> Any:

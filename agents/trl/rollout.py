@@ -13,10 +13,9 @@
 ``examples/train_with_trl.py`` trains with it; ``docs/trl.md`` compares it with ``ivt_agents.trl.environment`` and says
 what TRL's interface cannot express. Written for TRL 1.16, and it imports nothing of it.
 
-How the images reach TRL: it reads a rollout's images from the ``images`` column of its row, *after* the rollout. That
-column of ``rollout_rows`` holds a ``RolloutImages``, empty at first, to which the row's prompt refers as well; the
-rollout puts in every image that the model saw, and ``rollout_processor`` hands them to TRL as they are. TRL gives
-two-dimensional positions to images of the prompt only, so a hook in front of the forward pass marks all of them.
+TRL reads a rollout's images from the ``images`` column of its row, *after* the rollout: that of ``rollout_rows`` holds
+a ``RolloutImages``, which the rollout fills, and ``rollout_processor`` hands over as it is. TRL gives two-dimensional
+positions to images of the prompt only, so a hook in front of the forward pass marks all of them.
 """
 
 from __future__ import annotations

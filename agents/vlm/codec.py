@@ -49,7 +49,6 @@ class BoxCodec:
     """Of the JSON object; None for another text."""
 
     def __post_init__(self) -> None:
-        """Refuse unknown frames and answers."""
         number = re.fullmatch(r"relative_([1-9][0-9]{0,6})", self.frame)
         if number is None and self.frame != "resized_pixels":
             raise ValueError(f"coordinate frame {self.frame!r}: choose relative_1000, relative_N or resized_pixels")

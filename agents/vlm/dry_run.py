@@ -23,22 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
-from ivt_agents.vlm.footprint import (
-    CONTEXT_BYTES,
-    USABLE,
-    WEIGHT_FORMATS,
-    Shape,
-    Workload,
-    cache_bytes,
-    count_parts,
-    largest_batch,
-    lora_parameters,
-    need,
-    resized,
-    rollout_bytes,
-    room,
-    visual_tokens,
-)
+from ivt_agents.vlm import footprint
 from ivt_agents.vlm.sources import AGAIN, CONFIG, PROCESSOR, PolicyError, find_source, pixel_limits, scaled
 from ivt_env.failures import reading
 from ivt_env.metrics.table import render
@@ -166,7 +151,6 @@ class Plan:
     """Times the most pixels that the model may be shown of an image."""
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
         if self.gpu_memory_gb <= 0:
             raise ValueError(f"gpu_memory_gb {self.gpu_memory_gb}: give the GPU's gigabytes")
         if min(self.image) < 1:
@@ -177,13 +161,13 @@ def dry_run(plan: Plan) -> str:
     """The report of a dry run, as text."""
     config, source = find_config(plan.model)
     model = build_without_weights(config)
-    parts, lora = count_parts(model), lora_parameters(model, plan.lora_rank)
-    shape, limits = Shape.of(config), image_limits(config, plan.model, plan.pixels)
-    size = resized(*plan.image, shape.patch, shape.merge, limits)
-    tokens = visual_tokens(*plan.image, shape.patch, shape.merge, limits)
-    work = Workload(tokens, TEXT_TOKENS, plan.new_tokens, plan.turns)
+    parts, lora = footprint.count_parts(model), footprint.lora_parameters(model, plan.lora_rank)
+    shape, limits = footprint.Shape.of(config), image_limits(config, plan.model, plan.pixels)
+    size = footprint.resized(*plan.image, shape.patch, shape.merge, limits)
+    tokens = footprint.visual_tokens(*plan.image, shape.patch, shape.merge, limits)
+    work = footprint.Workload(tokens, TEXT_TOKENS, plan.new_tokens, plan.turns)
     kind = "episode" if plan.turns > 1 else "demonstration"
-    fresh, prefix = (cache_bytes(shape, work, 1, layout) / _GB for layout in ("fresh", "prefix"))
+    fresh, prefix = (footprint.cache_bytes(shape, work, 1, layout) / _GB for layout in ("fresh", "prefix"))
     cache = f"key-value cache of one {kind}, bf16: {fresh:.3f} GB"
     if plan.turns > 1:
         cache += (
@@ -195,17 +179,19 @@ def dry_run(plan: Plan) -> str:
         counts[f"LoRA, r = {plan.lora_rank} (trained)"] = lora
     gpu, rows = plan.gpu_memory_gb * _GB, []
     # Weights that are trained themselves cannot be quantised, and bf16 is too coarse for AdamW's steps.
-    for weight_format in WEIGHT_FORMATS if plan.lora_rank else ("float32",):
+    for weight_format in footprint.WEIGHT_FORMATS if plan.lora_rank else ("float32",):
         for checkpointing in (False, True):
-            needs = need(parts, lora, shape, work, plan.rollout_rows, weight_format, checkpointing, plan.autocast)
+            held = weight_format, checkpointing, plan.autocast
+            needs = footprint.need(parts, lora, shape, work, plan.rollout_rows, *held)
             if plan.reference_copy:
                 needs = replace(needs, weights=2 * needs.weights)
             peak, fixed = needs.peak(plan.micro_batch), needs.weights + needs.training
-            turns = largest_batch(needs.turn, fixed + needs.copies, gpu)
-            episodes = largest_batch(rollout_bytes(shape, work, 1, 4 if weight_format == "float32" else 2), fixed, gpu)
+            turns = footprint.largest_batch(needs.turn, fixed + needs.copies, gpu)
+            rollout = footprint.rollout_bytes(shape, work, 1, 4 if weight_format == "float32" else 2)
+            episodes = footprint.largest_batch(rollout, fixed, gpu)
             figures = needs.weights, needs.training, needs.rollout, needs.update(plan.micro_batch), peak
             row = [weight_format, "yes" if checkpointing else "no", *(f"{v / _GB:.1f}" for v in figures)]
-            row += ["yes" if peak <= room(gpu) else "NO", str(turns)]
+            row += ["yes" if peak <= footprint.room(gpu) else "NO", str(turns)]
             rows.append([*row, *([str(turns // work.turns)] if work.turns > 1 else []), str(episodes)])
     header = ["weights in", "checkpointing", "weights", "training", f"rollout of {plan.rollout_rows}"]
     header += [f"update of {plan.micro_batch}", "peak", "fits", "largest micro-batch"]
@@ -225,8 +211,8 @@ def dry_run(plan: Plan) -> str:
         "memory in GB (10^9 bytes)\n" + render(header, rows),
         "",
         "training: adapters, gradients, AdamW's moments. peak: weights + training + the larger of rollout and update.",
-        f"The peak must stay below {room(gpu) / _GB:.1f} GB: {plan.gpu_memory_gb:g} GB less "
-        f"{CONTEXT_BYTES / _GB:g} GB for CUDA, of which {USABLE:.0%} can be filled.",
+        f"The peak must stay below {footprint.room(gpu) / _GB:.1f} GB: {plan.gpu_memory_gb:g} GB less "
+        f"{footprint.CONTEXT_BYTES / _GB:g} GB for CUDA, of which {footprint.USABLE:.0%} can be filled.",
         "Parameters, weights, visual tokens and cache are exact; rollout and update are estimates (formulas in "
         "agents/vlm/footprint.py).",
         "Every row can be run: --dtype bfloat16, --quantize nf4, --gradient-checkpointing. bfloat16 was run on a GPU.",

@@ -12,21 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
+from ivt_agents.vlm import sources
 from ivt_agents.vlm.generation import core_of
 from ivt_agents.vlm.policy import OWN, VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, can_merge, stored_as, use_float32_head
 from ivt_agents.vlm.prompts import LAYOUTS
-from ivt_agents.vlm.sources import (
-    AGAIN,
-    CONFIG,
-    PolicyError,
-    Source,
-    check_config,
-    find_source,
-    load_image_processor,
-    load_tokenizer,
-    read_settings,
-)
+from ivt_agents.vlm.sources import AGAIN, CONFIG, PolicyError
 from ivt_env.failures import reading
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
@@ -65,10 +56,10 @@ def load_policy(
     """
     if layout not in (None, *LAYOUTS):
         raise PolicyError(f"layout {layout!r}: choose {' or '.join(LAYOUTS)}")
-    source = find_source(name)
+    source = sources.find_source(name)
     with reading(Path(source.base) / CONFIG, AGAIN, PolicyError):
         config = AutoConfig.from_pretrained(source.base)
-    asked, held = read_settings(source, config.model_type)
+    asked, held = sources.read_settings(source, config.model_type)
     quantize = quantize or held.get("quantize", "none")
     if quantize == "none" and held.get("quantize") == "nf4":
         raise PolicyError(
@@ -83,9 +74,9 @@ def load_policy(
     attention = attention or ("eager" if device == "cpu" else "sdpa")
     check_weights(dtype, quantize, attention, device)
     with reading(Path(source.base) / CONFIG, AGAIN, PolicyError):
-        check_config(source, config)
-    tokenizer = load_tokenizer(source, config)
-    processor = load_image_processor(source, config, pixels)
+        sources.check_config(source, config)
+    tokenizer = sources.load_tokenizer(source, config)
+    processor = sources.load_image_processor(source, config, pixels)
     model = _load_model(source, dtype, quantize, device)
     if quantize == "none":  # quantised weights were made where they are to stay
         model.to(device)
@@ -119,7 +110,7 @@ def load_policy(
     return policy
 
 
-def _read_back(model: Any, source: Source, held: dict[str, str], attention: str) -> None:
+def _read_back(model: Any, source: sources.Source, held: dict[str, str], attention: str) -> None:
     """Refuse a model that is not held and computed as it was asked for, or whose weights are not finite."""
     core = core_of(model)
     parts = (core.config, core.config.get_text_config(), core.config.vision_config)
@@ -152,7 +143,7 @@ def check_weights(dtype: str, quantize: str, attention: str | None, device: str)
         raise PolicyError(f"attention flash_attention_2 with dtype {dtype}: it needs 16 bits; add --dtype bfloat16")
 
 
-def _load_model(source: Source, dtype: str, quantize: str, device: str) -> Any:
+def _load_model(source: sources.Source, dtype: str, quantize: str, device: str) -> Any:
     """The model with its adapters, refusing weights that do not fit their own configuration."""
     if Path(source.base).exists():
         transformers_logging.disable_progress_bar()  # a local file is read in a blink

@@ -44,26 +44,17 @@ def words_of(tokenizer: PreTrainedTokenizerFast) -> Words:
     return Words(tuple(before[:-1]), tuple(after_ids), of, tuple(answer), tuple(numbers))
 
 
-def prefix_of(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Token ids up to the end of the image."""
-    before, _ = _chat(tokenizer)
-    return list(tokenizer(before.replace("<|image_pad|>", "<|image_pad|>" * TOKENS))["input_ids"])
-
-
 def _chat(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
     content = [{"type": "image"}, {"type": "text", "text": "\x00"}]
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    before, after = str(rendered).split("\x00")
+    asked = [{"role": "user", "content": content}]
+    before, after = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)).split("\x00")
     return before, after
 
 
 def patchify(images: torch.Tensor) -> torch.Tensor:
     """What Qwen's image processor makes of (B, 96, 96, 3) uint8 images, for the whole batch at once.
 
-    Returns:
-        (B * 144, 3 * 2 * 8 * 8), patches ordered by merge block, values in [-1, 1].
+    (B * 144, 3 * 2 * 8 * 8), patches ordered by merge block, values in [-1, 1].
     """
     x = images.float().div_(127.5).sub_(1)  # (B, H, W, 3)
     m, p = 2, 8
@@ -120,7 +111,8 @@ class SlotModel:
     ) -> None:
         """Lay out the sequence: the image first, then slots that see the image and themselves alone."""
         self.model, self.questions, self.words, device = model, questions, words_of(tokenizer), model.device
-        prefix = prefix_of(tokenizer)
+        before, _ = _chat(tokenizer)
+        prefix = list(tokenizer(before.replace("<|image_pad|>", "<|image_pad|>" * TOKENS))["input_ids"])
         self.prefix = torch.tensor(prefix, device=device)
         self.first = first = prefix.index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
         # Attention kernels copy masks whose rows are no multiple of 16 long.
@@ -189,17 +181,10 @@ class SlotModel:
     def answer(
         self, merged: torch.Tensor, deep: list[torch.Tensor], slots: torch.Tensor, lengths: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the model says where the answers stand.
+        """Hidden states (B, questions, ANSWER, width) from which the answers' tokens are told, and these tokens.
 
-        Args:
-            merged: of ``see``.
-            deep: of ``see``.
-            slots: token ids (B, questions, SLOT).
-            lengths: tokens of each question without its answer (B, questions); at least 1.
-
-        Returns:
-            hidden states (B, questions, ANSWER, width) from which the answers' tokens are told, and these
-            tokens (B, questions, ANSWER).
+        ``merged`` and ``deep`` are those of ``see``, ``slots`` token ids (B, questions, SLOT), ``lengths`` the tokens
+        of each question without its answer (B, questions), at least 1.
         """
         language: Any = self.model.model.language_model
         count, first = len(slots), self.first

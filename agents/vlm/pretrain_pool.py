@@ -162,7 +162,6 @@ class Drawing:
         self._done = self._workers.map(_fill, *zip(*_jobs(standard, search), strict=True))
 
     def __enter__(self) -> Drawing:
-        """Itself."""
         return self
 
     def __exit__(self, *_: object) -> None:

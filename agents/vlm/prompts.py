@@ -88,7 +88,6 @@ class ImageSize:
     """Larger ones are scaled down."""
 
     def __post_init__(self) -> None:
-        """Refuse what no image can have."""
         values = multiple, least, most = (self.multiple, self.min_pixels, self.max_pixels)
         if not all(type(v) is int and v >= 1 for v in values) or most < max(least, multiple**2):
             raise ValueError(f"image: multiple, min_pixels and max_pixels are {values}; give whole numbers that fit")
