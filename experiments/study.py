@@ -22,6 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from experiments.study_tables import last_screen, plot_map, summary
 from ivt_agents.command import run_command
@@ -134,9 +135,8 @@ def _playing(args: Args) -> list[Job]:
     last = "grpo-0"
     for name, spec in policies.items():
         # The base, which never stops, is asked for two refinements, as in the paper; controls answer once.
-        actions = {"base": 3, "control": 1, "control-pixels": 1}.get(
-            name.rpartition("-")[0] or name, args.episode_steps
-        )
+        kind = name.rpartition("-")[0] or name
+        actions = {"base": 3, "control": 1, "control-pixels": 1}.get(kind, args.episode_steps)
         needs = () if name == "base" else (name,)
         for split in args.splits:
             options = ["--split", split, "--samples", args.samples, "--page-episodes", 1 if name != last else 50]
@@ -163,9 +163,8 @@ def _scoring(args: Args) -> list[Job]:
     jobs = []
     for split in args.splits:
         played = ["base", *names(args)]
-        folders = [
-            f"{name.rpartition('-')[0] or name}={args.out}/played/{split}/{name}/episodes/{name}" for name in played
-        ]
+        at = f"{args.out}/played/{split}"
+        folders = [f"{name.rpartition('-')[0] or name}={at}/{name}/episodes/{name}" for name in played]
         needs = tuple(f"played-{split}-{name}" for name in played)
         jobs.append(_job(args, split, "evaluate", ["--episodes", *folders], "report.html", needs))
         if args.swap_samples:
@@ -210,9 +209,8 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
         with lock, (out / "commands.txt").open("a", encoding="utf-8") as file:
             file.write(f"python {shlex.join(job.command[1:])}\n")
         with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                job.command, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_parent
-            )
+            kept: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment}
+            process = subprocess.Popen(job.command, preexec_fn=end_with_parent, **kept)
             running.append(process)
             status = process.wait()
         print(f"{job.name}: status {status} after {(time.time() - started) / 60:.1f} minutes", flush=True)

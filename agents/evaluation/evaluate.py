@@ -411,11 +411,9 @@ def _costs(costs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """A table of what an episode cost, of the policies that show it; means over seeds."""
     if not costs:
         return []
-    fields = [f.name for f in dataclass_fields(Cost)]
-    lines = [
-        [name, *(f"{sum(seed[field] for seed in seeds) / len(seeds):.1f}" for field in fields)]
-        for name, seeds in costs.items()
-    ]
+    fields, lines = [f.name for f in dataclass_fields(Cost)], []
+    for name, seeds in costs.items():
+        lines.append([name, *(f"{sum(seed[field] for seed in seeds) / len(seeds):.1f}" for field in fields)])
     return ["", "what an episode cost, with its stop honoured:", table.render(["policy", *fields], lines)]
 
 
@@ -425,12 +423,8 @@ def _comparisons(audits: Mapping[str, Audit], seed: int) -> list[table.Compariso
     pairs = []
     for name, one in audits.items():
         pairs += [((name, key), (name, "step_0")) for key in one.columns if key != "step_0"]
-        pairs += [
-            ((name, "learned_stop"), (other, column))
-            for other in audits
-            if other != name
-            for column in ("step_0", "learned_stop")
-        ]
+        others = [(other, column) for other in audits if other != name for column in ("step_0", "learned_stop")]
+        pairs += [((name, "learned_stop"), other) for other in others]
         pairs += [((name, "step_0"), (base, "step_0"))] if name != base else []
     found = []
     for metric in (*GAIN_METRICS, "Acc@0.7"):

@@ -153,18 +153,11 @@ def _verdicts(results: Mapping[str, Any]) -> Html:
     rows: list[list[Any]] = []
     for name, audit in results["audits"].items():
         gains = own_gains(audit)
-        broke = [run["broke"]["learned_stop"]["value"] for run in audit["runs"]]
-        broke = [value for value in broke if value is not None]
+        broke = [v for run in audit["runs"] if (v := run["broke"]["learned_stop"]["value"]) is not None]
         best = [g for g in audit["gains"] if g["oracle"] and g["metric"] == "Acc@0.5"]
-        rows.append(
-            [
-                name,
-                "learned_stop",
-                *(_difference(gains[m]) for m in ("Acc@0.5", "Acc@0.9", "mIoU")),
-                number(sum(broke) / len(broke)) if broke else "-",
-                Html(f'<span class="oracle">{_difference(best[0])}</span>') if best else "-",
-            ]
-        )
+        cells = [_difference(gains[m]) for m in ("Acc@0.5", "Acc@0.9", "mIoU")]
+        oracle = Html(f'<span class="oracle">{_difference(best[0])}</span>') if best else "-"
+        rows.append([name, "learned_stop", *cells, number(sum(broke) / len(broke)) if broke else "-", oracle])
     head = ["policy", "its answer", "Acc@0.5", "Acc@0.9", "mIoU", "regressed, % of correct", "oracle, Acc@0.5 *"]
     note = (
         "Each policy's answer minus its own first box, in points (IoU: as it is). n.s.: not significant, the interval "
@@ -385,9 +378,8 @@ def _difference(comparison: Mapping[str, Any]) -> Html:
     d, metric = comparison["difference"], comparison["metric"]
     kind = ("gain" if d["diff"] > 0 else "loss") if d["shown"] else "open"
     value = difference(d["diff"], d["shown"], d["num_clusters"], metric)
-    return Html(
-        f'<span class="{kind}">{value} <small>{interval(d["low"], d["high"], metric, sign=True)}</small></span>'
-    )
+    ends = interval(d["low"], d["high"], metric, sign=True)
+    return Html(f'<span class="{kind}">{value} <small>{ends}</small></span>')
 
 
 class Html(str):
@@ -403,14 +395,11 @@ def _table(head: Sequence[Any], lines: Sequence[Sequence[Any]], left: int = 1, k
     kinds = ["text" if k < left else "number" for k in range(len(head))]
     names = [_text(name) for name in head]
     top = "".join(f'<th class="{kind}">{name}</th>' for kind, name in zip(kinds, names, strict=True))
-    rows = [
-        "".join(
-            f'<td class="{kind}" data-name="{name}">{_text(cell)}</td>'
-            for kind, name, cell in zip(kinds, names, cells, strict=True)
-        )
-        for cells in lines
-    ]
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    body = ""
+    for cells in lines:
+        named = zip(kinds, names, cells, strict=True)
+        row = "".join(f'<td class="{kind}" data-name="{name}">{_text(cell)}</td>' for kind, name, cell in named)
+        body += f"<tr>{row}</tr>"
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
     kind = "key" if key else "wide many" if len(head) > 3 else "wide"
     return Html(f'<div class="{kind}">{table}</div>')

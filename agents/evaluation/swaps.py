@@ -76,7 +76,8 @@ class _OwnPlay(NamedTuple):
     stopped: tuple[bool, ...]
 
 
-class _Job(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Job:
     """One answer to be taken."""
 
     index: int
