@@ -194,7 +194,7 @@ def test_options_that_cannot_work_are_refused_before_anything_is_made(tmp_path, 
 def test_the_limit_of_actions_earns_nothing_that_was_not_played(monkeypatch):
     """A truncated episode's last reward would be raised by the value of a step that never comes."""
     small = SmallImages(load_dataset("scenes", "val"), [0, 1], 36)
-    env = train._maker(small, train.Args(episode_steps=2))()
+    env = train.make_env(small, train.Args(episode_steps=2))
     env.reset(seed=0)
     action = encode_box([0.2, 0.2, 0.6, 0.6])
     assert env.step(action)[2:4] == (False, False)

@@ -22,8 +22,10 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +42,7 @@ from ivt_agents.sb3.load import CONFIG_FILE, WEIGHTS_FILE, SB3Agent, save_sb3
 from ivt_agents.sb3.network import POLICY_OPTIONS, begin_with_what_is_seen
 from ivt_agents.training.finite import unusable_weight
 from ivt_env.data import load_dataset
+from ivt_env.data.sample import Dataset
 from ivt_env.env import GroundingEnv
 from ivt_env.files import forget, lock_folder, write_whole
 from ivt_env.rollouts import first_samples
@@ -91,19 +94,26 @@ class Args:
     """Decides weights, samples and draws."""
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, PyTorch computes in one thread, unless the user has chosen a number."""
+    before = torch.get_num_threads()
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def main(args: Args) -> dict[str, Any]:
     """Train, save, compare; returns what `results.json` holds."""
     _check(args)
-    threads = torch.get_num_threads()
     with lock_folder(args.out):
         if not args.overwrite and (args.out / CONFIG_FILE).exists():
             raise ValueError(f"{args.out} holds a policy: add --overwrite to lose it, or give another --out")
-        if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
-            torch.set_num_threads(1)
-        try:
-            return _train(args)
-        finally:
-            torch.set_num_threads(threads)
+        return _train(args)
 
 
 def _train(args: Args) -> dict[str, Any]:
@@ -111,14 +121,7 @@ def _train(args: Args) -> dict[str, Any]:
     dataset = load_dataset("scenes", "train")
     indices = easy_indices(dataset, args.samples) if args.easy else list(first_samples(dataset, args.samples))
     small = SmallImages(dataset, indices, args.side)
-    # At the size that is seen: a box drawn on the small image instead of shrunk with the large one.
-    seen: dict[str, Any] = {"max_steps": args.episode_steps, "canvas": args.side}
-
-    def make() -> gym.Env[Any, Any]:
-        env = GroundingEnv(small, reward={"potential": args.potential}, **seen)
-        return _LimitIsEnd(SB3Wrapper(env, side=args.side))
-
-    envs = DummyVecEnv([make] * args.num_envs)
+    envs = DummyVecEnv([partial(make_env, small, args)] * args.num_envs)
     model = PPO(
         "MultiInputPolicy",
         envs,
@@ -206,6 +209,13 @@ class _LimitIsEnd(gym.Wrapper[dict[str, Any], np.ndarray, dict[str, Any], np.nda
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, reward, terminated or truncated, False, info
+
+
+def make_env(dataset: Dataset, args: Args) -> gym.Env[Any, Any]:
+    """At the size that is seen: a box drawn on the small image instead of shrunk with the large one."""
+    reward = {"potential": args.potential}
+    env = GroundingEnv(dataset, max_steps=args.episode_steps, canvas=args.side, reward=reward)
+    return _LimitIsEnd(SB3Wrapper(env, side=args.side))
 
 
 def _check(args: Args) -> None:
