@@ -28,7 +28,7 @@ from ivt_agents.sft import train as train_sft
 from ivt_agents.sft.demonstrations import Demonstration, load_demonstrations, save_demonstrations
 from ivt_agents.sft.harvest import write_traces
 from ivt_agents.sft.lessons import teach_to_look
-from ivt_agents.sft.teacher import prompts
+from ivt_agents.sft.teacher import load as teachers
 from ivt_agents.sft.teacher.load import ServedTeacher, TeacherError, load_teacher, trace_request, unusable_reason
 from ivt_agents.sft.teacher.template import critique
 from ivt_agents.training.run import RunError
@@ -112,7 +112,7 @@ def test_large_images_are_sent_smaller():
         def image(self, sample):
             return np.zeros((1000, 2000, 3), np.uint8)
 
-    assert trace_request(Large(), 0, (0.1, 0.1, 0.5, 0.5)).image.shape == (384, prompts.IMAGE_SIDE, 3)
+    assert trace_request(Large(), 0, (0.1, 0.1, 0.5, 0.5)).image.shape == (384, teachers.IMAGE_SIDE, 3)
 
 
 def test_a_server_of_one_model_needs_no_name_and_of_several_does(chat, dataset, drafts, tmp_path):
@@ -180,7 +180,7 @@ def test_plain_remarks_are_used(text):
 
 
 def test_quotation_marks_and_line_breaks_are_tidied():
-    assert prompts.tidy(' "Too low;\n move up." ') == "Too low; move up."
+    assert teachers.tidy(' "Too low;\n move up." ') == "Too low; move up."
 
 
 def test_an_unusable_text_costs_its_demonstration_only_and_is_counted(chat, dataset, drafts, tmp_path, caplog):
@@ -298,9 +298,9 @@ def test_a_second_run_sends_no_request(chat, dataset, drafts, tmp_path):
 def test_another_model_prompt_or_image_is_asked_anew(chat, dataset, drafts, tmp_path, monkeypatch):
     harvest(tmp_path, drafts[:2], dataset, teacher_of(chat), "a.jsonl")
     harvest(tmp_path, drafts[:2], dataset, teacher_of(chat, model="#other"), "b.jsonl")
-    monkeypatch.setattr(prompts, "QUESTION", prompts.QUESTION + " Be kind.")
+    monkeypatch.setattr(teachers, "QUESTION", teachers.QUESTION + " Be kind.")
     harvest(tmp_path, drafts[:2], dataset, teacher_of(chat), "c.jsonl")
-    monkeypatch.setattr(prompts, "_TARGET", prompts.Overlay(style="outline", colour=(0, 220, 90), width=5))
+    monkeypatch.setattr(teachers, "_TARGET", teachers.Overlay(style="outline", colour=(0, 220, 90), width=5))
     harvest(tmp_path, drafts[:2], dataset, teacher_of(chat), "d.jsonl")
     assert len(chat.chats) == 4
 
