@@ -141,17 +141,10 @@ def load_recipe(args: Args) -> Recipe:
     if has_section(args.config, "own_gain"):
         own_gain = load_config(args.config, train_grpo.Args, "own_gain", grpo)
         own_gain = replace(own_gain, model=grpo.model, out=args.out / "own-gain", **changes)  # type: ignore[arg-type]
-    wanted: list[tuple[str, object, object]] = [
-        ("sft.lessons", sft.lessons, "paper"),
-        ("grpo.stop", grpo.stop, False),
-        ("grpo.advantage", grpo.advantage, "trajectory"),
-        ("grpo.reward", grpo.reward, "final"),
-        ("grpo.env", grpo.env, sft.env),
-        ("grpo.layout", grpo.layout, sft.layout),
-        ("grpo.view", grpo.view, sft.view),
-        # One process has one number format.
-        ("grpo.bf16", grpo.bf16, sft.bf16),
-    ]
+    fixed: dict[str, object] = {"stop": False, "advantage": "trajectory", "reward": "final"}
+    fixed |= {name: getattr(sft, name) for name in ("env", "layout", "view", "bf16")}
+    wanted: list[tuple[str, object, object]] = [("sft.lessons", sft.lessons, "paper")]
+    wanted += [(f"grpo.{name}", getattr(grpo, name), right) for name, right in fixed.items()]
     if own_gain is not None:  # played as the others are
         same = ("stop", "env", "layout", "view", "episode_steps", "bf16")
         wanted += [(f"own_gain.{name}", getattr(own_gain, name), getattr(grpo, name)) for name in same]

@@ -24,11 +24,10 @@ _THINNEST = 1e-3
 """The oracle's noise never makes a box thinner than this, relative to the image."""
 
 
-class _EpisodeStreams:
-    """A random stream for each episode, in the order in which episodes begin.
+class _Drawing:
+    """An agent with a random stream for each episode, in the order in which episodes begin.
 
-    So an agent's choices in episode k depend on its seed and k, and not on how many environments
-    are played at once.
+    So its choices in episode k depend on its seed and k, and not on how many environments are played at once.
     """
 
     def __init__(self, seed: int) -> None:
@@ -38,7 +37,7 @@ class _EpisodeStreams:
         self._streams: list[np.random.Generator] = []
 
     def reset(self, mask: NDArray[np.bool_]) -> None:
-        """Give a new stream to the environments where ``mask`` (N,) is true."""
+        """New episodes, and streams, where ``mask`` (N,) is true."""
         if len(mask) != len(self._streams):
             mask = np.ones(len(mask), dtype=bool)
             self._streams = [np.random.default_rng()] * len(mask)
@@ -46,8 +45,7 @@ class _EpisodeStreams:
             self._streams[i] = np.random.default_rng([self._seed, self._begun])
             self._begun += 1
 
-    def of(self, rows: NDArray[np.intp]) -> list[np.random.Generator]:
-        """The streams of environments ``rows`` (M,)."""
+    def _streams_of(self, rows: NDArray[np.intp]) -> list[np.random.Generator]:
         if not self._streams:
             raise RuntimeError("no episodes yet; call the agent's reset() with a mask of ones")
         return [self._streams[i] for i in rows]
@@ -58,21 +56,21 @@ def no_actions(count: int) -> Actions:
     return {"box": np.zeros((count, 4), dtype=np.float32), "stop": np.zeros(count, dtype=np.int64)}
 
 
-class RandomAgent:
+class RandomAgent(_Drawing):
     """Draws from all boxes with equal chance, and from the second step on sometimes stops."""
 
     def __init__(self, seed: int = 0, stop_probability: float = 0.25) -> None:
         """``seed`` decides every draw; ``stop_probability`` is that of each step but the first."""
         if not 0 <= stop_probability <= 1:
             raise ValueError(f"stop_probability {stop_probability}: give a number from 0 to 1")
+        super().__init__(seed)
         self.stop_probability = stop_probability
-        self._streams = _EpisodeStreams(seed)
 
     def act(self, observations: Mapping[str, Any]) -> Actions:
         """A box (N, 4) and a stop (N,) for each environment."""
         rows = np.flatnonzero(observations["active"])
         actions = no_actions(len(observations["active"]))
-        draws = np.array([stream.random(5) for stream in self._streams.of(rows)]).reshape(-1, 5)  # (M, 5)
+        draws = np.array([stream.random(5) for stream in self._streams_of(rows)]).reshape(-1, 5)  # (M, 5)
         # Two different grid lines on each axis: the second is 1.._GRID lines further, round the end.
         first = np.floor(draws[:, :2] * (_GRID + 1))  # (M, 2)
         second = (first + 1 + np.floor(draws[:, 2:4] * _GRID)) % (_GRID + 1)
@@ -81,10 +79,6 @@ class RandomAgent:
         later = np.asarray(observations["step"])[rows] > 0
         actions["stop"][rows] = later & (draws[:, 4] < self.stop_probability)
         return actions
-
-    def reset(self, mask: NDArray[np.bool_]) -> None:
-        """New episodes where ``mask`` (N,) is true."""
-        self._streams.reset(mask)
 
 
 class CentreAgent:
@@ -108,7 +102,7 @@ class CentreAgent:
         """Nothing to forget."""
 
 
-class OracleAgent:
+class OracleAgent(_Drawing):
     """Proposes the target with less and less noise, then stops: an upper bound.
 
     It takes the target from the environment, which an agent that is to be measured may not do.
@@ -126,8 +120,8 @@ class OracleAgent:
             raise ValueError(f"noise {noise}, shrink {shrink}: give finite numbers of at least 0")
         if proposals < 1:
             raise ValueError(f"proposals {proposals}: give an integer of at least 1")
+        super().__init__(seed)
         self._env, self.noise, self.shrink, self.proposals = env, noise, shrink, proposals
-        self._streams = _EpisodeStreams(seed)
 
     def act(self, observations: Mapping[str, Any]) -> Actions:
         """A box (N, 4) and a stop (N,) for each environment."""
@@ -136,16 +130,12 @@ class OracleAgent:
         samples = self._env.samples
         targets = np.array([boxes.visible_part(samples[i].box) for i in rows]).reshape(-1, 4)  # (M, 4)
         steps = np.asarray(observations["step"])[rows]
-        draws = np.array([s.standard_normal(4) for s in self._streams.of(rows)]).reshape(-1, 4)
+        draws = np.array([s.standard_normal(4) for s in self._streams_of(rows)]).reshape(-1, 4)
         sizes = np.tile(targets[:, 2:] - targets[:, :2], 2)  # width, height, width, height: (M, 4)
         spread = self.noise * self.shrink ** steps.astype(float)
         actions["box"][rows] = _usable(targets + draws * sizes * spread[:, None], targets)
         actions["stop"][rows] = steps >= self.proposals
         return actions
-
-    def reset(self, mask: NDArray[np.bool_]) -> None:
-        """New episodes where ``mask`` (N,) is true."""
-        self._streams.reset(mask)
 
 
 def _usable(noisy: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:

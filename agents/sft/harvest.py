@@ -96,7 +96,7 @@ def write_traces(
 
 def _texts(drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher, cache: AnswerCache) -> list[str | None]:
     """Tidied texts; None for a draft that needs no words."""
-    requests: dict[int, tuple[TraceRequest, str]] = {}
+    asked: list[tuple[int, TraceRequest, str]] = []
     texts: dict[int, str] = {}
     for k, draft in enumerate(drafts):
         search = dataset[draft.index].meta.get("kind") == "mark"
@@ -106,17 +106,17 @@ def _texts(drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher, 
         key = request.key(teacher.name)
         stored = cache.get(key)
         if stored is None:
-            requests[k] = (request, key)
+            asked.append((k, request, key))
         else:
             texts[k] = stored["text"]
-    places = list(requests)
 
     def keep(place: int, text: str) -> None:
-        cache.put(requests[places[place]][1], {"teacher": teacher.name, "text": text})
-        texts[places[place]] = text
+        k, _, key = asked[place]
+        cache.put(key, {"teacher": teacher.name, "text": text})
+        texts[k] = text
 
-    if requests:
-        teacher.write([request for request, _ in requests.values()], keep)
+    if asked:
+        teacher.write([request for _, request, _ in asked], keep)
     return [tidy(texts[k]) if k in texts else None for k in range(len(drafts))]
 
 
