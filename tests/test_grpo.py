@@ -397,11 +397,11 @@ def test_the_environment_of_the_command_has_its_reward_and_shows_what_the_policy
         raise InterruptedError
 
     monkeypatch.setattr(train_grpo, "GRPOTrainer", stop_here)
-    args = train_grpo.Args(model="tiny", out=tmp_path / "run", wrong_stop_penalty=0.3, step_cost=0.02, eval_samples=0)
+    args = train_grpo.Args(model="tiny", out=tmp_path / "run", wrong_stop_penalty=0.3, step_cost=0.03, eval_samples=0)
     with pytest.raises(InterruptedError):
         train_grpo.main(args)
     ((policy, env),) = made
-    assert env.reward_config == RewardConfig(step_cost=0.02, invalid_penalty=0.1, wrong_stop_penalty=0.3)
+    assert env.reward_config == RewardConfig(step_cost=0.03, invalid_penalty=0.1, wrong_stop_penalty=0.3)
     screen, shown = env.screen, policy.shown
     assert (screen.view, screen.side) == (shown["view"], shown["canvas"]) == ("both", 256)
     assert (screen.overlay, screen.around) == (

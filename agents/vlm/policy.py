@@ -52,13 +52,24 @@ class VLMPolicy:
         reuse: bool = True,
         name: str = "",
     ) -> None:
-        """Wrap a loaded Qwen-VL, or a peft model around one; ``load_policy`` is the usual way here.
+        """Wrap a loaded model; ``load_policy`` is the usual way here.
 
-        A turn that runs into ``max_new_tokens`` has no action; a ``temperature`` of 0 is greedy; ``batch_size`` are the
-        rows in one pass of generation. ``layout`` is ``fresh``, a prompt of its own each step, or ``prefix``, one
-        growing conversation. ``shown`` are keywords of the environment that the policy was trained for (``view``,
-        ``overlay``, ``closeup``, ``canvas``). ``reuse``: compute equal prompts once, keep image encodings, and continue
-        conversations on their key-value caches; False computes everything anew: slower, the same.
+        Args:
+            model: Qwen-VL for conditional generation, or a peft model around one.
+            tokenizer: its tokenizer, with a chat template.
+            image_processor: its image processor.
+            prompts: what is asked.
+            codec: how its boxes are written.
+            max_new_tokens: limit of a turn; a turn that runs into it has no action.
+            temperature: 0 for greedy.
+            seed: of the sampling.
+            batch_size: rows in one forward pass of generation.
+            layout: ``fresh``, a prompt of its own each step, or ``prefix``, one growing conversation.
+            shown: keywords of the environment that the policy was trained for (``view``, ``overlay``, ``closeup``,
+                ``canvas``); for those who make one for it.
+            reuse: compute equal prompts once, keep image encodings, and continue conversations on
+                their key-value caches. False computes everything anew each time: slower, the same.
+            name: under which it was loaded.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")
