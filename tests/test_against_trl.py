@@ -33,8 +33,8 @@ from ivt_agents.grpo.collect import collect
 from ivt_agents.grpo.losses import CLIPS, denominator
 from ivt_agents.trl.environment import TRLGrounding, episode_reward, processor_for, rows
 from ivt_agents.vlm.codec import BoxCodec, parse_action
-from ivt_agents.vlm.dialogue import images_of
 from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.prompts import images_of
 from ivt_agents.vlm.turns import Turn
 from ivt_env.rollouts import make_vector_env
 
