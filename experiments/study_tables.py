@@ -105,7 +105,7 @@ def _swap_table(results: Mapping[str, Any]) -> str:
 
 def plot_map(out: Path, marks: Sequence[int]) -> None:
     """Accuracy against the size of the mark, for single shots and the loop: where a second look pays."""
-    from ivt_agents.evaluation.plots import STYLE, line_style, plt, save_figure
+    from ivt_agents.evaluation.plots import STYLE, plt, save_figure
 
     labels = {
         "base": "base, one look at 96 px",
@@ -114,13 +114,13 @@ def plot_map(out: Path, marks: Sequence[int]) -> None:
     }
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
-        for place, (name, label) in enumerate(labels.items()):
+        for name, label in labels.items():
             column = ANSWERS.get(name.rpartition("-")[0] or name, "step_0")
             rows = [_scores(_read(out / "map" / str(m) / name), name, column)["Acc@0.5"] for m in marks]
             values, low, high = (100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
             bars = [values - low, high - values]
             pixels = _pixels(out, name, marks)
-            axes.errorbar(marks, values, bars, label=f"{label} ({pixels})", capsize=3, **line_style(place, len(labels)))
+            axes.errorbar(marks, values, bars, label=f"{label} ({pixels})", capsize=3, marker="o", linewidth=2)
         axes.axhline(23.75, color="grey", linewidth=1, linestyle=":")
         axes.annotate("chance", (marks[-1], 24.5), color="grey", ha="right")
         label = "side of the mark that tells the objects apart, in pixels of 768"
