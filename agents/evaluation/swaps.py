@@ -137,9 +137,16 @@ def play_swaps(
     answers: dict[tuple[int, int, str], Swap] = {}
     for blank in (False, True):
         dataset = BlankImages(env.dataset) if blank else env.dataset
-        seen: dict[str, Any] = {"canvas": env.screen.side, "view": env.screen.view, "overlay": env.screen.overlay}
-        seen |= {"closeup": env.screen.around, "max_steps": env.max_steps, "autoreset_mode": AutoresetMode.DISABLED}
-        stage = GroundingVectorEnv(env.num_envs, dataset=dataset, **seen)
+        stage = GroundingVectorEnv(
+            env.num_envs,
+            dataset=dataset,
+            max_steps=env.max_steps,
+            canvas=env.screen.side,
+            view=env.screen.view,
+            overlay=env.screen.overlay,
+            closeup=env.screen.around,
+            autoreset_mode=AutoresetMode.DISABLED,
+        )
         for step in sorted(set(steps)):
             # Answers about one sample side by side: its image is decoded, and a model's prompt computed, once.
             chosen = [j for j in jobs if j.step == step and (j.variant == "blank") == blank]
@@ -191,9 +198,12 @@ def _box_of(variant: str, sample: Sample, own: Box | None, key: Sequence[int]) -
         return own is not None, own
     if variant == "shifted":
         return own is not None, None if own is None else box_tuple(moved(own, rng))
-    if variant in ("target", "random", "near"):
-        drawn = {"random": elsewhere, "near": moved}.get(variant)
-        return True, target if drawn is None else box_tuple(drawn(target, rng))
+    if variant == "target":
+        return True, target
+    if variant == "random":
+        return True, box_tuple(elsewhere(target, rng))
+    if variant == "near":
+        return True, box_tuple(moved(target, rng))
     apart = [boxes.visible_part(b) for b in sample.siblings if float(boxes.iou(b, sample.box)) < BAD_BELOW]
     return bool(apart), apart[int(rng.integers(len(apart)))] if apart else None
 

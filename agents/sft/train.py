@@ -135,7 +135,7 @@ def check_options(args: Args) -> None:
         raise RunError("first_answers model with single_shot: nothing would be learned; leave one of them out")
     if args.first_answers == "model" and args.layout == "prefix":
         raise RunError("first_answers model with layout prefix: two models cannot hold one conversation; leave one out")
-    # So written, NaN is refused, too.
+    # This form refuses NaN, too.
     if args.smoothing is not None and not 0 <= args.smoothing < math.inf:
         raise RunError(f"smoothing {args.smoothing:g}: a standard deviation; give 0 or more thousandths")
     if args.pixels is not None and not 0 < args.pixels < math.inf:

@@ -183,7 +183,7 @@ def _check_fit(
 
     def check_tensor(name: str, value: Any, like: torch.Tensor) -> None:
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            refuse(f"{name} is no tensor")
+            refuse(f"{name} is not a tensor")
         if value.shape != like.shape or value.dtype != like.dtype:
             found, wanted = (f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in (value, like))
             refuse(f"{name} is {found}, and the model has {wanted} there")

@@ -70,7 +70,7 @@ def whole_weights(module: nn.Module, accelerator: Accelerator) -> Iterator[None]
 
 
 def gathered(value: Any) -> Any:
-    """A tensor whole and in main memory; what is no tensor as it is. All processes must call it."""
+    """A tensor whole and in main memory; anything else as it is. All processes must call it."""
     if isinstance(value, DTensor):
         value = value.full_tensor()
     return value.detach().cpu() if isinstance(value, torch.Tensor) else value

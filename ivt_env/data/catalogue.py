@@ -233,7 +233,7 @@ _VLM_R1_FILES = tuple(
 _OSWORLD_G = "daa6bd8e0e629f0917ad2984df930bf0bd967540"
 """Commit, as public evaluations name it."""
 _REPORTED = "(as reported; see its page)"
-_SCREEN_TERMS = "For evaluation: there is no train split. The programs and pages on the screens belong to others."
+_SCREEN_TERMS = "For evaluation: there is no train split. The programs and pages on the screens belong to their owners."
 
 
 def _on_hub(
