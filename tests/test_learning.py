@@ -62,9 +62,9 @@ def greedy_iou(policy: VLMPolicy) -> float:
     return found
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_trainer_reaches_95_hundredths_of_iou_on_a_single_object_from_a_weak_start(tmp_path, seed):
-    """From either seed; the start is the tiny model with noise on every matrix of its text layers."""
+    """Three seeds of three; the start is the tiny model with noise on every matrix of its text layers."""
     policy = load_policy("tiny", temperature=1.0, max_new_tokens=12, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
