@@ -36,7 +36,7 @@ SMALL_UP_TO, LARGE_FROM = 0.16, 0.32
 PLACE_MARGIN, SIZE_RATIO = 0.05, 1.25
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "star")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "black", "white")
-PER_SPLIT = 200
+PER_SPLIT = 400
 EPS = 1e-9
 
 
@@ -180,7 +180,7 @@ def test_the_judge_refuses_what_it_cannot_read():
 
 @pytest.fixture(scope="module")
 def scenes() -> dict[str, list[Scene]]:
-    """The first scenes of each split."""
+    """The first few hundred scenes of each split."""
     return {split: [make_scene(split, i) for i in range(PER_SPLIT)] for split in SPLITS}
 
 
