@@ -94,9 +94,15 @@ def _command(words: list[str], folder: str, count: str, die: tuple[int, int, flo
         if die is not None and number == die[1]:
             os.kill(os.getpid(), die[0])
 
+    def end(way: int) -> None:
+        # The command handles SIGTERM and SIGINT from its first line to its last; before and after there is none to end.
+        while way != signal.SIGKILL and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            time.sleep(0.001)
+        os.kill(os.getpid(), way)
+
     before_file_operations(folder, told)
     if die is not None and not die[1]:
-        timer = threading.Timer(die[2], os.kill, (os.getpid(), die[0]))
+        timer = threading.Timer(die[2], end, (die[0],))
         timer.daemon = True
         timer.start()
     if "." in words[0]:

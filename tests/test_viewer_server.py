@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket as sockets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,6 +136,16 @@ def test_two_servers_share_neither_port_nor_images(server: LocalServer) -> None:
     apps = [ViewApp({"a": made_up_episodes()}, photo_of, "t") for _ in range(2)]
     assert apps[0].version != apps[1].version, "the browser would show one server an image kept from the other"
     assert all(a.version in a.page() for a in apps)
+
+
+def test_a_connection_closed_by_the_end_of_the_server_is_not_reported(capsys: Any) -> None:
+    # SIGTERM may come right after a thread was started: socketserver then closes the connection under it.
+    with LocalServer(ViewApp({}, photo_of, "t")) as ended:
+        closed, _ = sockets.socketpair()
+        closed.close()
+        ended._free.acquire()
+        ended.process_request_thread(closed, ("127.0.0.1", 1))
+    assert capsys.readouterr().err == ""
 
 
 def test_details_are_read_while_others_search(server: LocalServer, tmp_path: Path) -> None:

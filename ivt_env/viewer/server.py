@@ -183,8 +183,12 @@ class LocalServer(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that leaves in the middle of an answer is no error; anything else is shown."""
-        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+        """Show an error, unless the browser left in the middle of a reply or the server closed the connection.
+
+        SIGTERM that arrives while a thread is being started closes the connection of that thread.
+        """
+        closed = request.fileno() < 0
+        if not closed and not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
