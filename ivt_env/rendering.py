@@ -62,6 +62,9 @@ class Surroundings:
     """Side of the smallest window, relative to the image."""
     square: bool = False
     """A window as high as it is wide in pixels, so that a model of square images wastes none of its input."""
+    drawn: bool = True
+    """Draw the current box on the close-up, too. False leaves its pixels as they are: a line on an edge hides where the
+    edge is, and the close-up lies around the box anyway."""
 
     def __post_init__(self) -> None:
         """Refuse windows that would be empty or larger than the image."""
@@ -71,6 +74,8 @@ class Surroundings:
             raise ValueError(f"closeup smallest {self.smallest!r}: give a number from 0 to 1")
         if not isinstance(self.square, bool):
             raise ValueError(f"closeup square {self.square!r}: give true or false")
+        if not isinstance(self.drawn, bool):
+            raise ValueError(f"closeup drawn {self.drawn!r}: give true or false")
 
     def window(self, box: ArrayLike, size: Sequence[int]) -> NDArray[np.float64]:
         """The region shown around a box, relative to an image of ``size`` (height, width) in pixels."""
@@ -182,7 +187,7 @@ def _frame(canvas: ImageArray, rectangle: tuple[int, int, int, int], colour: Seq
 def closeup(
     image: ImageArray, box: ArrayLike, side: int, overlay: Overlay, around: Surroundings
 ) -> tuple[ImageArray, tuple[int, int], NDArray[np.float32]]:
-    """The region around a box, cut from the full-resolution image and enlarged, the box drawn on it.
+    """The region around a box, cut from the full-resolution image and enlarged, with the box drawn on it if asked for.
 
     Returns:
         canvas (S, S, 3), the extent (height, width) of the region on it, and the window: the
@@ -197,7 +202,8 @@ def closeup(
     canvas[:height, :width] = np.asarray(region.resize((width, height), Image.Resampling.BICUBIC))
     # The window is what was really cut, after rounding to pixels.
     window = boxes.to_relative([x1, y1, x2, y2], image.shape[:2])
-    draw_overlay(canvas, (height, width), boxes.clip(boxes.into_window(box, window)), overlay)
+    if around.drawn:
+        draw_overlay(canvas, (height, width), boxes.clip(boxes.into_window(box, window)), overlay)
     return canvas, (height, width), window.astype(np.float32)
 
 

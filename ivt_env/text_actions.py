@@ -46,12 +46,12 @@ def parse_action(text: str, key: str = "bbox_2d") -> ParsedAction:
     """The action in a model's text: the last complete JSON object with a box or a stop.
 
     Reasoning around it, a Markdown fence, a surrounding list or object, other keys with any text in them and an
-    object that is cut off do no harm. A box may say which image it is relative to (``"picture": 2``). Two
+    object that is cut off do no harm. A box may say which image it is relative to (``"image": 2``). Two
     different actions in one object, four things that are not numbers, or no such object at all count as a failure;
     no text raises an error. ``key`` is that of the box.
     """
     action = _last_object(text[-LONGEST_ANSWER:], key)
-    stop, numbers, image = action.get("stop"), action.get(key), action.get("picture", 1)
+    stop, numbers, image = action.get("stop"), action.get(key), action.get("image", 1)
     if not isinstance(image, int) or isinstance(image, bool) or image < 1:
         return ParsedAction()
     if stop is True and numbers is None:

@@ -204,12 +204,12 @@ def test_an_answer_in_the_closeups_frame_is_a_box_of_the_whole_image():
         back = policy.dialogue.box_of(parse_action(text), prompt)
         extent = views[number - 1][1][2] - views[number - 1][1][0]
         assert np.allclose(back, box, atol=0.0006 * extent), text
-    assert text.startswith('{"picture": 2, ')
+    assert text.startswith('{"image": 2, ')
     assert boxes.iou(back, box) > 0.99
-    third = parse_action('{"picture": 3, "bbox_2d": [1, 2, 3, 4]}')
+    third = parse_action('{"image": 3, "bbox_2d": [1, 2, 3, 4]}')
     assert policy.dialogue.box_of(third, prompt) is None
     for wrong in ("0", "true", '"2"', "1.5"):
-        assert parse_action(f'{{"picture": {wrong}, "bbox_2d": [1, 2, 3, 4]}}').failed
+        assert parse_action(f'{{"image": {wrong}, "bbox_2d": [1, 2, 3, 4]}}').failed
 
 
 def test_folding_an_adapter_for_a_rollout_changes_neither_what_is_sampled_nor_the_weights():

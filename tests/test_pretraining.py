@@ -18,7 +18,7 @@ import torch
 from ivt_agents.command import progress_bars
 from ivt_agents.training.finite import NotFiniteError
 from ivt_agents.vlm.load import load_policy
-from ivt_agents.vlm.pretrain import Args, Images, save, train
+from ivt_agents.vlm.pretrain import Args, Images, pair_questions, save, train
 from ivt_agents.vlm.pretrain_model import SlotModel, grid_of, patchify, words_of
 from ivt_agents.vlm.pretrain_pool import (
     ANSWER,
@@ -68,6 +68,17 @@ def test_a_slot_reads_as_the_policys_prompt_and_answer(words, tokenizer):
     assert ids[length:] == answer and len(answer) == ANSWER
 
 
+def test_a_close_up_is_described_as_the_lessons_do(words, tokenizer):
+    policy = load_policy("tiny")
+    for looks, text in (
+        ("orange circle marked with a plus", "An orange circle marked with a plus."),
+        ("red ring", "A red ring."),
+    ):
+        assert words.description(looks) == policy.dialogue.completion(text) and len(words.description(looks)) <= ANSWER
+    assert tokenizer.decode(words.describe).startswith("Describe image 2.<|im_end|>")
+    assert len(words.describe) + ANSWER <= SLOT
+
+
 def test_every_expression_of_the_scenes_fits_its_slot_and_is_read_back_as_it_was(words, tokenizer):
     assert {f"{space}{w}" for w in (*MARKS, "marked", "with") for space in ("", "Ġ")} <= tokenizer.get_vocab().keys()
     longest = 0
@@ -88,20 +99,21 @@ def test_images_are_cut_into_patches_as_the_image_processor_does():
     assert torch.equal(wanted["image_grid_thw"], grid_of(3))
 
 
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_pass_over_slots_equals_the_models_own_over_each_question_alone(model, tokenizer, words, attention):
+def test_the_pass_over_slots_equals_the_models_own_over_each_question_alone(model, tokenizer, words, attention, images):
     model.set_attn_implementation(attention)
-    slots = SlotModel(model, tokenizer, len(ASKED))
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 96, 96, 3), dtype=np.uint8))
+    slots = SlotModel(model, tokenizer, len(ASKED), images)
+    shown = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3 * images, 96, 96, 3), dtype=np.uint8))
     filled = torch.zeros(3, len(ASKED), SLOT, dtype=torch.long)
     lengths = torch.zeros(3, len(ASKED), dtype=torch.long)
     for number, asked in enumerate(ASKED):
         ids, lengths[:, number] = words.slot(*asked)
         filled[:, number, : len(ids)] = torch.tensor(ids)
     with torch.no_grad():
-        merged, deep = slots.see(images)
+        merged, deep = slots.see(shown)
         hidden, told = slots.answer(merged, deep, filled, lengths)
-    own = model.model.visual(patchify(images), grid_of(3))
+    own = model.model.visual(patchify(shown), grid_of(3 * images))
     assert (own.pooler_output - merged.flatten(0, 1)).abs().max() < 1e-4
     assert (own.deepstack_features[0] - deep[0].flatten(0, 1)).abs().max() < 1e-4
     for row in range(3):
@@ -115,11 +127,33 @@ def test_the_pass_over_slots_equals_the_models_own_over_each_question_alone(mode
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     mm_token_type_ids=kinds,
-                    pixel_values=patchify(images[row : row + 1]),
-                    image_grid_thw=grid_of(1),
+                    pixel_values=patchify(shown[row * images : (row + 1) * images]),
+                    image_grid_thw=grid_of(images),
                 ).last_hidden_state[0]
             assert torch.equal(told[row, number], ids[0, length:])
             assert (alone[length - 1 : -1] - hidden[row, number]).abs().max() < 1e-4
+
+
+def test_pairs_are_a_scene_and_a_close_up_of_it_and_questions_say_in_which_frame_they_are_answered(words, tokenizer):
+    with Drawing(words, 8, 8, 1) as drawing:
+        drawing.until(1.0)
+        images, rng = Images(drawing, torch.device("cpu"), copied=False), np.random.default_rng(0)
+        pairs = images.pool.sample_pairs(rng, 200, 0.3)
+        asked, lengths = pair_questions(images, pairs, 4, words, rng)
+    kind, scene = pairs // 8, pairs % 8  # rows of one kind lie together
+    assert (scene[:, 0] == scene[:, 1]).all() and len(set(scene[:, 0])) == 8
+    search = kind[:, 0] == KINDS.index("search whole")
+    assert 0.2 < search.mean() < 0.4 and (kind[~search] == [0, 1]).all() and set(kind[search, 1]) == {3, 4}
+    assert (lengths[:, 0] > 0).all() and asked.shape == (200, 5, SLOT)
+    for row in range(200):
+        for number in range(5):
+            length = int(lengths[row, number])
+            question, answer = (tokenizer.decode(part) for part in asked[row, number].split([length, SLOT - length]))
+            if length:
+                assert question.startswith("Describe" if number == 4 else "Locate the ")
+                assert answer.startswith(('{"bbox_2d": [', '{"image": 2, "bbox_2d": [', "A")[number // 2])
+    told = lengths[:, 4] > 0
+    assert torch.equal(told, torch.from_numpy(np.isin(kind[:, 1], [1, 3]))), "two objects have no one description"
 
 
 def test_a_close_up_is_what_the_window_says_and_its_questions_are_about_what_it_shows():
@@ -214,7 +248,7 @@ def test_a_process_that_draws_and_is_killed_ends_the_training(words):
 
 
 SHRUNKEN = {"scenes": 16, "search_scenes": 8, "vision_steps": 3, "vision_batch": 2, "steps": 3, "batch": 2}
-SHRUNKEN |= {"questions_per_image": 2}
+SHRUNKEN |= {"questions_per_image": 2, "pair_steps": 3, "pair_batch": 2, "questions_per_pair": 2}
 
 
 def run(out, **options):
@@ -234,11 +268,22 @@ def test_one_seed_gives_the_same_weights_twice_and_a_policy_that_loads(tmp_path)
     assert record["args"]["steps"] == 3
     assert sum(f.stat().st_size for f in (tmp_path / "a").iterdir()) <= 8_000_000
     assert load_policy(str(tmp_path / "a")).core is not None
+    assert {entry["stage"] for entry in record["log"]} == {1, 2, 3}
+
+
+def test_the_third_stage_goes_on_from_the_weights_of_the_first_two(tmp_path):
+    _, before = run(tmp_path / "a")
+    _, record = run(tmp_path / "b", model=tmp_path / "a")
+    assert {entry["stage"] for entry in record["log"]} == {3} and record["before"] == before
+    seen, then = (load_policy(str(tmp_path / name)).model.state_dict() for name in ("a", "b"))
+    moved = {name for name in seen if not torch.equal(seen[name], then[name])} - {"lm_head.weight"}  # tied
+    assert moved and all(n.startswith("model.language_model.") for n in moved), "the vision tower stays as it is"
 
 
 def test_a_time_limit_becomes_a_number_of_steps_that_the_record_holds(tmp_path):
     _, record = run(tmp_path / "a", seconds=3.0)
-    assert record["args"]["steps"] >= 1 and record["log"][-1]["step"] == record["args"]["steps"] - 1
+    second = [entry["step"] for entry in record["log"] if entry["stage"] == 2]
+    assert record["args"]["steps"] >= 1 and second[-1] == record["args"]["steps"] - 1
 
 
 @pytest.mark.parametrize("stage", [{"vision_steps": 0, "lr": 1e30}, {"lr": 1e38}])

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from PIL import Image
 
 from ivt_env.env import GroundingEnv
 from ivt_env.rollouts import make_vector_env
@@ -116,6 +117,20 @@ def test_a_close_up_shows_as_much_around_the_box_as_is_asked_for(closeup, window
     env.reset(seed=0, options={"index": 1})
     seen = env.step(act((0.35, 0.4, 0.55, 0.6)))[0]
     assert np.allclose(seen["window"], window, atol=1 / 768)
+
+
+def test_a_close_up_that_is_not_drawn_on_shows_every_pixel_as_it_is_and_the_whole_image_shows_the_box():
+    seen = {}
+    for drawn in (True, False):
+        env = GroundingEnv(split="val_search", view="both", canvas=96, closeup={"margin": 0.0, "drawn": drawn})
+        env.reset(seed=0, options={"index": 1})
+        seen[drawn] = env.step(act((0.25, 0.25, 0.5, 0.5)))[0]
+    assert np.array_equal(seen[True]["image"], seen[False]["image"])
+    assert np.array_equal(seen[True]["window"], seen[False]["window"])
+    cut = env.dataset.image(env.sample)[192:384, 192:384]
+    enlarged = np.asarray(Image.fromarray(cut).resize((96, 96), Image.Resampling.BICUBIC))
+    assert np.array_equal(seen[False]["closeup"], enlarged)
+    assert not np.array_equal(seen[True]["closeup"], enlarged)
 
 
 def test_a_square_close_up_is_square_in_pixels_and_holds_the_box():

@@ -66,7 +66,7 @@ def test_a_text_plays_the_box_that_it_states():
         ('{"bbox_2d": [600, 200, 100, 700]}', False, "x2 <= x1"),
         ('{"bbox_2d": [100, 200, 600, 1700]}', False, "outside"),
         ('{"bbox_2d": [100, 200, 1e300, 700]}', False, "not finite"),
-        ('{"picture": 2, "bbox_2d": [100, 200, 600, 700]}', False, "refer to image 2"),
+        ('{"image": 2, "bbox_2d": [100, 200, 600, 700]}', False, "refer to image 2"),
     ],
 )
 def test_a_text_without_a_usable_box_costs_a_step_and_says_why(photos, text, failed, said):

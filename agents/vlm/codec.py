@@ -123,7 +123,7 @@ class BoxCodec:
 
     def action_text(self, box: Sequence[float], resized: Sequence[int], image: int = 1) -> str:
         """``{"bbox_2d": [x1, y1, x2, y2]}`` in the model's frame; from the second image on with its number."""
-        where = "" if image == 1 else f'"picture": {image}, '
+        where = "" if image == 1 else f'"image": {image}, '
         return f'{{{where}"bbox_2d": {self.box_text(box, resized)}}}'
 
 

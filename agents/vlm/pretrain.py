@@ -1,12 +1,13 @@
-"""Trains the tiny Qwen3-VL from scratch on the scenes, single shot only, and saves it.
+"""Trains the tiny Qwen3-VL from scratch on the scenes, on first answers only, and saves it.
 
     python -m ivt_agents.vlm.pretrain --out agents/vlm/tiny_qwen3vl
 
-Two stages. First the vision tower learns to say what is in each cell of the image (shape, colour, texture,
+Three stages. First the vision tower learns to say what is in each cell of the image (shape, colour, texture,
 box, mark): without it, a small model's language loss never tells the tower where to look. Then the whole model
 answers several questions per image; every question sees the image and itself, never the other questions,
 exactly as at inference. Whole scenes and close-ups are alike: each is an image, and boxes are relative to it. The
-model never sees an overlay here. A GPU is used where there is one.
+model never sees an overlay here. At last the language model learns prompts of two images, a scene and a close-up of it,
+and to answer in the frame of either. A GPU is used where there is one.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from ivt_agents.command import progress_bars, run_command
 from ivt_agents.sft.trainer import learning_rate, smoothed_targets
 from ivt_agents.training.finite import NotFiniteError, check_finite, unusable_weight
 from ivt_agents.training.muon import Muon
+from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import POLICY_FILE
 from ivt_agents.vlm.precision import bf16_pays
 from ivt_agents.vlm.pretrain_model import CellHead, SlotModel, words_of
-from ivt_agents.vlm.pretrain_pool import ANSWER, KINDS, LABELS, NUMBERS, SEARCH_FROM, Drawing
+from ivt_agents.vlm.pretrain_pool import KINDS, LABELS, NUMBERS, SEARCH_FROM, SLOT, Drawing, Words
 from ivt_agents.vlm.prompts import load_prompts
 from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer
+from ivt_env.failures import read_json
 from ivt_env.files import whole_folder, write_whole
 
 REMEDY = "What was saved before stays; give a lower --lr or --matrix-lr"
@@ -68,7 +71,8 @@ class Args:
     steps: int = 8_000
     """Steps of the second stage (grounding)."""
     seconds: float | None = None
-    """Instead of --steps: as many as end within this time from the start. The record has their number."""
+    """Instead of --steps: as many as end within this time from the start, before the third stage. The record has their
+    number."""
     batch: int = 128
     """Images in a batch of the second stage."""
     shares: tuple[float, float, float, float, float] = (0.5, 0.2, 0.07, 0.08, 0.15)
@@ -83,6 +87,18 @@ class Args:
     """Standard deviation of the coordinate targets (of 1000) at the start and at the end."""
     cell_weight: float = 0.1
     """Of the first stage's loss in the second stage: what has been learned about marks must not be lost."""
+    model: Path | None = None
+    """Folder of weights that the first two stages made: only the third stage is run."""
+    pair_steps: int = 1_500
+    """Steps of the third stage (prompts of two images)."""
+    pair_batch: int = 24
+    """Prompts of two images in a batch of the third stage, and prompts of one image, whose answers are to stay."""
+    questions_per_pair: int = 4
+    """Questions asked about each prompt of the third stage."""
+    keep_weight: float = 10.0
+    """Weight of the divergence of the answers to one image from what they were before the third stage."""
+    pair_lr: tuple[float, float] = (0.004, 4e-4)
+    """Learning rates of the third stage: Muon's and AdamW's."""
     save_seconds: float = 60.0
     """Time between saves in the second stage, so that an interruption does not lose everything."""
     workers: int = 2
@@ -96,7 +112,7 @@ class Images:
         self.drawing, self.pool, self.device = drawing, drawing.pool, device
         self._copies: dict[str, torch.Tensor] = {}
         if copied:
-            for name in ("images", "cells", "slots", "lengths"):
+            for name in ("images", "cells", "slots", "lengths", "descriptions"):
                 array = getattr(self.pool, name)
                 like = torch.from_numpy(array[:0])
                 self._copies[name] = torch.empty(array.shape, dtype=like.dtype, device=device)
@@ -167,6 +183,48 @@ def train_vision(
     return log
 
 
+def told_and_expected(
+    slots: SlotModel, merged: torch.Tensor, deep: list[torch.Tensor], asked: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of the answers (B, questions, ANSWER), and the log-probabilities from which each of them is drawn."""
+    with autocast(asked.device):
+        hidden, told = slots.answer(merged, deep, asked, lengths.clamp(min=1))
+        logits = slots.model.lm_head(hidden)  # (B, questions, ANSWER, vocabulary)
+    return told, logits.float().log_softmax(-1)
+
+
+def answer_loss(
+    slots: SlotModel,
+    merged: torch.Tensor,
+    deep: list[torch.Tensor],
+    asked: torch.Tensor,
+    lengths: torch.Tensor,
+    targets: torch.Tensor,
+    descriptions: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss of the numbers and of the other tokens of the answers, over the questions that there are.
+
+    ``asked`` (B, questions, SLOT) and ``lengths`` (B, questions) as in ``SlotModel.answer``, 0 for no question; the
+    last ``descriptions`` of the questions are answered in words, padded with 0. ``targets`` (1001, 1001): what to
+    expect of the 1001 numbers where each of them is right.
+    """
+    device, numbers, boxes = asked.device, slots.numbers, asked.shape[1] - descriptions
+    at_number = torch.tensor(NUMBERS, device=device)
+    told, log_probs = told_and_expected(slots, merged, deep, asked, lengths)
+    real = (lengths > 0).float()
+    word = torch.ones(told.shape, device=device)
+    word[:, :boxes].index_fill_(2, at_number, 0)
+    word[:, boxes:] = (told[:, boxes:] != 0).float()
+    plain = (log_probs.gather(-1, told[..., None])[..., 0] * word).sum(-1) / word.sum(-1).clamp(min=1)
+    wanted = targets[slots.value_of[told[:, :boxes, at_number]]]  # (B, boxes, 4, 1001)
+    smooth = (log_probs[:, :boxes, at_number].index_select(-1, numbers) * wanted).sum(-1).mean(-1)
+    located = real[:, :boxes]
+    return (
+        -(smooth * located).sum() / located.sum().clamp(min=1),
+        -(plain * real).sum() / real.sum().clamp(min=1),
+    )
+
+
 def train_grounding(
     slots: SlotModel,
     head: CellHead,
@@ -190,11 +248,6 @@ def train_grounding(
         (Muon(matrices, lr=args.matrix_lr, weight_decay=0.0), args.matrix_lr),
         (torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused), args.lr),
     ]
-    numbers = torch.tensor(slots.words.numbers, device=device)
-    value_of = torch.zeros(model.config.text_config.vocab_size, dtype=torch.long, device=device)
-    value_of[numbers] = torch.arange(1001, device=device)
-    at_number = torch.tensor(NUMBERS, device=device)
-    at_word = torch.tensor([k for k in range(ANSWER) if k not in NUMBERS], device=device)
     rng = np.random.default_rng(args.seed + 1)
     task, saved = progress.add_task("grounding", total=only or args.steps, note=""), time.monotonic()
     for step in range(only or args.steps):
@@ -212,15 +265,7 @@ def train_grounding(
         asked, lengths = images.take("slots", rows, picks).long(), images.take("lengths", rows, picks).long()
         with autocast(device):
             merged, deep = slots.see(images.take("images", rows))
-            hidden, told = slots.answer(merged, deep, asked, lengths.clamp(min=1))
-            logits = model.lm_head(hidden)  # (B, questions, ANSWER, vocabulary)
-        log_probs = logits.float().log_softmax(-1)
-        real = (lengths > 0).float()  # (B, questions)
-        count = real.sum().clamp(min=1)
-        plain = log_probs[:, :, at_word].gather(-1, told[:, :, at_word, None])[..., 0]
-        wanted = targets[value_of[told[:, :, at_number]]]  # (B, questions, 4, 1001)
-        smooth = (log_probs[:, :, at_number].index_select(-1, numbers) * wanted).sum(-1)
-        words, boxes = -(plain.mean(-1) * real).sum() / count, -(smooth.mean(-1) * real).sum() / count
+        boxes, words = answer_loss(slots, merged, deep, asked, lengths, targets)
         loss = boxes + words + args.cell_weight * cell_loss(head, merged, deep, images.take("cells", rows))
         for optimizer, _ in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -254,7 +299,93 @@ def save(
         tokenizer.save_pretrained(partial)
         build_image_processor().save_pretrained(partial)
         write_whole(partial / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
-        write_whole(partial / "training.json", json.dumps(record, indent=1) + "\n")
+        write_whole(partial / "training.json", json.dumps(record, indent=1, default=str) + "\n")
+
+
+def pair_questions(
+    images: Images, pairs: NDArray[np.int64], count: int, words: Words, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is asked about scenes and their close-ups: token ids (B, count + 1, SLOT) and ``lengths`` (B, count + 1).
+
+    ``pairs`` (B, 2) are rows of both. Half of the ``count`` boxes are answered in the frame of the scene, half in that
+    of the close-up; the last question asks for a description of the close-up.
+    """
+    scenes, closeups = pairs.T
+    picks = ((scenes, count - count // 2), (closeups, count // 2))
+    chosen = [(rows, images.pool.choose(rng, rows, number)) for rows, number in picks]
+    asked = [images.take("slots", rows, index).long() for rows, index in chosen]
+    lengths = [images.take("lengths", rows, index).long() for rows, index in chosen]
+    asked[1].scatter_(2, lengths[1][:, :, None], words.in_closeup)
+    said = images.take("descriptions", closeups).long()[:, None]  # (B, 1, ANSWER)
+    describe = torch.tensor(words.describe, device=images.device).expand(len(said), 1, -1)
+    described = torch.cat([describe, said], 2)
+    asked.append(nn.functional.pad(described, (0, SLOT - described.shape[2])))
+    lengths.append(len(words.describe) * (said[:, :, 0] != 0).long())
+    return torch.cat(asked, 1), torch.cat(lengths, 1)
+
+
+def train_pairs(
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    images: Images,
+    args: Args,
+    progress: Progress,
+    log: list[dict[str, float]],
+) -> None:
+    """Third stage: prompts of two images, a scene and a close-up of it, and as many of one image.
+
+    Half of the boxes are answered in the frame of the close-up, half in that of the scene; beside them, the close-up is
+    described. The answers to one image are kept: what the model expected before this stage is their target. Only the
+    language model is trained. The losses go into ``log``.
+    """
+    device, pool, per = images.device, images.pool, args.questions_per_pair
+    one, two = SlotModel(model, tokenizer, per), SlotModel(model, tokenizer, per + 1, images=2)
+    before = SlotModel(copy.deepcopy(model), tokenizer, per)
+    language = model.model.language_model
+    matrices = [p for n, p in language.layers.named_parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in language.parameters() if id(p) not in chosen]
+    optimizers = [
+        Muon(matrices, lr=args.pair_lr[0], weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=args.pair_lr[1], betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    targets = smoothed_targets(args.smoothing[1], torch.device("cpu")).to(device)
+    rng = np.random.default_rng(args.seed + 2)
+    task = progress.add_task("two images", total=args.pair_steps, note="")
+    for step in range(args.pair_steps):
+        if step % 100 == 0:
+            images.until(args.drawn_first + (1 - args.drawn_first) * min(1.0, 1.5 * step / args.pair_steps))
+        for optimizer, lr in zip(optimizers, args.pair_lr, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * learning_rate(step, args.pair_steps, 1.0, warmup=50, floor=0.02)
+        rows = pool.sample(rng, args.pair_batch, args.shares)
+        pairs = pool.sample_pairs(rng, args.pair_batch, sum(args.shares[SEARCH_FROM:]))  # (B, 2)
+        picks = pool.choose(rng, rows, per)
+        asked, lengths = pair_questions(images, pairs, per, one.words, rng)
+        with torch.no_grad(), autocast(device):
+            merged, deep = one.see(images.take("images", np.concatenate([rows, pairs.ravel()])))
+        merged_pairs, deep_pairs = merged[len(rows) :], [d[len(rows) :] for d in deep]
+        boxes, words = answer_loss(two, merged_pairs, deep_pairs, asked, lengths, targets, descriptions=1)
+        single = images.take("slots", rows, picks).long(), images.take("lengths", rows, picks).long()
+        seen = merged[: len(rows)], [d[: len(rows)] for d in deep]
+        with torch.no_grad():
+            _, wanted = told_and_expected(before, *seen, *single)
+        _, log_probs = told_and_expected(one, *seen, *single)
+        moved = (wanted.exp() * (wanted - log_probs)).sum(-1)  # Kullback-Leibler, (B, questions, ANSWER)
+        moved = moved[single[1] > 0].mean()
+        loss = boxes + words + args.keep_weight * moved
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(language.parameters(), 1.0)
+        check_finite(step + 1, {"the loss": float(loss.detach()), "the gradient's norm": float(norm)}, REMEDY)
+        for optimizer in optimizers:
+            optimizer.step()
+        if step % 20 == 0 or step == args.pair_steps - 1:
+            found = {"loss": boxes, "words": words, "one image": moved}
+            log.append({"stage": 3, "step": step} | {name: float(value.detach()) for name, value in found.items()})
+            progress.update(task, note=f"loss {log[-1]['loss']:.3f}")
+        progress.advance(task)
 
 
 @torch.no_grad()
@@ -295,7 +426,7 @@ def steps_within(
 def train(
     args: Args, drawing: Drawing, held_out: Drawing, progress: Progress, start: float | None = None
 ) -> dict[str, float]:
-    """Both stages on scenes that are being drawn; saves the model and its record, and returns seconds by stage.
+    """All stages on scenes that are being drawn; saves the model and its record, and returns seconds by stage.
 
     ``held_out`` are search scenes for ``marks_read``; ``start`` is the ``time.monotonic()`` from which ``args.seconds``
     counts, if not now.
@@ -303,47 +434,52 @@ def train(
     start = time.monotonic() if start is None else start
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.seed)
+    model = build_model(tokenizer, args.seed) if args.model is None else load_policy(str(args.model)).model.float()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     # Plain matrix products on a CPU: at these sizes the fused kernel's backward pass is twice as slow.
     model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
-    head = CellHead(model.config.vision_config.out_hidden_size).to(device)
     images = Images(drawing, device, copied=device.type != "cpu")
     images.until(args.drawn_first)
-
-    def slots(of: Qwen3VLForConditionalGeneration) -> SlotModel:
-        return SlotModel(of, tokenizer, args.questions_per_image)
-
     drawn = time.monotonic()
-    log = train_vision(slots(model), head, images, args, progress)
-    read = {"first stage": marks_read(slots(model), head, held_out)}
-    seen = time.monotonic()
-    if args.seconds is not None:
-        args = replace(args, steps=steps_within(args.seconds - (seen - start), model, slots, images, args))
-    seconds = {"drawing": drawn - start, "vision": seen - drawn}
-    record = {
+    seconds, log = {"drawing": drawn - start}, list[dict[str, float]]()
+    record: dict[str, Any] = {
         "command": " ".join(["python -m ivt_agents.vlm.pretrain", *sys.argv[1:]]),
-        "args": asdict(args) | {"out": str(args.out)},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "seconds": seconds,
-        "marks read": read,
         "log": log,
     }
 
-    def keep() -> None:
-        seconds["grounding"] = time.monotonic() - seen
-        save(model, tokenizer, args, record)
+    def keep(stage: str, since: float) -> None:
+        seconds[stage] = time.monotonic() - since
+        save(model, tokenizer, args, record | {"args": asdict(args)})
 
-    train_grounding(slots(model), head, images, args, progress, log, keep)
-    keep()
-    read["end"] = marks_read(slots(model), head, held_out)
-    keep()
+    if args.model is None:
+        head = CellHead(model.config.vision_config.out_hidden_size).to(device)
+
+        def slots(of: Qwen3VLForConditionalGeneration) -> SlotModel:
+            return SlotModel(of, tokenizer, args.questions_per_image)
+
+        log += train_vision(slots(model), head, images, args, progress)
+        record["marks read"] = read = {"first stage": marks_read(slots(model), head, held_out)}
+        seen = time.monotonic()
+        seconds["vision"] = seen - drawn
+        if args.seconds is not None:
+            args = replace(args, steps=steps_within(args.seconds - (seen - start), model, slots, images, args))
+        train_grounding(slots(model), head, images, args, progress, log, lambda: keep("grounding", seen))
+        keep("grounding", seen)
+        read["end"] = marks_read(slots(model), head, held_out)
+    else:
+        before = args.model / "training.json"
+        record["before"] = read_json(before, "give a folder that this command wrote", ValueError)
+    begun = time.monotonic()
+    train_pairs(model, tokenizer, images, args, progress, log)
+    keep("two images", begun)
     return seconds
 
 
 def main(args: Args) -> None:
-    """Draw the scenes, run both stages and save."""
+    """Draw the scenes, run all stages and save."""
     start = time.monotonic()
     words = words_of(build_tokenizer())
     with ExitStack() as stack:

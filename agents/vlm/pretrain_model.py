@@ -30,7 +30,7 @@ TOKENS = CELLS * CELLS
 
 def words_of(tokenizer: PreTrainedTokenizerFast) -> Words:
     """What the processes that draw must know of a tokenizer."""
-    _, after = _chat(tokenizer)
+    _, after = _chat(tokenizer, 1)
     before, behind = (tokenizer(part)["input_ids"] for part in TINY.fill("\x00", None).split("\x00"))
     # A word is one token with the space before it; the text before the expression ends with a space.
     assert tokenizer.convert_ids_to_tokens(before)[-1] == "Ġ"
@@ -41,11 +41,16 @@ def words_of(tokenizer: PreTrainedTokenizerFast) -> Words:
     assert len(answer) == ANSWER and all(answer[place] == numbers[0] for place in NUMBERS)
     after_ids = tokenizer(TINY.fill("\x00", None).split("\x00")[1] + after)["input_ids"]
     assert after_ids[: len(behind)] == behind
-    return Words(tuple(before[:-1]), tuple(after_ids), of, tuple(answer), tuple(numbers))
+    describe = tokenizer("Describe image 2." + after)["input_ids"]
+    pieces = {piece: tuple(tokenizer(piece)["input_ids"]) for piece in ("A", "An", ".")}
+    in_closeup = tokenizer('{"image": 2, "bbox_2d": [')["input_ids"]
+    assert len(in_closeup) == 1
+    parts = tuple(before[:-1]), tuple(after_ids), of, tuple(answer), tuple(numbers)
+    return Words(*parts, in_closeup[0], tuple(describe), pieces)
 
 
-def _chat(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
-    content = [{"type": "image"}, {"type": "text", "text": "\x00"}]
+def _chat(tokenizer: PreTrainedTokenizerFast, images: int) -> tuple[str, str]:
+    content = [*[{"type": "image"}] * images, {"type": "text", "text": "\x00"}]
     asked = [{"role": "user", "content": content}]
     before, after = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)).split("\x00")
     return before, after
@@ -104,17 +109,25 @@ class CellHead(nn.Module):
 
 
 class SlotModel:
-    """The model over batches of images (B, 96, 96, 3), each with ``questions`` slots of ``SLOT`` tokens."""
+    """The model over batches of prompts of one image or more, each with ``questions`` slots of ``SLOT`` tokens."""
 
     def __init__(
-        self, model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, questions: int
+        self,
+        model: Qwen3VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        questions: int,
+        images: int = 1,
     ) -> None:
-        """Lay out the sequence: the image first, then slots that see the image and themselves alone."""
+        """Lay out the sequence: the images first, then slots that see the images and themselves alone."""
         self.model, self.questions, self.words, device = model, questions, words_of(tokenizer), model.device
-        before, _ = _chat(tokenizer)
+        self.numbers = torch.tensor(self.words.numbers, device=device)
+        self.value_of = torch.zeros(model.config.text_config.vocab_size, dtype=torch.long, device=device)
+        self.value_of[self.numbers] = torch.arange(1001, device=device)
+        before, _ = _chat(tokenizer, images)
         prefix = list(tokenizer(before.replace("<|image_pad|>", "<|image_pad|>" * TOKENS))["input_ids"])
         self.prefix = torch.tensor(prefix, device=device)
-        self.first = first = prefix.index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.starts = [k for k, token in enumerate(prefix) if token == pad][::TOKENS]
         # Attention kernels copy masks whose rows are no multiple of 16 long.
         self.tail = torch.zeros(-(len(prefix) + questions * SLOT) % 16, dtype=torch.long, device=device)
         behind = torch.full_like(self.tail, questions + 1, device="cpu")
@@ -124,7 +137,7 @@ class SlotModel:
         visible = (segment[:, None] == segment) | (segment == 0)
         visible &= torch.ones(length, length, dtype=torch.bool).tril()
         self.attention = torch.zeros(1, 1, length, length).masked_fill_(~visible, -1e9).to(device)
-        self.positions = self._positions(len(prefix), first, questions, len(self.tail)).to(device)
+        self.positions = self._positions(len(prefix), self.starts, questions, len(self.tail)).to(device)
         grid = grid_of(1)
         merge = model.config.vision_config.spatial_merge_size
         visual: Any = model.model.visual
@@ -140,15 +153,20 @@ class SlotModel:
         self.places = get_vision_position_ids(grid, merge, kwargs={}).to(device)
 
     @staticmethod
-    def _positions(prefix: int, first: int, questions: int, padding: int) -> torch.Tensor:
-        """M-RoPE positions: every question starts where the image ended; shape (3, 1, L)."""
+    def _positions(prefix: int, starts: list[int], questions: int, padding: int) -> torch.Tensor:
+        """M-RoPE positions: text goes on where an image ended, every question where the prefix ended; (3, 1, L)."""
         cell = torch.arange(TOKENS)
-        image = torch.stack([torch.zeros_like(cell), cell // CELLS, cell % CELLS]) + first
-        tail = torch.arange(prefix - first - TOKENS) + first + CELLS
-        slot = torch.arange(SLOT) + first + CELLS + len(tail)
-        plain = [torch.arange(first), tail, torch.cat([slot.repeat(questions), torch.zeros(padding)]).long()]
-        parts = [p.expand(3, -1) for p in plain]
-        return torch.cat([parts[0], image, parts[1], parts[2]], dim=1)[:, None]
+        grid = torch.stack([torch.zeros_like(cell), cell // CELLS, cell % CELLS])
+        parts, place, at = [], 0, 0  # in the sequence, and as a position
+        for start in [*starts, prefix]:
+            parts.append((torch.arange(start - place) + at).expand(3, -1))
+            at += start - place
+            if start < prefix:
+                parts.append(grid + at)
+                place, at = start + TOKENS, at + CELLS
+        slot = torch.arange(SLOT) + at
+        parts.append(torch.cat([slot.repeat(questions), torch.zeros(padding)]).long().expand(3, -1))
+        return torch.cat(parts, dim=1)[:, None]
 
     def see(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The vision tower: merged tokens (B, 36, width), and those of the deep-stack mergers."""
@@ -183,20 +201,20 @@ class SlotModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (B, questions, ANSWER, width) from which the answers' tokens are told, and these tokens.
 
-        ``merged`` and ``deep`` are those of ``see``, ``slots`` token ids (B, questions, SLOT), ``lengths`` the tokens
-        of each question without its answer (B, questions), at least 1.
+        ``merged`` and ``deep`` are those of ``see``, the images of a prompt one after the other, ``slots`` token ids
+        (B, questions, SLOT), ``lengths`` the tokens of each question without its answer (B, questions), at least 1.
         """
         language: Any = self.model.model.language_model
-        count, first = len(slots), self.first
+        count = len(slots)
         ids = torch.cat([self.prefix.expand(count, -1), slots.flatten(1), self.tail.expand(count, -1)], dim=1)
         x = language.embed_tokens(ids)
-        behind = first + TOKENS
-        x = torch.cat([x[:, :first], merged.to(x.dtype), x[:, behind:]], dim=1)
+        seen = torch.cat([torch.arange(TOKENS) + start for start in self.starts]).to(x.device)
+        x = x.index_copy(1, seen, merged.reshape(count, len(seen), -1).to(x.dtype))
         cos_sin = language.rotary_emb(x, self.positions)
         for number, layer in enumerate(language.layers):
             x = layer(x, attention_mask=self.attention, position_embeddings=cos_sin)
             if number < len(deep):
-                x = torch.cat([x[:, :first], x[:, first:behind] + deep[number].to(x.dtype), x[:, behind:]], dim=1)
+                x = x.index_add(1, seen, deep[number].reshape(count, len(seen), -1).to(x.dtype))
         at = lengths[..., None] - 1 + torch.arange(ANSWER, device=slots.device)  # (B, questions, ANSWER)
         told = torch.gather(slots, 2, at + 1)
         starts = torch.arange(self.questions, device=slots.device)[:, None] * SLOT + len(self.prefix)

@@ -71,6 +71,12 @@ class Words:
     """With zeros where the numbers stand."""
     numbers: tuple[int, ...]
     """Of 0..1000."""
+    in_closeup: int
+    """The first token of an answer in the frame of the second image."""
+    describe: tuple[int, ...]
+    """The question that asks for a description, up to where it begins."""
+    pieces: dict[str, tuple[int, ...]]
+    """Of "A", "An" and "."."""
 
     def slot(self, expression: str, box: Sequence[float]) -> tuple[list[int], int]:
         """Ids of a question and its answer, and how many belong to the question."""
@@ -79,6 +85,11 @@ class Words:
         for place, value in zip(NUMBERS, np.round(np.asarray(box) * 1000).tolist(), strict=True):
             answer[place] = self.numbers[int(value)]
         return asked + answer, len(asked)
+
+    def description(self, looks: str) -> list[int]:
+        """Ids of what the second image shows, end of turn included."""
+        article = self.pieces["An" if looks[0] in "aeiou" else "A"]
+        return [*article, *(self.of[word] for word in looks.split()), *self.pieces["."], self.answer[-1]]
 
 
 @dataclass
@@ -93,6 +104,8 @@ class Pool:
     """(N, 8, SLOT) token ids"""
     lengths: NDArray[np.int16]
     """(N, 8): tokens of each question without its answer; 0: no such question"""
+    descriptions: NDArray[np.int16]
+    """(N, ANSWER) token ids of what a close-up shows, padded with 0; all 0: nothing to say"""
     scenes: tuple[int, int]
     """Standard scenes and search scenes when all are drawn."""
     drawn: list[int]
@@ -113,6 +126,15 @@ class Pool:
         drawn = np.array([self.drawn[kind >= SEARCH_FROM] for kind in range(len(KINDS))])
         return self._starts()[kinds] + rng.integers(0, drawn[kinds])
 
+    def sample_pairs(self, rng: np.random.Generator, count: int, search: float) -> NDArray[np.int64]:
+        """Rows of ``count`` scenes and of a close-up of each, (count, 2); a share of them are search scenes."""
+        searched = rng.random(count) < search
+        closeup = np.where(searched, SEARCH_FROM + 1 + rng.integers(0, 2, count), 1)
+        whole = np.where(searched, SEARCH_FROM, 0)
+        scene = rng.integers(0, np.array(self.drawn)[searched.astype(int)])
+        starts = self._starts()
+        return np.stack([starts[whole] + scene, starts[closeup] + scene], 1)
+
     def choose(self, rng: np.random.Generator, rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         """For each row ``count`` different questions at random, those that there are first; (rows, count)."""
         order = rng.random((len(rows), QUESTIONS)) + (self.lengths[rows] == 0)
@@ -127,6 +149,7 @@ def empty_pool(standard: int, search: int, folder: str) -> Pool:
         "cells": ((n, CELLS * CELLS, LABELS), np.float32),
         "slots": ((n, QUESTIONS, SLOT), np.int16),
         "lengths": ((n, QUESTIONS), np.int16),
+        "descriptions": ((n, ANSWER), np.int16),
     }
     maps: dict[str, Any] = {}
     try:
@@ -222,6 +245,8 @@ class View:
     """(96, 96, 3)"""
     window: Box
     questions: list[Expression]
+    about: Thing | None = None
+    """The object that a close-up is of."""
 
     def write(self, pool: Pool, row: int, words: Words) -> None:
         """Into a row of the pool."""
@@ -233,6 +258,9 @@ class View:
             ids, length = words.slot(question.text, box.tolist())
             pool.slots[row, number, : len(ids)] = ids
             pool.lengths[row, number] = length
+        if self.about is not None:
+            described = words.description(self.about.looks)
+            pool.descriptions[row, : len(described)] = described
 
 
 def standard_views(split: str, index: int) -> list[View]:
@@ -243,7 +271,7 @@ def standard_views(split: str, index: int) -> list[View]:
     # The close-up is around an object that is asked about, or there would be nothing to ask.
     target = scene.things[asked[int(rng.integers(len(asked)))].target]
     window = _around(target.box, rng, (1.2, 3.5), smallest=0.1)
-    return [_view(scene, full, WHOLE, asked), _view(scene, full, window, asked)]
+    return [_view(scene, full, WHOLE, asked), _view(scene, full, window, asked, target)]
 
 
 def search_views(split: str, index: int) -> list[View]:
@@ -256,17 +284,18 @@ def search_views(split: str, index: int) -> list[View]:
     near = min((t for t in scene.things if t is not one), key=lambda t: math.dist(t.centre, one.centre))
     both = np.array([one.box, near.box])
     pair = (*both[:, :2].min(0).tolist(), *both[:, 2:].max(0).tolist())
-    windows = (WHOLE, _around(one.box, rng, (1.1, 2.8), smallest=0.1), _around(pair, rng, (1.05, 1.5), smallest=0.2))
-    return [_view(scene, full, window, asked) for window in windows]
+    closeup, of_both = _around(one.box, rng, (1.1, 2.8), smallest=0.1), _around(pair, rng, (1.05, 1.5), smallest=0.2)
+    windows = ((WHOLE, None), (closeup, one), (of_both, None))
+    return [_view(scene, full, window, asked, about) for window, about in windows]
 
 
-def _view(scene: Scene, full: Image.Image, window: Box, asked: list[Expression]) -> View:
+def _view(scene: Scene, full: Image.Image, window: Box, asked: list[Expression], about: Thing | None = None) -> View:
     """The window, cut at whole pixels."""
     side = scene.side
     x1, y1 = round(window[0] * side), round(window[1] * side)
     size = min(max(8, round((window[2] - window[0]) * side)), side - max(x1, y1))
     cut = full.crop((x1, y1, x1 + size, y1 + size)).resize((INPUT_SIDE, INPUT_SIDE), Image.Resampling.BICUBIC)
-    return View(scene, np.asarray(cut), (x1 / side, y1 / side, (x1 + size) / side, (y1 + size) / side), asked)
+    return View(scene, np.asarray(cut), (x1 / side, y1 / side, (x1 + size) / side, (y1 + size) / side), asked, about)
 
 
 def _around(box: Sequence[float], rng: np.random.Generator, factor: tuple[float, float], smallest: float) -> Box:

@@ -33,11 +33,11 @@ SPECIALS = (
     "<|video_pad|>",
 )
 _LITERALS = ('{"bbox_2d": [', "]}", '{"stop": true}', ", ", "\n", ".", ";", ":", ",", " [", "].", "]", " ")
-_CLOSEUP_BOX = '{"picture": 2, "bbox_2d": ['
+_CLOSEUP_BOX = '{"image": 2, "bbox_2d": ['
 _WORDS_ABOUT_MARKS = ("mark", "Mark", "Marked", "This", "Not", "Next")
 """That a reasoning text may use, in an order that stays."""
 _SPLIT = (
-    r'\{"picture": 2, "bbox_2d": \[|\{"bbox_2d": \[|\{"stop": true\}|\]\}|\p{N}+|, | ?\p{L}+|\n| ?[^\s\p{L}\p{N}]+|\s+'
+    r'\{"image": 2, "bbox_2d": \[|\{"bbox_2d": \[|\{"stop": true\}|\]\}|\p{N}+|, | ?\p{L}+|\n| ?[^\s\p{L}\p{N}]+|\s+'
 )
 # The turn layout of the Qwen family; written for this tokenizer, images in content order.
 _CHAT_TEMPLATE = (
