@@ -293,6 +293,12 @@ def test_what_is_not_finite_stops_either_stage_and_saves_nothing(tmp_path, stage
     assert not (tmp_path / "run").exists()
 
 
+def test_the_third_stage_names_its_own_rate_where_it_diverges_and_keeps_what_was_saved(tmp_path):
+    with pytest.raises(NotFiniteError, match=r"training stops.*give a lower --pair-lr"):
+        run(tmp_path / "run", pair_lr=(1e30, 1e30))
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_weights_that_overflow_in_half_precision_are_not_saved(tmp_path):
     model, tokenizer = build_model(build_tokenizer(), seed=0), build_tokenizer()
     next(model.parameters()).data.view(-1)[0] = 1e5

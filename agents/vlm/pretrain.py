@@ -44,6 +44,7 @@ from ivt_env.failures import read_json
 from ivt_env.files import whole_folder, write_whole
 
 REMEDY = "What was saved before stays; give a lower --lr or --matrix-lr"
+PAIR_REMEDY = "What was saved before stays; give a lower --pair-lr"
 
 
 @dataclass
@@ -378,7 +379,7 @@ def train_pairs(
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(language.parameters(), 1.0)
-        check_finite(step + 1, {"the loss": float(loss.detach()), "the gradient's norm": float(norm)}, REMEDY)
+        check_finite(step + 1, {"the loss": float(loss.detach()), "the gradient's norm": float(norm)}, PAIR_REMEDY)
         for optimizer in optimizers:
             optimizer.step()
         if step % 20 == 0 or step == args.pair_steps - 1:
