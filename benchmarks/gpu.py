@@ -259,8 +259,9 @@ def commands(args: Args) -> dict[str, Any]:
 def tiny(args: Args) -> dict[str, Any]:
     """Pretraining of the tiny model in nine tenths of the time that is left: seconds by stage, and what came of it."""
     whole = pretrain.Args(out=args.out / "tiny_qwen3vl", workers=1 if args.small else 15, seconds=0.9 * args.seconds)
+    whole.pair_steps = 200  # after the time that the first two stages are given
     if args.small:
-        small = {"vision_steps": 2, "vision_batch": 4, "steps": 2, "batch": 2, "seconds": None}
+        small = {"vision_steps": 2, "vision_batch": 4, "steps": 2, "batch": 2, "seconds": None, "pair_steps": 2}
         whole = replace(whole, scenes=40, search_scenes=40, **small)  # type: ignore[arg-type]
     pretrain.main(whole)
     record = json.loads((whole.out / "training.json").read_text())

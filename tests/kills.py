@@ -41,7 +41,7 @@ SWAPS = "ivt_agents.evaluation.swaps --policies a=centre b=random --samples 4 --
 PPO = "ivt_agents.sb3.train --steps 128 --samples 8 --num-envs 4 --rollout 8 --batch 16 --epochs 1".split()
 PPO += "--held-out 4 --overwrite".split()
 PRETRAIN = "ivt_agents.vlm.pretrain --scenes 20 --search-scenes 12 --vision-steps 2 --vision-batch 4".split()
-PRETRAIN += "--steps 2 --batch 4 --save-seconds 0 --workers 1".split()
+PRETRAIN += "--steps 2 --batch 4 --pair-steps 2 --pair-batch 4 --save-seconds 0 --workers 1".split()
 CONVERT = "data convert {run}/coco.json --from coco --images {run}/coco --expression-key caption --copy".split()
 CONVERT += ["--name", "mine"]
 EVALUATE = ["evaluate", "--policies", "base=random", "centre=centre", "--samples", "4", "--page-episodes", "2"]
