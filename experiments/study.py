@@ -33,9 +33,9 @@ from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
 
 TRAINED = ("sft", "grpo", "control-pixels", "control")
 """What is made anew for each seed, the longest first. All train the same parameters: the language model's."""
-PIXELS = 7.11
-"""Times the pixels of one image that the second control is given: 256 instead of 96 a side. The loop looks at the
-whole image once, and at each later step at the whole image and a close-up: 6.8 images at three later steps."""
+PIXELS = 9.0
+"""Times the pixels of one image that the second control is given: 288 instead of 96 a side. The loop looks at the
+whole image once, and at each later step at the whole image and a close-up: 9 images at four later steps."""
 
 
 @dataclass
@@ -48,9 +48,9 @@ class Args:
     """The base that all start from."""
     seeds: int = 1
     """Seeds of all that is trained."""
-    sft_samples: int = 10_000
+    sft_samples: int = 5_000
     """Training samples that SFT makes its lessons of."""
-    sft_steps: int = 600
+    sft_steps: int = 300
     """Gradient steps of SFT."""
     grpo_steps: int = 50
     """Steps of GRPO. The controls get as many steps as SFT and GRPO together."""

@@ -109,7 +109,7 @@ def plot_map(out: Path, marks: Sequence[int]) -> None:
 
     labels = {
         "base": "base, one look at 96 px",
-        "control-pixels-0": "trained control, one look at 256 px",
+        "control-pixels-0": "trained control, one look at 288 px",
         "grpo-0": "loop, looks of 96 px",
     }
     with plt.style.context(STYLE):
@@ -132,7 +132,7 @@ def plot_map(out: Path, marks: Sequence[int]) -> None:
 
 def _pixels(out: Path, name: str, marks: Sequence[int]) -> str:
     """Thousands of pixels that an answer looks at, over the sizes of marks."""
-    side = 256 if name.startswith("control") else 96
+    side = 288 if name.startswith("control") else 96
     looks = [1.0] * len(marks)
     if name.startswith(LOOP):  # the whole image once, then the whole image and a close-up at each further action
         found = [_behaviour(_read(out / "map" / str(m) / name), name)["mean_actions"] for m in marks]

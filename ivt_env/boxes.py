@@ -110,6 +110,14 @@ def invalid_reason(box: ArrayLike) -> str | None:
     return None
 
 
+def looks_at(box: ArrayLike, earlier: ArrayLike) -> int:
+    """How often an episode has looked where ``box`` (4,) lies: itself and the ``earlier`` boxes (n, 4) that overlap it.
+
+    They overlap from an IoU of 0.5. Rows of zeros are no boxes.
+    """
+    return 1 + int((np.asarray(iou(box, np.asarray(earlier).reshape(-1, 4))) >= 0.5).sum())
+
+
 def is_no_box(boxes: ArrayLike) -> NDArray[np.bool_]:
     """True where a box of shape (..., 4) is all zeros: nothing has been proposed yet."""
     return np.asarray(~np.asarray(boxes).any(axis=-1))

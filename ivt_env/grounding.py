@@ -71,8 +71,6 @@ class Screen:
     def __init__(self, dataset: Dataset, view: str, canvas: int, overlay: Overlay, around: Surroundings) -> None:
         if view not in VIEWS:
             raise ValueError(f"view {view!r}: choose one of {', '.join(VIEWS)}")
-        if view == "closeup" and not around.drawn:
-            raise ValueError("closeup drawn False with view closeup: the box would be drawn nowhere; give view both")
         if not isinstance(canvas, int) or canvas < 16:
             raise ValueError(f"canvas {canvas!r}: give the side in pixels, an integer of at least 16")
         self.dataset, self.view, self.side, self.overlay, self.around = dataset, view, canvas, overlay, around

@@ -137,6 +137,14 @@ def test_a_box_that_is_not_4_numbers_is_invalid_and_the_reason_gives_its_shape(s
     assert str(shape) in str(boxes.invalid_reason(np.full(shape, 0.5)))
 
 
+def test_looks_at_a_place_are_the_boxes_that_overlap_it_by_half_itself_included():
+    here = (0.25, 0.25, 0.5, 0.5)
+    assert boxes.looks_at(here, []) == boxes.looks_at(here, np.zeros((3, 4))) == 1
+    half = (0.25, 0.25, 0.5, 0.375)  # an IoU of 0.5
+    less = (0.25, 0.25, 0.5, 0.37)
+    assert boxes.looks_at(here, [here, less, half, (0.6, 0.6, 0.8, 0.8)]) == 3
+
+
 def test_no_box_is_all_zeros_and_nothing_else():
     stack = np.array([[0, 0, 0, 0], [0, 0, 0, 1e-9], [0.1, 0.1, 0.2, 0.2]])
     np.testing.assert_array_equal(boxes.is_no_box(stack), [True, False, False])

@@ -249,7 +249,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"closeup": {"smallest": 1.5}}, "smallest 1.5"),
     ({"closeup": {"square": 1}}, "square 1"),
     ({"closeup": {"drawn": 0}}, "drawn 0"),
-    ({"view": "closeup", "closeup": {"drawn": False}}, "give view both"),
     ({"closeup": {"width": 2}}, "unknown closeup option 'width'"),
     ({"closeup": "wide"}, "closeup 'wide'"),
     ({"reward": "final"}, "reward 'final'"),

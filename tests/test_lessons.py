@@ -25,7 +25,7 @@ from ivt_env.rollouts import make_vector_env
 INDICES = range(90)
 AROUND = {"margin": 0.5, "smallest": 0.1, "square": True}
 VIEWS = ("overlay", "closeup", "both")
-NOTHING = dict.fromkeys(("first", "own", "near", "shifted", "other", "candidate"), 0.0)
+NOTHING = dict.fromkeys(("first", "own", "shifted", "corrected", "other", "candidate", "again"), 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,10 @@ def first_boxes(dataset):
     return [None if box is None or boxes.invalid_reason(box) else box for box in found]
 
 
-def taught(dataset, view="both", seed=0, **shares):
+def taught(dataset, view="both", seed=0, counted=False, **shares):
     rng, around = np.random.default_rng(seed), Surroundings(**AROUND)
     chosen = Shares(**(NOTHING | shares)) if shares else None
-    return teach_to_look(dataset, INDICES, first_boxes(dataset), rng, view, around, shares=chosen)
+    return teach_to_look(dataset, INDICES, first_boxes(dataset), rng, view, around, shares=chosen, counted=counted)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,17 @@ def window_of(env, demonstration):
     return env.reset(options={"index": [demonstration.index], "initial_box": [demonstration.shown]})[0]["window"][0]
 
 
-def test_the_right_answer_follows_from_where_the_box_lies(dataset, made):
-    """A stop where it fits; the target, in the close-up's frame where that holds it; else somewhere else."""
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_right_answer_follows_from_where_the_box_lies(dataset, counted):
+    """A stop where it fits; the target, in the close-up's frame where that holds it; else somewhere else.
+
+    Where the question counts the looks, a box fits that a second look gave, or one of an object so large that a
+    close-up shows little more; else one whose IoU is at least 0.9.
+    """
     env = make_vector_env("IVT-Scenes-v0", 1, split="train", view="both", closeup=AROUND)
     kinds = {"first": 0, "stop": 0, "closeup": 0, "whole": 0, "other": 0, "nowhere": 0, "search": 0}
-    for d in made:
+    kinds |= {"again": 0, "large": 0}
+    for d in taught(dataset, counted=counted):
         sample = dataset[d.index]
         if d.shown is None:
             kinds["first"] += 1
@@ -75,17 +81,22 @@ def test_the_right_answer_follows_from_where_the_box_lies(dataset, made):
         seen = "" if on is None else f"{'An' if looks[0] in 'aeiou' else 'A'} {looks}."
         assert d.trace.startswith(seen) and (on is not None or not d.trace.startswith("A"))
         said = d.trace.removeprefix(seen).strip()
-        if on == 0 and overlaps[0] >= 0.9:
+        again = any(float(boxes.iou(d.shown, box)) >= 0.5 for box in d.before)
+        x1, y1, x2, y2 = window_of(env, d)
+        large = max(x2 - x1, y2 - y1) > 0.4
+        fits = (overlaps[0] >= 0.7 if large else again) if counted else overlaps[0] >= 0.9
+        kinds["large"] += counted and on == 0 and large and fits and not again
+        if on == 0 and fits:
             kinds["stop"] += 1
             assert (d.answer, said) == (None, FITS)
         elif on == 0:
-            x1, y1, x2, y2 = window_of(env, d)
             a, b, c, e = sample.box
             inside = x1 <= a and y1 <= b and c <= x2 and e <= y2
             kinds["closeup" if inside else "whole"] += 1
             assert d.image == (2 if inside else 1) and np.allclose(d.answer, sample.box, atol=1e-6)
             assert said not in (FITS, MISSES, WRONG_OBJECT)
         else:
+            kinds["again"] += again
             kinds["nowhere" if on is None else "other"] += 1
             assert (d.image, said) == (1, MISSES if on is None else WRONG_OBJECT)
             wanted = sample.box
@@ -96,19 +107,23 @@ def test_the_right_answer_follows_from_where_the_box_lies(dataset, made):
                 wanted = sorted(left)[0]
                 assert tuple(sample.box) in [tuple(box) for box in left], "the target was never ruled out"
             assert np.allclose(d.answer, wanted, atol=1e-6)
-    assert all(kinds.values()), kinds
+    assert all(count for kind, count in kinds.items() if counted or kind != "large"), kinds
 
 
-def test_what_was_looked_at_before_is_other_objects_and_in_search_scenes_all_numbers_of_them(dataset, made):
+def test_what_was_looked_at_before_is_objects_and_in_search_scenes_all_numbers_of_them(dataset, made):
+    """The target only under a box that corrects it: with a look at it before, the episode would have ended there."""
     counts = {True: set(), False: set()}
     for d in (d for d in made if d.shown is not None):
         sample = dataset[d.index]
-        for box in d.before:
-            on = [float(boxes.iou(box, other)) for other in (sample.box, *sample.siblings)]
-            assert np.argmax(on) > 0 and float(boxes.iou(box, sample.siblings[np.argmax(on) - 1])) > 0.3
-            assert sample.meta["kind"] != "mark" or float(boxes.iou(box, d.shown)) < 0.1
+        objects = np.array([sample.box, *sample.siblings])
+        here = int(np.argmax(boxes.iou(d.shown, objects)))
+        for k, box in enumerate(d.before):
+            on = boxes.iou(box, objects)
+            assert on.max() > 0.3 and (np.argmax(on) > 0 or here == 0)
+            if np.argmax(on) == here and sample.meta["kind"] == "mark":
+                assert k == len(d.before) - 1, "what was looked at last is the object that the box is on"
         counts[sample.meta["kind"] == "mark"].add(len(d.before))
-    assert counts[False] == {0, 1} and counts[True] >= {0, 1, 2, 3, 4}
+    assert counts[False] == {0, 1, 2} and counts[True] >= {0, 1, 2, 3, 4}
 
 
 def test_each_state_can_be_left_out_and_search_scenes_show_every_other_object(dataset):
@@ -116,9 +131,13 @@ def test_each_state_can_be_left_out_and_search_scenes_show_every_other_object(da
     with_box = [i for i, box in enumerate(first_boxes(dataset)) if box is not None]
     own = taught(dataset, own=1.0)
     assert [d.index for d in own] == with_box and not any(d.before for d in own)
-    near, shifted = (taught(dataset, **{name: 1.0}) for name in ("near", "shifted"))
+    near, shifted = (taught(dataset, **{name: 1.0}) for name in ("corrected", "shifted"))
     overlap = [np.mean([boxes.iou(d.shown, dataset[d.index].box) for d in some]) for some in (near, shifted)]
     assert overlap[0] > 0.9 > overlap[1] > 0.6 and len(near) == len(shifted) == len(INDICES)
+    last = [float(boxes.iou(d.before[-1], dataset[d.index].box)) for d in near]
+    assert 0.6 < np.mean(last) < overlap[0]
+    more = taught(dataset, candidate=1.0, again=1.0)
+    assert more and all(float(boxes.iou(d.before[-1], d.shown)) > 0.5 for d in more)
     others = [d.index for d in taught(dataset, other=1.0, candidate=1.0)]
     for i in INDICES:
         siblings = len(dataset[i].siblings)
@@ -146,6 +165,21 @@ def test_a_near_box_is_mended_in_the_finer_frame(dataset, made):
         error = np.abs(np.array(policy.dialogue.box_of(action, turn.prompt)) - d.answer)
         assert (error <= 0.00051 * np.array([window[2] - window[0], window[3] - window[1]] * 2) + 1e-6).all()
     assert len(near) == 10
+
+
+def test_a_lesson_asks_what_the_episode_would_have_asked_with_the_looks_at_that_place(dataset):
+    """The boxes before decide the count; taught with another one than is asked, the policy would never stop."""
+    policy = load_policy("tiny")
+    env = make_vector_env("IVT-Scenes-v0", 1, split="train", max_steps=8, **policy.shown)
+    walk = [(0.1, 0.1, 0.3, 0.3), (0.6, 0.6, 0.8, 0.8), (0.11, 0.1, 0.3, 0.3), (0.1, 0.11, 0.3, 0.3)]
+    seen = env.reset(options={"index": [4]})[0]
+    for k, box in enumerate(walk):
+        seen = env.step({"box": np.array([box], dtype=np.float32), "stop": np.array([0])})[0]
+        (asked,) = policy.prompts_for(seen, [0])
+        demo = demonstration(dataset[4], dataset, 4, seen["box"][0], None, before=walk[:k])
+        (turn,) = to_turns(policy, env.screen, dataset, [demo])
+        assert turn.prompt.ids == asked.ids
+        assert f"Look {(1, 1, 2, 3)[k]}." in policy.tokenizer.decode(asked.ids)
 
 
 def test_every_lesson_is_words_that_the_tiny_model_knows_whole_and_fits_its_limit(dataset, made):

@@ -60,8 +60,9 @@ def test_the_prompt_of_a_policy_travels_with_it(folder):
 def test_prompts_keep_braces_and_boxes_apart():
     assert (
         TINY.fill("the {box} {expression}", "[1, 2, 3, 4]")
-        == "Locate the {box} {expression}. Current box: [1, 2, 3, 4]."
+        == "Locate the {box} {expression}. Current box: [1, 2, 3, 4]. Look 1."
     )
+    assert TINY.fill("{looks}", "[1]", looks=3) == "Locate {looks}. Current box: [1]. Look 3."
     assert TINY.fill("x", None).endswith("Current box: none.")
 
 

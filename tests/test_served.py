@@ -310,6 +310,7 @@ def test_images_are_sent_at_the_size_that_the_frame_counts_in():
         ("+image: {side: 3}", "unknown key 'side'"),
         ("+image: {max_pixels: 0}", "max_pixels"),
         ("+overlay: {style: dots}", "style 'dots'"),
+        ("prompt: '{expression} {looks}'\nframe: relative_1000", "overlay: {trail: true} only"),
         ("+prompt: x", "given twice"),
     ],
 )

@@ -271,7 +271,7 @@ def _warm_start(args: Args, accelerator: Accelerator) -> str:
     taught = {name: getattr(args, name) for name in ("env", "split", "data_root", "seed", "view", "layout")}
     beside = {name: getattr(args, name) for name in ("bf16", "episode_steps", "eval_samples", "eval_split")}
     lessons: Literal["looks", "paper"] = "looks" if args.stop else "paper"
-    wanted = train_sft.Args(**taught, **beside, out=out, lessons=lessons, samples=4000, steps=400)
+    wanted = train_sft.Args(**taught, **beside, out=out, lessons=lessons)
     wanted.max_unusable = args.max_unusable
     made = asked_of(out / "policy")
     wanted.resume = made is None and (out / CONFIG).exists()  # one that was cut off goes on

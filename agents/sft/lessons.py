@@ -23,6 +23,11 @@ Box = NDArray[np.float64]
 
 ON = 0.3
 """A box lies on an object if their IoU is at least this."""
+SHOWN = 0.4
+"""A close-up shows more than the image did if its sides are at most this share of the image's. Close-ups of larger
+objects corrected nothing (``docs/experiments.md``)."""
+LARGE_IOU = 0.7
+"""A box of a larger object fits from this IoU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +38,8 @@ class Shares:
     """No box yet: the student's own first answer, which is to stay as it is."""
     own: float = 1.0
     """The student's own first box."""
-    near: float = 0.6
-    """The target's box with an error that hardly matters."""
+    corrected: float = 1.0
+    """The target's box with an error that hardly matters, after one with a larger error."""
     shifted: float = 1.0
     """The target's box, moved and scaled."""
     other: float = 0.2
@@ -42,6 +47,8 @@ class Shares:
     wrong objects also moves away from right ones."""
     candidate: float = 0.5
     """In search scenes, each of the other objects."""
+    again: float = 0.2
+    """Of the boxes on other objects, those that were looked at before."""
 
 
 def teach_to_look(
@@ -53,13 +60,14 @@ def teach_to_look(
     around: Surroundings,
     *,
     shares: Shares | None = None,
+    counted: bool = False,
     good_iou: float = 0.9,
 ) -> list[Demonstration]:
     """Demonstrations of keeping, correcting and looking elsewhere, each with what is seen.
 
     ``student_boxes`` are the student's first box of each sample, None where it gave none. With view ``both`` a box near
-    the target is corrected in the frame of the close-up, which shows what is ``around`` it. At ``good_iou`` or above
-    the lesson is to stop.
+    the target is corrected in the frame of the close-up, which shows what is ``around`` it. The lesson is to stop on a
+    box that a second look gave, if the looks at a place are ``counted`` in the prompt; else at ``good_iou`` or above.
     """
     shares, made = shares or Shares(), []
     for index, own in zip(indices, student_boxes, strict=True):
@@ -73,16 +81,24 @@ def teach_to_look(
             if rng.random() < shares.own:
                 shown.append((np.asarray(own, dtype=np.float64), []))
         search = sample.meta.get("kind") == "mark"
-        for chance, low, high in ((shares.near, 0.005, 0.03), (shares.shifted, 0.03, 0.2)):
-            if rng.random() < chance:
-                shown.append((_jitter(target, rng.uniform(low, high), rng), _visited(others, search, rng)))
+        if rng.random() < shares.shifted:
+            shown.append((_jitter(target, rng.uniform(0.005, 0.2), rng), _visited(others, search, rng)))
+        if rng.random() < shares.corrected:
+            before = _visited(others, search, rng) + _usable([_jitter(target, rng.uniform(0.01, 0.2), rng)])
+            shown.append((_jitter(target, rng.uniform(0.005, 0.03), rng), before))
         for k in rng.permutation(len(others))[: None if search else 1]:
             if rng.random() < (shares.candidate if search else shares.other):
-                rest = [box for j, box in enumerate(others) if j != k]
-                shown.append((_jitter(others[k], rng.uniform(0.005, 0.1), rng), _visited(rest, search, rng)))
+                before = _visited([box for j, box in enumerate(others) if j != k], search, rng)
+                if rng.random() < shares.again:
+                    before += _usable([_jitter(others[k], rng.uniform(0.005, 0.1), rng)])
+                shown.append((_jitter(others[k], rng.uniform(0.005, 0.1), rng), before))
         for box, before in shown:
             if boxes.invalid_reason(box) is None:
-                made.append(_lesson(sample, dataset, int(index), box, before, search, view, around, good_iou))
+                made.append(
+                    _lesson(
+                        sample, dataset, int(index), box, before, search, view, around, None if counted else good_iou
+                    )
+                )
     return made
 
 
@@ -92,8 +108,11 @@ def _visited(others: Sequence[Box], search: bool, rng: np.random.Generator) -> l
         chosen = rng.permutation(len(others))[: int(rng.integers(len(others) + 1))]
     else:
         chosen = rng.permutation(len(others))[: int(rng.random() < 0.2)]
-    jittered = [_jitter(others[k], rng.uniform(0.005, 0.1), rng) for k in chosen]
-    return [box for box in jittered if boxes.invalid_reason(box) is None]
+    return _usable([_jitter(others[k], rng.uniform(0.005, 0.1), rng) for k in chosen])
+
+
+def _usable(drawn: list[Box]) -> list[Box]:
+    return [box for box in drawn if boxes.invalid_reason(box) is None]
 
 
 def _lesson(
@@ -105,7 +124,7 @@ def _lesson(
     search: bool,
     view: str,
     around: Surroundings,
-    good_iou: float,
+    good_iou: float | None,
 ) -> Demonstration:
     target = np.asarray(sample.box)
     candidates = np.array([target, *sample.siblings])
@@ -116,10 +135,15 @@ def _lesson(
     if looks and overlaps[on] >= ON:
         seen = f"{'An' if looks[on][0] in 'aeiou' else 'A'} {looks[on]}. "
     if on == 0 and overlaps[0] >= ON:
-        if overlaps[0] >= good_iou:
+        fits = overlaps[0] >= (good_iou or LARGE_IOU)
+        window = around.window(shown, sample.size)
+        if good_iou is None and (window[2:] - window[:2]).max() <= SHOWN:
+            fits = boxes.looks_at(shown, list(before)) > 1
+        if fits:
             return demonstration(sample, dataset, index, shown, None, seen + FITS, before=before)
         image = 2 if view == "both" and in_closeup(shown, target, around, sample.size) else 1
-        said = critique(shown, target)
+        # On a close-up without the box nobody sees what is wrong with it, so nothing is said about it.
+        said = critique(shown, target) if image == 1 or around.drawn else ""
         said = "" if said == FITS else said
         return demonstration(sample, dataset, index, shown, target, (seen + said).strip(), image, before)
     said = WRONG_OBJECT if overlaps[on] >= ON else MISSES

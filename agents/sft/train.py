@@ -87,7 +87,7 @@ class Args(TrainingOptions):
     """The student: `tiny`, a folder, or a hub name."""
     out: Path = Path("runs/sft")
     """Run folder: configuration, metrics, demonstrations, the policy, samples."""
-    samples: int = 10_000
+    samples: int = 5_000
     """Samples to harvest (all of the split if it has fewer)."""
     demonstrations: Path | None = None
     """JSON lines from any teacher; nothing is harvested then."""
@@ -107,7 +107,7 @@ class Args(TrainingOptions):
     compute that spends it on a larger image. None: as the student says."""
     single_shot: bool = False
     """Teach first answers only. The control that every claim about the loop must beat."""
-    steps: int = 600
+    steps: int = 300
     """Optimizer steps."""
     per_device_train_batch_size: int = 24
     """Demonstrations in one forward pass of one process."""
@@ -331,8 +331,8 @@ def _demonstrations(
                 " correct; give more --samples or a harder --split"
             )
     else:
-        lesson_rng, around = np.random.default_rng((args.seed, 2)), env.screen.around
-        drafts = teach_to_look(dataset, indices, boxes, lesson_rng, policy.view, around)
+        lesson_rng, counted = np.random.default_rng((args.seed, 2)), policy.dialogue.prompts.counts_looks
+        drafts = teach_to_look(dataset, indices, boxes, lesson_rng, policy.view, env.screen.around, counted=counted)
     if teacher is None:
         return drafts
     # A harvest that was cut off must go on with the very same boxes; not every GPU repeats itself to the bit.

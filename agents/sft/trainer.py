@@ -26,7 +26,7 @@ from ivt_agents.vlm.generation import Sampling, TokenScorer
 from ivt_agents.vlm.load import can_pack
 from ivt_agents.vlm.packing import micro_batches
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.prompts import images_of
+from ivt_agents.vlm.prompts import images_of, looks_of
 from ivt_agents.vlm.turns import Box, Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.game import Game
@@ -43,6 +43,7 @@ def to_turns(
     dialogue = policy.dialogue
     states: list[list[Box | None]] = []
     shown: list[list[tuple[Hashable, Box]]] = []
+    looks: list[int] = []
     opened: dict[str, Any] = {}
     images: dict[Hashable, NDArray[np.uint8]] = {}
     for demonstration in demonstrations:
@@ -57,24 +58,27 @@ def to_turns(
             earlier = boxes_shown[1:number] if len(boxes_shown) > 1 else demonstration.before
             game = Game.with_history(sample, [*(b for b in earlier if b is not None), *([] if box is None else [box])])
             observation = LiveEpisode(screen, 0, game, opened[sample.image_id]).observe()
-            seen = images_of({key: [value] for key, value in observation.items()}, 0)
+            one = {key: [value] for key, value in observation.items()}
+            seen = images_of(one, 0)
+            looks.append(looks_of(one, 0))
             # Demonstrations about one image with one box drawn share it, and so its encoding.
             trail = tuple(earlier) if screen.overlay.trail else ()
             names = [(sample.image_id, box, trail, k) for k in range(len(seen))]
             images |= {name: image for name, (image, _) in zip(names, seen, strict=True)}
             shown.append([(name, window) for name, (_, window) in zip(names, seen, strict=True)])
     encoded = dict(zip(images, dialogue.process(list(images.values())), strict=True))
-    views = iter([[(encoded[name], window) for name, window in one] for one in shown])
+    views = ([(encoded[name], window) for name, window in seen] for seen in shown)
+    counts = iter(looks)
     turns = []
     for demonstration, boxes_shown in zip(demonstrations, states, strict=True):
         expression = dataset[demonstration.index].expression
         current = next(views)
-        prompt = dialogue.prompt(expression, boxes_shown[0], current)
+        prompt = dialogue.prompt(expression, boxes_shown[0], current, next(counts))
         for box in boxes_shown[1:]:
             assert box is not None
             said = Turn(prompt, dialogue.completion(dialogue.action_text(box, current)), finished=True)
             current = next(views)
-            prompt = dialogue.following(said, expression, box, current)
+            prompt = dialogue.following(said, expression, box, current, next(counts))
         if demonstration.answer is None:
             text = STOP_TEXT
         else:

@@ -39,6 +39,7 @@ from transformers import Qwen3VLProcessor
 import ivt_env  # noqa: F401  registers the ids
 from ivt_agents.vlm.codec import parse_action
 from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.prompts import looks_of
 
 TOOL = "answer"
 
@@ -106,7 +107,8 @@ class TRLGrounding:
         height, width = observation["extent"]
         box = observation["box"]
         current = self._codec.box_text(box.tolist(), ()) if box.any() else None
-        text = self._prompts.fill(observation["expression"], current)
+        looks = looks_of({key: [value] for key, value in observation.items()}, 0)
+        text = self._prompts.fill(observation["expression"], current, looks=looks)
         image = Image.fromarray(observation["image"][:height, :width])
         return [{"type": "image", "image": image}, {"type": "text", "text": text}]
 

@@ -54,14 +54,19 @@ class Dialogue:
         parts = out["pixel_values"].tensor_split(sizes)
         return [EncodedImage(patches, grid) for patches, grid in zip(parts, grids, strict=True)]  # type: ignore[arg-type]
 
-    def prompt(self, expression: str, box: Sequence[float] | None, views: Sequence[View]) -> Prompt:
-        """One step's prompt of its own: the images, the question, and the current box in numbers."""
-        asked = self._asked(expression, box, views, False)
+    def prompt(self, expression: str, box: Sequence[float] | None, views: Sequence[View], looks: int = 1) -> Prompt:
+        """One step's prompt of its own: the images, the question, and the current box in numbers.
+
+        ``looks``: how often the episode has looked where the box lies, for prompts that say it.
+        """
+        asked = self._asked(expression, box, views, looks, False)
         return Prompt(asked, [p for p, _ in views], [w for _, w in views], opening=box is None)
 
-    def following(self, turn: Turn, expression: str, box: Sequence[float] | None, views: Sequence[View]) -> Prompt:
+    def following(
+        self, turn: Turn, expression: str, box: Sequence[float] | None, views: Sequence[View], looks: int = 1
+    ) -> Prompt:
         """The next prompt of a growing conversation, behind ``turn``."""
-        asked = self._asked(expression, box, views, True)
+        asked = self._asked(expression, box, views, looks, True)
         # The template ends the answer; a turn that ended itself has done so already.
         asked = asked[1:] if turn.finished else asked
         images = [*turn.prompt.images, *(p for p, _ in views)]
@@ -88,13 +93,14 @@ class Dialogue:
         sizes = [image.resized(patch) for image in shown]
         return self.codec.box_of(action, sizes, prompt.windows)
 
-    def _asked(self, expression: str, box: Sequence[float] | None, views: Sequence[View], later: bool) -> list[int]:
+    def _asked(
+        self, expression: str, box: Sequence[float] | None, views: Sequence[View], looks: int, later: bool
+    ) -> list[int]:
         image, window = views[0]
         inside = None if box is None else boxes.clip(boxes.into_window(box, window)).tolist()
         resized = image.resized(self.image_processor.patch_size)
-        text = self.prompts.fill(
-            expression, None if inside is None else self.codec.box_text(inside, resized), [w for _, w in views], resized
-        )
+        box_text = None if inside is None else self.codec.box_text(inside, resized)
+        text = self.prompts.fill(expression, box_text, [w for _, w in views], resized, looks)
         before, after = self._frame(len(views), later)
         # The template is rendered once with a mark in place of the text, so special tokens that an
         # expression may spell out stay plain text: only the frame is parsed for them.

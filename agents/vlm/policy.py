@@ -23,7 +23,7 @@ from ivt_agents.vlm.decode import fixed_decoder
 from ivt_agents.vlm.dialogue import Dialogue
 from ivt_agents.vlm.generation import Sampling, core_of, generate
 from ivt_agents.vlm.precision import stored_as
-from ivt_agents.vlm.prompts import LAYOUTS, POLICY_FILE, PromptFile, Prompts, images_of
+from ivt_agents.vlm.prompts import LAYOUTS, POLICY_FILE, PromptFile, Prompts, images_of, looks_of
 from ivt_agents.vlm.tiny import weights_folder
 from ivt_agents.vlm.turns import WHOLE, Prompt, Turn
 from ivt_env.files import whole_folder, write_whole
@@ -216,7 +216,8 @@ class VLMPolicy:
         Equal observations of episodes that begin, or of the fresh layout, share one object, and so one prefill.
         """
         asked = [(row, images_of(observations, row)) for row in rows]
-        keys = [(observations["expression"][row], observations["box"][row].tobytes()) for row, _ in asked]
+        looks = {row: looks_of(observations, row) for row in rows}
+        keys = [(observations["expression"][row], observations["box"][row].tobytes(), looks[row]) for row, _ in asked]
         # Only what is asked alike about a like box can be equal: the images of all others need no comparing.
         alike = Counter(keys)
         named: list[tuple[Hashable, list[Hashable]]] = []
@@ -235,7 +236,7 @@ class VLMPolicy:
                 continue
             box = observations["box"][row]
             views = [(encoded[name], window) for name, (_, window) in zip(names, shown, strict=True)]
-            question = (observations["expression"][row], box if box.any() else None, views)
+            question = (observations["expression"][row], box if box.any() else None, views, looks[row])
             if row in self._said:
                 made[whole] = self.dialogue.following(self._said[row][0], *question)
             else:

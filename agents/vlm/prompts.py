@@ -48,7 +48,7 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The user's turn, with ``{expression}`` and ``{box}`` to be filled in."""
+    """The user's turn, with ``{expression}``, ``{box}`` and ``{looks}`` to be filled in."""
 
     text: str
     closeup: str = ""
@@ -58,16 +58,27 @@ class Prompts:
     first: str = ""
     """The question before there is a box. Empty: ``text``."""
 
+    @property
+    def counts_looks(self) -> bool:
+        """Whether the question says how often the episode has looked where the current box lies."""
+        return "{looks}" in self.text
+
     def fill(
-        self, expression: str, box_text: str | None, windows: Sequence[Box] = (WHOLE,), size: Sequence[int] = (0, 0)
+        self,
+        expression: str,
+        box_text: str | None,
+        windows: Sequence[Box] = (WHOLE,),
+        size: Sequence[int] = (0, 0),
+        looks: int = 1,
     ) -> str:
         """The user's text about the current box, ``box_text`` in the model's coordinates, or None.
 
-        ``windows`` are what each image shows, ``size`` (height, width) that of the first one in pixels.
+        ``windows`` are what each image shows, ``size`` (height, width) that of the first one in pixels, ``looks`` how
+        often the episode has looked where the box lies.
         """
         # str.replace, not str.format: an expression may hold braces.
         text = self.first if box_text is None and self.first else self.text
-        filled = text.replace("{box}", box_text or NO_BOX_TEXT)
+        filled = text.replace("{box}", box_text or NO_BOX_TEXT).replace("{looks}", str(looks))
         filled = filled.replace("{height}", str(size[0])).replace("{width}", str(size[1]))
         if len(windows) > 1:
             filled += self.with_closeup
@@ -165,7 +176,9 @@ class PromptFile:
         box, size, shown = observations["box"][row], images[0].shape[:2], None
         if box.any():
             shown = self.codec.box_text(boxes.clip(boxes.into_window(box, windows[0])).tolist(), size)
-        text = self.prompts.fill(str(observations["expression"][row]), shown, windows, size)
+        text = self.prompts.fill(
+            str(observations["expression"][row]), shown, windows, size, looks_of(observations, row)
+        )
         return Question(text, images, windows, self.codec)
 
     def settings(self) -> dict[str, Any]:
@@ -224,7 +237,9 @@ def prompt_file(found: Mapping[str, Any]) -> PromptFile:
         raise ValueError("frame is not declared, and it is never guessed: relative_1000, resized_pixels, ...")
     if found.get("view", VIEWS[0]) not in VIEWS:
         raise ValueError(f"view is {found['view']!r}, expected one of {', '.join(VIEWS)}")
-    from_options(Overlay, "overlay", found.get("overlay"))
+    overlay = from_options(Overlay, "overlay", found.get("overlay"))
+    if "{looks}" in found["prompt"] and not overlay.trail:
+        raise ValueError("prompt counts {looks}, which are known with overlay: {trail: true} only")
     from_options(Surroundings, "closeup", found.get("around"))
     if not 16 <= found.get("canvas", 16) <= MOST_CANVAS:
         raise ValueError(f"canvas is {found['canvas']!r}, expected 16 to {MOST_CANVAS} pixels")
@@ -239,6 +254,13 @@ def prompt_file(found: Mapping[str, Any]) -> PromptFile:
         image=ImageSize(**image),
         **{key: found[key] for key in same if key in found},
     )
+
+
+def looks_of(observations: Mapping[str, Any], row: int) -> int:
+    """How often one environment's episode has looked where its current box lies; 1 where it keeps no trail."""
+    if "history" not in observations:
+        return 1
+    return boxes.looks_at(observations["box"][row], observations["history"][row])
 
 
 def images_of(observations: Mapping[str, Any], row: int) -> list[tuple[NDArray[np.uint8], Box]]:
