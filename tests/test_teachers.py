@@ -466,7 +466,8 @@ def test_the_template_writes_just_what_the_lessons_are_and_asks_nobody(tmp_path)
     indices = [int(i) for i in np.random.default_rng((0, 1)).choice(len(dataset), size=12, replace=False)]
     played = play(student, "IVT-Scenes-v0", "train", indices, ignore_stop=True, max_steps=1, **student.shown)
     first, around = [e.steps[0].box for e in played], Surroundings(**student.shown["closeup"])
-    expected = teach_to_look(dataset, indices, first, np.random.default_rng((0, 2)), student.view, around)
+    rng = np.random.default_rng((0, 2))
+    expected = teach_to_look(dataset, indices, first, rng, student.view, around, counted=True)
     save_demonstrations(tmp_path / "expected.jsonl", expected)
     assert (tmp_path / "run" / "demonstrations.jsonl").read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
 

@@ -90,7 +90,7 @@ class Args:
     """Of the first stage's loss in the second stage: what has been learned about marks must not be lost."""
     model: Path | None = None
     """Folder of weights that the first two stages made: only the third stage is run."""
-    pair_steps: int = 1_500
+    pair_steps: int = 600
     """Steps of the third stage (prompts of two images)."""
     pair_batch: int = 24
     """Prompts of two images in a batch of the third stage, and prompts of one image, whose answers are to stay."""
