@@ -85,7 +85,7 @@ class Args(TrainingOptions):
     makes all its refinements (the paper)."""
     reward: Hidden[Literal["gain", "final"]] = "gain"
     """`gain`: IoU gain at each step. `final`: IoU of the last box, paid at the end (the paper)."""
-    step_cost: Hidden[float] = 0.02
+    step_cost: Hidden[float] = 0.01
     """Subtracted for every proposal: a look must bring more than that."""
     invalid_penalty: Hidden[float] = 0.1
     """Subtracted for an answer without a usable box or stop. Without it, an empty answer keeps the box as

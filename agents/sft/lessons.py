@@ -26,8 +26,10 @@ ON = 0.3
 SHOWN = 0.4
 """A close-up shows more than the image did if its sides are at most this share of the image's. Close-ups of larger
 objects corrected nothing (``docs/experiments.md``)."""
+GOOD_IOU = 0.9
+"""A box is kept from this IoU, where nothing says how often the episode has looked there."""
 LARGE_IOU = 0.7
-"""A box of a larger object fits from this IoU."""
+"""A box of a larger object is kept from this IoU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,13 @@ def teach_to_look(
     *,
     shares: Shares | None = None,
     counted: bool = False,
-    good_iou: float = 0.9,
 ) -> list[Demonstration]:
     """Demonstrations of keeping, correcting and looking elsewhere, each with what is seen.
 
     ``student_boxes`` are the student's first box of each sample, None where it gave none. With view ``both`` a box near
-    the target is corrected in the frame of the close-up, which shows what is ``around`` it. The lesson is to stop on a
-    box that a second look gave, if the looks at a place are ``counted`` in the prompt; else at ``good_iou`` or above.
+    the target is corrected in the frame of the close-up, which shows what is ``around`` it. Where the question says how
+    often the episode has looked there (``counted``), the second look is to confirm, and to stop. Elsewhere a box is kept
+    from an IoU of 0.9.
     """
     shares, made = shares or Shares(), []
     for index, own in zip(indices, student_boxes, strict=True):
@@ -94,11 +96,7 @@ def teach_to_look(
                 shown.append((_jitter(others[k], rng.uniform(0.005, 0.1), rng), before))
         for box, before in shown:
             if boxes.invalid_reason(box) is None:
-                made.append(
-                    _lesson(
-                        sample, dataset, int(index), box, before, search, view, around, None if counted else good_iou
-                    )
-                )
+                made.append(_lesson(sample, dataset, int(index), box, before, search, view, around, counted))
     return made
 
 
@@ -124,7 +122,7 @@ def _lesson(
     search: bool,
     view: str,
     around: Surroundings,
-    good_iou: float | None,
+    counted: bool,
 ) -> Demonstration:
     target = np.asarray(sample.box)
     candidates = np.array([target, *sample.siblings])
@@ -135,9 +133,9 @@ def _lesson(
     if looks and overlaps[on] >= ON:
         seen = f"{'An' if looks[on][0] in 'aeiou' else 'A'} {looks[on]}. "
     if on == 0 and overlaps[0] >= ON:
-        fits = overlaps[0] >= (good_iou or LARGE_IOU)
         window = around.window(shown, sample.size)
-        if good_iou is None and (window[2:] - window[:2]).max() <= SHOWN:
+        fits = overlaps[0] >= (LARGE_IOU if counted else GOOD_IOU)
+        if counted and (window[2:] - window[:2]).max() <= SHOWN:
             fits = boxes.looks_at(shown, list(before)) > 1
         if fits:
             return demonstration(sample, dataset, index, shown, None, seen + FITS, before=before)
