@@ -67,9 +67,9 @@ def teach_to_look(
     """Demonstrations of keeping, correcting and looking elsewhere, each with what is seen.
 
     ``student_boxes`` are the student's first box of each sample, None where it gave none. With view ``both`` a box near
-    the target is corrected in the frame of the close-up, which shows what is ``around`` it. Where the question says how
-    often the episode has looked there (``counted``), the second look is to confirm, and to stop. Elsewhere a box is kept
-    from an IoU of 0.9.
+    the target is corrected in the frame of the close-up, which shows what is ``around`` it. Where the question says
+    how often the episode has looked there (``counted``), the second look is to confirm, and to stop. Elsewhere a box is
+    kept from an IoU of 0.9.
     """
     shares, made = shares or Shares(), []
     for index, own in zip(indices, student_boxes, strict=True):
