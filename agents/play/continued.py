@@ -63,5 +63,5 @@ _FURTHER = ("confidence", "stop_probability")
 
 
 def _answer(step: Step) -> tuple[Any, bool, dict[str, Any]]:
-    stated = {name: getattr(step, name) for name in ("text", "tokens", *_FURTHER)}
+    stated = {name: getattr(step, name) for name in ("text", "tokens", "parse_failure", *_FURTHER)}
     return step.proposal, step.stop, {name: value for name, value in stated.items() if value is not None}

@@ -51,7 +51,7 @@ _CHAT_TEMPLATE = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer, made in code: specials, 256 bytes, words, literals, 0..1000, and the words of search scenes."""
-    words = {"user", "assistant", "system", NO_BOX_TEXT, *re.findall(r"[A-Za-z]+", TINY.text)}
+    words = {"user", "assistant", "system", NO_BOX_TEXT, *re.findall(r"[A-Za-z]+", TINY.first)}
     words |= {*vocabulary(), *teacher_words()} - {"expression", "box}"}
     pieces = list(SPECIALS) + sorted(pre_tokenizers.ByteLevel.alphabet())
     # Byte-level BPE writes a space as "Ġ" and a newline as "Ċ".
