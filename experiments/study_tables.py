@@ -126,7 +126,7 @@ def plot_map(out: Path, marks: Sequence[int]) -> None:
         label = "side of the mark that tells the objects apart, in pixels of 768"
         axes.set(title="Where a second look pays", xlabel=label, ylabel="Acc@0.5, without ground truth (%)")
         axes.set(xticks=list(marks), ylim=(0, 100))
-        axes.legend(loc="lower right", fontsize=9)
+        figure.legend(loc="outside lower center", fontsize=9)
         save_figure(figure, out / "map.png")
 
 
