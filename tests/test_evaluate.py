@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -118,6 +119,7 @@ def test_mistakes_end_with_one_clear_line(tmp_path, capsys, arguments, message):
 def test_each_policy_is_shown_what_it_was_trained_for(tmp_path, monkeypatch):
     policy = load_policy("tiny", view="overlay")
     policy.shown |= {"canvas": 128, "overlay": {"style": "fill"}}
+    policy.dialogue.prompts = replace(policy.dialogue.prompts, text=policy.dialogue.prompts.first)
     policy.save(tmp_path / "policy")
     assert load_policy(tmp_path / "policy").shown == policy.shown
     seen: dict[str, set[object]] = {}
@@ -131,4 +133,4 @@ def test_each_policy_is_shown_what_it_was_trained_for(tmp_path, monkeypatch):
     monkeypatch.setattr(VLMPolicy, "act", watching)
     arguments = {"samples": 3, "split": "val", "out": tmp_path / "out", "page_episodes": 1, "num_envs": 3}
     main(Args(policies=["base=tiny", f"plain={tmp_path / 'policy'}"], **arguments))
-    assert seen == {"overlay": {(False, False, 128)}, "both": {(True, True, 256)}}
+    assert seen == {"overlay": {(False, False, 128)}, "both": {(True, True, 288)}}

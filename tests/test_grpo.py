@@ -403,7 +403,7 @@ def test_the_environment_of_the_command_has_its_reward_and_shows_what_the_policy
     ((policy, env),) = made
     assert env.reward_config == RewardConfig(step_cost=0.03, invalid_penalty=0.1, wrong_stop_penalty=0.3)
     screen, shown = env.screen, policy.shown
-    assert (screen.view, screen.side) == (shown["view"], shown["canvas"]) == ("both", 256)
+    assert (screen.view, screen.side) == (shown["view"], shown["canvas"]) == ("both", 288)
     assert (screen.overlay, screen.around) == (
         from_options(Overlay, "overlay", shown["overlay"]),
         Surroundings(**shown["closeup"] or {}),

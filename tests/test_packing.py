@@ -5,6 +5,7 @@ gradient would be a little wrong and nothing would crash.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,6 +39,8 @@ def played(request) -> tuple[VLMPolicy, list[Turn]]:
             if "lora_B" in name:
                 parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
     policy.layout = layout
+    # The base does not know the question that counts looks, and fills every turn to its limit.
+    policy.dialogue.prompts = replace(policy.dialogue.prompts, text=policy.dialogue.prompts.first)
     return policy, rollouts(policy, view)
 
 
