@@ -113,7 +113,7 @@ def invalid_reason(box: ArrayLike) -> str | None:
 def looks_at(box: ArrayLike, earlier: ArrayLike) -> int:
     """How often an episode has looked where ``box`` (4,) lies: itself and the ``earlier`` boxes (n, 4) that overlap it.
 
-    They overlap from an IoU of 0.5. Rows of zeros are no boxes.
+    Boxes overlap if their IoU is at least 0.5. Rows of zeros are ignored.
     """
     return 1 + int((np.asarray(iou(box, np.asarray(earlier).reshape(-1, 4))) >= 0.5).sum())
 
