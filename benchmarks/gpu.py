@@ -29,7 +29,7 @@ import tyro
 
 from benchmarks import large_model
 from ivt_agents.grpo.collect import collect
-from ivt_agents.training.run import write_json
+from ivt_agents.training.folder import write_json
 from ivt_agents.vlm import pretrain
 from ivt_agents.vlm.decode import decode_fixed
 from ivt_agents.vlm.generation import TokenScorer

@@ -57,7 +57,8 @@ from accelerate import Accelerator
 
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.trainer import GRPOTrainer
-from ivt_agents.training.run import MetricsLog, write_json
+from ivt_agents.training.folder import write_json
+from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.codec import BoxCodec
 from ivt_agents.vlm.decode import decode_fixed

@@ -30,8 +30,7 @@ from ivt_agents.config import has_section, load_config
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.play.on_split import play, samples_to_compare
 from ivt_agents.sft import train as train_sft
-from ivt_agents.training.checkpoints import CONFIG, checkpoints
-from ivt_agents.training.run import RunError, check_least, write_json
+from ivt_agents.training.folder import CONFIG, RunError, check_least, checkpoints, write_json
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import forbid_stop
 from ivt_env.episodes import save_episodes

@@ -26,8 +26,7 @@ from typing import Any
 
 from experiments.study_tables import last_screen, plot_map, summary
 from ivt_agents.command import run_command
-from ivt_agents.training.checkpoints import CONFIG
-from ivt_agents.training.run import RunError, check_least, made_by, write_json
+from ivt_agents.training.folder import CONFIG, RunError, check_least, made_by, write_json
 from ivt_env.failures import end_with_parent
 from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
 

@@ -133,7 +133,7 @@ def faults_of(folder: Path) -> list[str]:
     from PIL import Image
     from safetensors.torch import load_file
 
-    from ivt_agents.training.run import read_metrics
+    from ivt_agents.training.folder import read_metrics
     from ivt_env.files import asked_of
 
     found = []

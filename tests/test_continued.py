@@ -10,9 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ivt_agents.play.continued import Continued, repeats_itself
+from ivt_agents.play.continued import Continued
 from ivt_agents.play.cost import Metered
-from ivt_agents.play.scripted import RandomAgent
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_env.rollouts import make_vector_env, rollout
@@ -53,10 +52,9 @@ def test_it_equals_the_forced_rollout_from_the_beginning_and_asks_only_after_the
 
 
 def test_only_a_greedy_policy_without_a_conversation_repeats_itself():
-    assert repeats_itself(load_policy("tiny"))
-    assert not repeats_itself(load_policy("tiny", temperature=0.5))
-    assert not repeats_itself(load_policy("tiny", layout="prefix"))
-    assert not repeats_itself(RandomAgent())
+    assert load_policy("tiny").repeats_itself
+    assert not load_policy("tiny", temperature=0.5).repeats_itself
+    assert not load_policy("tiny", layout="prefix").repeats_itself
     derived = load_policy("tiny")
     derived.__class__ = StopsOnSome
-    assert not repeats_itself(derived), "it might remember"
+    assert not derived.repeats_itself, "it might remember"

@@ -140,7 +140,7 @@ sys.meta_path.insert(0, Interrupt())
 @pytest.mark.parametrize(
     ("words", "at"),
     [
-        (["evaluate.py"], "torch"),
+        (["evaluate.py"], "matplotlib"),
         (["train_sft.py"], "accelerate"),
         (["train_grpo.py"], "tyro"),
         (["-m", "ivt_agents.cli", "data", "check", "photos"], "numpy"),

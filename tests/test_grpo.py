@@ -22,7 +22,8 @@ from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.losses import CLIPS, LOSSES, denominator
 from ivt_agents.grpo.trainer import _states
 from ivt_agents.training.checkpoints import load_checkpoint
-from ivt_agents.training.run import RunError, end_training
+from ivt_agents.training.folder import RunError
+from ivt_agents.training.run import end_training
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy
 from ivt_env.rendering import Overlay, Surroundings

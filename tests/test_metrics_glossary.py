@@ -20,7 +20,8 @@ from ivt_agents.grpo.losses import LOSSES, clipped_sides
 from ivt_agents.grpo.train import Args
 from ivt_agents.grpo.trainer import Credit
 from ivt_agents.sft import train as train_sft
-from ivt_agents.training.run import MetricsLog, Stopwatch, read_metrics
+from ivt_agents.training.folder import read_metrics
+from ivt_agents.training.run import MetricsLog, Stopwatch
 
 GLOSSARY = Path(__file__).parent.parent / "docs" / "metrics.md"
 

@@ -17,9 +17,10 @@ from torch import nn
 
 from ivt_agents.grpo import trainer as trainer_module
 from ivt_agents.sft import train as train_sft
-from ivt_agents.training.checkpoints import checkpoints, load_checkpoint
+from ivt_agents.training.checkpoints import load_checkpoint
 from ivt_agents.training.finite import NotFiniteError, check_finite, unusable_weight
-from ivt_agents.training.run import MetricsLog, end_training, read_metrics
+from ivt_agents.training.folder import checkpoints, read_metrics
+from ivt_agents.training.run import MetricsLog, end_training
 from ivt_agents.vlm.load import PolicyError, load_policy
 
 ROOT = Path(__file__).parent.parent

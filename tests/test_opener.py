@@ -14,7 +14,7 @@ from learner import small_policy, small_trainer
 
 from ivt_agents.grpo.collect import collect
 from ivt_agents.sft import train as train_sft
-from ivt_agents.training.run import RunError
+from ivt_agents.training.folder import RunError
 from ivt_agents.vlm.load import PolicyError, load_policy
 from ivt_env.rollouts import make_vector_env
 

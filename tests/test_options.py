@@ -23,7 +23,7 @@ from ivt_agents.grpo.advantages import ADVANTAGES, SCALES
 from ivt_agents.grpo.losses import CLIPS, LOSSES
 from ivt_agents.grpo.train import Args, check_options
 from ivt_agents.sft import train as train_sft
-from ivt_agents.training.run import RunError
+from ivt_agents.training.folder import RunError
 from ivt_agents.vlm import pretrain
 
 ROOT = Path(__file__).parent.parent

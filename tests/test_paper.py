@@ -34,7 +34,7 @@ from ivt_agents.play.on_split import play
 from ivt_agents.sft import train as train_sft
 from ivt_agents.sft.demonstrations import load_demonstrations, save_demonstrations, teach_as_the_paper
 from ivt_agents.sft.trainer import to_turns
-from ivt_agents.training.run import RunError
+from ivt_agents.training.folder import RunError
 from ivt_agents.vlm.codec import STOP_TEXT, parse_action
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ivt_agents.grpo.trainer import GRPOTrainer
+from ivt_agents.training.folder import RunError
 from ivt_agents.training.options import TrainingOptions
-from ivt_agents.training.run import MetricsLog, RunError
+from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.adapters import add_lora, drop_reference, has_reference, make_trainable, merged, reference_adapter
 from ivt_agents.vlm.footprint import count_parts, weight_bytes
 from ivt_agents.vlm.generation import TokenScorer, core_of

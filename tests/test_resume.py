@@ -21,14 +21,9 @@ from learner import small_trainer, with_out
 
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.train import MAY_CHANGE, Args, check_run
-from ivt_agents.training.checkpoints import (
-    PROCESSES,
-    checkpoints,
-    load_checkpoint,
-    recorded_options,
-    save_checkpoint,
-)
-from ivt_agents.training.run import MetricsLog, RunError, end_training, read_metrics, write_json
+from ivt_agents.training.checkpoints import load_checkpoint, save_checkpoint
+from ivt_agents.training.folder import PROCESSES, RunError, checkpoints, read_metrics, recorded_options, write_json
+from ivt_agents.training.run import MetricsLog, end_training
 from ivt_agents.vlm.load import load_policy
 from ivt_env.files import FileError, lock_folder
 

@@ -32,8 +32,8 @@ from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.trainer import GRPOTrainer
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training import options as training_options
-from ivt_agents.training.checkpoints import checkpoints, load_checkpoint
-from ivt_agents.training.run import RunError, read_metrics
+from ivt_agents.training.checkpoints import load_checkpoint
+from ivt_agents.training.folder import RunError, checkpoints, read_metrics
 from ivt_agents.vlm.load import load_policy
 from ivt_env import failures
 from ivt_env.episodes import Episode, Step, image_file, load_episodes, save_episodes

@@ -27,7 +27,8 @@ from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.train import Args
 from ivt_agents.sft import train as train_sft
 from ivt_agents.training.checkpoints import load_checkpoint
-from ivt_agents.training.run import RunError, end_training, make_accelerator
+from ivt_agents.training.folder import RunError
+from ivt_agents.training.run import end_training, make_accelerator
 from ivt_agents.training.sharding import check_shareable, gathered
 from ivt_agents.vlm.load import checkpoint_layers, load_policy
 

@@ -13,7 +13,7 @@ import tyro
 from experiments.study import Args, Job, _playing, _scoring, _training, names, run_jobs
 from experiments.study_tables import last_screen, plot_map, summary
 from ivt_agents.evaluation import evaluate, swaps
-from ivt_agents.training.run import RunError
+from ivt_agents.training.folder import RunError
 
 
 def write(tmp_path, name: str, status: int = 0) -> Job:

@@ -31,7 +31,7 @@ from ivt_agents.sft.lessons import teach_to_look
 from ivt_agents.sft.teacher import load as teachers
 from ivt_agents.sft.teacher.load import ServedTeacher, TeacherError, load_teacher, trace_request, unusable_reason
 from ivt_agents.sft.teacher.template import critique
-from ivt_agents.training.run import RunError
+from ivt_agents.training.folder import RunError
 from ivt_agents.vlm.codec import parse_action
 from ivt_agents.vlm.load import load_policy
 from ivt_env.data.scenes import Scenes

@@ -20,7 +20,8 @@ from ivt_agents.command import parse
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.train import Args, check_options
 from ivt_agents.sft import train as train_sft
-from ivt_agents.training.run import MetricsLog, read_metrics
+from ivt_agents.training.folder import read_metrics
+from ivt_agents.training.run import MetricsLog
 from ivt_agents.training.tracking import TRACKERS, TrackerError, check_tracker
 
 ROOT = Path(__file__).parent.parent

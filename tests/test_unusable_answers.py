@@ -16,7 +16,7 @@ from ivt_agents.grpo.trainer import WITHOUT_VARIANCE
 from ivt_agents.play.on_split import check_answers, check_episodes, play
 from ivt_agents.play.scripted import RandomAgent
 from ivt_agents.sft import train as train_sft
-from ivt_agents.training.run import RunError
+from ivt_agents.training.folder import RunError
 from ivt_agents.vlm.load import load_policy
 
 BOTH = {"steps": 1, "eval_samples": 0, "report_to": "none"}

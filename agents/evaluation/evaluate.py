@@ -33,13 +33,21 @@ from ivt_agents.command import progress_bars
 from ivt_agents.evaluation import plots
 from ivt_agents.evaluation.report import episode_folders, last_screen, write_report
 from ivt_agents.play.by_name import load_agent
-from ivt_agents.play.continued import Continued, repeats_itself
+from ivt_agents.play.continued import Continued
 from ivt_agents.play.cost import Cost, Metered
 from ivt_agents.play.on_split import Stages, check_episodes, samples_to_compare
 from ivt_agents.play.served import ANSWERS, PROMPTS, FrameCheck, Served, ServedOptions, served_by
 from ivt_agents.play.served import MAY_CHANGE as SERVED_MAY_CHANGE
-from ivt_agents.training.checkpoints import CONFIG, check_new, check_resume, forget_run, recorded_options
-from ivt_agents.training.run import check_least, made_by, write_json
+from ivt_agents.training.folder import (
+    CONFIG,
+    check_least,
+    check_new,
+    check_resume,
+    forget_run,
+    made_by,
+    recorded_options,
+    write_json,
+)
 from ivt_agents.vlm.prompts import TINY_NAME
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json
@@ -269,7 +277,7 @@ def _play(
                 spec = policy_spec(names[name][number])
                 agent = Metered(load_agent(spec, env=envs.of(None), seed=args.seed, served=served))
                 env = envs.of(agent)
-                if forced and repeats_itself(agent.agent):
+                if forced and getattr(agent.agent, "repeats_itself", False):
                     agent = Metered(Continued(agent.agent, found[0], env.num_envs))
                 watch = _Watch(saved, agent, name, env, lambda task=task: progress.advance(task))  # type: ignore[misc]
                 said: dict[str, Any] = {"agent_name": name, "on_episode": watch.finished}

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from ivt_agents.training.run import read_metrics
+from ivt_agents.training.folder import read_metrics
 from ivt_env.episodes import Episode
 from ivt_env.files import whole_file
 from ivt_env.metrics.breakdown import GroupRow

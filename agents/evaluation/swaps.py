@@ -24,7 +24,7 @@ from ivt_agents.evaluation.evaluate import PlayedOptions, named, policy_spec
 from ivt_agents.evaluation.plots import plot_swaps
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.served import ANSWERS, Served
-from ivt_agents.training.run import RunError, check_least, made_by, write_json
+from ivt_agents.training.folder import RunError, check_least, made_by, write_json
 from ivt_env import boxes
 from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.episodes import Box

@@ -32,18 +32,20 @@ from ivt_agents.grpo.losses import CLIPS
 from ivt_agents.grpo.trainer import SCALE_FLOOR, GRPOTrainer
 from ivt_agents.play.on_split import summary
 from ivt_agents.sft import train as train_sft
-from ivt_agents.training.checkpoints import CONFIG, PROCESSES, check_new, check_resume, forget_run, recorded_options
-from ivt_agents.training.options import MAY_CHANGE as SHARED_MAY_CHANGE
-from ivt_agents.training.options import TrainingOptions
-from ivt_agents.training.run import (
-    MetricsLog,
+from ivt_agents.training.folder import (
+    CONFIG,
+    PROCESSES,
     RunError,
-    end_training,
-    make_accelerator,
+    check_new,
+    check_resume,
+    forget_run,
     read_metrics,
-    seed_everything,
+    recorded_options,
     write_json,
 )
+from ivt_agents.training.options import MAY_CHANGE as SHARED_MAY_CHANGE
+from ivt_agents.training.options import TrainingOptions
+from ivt_agents.training.run import MetricsLog, end_training, make_accelerator, seed_everything
 from ivt_agents.training.sharding import check_shareable, fill_parameters, gathered_parameters
 from ivt_agents.vlm.adapters import drop_reference, layer_matrices, make_trainable, merged
 from ivt_agents.vlm.dry_run import GENERATION_ROWS

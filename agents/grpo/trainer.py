@@ -22,8 +22,9 @@ from ivt_agents.grpo.advantages import spread, zero_variance
 from ivt_agents.grpo.collect import Groups, collect
 from ivt_agents.grpo.losses import CLIPS, LOSSES, PER_SEQUENCE, clipped_sides, denominator, k3, kl_loss, kl_penalty
 from ivt_agents.play.on_split import check_answers
-from ivt_agents.training.checkpoints import load_state, save_state, what_is_kept
+from ivt_agents.training.checkpoints import load_state, save_state
 from ivt_agents.training.finite import check_finite, check_weights
+from ivt_agents.training.folder import what_is_kept
 from ivt_agents.training.muon import Muon
 from ivt_agents.training.run import MetricsLog, Stopwatch
 from ivt_agents.training.sharding import whole_weights

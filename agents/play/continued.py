@@ -13,17 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ivt_agents.vlm.codec import as_actions
-from ivt_agents.vlm.policy import VLMPolicy
 from ivt_env.episodes import Episode, Step
 from ivt_env.rollouts import Agent
-
-
-def repeats_itself(agent: Agent) -> bool:
-    """Whether ``agent`` answers alike whenever it is shown the same: a greedy policy that holds no conversation.
-
-    A class derived from ``VLMPolicy`` may remember what it has seen, so it counts as one that does.
-    """
-    return type(agent) is VLMPolicy and agent.temperature == 0 and agent.layout == "fresh"
 
 
 class Continued:

@@ -44,18 +44,20 @@ from ivt_agents.sft.harvest import AnswerCache, write_traces
 from ivt_agents.sft.lessons import teach_to_look
 from ivt_agents.sft.teacher.load import Teacher, load_teacher
 from ivt_agents.sft.trainer import to_turns, train
-from ivt_agents.training.checkpoints import (
+from ivt_agents.training.folder import (
     CONFIG,
     PROCESSES,
+    RunError,
     check_new,
     check_resume,
     checkpoints,
     forget_run,
     recorded_options,
+    write_json,
 )
 from ivt_agents.training.options import MAY_CHANGE as SHARED_MAY_CHANGE
 from ivt_agents.training.options import TrainingOptions
-from ivt_agents.training.run import MetricsLog, RunError, end_training, make_accelerator, seed_everything, write_json
+from ivt_agents.training.run import MetricsLog, end_training, make_accelerator, seed_everything
 from ivt_agents.training.sharding import check_shareable, fill_parameters, gathered_parameters
 from ivt_agents.vlm.adapters import make_trainable, merged
 from ivt_agents.vlm.load import load_policy

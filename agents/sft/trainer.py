@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from ivt_agents.sft.demonstrations import Demonstration
-from ivt_agents.training.checkpoints import load_state, save_state, what_is_kept
+from ivt_agents.training.checkpoints import load_state, save_state
 from ivt_agents.training.finite import check_finite, check_weights
+from ivt_agents.training.folder import what_is_kept
 from ivt_agents.training.muon import Muon
 from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.adapters import layer_matrices

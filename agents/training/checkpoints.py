@@ -1,14 +1,9 @@
-"""Run folders that can be gone on with: what a run was begun with, and checkpoints that are complete and fit.
-
-A run's folder holds ``config.json``, which says what was asked for. A command that finds one goes on with it
-(``--resume``, the same options), begins anew (``--overwrite``: what the run made goes first, so that nothing of it
-ever lies beside another configuration) or is refused.
-"""
+"""Checkpoints that are complete and fit: written whole or not at all, checked before anything is changed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,88 +11,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ivt_agents.training.run import MetricsLog, RunError
+from ivt_agents.training.folder import RunError, checkpoints, number_of
+from ivt_agents.training.run import MetricsLog
 from ivt_agents.training.sharding import fill_optimizer, fill_parameters, gathered_optimizer, gathered_parameters
 from ivt_env.failures import reading
-from ivt_env.files import as_read, asked_of, forget, whole_folder
-
-CONFIG = "config.json"
-"""What a run was asked for."""
-
-PROCESSES = "processes"
-"""Key of the recorded configuration that is no option: each process samples with a seed of its own."""
+from ivt_env.files import forget, whole_folder
 
 _MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 """What each optimizer keeps of a parameter that it has moved."""
-
-
-def check_new(folder: Path, results: Sequence[str]) -> None:
-    """Refuse (``RunError``) to begin a run where checkpoints or ``results`` of another lie."""
-    there, found = [name for name in results if (folder / name).exists()], checkpoints(folder)
-    if there or found:
-        run = f"a run of {_number(found[-1])} steps" if found else f"the results of another run ({', '.join(there)})"
-        raise RunError(
-            f"{folder} holds {run}: add --resume to go on with it, --overwrite to lose it, or give another --out"
-        )
-
-
-def recorded_options(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` of a run holds; RunError where it is missing, FileError where it cannot be read."""
-    if (recorded := asked_of(folder, CONFIG)) is None:
-        raise RunError(f"nothing to resume in {folder}: no {CONFIG}; start without --resume")
-    return recorded
-
-
-def check_resume(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path, may_change: Collection[str]) -> None:
-    """Refuse (``RunError``) to go on with a run under other options than it was begun with: no command describes it.
-
-    ``given`` are the options of this command with ``processes``, None filled in; on those that ``may_change`` no result
-    depends.
-    """
-    now = as_read(given)
-    different = {k: v for k, v in now.items() if k not in may_change and (k not in recorded or recorded[k] != v)}
-    if not different:
-        return
-    told = [f"{k}: the run has {recorded.get(k)!r}, this command {v!r}" for k, v in different.items()]
-    flags = [_flag(k, recorded.get(k)) for k in different if k != PROCESSES and recorded.get(k) is not None]
-    advice = [f"give {' '.join(flags)} to go on"] if flags else []
-    advice += [f"start {recorded.get(PROCESSES)} processes to go on"] if PROCESSES in different else []
-    advice += ["or begin another run with a new --out"]
-    raise RunError(f"{out} is a run with other options. {'; '.join(told)}. {', '.join(advice)}".replace("\n", " "))
-
-
-def _flag(name: str, value: Any) -> str:
-    """The option as it is written on the command line."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-
-
-def forget_run(folder: Path, results: Sequence[str]) -> None:
-    """Remove what a run made, in this order, and at last what it was asked for.
-
-    Whenever this is cut off, what is left belongs to the configuration that is left.
-    """
-    for name in (*results, CONFIG):
-        forget(folder / name)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [p for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
-    return sorted(found, key=_number)
-
-
-def what_is_kept(folder: Path, lr: float) -> str:
-    """What remains of a run that stops because something is not finite, and what to do."""
-    kept = checkpoints(folder)
-    rate = f"begin another run with other options, for example a --learning-rate below {lr:g}"
-    return f"The last good checkpoint is {kept[-1]}; {rate}" if kept else f"No checkpoint was written yet; {rate}"
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name[5:])
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
@@ -123,9 +44,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     with reading(path, f"remove {found[-1]} to resume from the one before", RunError):
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     wanted = {"step", "parameters", "optimizers"}
-    if not isinstance(state, dict) or not wanted <= state.keys() or state["step"] != _number(found[-1]):
+    if not isinstance(state, dict) or not wanted <= state.keys() or state["step"] != number_of(found[-1]):
         raise RunError(
-            f"{path} is no checkpoint of step {_number(found[-1])} as this version writes them; remove {found[-1]} to"
+            f"{path} is no checkpoint of step {number_of(found[-1])} as this version writes them; remove {found[-1]} to"
             " resume from the one before"
         )
     return state

@@ -11,7 +11,7 @@ import torch
 
 from ivt_agents.command import Hidden
 from ivt_agents.play.on_split import MAX_UNUSABLE, play
-from ivt_agents.training.run import RunError, check_least
+from ivt_agents.training.folder import RunError, check_least
 from ivt_agents.training.tracking import TrackerName, check_tracker
 from ivt_agents.vlm.dry_run import Plan, dry_run
 from ivt_agents.vlm.load import can_pack, check_weights, checkpoint_layers

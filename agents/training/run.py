@@ -1,16 +1,12 @@
-"""What both learners need: run folders, metrics, and checkpoints that are whole or not there."""
+"""What both learners need: accelerator, metrics log, clock and seeds."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +15,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 
-import ivt_env
 from ivt_agents.training.finite import check_finite
+from ivt_agents.training.folder import RunError, read_metrics
 from ivt_agents.training.tracking import open_tracker
 from ivt_agents.vlm.precision import bf16_pays
-from ivt_env.failures import reading
 from ivt_env.files import naming, write_whole
 
 log = logging.getLogger(__name__)
-
-
-class RunError(ValueError):
-    """A run folder, checkpoint or option that cannot be used. Says which, and what to do."""
-
-
-def check_least(options: object, least: Mapping[str, int]) -> None:
-    """Refuse (``RunError``) attributes of ``options`` below the ``least`` of each name, and NaN."""
-    for name, number in least.items():
-        if not getattr(options, name) >= number:
-            raise RunError(f"{name} {getattr(options, name)}: give at least {number}")
 
 
 def make_accelerator(bf16: bool) -> Accelerator:
@@ -140,23 +124,6 @@ class MetricsLog:
             self._tracker.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``, none where it is missing; RunError for one that is broken.
-
-    A process that is killed may leave its last line unfinished: that one is dropped.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines[:-1], 1):  # behind the last newline stands what was cut off, or nothing
-        with reading(f"{path}, line {number}", "remove it to go on", RunError, "is not a line of metrics"):
-            row = json.loads(line)
-            row["step"] = int(row["step"])
-        rows.append(row)
-    return rows
-
-
 class Stopwatch:
     """Seconds by phase of one training step."""
 
@@ -174,29 +141,3 @@ class Stopwatch:
 def seed_everything(*parts: int) -> None:
     """Seed Python, NumPy and torch from a tuple of integers, for example (seed, step, rank)."""
     set_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
-
-
-def made_by() -> dict[str, Any]:
-    """What makes a result: this version and commit, the date, the machine, and the libraries that compute."""
-    source = Path(__file__).resolve().parents[2]
-    commit = None  # of an installed package nothing is known
-    if (source / ".git").exists():
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            asked = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
-            commit = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-    if torch.cuda.is_available():
-        machine += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return {
-        "version": ivt_env.__version__,
-        "commit": commit,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1, default=str) + "\n")

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ivt_agents.training.run import RunError
+from ivt_agents.training.folder import RunError
 
 
 def check_shareable(model: nn.Module, accelerator: Accelerator, optimizer: str = "adamw") -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from ivt_agents.training.run import RunError
+from ivt_agents.training.folder import RunError
 from ivt_agents.vlm.footprint import LORA_MODULES, lora_parameters
 from ivt_agents.vlm.precision import can_merge, stored_as
 

@@ -140,6 +140,14 @@ class VLMPolicy:
         """Of the sampling; 0 is greedy."""
         return self.sampling.temperature
 
+    @property
+    def repeats_itself(self) -> bool:
+        """Whether it answers alike whenever it is shown the same: greedy, and without a conversation.
+
+        A derived class may remember what it has seen, so it counts as one that does.
+        """
+        return type(self) is VLMPolicy and self.temperature == 0 and self.layout == "fresh"
+
     def set_temperature(self, temperature: float) -> None:
         """Sample at another temperature from now on; 0 is greedy."""
         self.sampling = replace(self.sampling, temperature=temperature)
