@@ -69,9 +69,10 @@ test: check $(VENV)/verifiers/.installed
 
 # Without browsers, builds, servers, models and trainings.
 SLOW := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,accelerate against checkpointing cli continued controls decode docs \
-	documented evaluate failures fetch footprint generation gpu growth grpo kills large layouts learning model mutated not_finite \
-	packaging packing paper play policy pretraining real_models report resume rollout_command run_folders sb3 screens server served sft \
-	sharding small_splits study swaps teachers tiny trackers trl unusable unwritable verifiers viewer wrappers_sb3)))
+	documented evaluate failures fetch footprint generation gpu growth grpo kills large layouts learning marks metrics_glossary model \
+	mutated not_finite opener packaging packing paper play policy pretraining real_models report resume rollout_command run_folders sb3 \
+	scenes screens server served sft sharding small_splits study swaps teachers tiny trackers trl unusable unwritable verifiers viewer \
+	wrappers_sb3)))
 quick: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(SLOW))
 

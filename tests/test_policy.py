@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ivt_agents.vlm.load import PolicyError, load_policy
-from ivt_agents.vlm.prompts import QWEN, TINY
+from ivt_agents.vlm.prompts import QWEN, TINY, Prompts
 from ivt_agents.vlm.tiny import weights_folder
 from ivt_env.rollouts import make_vector_env
 
@@ -58,11 +58,9 @@ def test_the_prompt_of_a_policy_travels_with_it(folder):
 
 
 def test_prompts_keep_braces_and_boxes_apart():
-    assert (
-        TINY.fill("the {box} {expression}", "[1, 2, 3, 4]")
-        == "Locate the {box} {expression}. Current box: [1, 2, 3, 4]. Look 1."
-    )
-    assert TINY.fill("{looks}", "[1]", looks=3) == "Locate {looks}. Current box: [1]. Look 3."
+    assert TINY.fill("the {box} {looks}", "[1, 2, 3, 4]", looks=3) == "Locate the {box} {looks}. Look 3."
+    filled = Prompts("Locate {expression}. Current box: {box}.").fill("the {box} {expression}", "[1, 2, 3, 4]")
+    assert filled == "Locate the {box} {expression}. Current box: [1, 2, 3, 4]."
     assert TINY.fill("x", None).endswith("Current box: none.")
 
 

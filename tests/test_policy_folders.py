@@ -140,14 +140,14 @@ def test_what_a_policy_does_not_say_beside_its_question_is_empty_and_not_that_of
     """The texts of Qwen about a close-up would be words that the model was never shown."""
     change(folder / "policy.json", first="Where is {expression}?", closeup="C", with_closeup="W")
     assert load_policy(folder).dialogue.prompts == Prompts(
-        "Locate {expression}. Current box: {box}. Look {looks}.", "C", "W", "Where is {expression}?"
+        "Locate {expression}. Look {looks}.", "C", "W", "Where is {expression}?"
     )
     change(folder / "policy.json", first=..., closeup=..., with_closeup=...)
     policy = load_policy(folder)
-    assert policy.dialogue.prompts == Prompts("Locate {expression}. Current box: {box}. Look {looks}.", "", "", "")
+    assert policy.dialogue.prompts == Prompts("Locate {expression}. Look {looks}.", "", "", "")
     images = [(policy.dialogue.process(IMAGE)[0], (0.0, 0.0, 1.0, 1.0))] * 2
     text = policy.tokenizer.decode(policy.dialogue.prompt("the ring", (0.1, 0.1, 0.2, 0.2), images).ids)
-    assert "the ring. Current box: [100, 100, 200, 200]. Look 1.<|im_end|>" in text
+    assert "the ring. Look 1.<|im_end|>" in text
 
 
 def test_an_adapter_of_an_adapter_is_both(folder, tmp_path):

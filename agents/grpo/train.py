@@ -127,7 +127,7 @@ class Args(TrainingOptions):
     """Weight of the KL divergence to the warm-started policy (the paper: 0.04)."""
     kl_in: Hidden[Literal["loss", "reward"]] = "loss"
     """Add it to the loss (k3 times ratio), or subtract it from each step's reward (k1)."""
-    temperature: Hidden[float] = 0.7
+    temperature: Hidden[float] = 0.4
     """Of the rollouts; the update scores with the same."""
     max_completion_length: int = 48
     """Token limit of a turn."""
