@@ -1,6 +1,6 @@
 # Two commands, each of which does its own set-up in a fresh clone:
 #   make train   the whole story, from the shipped tiny model to a table, plots and a page
-#   make test    everything the project claims
+#   make test    the tests, without the long ones; `make ci` runs everything that the project claims
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -18,7 +18,7 @@ ALONE := tests/test_mutated_inputs.py tests/test_mutated_files.py tests/test_unw
 
 SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: train test quick paper study tiny docs check clean
+.PHONY: train test quick ci paper study tiny docs check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,18 +63,25 @@ check: $(VENV)/.installed
 	mkdir -p build/typing && ln -sfn ../../agents build/typing/ivt_agents
 	$(VENV)/bin/mypy
 
-test: check $(VENV)/verifiers/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 $(addprefix --ignore=,$(ALONE))
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 4 --dist loadfile $(ALONE)
+# What runs for minutes: several processes, runs that are killed, builds, servers, long trainings.
+LONG := $(wildcard $(addprefix tests/test_,$(addsuffix .py,accelerate_configs docs docs_notebook documented_commands gpu_benchmark grpo kills \
+	learning mutated_files mutated_inputs not_finite packaging paper real_models resume run_folders served server_hostile \
+	sharding study teachers trl unwritable verifiers viewer_hostile)))
+# Without browsers, servers and whatever needs a model, too.
+SLOW := $(LONG) $(wildcard $(addprefix tests/test_,$(addsuffix *.py,against checkpointing cli continued controls decode evaluate \
+	failures fetch footprint generation growth large layouts marks metrics_glossary model opener packing play policy pretraining \
+	report rollout_command sb3 scenes screens server sft small_splits swaps tiny trackers unusable viewer wrappers_sb3)))
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-# Without browsers, builds, servers, models and trainings.
-SLOW := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,accelerate against checkpointing cli continued controls decode docs \
-	documented evaluate failures fetch footprint generation gpu growth grpo kills large layouts learning marks metrics_glossary model \
-	mutated not_finite opener packaging packing paper play policy pretraining real_models report resume rollout_command run_folders sb3 \
-	scenes screens server served sft sharding small_splits study swaps teachers tiny trackers trl unusable unwritable verifiers viewer \
-	wrappers_sb3)))
+test: check
+	$(PYTEST) -n 3 $(addprefix --ignore=,$(LONG))
+
 quick: $(VENV)/.installed
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(addprefix --ignore=,$(SLOW))
+	@$(PYTEST) -n 2 $(addprefix --ignore=,$(SLOW))
+
+ci: check $(VENV)/verifiers/.installed
+	$(PYTEST) -n 3 $(addprefix --ignore=,$(ALONE))
+	$(PYTEST) -n 4 --dist loadfile $(ALONE)
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

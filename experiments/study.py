@@ -204,16 +204,16 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
 
     def run(job: Job) -> Job | None:
         log, started = out / f"{job.name}.log", time.time()
-        print(f"{job.name}: {shlex.join(job.command[1:])}", flush=True)
-        with lock, (out / "commands.txt").open("a", encoding="utf-8") as file:
+        with lock, (out / "commands.txt").open("a", encoding="utf-8") as file:  # commands begin and end at any moment
+            print(f"{job.name}: {shlex.join(job.command[1:])}", flush=True)
             file.write(f"python {shlex.join(job.command[1:])}\n")
         with log.open("w", encoding="utf-8") as file:
             kept: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment}
             process = subprocess.Popen(job.command, preexec_fn=end_with_parent, **kept)
             running.append(process)
             status = process.wait()
-        print(f"{job.name}: status {status} after {(time.time() - started) / 60:.1f} minutes", flush=True)
-        with lock:  # commands end at any moment, two at once too
+        with lock:
+            print(f"{job.name}: status {status} after {(time.time() - started) / 60:.1f} minutes", flush=True)
             times = out / "minutes.json"
             known = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
             write_json(times, known | {job.name: round((time.time() - started) / 60, 2)})
