@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -27,8 +28,9 @@ from typing import Any
 from experiments.study_tables import last_screen, plot_map, summary
 from ivt_agents.command import run_command
 from ivt_agents.training.folder import CONFIG, RunError, check_least, made_by, write_json
-from ivt_env.failures import end_with_parent
-from ivt_env.files import asked_of, lock_folder, refuse_other, write_whole
+from ivt_agents.vlm.prompts import POLICY_FILE, TINY_NAME
+from ivt_env.failures import end_with_parent, read_json
+from ivt_env.files import asked_of, lock_folder, refuse_other, whole_folder, write_whole
 
 TRAINED = ("sft", "grpo", "control-pixels", "control")
 """What is made anew for each seed, the longest first. All train the same parameters: the language model's."""
@@ -130,7 +132,7 @@ def _training(args: Args) -> list[Job]:
 def _playing(args: Args) -> list[Job]:
     """Every policy on every split by itself, so that a core is never idle; the swaps; and the map."""
     jobs = []
-    policies = {"base": args.model} | {name: str(args.out / name / "policy") for name in names(args)}
+    policies = {"base": _base(args)} | {name: str(args.out / name / "policy") for name in names(args)}
     last = "grpo-0"
     for name, spec in policies.items():
         # The base, which never stops, is asked for two refinements, as in the paper; controls answer once.
@@ -155,6 +157,21 @@ def _playing(args: Args) -> list[Job]:
             options += ["--episode-steps", args.episode_steps, "--policies", f"loop={policies[last]}"]
             jobs.append(_job(args, f"swaps/{split}", "ivt_agents.evaluation.swaps", options, needs=(last,)))
     return jobs
+
+
+def _base(args: Args) -> str:
+    """The base as it is played. The tiny model is asked again in the one question that it was trained on."""
+    if args.model != TINY_NAME:
+        return args.model
+    from ivt_agents.vlm.tiny import weights_folder  # loads torch
+
+    folder = args.out / "base"
+    if not folder.exists():
+        with whole_folder(folder, {"model": args.model}) as partial:
+            shutil.copytree(weights_folder(), partial, dirs_exist_ok=True)
+            asked = read_json(partial / POLICY_FILE, "install again", RunError)
+            write_json(partial / POLICY_FILE, asked | {"prompt": asked["first"]})
+    return str(folder)
 
 
 def _scoring(args: Args) -> list[Job]:

@@ -47,7 +47,9 @@ def _verdict(results: Mapping[str, Any], split: str) -> str:
         worse = [m for m, d in zip(METRICS, found, strict=True) if d["high"] < 0]
         word = "above" if better and not worse else "below" if worse and not better else "level with"
         word = "mixed against" if better and worse else word
-        parts.append(f"{word} {other} ({number(found[0]['diff'], 'Acc@0.5', sign=True)} Acc@0.5)")
+        gains = zip(METRICS[::2], found[::2], strict=True)
+        told = [f"{m} {difference(d['diff'], d['shown'], d['num_clusters'], m)}" for m, d in gains]
+        parts.append(f"{word} {other} ({', '.join(told)})")
     return f"{split}: the loop is {' and '.join(parts)}, without ground truth"
 
 

@@ -14,6 +14,9 @@ from experiments.study import Args, Job, _playing, _scoring, _training, names, r
 from experiments.study_tables import last_screen, plot_map, summary
 from ivt_agents.evaluation import evaluate, swaps
 from ivt_agents.training.folder import RunError
+from ivt_agents.vlm.load import load_policy
+from ivt_agents.vlm.prompts import TINY
+from ivt_env.rollouts import make_vector_env, rollout
 
 
 def write(tmp_path, name: str, status: int = 0) -> Job:
@@ -81,6 +84,17 @@ def test_the_controls_get_the_steps_of_the_loop_and_no_answer_twice(tmp_path):
             batch = control.per_device_train_batch_size * control.gradient_accumulation_steps
             assert batch == (16 if name == "control-pixels" else 48), "a step of seven times the pixels costs as much"
             assert control.samples >= control.steps * batch
+
+
+def test_the_base_is_asked_again_in_the_question_that_it_knows(tmp_path):
+    """In that of the policies that learn to look it writes no readable box, and keeps its first by doing so."""
+    spec = next(word for job in _playing(Args(out=tmp_path)) for word in job.command if word.startswith("base="))
+    policy = load_policy(spec.removeprefix("base="))
+    assert policy.dialogue.prompts.text == TINY.first != TINY.text
+    env = make_vector_env("IVT-Scenes-v0", 8, split="val", max_steps=3, **policy.shown)
+    episodes = rollout(env, policy, 8, 0, ignore_stop=True)
+    read = [not step.parse_failure for episode in episodes for step in episode.steps]
+    assert len(read) == 24 and sum(read) >= 20
 
 
 @pytest.fixture(scope="module")

@@ -93,15 +93,19 @@ def play(
     num_envs: int = 100,
     agent_name: str = "",
     on_progress: Callable[[int], None] | None = None,
-    max_unusable: float = 1.0,
+    max_unusable: float | None = 1.0,
     **env_kwargs: Any,
 ) -> list[Episode]:
-    """Episodes of ``agent`` on the given samples, in their order; see ``check_answers`` for ``max_unusable``."""
+    """Episodes of ``agent`` on the given samples, in their order.
+
+    ``max_unusable`` is for ``check_answers``; None: whatever the agent writes is taken without a word.
+    """
     env = make_vector_env(env_id, min(num_envs, len(indices)), split=split, **env_kwargs)
     try:
         said: dict[str, Any] = {"agent_name": agent_name, "on_progress": on_progress}
         episodes = rollout(env, agent, len(indices), seed, indices=indices, ignore_stop=ignore_stop, **said)
-        check_episodes(episodes, max_unusable, stop=not ignore_stop and getattr(agent, "may_stop", True))
+        if max_unusable is not None:
+            check_episodes(episodes, max_unusable, stop=not ignore_stop and getattr(agent, "may_stop", True))
         return episodes
     finally:
         agent.reset(np.ones(env.num_envs, dtype=bool))

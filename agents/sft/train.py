@@ -22,6 +22,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -348,7 +349,10 @@ def _measure(policy: VLMPolicy, args: Args, indices: range, progress: Progress, 
     if not indices:
         return {}
     task = progress.add_task(f"measuring {name}", total=len(indices), note="")
-    return dict(summary(args.measure(policy, indices, on_progress=lambda n: progress.advance(task, n))))
+    # Of a student that was never asked to look again, answers without a box are what is to be expected.
+    taken = None if name == "before" else 1.0
+    advance = partial(progress.advance, task)
+    return dict(summary(args.measure(policy, indices, on_progress=advance, max_unusable=taken)))
 
 
 def before_and_after(before: dict[str, float], after: dict[str, float]) -> str:
