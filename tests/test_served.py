@@ -267,7 +267,7 @@ def test_the_benchmark_of_it_runs(capsys):
 
 
 def test_every_shipped_prompt_file_gives_back_the_box_that_it_writes():
-    assert len(shipped_prompts()) == 6
+    assert len(shipped_prompts()) == 7
     for name in shipped_prompts():
         file = load_prompts(name)
         size = file.image.of(480, 640)

@@ -271,9 +271,9 @@ def _warm_start(args: Args, accelerator: Accelerator) -> str:
     """The SFT policy beside this run, made now unless a finished one is there."""
     out = args.out.with_name(args.out.name + "-sft")
     taught = {name: getattr(args, name) for name in ("env", "split", "data_root", "seed", "view", "layout")}
-    beside = {name: getattr(args, name) for name in ("bf16", "episode_steps", "eval_samples", "eval_split")}
     lessons: Literal["looks", "paper"] = "looks" if args.stop else "paper"
-    wanted = train_sft.Args(**taught, **beside, out=out, lessons=lessons)
+    # It is measured here, before the first step.
+    wanted = train_sft.Args(**taught, bf16=args.bf16, eval_samples=0, out=out, lessons=lessons)
     wanted.max_unusable = args.max_unusable
     made = asked_of(out / "policy")
     wanted.resume = made is None and (out / CONFIG).exists()  # one that was cut off goes on
