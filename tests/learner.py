@@ -14,6 +14,7 @@ from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.adapters import add_lora
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import VLMPolicy
+from ivt_agents.vlm.prompts import load_prompts
 from ivt_env.rollouts import make_vector_env
 
 
@@ -22,8 +23,15 @@ def small_config(**changes: object) -> Args:
     return Args(**({"epsilon": 0.2, "epsilon_high": 0.28} | values | changes))  # type: ignore[arg-type]
 
 
+def base_policy(**options: Any) -> VLMPolicy:
+    """The shipped model, asked in the one question that it knows: in that of taught policies it writes no box."""
+    policy = load_policy("tiny", **options)
+    policy.dialogue.prompts = load_prompts("tiny-base").prompts
+    return policy
+
+
 def small_policy(lora: bool = True) -> VLMPolicy:
-    policy = load_policy("tiny", temperature=1.0, max_new_tokens=14)
+    policy = base_policy(temperature=1.0, max_new_tokens=14)
     policy.model.requires_grad_(not lora)
     if lora:
         torch.manual_seed(0)

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from learner import small_policy, small_trainer, trl_config
+from learner import base_policy, small_policy, small_trainer, trl_config
 from trl import GRPOTrainer
 
 from ivt_agents.grpo.collect import collect
@@ -369,7 +369,7 @@ def test_a_stop_ends_the_rollout_and_anything_else_is_played():
 
 
 def test_an_unreadable_answer_costs_a_step_and_a_played_out_episode_refuses_more():
-    environment = TRLGrounding(load_policy("tiny"), "IVT-Scenes-v0", split="train", max_steps=2)
+    environment = TRLGrounding(base_policy(), "IVT-Scenes-v0", split="train", max_steps=2)
     image, question = environment.reset(index=3, prompt=[])
     assert image["image"].size[0] > 16 and "Current box: none" in question["text"]
     _, question = environment.answer("a square")

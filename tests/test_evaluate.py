@@ -35,7 +35,7 @@ def test_the_command_ends_with_an_answer_and_the_files_hold_every_policy_and_col
     out, printed = evaluated
     screen, table, results = printed.splitlines(), (out / "table.txt").read_text(), results_in(out)
     assert len(screen) <= 15 and max(len(line.replace(str(out), "runs")) for line in screen) <= 100
-    assert "refinement hurts" in next(line for line in screen if line.startswith("base"))
+    assert "n.s." in next(line for line in screen if line.startswith("base"))
     assert f"report: {out / 'report.html'}" in screen
     for word in (*POLICIES, "step_0", "last_step", "learned_stop", "random_step", "oracle_best"):
         assert word in table

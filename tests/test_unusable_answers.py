@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from learner import small_policy, small_trainer
+from learner import base_policy, small_policy, small_trainer
 
 from ivt_agents.evaluation import evaluate
 from ivt_agents.grpo import train as train_grpo
@@ -73,7 +73,7 @@ def test_boxes_that_the_environment_refuses_count_too():
 
 
 def test_a_policy_that_can_answer_is_not_spoken_of(caplog):
-    episodes = play(load_policy("tiny"), "IVT-Scenes-v0", "val", range(4), ignore_stop=False, max_unusable=0.1)
+    episodes = play(base_policy(), "IVT-Scenes-v0", "val", range(4), ignore_stop=False, max_steps=1, max_unusable=0.1)
     check_episodes(episodes, 0.0)
     assert caplog.text == ""
 
