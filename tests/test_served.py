@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_server import ChatServer
+from learner import base_policy
 from scripted_server import PING, box_of
 from server_processes import free_port, scripted, transformers_serve
 
@@ -476,8 +477,10 @@ def test_the_page_for_newcomers_shows_what_its_commands_print_without_torch(real
 
 
 def test_the_tiny_model_behind_transformers_own_server_scores_as_it_does_here(real, tmp_path):
-    policies = ["here=tiny", f"served=openai:{real}#tiny"]
-    evaluate.main(options(tmp_path / "e", real, policies=policies, samples=16, num_envs=16))
+    base_policy().save(tmp_path / "base")
+    policies = [f"here={tmp_path / 'base'}", f"served=openai:{real}#tiny"]
+    more = {"prompt_file": "tiny-base", "samples": 16, "num_envs": 16}
+    evaluate.main(options(tmp_path / "e", real, policies=policies, **more))
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     scores = {
         name: {r["column"]: r["scores"] for r in results["rows"] if r["policy"] == name} for name in ("here", "served")
