@@ -78,7 +78,7 @@ NOT_HERE = {
     "ivt train-sft --single-shot --steps 500": "takes minutes; test_controls trains a small one",
     "make train": "takes long; test_study reads each of its commands and runs those that play",
     "make test": "runs tests",
-    "make ci": "runs this test",
+    "make long": "runs this test",
     "make docs": "test_docs builds them",
     "ivt play": "waits for a person; test_play and test_play_browser play",
     'pip install -e ".[train]"': "installs",

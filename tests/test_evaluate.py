@@ -9,19 +9,22 @@ import re
 from dataclasses import replace
 
 import pytest
+from learner import base_policy
 
 from ivt_agents import cli
 from ivt_agents.evaluation.evaluate import Args, main
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import VLMPolicy
 
-POLICIES = {"base": "tiny", "floor": "centre", "ceiling": "oracle"}
+POLICIES = {"base": "{base}", "floor": "centre", "ceiling": "oracle"}
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     out, printed = tmp_path_factory.mktemp("evaluation"), io.StringIO()
-    policies = [f"{name}={spec}" for name, spec in POLICIES.items()]
+    base = tmp_path_factory.mktemp("policies") / "base"
+    base_policy().save(base)
+    policies = [f"{name}={spec.format(base=base)}" for name, spec in POLICIES.items()]
     with contextlib.redirect_stdout(printed):
         assert cli.main(["evaluate", "--policies", *policies, *f"--samples 30 --split val --out {out}".split()]) == 0
     return out, printed.getvalue()
@@ -35,7 +38,7 @@ def test_the_command_ends_with_an_answer_and_the_files_hold_every_policy_and_col
     out, printed = evaluated
     screen, table, results = printed.splitlines(), (out / "table.txt").read_text(), results_in(out)
     assert len(screen) <= 15 and max(len(line.replace(str(out), "runs")) for line in screen) <= 100
-    assert "n.s." in next(line for line in screen if line.startswith("base"))
+    assert "refinement hurts" in next(line for line in screen if line.startswith("base"))
     assert f"report: {out / 'report.html'}" in screen
     for word in (*POLICIES, "step_0", "last_step", "learned_stop", "random_step", "oracle_best"):
         assert word in table

@@ -17,7 +17,7 @@ def test_commands_that_are_ended_or_find_the_disk_full_leave_nothing_half_writte
     # With this seed: each signal before a file operation and at some time, an evaluation new, finished and begun anew.
     trials = Trials(tmp_path, seed=1975)
     trials.prepare(names)
-    order = [*"rollout evaluate view evaluate sheet evaluate".split(), *[None] * kills]
+    order = [*"rollout evaluate view evaluate sheet evaluate rollout evaluate".split(), *[None] * kills]
     for number, name in enumerate(order):
         trials.kill(number, [name] if name else names)
     assert not trials.wrong

@@ -1,7 +1,7 @@
 """verifiers plays what this project plays: the same questions and images, the same boxes, the same scores.
 
 Silent when false: a model that was trained or ranked there saw other images, or was asked in other words, than the one
-that is evaluated here. verifiers has an environment of its own (`make ci` makes it), and is only run from outside.
+that is evaluated here. verifiers has an environment of its own (`make long` makes it), and is only run from outside.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     wanted = {"step", "parameters", "optimizers"}
     if not isinstance(state, dict) or not wanted <= state.keys() or state["step"] != number_of(found[-1]):
         raise RunError(
-            f"{path} is no checkpoint of step {number_of(found[-1])} as this version writes them; remove {found[-1]} to"
-            " resume from the one before"
+            f"{path} does not hold a checkpoint of step {number_of(found[-1])} in this version's format; remove"
+            f" {found[-1]} to resume from the one before"
         )
     return state
 

@@ -27,7 +27,7 @@ CONFIG = "config.json"
 """What a run was asked for."""
 
 PROCESSES = "processes"
-"""Key of the recorded configuration that is no option: each process samples with a seed of its own."""
+"""Key of the recorded configuration for the number of processes. Each process samples with its own seed."""
 
 
 class RunError(ValueError):
