@@ -198,9 +198,9 @@ MUTATIONS = {
     "optimizer": (lambda s: s.update(optimizers=[]), "another --optim"),
     "optimizer text": (lambda s: s.update(optimizers=["adam"]), "optimizer state is none"),
     "no optimizer": (lambda s: s.update(optimizers=None), "another --optim"),
-    "step": (lambda s: s.update(step=10**9), "no checkpoint of step 2"),
-    "step text": (lambda s: s.update(step="2"), "no checkpoint of step 2"),
-    "no step": (lambda s: s.pop("step"), "no checkpoint of step 2"),
+    "step": (lambda s: s.update(step=10**9), "not hold a checkpoint of step 2"),
+    "step text": (lambda s: s.update(step="2"), "not hold a checkpoint of step 2"),
+    "no step": (lambda s: s.pop("step"), "not hold a checkpoint of step 2"),
 }
 
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_under_another_number_or_of_too_many_steps_is_refused(tmp_p
     with pytest.raises(RunError, match="has made 2 steps already, more than --steps 1: give at least 2"):
         small_trainer(tmp_path, trainer.policy, steps=1, num_iterations=2).resume()
     checkpoints(tmp_path)[-1].rename(tmp_path / "checkpoints" / "step-1000000000")
-    with pytest.raises(RunError, match="no checkpoint of step 1000000000"):
+    with pytest.raises(RunError, match="not hold a checkpoint of step 1000000000"):
         small_trainer(tmp_path, trainer.policy, steps=2, num_iterations=2).resume()
 
 
