@@ -28,8 +28,8 @@ from typing import Any
 from experiments.study_tables import last_screen, plot_map, summary
 from ivt_agents.command import run_command
 from ivt_agents.training.folder import CONFIG, RunError, check_least, made_by, write_json
-from ivt_agents.vlm.prompts import POLICY_FILE, TINY_NAME
-from ivt_env.failures import end_with_parent, read_json
+from ivt_agents.vlm.prompts import POLICY_FILE, TINY_NAME, load_prompts
+from ivt_env.failures import end_with_parent
 from ivt_env.files import asked_of, lock_folder, refuse_other, whole_folder, write_whole
 
 TRAINED = ("sft", "grpo", "control-pixels", "control")
@@ -169,8 +169,7 @@ def _base(args: Args) -> str:
     if not folder.exists():
         with whole_folder(folder, {"model": args.model}) as partial:
             shutil.copytree(weights_folder(), partial, dirs_exist_ok=True)
-            asked = read_json(partial / POLICY_FILE, "install again", RunError)
-            write_json(partial / POLICY_FILE, asked | {"prompt": asked["first"]})
+            write_json(partial / POLICY_FILE, load_prompts("tiny-base").settings())
     return str(folder)
 
 

@@ -28,7 +28,7 @@ class Overlay:
     colour: tuple[int, int, int] = (255, 0, 0)
     """RGB, 0..255."""
     opacity: float = 0.35
-    """Of the fill, in (0, 1]. Our choice: the paper does not give its value."""
+    """Of the fill and of the trail, in (0, 1]. Our choice: the paper does not give its value."""
     width: int = 3
     """Of the outline, in pixels of the canvas."""
     trail: bool = False
@@ -82,7 +82,7 @@ class Surroundings:
         return boxes.closeup_window(box, self.margin, self.smallest, size if self.square else None)
 
 
-_TRAIL = Overlay(colour=(128, 128, 128), opacity=0.6)
+_TRAIL = (128, 128, 128)
 
 
 def size_on_canvas(size: Sequence[int], side: int) -> tuple[int, int]:
@@ -168,9 +168,9 @@ class Sheet:
 
     def with_trail(self, earlier: Sequence[ArrayLike]) -> Sheet:
         """The same with earlier boxes on the image, filled grey; the current one is drawn over them."""
-        canvas = self.canvas.copy()
+        canvas, looked_at = self.canvas.copy(), replace(self.overlay, style="fill", colour=_TRAIL)
         for box in earlier:
-            draw_overlay(canvas, self.extent, box, _TRAIL)
+            draw_overlay(canvas, self.extent, box, looked_at)
         return Sheet(canvas, self.extent, self.overlay)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,7 +18,12 @@ from ivt_env.env import GroundingEnv
 from ivt_env.rollouts import make_vector_env
 
 BOXES = [(0.1, 0.1, 0.3, 0.3), (0.6, 0.6, 0.9, 0.8), (0.2, 0.7, 0.4, 0.9)]
-OPTIONS = {"split": "val", "max_steps": 4, "canvas": 96, "overlay": {"trail": True, "style": "outline", "width": 2}}
+OPTIONS = {
+    "split": "val",
+    "max_steps": 4,
+    "canvas": 96,
+    "overlay": {"trail": True, "opacity": 0.6, "style": "outline", "width": 2},
+}
 
 
 def act(box, stop=0):
