@@ -162,6 +162,7 @@ def measure_ours(args: Args, layout: str) -> dict[str, Any]:
         learning_rate=LEARNING_RATE,
         warmup_steps=1,
         advantage="trajectory",
+        beta=0.0,
         per_device_train_batch_size=args.batch * args.turns,
         mask_truncated_completions=False,
         seed=args.seed,

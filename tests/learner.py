@@ -19,7 +19,7 @@ from ivt_env.rollouts import make_vector_env
 
 
 def small_config(**changes: object) -> Args:
-    values = {"steps": 4, "prompts": 2, "num_generations": 4, "warmup_steps": 1, "save_steps": 2}
+    values = {"steps": 4, "prompts": 2, "num_generations": 4, "warmup_steps": 1, "save_steps": 2, "beta": 0.0}
     return Args(**({"epsilon": 0.2, "epsilon_high": 0.28} | values | changes))  # type: ignore[arg-type]
 
 

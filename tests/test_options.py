@@ -70,7 +70,7 @@ REFUSED = [
     ({"epsilon": -0.1}, "epsilon -0.1", "have not moved yet"),
     ({"epsilon": 1.5}, "epsilon 1.5", "never bind"),
     ({"beta": -0.1}, "beta -0.1", "paid for leaving"),
-    ({"kl_in": "reward"}, "beta 0", "nothing would be subtracted"),
+    ({"kl_in": "reward", "beta": 0.0}, "beta 0", "nothing would be subtracted"),
 ]
 
 

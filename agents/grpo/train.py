@@ -123,8 +123,9 @@ class Args(TrainingOptions):
     """The probability ratio is clipped at 1 - epsilon ... None: what fits the loss (dapo: 0.2)."""
     epsilon_high: Hidden[float | None] = None
     """... and at 1 + epsilon_high. None: what fits the loss (dapo: 0.28)."""
-    beta: float = 0.0
-    """Weight of the KL divergence to the warm-started policy (the paper: 0.04)."""
+    beta: float = 0.04
+    """Weight of the KL divergence to the warm-started policy (the paper's value). 0: it may forget what SFT taught; for a
+    full fine-tune, memory for a frozen copy of the model is saved."""
     kl_in: Hidden[Literal["loss", "reward"]] = "loss"
     """Add it to the loss (k3 times ratio), or subtract it from each step's reward (k1)."""
     temperature: Hidden[float] = 0.4
@@ -385,5 +386,5 @@ def _loss(a: Args) -> Refusals:
     never = "a ratio is never below 0, so the lower bound would never bind"
     yield a.epsilon is not None and a.epsilon > 1, f"epsilon {a.epsilon or 0:g}: {never}"
     yield not a.beta >= 0, f"beta {a.beta:g}: the policy would be paid for leaving its reference; give 0 or more"
-    nothing = "nothing would be subtracted; add --beta (the paper: 0.04)"
+    nothing = "nothing would be subtracted; give --beta more than 0 (the paper: 0.04)"
     yield a.kl_in == "reward" and a.beta == 0, f"kl_in reward with beta 0: {nothing}"
