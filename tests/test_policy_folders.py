@@ -26,6 +26,7 @@ from ivt_agents.vlm.generation import generate
 from ivt_agents.vlm.load import PolicyError, load_policy
 from ivt_agents.vlm.prompts import Prompts
 from ivt_agents.vlm.tiny import build_image_processor, weights_folder
+from ivt_env.rendering import Overlay
 
 IMAGE = [np.zeros((384, 384, 3), np.uint8)]
 
@@ -148,6 +149,14 @@ def test_what_a_policy_does_not_say_beside_its_question_is_empty_and_not_that_of
     images = [(policy.dialogue.process(IMAGE)[0], (0.0, 0.0, 1.0, 1.0))] * 2
     text = policy.tokenizer.decode(policy.dialogue.prompt("the ring", (0.1, 0.1, 0.2, 0.2), images).ids)
     assert "the ring. Look 1.<|im_end|>" in text
+
+
+def test_in_another_view_than_its_own_a_policy_sees_boxes_drawn_translucent(folder):
+    """What the tiny policy has looked at is covered, and only a close-up shows what lies there."""
+    assert load_policy(folder).shown["overlay"]["opacity"] == 1
+    assert load_policy(folder, view="both").shown == load_policy(folder).shown
+    alone = load_policy(folder, view="overlay").shown
+    assert alone["view"] == "overlay" and Overlay(**alone["overlay"]) == Overlay(trail=True)
 
 
 def test_an_adapter_of_an_adapter_is_both(folder, tmp_path):

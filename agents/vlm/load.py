@@ -16,7 +16,7 @@ from ivt_agents.vlm import sources
 from ivt_agents.vlm.generation import core_of
 from ivt_agents.vlm.policy import OWN, VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, can_merge, stored_as, use_float32_head
-from ivt_agents.vlm.prompts import LAYOUTS
+from ivt_agents.vlm.prompts import LAYOUTS, PromptFile
 from ivt_agents.vlm.sources import AGAIN, CONFIG, PolicyError
 from ivt_env.failures import reading
 
@@ -52,7 +52,8 @@ def load_policy(
     model's, and 160; ``dtype`` float32, or bfloat16 under ``quantize`` ``nf4``; ``attention`` sdpa on a GPU, and eager;
     ``device`` a GPU if there is one; ``layout`` fresh; ``view`` overlay. ``pixels`` multiplies the most pixels of an
     image after the image processor, which never enlarges it to that, and is saved with the policy. ``layout``,
-    ``view`` and ``reuse``: see ``VLMPolicy``. PolicyError for what cannot be used.
+    ``view`` and ``reuse``: see ``VLMPolicy``. With another view than the folder's, boxes are drawn as the environment
+    draws them by default. PolicyError for what cannot be used.
     """
     if layout not in (None, *LAYOUTS):
         raise PolicyError(f"layout {layout!r}: choose {' or '.join(LAYOUTS)}")
@@ -97,7 +98,7 @@ def load_policy(
             seed=seed,
             batch_size=batch_size,
             layout=layout or asked.layout,
-            shown=asked.shown | ({} if view is None else {"view": view}),
+            shown=asked.shown | _another_view(asked, view),
             reuse=reuse,
             name=str(name),
         )
@@ -108,6 +109,13 @@ def load_policy(
         with reading(source.name, kind=PolicyError):
             policy.opener = load_policy(opener, **same, max_new_tokens=max_new_tokens, reuse=reuse)
     return policy
+
+
+def _another_view(asked: PromptFile, view: str | None) -> dict[str, Any]:
+    """What another view than the model's own changes: there, its overlay may hide what no close-up shows."""
+    if view in (None, asked.view):
+        return {}
+    return {"view": view, "overlay": {"trail": bool((asked.overlay or {}).get("trail"))}}
 
 
 def _read_back(model: Any, source: sources.Source, held: dict[str, str], attention: str) -> None:
