@@ -124,8 +124,8 @@ class Args(TrainingOptions):
     epsilon_high: Hidden[float | None] = None
     """... and at 1 + epsilon_high. None: what fits the loss (dapo: 0.28)."""
     beta: float = 0.04
-    """Weight of the KL divergence to the warm-started policy (the paper's value). 0: it may forget what SFT taught; for a
-    full fine-tune, memory for a frozen copy of the model is saved."""
+    """Weight of the KL divergence to the warm-started policy (the paper's value). With 0, some runs forget what SFT
+    taught; a full fine-tune then needs no frozen copy of the model."""
     kl_in: Hidden[Literal["loss", "reward"]] = "loss"
     """Add it to the loss (k3 times ratio), or subtract it from each step's reward (k1)."""
     temperature: Hidden[float] = 0.4
