@@ -47,10 +47,12 @@ def _verdict(results: Mapping[str, Any], split: str) -> str:
         worse = [m for m, d in zip(METRICS, found, strict=True) if d["high"] < 0]
         word = "above" if better and not worse else "below" if worse and not better else "level with"
         word = "mixed against" if better and worse else word
-        gains = zip(METRICS[::2], found[::2], strict=True)
-        told = [f"{m} {difference(d['diff'], d['shown'], d['num_clusters'], m)}" for m, d in gains]
+        told = [
+            f"{m} {difference(d['diff'], d['shown'], d['num_clusters'], m)}"
+            for m, d in zip(METRICS, found, strict=True)
+        ]
         parts.append(f"{word} {other} ({', '.join(told)})")
-    return f"{split}: the loop is {' and '.join(parts)}, without ground truth"
+    return f"{split}, without ground truth: the loop is {parts[0]}\n    and {parts[1]}"
 
 
 def summary(out: Path, splits: Sequence[str], swapped: bool) -> str:

@@ -128,7 +128,7 @@ def test_the_summary_and_the_last_screen_say_what_the_results_say(scored):
     lines = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in text.splitlines()}
     expected = 100 * (rows["grpo", "learned_stop"] - rows["control", "step_0"])
     assert f"{expected:+.1f}" in lines["Acc@0.5", "control step_0"]
-    assert f"{100 * rows['grpo', 'learned_stop']:.1f}" in screen and "val: the loop is" in screen
+    assert f"{100 * rows['grpo', 'learned_stop']:.1f}" in screen and "val, without ground truth: the loop is" in screen
     assert len(screen.splitlines()) <= 15 and "| sibling" in text
 
 
