@@ -25,8 +25,8 @@ def small_config(**changes: object) -> Args:
 
 def base_policy(**options: Any) -> VLMPolicy:
     """The shipped model, asked in the one question that it knows: in that of taught policies it writes no box."""
-    policy = load_policy("tiny", **options)
-    policy.dialogue.prompts = load_prompts("tiny-base").prompts
+    policy, asked = load_policy("tiny", **options), load_prompts("tiny-base")
+    policy.dialogue.prompts, policy.shown = asked.prompts, asked.shown
     return policy
 
 
