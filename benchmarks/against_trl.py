@@ -60,8 +60,8 @@ class Args:
     """This side computes activations twice and keeps few of them: the same gradients in less memory."""
     trl_checkpointing: bool = False
     """TRL's default trades time for memory by computing activations twice; off is its faster way."""
-    trl_attention: Literal["eager", "sdpa"] = "eager"
-    """Attention kernel on TRL's side; here it is eager on a CPU."""
+    attention: Literal["eager", "sdpa"] = "eager"
+    """Attention kernel, on both sides."""
     seed: int = 0
     """Decides samples and sampling."""
     json: bool = False
@@ -130,7 +130,8 @@ def model_of(args: Args, layout: str) -> Any:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    policy = load_policy("tiny", temperature=1.0, seed=args.seed, max_new_tokens=args.max_new_tokens, layout=layout)
+    loaded: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": args.max_new_tokens, "layout": layout}
+    policy = load_policy("tiny", seed=args.seed, attention=args.attention, **loaded)
     policy.model.requires_grad_(args.lora_rank == 0)
     if args.lora_rank:
         policy.model = add_lora(policy.model, args.lora_rank)
@@ -197,7 +198,6 @@ def measure_trl(args: Args) -> dict[str, Any]:
     from ivt_env.rollouts import make_vector_env
 
     policy = model_of(args, "prefix")
-    policy.core.set_attn_implementation(args.trl_attention)
     length = len(make_vector_env(ENV, 1, split="train").dataset)
     episodes = args.prompts * args.group
     if episodes % args.batch:

@@ -105,13 +105,11 @@ def names(args: Args) -> list[str]:
 
 
 def _training(args: Args) -> list[Job]:
-    from ivt_agents.vlm.precision import bf16_pays  # loads torch
-
     total = args.sft_steps + args.grpo_steps
-    jobs, faster = [], ["--bf16"] if bf16_pays() else []
+    jobs = []
     for name in names(args):
         kind, _, seed = name.rpartition("-")
-        common: list[object] = ["--seed", seed, "--eval-samples", "0", *faster]
+        common: list[object] = ["--seed", seed, "--eval-samples", "0"]
         if kind in ("sft", "half"):
             steps = args.sft_steps // (2 if kind == "half" else 1)
             own = ["--model", args.model, "--samples", args.sft_samples, "--steps", steps]

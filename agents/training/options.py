@@ -74,7 +74,7 @@ class TrainingOptions:
     quantize: Literal["none", "nf4"] | None = None
     """nf4: load the language model's matrices in four bits; needs LoRA. None: as a policy folder records it."""
     attn_implementation: Hidden[Literal["eager", "sdpa", "flash_attention_2"] | None] = None
-    """Attention code. None: sdpa on a GPU, eager on a CPU. With flash_attention_2, turns no longer share a row in
+    """Attention code. None: sdpa. With flash_attention_2, turns no longer share a row in
     the update, because it takes no mask that could tell them apart."""
     gradient_checkpointing: Hidden[bool] = False
     """Keep each layer's input alone for the backward pass and compute the layer again there: less memory, about

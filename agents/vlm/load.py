@@ -49,7 +49,7 @@ def load_policy(
     thread (see ``fit_threads``).
 
     What is None is as the folder says. Else: ``max_new_tokens`` 48 for a vocabulary of whole words like the tiny
-    model's, and 160; ``dtype`` float32, or bfloat16 under ``quantize`` ``nf4``; ``attention`` sdpa on a GPU, and eager;
+    model's, and 160; ``dtype`` float32, or bfloat16 under ``quantize`` ``nf4``; ``attention`` sdpa;
     ``device`` a GPU if there is one; ``layout`` fresh; ``view`` overlay. ``pixels`` multiplies the most pixels of an
     image after the image processor, which never enlarges it to that, and is saved with the policy. ``layout``,
     ``view`` and ``reuse``: see ``VLMPolicy``. With another view than the folder's, boxes are drawn as the environment
@@ -70,9 +70,7 @@ def load_policy(
     usual = "bfloat16" if quantize == "nf4" else held.get("dtype", "float32")
     dtype = str(dtype or usual).removeprefix("torch.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # The fused attention kernel's backward pass takes twice as long as plain matrix products at the
-    # sizes that a CPU can train.
-    attention = attention or ("eager" if device == "cpu" else "sdpa")
+    attention = attention or "sdpa"
     check_weights(dtype, quantize, attention, device)
     with reading(Path(source.base) / CONFIG, AGAIN, PolicyError):
         sources.check_config(source, config)
