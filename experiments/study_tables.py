@@ -42,15 +42,12 @@ def _verdict(results: Mapping[str, Any], split: str) -> str:
     """What the loop's answer gains on a split, over the base's single shot and over the best control."""
     parts = []
     for other in (BASE, "control-pixels"):
-        found = [_compared(results, f"{other} step_0", metric)["difference"] for metric in METRICS]
-        better = [m for m, d in zip(METRICS, found, strict=True) if d["low"] > 0]
-        worse = [m for m, d in zip(METRICS, found, strict=True) if d["high"] < 0]
+        found = {m: _compared(results, f"{other} step_0", m)["difference"] for m in METRICS}
+        better = any(d["low"] > 0 for d in found.values())
+        worse = any(d["high"] < 0 for d in found.values())
         word = "above" if better and not worse else "below" if worse and not better else "level with"
         word = "mixed against" if better and worse else word
-        told = [
-            f"{m} {difference(d['diff'], d['shown'], d['num_clusters'], m)}"
-            for m, d in zip(METRICS, found, strict=True)
-        ]
+        told = [f"{m} {difference(d['diff'], d['shown'], d['num_clusters'], m)}" for m, d in found.items()]
         parts.append(f"{word} {other} ({', '.join(told)})")
     return f"{split}, without ground truth: the loop is {parts[0]}\n    and {parts[1]}"
 

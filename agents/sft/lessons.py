@@ -24,8 +24,8 @@ Box = NDArray[np.float64]
 ON = 0.3
 """A box lies on an object if their IoU is at least this."""
 SHOWN = 0.4
-"""A close-up is worth a look if its sides are at most this share of the image's, so that it enlarges 2.5 times or more. Of
-larger objects, boxes did not become better (``docs/experiments.md``)."""
+"""A close-up is worth a look if its sides are at most this share of the image's: it then enlarges 2.5 times or more.
+Boxes of larger objects did not become better (``docs/experiments.md``)."""
 GOOD_IOU = 0.9
 """A box is kept from this IoU, where nothing says how often the episode has looked there."""
 LARGE_IOU = 0.7
