@@ -16,7 +16,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -153,30 +153,64 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays())
 
 
+class Updates:
+    """Optimizer steps of a stage: Muon on the matrices of the language model's layers, AdamW on what else is trained.
+
+    Both learning rates rise over 50 steps and fall to a fiftieth. ``clipped``: the parameters whose gradient's norm is
+    held below 1, if not all.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3VLForConditionalGeneration,
+        parameters: Iterable[nn.Parameter],
+        steps: int,
+        lr: float,
+        matrix_lr: float = 0.0,
+        *,
+        clipped: Iterable[nn.Parameter] | None = None,
+        weight_decay: float = 0.0,
+        remedy: str = REMEDY,
+    ) -> None:
+        parameters = list(parameters)
+        of_layers = {id(p) for p in model.model.language_model.layers.parameters() if p.ndim == 2}
+        matrices = [p for p in parameters if id(p) in of_layers]
+        rest = [p for p in parameters if id(p) not in of_layers]
+        adamw: dict[str, Any] = {"betas": (0.9, 0.98), "weight_decay": weight_decay, "fused": rest[0].is_cuda}
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(torch.optim.AdamW(rest, lr=lr, **adamw), lr)]
+        if matrices:
+            self.optimizers.append((Muon(matrices, lr=matrix_lr, weight_decay=0.0), matrix_lr))
+        self.clipped = parameters if clipped is None else list(clipped)
+        self.steps, self.remedy = steps, remedy
+
+    def take(self, step: int, loss: torch.Tensor) -> None:
+        """Step number ``step``, from 0; NotFiniteError where the loss or its gradient is not finite."""
+        for optimizer, lr in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * learning_rate(step, self.steps, 1.0, warmup=50, floor=0.02)
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.clipped, 1.0)
+        check_finite(step + 1, {"the loss": float(loss.detach()), "the gradient's norm": float(norm)}, self.remedy)
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
+
+
 def train_vision(
     slots: SlotModel, head: CellHead, images: Images, args: Args, progress: Progress
 ) -> list[dict[str, float]]:
     """First stage: labels of cells from the vision tower."""
     device, pool = images.device, images.pool
     parameters = [*slots.model.model.visual.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
-    )
+    updates = Updates(slots.model, parameters, args.vision_steps, args.lr, weight_decay=0.01)
     rng = np.random.default_rng(args.seed)
     task, log = progress.add_task("vision", total=args.vision_steps, note=""), []
     for step in range(args.vision_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * learning_rate(step, args.vision_steps, 1.0, warmup=50, floor=0.02)
         rows = pool.sample(rng, args.vision_batch, args.vision_shares)
         with autocast(device):
             merged, deep = slots.see(images.take("images", rows))
         loss = cell_loss(head, merged, deep, images.take("cells", rows))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        found = {"the loss of the vision stage": float(loss.detach()), "its gradient's norm": float(norm)}
-        check_finite(step + 1, found, REMEDY)
-        optimizer.step()
+        updates.take(step, loss)
         if step % 20 == 0 or step == args.vision_steps - 1:
             log.append({"stage": 1, "step": step, "loss": float(loss.detach())})
             progress.update(task, note=f"loss {log[-1]['loss']:.3f}")
@@ -184,7 +218,7 @@ def train_vision(
     return log
 
 
-def told_and_expected(
+def token_log_probs(
     slots: SlotModel, merged: torch.Tensor, deep: list[torch.Tensor], asked: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens of the answers (B, questions, ANSWER), and the log-probabilities from which each of them is drawn."""
@@ -211,7 +245,7 @@ def answer_loss(
     """
     device, numbers, boxes = asked.device, slots.numbers, asked.shape[1] - descriptions
     at_number = torch.tensor(NUMBERS, device=device)
-    told, log_probs = told_and_expected(slots, merged, deep, asked, lengths)
+    told, log_probs = token_log_probs(slots, merged, deep, asked, lengths)
     real = (lengths > 0).float()
     word = torch.ones(told.shape, device=device)
     word[:, :boxes].index_fill_(2, at_number, 0)
@@ -241,14 +275,8 @@ def train_grounding(
     ``keep`` is called every ``save_seconds``; it ends after ``only`` steps where that is given.
     """
     model, device, pool = slots.model, images.device, images.pool
-    matrices = [p for n, p in model.model.language_model.layers.named_parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen] + list(head.parameters())
-    fused = device.type == "cuda"
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-        (Muon(matrices, lr=args.matrix_lr, weight_decay=0.0), args.matrix_lr),
-        (torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused), args.lr),
-    ]
+    parameters = [*model.parameters(), *head.parameters()]
+    updates = Updates(model, parameters, args.steps, args.lr, args.matrix_lr, clipped=model.parameters())
     rng = np.random.default_rng(args.seed + 1)
     task, saved = progress.add_task("grounding", total=only or args.steps, note=""), time.monotonic()
     for step in range(only or args.steps):
@@ -258,9 +286,6 @@ def train_grounding(
             targets = smoothed_targets(sigma, torch.device("cpu")).to(device)
             if only is None:
                 images.until(args.drawn_first + (1 - args.drawn_first) * min(1.0, 1.5 * share))
-        for optimizer, lr in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * learning_rate(step, args.steps, 1.0, warmup=50, floor=0.02)
         rows = pool.sample(rng, args.batch, args.shares)
         picks = pool.choose(rng, rows, args.questions_per_image)
         asked, lengths = images.take("slots", rows, picks).long(), images.take("lengths", rows, picks).long()
@@ -268,13 +293,7 @@ def train_grounding(
             merged, deep = slots.see(images.take("images", rows))
         boxes, words = answer_loss(slots, merged, deep, asked, lengths, targets)
         loss = boxes + words + args.cell_weight * cell_loss(head, merged, deep, images.take("cells", rows))
-        for optimizer, _ in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        check_finite(step + 1, {"the loss": float(loss.detach()), "the gradient's norm": float(norm)}, REMEDY)
-        for optimizer, _ in optimizers:
-            optimizer.step()
+        updates.take(step, loss)
         if step % 20 == 0 or step == args.steps - 1:
             log.append({"stage": 2, "step": step, "loss": float(boxes.detach()), "sigma": sigma})
             progress.update(task, note=f"loss {log[-1]['loss']:.3f}")  # reading it waits for a GPU
@@ -342,23 +361,15 @@ def train_pairs(
     device, pool, per = images.device, images.pool, args.questions_per_pair
     one, two = SlotModel(model, tokenizer, per), SlotModel(model, tokenizer, per + 1, images=2)
     before = SlotModel(copy.deepcopy(model), tokenizer, per)
-    language = model.model.language_model
-    matrices = [p for n, p in language.layers.named_parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in language.parameters() if id(p) not in chosen]
-    optimizers = [
-        Muon(matrices, lr=args.pair_lr[0], weight_decay=0.0),
-        torch.optim.AdamW(rest, lr=args.pair_lr[1], betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    matrix_lr, lr = args.pair_lr
+    language = model.model.language_model.parameters()
+    updates = Updates(model, language, args.pair_steps, lr, matrix_lr, remedy=PAIR_REMEDY)
     targets = smoothed_targets(args.smoothing[1], torch.device("cpu")).to(device)
     rng = np.random.default_rng(args.seed + 2)
     task = progress.add_task("two images", total=args.pair_steps, note="")
     for step in range(args.pair_steps):
         if step % 100 == 0:
             images.until(args.drawn_first + (1 - args.drawn_first) * min(1.0, 1.5 * step / args.pair_steps))
-        for optimizer, lr in zip(optimizers, args.pair_lr, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * learning_rate(step, args.pair_steps, 1.0, warmup=50, floor=0.02)
         rows = pool.sample(rng, args.pair_batch, args.shares)
         pairs = pool.sample_pairs(rng, args.pair_batch, sum(args.shares[SEARCH_FROM:]))  # (B, 2)
         picks = pool.choose(rng, rows, per)
@@ -370,18 +381,12 @@ def train_pairs(
         single = images.take("slots", rows, picks).long(), images.take("lengths", rows, picks).long()
         seen = merged[: len(rows)], [d[: len(rows)] for d in deep]
         with torch.no_grad():
-            _, wanted = told_and_expected(before, *seen, *single)
-        _, log_probs = told_and_expected(one, *seen, *single)
+            _, wanted = token_log_probs(before, *seen, *single)
+        _, log_probs = token_log_probs(one, *seen, *single)
         moved = (wanted.exp() * (wanted - log_probs)).sum(-1)  # Kullback-Leibler, (B, questions, ANSWER)
         moved = moved[single[1] > 0].mean()
         loss = boxes + words + args.keep_weight * moved
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(language.parameters(), 1.0)
-        check_finite(step + 1, {"the loss": float(loss.detach()), "the gradient's norm": float(norm)}, PAIR_REMEDY)
-        for optimizer in optimizers:
-            optimizer.step()
+        updates.take(step, loss)
         if step % 20 == 0 or step == args.pair_steps - 1:
             found = {"loss": boxes, "words": words, "one image": moved}
             log.append({"stage": 3, "step": step} | {name: float(value.detach()) for name, value in found.items()})
