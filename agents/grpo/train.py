@@ -99,9 +99,9 @@ class Args(TrainingOptions):
     require_format: Hidden[bool] = False
     """An episode with an unusable answer earns nothing. Where no stop is at hand an unusable answer is the only way
     to keep a box, and a bonus of 0.1 does not outweigh that (`docs/paper.md`)."""
-    advantage: Literal["return_to_go", "trajectory", "episode_and_step"] = "return_to_go"
-    """Advantage from each step's return-to-go, from the whole episode's return, or from that plus a comparison of
-    steps in equal states."""
+    advantage: Literal["trajectory", "return_to_go", "episode_and_step"] = "trajectory"
+    """Advantage from the whole episode's return, from each step's return-to-go, or from the first plus a comparison of
+    steps in equal states. IoU gains telescope: episodes that end alike differ in their returns-to-go, not in returns."""
     discount: Hidden[float] = 1.0
     """What the next step's return counts in a step's own, with `return_to_go`. 1: all gains up to the end, so that the
     final IoU is maximised. 0: each action's own gain, for a policy that spoils any box it is given afterwards."""
