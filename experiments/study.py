@@ -5,9 +5,9 @@
 
 For each seed: SFT on lessons in looking, GRPO from it, and two controls that are trained with as many steps on single
 shots, one of them on images with as many pixels as the loop looks at in all. Every policy answers the same samples of
-every split, the overlay of the loop is swapped, and the map plays search scenes with marks of several sizes. Each part
-is a command of the project, printed before it runs and written to ``commands.txt``; what is done is not done again, so
-a study that was cut off goes on.
+every split, the box shown to the loop is swapped for others, and the map plays search scenes with marks of several
+sizes. Each part is a command of the project, printed before it runs and written to ``commands.txt``; what is done is
+not done again, so a study that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ivt_env.files import asked_of, lock_folder, refuse_other, whole_folder, wri
 TRAINED = ("sft", "grpo", "control-pixels", "control")
 """What is made anew for each seed, the longest first. All train the same parameters: the language model's."""
 PIXELS = 9.0
-"""Times the pixels of one image that the second control is given: 288 instead of 96 a side. The loop looks at the
+"""Pixels of the second control's image, as a multiple of the others': 288 instead of 96 a side. The loop looks at the
 whole image once, and at each later step at the whole image and a close-up: 9 images at four later steps."""
 
 
@@ -121,7 +121,7 @@ def _training(args: Args) -> list[Job]:
         else:
             batch = 16 if kind == "control-pixels" else 48
             own = ["--model", args.model, "--single-shot", "--samples", batch * total, "--steps", total]
-            if kind == "control-pixels":  # a step of it costs then what a step of the loop's SFT does
+            if kind == "control-pixels":  # a step of it then costs about twice a step of SFT
                 own += ["--pixels", PIXELS, "--per-device-train-batch-size", batch, "--gradient-accumulation-steps", 1]
         jobs.append(_job(args, name, "train_sft", [*common, *own], "policy/policy.json"))
     return jobs
@@ -140,7 +140,7 @@ def _playing(args: Args) -> list[Job]:
         for split in args.splits:
             options = ["--split", split, "--samples", args.samples, "--page-episodes", 1 if name != last else 50]
             options += ["--episode-steps", actions, "--policies", f"{name}={spec}"]
-            # What every step would have given is asked of the base, which collapses, and of the loop that never stops.
+            # The base and the loop also play without a stop, which gives the box at every step.
             options += [] if name.partition("-")[0] in ("base", "grpo") else ["--no-forced"]
             jobs.append(_job(args, f"played/{split}/{name}", "evaluate", options, needs=needs))
         if args.map_samples and name in ("base", "grpo-0", "control-pixels-0"):
@@ -158,7 +158,7 @@ def _playing(args: Args) -> list[Job]:
 
 
 def _base(args: Args) -> str:
-    """The base as it is played. The tiny model is asked again in the one question that it was trained on."""
+    """The base as it is played. At later steps the tiny model gets the question it was pretrained on."""
     if args.model != TINY_NAME:
         return args.model
     from ivt_agents.vlm.tiny import weights_folder  # loads torch

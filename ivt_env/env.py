@@ -58,7 +58,7 @@ class GroundingEnv(Grounding, gym.Env[Observation, Action]):
     | `dataset` | str or `Dataset` | set by the id | what to serve |
     | `split` | str | `"train"` | |
     | `data_root` | str or None | None | folder of real data sets; None: `IVT_DATA`, then the user cache |
-    | `strict` | bool | False | absence of a real data set is an error instead of a warned fallback |
+    | `strict` | bool | False | a missing real data set is an error, not a warning and the embedded data |
     | `max_steps` | int | 3 | the paper's one proposal and two refinements |
     | `canvas` | int | 640 (scenes: 384) | S |
     | `view` | str | `"overlay"` | `overlay`, `closeup` or `both` |

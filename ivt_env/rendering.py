@@ -140,7 +140,7 @@ class Sheet:
     """
 
     _BLENDED_SINGLY = 6
-    """Boxes, a ninth of the image each on average, that cost about as much as blending the image."""
+    """With more boxes (each a ninth of the image on average), blending the whole image once is cheaper."""
 
     def __init__(self, canvas: ImageArray, extent: tuple[int, int], overlay: Overlay) -> None:
         """Hold a canvas (S, S, 3) with an image of ``extent`` (height, width); neither is ever changed."""

@@ -46,7 +46,7 @@ RUN = {
     "python train_grpo.py": f"{GRPO} --steps 1",
     "python train_grpo.py --resume": f"{GRPO} --steps 2",
     "python train_grpo.py --env IVT-Photos-v0 --steps 5 --out runs/photos": GRPO,
-    "ivt train-grpo --loss-type gspo --advantage trajectory": f"{GRPO} --steps 1 --model tiny --out runs/gspo",
+    "ivt train-grpo --loss-type gspo --advantage return_to_go": f"{GRPO} --steps 1 --model tiny --out runs/gspo",
     "ivt train-grpo --layout prefix": f"{GRPO} --steps 1 --model tiny --out runs/prefix",
     "ivt rollout --agent my_agent:MyAgent --env IVT-Photos-v0": "",
     "ivt rollout --agent vlm:tiny --episodes 5 --out runs/tiny": "",

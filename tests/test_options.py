@@ -51,7 +51,7 @@ REFUSED = [
     ({"num_iterations": 0}, "num_iterations 0", "at least 1"),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size 0", "at least 1"),
     ({"max_completion_length": 0}, "max_completion_length 0", "at least 1"),
-    ({"episode_steps": 1, "reward": "final"}, "episode_steps 1", "nothing to refine"),
+    ({"episode_steps": 1, "reward": "final", "advantage": "return_to_go"}, "episode_steps 1", "nothing to refine"),
     ({"discount": 1.5}, "discount 1.5", "more than an earlier one"),
     ({"discount": NAN}, "discount nan", "more than an earlier one"),
     ({"discount": 0.5, "advantage": "trajectory"}, "discount 0.5", "weighs later gains"),

@@ -6,10 +6,10 @@
     accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 train_grpo.py   # several GPUs
     torchrun --standalone --nproc_per_node 2 train_grpo.py   # the same on several processes without a GPU
 
-Each step plays groups of episodes of the same sample with the policy itself, credits every action
-with its return-to-go minus the mean of the other members', and takes one clipped policy-gradient
-step. Rewards are IoU gains, so an episode's return is its final IoU: nothing is picked with the
-target. It ends with a table of before and after, without ground truth, on the validation split.
+Each step plays groups of episodes of the same sample with the policy itself, credits every action with its episode's
+return minus the mean return of the other members, and takes one clipped policy-gradient step. The reward is the gain in
+IoU minus small penalties, so a return is the final IoU minus these: the ground truth never selects a step. It ends with
+a table of before and after, without ground truth, on the validation split.
 
 Losses, advantages and scaling are options (`--loss-type`, `--advantage`, `--scale-rewards`); options that contradict
 each other are refused before anything is loaded. `docs/pitfalls.md` says which test guards against what.
@@ -93,18 +93,18 @@ class Args(TrainingOptions):
     """Subtracted for an answer without a usable box or stop. Without it, an empty answer keeps the box as
     a stop does, and the policy learns to say nothing (seen after 40 steps)."""
     wrong_stop_penalty: Hidden[float] = 0.2
-    """Subtracted for a stop on a box whose IoU is below 0.5: it must be worth less than looking on."""
+    """Subtracted for a stop on a box whose IoU is below 0.5: it must earn less than to go on."""
     format_bonus: Hidden[float] = 0.0
     """Added once, at the end, where every answer of an episode held a usable box or stop (the paper: 0.1)."""
     require_format: Hidden[bool] = False
-    """An episode with an unusable answer earns nothing. Where no stop is at hand an unusable answer is the only way
-    to keep a box, and a bonus of 0.1 does not outweigh that (`docs/paper.md`)."""
+    """An episode with an unusable answer earns nothing. Without a stop, an unusable answer is the only way to keep a
+    box, and a bonus of 0.1 is too small to prevent it (`docs/paper.md`)."""
     advantage: Literal["trajectory", "return_to_go", "episode_and_step"] = "trajectory"
     """Advantage from the whole episode's return, from each step's return-to-go, or from the first plus a comparison of
-    steps in equal states. IoU gains telescope: episodes that end alike differ in their returns-to-go, not in returns."""
+    steps in equal states. IoU gains telescope: episodes that end alike have equal returns, but not returns-to-go."""
     discount: Hidden[float] = 1.0
-    """What the next step's return counts in a step's own, with `return_to_go`. 1: all gains up to the end, so that the
-    final IoU is maximised. 0: each action's own gain, for a policy that spoils any box it is given afterwards."""
+    """Discount factor of the return-to-go. 1: all gains up to the end, so that the final IoU is maximised. 0: each
+    action is credited with its own gain only, for a policy that spoils every box in later steps."""
     scale_rewards: Hidden[Literal["none", "group", "batch"]] = "none"
     """Divide advantages by the standard deviation of a group's returns, or of all returns of the step."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
@@ -114,9 +114,9 @@ class Args(TrainingOptions):
     the tiny model it learns from the same episodes what AdamW hardly does (`docs/paper.md`). None: `adamw` for an
     adapter, else `muon`."""
     warmup_steps: Hidden[int] = 5
-    """Steps over which it rises from 0."""
+    """Steps over which the learning rate rises from 0."""
     cooldown: Hidden[int] = 0
-    """Last steps over which it falls to 0: what the noise of single steps did to the policy evens out."""
+    """Last steps over which the learning rate falls to 0, which averages out the noise of single steps."""
     num_iterations: Hidden[int] = 1
     """Optimizer steps on each rollout."""
     epsilon: Hidden[float | None] = None
@@ -233,7 +233,10 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
 
 
 def _begin(args: Args, processes: int) -> dict[str, Any]:
-    """The options as they are recorded; RunError for a resumed run that would be another, and on top of another."""
+    """The options as they are recorded.
+
+    RunError where a resumed run's options differ from the recorded ones, or a new run would overwrite an old one.
+    """
     given: dict[str, Any] = {**asdict(args), PROCESSES: processes}
     if args.resume:
         recorded = recorded_options(args.out)
@@ -311,7 +314,7 @@ def _report(args: Args, folder: Path) -> None:
 
 def check_run(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:
     """Refuse to go on with a run under other options (``check_resume``)."""
-    # A rate that falls to 0 at the last step depends on which that is.
+    # With a cooldown, the learning rate depends on the number of steps.
     check_resume(recorded, given, out, MAY_CHANGE - ({"steps"} if recorded.get("cooldown") else set()))
 
 

@@ -56,10 +56,10 @@ class Budget:
     max_requests: int = 10_000
     """HTTP requests sent for answers, repeated ones included."""
     max_tokens: int = 10_000_000
-    """Prompt and answer tokens together, as the server counts them in ``usage``. What is on its way when they are
-    used up is still answered."""
+    """Prompt and answer tokens together, as the server counts them in ``usage``. Requests that
+    were sent before that are still answered."""
     options: str = "--max"
-    """How the two options begin that set it, for messages."""
+    """Prefix of the two command-line options that set it, for messages."""
 
     def __post_init__(self) -> None:
         for name, value in (("requests", self.max_requests), ("tokens", self.max_tokens)):
@@ -203,7 +203,7 @@ class ChatClient:
         """Requests on their way, so that equal ones are sent once."""
 
     def check(self) -> None:
-        """Send one small request, at most twice: ServedError for a server that cannot answer, before all else."""
+        """Send one small request, at most twice, before anything else; ServedError for a server that cannot answer."""
         patient = self.attempts, self._client
         self.attempts, self._client = 2, self._client.with_options(timeout=30.0)
         try:
@@ -250,7 +250,7 @@ class ChatClient:
             return theirs.result()
         try:
             stored = None if self.cache is None else self.cache.get(key)
-            # Files of other fields are another version's.
+            # A file with other fields was written by another version.
             known = stored is not None and stored.keys() == {field.name for field in fields(Answer)}
             answer = Answer(**stored) if stored is not None and known else self._send(body)
             if self.cache is not None and not known:
@@ -386,7 +386,7 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _judge(response: Any) -> None:
-    """Tell the client what it does not know: a broken reply is a server's failure."""
+    """Make a successful reply that is not JSON a 502, which the client treats as a server error."""
     content = response.read()
     if response.is_success:
         try:

@@ -27,9 +27,9 @@ SHOWN = 0.4
 """A close-up is worth a look if its sides are at most this share of the image's: it then enlarges 2.5 times or more.
 Boxes of larger objects did not become better (``docs/experiments.md``)."""
 GOOD_IOU = 0.9
-"""A box is kept from this IoU, where nothing says how often the episode has looked there."""
+"""Where the question does not count looks, a box is kept from this IoU."""
 LARGE_IOU = 0.7
-"""A box of a larger object is kept from this IoU."""
+"""Where it does, a box whose close-up enlarges too little is kept from this IoU; others are corrected once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Shares:
     """How often each state is taught, per sample."""
 
     first: float = 1.0
-    """No box yet: the student's own first answer, which is to stay as it is."""
+    """No box yet: the student's own first answer, repeated so that it does not change. Left out where another model
+    gives the first boxes."""
     own: float = 1.0
     """The student's own first box."""
     corrected: float = 1.0
@@ -50,7 +51,7 @@ class Shares:
     candidate: float = 0.5
     """In search scenes, each of the other objects."""
     again: float = 0.2
-    """Of the boxes on other objects, those that were looked at before."""
+    """Share of the boxes on other objects at which the episode has looked before."""
 
 
 def teach_to_look(

@@ -30,7 +30,7 @@ _LEAST = {"steps": 0, "save_steps": 1, "per_device_train_batch_size": 1, "lora_r
 
 @dataclass
 class TrainingOptions:
-    """What ``train_sft.py`` and ``train_grpo.py`` call alike."""
+    """Options that ``train_sft.py`` and ``train_grpo.py`` share."""
 
     config: Path | None = None
     """YAML file whose part `sft` or `grpo` gives defaults; flags override it."""
@@ -54,7 +54,7 @@ class TrainingOptions:
     lora_r: int = 0
     """Rank of LoRA adapters on the language model; 0 trains its own weights."""
     lora_alpha: Hidden[int | None] = None
-    """Adapters count lora_alpha / lora_r times. None: twice, or as an adapter says that is trained further."""
+    """Adapters are scaled by lora_alpha / lora_r. None: 2 lora_r, or as in the adapter that is trained further."""
     max_unusable: Hidden[float] = MAX_UNUSABLE
     """Refuse to go on where more than this share of the first answers is unusable. 1: go on whatever they hold."""
     seed: int = 0
@@ -62,7 +62,7 @@ class TrainingOptions:
     eval_samples: int = 300
     """Validation samples of each evaluation; 0: none at all."""
     eval_split: Hidden[str] = ""
-    """Split of the evaluations. Empty: `val`, of the scenes `val_search`, which a first look does not decide."""
+    """Split of the evaluations. Empty: `val_search` of the scenes, where the first box is at chance, else `val`."""
     episode_steps: int = 8
     """Actions in an episode (the paper: one proposal and two refinements)."""
     bf16: bool = False
@@ -74,8 +74,8 @@ class TrainingOptions:
     quantize: Literal["none", "nf4"] | None = None
     """nf4: load the language model's matrices in four bits; needs LoRA. None: as a policy folder records it."""
     attn_implementation: Hidden[Literal["eager", "sdpa", "flash_attention_2"] | None] = None
-    """Attention code. None: sdpa. With flash_attention_2, turns no longer share a row in
-    the update, because it takes no mask that could tell them apart."""
+    """Attention code. None: sdpa. With flash_attention_2, turns no longer share a row in the update, because it takes
+    no mask that could tell them apart."""
     gradient_checkpointing: Hidden[bool] = False
     """Keep each layer's input alone for the backward pass and compute the layer again there: less memory, about
     a third more time in the update. The result is the same."""
@@ -91,7 +91,7 @@ class TrainingOptions:
         self.eval_split = self.eval_split or ("val_search" if self.env == "IVT-Scenes-v0" else "val")
 
     def check(self, **least: int) -> None:
-        """Refuse (``RunError``) what makes no sense by itself; ``least`` are further smallest values."""
+        """Refuse (``RunError``) what makes no sense by itself; ``least``: further lower bounds."""
         check_tracker(self.report_to)
         check_least(self, _LEAST | {"episode_steps": 1} | least)
         if not 0 < self.learning_rate < math.inf:
@@ -130,7 +130,7 @@ class TrainingOptions:
     def measured_on(self) -> range:
         """The samples of the evaluations, found before anything is loaded (``DataError``, with what helps)."""
         options: dict[str, Any] = {"data_root": self.data_root, "strict": True}
-        make_vector_env(self.env, 1, split=self.split, **options).close()  # what is wrong with all of it is said so
+        make_vector_env(self.env, 1, split=self.split, **options).close()  # errors of the whole data set first
         if not self.eval_samples:
             return range(0)
         try:
