@@ -83,7 +83,7 @@ def test_the_right_answer_follows_from_where_the_box_lies(dataset, counted):
         said = d.trace.removeprefix(seen).strip()
         again = any(float(boxes.iou(d.shown, box)) >= 0.5 for box in d.before)
         x1, y1, x2, y2 = window_of(env, d)
-        large = max(x2 - x1, y2 - y1) > 0.5
+        large = max(x2 - x1, y2 - y1) > 0.4
         fits = (overlaps[0] >= 0.7 if large else again) if counted else overlaps[0] >= 0.9
         kinds["large"] += counted and on == 0 and large and fits and not again
         if on == 0 and fits:
