@@ -245,19 +245,20 @@ def test_where_the_sums_do_not_depend_on_the_shape_only_a_trace_is_left():
 
 
 def test_the_trainer_samples_as_it_scores(tmp_path):
+    """In bfloat16 a fused kernel rounds the two passes a little further apart than plain products do."""
     found = {}
-    for precision in ("no", "bf16"):
-        policy = load_policy("tiny", temperature=1.0, max_new_tokens=14)
+    for precision, attention in (("no", "sdpa"), ("bf16", "sdpa"), ("bf16", "eager")):
+        policy = load_policy("tiny", temperature=1.0, max_new_tokens=14, attention=attention)
         policy.model = make_trainable(policy.model, 4)
         config = small_config()
         env = make_vector_env("IVT-Scenes-v0", config.prompts * config.num_generations, split="train")
         AcceleratorState._reset_state(True)  # one number format a process, but for this
         accelerator = Accelerator(cpu=True, mixed_precision=precision)
-        log = MetricsLog(tmp_path / precision, enabled=False)
-        metrics = GRPOTrainer(policy, env, config, accelerator, log, tmp_path / precision).train_step()
-        found[precision] = metrics["train/sampler_scorer_difference"]
-    assert found["no"] < 1e-5
-    assert found["bf16"] < 1e-3, "0.010 where rollouts stay in float32"
+        log = MetricsLog(tmp_path / f"{precision}-{attention}", enabled=False)
+        metrics = GRPOTrainer(policy, env, config, accelerator, log, tmp_path / f"{precision}-{attention}").train_step()
+        found[precision, attention] = metrics["train/sampler_scorer_difference"]
+    assert found["no", "sdpa"] < 1e-5
+    assert found["bf16", "eager"] < 1e-3 and found["bf16", "sdpa"] < 2e-3, "0.010 where rollouts stay in float32"
 
 
 # --- Options ----------------------------------------------------------------------------------------
