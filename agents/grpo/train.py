@@ -93,7 +93,7 @@ class Args(TrainingOptions):
     """Subtracted for an answer without a usable box or stop. Without it, an empty answer keeps the box as
     a stop does, and the policy learns to say nothing (seen after 40 steps)."""
     wrong_stop_penalty: Hidden[float] = 0.2
-    """Subtracted for a stop on a box whose IoU is below 0.5: it must earn less than to go on."""
+    """Subtracted for a stop on a box whose IoU is below 0.5: it must earn less than going on."""
     format_bonus: Hidden[float] = 0.0
     """Added once, at the end, where every answer of an episode held a usable box or stop (the paper: 0.1)."""
     require_format: Hidden[bool] = False

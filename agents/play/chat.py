@@ -56,8 +56,8 @@ class Budget:
     max_requests: int = 10_000
     """HTTP requests sent for answers, repeated ones included."""
     max_tokens: int = 10_000_000
-    """Prompt and answer tokens together, as the server counts them in ``usage``. Requests that
-    were sent before that are still answered."""
+    """Prompt and answer tokens together, as the server counts them in ``usage``. Requests sent
+    before that are still answered."""
     options: str = "--max"
     """Prefix of the two command-line options that set it, for messages."""
 
