@@ -113,8 +113,8 @@ def is_ready(file: RemoteFile, root: Path) -> bool:
     """Whether a file is where it belongs, whole; an archive: whether it is unpacked."""
     if file.unpack_into is None:
         return held_file(root / file.path, file.bytes, file.sha256) is not None
-    proven = file.listed_is_all or _unpacked_note(file, root).is_file()
-    return proven and not _missing(file, root)
+    counted = file.must_hold is None or file.must_hold[1] > 1  # else only the note of the unpacking proves it complete
+    return (counted or _unpacked_note(file, root).is_file()) and not _missing(file, root)
 
 
 def _missing(file: RemoteFile, root: Path) -> str | None:
