@@ -159,7 +159,8 @@ def lock_folder(path: str | Path) -> Iterator[None]:
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        handle = _hold(folder / LOCK)
+        while (handle := _locked(folder / LOCK, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX | fcntl.LOCK_NB)) is None:
+            pass
     except BlockingIOError:
         holder = "another process"
         with contextlib.suppress(OSError):  # it ends at this moment
@@ -196,18 +197,20 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-def _hold(path: Path) -> int:
-    """The open and locked lock file."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(handle, path):
-                return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # removed by the one that held it
+def _locked(path: Path, flags: int, operation: int) -> int | None:
+    """A file or folder, open and locked; None where the one that held the lock has removed the name."""
+    handle = os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(handle, operation)
+        if os.path.samestat(os.fstat(handle), os.lstat(path)):
+            return handle
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
 
 
 def _open_partial(path: Path, folder: bool = False) -> tuple[Path, int]:
@@ -225,20 +228,19 @@ def _open_partial(path: Path, folder: bool = False) -> tuple[Path, int]:
                 _remove(partial)
         if folder:
             partial.mkdir(exist_ok=True)
-        handle = os.open(partial, flags | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_at(handle, partial):
-                if folder:
-                    for left in partial.iterdir():
-                        _remove(left)
-                else:
-                    os.ftruncate(handle, 0)
-                return partial, handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # the one that held it has finished, and with it went the name
+        handle = _locked(partial, flags, fcntl.LOCK_EX)
+        if handle is not None:
+            break
+    try:
+        if folder:
+            for left in partial.iterdir():
+                _remove(left)
+        else:
+            os.ftruncate(handle, 0)
+    except BaseException:
+        os.close(handle)
+        raise
+    return partial, handle
 
 
 def _partial(path: Path) -> Path:
@@ -250,14 +252,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.lstat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _check_target(path: Path, is_kind: Any, follow: bool = False) -> None:
