@@ -16,15 +16,15 @@ import logging
 import operator
 import os
 import re
-import uuid
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from ivt_env.data import cache_folder
@@ -132,36 +132,33 @@ class Table:
         self._image_remedy = source.image_remedy
         self._cached_bytes = cached_bytes
         self._images: OrderedDict[str, ImageArray] = OrderedDict()
-        self._columns()
-
-    def _columns(self) -> None:
-        column = self._batch.column
-        self._text = {key: column(key) for key in ("sample_id", "image_id", "file_name", "expression", "meta")}
-        self._sizes = column("height").to_numpy(), column("width").to_numpy()
-        self._boxes = column("box").flatten().to_numpy().reshape(-1, 4)
-        self._siblings = column("siblings")
         self._row_of_image: dict[str, int] = {}
+
+    @cached_property
+    def _columns(self) -> dict[str, pa.Array]:
+        return {key: self._batch.column(key) for key in _SCHEMA.names}
 
     def __len__(self) -> int:
         """Number of expressions."""
-        return len(self._boxes)
+        return int(self._batch.num_rows)
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index`` (0-based); IndexError outside the range."""
         row = operator.index(index)
         if not 0 <= row < len(self):
             raise IndexError(f"{self.name} {self.split} has {len(self)} samples, there is no sample {index}")
-        text = {key: values[row].as_py() for key, values in self._text.items()}
+        held = {key: column[row].as_py() for key, column in self._columns.items()}
+        x1, y1, x2, y2 = (held["siblings"][side::4] for side in range(4))
         return Sample(
-            sample_id=text["sample_id"],
-            image_id=text["image_id"],
-            expression=text["expression"],
-            box=_box(self._boxes[row]),
-            size=self._size(row),
+            sample_id=held["sample_id"],
+            image_id=held["image_id"],
+            expression=held["expression"],
+            box=tuple(held["box"]),
+            size=(held["height"], held["width"]),
             dataset=self.name,
             split=self.split,
-            siblings=tuple(map(_box, np.reshape(self._siblings[row].as_py(), (-1, 4)))),
-            meta=json.loads(text["meta"]),
+            siblings=tuple(zip(x1, y1, x2, y2, strict=True)),
+            meta=json.loads(held["meta"]),
         )
 
     def image(self, sample: Sample) -> ImageArray:
@@ -184,37 +181,35 @@ class Table:
 
     def sample_ids(self) -> list[str]:
         """The ids of all samples, in order; much faster than making the samples."""
-        return self._text["sample_id"].to_pylist()
+        return self._columns["sample_id"].to_pylist()
 
     def image_ids(self) -> list[str]:
         """The image id of each sample, in order."""
-        return self._text["image_id"].to_pylist()
+        return self._columns["image_id"].to_pylist()
 
     def file_names(self) -> list[str]:
         """The image files of this split, each once, in order of first use."""
-        return list(dict.fromkeys(self._text["file_name"].to_pylist()))
-
-    def _size(self, row: int) -> tuple[int, int]:
-        return int(self._sizes[0][row]), int(self._sizes[1][row])
+        return list(dict.fromkeys(self._columns["file_name"].to_pylist()))
 
     def _file(self, image_id: str) -> tuple[Path, tuple[int, int]]:
+        """The file of an image, and its annotated (height, width)."""
         if not self._row_of_image:
-            for row, held in enumerate(self._text["image_id"].to_pylist()):
+            for row, held in enumerate(self.image_ids()):
                 self._row_of_image.setdefault(held, row)
         found = self._row_of_image.get(image_id)
         if found is None:
             raise DataError(f"{self.name} {self.split} has no image {image_id!r}; give one of its samples")
-        file_name = self._text["file_name"][found].as_py()
+        file_name, height, width = (self._columns[key][found].as_py() for key in ("file_name", "height", "width"))
         for folder in self._image_folders:
             if (folder / file_name).is_file():
-                return folder / file_name, self._size(found)
+                return folder / file_name, (height, width)
         folder = next((f for f in self._image_folders if f.is_dir()), self._image_folders[0])
         raise DataError(f"{folder / file_name}: this image of {self.name} is missing; {self._image_remedy}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a worker process reads for itself: the decoded images and, if on disk, the index."""
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_text", "_sizes", "_boxes", "_siblings")}
-        state |= {"_images": OrderedDict(), "_row_of_image": {}}
+        state = self.__dict__ | {"_images": OrderedDict(), "_row_of_image": {}}
+        state.pop("_columns", None)
         return state if self._path is None else state | {"_batch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -235,7 +230,6 @@ class Table:
                     "was opened; open it again"
                 )
             self._batch = reader.get_batch(facts["splits"].index(self.split))
-        self._columns()
 
 
 _Index = tuple[pa.RecordBatch, dict[str, Any], Path | None, Path]
@@ -337,20 +331,18 @@ def _batches(source: Source, bad: BadRows, folder: Path, where: str) -> dict[str
         seen.add((row.split, row.sample_id))
         if not source.boxes_proven and (why := looks_misdeclared(row.box, row.size)):
             bad.suspicions.append(f"{row.split} {row.sample_id}: {why}")
-        into = columns[row.split]
-        for key in ("sample_id", "image_id", "file_name", "expression", "box"):
-            into[key].append(getattr(row, key))
-        into["height"].append(row.size[0])
-        into["width"].append(row.size[1])
-        into["siblings"].append([value for box in row.siblings for value in box])
-        into["meta"].append(json.dumps(row.meta, ensure_ascii=False))
+        held = {key: getattr(row, key) for key in ("sample_id", "image_id", "file_name", "expression", "box")}
+        held |= {"height": row.size[0], "width": row.size[1], "meta": json.dumps(row.meta, ensure_ascii=False)}
+        held["siblings"] = [value for box in row.siblings for value in box]
+        for key, value in held.items():
+            columns[row.split][key].append(value)
     left_out_in_reading = len(bad.reasons) - (total - len(seen))
     if not total and not left_out_in_reading:
         raise DataError(f"{where}: holds no rows; {source.remedy}")
     bad.check(total + left_out_in_reading)
     for union, parts in source.unions.items():
         columns[union] = {key: [value for part in parts for value in columns[part][key]] for key in _SCHEMA.names}
-    return {s: pa.record_batch([pa.array(c[f.name], f.type) for f in _SCHEMA], _SCHEMA) for s, c in columns.items()}
+    return {s: pa.RecordBatch.from_pydict(held, _SCHEMA) for s, held in columns.items()}
 
 
 def _refuse_shared_images(batches: dict[str, pa.RecordBatch], where: str, source: Source) -> None:
@@ -381,11 +373,9 @@ def _fingerprint(path: Path, source: Source) -> list[int]:
 
 
 def _can_write(folder: Path) -> bool:
-    probe = folder / f".{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         _log.info("%s: no index can be written there (%s)", folder, error)
         return False
@@ -398,16 +388,11 @@ def _mapped(path: Path) -> tuple[pa.RecordBatchFileReader, dict[str, Any]]:
     Arrow trusts what it maps: a file that is cut off or has a flipped bit can end the process. So the file ends in a
     checksum of all before it, which is compared first.
     """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        size = max(0, os.fstat(file.fileno()).st_size - digest.digest_size)
-        left = size
-        while block := file.read(min(left, 1 << 16)):
-            digest.update(block)
-            left -= len(block)
-        if left or digest.digest() != file.read():
-            raise ValueError("cut off or damaged")
-    reader = pa.ipc.open_file(pa.BufferReader(pa.memory_map(str(path)).read_buffer(size)))
+    content = pa.memory_map(str(path)).read_buffer()
+    size = max(0, content.size - hashlib.sha256().digest_size)
+    if hashlib.sha256(content.slice(0, size)).digest() != content.slice(size).to_pybytes():
+        raise ValueError("cut off or damaged")
+    reader = pa.ipc.open_file(pa.BufferReader(content.slice(0, size)))
     return reader, json.loads((reader.schema.metadata or {}).get(b"ivt_env", b"{}"))
 
 
@@ -440,8 +425,3 @@ def _write_index(path: Path, batches: dict[str, pa.RecordBatch], facts: dict[str
     with whole_file(path) as file:
         file.write(content)
         file.write(hashlib.sha256(content).digest())
-
-
-def _box(values: np.ndarray) -> Box:
-    x1, y1, x2, y2 = values.tolist()
-    return x1, y1, x2, y2
