@@ -26,17 +26,18 @@ from ivt_env.files import FileError, whole_file
 
 _ON_DISK = tuple(name for name in NAMES if name not in ("scenes", "photos", "mixed"))
 
-_FETCH = (
-    "Downloads a data set to where its reader looks for it. Shows the licence and the size first and asks before more "
-    "than 1 GB. Run it again after an interruption: it goes on where it stopped."
-)
-
 
 def add_subcommands(parser: argparse.ArgumentParser) -> None:
     """Add ``fetch``, ``check``, ``convert``, ``show``, ``mix`` and ``render-screens`` below ``ivt data``."""
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    one = commands.add_parser("fetch", help="download a data set", description=_FETCH)
+    one = commands.add_parser(
+        "fetch",
+        help="download a data set",
+        description="Downloads a data set to where its reader looks for it. Shows the licence and the size first and "
+        "asks before more than 1 GB. Run it again after an interruption: it goes on where it stopped.",
+    )
+    _add_root(one)
     fetch.add_arguments(one)
     one.set_defaults(run=fetch.run)
 

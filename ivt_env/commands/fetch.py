@@ -45,9 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``run`` needs to a parser."""
     parser.add_argument("name", metavar="NAME", help=f"data set: {', '.join(CATALOGUE)}")
     parser.add_argument(
-        "--data-root", metavar="FOLDER", help="where data sets lie (default: the variable IVT_DATA, else the cache)"
-    )
-    parser.add_argument(
         "--mirror", metavar="URL", help="another server: takes the place of scheme and host in every address"
     )
     parser.add_argument("--yes", action="store_true", help="download more than 1 GB without asking")

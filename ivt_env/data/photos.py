@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ivt_env.boxes import to_relative
 from ivt_env.data import splits
 from ivt_env.data.images import read_image
 from ivt_env.data.sample import DataError, ImageArray, Sample
+from ivt_env.failures import reading
 
 _FOLDER = Path(__file__).resolve().parent.parent / "assets" / "photos"
 _EYES = {"the eye on the left", "the eye on the right"}
@@ -62,26 +64,16 @@ def _photograph(image_id: str, size: tuple[int, int]) -> ImageArray:
 
 
 @lru_cache(maxsize=4)
-def _samples(split: str) -> tuple[Sample, ...]:
+def _samples(split: str) -> list[Sample]:
     path = _FOLDER / "annotations.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        for row in rows:
-            box = to_relative(row["bbox"], (row["height"], row["width"]))
-            row["box"] = tuple(box.tolist())
-            row["image_id"] = Path(row["image"]).stem
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: photographs missing or changed ({error}); install ivt_env again") from error
-    return tuple(
-        Sample(
-            sample_id=f"{row['image_id']}-{sum(r['image'] == row['image'] for r in rows[:number])}",
-            image_id=row["image_id"],
-            expression=row["expression"],
-            box=row["box"],
-            size=(row["height"], row["width"]),
-            dataset=Photos.name,
-            split=split,
-            siblings=tuple(other["box"] for other in rows if {row["expression"], other["expression"]} == _EYES),
-        )
-        for number, row in enumerate(rows)
-    )
+    samples: list[Sample] = []
+    with reading(path, "install ivt_env again", DataError, "photographs missing or changed"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            image_id, size = Path(row["image"]).stem, (row["height"], row["width"])
+            number = sum(sample.image_id == image_id for sample in samples)
+            box = tuple(to_relative(row["bbox"], size).tolist())
+            samples.append(Sample(f"{image_id}-{number}", image_id, row["expression"], box, size, Photos.name, split))
+    eyes = [sample for sample in samples if sample.expression in _EYES]
+    siblings = {eye.sample_id: tuple(other.box for other in eyes if other is not eye) for eye in eyes}
+    return [replace(sample, siblings=siblings.get(sample.sample_id, ())) for sample in samples]

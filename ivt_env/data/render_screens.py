@@ -211,18 +211,20 @@ class _Tree:
     def _walk(
         self, node: dict[str, Any], heading: list[str], line: dict[str, Any] | None, table: dict[str, Any]
     ) -> None:
-        role, number = self._role(node), node["nodeId"]
+        role, number = _role(node), node["nodeId"]
         if role == "heading":
-            heading[0] = self._name(node)
+            heading[0] = _name(node)
         elif role in ("table", "grid"):
             table = {}  # filled with its first row
         elif role == "row":
             line = node
             self._heads[number] = table.setdefault("first", node)
         self._heading[number], self._line[number] = heading[0], line
-        for child in node.get("childIds", ()):
-            if child in self._nodes:
-                self._walk(self._nodes[child], heading, line, table)
+        for child in self._children(node):
+            self._walk(child, heading, line, table)
+
+    def _children(self, node: dict[str, Any]) -> list[dict[str, Any]]:
+        return [self._nodes[child] for child in node.get("childIds", ()) if child in self._nodes]
 
     def objection(self, expression: str, box: Sequence[float]) -> str | None:
         """Why an expression is not kept; None where exactly one element fits it, and that lies in ``box``."""
@@ -240,7 +242,7 @@ class _Tree:
 
     def _fits(self, number: str, noun: str, name: str | None, row: str | None, heading: str | None) -> bool:
         node, line = self._nodes[number], self._line[number]
-        if node.get("ignored") or self._role(node) not in _NOUNS[noun]:
+        if node.get("ignored") or _role(node) not in _NOUNS[noun]:
             return False
         if heading is not None and _folded(self._heading[number]) != _folded(heading):
             return False
@@ -248,15 +250,14 @@ class _Tree:
             return False
         if name is None:
             return True
-        return _folded(self._column(node, line) if noun == "cell" else self._name(node)) == _folded(name)
+        return _folded(self._column(node, line) if noun == "cell" else _name(node)) == _folded(name)
 
     def _cells(self, line: dict[str, Any]) -> list[dict[str, Any]]:
-        held = [self._nodes[child] for child in line.get("childIds", ()) if child in self._nodes]
-        return [c for c in held if self._role(c) in ("cell", "gridcell", "rowheader", "columnheader")]
+        return [c for c in self._children(line) if _role(c) in ("cell", "gridcell", "rowheader", "columnheader")]
 
     def _row_name(self, line: dict[str, Any]) -> str:
         cells = self._cells(line)
-        headers = [cell for cell in cells if self._role(cell) == "rowheader"]
+        headers = [cell for cell in cells if _role(cell) == "rowheader"]
         return self._text(next(iter(headers or cells), line))
 
     def _column(self, node: dict[str, Any], line: dict[str, Any] | None) -> str:
@@ -267,18 +268,17 @@ class _Tree:
         return self._text(heads[place]) if place < len(heads) else ""
 
     def _text(self, node: dict[str, Any]) -> str:
-        if self._role(node) == "StaticText":
-            return self._name(node)
-        parts = [self._text(self._nodes[child]) for child in node.get("childIds", ()) if child in self._nodes]
-        return " ".join(filter(None, parts)) or self._name(node)
+        if _role(node) == "StaticText":
+            return _name(node)
+        return " ".join(filter(None, map(self._text, self._children(node)))) or _name(node)
 
-    @staticmethod
-    def _role(node: dict[str, Any]) -> str:
-        return str(node.get("role", {}).get("value", ""))
 
-    @staticmethod
-    def _name(node: dict[str, Any]) -> str:
-        return str(node.get("name", {}).get("value", ""))
+def _role(node: dict[str, Any]) -> str:
+    return str(node.get("role", {}).get("value", ""))
+
+
+def _name(node: dict[str, Any]) -> str:
+    return str(node.get("name", {}).get("value", ""))
 
 
 def _folded(text: str) -> str:
