@@ -11,7 +11,6 @@ import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +24,7 @@ RATIO_LIMIT = 50
 _ALWAYS_ALLOWED_BYTES = 16 << 20
 _HEADER_BYTES = 512
 """Each member counts with its tar header, so that the limit also bounds their number."""
+_BROKEN = "delete this file and fetch the original again", DataError, "cannot be unpacked"
 
 
 def unpack(
@@ -38,13 +38,8 @@ def unpack(
 ) -> tuple[int, int]:
     """Unpack a zip, tar or tar.gz (told by its content) into a folder; gives how many files and bytes there are now.
 
-    Args:
-        archive: the file.
-        folder: where members go; it is made. The user's own links inside it are followed.
-        only: ``fnmatch`` patterns of the plain file names that are wanted. None means all.
-        below: folder inside the archive whose content is wanted. Empty means all.
-        flatten: drop the members' folders.
-        progress: told of unpacked bytes.
+    ``only``, ``below`` and ``flatten`` are those of ``RemoteFile``; ``progress`` is told of unpacked bytes. The user's
+    own links inside the folder, which is made, are followed.
 
     Raises:
         DataError: for an archive that is missing or broken, that holds a member outside its folder, a link, a device or
@@ -52,7 +47,7 @@ def unpack(
     """
     members: dict[Path, tuple[int, Any]] = {}
     judged = 0
-    with _reading(archive), _opened(archive) as opened:
+    with reading(archive, *_BROKEN), _opened(archive) as opened:
         limit = RATIO_LIMIT * archive.stat().st_size + _ALWAYS_ALLOWED_BYTES
         for info in opened.infolist() if isinstance(opened, zipfile.ZipFile) else opened:
             name, size, is_folder = _judged(info)
@@ -90,10 +85,6 @@ def unpack(
     return len(members), total
 
 
-def _reading(archive: Path) -> AbstractContextManager[None]:
-    return reading(archive, "delete this file and fetch the original again", DataError, "cannot be unpacked")
-
-
 def _opened(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
     with archive.open("rb") as file:
         is_zip = file.read(2) == b"PK"
@@ -103,7 +94,7 @@ def _opened(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
 def _blocks(archive: Path, opened: Any, info: Any, size: int) -> Iterator[bytes]:
     """The content of a member; what is wrong with it becomes a DataError, what is wrong with the disk does not."""
     open_member = opened.open if isinstance(opened, zipfile.ZipFile) else opened.extractfile
-    with _reading(archive), open_member(info) as source:
+    with reading(archive, *_BROKEN), open_member(info) as source:
         while block := source.read(1 << 20):
             size -= len(block)
             yield block

@@ -5,6 +5,7 @@ Where no checksum is published, ``fetch`` records what it received, so that a se
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import re
@@ -22,9 +23,6 @@ from ivt_env.failures import reading
 _T = TypeVar("_T")
 _ARCHIVED = re.compile(r"https?://web\.archive\.org/web/[^/]+/(?=https?://)")
 
-DOWNLOADS = "downloads"
-"""Archives wait here, under the data root, until they are unpacked."""
-
 
 def mirrored(url: str, mirror: str | None) -> str:
     """``url`` on another server: ``mirror``, which may have a path, takes the place of scheme and host.
@@ -33,13 +31,10 @@ def mirrored(url: str, mirror: str | None) -> str:
     """
     if mirror is None:
         return url
-    try:
+    parts = None
+    with contextlib.suppress(ValueError):  # half an IPv6 address
         parts = urllib.parse.urlsplit(mirror)
-    except ValueError as error:  # half an IPv6 address
-        raise DataError(
-            f"--mirror {mirror!r} is not an address ({error}): give one such as https://example.org"
-        ) from error
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    if parts is None or parts.scheme not in ("http", "https") or not parts.netloc:
         raise DataError(f"--mirror {mirror!r} is not an address: give one such as https://example.org/datasets")
     original = urllib.parse.urlsplit(_ARCHIVED.sub("", url))
     return mirror.rstrip("/") + urllib.parse.urlunsplit(("", "", original.path, original.query, ""))
@@ -51,7 +46,7 @@ class RemoteFile:
 
     url: str
     path: str
-    """Where it ends up, relative to the data root, with ``/``."""
+    """Where it ends up, relative to the data root, with ``/``; an archive waits there until it is unpacked."""
     bytes: int | None = None
     """Exact size, where published."""
     about_bytes: int | None = None
@@ -175,6 +170,5 @@ _IMAGES = {
     name: _made(ImageSource, values | {"archive": _made(RemoteFile, values["archive"])})
     for name, values in _LISTED["images"].items()
 }
-COCO_TRAIN2014 = _IMAGES["coco"]
 CATALOGUE = {name: _entry(name, values) for name, values in _LISTED["sets"].items()}
 """Name -> data set."""

@@ -63,17 +63,15 @@ class BadRows:
     def check(self, total: int) -> None:
         """Raise DataError where more than the allowed share of ``total`` samples was left out or is suspect, or all."""
         allowed = max(BAD_ROWS_ALWAYS_ALLOWED, BAD_ROWS_ALLOWED_SHARE * total)
-        suspect = len(self.suspicions)
-        if suspect > allowed or (suspect > 1 and suspect + len(self.reasons) == total):
+        suspect, unusable = len(self.suspicions), len(self.reasons)
+        if suspect > allowed or (suspect > 1 and suspect + unusable == total):
             raise DataError(
                 f"{self._where}: {suspect} of {total} boxes do not fit their images as they are read (the limit is "
                 f"{int(allowed)}), the first: {self.suspicions[0]}; {self.remedy}"
             )
-        if not self.reasons:
-            return
-        if len(self.reasons) > allowed or len(self.reasons) == total:
+        if unusable > allowed or 0 < unusable == total:
             raise DataError(
-                f"{self._where}: {len(self.reasons)} of {total} rows are unusable (the limit is {int(allowed)}), "
+                f"{self._where}: {unusable} of {total} rows are unusable (the limit is {int(allowed)}), "
                 f"the first: {self.reasons[0]}; {self.remedy}"
             )
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import islice, product
 from typing import Any, Literal
 
 from ivt_env.data.checked import Box
@@ -134,16 +134,12 @@ def leaks(tables: Mapping[tuple[str, str], Table], allowed: bool = False, every:
     images instead of the first few.
     """
     images = {key: set(table.image_ids()) for key, table in tables.items()}
-    for train, of_train in images.items():
-        if train[1] != "train":
-            continue
-        for other, of_other in images.items():
-            shared = of_train & of_other
-            if other != train and other[1] != "train" and shared:
-                text = f"{' '.join(train)} shares images with {' '.join(other)}: leave them out of training"
-                level: Level = "warning" if allowed or train[0] != other[0] else "error"
-                named = tuple(sorted(shared)) if every else _first(sorted(shared))
-                yield Finding(level, f"{train[1]}/{other[1]}", text, len(shared), named)
+    for train, other in product(images, images):
+        shared = sorted(images[train] & images[other])
+        if train[1] == "train" and other[1] != "train" and shared:
+            text = f"{' '.join(train)} shares images with {' '.join(other)}: leave them out of training"
+            level: Level = "warning" if allowed or train[0] != other[0] else "error"
+            yield Finding(level, f"train/{other[1]}", text, len(shared), tuple(shared) if every else _first(shared))
 
 
 def _rows(table: Table) -> Iterator[Finding]:

@@ -89,14 +89,9 @@ def download(
 ) -> str:
     """Download a file, or resume a download, unless the file is there and right; gives its SHA-256.
 
-    Args:
-        url: http or https.
-        target: where it ends up; its folder is made.
-        size: exact size in bytes, where known.
-        sha256: checksum, where known. Without it the file is compared with the note of an earlier
-            download (``<target>.sha256``), where there is one.
-        space_factor: room for what is unpacked from it afterwards, as a multiple of its size.
-        progress: told of bytes received.
+    Its exact ``size`` in bytes and its checksum are compared where they are known; without the checksum the file is
+    compared with the note of an earlier download (``<target>.sha256``), where there is one. ``space_factor`` is the
+    room for what is unpacked from it afterwards, as a multiple of its size; ``progress`` is told of bytes received.
 
     Raises:
         DataError: where the server does not give the file, or another one than published or received earlier, or the
@@ -111,9 +106,8 @@ def download(
         with _locked(partial) as file:
 
             def restart() -> None:
-                if received():
-                    file.seek(0)
-                    file.truncate()
+                file.seek(0)
+                file.truncate()
                 tag.unlink(missing_ok=True)
 
             def received() -> int:
@@ -264,12 +258,7 @@ def fetch_images(
 ) -> int:
     """Download images, several at a time, except those that are there and whole; gives how many were downloaded.
 
-    Args:
-        file_names: plain names, without a folder.
-        folder: where they go; it is made.
-        url_of: address of an image by its name.
-        workers: how many downloads at a time.
-        progress: told of images that are done.
+    ``file_names`` are plain names, without a folder; ``progress`` is told of images that are done.
 
     Raises:
         DataError: where any failed, after all others were tried; lists them. A server that is gone ends it early.

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ivt_env.data.checked import BadRowError, short
 from ivt_env.data.sample import DataError, ImageArray
@@ -31,8 +31,6 @@ from ivt_env.data.sample import DataError, ImageArray
 MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded: as RGB this one takes 192 MB."""
 
-_EXIF_ORIENTATION = 0x0112
-_QUARTER_TURNS = (5, 6, 7, 8)
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,12 +53,12 @@ class Header:
     stored: tuple[int, int]
     """(height, width) of the pixels as stored."""
     orientation: int = 1
-    """EXIF: 1 is upright, 2 to 8 are mirrored or turned."""
+    """EXIF: 1 is upright, 2 to 8 are mirrored or turned, 5 to 8 by a quarter."""
 
     @property
     def upright(self) -> tuple[int, int]:
         """(height, width) as a viewer shows it."""
-        return (self.stored[1], self.stored[0]) if self.orientation in _QUARTER_TURNS else self.stored
+        return (self.stored[1], self.stored[0]) if self.orientation >= 5 else self.stored
 
     def misfit(self, size: tuple[int, int]) -> str | None:
         """Why boxes would be wrong that refer to an image of this (height, width); None where it has that size."""
@@ -198,7 +196,7 @@ def _header(image: Image.Image, where: str) -> Header:
     if image.format == "TIFF":  # Pillow may have turned the size already
         width, height = int(image.tag_v2[256]), int(image.tag_v2[257])  # type: ignore[attr-defined]
     try:
-        orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception as error:  # a damaged EXIF block raises nearly anything; the pixels are whole
         _log.warning("%s: EXIF block unreadable (%s); the pixels are taken as stored", where, error)
         orientation = 1

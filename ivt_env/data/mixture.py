@@ -76,10 +76,9 @@ class Mixture:
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index`` (0-based); IndexError outside the range."""
-        number = operator.index(index)
-        if not 0 <= number < len(self):
+        if not 0 <= operator.index(index) < len(self):
             raise IndexError(f"mixed {self.split} has {len(self)} samples, there is no sample {index}")
-        key, row = self._rows[number]
+        key, row = self._rows[index]
         sample = self._parts[key][row]
         return replace(sample, sample_id=f"{key[0]}/{sample.sample_id}", split=self.split)
 
@@ -100,13 +99,12 @@ def draw(tables: Mapping[tuple[str, str], Table], seed: int, sizes: Mapping[str,
     taken_images: set[str] = set()
     ids: Ids = {}
     for split, parts in PARTS.items():
-        chosen: list[tuple[str, str, str]] = []
+        ids[split] = []
         images_here: set[str] = set()
         for number, key in enumerate(parts):
             wanted = sizes[split] // len(parts) + (number < sizes[split] % len(parts))
             samples_of: dict[str, list[str]] = defaultdict(list)
-            table = tables[key]
-            for sample_id, image_id in zip(table.sample_ids(), table.image_ids(), strict=True):
+            for sample_id, image_id in zip(tables[key].sample_ids(), tables[key].image_ids(), strict=True):
                 if image_id not in taken_images:
                     samples_of[image_id].append(sample_id)
             found = _fill(samples_of, wanted, random.Random(f"{seed}/{split}/{key[0]}"))
@@ -115,10 +113,9 @@ def draw(tables: Mapping[tuple[str, str], Table], seed: int, sizes: Mapping[str,
                     f"mixed: {split} needs {wanted} samples of {key[0]} {key[1]} on images of its own, and "
                     f"{len(found)} are left; is the data set whole? `ivt data check {key[0]}` tells"
                 )
-            chosen += [(*key, sample_id) for _, sample_id in found]
+            ids[split] += [(*key, sample_id) for _, sample_id in found]
             images_here |= {image for image, _ in found}
         taken_images |= images_here
-        ids[split] = chosen
     return ids
 
 

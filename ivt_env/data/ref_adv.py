@@ -33,7 +33,6 @@ COLUMNS = (
     "image", "file_name", "normal_caption", "solution", "width", "height", "image_source", "human_authored",
     "use_negation", "distractors",
 )  # fmt: skip
-ROWS_IN_MEMORY = 16
 
 _REMEDY = "fetch the Parquet file of dddraxxx/ref-adv-s again"
 _COCO_FILE = re.compile(r"(?:COCO_val20\d\d_)?(\d{12})\.\w+")
@@ -78,7 +77,7 @@ def _read(paths: Sequence[Path], bad: BadRows, folder: Path) -> Iterator[Row]:
     bad.split = "test"
     running = count()
     for path in paths:
-        rows = hub.parquet_rows(path, COLUMNS, _REMEDY, ROWS_IN_MEMORY, ["row_idx"])
+        rows = hub.parquet_rows(path, COLUMNS, _REMEDY, 16, ["row_idx"])
         numbered = ((number, {"row_idx": next(running)} | values) for number, values in rows)
         yield from checked.usable(bad, path.name, numbered, bound(_row, images=images))
 
