@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,12 +37,6 @@ __all__ = [
 
 GUI = ("screenspot", "screenspotv2", "screenspotpro", "uivision", "uivisionlayout", "mmbenchgui", "osworldg")
 """Public test sets of screens (``ivt_env.data.gui``)."""
-NAMES = (
-    *("scenes", "photos", "screens", "refcocog", "refcoco", "refcocoplus", "refl4", "refadv", "mixed"),
-    *GUI,
-    "custom",
-)
-"""Every data set name that ``load_dataset`` takes."""
 
 _LAYOUTS = {
     **dict.fromkeys(
@@ -58,16 +53,18 @@ _LAYOUTS = {
 
 _SPLITS = {
     "photos": ("train", "val", "test", "all"),
+    "screens": ("train", "val", "test"),
     "refcocog": ("train", "val", "test"),
     "refcoco": ("train", "val", "testA", "testB"),
     "refcocoplus": ("train", "val", "testA", "testB"),
     "refl4": ("val", "test", "all"),
     "refadv": ("test",),
     "mixed": ("train", "val", "test"),
-    "screens": ("train", "val", "test"),
     **dict.fromkeys(GUI, ("test",)),
     "custom": ("train", "val", "test"),
 }
+NAMES = ("scenes", *_SPLITS)
+"""Every data set name that ``load_dataset`` takes."""
 
 _warned: set[str] = set()
 
@@ -171,17 +168,16 @@ def load_dataset(
 
 def find_source(name: str, split: str, root: Path) -> Source | None:
     """Where a real data set lies under ``root`` in a layout that has this split; None: nowhere."""
+    return next((found for found in _found(name, root) if split in found.splits or split in found.unions), None)
+
+
+def _found(name: str, root: Path) -> Iterator[Source]:
+    """A real data set in each layout in which it lies under ``root``."""
     for layout in _LAYOUTS[name]:
-        found = _found(layout, root, name)
-        if found is not None and (split in found.splits or split in found.unions):
-            return found
-    return None
-
-
-def _found(layout: str, root: Path, name: str) -> Source | None:
-    module, _, function = layout.partition(".")
-    source: Source | None = getattr(importlib.import_module(f"ivt_env.data.{module}"), function)(root, name)
-    return source
+        module, _, function = layout.partition(".")
+        found = getattr(importlib.import_module(f"ivt_env.data.{module}"), function)(root, name)
+        if found is not None:
+            yield found
 
 
 def _absence(name: str, root: Path) -> str:
@@ -203,9 +199,9 @@ def _absence(name: str, root: Path) -> str:
         )
     modules = dict.fromkeys(layout.partition(".")[0] for layout in _LAYOUTS[name])
     places = [str(root / place) for m in modules for place in importlib.import_module(f"ivt_env.data.{m}").PLACES[name]]
-    there = [found for layout in _LAYOUTS[name] if (found := _found(layout, root, name)) is not None]
     also = "".join(
-        f" What is in {source.folder} ({source.layout}) serves only {', '.join(source.splits)}." for source in there
+        f" What is in {found.folder} ({found.layout}) serves only {', '.join(found.splits)}."
+        for found in _found(name, root)
     )
     return (
         f"{name}: not on this machine; looked for {', '.join(places)}.{also} To get it: `ivt data fetch {name}`. If "
