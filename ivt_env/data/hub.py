@@ -9,12 +9,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ivt_env.data.checked import BadRowError, BadRows, short
 from ivt_env.data.images import Header, read_header
 from ivt_env.data.sample import DataError
+from ivt_env.failures import reading
 from ivt_env.files import write_whole
 
 _BUFFER = 2**20  # bytes per column
@@ -72,27 +72,18 @@ def parquet_rows(
     ``optional`` columns are read where the file has them. A file that is cut off or damaged, or lacks a column, is a
     DataError with the remedy. A column may hold anything: the reader checks each value.
     """
-    number = 0
-    try:
-        # Pre-buffering, and reading without a buffer, would hold all images of a row group at once.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
-            held = file.schema_arrow.names
-            missing = [name for name in columns if name not in held]
-            if missing:
-                raise DataError(
-                    f"{path}: has no column {', '.join(map(repr, missing))} (it has {', '.join(held)[:500]}); {remedy}"
-                )
-            names = [*columns, *(name for name in optional if name in held)]
-            for batch in file.iter_batches(rows_at_once, columns=names, use_threads=False):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
-    except DataError:
-        raise
-    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
-        place = f" after row {number - 1}" if number else ""
-        what = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{path}: not a whole Parquet file{place} ({what}); {remedy}") from error
+    # Pre-buffering, and reading without a buffer, would hold all images of a row group at once.
+    broken = reading(path, remedy, DataError, "not a whole Parquet file")
+    with broken, pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
+        held = file.schema_arrow.names
+        missing = [name for name in columns if name not in held]
+        if missing:
+            raise DataError(
+                f"{path}: has no column {', '.join(map(repr, missing))} (it has {', '.join(held)[:500]}); {remedy}"
+            )
+        names = [*columns, *(name for name in optional if name in held)]
+        batches = file.iter_batches(rows_at_once, columns=names, use_threads=False)
+        yield from enumerate(row for batch in batches for row in batch.to_pylist())
 
 
 class EmbeddedImages:

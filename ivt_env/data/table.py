@@ -21,7 +21,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -283,16 +282,15 @@ def open_table(source: Source, split: str, cached_bytes: int = 96 << 20, need_im
 
 def _build(source: Source, identity: dict[str, Any], split: str, places: Sequence[Path]) -> _Index:
     _log.info("%s: reading the annotations of %s (up to a minute)", source.folder, source.name)
-    writable = filter(_can_write, places)  # the second place is touched only where the first will not do
-    target = next(writable, None)
+    target = next(filter(_can_write, places), None) if source.embedded else places[0]
     where = ", ".join(str(path) for path in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
-    if source.embedded and target is None:
+    if target is None:
         raise DataError(
             f"{where}: holds images, which must be written out, and nothing can be written to "
             f"{' or '.join(map(str, places))}; make one of these folders writable"
         )
     bad = BadRows(where, source.remedy)
-    batches = _batches(source, bad, target or places[0], where)
+    batches = _batches(source, bad, target, where)
     counts = {s: batch.num_rows for s, batch in batches.items()}
     if not counts[split]:
         held = ", ".join(f"{s}: {count}" for s, count in counts.items())
@@ -305,7 +303,7 @@ def _build(source: Source, identity: dict[str, Any], split: str, places: Sequenc
     left_out = [list(one) for one in zip(bad.splits, bad.reasons, strict=True)]
     facts = identity | {"splits": list(batches), "counts": counts, "left_out": left_out}
     # Embedded images were written out beside the first place, so the index may lie nowhere else.
-    for folder in [target] if target and source.embedded else filter(None, chain([target], writable)):
+    for folder in [target] if source.embedded else places:
         path = folder / _index_name(source)
         try:
             _write_index(path, batches, facts)
@@ -316,7 +314,7 @@ def _build(source: Source, identity: dict[str, Any], split: str, places: Sequenc
             return reader.get_batch(facts["splits"].index(split)), facts, path, folder / "images"
     where_not = " or ".join(map(str, places))
     _log.warning("cannot write an index of %s to %s; opening it will be slow every time", source.name, where_not)
-    return batches[split], facts, None, (target or places[0]) / "images"
+    return batches[split], facts, None, target / "images"
 
 
 def _batches(source: Source, bad: BadRows, folder: Path, where: str) -> dict[str, pa.RecordBatch]:
