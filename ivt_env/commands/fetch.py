@@ -141,11 +141,9 @@ def _is_complete_elsewhere(images: ImageSource, root: Path) -> bool:
 def _size(file: RemoteFile, root: Path) -> int | None:
     """Bytes still to come; None where not even the server says."""
     target = root / file.path
-    size = file.bytes or file.about_bytes
     if file.unpack_into is not None and target.is_file():
         return 0
-    if size is None:
-        size = remote_size(file.url, str(target))
+    size = file.bytes or file.about_bytes or remote_size(file.url, str(target))
     partial = partial_path(target)
     return None if size is None else max(0, size - (partial.stat().st_size if partial.exists() else 0))
 

@@ -13,7 +13,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ class Converted:
     counts: Mapping[str, int]
     """Split -> expressions."""
     images: int
-    left_out: Sequence[str] = ()
+    left_out: Sequence[str]
     """Why, for each thing that could not be used."""
-    notes: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int]
     """What else was passed over or decided, and how often."""
 
 
@@ -78,17 +78,9 @@ class Writer:
         """
         more = {key: value for key, value in more.items() if value is not None}
         for number, expression in enumerate(expressions):
-            self.lines.append(
-                {
-                    "id": f"{name}-{number}" if len(expressions) > 1 else name,
-                    "image": image,
-                    "width": size[1],
-                    "height": size[0],
-                    "expression": expression,
-                    "bbox": list(bbox),
-                }
-                | more
-            )
+            line_id = f"{name}-{number}" if len(expressions) > 1 else name
+            line = {"id": line_id, "image": image, "width": size[1], "height": size[0]}
+            self.lines.append(line | {"expression": expression, "bbox": list(bbox)} | more)
             self._source_of[image] = path
 
     def write(self, split: Splits, seed: int, bad: BadRows, notes: Mapping[str, int], remedy: str) -> Converted:

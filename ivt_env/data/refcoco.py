@@ -1,20 +1,17 @@
 """RefCOCO, RefCOCO+ and RefCOCOg as others have prepared them; REFER's own files are read by ``ivt_env.data.refer``.
 
-Boxes are in pixels of the image as stored, and only REFER's files know an object's ``siblings``. ``image_id`` is
+docs/data/layouts.md compares the layouts. Boxes are in pixels of the image as stored, and ``image_id`` is
 ``"coco-<COCO's number>"``, as everywhere.
 
-- ``jxu124`` (Hub, annotations only): an object a row. ``bbox`` is **xyxy**; the JSON in ``raw_anns`` holds the same box
-  as **xywh**, and where the two disagree by more than 1e-4 pixels the whole file is refused, because nobody can say
-  then in which convention it is. (Public code exists that takes ``bbox`` for xywh.) ``sample_id`` is
-  ``"<ref_id>-<sent_id>"``.
+- ``jxu124`` (Hub): an object a row. ``bbox`` is **xyxy**; the JSON in ``raw_anns`` holds the same box as **xywh**, and
+  where the two disagree by more than 1e-4 pixels the whole file is refused, because nobody can say then in which
+  convention it is. ``sample_id`` is ``"<ref_id>-<sent_id>"``.
 - ``vlm_r1``: **xyxy**. ``.json`` is a list of objects whose box is ``solution`` (never ``bbox_list``, which is a pixel
-  short); ``sample_id`` is ``"<ann_id>-<running number>"``, as in MDETR's files, from which it was made. ``.jsonl``,
-  read where there is no ``.json``, has one conversation a line, whose answer is four numbers as a list or as its text;
-  ``sample_id`` is the line's ``id``, and the size is read from the image's header: a row without its image is a bad
-  row, also later, until the index (``.ivt_index/``) is deleted.
+  short); ``sample_id`` is ``"<ann_id>-<running number>"``. ``.jsonl``, read where there is no ``.json``, has one
+  conversation a line, whose answer is four numbers as a list or as its text; ``sample_id`` is the line's ``id``. The
+  size is read from the image's header: a row without its image is a bad row, also later, until the index is deleted.
 - ``mdetr``: **xywh**, COCO's form with one image entry and one annotation for each *expression*. ``id`` and
   ``image_id`` are running numbers, COCO's own are ``original_id``; ``sample_id`` is ``"<ann_id>-<running number>"``.
-  (MDETR scores a box as right at GIoU >= 0.5. That is not the IoU >= 0.5 of everybody else.)
 - ``lmms`` (Hub, images inside, evaluation only): an object a row, its expressions the list ``answer``; ``sample_id`` is
   ``"<ann_id>-<number of the answer>"``. ``bbox`` is **xywh** as float32. Each number is taken as the shortest decimal
   that float32 stands for: the annotators' file says so, and the box is the same to the last bit as in the other
