@@ -16,8 +16,6 @@ from ivt_env.rewards import POINTING, RewardConfig
 MAX_ELONGATION = 100
 """Longer side of an image divided by the shorter: of a longer one a canvas shows nothing, and the processors of
 vision-language models refuse 200."""
-
-
 GOOD = 0.5
 """IoU from which on a box counts as right, as in Acc@0.5."""
 
@@ -79,8 +77,7 @@ class Game:
         """Apply one action, a ``box`` (4,) or a stop. Gives the reward, and why the box was refused."""
         if self.over:
             raise RuntimeError("the episode is over; call reset()")
-        config, before, why = self.reward_config, self.phi, None
-        reward = 0.0
+        config, before, why, reward = self.reward_config, self.phi, None, 0.0
         if stop:
             self.terminated = True
             right = self.hit if config.potential in POINTING else self.iou >= GOOD
@@ -89,7 +86,7 @@ class Game:
             self.step_count += 1
             reward -= config.step_cost
             proposal = _float32(box)
-            why = None if _is_usable(proposal) else boxes.invalid_reason(proposal)
+            why = boxes.invalid_reason(proposal)
             if why is None:
                 if self.box is not None:
                     self.earlier.append(self.box)
@@ -139,14 +136,6 @@ def iou_of_two(a: Sequence[float], b: Sequence[float]) -> float:
     area_b = max(bx2 - bx1, 0.0) * max(by2 - by1, 0.0)
     union = area_a + area_b - intersection
     return float(intersection / union) if union > 0 else 0.0
-
-
-def _is_usable(box: NDArray[np.float32]) -> bool:
-    """Whether ``boxes.invalid_reason`` has nothing to say; NaN compares false."""
-    if box.shape != (4,):
-        return False
-    x1, y1, x2, y2 = box.tolist()
-    return 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
 
 
 def _float32(box: ArrayLike) -> NDArray[np.float32]:

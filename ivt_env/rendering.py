@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,11 +37,8 @@ class Overlay:
         """Refuse values that would draw nothing, or nonsense."""
         if self.style not in ("fill", "outline", "both"):
             raise ValueError(f"overlay style {self.style!r}: choose fill, outline or both")
-        if (
-            not isinstance(self.colour, tuple)
-            or len(self.colour) != 3
-            or not all(isinstance(c, int) and 0 <= c <= 255 for c in self.colour)
-        ):
+        levels = self.colour if isinstance(self.colour, tuple) else ()
+        if len(levels) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in levels):
             raise ValueError(f"overlay colour {self.colour!r}: give three integers 0..255")
         if not isinstance(self.opacity, int | float) or not 0 < self.opacity <= 1:
             raise ValueError(f"overlay opacity {self.opacity!r}: give a number in (0, 1]")
@@ -68,18 +64,26 @@ class Surroundings:
 
     def __post_init__(self) -> None:
         """Refuse windows that would be empty or larger than the image."""
-        if not isinstance(self.margin, int | float) or not 0 <= self.margin <= 10:
-            raise ValueError(f"closeup margin {self.margin!r}: give a number from 0 to 10")
-        if not isinstance(self.smallest, int | float) or not 0 <= self.smallest <= 1:
-            raise ValueError(f"closeup smallest {self.smallest!r}: give a number from 0 to 1")
-        if not isinstance(self.square, bool):
-            raise ValueError(f"closeup square {self.square!r}: give true or false")
-        if not isinstance(self.drawn, bool):
-            raise ValueError(f"closeup drawn {self.drawn!r}: give true or false")
+        for name, value, most in (("margin", self.margin, 10), ("smallest", self.smallest, 1)):
+            if not isinstance(value, int | float) or not 0 <= value <= most:
+                raise ValueError(f"closeup {name} {value!r}: give a number from 0 to {most}")
+        for name, flag in (("square", self.square), ("drawn", self.drawn)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"closeup {name} {flag!r}: give true or false")
 
     def window(self, box: ArrayLike, size: Sequence[int]) -> NDArray[np.float64]:
-        """The region shown around a box, relative to an image of ``size`` (height, width) in pixels."""
-        return boxes.closeup_window(box, self.margin, self.smallest, size if self.square else None)
+        """The region shown around a box (4,), relative to an image of ``size`` (height, width) in pixels.
+
+        It is shifted so that it stays inside the image.
+        """
+        b = np.asarray(box, dtype=np.float64)
+        sides = np.maximum((b[2:] - b[:2]) * (1 + 2 * self.margin), self.smallest)
+        if self.square:
+            pixels = np.array([size[1], size[0]])
+            sides = (sides * pixels).max() / pixels
+        sides = np.minimum(sides, 1.0)
+        low = np.clip((b[:2] + b[2:]) / 2 - sides / 2, 0.0, 1.0 - sides)
+        return np.concatenate([low, low + sides])
 
 
 _TRAIL = (128, 128, 128)
@@ -89,7 +93,7 @@ def size_on_canvas(size: Sequence[int], side: int) -> tuple[int, int]:
     """(height, width) that an image of that size has on a canvas of ``side`` pixels; never enlarged."""
     height, width = size
     scale = min(1.0, side / max(height, width))
-    return (max(1, round(height * scale)), max(1, round(width * scale))) if scale < 1 else (height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def place_on_canvas(image: ImageArray, side: int) -> tuple[ImageArray, tuple[int, int]]:
@@ -150,15 +154,11 @@ class Sheet:
 
     def draw(self, target: ImageArray, box: ArrayLike) -> None:
         """Draw a relative box into ``target`` (S, S, 3), a copy of the canvas, as ``draw_overlay`` does."""
-        overlay = self.overlay
-        if overlay.style == "outline":
+        overlay, self._drawn = self.overlay, self._drawn + 1
+        if overlay.style == "outline" or self._drawn <= self._BLENDED_SINGLY:
             draw_overlay(target, self.extent, box, overlay)
             return
-        self._drawn += 1
         if self._filled is None:
-            if self._drawn <= self._BLENDED_SINGLY:
-                draw_overlay(target, self.extent, box, overlay)
-                return
             self._filled = self.canvas.copy()
             draw_overlay(self._filled, self.extent, (0, 0, 1, 1), replace(overlay, style="fill"))
         rectangle = x1, y1, x2, y2 = pixel_rectangle(box, self.extent)
@@ -172,10 +172,6 @@ class Sheet:
         for box in earlier:
             draw_overlay(canvas, self.extent, box, looked_at)
         return Sheet(canvas, self.extent, self.overlay)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the blended image: it can be made again."""
-        return self.__dict__ | {"_filled": None}
 
 
 def _frame(canvas: ImageArray, rectangle: tuple[int, int, int, int], colour: Sequence[int], width: int) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivt_env import boxes
+from ivt_env.rendering import Surroundings
 
 GRID = 4096  # coordinates are multiples of 1/4096: exact in float32 and far from underflow
 prop = partial(settings, deadline=None, max_examples=200)
@@ -94,16 +95,19 @@ def test_clip_moves_only_what_is_outside_the_image(box):
 @given(any_box.map(lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))))
 def test_a_closeup_window_lies_inside_the_image_and_holds_the_box(box):
     clipped = boxes.clip(box)
-    window = boxes.closeup_window(clipped)
+    window = Surroundings().window(clipped, (480, 640))
     assert (window[:2] >= 0).all() and (window[2:] <= 1 + 1e-12).all()
     assert (window[2:] - window[:2] >= 0.25 - 1e-12).all(), "smaller than the smallest window"
     assert (window[:2] <= clipped[:2] + 1e-12).all() and (window[2:] >= clipped[2:] - 1e-12).all()
 
 
 def test_a_closeup_window_shows_half_a_box_of_margin_on_each_side():
-    np.testing.assert_allclose(boxes.closeup_window([0.4, 0.3, 0.6, 0.7]), [0.3, 0.1, 0.7, 0.9])
-    np.testing.assert_allclose(boxes.closeup_window([0.49, 0.49, 0.51, 0.51]), [0.375, 0.375, 0.625, 0.625])
-    np.testing.assert_allclose(boxes.closeup_window([0.0, 0.8, 0.2, 1.0]), [0.0, 0.6, 0.4, 1.0])
+    for box, window in (
+        ([0.4, 0.3, 0.6, 0.7], [0.3, 0.1, 0.7, 0.9]),
+        ([0.49, 0.49, 0.51, 0.51], [0.375, 0.375, 0.625, 0.625]),
+        ([0.0, 0.8, 0.2, 1.0], [0.0, 0.6, 0.4, 1.0]),
+    ):
+        np.testing.assert_allclose(Surroundings().window(box, (480, 640)), window)
 
 
 @prop()
