@@ -61,41 +61,31 @@ class Batch:
         ``copy`` gives each step an array of its own; else it is always the same one, read-only to the caller, in
         which only what has changed is painted.
         """
-        self._shape, self.copy = (num_envs, side, side, 3), copy
-        self._memory = RecycledMemory()
-        self._kept: NDArray[np.uint8] | None = None
+        self._shape, self._memory = (num_envs, side, side, 3), RecycledMemory()
+        self._kept = None if copy else np.empty(self._shape, dtype=np.uint8)
         self._painted: list[Layer | None] = [None] * num_envs
 
     def paint(self, layers: Sequence[Layer]) -> NDArray[np.uint8]:
         """The images (N, S, S, 3) of N canvases with a box drawn on each."""
-        if self.copy:
-            array = self._memory.array(self._shape)
-            for row, layer in zip(array, layers, strict=True):
-                self._repaint(row, None, layer)
-            return array
-        if self._kept is None:
-            self._kept = np.empty(self._shape, dtype=np.uint8)
-        for i, (row, layer) in enumerate(zip(self._kept, layers, strict=True)):
-            self._repaint(row, self._painted[i], layer)
-            self._painted[i] = layer
-        given = self._kept.view()
-        given.flags.writeable = False  # a caller's paint would show in all later steps
-        return given
+        array = self._memory.array(self._shape) if self._kept is None else self._kept
+        for row, before, layer in zip(array, self._painted, layers, strict=True):
+            _repaint(row, before, layer)
+        if self._kept is not None:
+            self._painted, array = list(layers), self._kept.view()
+            array.flags.writeable = False  # a caller's paint would show in all later steps
+        return array
 
-    def _repaint(self, row: ImageArray, before: Layer | None, layer: Layer) -> None:
-        """Turn a row that shows ``before`` into one that shows ``layer``."""
-        canvas, sheet, box = layer
-        if before is None or before[0] is not canvas:
-            row[...] = canvas
-        elif before[2] is box:
-            return
-        elif before[2] is not None:
-            assert before[1] is not None
-            x1, y1, x2, y2 = pixel_rectangle(before[2], before[1].extent)
-            row[y1:y2, x1:x2] = canvas[y1:y2, x1:x2]
-        if sheet is not None and box is not None:
-            sheet.draw(row, box)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what was painted: a pickle or a copy paints it anew."""
-        return self.__dict__ | {"_kept": None, "_painted": [None] * self._shape[0]}
+def _repaint(row: ImageArray, before: Layer | None, layer: Layer) -> None:
+    """Turn an image (S, S, 3) that shows ``before`` (None: anything) into one that shows ``layer``."""
+    canvas, sheet, box = layer
+    if before is None or before[0] is not canvas:
+        row[...] = canvas
+    elif before[2] is box:
+        return
+    elif before[2] is not None:
+        assert before[1] is not None
+        x1, y1, x2, y2 = pixel_rectangle(before[2], before[1].extent)
+        row[y1:y2, x1:x2] = canvas[y1:y2, x1:x2]
+    if sheet is not None and box is not None:
+        sheet.draw(row, box)

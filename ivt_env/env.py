@@ -11,15 +11,11 @@ from gymnasium import spaces
 
 from ivt_env.data.sample import Sample
 from ivt_env.game import Game
-from ivt_env.grounding import Action, Grounding, LiveEpisode, Observation, action_space, observation_space, take_options
+from ivt_env.grounding import Action, Grounding, LiveEpisode, Observation, action_space, take_options
 
 
 class GroundingEnv(Grounding, gym.Env[Observation, Action]):
-    """Iterative visual grounding of one referring expression an episode.
-
-    ## Description
-    The agent sees an image and a referring expression and proposes a box. From then on it sees its
-    own box drawn on the image, and refines it or stops.
+    """Iterative visual grounding: the agent proposes a box for an expression, sees it drawn, refines it or stops.
 
     ## Action space
     `Dict(box: Box(0, 1, (4,), float32), stop: Discrete(2))`. `box` is `x1, y1, x2, y2` relative to
@@ -41,32 +37,17 @@ class GroundingEnv(Grounding, gym.Env[Observation, Action]):
     ## Rewards
     IoU gain, `phi(new) - phi(old)` with `phi(no box) = 0`; a stop earns 0. See `RewardConfig`.
 
-    ## Starting state
-    A sample drawn uniformly from the split, or `options={"index": i}`; no box, or
-    `options={"initial_box": [x1, y1, x2, y2]}`.
-
-    ## Episode end
-    1. Termination: the agent stops.
-    2. Truncation: `max_steps` actions were made.
-
+    ## Episodes
+    A sample is drawn uniformly from the split, or is that of `options={"index": i}`. There is no box yet, or that of
+    `options={"initial_box": [x1, y1, x2, y2]}`. A stop terminates an episode, and `max_steps` actions truncate it.
     A proposal that is not a box (NaN, outside [0, 1], `x2 <= x1`, `y2 <= y1`) uses up its step, changes
     nothing, and is explained in `info["invalid"]`.
 
     ## Arguments
-    | name | type | default | meaning |
-    | --- | --- | --- | --- |
-    | `dataset` | str or `Dataset` | set by the id | what to serve |
-    | `split` | str | `"train"` | |
-    | `data_root` | str or None | None | folder of real data sets; None: `IVT_DATA`, then the user cache |
-    | `strict` | bool | False | a missing real data set is an error, not a warning and the embedded data |
-    | `max_steps` | int | 3 | the paper's one proposal and two refinements |
-    | `canvas` | int | 640 (scenes: 384) | S |
-    | `view` | str | `"overlay"` | `overlay`, `closeup` or `both` |
-    | `overlay` | dict or None | None | options of `Overlay` |
-    | `closeup` | dict or None | None | options of `Surroundings`: how much a close-up shows |
-    | `reward` | dict or None | None | options of `RewardConfig` |
-    | `initial_box` | list or None | None | box that every episode starts from |
-    | `render_mode` | str or None | None | `rgb_array`, `human` or `ansi` |
+    `data_root` is the folder of real data sets (None: `IVT_DATA`, then the user cache). With `strict`, a missing one is
+    an error, not a warning and the embedded data. `canvas` is S in pixels; `view` is `overlay`, `closeup` or `both`.
+    `overlay`, `closeup` and `reward` are options of `Overlay`, `Surroundings` and `RewardConfig`. Every episode starts
+    from `initial_box`, if one is given. `render_mode` is `rgb_array`, `human` or `ansi`.
     """
 
     metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
@@ -78,7 +59,7 @@ class GroundingEnv(Grounding, gym.Env[Observation, Action]):
     @cached_property
     def observation_space(self) -> spaces.Dict:  # type: ignore[override]
         """See the class docstring."""
-        return observation_space(self.screen.view, self.screen.side, self.max_steps, self.screen.overlay.trail)
+        return self.one_observation_space()
 
     @cached_property
     def action_space(self) -> spaces.Dict:  # type: ignore[override]
@@ -147,7 +128,6 @@ class GroundingEnv(Grounding, gym.Env[Observation, Action]):
         return self._now()
 
     def _show(self) -> None:
-        """Bring the window up to date."""
         try:
             import pygame
         except ImportError as error:

@@ -17,16 +17,7 @@ from numpy.typing import NDArray
 from ivt_env.batches import Batch
 from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.game import Game
-from ivt_env.grounding import (
-    DTYPES,
-    Grounding,
-    LiveEpisode,
-    Loaded,
-    Observation,
-    action_space,
-    observation_space,
-    take_options,
-)
+from ivt_env.grounding import Grounding, LiveEpisode, Loaded, Observation, action_space, observe, take_options
 
 
 class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[str, Any], NDArray[Any]]):
@@ -64,16 +55,9 @@ class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[st
         super().__init__(dataset, split, **options)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
-        self.single_observation_space = observation_space(
-            self.screen.view, self.screen.side, self.max_steps, self.screen.overlay.trail
-        )
-        self.single_action_space = action_space()
+        self.single_observation_space, self.single_action_space = self.one_observation_space(), action_space()
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._batches = {
-            key: Batch(num_envs, self.screen.side, copy)
-            for key in ("image", "closeup")
-            if key in self.single_observation_space.spaces
-        }
+        self._painters = {key: Batch(num_envs, self.screen.side, copy) for key in ("image", "closeup")}
         self._rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
         self._images: OrderedDict[str, Loaded] = OrderedDict()
 
@@ -115,7 +99,7 @@ class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[st
             live[i] = self.begin(self._rngs[i], indices[i], boxes[i])
             infos = self._add_info(infos, live[i].game.info(), i)
         self.live = live
-        return self._observe(), infos
+        return observe(self.live, self._painters), infos
 
     def step(
         self, actions: Mapping[str, Any]
@@ -144,7 +128,7 @@ class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[st
                 infos = self._add_info(infos, final, i)
             elif why is not None:
                 infos = self._add_info(infos, {"invalid": why}, i)
-        return self._observe(), rewards, terminated, truncated, infos | self._scores()
+        return observe(self.live, self._painters), rewards, terminated, truncated, infos | self._scores()
 
     def render(self) -> tuple[ImageArray, ...] | None:  # type: ignore[override]
         """A captioned frame for each environment, as the single environment draws it."""
@@ -171,16 +155,6 @@ class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[st
         self._images.move_to_end(sample.image_id)
         return self._images[sample.image_id]
 
-    def _observe(self) -> Observation:
-        """All environments as they stand, with a leading axis; expressions as a tuple of str."""
-        seen, layers = zip(*(live.look() for live in self.live), strict=True)
-        observation: Observation = {"expression": tuple(one["expression"] for one in seen)}
-        for key in (key for key in seen[0] if key in DTYPES):
-            observation[key] = np.array([one[key] for one in seen], dtype=DTYPES[key])
-        for key, batch in self._batches.items():
-            observation[key] = batch.paint([one[key] for one in layers])
-        return observation
-
     def _scores(self) -> dict[str, Any]:
         """``Game.info`` of all environments, each key with its mask, as ``_add_info`` would put it together."""
         each = [live.game.info() for live in self.live]
@@ -195,7 +169,7 @@ class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[st
 
     def _go_on(self, rngs: list[np.random.Generator], live: list[LiveEpisode]) -> tuple[Observation, dict[str, Any]]:
         self._rngs, self.live = rngs, live
-        return self._observe(), self._scores()
+        return observe(self.live, self._painters), self._scores()
 
     def _made_with(self) -> dict[str, Any]:
         return super()._made_with() | {"num_envs": self.num_envs, "autoreset_mode": self.autoreset_mode.value}
