@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from gymnasium.spaces.utils import flatten, flatten_space, unflatten
-from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory, write_to_shared_memory
+from gymnasium.vector.utils import read_from_shared_memory
 from numpy.typing import NDArray
 
 MAX_EXPRESSION = 1024
@@ -57,17 +56,6 @@ def _unflatten(space: Expression, x: NDArray[Any]) -> str:  # type: ignore[misc]
     return "".join(chr(int(c)) for c in x[x < _CODE_POINTS])
 
 
-@create_shared_memory.register(Expression)
-def _create(space: Expression, n: int = 1, ctx: ModuleType | None = None) -> Any:
-    assert ctx is not None
-    return ctx.Array(np.dtype(np.int32).char, n * space.max_length)
-
-
-@write_to_shared_memory.register(Expression)
-def _write(space: Expression, index: int, values: str, shared_memory: Any) -> None:
-    _rows(space, shared_memory)[index] = _flatten(space, values)
-
-
 class SharedExpressions(Sequence[str]):
     """The expressions of all environments, read from shared memory whenever they are looked at.
 
@@ -76,7 +64,8 @@ class SharedExpressions(Sequence[str]):
     """
 
     def __init__(self, space: Expression, shared_memory: Any, n: int) -> None:
-        self._space, self._rows = space, _rows(space, shared_memory)[:n]
+        rows = np.frombuffer(shared_memory.get_obj(), dtype=np.int32)  # as Gymnasium writes flattened texts
+        self._space, self._rows = space, rows.reshape(n, space.max_length)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -91,8 +80,3 @@ class SharedExpressions(Sequence[str]):
 @read_from_shared_memory.register(Expression)
 def _read(space: Expression, shared_memory: Any, n: int = 1) -> SharedExpressions:
     return SharedExpressions(space, shared_memory, n)
-
-
-def _rows(space: Expression, shared_memory: Any) -> NDArray[np.int32]:
-    """The shared buffer as (environments, max_length) code points, ``_CODE_POINTS`` behind the end."""
-    return np.frombuffer(shared_memory.get_obj(), dtype=np.int32).reshape(-1, space.max_length)
