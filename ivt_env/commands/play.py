@@ -22,19 +22,16 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ivt play`` to ``parser``."""
-    parser.add_argument("--env", default="IVT-Scenes-v0", metavar="ID", help="environment id (default: %(default)s)")
-    parser.add_argument("--split", default="val", help="split of the data set (default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=10, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides which samples are drawn (default: %(default)s)")
-    parser.add_argument("--episode-steps", type=int, default=3, help="actions in an episode (default: %(default)s)")
-    parser.add_argument(
-        "--data-root", type=Path, metavar="FOLDER", help="folder of the real data sets (default: the variable IVT_DATA)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/human"), metavar="FOLDER",
-        help="for episodes.jsonl, demonstrations.jsonl and images/ (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--port", type=int, default=0, help="(default: any that is free)")
+    add, data_root = parser.add_argument, "folder of the real data sets (default: the variable IVT_DATA)"
+    out = "for episodes.jsonl, demonstrations.jsonl and images/ (default: %(default)s)"
+    add("--env", default="IVT-Scenes-v0", metavar="ID", help="environment id (default: %(default)s)")
+    add("--split", default="val", help="split of the data set (default: %(default)s)")
+    add("--episodes", type=int, default=10, metavar="N", help="how many (default: %(default)s)")
+    add("--seed", type=int, default=0, help="decides which samples are drawn (default: %(default)s)")
+    add("--episode-steps", type=int, default=3, help="actions in an episode (default: %(default)s)")
+    add("--data-root", type=Path, metavar="FOLDER", help=data_root)
+    add("--out", type=Path, default=Path("runs/human"), metavar="FOLDER", help=out)
+    add("--port", type=int, default=0, help="(default: any that is free)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,14 +55,11 @@ def run(args: argparse.Namespace) -> int:
     assert isinstance(env, GroundingEnv)
     with lock_folder(args.out):
         app = PlayApp(env, args.out, args.episodes, args.seed, title=f"Play {args.env}")
-        before = len(app.episodes)
-        known = f", {before} played before" if before else ""
+        known = f", {len(app.episodes)} played before" if app.episodes else ""
         LocalServer(app, args.port).serve(f"{args.episodes} episodes of {env.dataset.name}/{env.dataset.split}{known}")
     if app.episodes:
         ious = [episode.final_iou for episode in app.episodes]
-        right = sum(iou >= 0.5 for iou in ious)
-        print(
-            f"{len(ious)} of {args.episodes} episodes in {args.out}: final mIoU {sum(ious) / len(ious):.3f}, "
-            f"{right} right at 0.5"
-        )
+        mean, right = sum(ious) / len(ious), sum(iou >= 0.5 for iou in ious)
+        said = f"{len(ious)} of {args.episodes} episodes in {args.out}: final mIoU {mean:.3f}, {right} right at 0.5"
+        print(said)
     return 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,26 +28,16 @@ _MANY_IMAGES = 2000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ivt view`` to ``parser``."""
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="FOLDER",
-        help="holds episodes.jsonl (or is such a file); several: compare",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the HTML file (default: view.html in the first FOLDER)"
-    )
-    parser.add_argument("--title", help="heading of the page (default: the names of the runs)")
-    parser.add_argument(
-        "--side", type=int, metavar="PIXELS", help="longest side of an image (default: 512, with --serve 2560)"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N episodes of each run only")
-    parser.add_argument(
-        "--data-root", type=Path, metavar="FOLDER", help="folder of the real data sets (default: the variable IVT_DATA)"
-    )
-    parser.add_argument("--serve", action="store_true", help="serve the page on this machine until Ctrl-C")
-    parser.add_argument("--port", type=int, default=0, help="of --serve (default: any that is free)")
+    add, data_root = parser.add_argument, "folder of the real data sets (default: the variable IVT_DATA)"
+    several = "holds episodes.jsonl (or is such a file); several: compare"
+    add("runs", type=Path, nargs="+", metavar="FOLDER", help=several)
+    add("--out", type=Path, metavar="FILE", help="the HTML file (default: view.html in the first FOLDER)")
+    add("--title", help="heading of the page (default: the names of the runs)")
+    add("--side", type=int, metavar="PIXELS", help="longest side of an image (default: 512, with --serve 2560)")
+    add("--limit", type=int, metavar="N", help="the first N episodes of each run only")
+    add("--data-root", type=Path, metavar="FOLDER", help=data_root)
+    add("--serve", action="store_true", help="serve the page on this machine until Ctrl-C")
+    add("--port", type=int, default=0, help="of --serve (default: any that is free)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,21 +54,21 @@ def run(args: argparse.Namespace) -> int:
     runs = {name: _load(path)[: args.limit] for name, path in places.items()}
     folders = {name: path if path.is_dir() else path.parent for name, path in places.items()}
     find = ImageFinder(runs, folders, args.data_root)
-    title = args.title or " and ".join(runs)
+    title, count = args.title or " and ".join(runs), sum(map(len, runs.values()))
     if args.serve:
         from ivt_env.viewer.server import LocalServer, ViewApp
 
         app = ViewApp(runs, find, title, args.side or 2560)
         app.get("/", {})  # made now, so that the browser need not wait for it
-        LocalServer(app, args.port).serve(f"{sum(map(len, runs.values())):,} episodes")
+        LocalServer(app, args.port).serve(f"{count:,} episodes")
         return 0
-    absent: dict[str, int] = {}
+    absent = Counter[str]()
 
     def image_of(episode: Episode) -> ImageArray:
         try:
             return find(episode)
         except DataMissingError as error:
-            absent[str(error)] = absent.get(str(error), 0) + 1
+            absent[str(error)] += 1
             raise
 
     first = next(iter(folders.values()))
@@ -85,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     for why, count in absent.items():
         print(f"warning: {count} image(s) are not on the page: {' '.join(why.split())}", file=sys.stderr)
     images = len({(e.dataset, e.image_id) for run in runs.values() for e in run})
-    megabytes = path.stat().st_size / 1e6
-    print(f"{path}: {sum(map(len, runs.values())):,} episodes, {images:,} images, {megabytes:.1f} MB")
+    print(f"{path}: {count:,} episodes, {images:,} images, {path.stat().st_size / 1e6:.1f} MB")
     if images > _MANY_IMAGES:
         print("a page of this size opens slowly; --serve sends images only when they are looked at", file=sys.stderr)
     return 0
@@ -94,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(path: Path) -> list[Episode]:
     if path.is_dir() and not (path / "episodes.jsonl").is_file():
-        below = sorted(str(found.parent) for found in path.rglob("episodes.jsonl"))
-        if below:
+        if below := sorted(str(found.parent) for found in path.rglob("episodes.jsonl")):
             raise DataError(f"no episodes.jsonl in {path} itself; give one or more of: {', '.join(below[:20])}")
     return load_episodes(path)
 
