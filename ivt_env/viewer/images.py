@@ -26,13 +26,12 @@ class ImageFinder:
     ) -> None:
         """Set up, from the episodes and the folder of each run; nothing is read yet."""
         self.data_root = data_root
-        self._folders: dict[tuple[str, str], list[Path]] = {}
+        # Folders as keys of a dict, which keeps their order.
+        self._folders: dict[tuple[str, str], dict[Path, None]] = {}
         for name, run in runs.items():
             for episode in run:
-                places = self._folders.setdefault((episode.dataset, episode.image_id), [])
-                if folders[name] not in places:
-                    places.append(folders[name])
-        self._datasets: dict[tuple[str, str], Dataset | DataMissingError] = {}
+                self._folders.setdefault((episode.dataset, episode.image_id), {})[folders[name]] = None
+        self._datasets: dict[tuple[str, str], Dataset | str] = {}
         self._places: dict[tuple[str, str], dict[str, int]] = {}
         # A server asks from several threads, and a data set need not bear that.
         self._lock = threading.Lock()
@@ -49,28 +48,31 @@ class ImageFinder:
         with self._lock:
             # A mixture's samples are labelled with the data set they are from; their ids begin with it.
             mixed = episode.sample_id.startswith(f"{episode.dataset}/")
-            dataset = self._dataset("mixed" if mixed else episode.dataset, episode.split)
-            if isinstance(dataset, DataMissingError):
-                raise DataMissingError(f"The run saved no images, and {dataset}")
-            sample = self._sample(dataset, episode)
+            key = "mixed" if mixed else episode.dataset, episode.split
+            if key not in self._datasets:
+                self._datasets[key] = self._opened(*key)
+            dataset = self._datasets[key]
+            try:
+                if isinstance(dataset, str):
+                    raise DataMissingError(dataset)
+                sample = self._sample(dataset, episode)
+            except DataMissingError as error:
+                raise DataMissingError(f"The run saved no images, and {error}") from error
             return dataset.image(sample)
 
-    def _dataset(self, name: str, split: str) -> Dataset | DataMissingError:
-        if (name, split) not in self._datasets:
+    def _opened(self, name: str, split: str) -> Dataset | str:
+        """A data set, or why there is none."""
+        try:
+            return load_dataset(name, split, self.data_root, strict=True)
+        except DataMissingError as error:
+            return str(error)
+        except DataError as error:
+            # A data set of one's own goes by a name that load_dataset does not know.
             try:
-                self._datasets[name, split] = load_dataset(name, split, self.data_root, strict=True)
-            except DataMissingError as error:
-                self._datasets[name, split] = error
-            except DataError as error:
-                # A data set of one's own goes by a name that load_dataset does not know.
-                try:
-                    own = load_dataset("custom", split, self.data_root, strict=True)
-                except DataError:
-                    self._datasets[name, split] = DataMissingError(f"the data set cannot be opened: {error}")
-                else:
-                    missing = f"there is a data set {own.name!r} of your own here, but not {name!r}"
-                    self._datasets[name, split] = own if own.name == name else DataMissingError(missing)
-        return self._datasets[name, split]
+                own = load_dataset("custom", split, self.data_root, strict=True)
+            except DataError:
+                return f"the data set cannot be opened: {error}"
+        return own if own.name == name else f"there is a data set {own.name!r} of your own here, but not {name!r}"
 
     def _sample(self, dataset: Dataset, episode: Episode) -> Sample:
         sample = _at_number(dataset, episode.sample_id)
@@ -80,18 +82,14 @@ class ImageFinder:
                 self._places[key] = {dataset[i].sample_id: i for i in range(len(dataset))}
             place = self._places[key].get(episode.sample_id)
             if place is None:
-                raise DataMissingError(
-                    f"The run saved no images, and {dataset.name}/{dataset.split} on this machine has no sample "
-                    f"{episode.sample_id!r}: is it another version?"
-                )
+                here = f"{dataset.name}/{dataset.split} on this machine"
+                raise DataMissingError(f"{here} has no sample {episode.sample_id!r}: is it another version?")
             sample = dataset[place]
         for what in ("image_id", "expression", "size"):
             now, then = getattr(sample, what), getattr(episode, what)
             if now != then:
-                raise DataMissingError(
-                    f"The run saved no images, and {where_of(episode)} is another one on this machine: its {what} "
-                    f"is {now!r}, in the run {then!r}"
-                )
+                here = f"{where_of(episode)} is another one on this machine"
+                raise DataMissingError(f"{here}: its {what} is {now!r}, in the run {then!r}")
         return sample
 
 

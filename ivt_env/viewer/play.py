@@ -85,33 +85,19 @@ class PlayApp(ViewApp):
             if len(self.episodes) >= self.total:
                 return self._standing()
             seed = self.seed + len(self.episodes)
-            self.env.reset(seed=seed, options={"index": self._index(seed)})
-            sample, game = self.env.sample, self.env.game
-            assert game is not None
+            self.env.reset(seed=seed)
+            game = self.env.playing()[0].game
             self._live = begin_record(game, HUMAN, seed)
-            self._shown[sample.dataset, sample.image_id] = self.env.dataset.image(sample)
-        episode = self._live
-        return {
-            "number": len(self.episodes) + 1,
-            "total": self.total,
-            "expression": episode.expression,
-            "dataset": episode.dataset,
-            "split": episode.split,
-            "size": list(episode.size),
-            "image": self.content.number_of_image(episode),
-            "max_steps": self.env.max_steps,
-            **self._progress(),
-        }
+            self._shown[game.sample.dataset, game.sample.image_id] = self.env.dataset.image(game.sample)
+        known = {name: getattr(self._live, name) for name in ("expression", "dataset", "split", "size")}
+        played = {"number": len(self.episodes) + 1, "total": self.total, "max_steps": self.env.max_steps}
+        return known | played | {"image": self.content.number_of_image(self._live)} | self._progress(self._live)
 
-    def _progress(self) -> dict[str, Any]:
+    def _progress(self, episode: Episode) -> dict[str, Any]:
         """Where the running episode stands, without a word about how good it is."""
-        assert self._live is not None
-        boxes = [step.box for step in self._live.steps if step.box is not None]
-        earlier = list(dict.fromkeys(boxes[:-1]))
-        if self._live.initial_box is not None and boxes:
-            earlier.insert(0, self._live.initial_box)
-        now = boxes[-1] if boxes else self._live.initial_box
-        return {"step": len(self._live.steps), "box": now, "earlier": earlier}
+        boxes = [box for box in (episode.initial_box, *(step.box for step in episode.steps)) if box is not None]
+        now, earlier = boxes[-1] if boxes else None, list(dict.fromkeys(boxes[:-1]))
+        return {"step": len(episode.steps), "box": now, "earlier": earlier}
 
     def _act(self, message: Mapping[str, Any]) -> dict[str, Any]:
         episode = self._live
@@ -123,41 +109,35 @@ class PlayApp(ViewApp):
             raise Refused(409, "This action belongs to another step, perhaps of another window: reload the page.")
         stop = message.get("stop") is True
         box = np.zeros(4, np.float32) if stop else _proposal(message.get("box"))
-        info = self.env.step({"box": box, "stop": int(stop)})[-1]
-        game, invalid = self.env.game, info.get("invalid")
-        assert game is not None
+        invalid = self.env.step({"box": box, "stop": int(stop)})[-1].get("invalid")
+        game = self.env.playing()[0].game
         record_action(episode, game, box, stop, invalid)
         if not game.over:
-            return {"over": False, "invalid": invalid, **self._progress()}
+            return {"over": False, "invalid": invalid, **self._progress(episode)}
         return self._finished(episode)
-
-    def _finished(self, episode: Episode) -> dict[str, Any]:
-        try:
-            self._finish(episode)
-        except OSError as error:
-            raise Refused(
-                500, f"The episode is not saved yet ({error}): make room, then press a button again."
-            ) from error
-        return {"over": True, "short": self.content.short(episode), "details": details(episode), **self._standing()}
 
     def _standing(self) -> dict[str, Any]:
         played = len(self.episodes)
         return {"finished": played >= self.total, "played": played, "total": self.total, "folder": str(self.folder)}
 
-    def _finish(self, episode: Episode) -> None:
+    def _finished(self, episode: Episode) -> dict[str, Any]:
         """Into the records: on disk first, so that what the page shows is never lost."""
-        path = self.folder / "images" / image_file(episode.image_id)
-        if not path.exists():
-            save_image(path, self._image_of(episode))
-        played = [*self.episodes, episode]
+        played, path = [*self.episodes, episode], self.folder / "images" / image_file(episode.image_id)
         # A mixture's samples bear the names of its parts, and demonstrations that of what is opened.
         opened = {"dataset": self.env.dataset.name, "split": self.env.dataset.split}
         rows = [row for i, e in enumerate(played) for row in demonstrations(e, self._index(self.seed + i))]
-        write_lines(self.folder / "demonstrations.jsonl", (opened | row for row in rows))
-        save_episodes(self.folder, played)
+        try:
+            if not path.exists():
+                save_image(path, self._image_of(episode))
+            write_lines(self.folder / "demonstrations.jsonl", (opened | row for row in rows))
+            save_episodes(self.folder, played)
+        except OSError as error:
+            why = f"The episode is not saved yet ({error}): make room, then press a button again."
+            raise Refused(500, why) from error
         self.episodes.append(episode)
         self.content.add(HUMAN, episode)
         self._live = None
+        return {"over": True, "short": self.content.short(episode), "details": details(episode), **self._standing()}
 
     def _index(self, seed: int) -> int:
         """The sample that ``env.reset(seed=seed)`` draws: its number is needed, and no search for it is quick."""
@@ -173,8 +153,7 @@ class PlayApp(ViewApp):
             return []
         found = load_episodes(path)
         dataset = self.env.dataset
-        for number, episode in enumerate(found):
-            seed = self.seed + number
+        for seed, episode in enumerate(found, self.seed):
             sample = dataset[self._index(seed)]
             mine = (HUMAN, sample.dataset, sample.split, sample.sample_id)
             if (episode.agent, episode.dataset, episode.split, episode.sample_id) != mine:
@@ -195,15 +174,8 @@ def demonstrations(episode: Episode, index: int) -> list[dict[str, Any]]:
     shown, before = episode.initial_box, list[Box]()
     for step in episode.steps:
         if step.invalid is None and (step.stop or step.proposal is not None):
-            rows.append(
-                {
-                    "index": index,
-                    "sample_id": episode.sample_id,
-                    "shown": shown,
-                    "answer": None if step.stop else step.proposal,
-                    "before": list(before),
-                }
-            )
+            row = {"index": index, "sample_id": episode.sample_id, "shown": shown}
+            rows.append(row | {"answer": None if step.stop else step.proposal, "before": list(before)})
         if step.box is not None and step.box != shown:
             if shown is not None:
                 before.append(shown)

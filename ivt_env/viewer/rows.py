@@ -57,9 +57,9 @@ class Content:
             "first": float(steps[0].iou) if steps else 0.0,
             "final": float(episode.final_iou),
             "best": float(max((s.iou for s in steps), default=0.0)),
-            "stopped": True if steps and steps[-1].stop else None,
-            "unparsable": True if any(s.parse_failure or s.invalid is not None for s in steps) else None,
-            "started": True if episode.initial_box is not None else None,
+            "stopped": bool(steps) and steps[-1].stop or None,
+            "unparsable": any(s.parse_failure or s.invalid is not None for s in steps) or None,
+            "started": episode.initial_box is not None or None,
         }
         return without_none(row)
 
@@ -80,11 +80,8 @@ class Content:
     def served(self) -> str:
         """Which data sets were really read, and how many samples of each."""
         samples = {(e.dataset, e.split, e.sample_id) for run in self.runs.values() for e in run}
-        counts = Counter((dataset, split) for dataset, split, _ in samples)
-        return ", ".join(
-            f"{dataset} / {split} ({n:,} sample{'s' if n > 1 else ''})"
-            for (dataset, split), n in sorted(counts.items())
-        )
+        counts = sorted(Counter(f"{dataset} / {split}" for dataset, split, _ in samples).items())
+        return ", ".join(f"{which} ({n:,} sample{'s' if n > 1 else ''})" for which, n in counts)
 
 
 def where_of(episode: Episode) -> str:
@@ -145,14 +142,14 @@ def _step_row(step: Step, where: str) -> dict[str, Any]:
         "box": None if step.box is None else _box_row(step.box, f"{where}: box"),
         "iou": _finite(step.iou, f"{where}: iou"),
         "reward": round(_finite(step.reward, f"{where}: reward"), 5),
-        "stop": True if step.stop else None,
+        "stop": step.stop or None,
         "invalid": step.invalid,
         "text": step.text or None,
-        "parseFailure": True if step.parse_failure else None,
+        "parseFailure": step.parse_failure or None,
     }
     for key, name in (("stopProbability", "stop_probability"), ("confidence", "confidence")):
-        value = getattr(step, name)
-        row[key] = None if value is None else round(_finite(value, f"{where}: {name}"), 4)
+        if (value := getattr(step, name)) is not None:
+            row[key] = round(_finite(value, f"{where}: {name}"), 4)
     return without_none(row)
 
 

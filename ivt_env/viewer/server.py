@@ -257,10 +257,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 raise Refused(403, f"This server answers only as {self.server.url}")
             reply = work()
-        except Refused as error:
-            reply = Reply(str(error).encode("utf-8", "replace"), "text/plain; charset=utf-8", error.status)
-        except ValueError as error:  # of the query, or of what a data set holds
-            reply = Reply(str(error).encode("utf-8", "replace"), "text/plain; charset=utf-8", 400)
+        except (Refused, ValueError) as error:  # a ValueError is of the query, or of what a data set holds
+            status = error.status if isinstance(error, Refused) else 400
+            reply = Reply(str(error).encode("utf-8", "replace"), "text/plain; charset=utf-8", status)
         self.send_response(reply.status)
         self.send_header("Content-Type", reply.kind)
         self.send_header("Content-Length", str(len(reply.body)))
