@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 from ivt_env import boxes
 from ivt_env.data.sample import DataError, Dataset, ImageArray, Sample
 from ivt_env.env import GroundingEnv
+from ivt_env.episodes import Episode, Step
 from ivt_env.expression_space import MAX_EXPRESSION
-from ivt_env.rollouts import Agent, make_vector_env, play, waves
+from ivt_env.rollouts import Agent, make_vector_env, play, rollout
 from ivt_env.vector_env import GroundingVectorEnv
 
 Randomness = Literal["none", "seeded", "free"]
-Played = list[list[tuple[NDArray[np.float64], bool]]]
-"""For each episode its actions: box (4,), which is zeros at a stop, and stop."""
 
 
 def check_dataset(dataset: Dataset, samples: int = 100) -> None:
@@ -247,26 +246,26 @@ def check_agent(
             _require(callable(getattr(found, name, None)), f"{type(found).__name__} has no method {name}")
         return found
 
-    seeds = [seed + i for i in range(episodes)]
+    def alike(env: GroundingVectorEnv, agent: Agent, message: str, spoil: bool = False) -> None:
+        _compare(played, rollout(env, _Checked(agent, spoil), episodes, seed), tolerance, message)
+
     env = make_vector_env(env_id, num_envs, **options)
-    played = _play(env, new(env), seeds)
+    played = rollout(env, _Checked(new(env)), episodes, seed)
     _check_partial_reset(env, new(env), seed)
     if made or randomness == "free":
         return
-    _compare(played, _play(env, new(env), seeds), tolerance, "a second new agent acts otherwise: is a seed missing?")
+    alike(env, new(env), "a second new agent acts otherwise: is a seed missing?")
     if randomness == "none":
         experienced = new(env)
-        _play(env, experienced, seeds[::-1])
-        again = _play(env, experienced, seeds)
-        _compare(played, again, tolerance, "after reset() it remembers earlier episodes")
+        rollout(env, _Checked(experienced), episodes, seed + 1)
+        alike(env, experienced, "after reset() it remembers earlier episodes")
     one = make_vector_env(env_id, 1, **options)
-    _compare(played, _play(one, new(one), seeds), tolerance, f"played alone it acts otherwise than {num_envs} at once")
-    spoilt = _play(env, new(env), seeds, spoil=True)
-    _compare(played, spoilt, tolerance, "what an environment with active=False shows changes what others do")
+    alike(one, new(one), f"played alone it acts otherwise than {num_envs} at once")
+    alike(env, new(env), "what an environment with active=False shows changes what others do", spoil=True)
     chosen = {k: v for k, v in options.items() if k not in ("split", "data_root", "strict", "canvas")}
     targets = _OtherTargets(env.dataset)
     other = GroundingVectorEnv(num_envs, targets, canvas=env.screen.side, autoreset_mode="Disabled", **chosen)
-    _compare(played, _play(other, new(other), seeds), tolerance, "it decides by the target box, which it must not read")
+    alike(other, new(other), "it decides by the target box, which it must not read")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -274,70 +273,52 @@ def _require(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def _compare(expected: Played, found: Played, tolerance: float, message: str) -> None:
+def _compare(expected: Sequence[Episode], found: Sequence[Episode], tolerance: float, message: str) -> None:
     for number, (a, b) in enumerate(zip(expected, found, strict=True)):
-        for step, ((box, stop), (other, other_stop)) in enumerate(zip(a, b, strict=False)):
-            same = stop == other_stop and np.allclose(box, other, rtol=0, atol=tolerance, equal_nan=True)
-            found_here = f"box {other.round(4).tolist()}, stop {int(other_stop)}"
-            instead = f"box {box.round(4).tolist()}, stop {int(stop)}"
-            _require(same, f"{message} (episode {number}, step {step}: {found_here} instead of {instead})")
+        for step, (one, other) in enumerate(zip(a.steps, b.steps, strict=False)):
+            same = one.stop == other.stop and np.allclose(_box_of(one), _box_of(other), rtol=0, atol=tolerance)
+            instead, here = (f"box {_box_of(s).round(4).tolist()}, stop {int(s.stop)}" for s in (one, other))
+            _require(same, f"{message} (episode {number}, step {step}: {here} instead of {instead})")
 
 
-def _play(env: GroundingVectorEnv, agent: Agent, seeds: Sequence[int], spoil: bool = False) -> Played:
-    """Play an episode for each seed, in waves, and check every answer."""
-    played: Played = []
-    for wave, active in waves(seeds, env.num_envs):
-        live: Played = [[] for _ in wave]
-        for moment in play(env, _Checked(agent, spoil), seed=wave, active=active):
-            for i in np.flatnonzero(moment.active).tolist():
-                stop = bool(moment.stops[i])
-                live[i].append((np.zeros(4) if stop else moment.boxes[i].astype(float), stop))
-        played += live[: int(active.sum())]
-    return played
+def _box_of(step: Step) -> NDArray[np.float64]:
+    """What was proposed (4,); zeros for a stop and for what is not finite."""
+    return np.array(step.proposal or boxes.NO_BOX, dtype=np.float64)
 
 
 class _Checked:
     """An agent all of whose answers are checked. With ``spoil`` it sees black where an episode is over."""
 
-    def __init__(self, agent: Agent, spoil: bool) -> None:
+    def __init__(self, agent: Agent, spoil: bool = False) -> None:
         self.agent, self.spoil, self.reset = agent, spoil, agent.reset
 
     def act(self, observations: Mapping[str, Any]) -> Mapping[str, Any]:
-        active = observations["active"]
+        """Boxes (N, 4) and stops (N,); observations must stay as they were."""
+        shown, active = dict(observations), observations["active"].copy()
         if self.spoil:
-            image = observations["image"].copy()
-            image[~active] = 0
-            observations = {**observations, "image": image}
-        box, stop = _answer(self.agent, observations, active)
-        return {"box": box, "stop": stop}
+            shown["image"] = shown["image"].copy()
+            shown["image"][~active] = 0
+        kept = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in shown.items()}
+        actions = self.agent.act(shown)
+        for key, value in kept.items():
+            _require(key in shown and np.array_equal(shown[key], value), f"act() changed the observation {key!r}")
+        _require(isinstance(actions, Mapping), f"act() returned a {type(actions).__name__}, not a mapping")
+        return _checked(actions, active)
 
 
 def _check_partial_reset(env: GroundingVectorEnv, agent: Agent, seed: int) -> None:
     """Some environments begin anew while others are in mid-episode."""
-    n = env.num_envs
-    observations, _ = env.reset(seed=seed)
-    everyone = np.ones(n, dtype=bool)
-    agent.reset(everyone.copy())
-    proposals, stops = _answer(agent, observations, everyone)
-    env.step({"box": proposals, "stop": stops})
-    mask = np.arange(n) == n - 1
+    checked = _Checked(agent)
+    next(play(env, checked, seed=seed))
+    mask = np.arange(env.num_envs) == env.num_envs - 1
     observations, _ = env.reset(seed=seed + 1, options={"reset_mask": mask})
     agent.reset(mask.copy())
-    active = np.array([not game.over for game in env.games])
-    _answer(agent, observations, active)
+    checked.act({**observations, "active": np.array([not game.over for game in env.games])})
 
 
-def _answer(
-    agent: Agent, observations: Mapping[str, Any], active: NDArray[np.bool_]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The agent's boxes (N, 4) and stops (N,), all that it says checked; observations must stay as they were."""
+def _checked(actions: Mapping[str, Any], active: NDArray[np.bool_]) -> Mapping[str, Any]:
+    """The boxes and stops of an answer for N environments; AssertionError for whatever it says that cannot be."""
     n = len(active)
-    shown = {**observations, "active": active.copy()}
-    kept = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in shown.items()}
-    actions = agent.act(shown)
-    for key, value in kept.items():
-        _require(key in shown and np.array_equal(shown[key], value), f"act() changed the observation {key!r}")
-    _require(isinstance(actions, Mapping), f"act() returned a {type(actions).__name__}, not a mapping")
     for key in ("box", "stop"):
         _require(key in actions, f"act() returned no {key!r}; there are {', '.join(map(repr, actions))}")
     proposals, stops = np.asarray(actions["box"]), np.asarray(actions["stop"])
@@ -358,7 +339,7 @@ def _answer(
         else:
             within = all(0 <= float(v) <= 1 for v in chosen)
             _require(within, f"{key} is {[float(v) for v in chosen]}, not from 0 to 1")
-    return proposals.astype(np.float32), stops.astype(np.int64)
+    return {"box": proposals.astype(np.float32), "stop": stops.astype(np.int64)}
 
 
 __all__ = ["check_agent", "check_dataset"]
