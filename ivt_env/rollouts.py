@@ -200,14 +200,10 @@ def rollout(
 def begin_record(game: Game, agent: str, seed: int | None) -> Episode:
     """The record of a game that begins."""
     sample = game.sample
+    names = ("sample_id", "image_id", "dataset", "split", "expression", "size")
     return Episode(
-        sample_id=sample.sample_id,
-        image_id=sample.image_id,
-        dataset=sample.dataset,
-        split=sample.split,
-        expression=sample.expression,
+        **{name: getattr(sample, name) for name in names},
         target=box_tuple(sample.box),
-        size=sample.size,
         steps=[],
         initial_box=None if game.box is None else box_tuple(game.box),
         agent=agent,

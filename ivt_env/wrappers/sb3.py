@@ -51,9 +51,8 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
     | 2, 3 | width and height on a logarithmic scale: -1 is 0.04 of the image, 0 is 0.2, 1 is all of it |
     | 4 | stop, if it is above `stop_above` |
 
-    What lies outside the image is cut off, so every action is a usable box. With corners instead of centre and size,
-    half of all actions would be reversed, and noise on one number would change place and size together. On a
-    logarithmic scale a step changes a small box and a large one by the same factor, as IoU does.
+    What lies outside the image is cut off, so every action is a usable box. On the logarithmic scale a step changes a
+    small box and a large one by the same factor, as IoU does.
 
     ## Observation space
     | key | space | meaning |
@@ -65,10 +64,8 @@ class SB3Wrapper(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.util
     | `window` | `Box(0, 1, (4,), float32)` | only with a close-up: the region it shows |
     | `closeup` | as `image` | only with `view="both"` |
 
-    The image fills the square, without the canvas's margin, so that its coordinates are those of the box.
-    Channels come first, as torch wants them. All of it is `Box`, which every vector wrapper of
-    Stable-Baselines3 takes (stacking of frames and running means among them). Rewards, ends and infos are those
-    of the environment.
+    The image fills the square, without the canvas's margin, so that its coordinates are those of the box. Channels
+    come first, as torch wants them. Rewards, ends and infos are those of the environment.
     """
 
     def __init__(
