@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import select
 import signal
 import socket as sockets
@@ -23,6 +22,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+from server_processes import resident
 from serving import CANVAS, plays, raw, say, serving, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -329,12 +329,6 @@ def ended(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> float
     seconds = time.monotonic() - begun
     assert "stopped" in process.stdout.read() and "Traceback" not in process.stderr.read()
     return seconds
-
-
-def resident(process: subprocess.Popen[str]) -> int:
-    """Memory of a process in bytes."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
 
 
 def frame(opcode: int, payload: bytes = b"", final: bool = True) -> bytes:

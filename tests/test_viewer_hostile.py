@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import re
 import signal
 import socket as sockets
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from server_processes import resident
 from shown_episodes import made_up_episodes, photo_of
 from test_viewer_command import started
 
@@ -55,11 +55,6 @@ def slowest_of(place: tuple[str, int], seconds: float) -> float:
             slowest = max(slowest, time.monotonic() - begun)
         connection.close()
     return slowest
-
-
-def resident(process: Any) -> int:
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
 
 def head(place: tuple[str, int], start: str = "GET /image/0") -> bytes:
