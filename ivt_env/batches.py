@@ -69,14 +69,14 @@ class Batch:
         """The images (N, S, S, 3) of N canvases with a box drawn on each."""
         array = self._memory.array(self._shape) if self._kept is None else self._kept
         for row, before, layer in zip(array, self._painted, layers, strict=True):
-            _repaint(row, before, layer)
+            repaint(row, before, layer)
         if self._kept is not None:
             self._painted, array = list(layers), self._kept.view()
             array.flags.writeable = False  # a caller's paint would show in all later steps
         return array
 
 
-def _repaint(row: ImageArray, before: Layer | None, layer: Layer) -> None:
+def repaint(row: ImageArray, before: Layer | None, layer: Layer) -> None:
     """Turn an image (S, S, 3) that shows ``before`` (None: anything) into one that shows ``layer``."""
     canvas, sheet, box = layer
     if before is None or before[0] is not canvas:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ivt_env import boxes, rendering
-from ivt_env.batches import Batch, Layer
+from ivt_env.batches import Layer, RecycledMemory, repaint
 from ivt_env.data import load_dataset
 from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.expression_space import Expression
@@ -34,8 +34,8 @@ _GAME = ("step_count", "terminated", "truncated", "last_reward", "best_iou")
 """What a state holds of a game, beside its sample and its boxes."""
 WHOLE = np.array([0, 0, 1, 1], dtype=np.float32)
 """The window of a close-up that shows the whole image."""
-DTYPES = {"step": np.int64, "extent": np.int32, "closeup_extent": np.int32}
-DTYPES |= dict.fromkeys(("box", "window", "history"), np.float32)
+DTYPES = {"box": np.float32, "step": np.int64, "extent": np.int32, "closeup_extent": np.int32}
+DTYPES |= {"window": np.float32, "history": np.float32}
 """Types of the numbers in an observation."""
 
 
@@ -74,8 +74,8 @@ class Screen:
         if not isinstance(canvas, int) or canvas < 16:
             raise ValueError(f"canvas {canvas!r}: give the side in pixels, an integer of at least 16")
         self.dataset, self.view, self.side, self.overlay, self.around = dataset, view, canvas, overlay, around
-        self.painters = {key: Batch(1, canvas, copy=True) for key in ("image", "closeup")}
-        """What paints the images of single observations."""
+        self.memory = {"image": RecycledMemory(), "closeup": RecycledMemory()}
+        """Memory of earlier observations. It is reused once nobody holds them or a view of them."""
 
     def load(self, sample: Sample) -> Loaded:
         """Decode a sample's image and place it on the canvas."""
@@ -130,7 +130,12 @@ class LiveEpisode:
 
     def observe(self) -> Observation:
         """A fresh observation; it shares no memory with what is kept."""
-        return {key: values[0] for key, values in observe([self], self.screen.painters).items()}
+        seen, layers = self.look()
+        observation = {k: np.array(v, dtype=DTYPES[k])[()] if k in DTYPES else v for k, v in seen.items()}
+        for key, layer in layers.items():
+            observation[key] = self.screen.memory[key].array(layer[0].shape)
+            repaint(observation[key], None, layer)
+        return observation
 
     def caption(self) -> list[str]:
         """The episode in three lines."""
@@ -148,17 +153,6 @@ class LiveEpisode:
         """A captioned frame, RGB."""
         sheet, game = self.loaded[1], self.game
         return rendering.frame(sheet.canvas, sheet.extent, game.box, game.sample.box, self.caption())
-
-
-def observe(episodes: Sequence[LiveEpisode], painters: Mapping[str, Batch]) -> Observation:
-    """N episodes as they stand, with a leading axis of N; expressions as a tuple of str."""
-    seen, layers = zip(*(episode.look() for episode in episodes), strict=True)
-    observation: Observation = {"expression": tuple(one["expression"] for one in seen)}
-    for key in (key for key in seen[0] if key in DTYPES):
-        observation[key] = np.array([one[key] for one in seen], dtype=DTYPES[key])
-    for key in layers[0]:
-        observation[key] = painters[key].paint([one[key] for one in layers])
-    return observation
 
 
 class Grounding:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ivt_env.batches import Batch
 from ivt_env.data.sample import Dataset, ImageArray, Sample
 from ivt_env.game import Game
-from ivt_env.grounding import Grounding, LiveEpisode, Loaded, Observation, action_space, observe, take_options
+from ivt_env.grounding import DTYPES, Grounding, LiveEpisode, Loaded, Observation, action_space, take_options
 
 
 class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[str, Any], NDArray[Any]]):
@@ -99,7 +99,7 @@ class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[st
             live[i] = self.begin(self._rngs[i], indices[i], boxes[i])
             infos = self._add_info(infos, live[i].game.info(), i)
         self.live = live
-        return observe(self.live, self._painters), infos
+        return self._observe(), infos
 
     def step(
         self, actions: Mapping[str, Any]
@@ -128,7 +128,7 @@ class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[st
                 infos = self._add_info(infos, final, i)
             elif why is not None:
                 infos = self._add_info(infos, {"invalid": why}, i)
-        return observe(self.live, self._painters), rewards, terminated, truncated, infos | self._scores()
+        return self._observe(), rewards, terminated, truncated, infos | self._scores()
 
     def render(self) -> tuple[ImageArray, ...] | None:  # type: ignore[override]
         """A captioned frame for each environment, as the single environment draws it."""
@@ -155,6 +155,16 @@ class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[st
         self._images.move_to_end(sample.image_id)
         return self._images[sample.image_id]
 
+    def _observe(self) -> Observation:
+        """All environments as they stand, with a leading axis; expressions as a tuple of str."""
+        seen, layers = zip(*(live.look() for live in self.live), strict=True)
+        observation: Observation = {"expression": tuple(one["expression"] for one in seen)}
+        for key in (key for key in seen[0] if key in DTYPES):
+            observation[key] = np.array([one[key] for one in seen], dtype=DTYPES[key])
+        for key in layers[0]:
+            observation[key] = self._painters[key].paint([one[key] for one in layers])
+        return observation
+
     def _scores(self) -> dict[str, Any]:
         """``Game.info`` of all environments, each key with its mask, as ``_add_info`` would put it together."""
         each = [live.game.info() for live in self.live]
@@ -169,7 +179,7 @@ class GroundingVectorEnv(Grounding, gym.vector.VectorEnv[Observation, Mapping[st
 
     def _go_on(self, rngs: list[np.random.Generator], live: list[LiveEpisode]) -> tuple[Observation, dict[str, Any]]:
         self._rngs, self.live = rngs, live
-        return observe(self.live, self._painters), self._scores()
+        return self._observe(), self._scores()
 
     def _made_with(self) -> dict[str, Any]:
         return super()._made_with() | {"num_envs": self.num_envs, "autoreset_mode": self.autoreset_mode.value}
