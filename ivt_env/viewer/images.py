@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from ivt_env.data import load_dataset
@@ -31,7 +32,7 @@ class ImageFinder:
         for name, run in runs.items():
             for episode in run:
                 self._folders.setdefault((episode.dataset, episode.image_id), {})[folders[name]] = None
-        self._datasets: dict[tuple[str, str], Dataset | str] = {}
+        self._opened = cache(self._open)
         self._places: dict[tuple[str, str], dict[str, int]] = {}
         # A server asks from several threads, and a data set need not bear that.
         self._lock = threading.Lock()
@@ -48,10 +49,7 @@ class ImageFinder:
         with self._lock:
             # A mixture's samples are labelled with the data set they are from; their ids begin with it.
             mixed = episode.sample_id.startswith(f"{episode.dataset}/")
-            key = "mixed" if mixed else episode.dataset, episode.split
-            if key not in self._datasets:
-                self._datasets[key] = self._opened(*key)
-            dataset = self._datasets[key]
+            dataset = self._opened("mixed" if mixed else episode.dataset, episode.split)
             try:
                 if isinstance(dataset, str):
                     raise DataMissingError(dataset)
@@ -60,7 +58,7 @@ class ImageFinder:
                 raise DataMissingError(f"The run saved no images, and {error}") from error
             return dataset.image(sample)
 
-    def _opened(self, name: str, split: str) -> Dataset | str:
+    def _open(self, name: str, split: str) -> Dataset | str:
         """A data set, or why there is none."""
         try:
             return load_dataset(name, split, self.data_root, strict=True)

@@ -85,15 +85,12 @@ def page_parts(
     folder = files("ivt_env.viewer")
     names = ["template.html", "viewer.css", "loading.js", "viewer.js", *(["play.js"] if play else [])]
     # splitlines: the hashes below must match the text after the browser has normalised line ends.
-    template, style, *scripts = (
-        "\n".join(folder.joinpath(name).read_text(encoding="utf-8").splitlines()) + "\n" for name in names
-    )
+    texts = (folder.joinpath(name).read_text(encoding="utf-8") for name in names)
+    template, style, *scripts = ("\n".join(text.splitlines()) + "\n" for text in texts)
     script = "".join(scripts)
     sources = "img-src 'self' data:; connect-src 'self'" if from_server else "img-src data:"
-    policy = (
-        f"default-src 'none'; {sources}; script-src '{_hash_source(script)}'; "
-        f"style-src '{_hash_source(style)}'; base-uri 'none'; form-action 'none'"
-    )
+    hashes = f"script-src '{_hash_source(script)}'; style-src '{_hash_source(style)}'"
+    policy = f"default-src 'none'; {sources}; {hashes}; base-uri 'none'; form-action 'none'"
     fields = {
         "policy": policy,
         "title": html.escape(title),

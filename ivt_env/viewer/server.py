@@ -12,11 +12,10 @@ import secrets
 import socket
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -71,8 +70,7 @@ class ViewApp:
         self.names = list(self.content.runs)
         self.title, self.image_of, self.side = title, image_of, max_image_side
         self.version = secrets.token_hex(8)
-        self._images: OrderedDict[int, bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._image = lru_cache(maxsize=_KEPT_IMAGES)(self._encoded)
 
     def get(self, path: str, query: Mapping[str, str]) -> Reply:
         """``/``, ``/episode?run=&index=``, ``/image/N`` and ``/search?run=&query=``; ``Refused`` for all else."""
@@ -105,23 +103,12 @@ class ViewApp:
         content = {"runs": self.content.overview(), "version": self.version}
         return "".join(page_parts(self.title, self.content.served(), content, from_server=True))
 
-    def _image(self, number: int) -> bytes:
-        with self._lock:
-            if number in self._images:
-                self._images.move_to_end(number)
-                return self._images[number]
+    def _encoded(self, number: int) -> bytes:
         episode = self.content.images[number]
         try:
-            encoded = image_jpeg(self.image_of(episode), episode, self.side)
-        except DataMissingError as error:
-            raise Refused(404, str(error)) from error
+            return image_jpeg(self.image_of(episode), episode, self.side)
         except DataError as error:
-            raise Refused(500, str(error)) from error
-        with self._lock:
-            self._images[number] = encoded
-            while len(self._images) > _KEPT_IMAGES:
-                self._images.popitem(last=False)
-        return encoded
+            raise Refused(404 if isinstance(error, DataMissingError) else 500, str(error)) from error
 
 
 class LocalServer(ThreadingHTTPServer):
