@@ -98,12 +98,7 @@ class Served:
     """What one server plays, and the data of all its sessions, each split loaded once."""
 
     def __init__(self, env_id: str, data_root: str | None = None, kwargs: Mapping[str, Any] | None = None) -> None:
-        """Open the split that is played by default.
-
-        Args:
-            env_id: a registered id.
-            data_root: folder of real data sets; None: where ``load_dataset`` looks.
-            kwargs: of the environment.
+        """Open the split that is played by default. ``kwargs`` are those of the environment.
 
         Raises:
             ValueError: for an unknown keyword, and as ``GroundingEnv``; ``DataMissingError`` for absent data.

@@ -40,9 +40,8 @@ class TextActions(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any], gym.uti
     ## Action space
     A string of any characters: optional reasoning, then a JSON object with a box or a stop, of which the last
     complete one counts: `{"bbox_2d": [x1, y1, x2, y2]}` in thousandths of the image, or `{"stop": true}`.
-    Reasoning, Markdown fences, other keys and a list around the object do no harm. A text without a usable action
-    uses up its step, changes nothing, and is told by `info["parse_failure"]` and, in words, `info["invalid"]`.
-    So is a box that could be read and cannot be used (`x2 <= x1`, beyond 1000), without the parse failure.
+    A text without a usable action uses up its step, changes nothing, and is told by `info["parse_failure"]` and, in
+    words, `info["invalid"]`. So is a box that cannot be used (`x2 <= x1`, beyond 1000), without the parse failure.
 
     ## Observation space
     | key | space | meaning |
