@@ -14,16 +14,16 @@ is what the process's peak rises by, from the loaded model and the built trainer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,42 +74,21 @@ def drawn(args: Args, length: int) -> list[list[int]]:
     """Samples of each step, (steps + 1, prompts), as this project's trainer draws them."""
     import numpy as np
 
-    count = args.steps + 1
-    return [
-        np.random.default_rng((args.seed, 21, s)).integers(length, size=args.prompts).tolist() for s in range(count)
-    ]
+    rngs = [np.random.default_rng((args.seed, 21, step)) for step in range(args.steps + 1)]
+    return [rng.integers(length, size=args.prompts).tolist() for rng in rngs]
 
 
-class Memory:
-    """Growth of the process's peak from now on, in bytes."""
+class Record:
+    """Seconds of each step, what came of it, and the growth of the process's peak of memory from now on."""
 
     def __init__(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is resident
-        except OSError:
-            pass
-        self.start = _status("VmRSS")
-
-    def growth(self) -> int:
-        """Bytes by which the peak lies above the start."""
-        return _status("VmHWM") - self.start
-
-
-def _status(name: str) -> int:
-    """A line of /proc/self/status in bytes; without it the peak of the process's whole life."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
-
-
-class Clock:
-    """Wall-clock and processor seconds of each step."""
-
-    def __init__(self) -> None:
         self.wall: list[float] = []
         self.cpu: list[float] = []
+        self.found: list[tuple[float, ...]] = []
+        """Of each step: actions, tokens and reward of an episode, share of groups without variance."""
+        self.memory = _status("VmRSS")
 
     def start(self) -> None:
         """A step begins."""
@@ -119,6 +98,24 @@ class Clock:
         """It has ended."""
         self.wall.append(time.perf_counter() - self._begun[0])
         self.cpu.append(time.process_time() - self._begun[1])
+
+    def report(self, args: Args) -> dict[str, Any]:
+        """All but the first step, which warms up."""
+        names = ("turns", "tokens", "reward", "zero_variance")
+        means = [statistics.mean(column) for column in zip(*self.found[1:], strict=True)]
+        return dict(zip(names, means, strict=True)) | {
+            "seconds": self.wall[1:],
+            "cpu_seconds": self.cpu[1:],
+            "episodes": args.prompts * args.group,
+            "memory": _status("VmHWM") - self.memory,
+            "start": self.memory,
+        }
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status in bytes; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 def model_of(args: Args, layout: str) -> Any:
@@ -172,18 +169,20 @@ def measure_ours(args: Args, layout: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         log = MetricsLog(Path(folder), enabled=False)
         trainer = GRPOTrainer(policy, env, config, Accelerator(cpu=True), log, Path(folder))
-        clock, memory, found = Clock(), Memory(), []
+        record = Record()
         for samples in drawn(args, len(env.dataset)):
-            clock.start()
+            record.start()
             metrics = trainer.train_step()
-            clock.stop()
+            record.stop()
             trainer.step += 1
             played = [s.sample_id for s in env.samples[:: args.group]]
             assert played == [env.dataset[i].sample_id for i in samples], "the two sides would play other samples"
             actions = metrics["rollout/actions_per_episode"]
             tokens = actions * metrics["rollout/tokens_per_action"]
-            found.append((actions, tokens, metrics["rollout/final_iou"], metrics["rollout/zero_variance_groups"]))
-    return _report(args, clock, memory, found)
+            record.found.append(
+                (actions, tokens, metrics["rollout/final_iou"], metrics["rollout/zero_variance_groups"])
+            )
+    return record.report(args)
 
 
 def measure_trl(args: Args) -> dict[str, Any]:
@@ -202,7 +201,7 @@ def measure_trl(args: Args) -> dict[str, Any]:
     episodes = args.prompts * args.group
     if episodes % args.batch:
         raise SystemExit(f"--batch {args.batch}: {episodes} episodes of a step cannot be cut into such parts evenly")
-    clock, found, rewarded = Clock(), [], []
+    rewarded = []
 
     def reward(completions: Any, environments: Any, **_: Any) -> list[float]:
         totals = episode_reward(completions, environments)
@@ -212,13 +211,13 @@ def measure_trl(args: Args) -> dict[str, Any]:
 
     class Timer(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            clock.start()
+            record.start()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.stop()
+            record.stop()
             metrics = trainer._metrics["train"]
             (actions, total), tokens = rewarded[-1], metrics["completions/mean_length"][-1]
-            found.append((actions, tokens, total, metrics["frac_reward_zero_std"][-1]))
+            record.found.append((actions, tokens, total, metrics["frac_reward_zero_std"][-1]))
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
@@ -262,25 +261,9 @@ def measure_trl(args: Args) -> dict[str, Any]:
             environment_factory=lambda: TRLGrounding(policy, ENV, split="train", max_steps=args.turns),
             callbacks=[Timer()],
         )
-        memory = Memory()
+        record = Record()
         trainer.train()
-    return _report(args, clock, memory, found)
-
-
-def _report(args: Args, clock: Clock, memory: Memory, found: list[tuple[float, ...]]) -> dict[str, Any]:
-    episodes = args.prompts * args.group
-    actions, tokens, reward, flat = (list(column) for column in zip(*found[1:], strict=True))
-    return {
-        "seconds": clock.wall[1:],
-        "cpu_seconds": clock.cpu[1:],
-        "episodes": episodes,
-        "turns": statistics.mean(actions),
-        "tokens": statistics.mean(tokens),
-        "reward": statistics.mean(reward),
-        "zero_variance": statistics.mean(flat),
-        "memory": memory.growth(),
-        "start": memory.start,
-    }
+    return record.report(args)
 
 
 def measured(args: Args) -> dict[str, dict[str, float]]:
@@ -294,16 +277,11 @@ def measured(args: Args) -> dict[str, dict[str, float]]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }
-    options = []
-    for name, value in asdict(args).items():
-        if name not in ("side", "json"):
-            flag = "--" + name.replace("_", "-")
-            options += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
     for number in range(args.rounds):
         for side in SIDES:
             if not args.json:
                 print(f"round {number + 1} of {args.rounds}: {NAMES[side]}", file=sys.stderr, flush=True)
-            command = [sys.executable, __file__, *options, "--side", side]
+            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{NAMES[side]} failed:\n{done.stderr[-3000:]}")

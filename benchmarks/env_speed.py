@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ivt_agents.command import run_command
+from ivt_agents.training.folder import check_least
 from ivt_env.data.sample import ImageArray, Sample
 from ivt_env.env import GroundingEnv
 from ivt_env.vector_env import GroundingVectorEnv
@@ -60,9 +61,7 @@ class Args:
 
     def __post_init__(self) -> None:
         """Refuse what measures nothing."""
-        for name, smallest in (("repetitions", 1), ("steps", 1), ("memory_steps", 0)):
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} {getattr(self, name)}: give at least {smallest}")
+        check_least(self, {"repetitions": 1, "steps": 1, "memory_steps": 0})
         if not self.num_envs or min(self.num_envs) < 1:
             raise ValueError(f"num_envs {self.num_envs}: give numbers of at least 1")
 
@@ -205,8 +204,7 @@ def memory(dataset: MadeUp, boxes: np.ndarray, steps: int, num_envs: int) -> dic
 def resident() -> float:
     """Resident memory of this process in MB; Linux only."""
     gc.collect()
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 1024
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def in_a_plain_process() -> None:
@@ -225,23 +223,23 @@ def main(args: Args) -> None:
         "plain Pillow": plain(dataset.images[0], boxes),
         "one environment": single(dataset, boxes),
     }
-    for number in args.num_envs:
-        ways[f"num_envs={number}"] = batched(dataset, boxes, number, copy=True)
-        ways[f"num_envs={number}, copy=False"] = batched(dataset, boxes, number, copy=False)
+    batches = {
+        f"num_envs={number}{'' if copy else ', copy=False'}": (number, copy)
+        for number in args.num_envs
+        for copy in (True, False)
+    }
+    ways |= {name: batched(dataset, boxes, *batch) for name, batch in batches.items()}
     ways[EPISODES] = single(dataset, boxes, max_steps=3)
-    for number in args.num_envs:
-        ways[f"episodes, num_envs={number}"] = groups(dataset, boxes, number, copy=True)
-        ways[f"episodes, num_envs={number}, copy=False"] = groups(dataset, boxes, number, copy=False)
+    ways |= {f"episodes, {name}": groups(dataset, boxes, *batch) for name, batch in batches.items()}
     ways['one environment, view="closeup"'] = single(dataset, boxes, view="closeup")
     speed = measured(ways, args.repetitions)
     base = speed["plain Pillow"]
     for name, row in speed.items():
         one = speed[EPISODES if name.startswith("episodes") else "one environment"]
         row["steps_per_second"] = 1e3 / row["wall_ms"]
-        row["times_plain"] = base["wall_ms"] / row["wall_ms"]
-        row["times_plain_cpu"] = base["cpu_ms"] / row["cpu_ms"]
-        row["times_one_environment"] = one["wall_ms"] / row["wall_ms"]
-        row["times_one_environment_cpu"] = one["cpu_ms"] / row["cpu_ms"]
+        for against, other in (("times_plain", base), ("times_one_environment", one)):
+            row[against] = other["wall_ms"] / row["wall_ms"]
+            row[f"{against}_cpu"] = other["cpu_ms"] / row["cpu_ms"]
     if not args.json:
         print(f"medians of {args.repetitions} repetitions in turn, {args.steps} steps each, 640 x 480 on 640 x 640")
         print(f"{'':38s} {'wall ms':>8s} {'cpu ms':>8s} {'steps/s':>8s} {'x plain':>16s} {'x one env':>16s}")

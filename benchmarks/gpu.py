@@ -120,9 +120,8 @@ def agreement(args: Args) -> dict[str, Any]:
     rows, wrong = [], []
     for dtype, attention, decode, layout in settings:
         name = f"{dtype}, {attention}, {decode}, {layout}"
-        policy = load_policy(
-            "tiny", device=args.device, dtype=dtype, attention=attention, layout=layout, temperature=1.0
-        )
+        how = {"dtype": dtype, "attention": attention, "layout": layout}
+        policy = load_policy("tiny", device=args.device, temperature=1.0, **how)
         policy.decode = decode_fixed if decode == "fixed" else None
         turns = played(policy, args)
         scorer = TokenScorer(policy.core, policy.sampling, frozen_vision=True)
@@ -246,9 +245,8 @@ def commands(args: Args) -> dict[str, Any]:
         options = "--steps 1 --prompts 2 --num-generations 2 --eval-samples 0"
     command = f"train_grpo.py --model tiny --overwrite --report-to none --bf16 {options}"
     start = time.perf_counter()
-    run = subprocess.run(
-        [sys.executable, *command.split(), "--out", str(args.out / "grpo")], cwd=ROOT, capture_output=True, text=True
-    )
+    words = [sys.executable, *command.split(), "--out", str(args.out / "grpo")]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{command} ended with {run.returncode}: {run.stderr.strip().splitlines()[-1:]}")
     lines = (args.out / "grpo" / "metrics.jsonl").read_text().splitlines()
@@ -286,12 +284,12 @@ def single_shot(folder: Path, args: Args) -> dict[str, float]:
 
 def lines_of(part: str, found: dict[str, Any]) -> list[list[str]]:
     """What a part found, as rows of (part, what, value, target)."""
+    rows: list[list[str]] = []
     if "error" in found:
         return [[part, "failed", found["error"], ""]]
     if part == "card":
         return [[part, k, f"{v:,.0f}" if isinstance(v, float) else str(v), ""] for k, v in found.items()]
     if part == "agreement":
-        rows = []
         for row in found["rows"]:
             extra = f", CPU {row['cpu']:.1e}, gradient {row['gradient']:.1e}" if "cpu" in row else ""
             most, mean = LIMITS[row["setting"].split(",")[0]]
@@ -299,7 +297,6 @@ def lines_of(part: str, found: dict[str, Any]) -> list[list[str]]:
             rows.append([part, row["setting"], value, f"{mean:g}, {most:g}"])
         return rows
     if part == "step":
-        rows = []
         for name, seconds in sorted(found["seconds"].items(), key=lambda item: -item[1]):
             tokens = found["tokens"].get(name)
             rows.append([part, name, f"{seconds:.2f} s" + (f", {tokens:,.0f} tokens" if tokens else ""), ""])
@@ -316,7 +313,6 @@ def lines_of(part: str, found: dict[str, Any]) -> list[list[str]]:
             [part, "sampler - scorer, mean", f"{found['sampler_scorer_difference']:.1e}", ""],
         ]
     if part == "decode":
-        rows = []
         for name in ("growing", "fixed"):
             one = found[name]
             value = f"{one['milliseconds a pass']:.1f} ms a pass, {one['tokens a second']:,.0f} tokens/s"

@@ -109,18 +109,8 @@ def _timed(part: Part, size: int, words: list[str], **kwargs: Any) -> Row:
 
 
 def _evaluate(size: int, folder: Path) -> Row:
-    words = [
-        "evaluate",
-        "--policies",
-        "tiny=tiny",
-        "--split",
-        "val",
-        "--samples",
-        str(size),
-        "--out",
-        str(folder / "out"),
-    ]
-    return _timed("evaluate", size, words)
+    words = f"evaluate --policies tiny=tiny --split val --samples {size} --out".split()
+    return _timed("evaluate", size, [*words, str(folder / "out")])
 
 
 def _own_set(size: int, folder: Path, images: int) -> Path:
@@ -173,9 +163,8 @@ def _view(size: int, folder: Path) -> Row:
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout is not None
     try:
-        address = None
-        while address is None:
-            address = re.search(r"http://\S+", server.stdout.readline())
+        while not (address := re.search(r"http://\S+", server.stdout.readline())):
+            pass
         ready = time.monotonic() - start
         with browser(folder / "profile") as driver:
             driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _WATCH})
@@ -186,9 +175,7 @@ def _view(size: int, folder: Path) -> Row:
                 while driver.execute_script("return byId('panels').getAttribute('aria-busy') !== 'false'"):
                     time.sleep(0.005)
                 loads.append(driver.execute_script("return performance.now()"))
-                driver.execute_script(
-                    "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'j', bubbles: true}))"
-                )
+                driver.execute_script(_NEXT)
                 time.sleep(0.5)
                 tasks.append(driver.execute_script("return Math.max(0, ...window.longTasks)"))
                 heaps.append(driver.execute_script("return performance.memory.usedJSHeapSize") / 2**20)
@@ -213,14 +200,15 @@ new PerformanceObserver(list => list.getEntries().forEach(e => window.longTasks.
 
 
 def _grpo(part: Part, size: int, folder: Path, group: int, turns: int) -> Row:
-    words = ["train-grpo", "--model", "tiny", "--prompts", "4", "--num-generations", str(group), "--steps", "4"]
-    words += ["--episode-steps", str(turns), "--eval-samples", "0", "--report-to", "none", "--out", str(folder / "run")]
-    row = _timed(part, size, words)
+    words = f"train-grpo --model tiny --prompts 4 --num-generations {group} --steps 4 --episode-steps {turns}".split()
+    words += "--eval-samples 0 --report-to none --out".split()
+    row = _timed(part, size, [*words, str(folder / "run")])
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     times = ["rollout_environment", "rollout_model", "reward", "update"]
-    found = np.array([[step[f"time/{name}"] for name in times] for step in steps if "time/update" in step])[1:]
+    steps = [step for step in steps if "time/update" in step]
+    found = np.array([[step[f"time/{name}"] for name in times] for step in steps])[1:]
     environment, model, _, update = np.median(found, axis=0)
-    played = np.mean([step["rollout/actions_per_episode"] for step in steps if "time/update" in step])
+    played = np.mean([step["rollout/actions_per_episode"] for step in steps])
     more = (
         f"environment {environment:.2f} s, sampling {model:.2f} s, update {update:.2f} s; {played:.2f} turns an episode"
     )

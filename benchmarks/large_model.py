@@ -54,6 +54,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
+from transformers import AutoModelForImageTextToText
 
 from ivt_agents.grpo import train as train_grpo
 from ivt_agents.grpo.trainer import GRPOTrainer
@@ -148,15 +149,8 @@ def architecture(size: str, tokenizer: Any) -> Any:
 
 def random_model(config: Any, device: str, dtype: torch.dtype, end_id: int) -> Any:
     """The true class with random weights, made on the device in their final format."""
-    from transformers import Qwen3VLForConditionalGeneration
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = Qwen3VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -189,9 +183,8 @@ class ForcedPolicy(VLMPolicy):
 def make_policy(args: Args) -> ForcedPolicy:
     """The policy with its adapter."""
     tokenizer = build_tokenizer()
-    model = random_model(
-        architecture(args.size, tokenizer), args.device, DTYPES[args.precision], tokenizer.eos_token_id
-    )
+    config = architecture(args.size, tokenizer)
+    model = random_model(config, args.device, DTYPES[args.precision], tokenizer.eos_token_id)
     model.set_attn_implementation(args.attention)
     use_float32_head(model)
     model = make_trainable(model, args.lora_rank)
@@ -395,7 +388,7 @@ def measure(args: Args) -> dict[str, Any]:
             metrics = trainer.train_step()
         phases.lap()
     parts, shape = count_parts(core_of(policy.model)), Shape.of(core_of(policy.model).config)
-    adapters = adapter_parameters(policy)
+    adapters = sum(p.numel() for p in trainer.parameters)
     base = replace(parts, text=parts.text - adapters)
     seconds, flops, tokens, moved = (
         {k: v / args.steps for k, v in found.items()}
@@ -439,11 +432,6 @@ def estimated_gb(args: Args, base: Parts, adapters: int, shape: Shape) -> float:
     rows = min(args.batch_size, args.prompts * args.group)
     needs = need(base, adapters, shape, work, rows, args.precision, args.checkpointing, autocast)
     return needs.peak(args.micro_batch) / 1e9
-
-
-def adapter_parameters(policy: VLMPolicy) -> int:
-    """Number of trained parameters."""
-    return sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
 
 
 def report(found: Mapping[str, Any]) -> str:

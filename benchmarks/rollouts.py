@@ -42,7 +42,7 @@ from ivt_agents.vlm import generation
 from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.turns import Prompt
+from ivt_agents.vlm.turns import Turn
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env
 from ivt_env.vector_env import GroundingVectorEnv
@@ -115,15 +115,8 @@ def _library_turn(policy: VLMPolicy, observations: Any, count: int) -> None:
         min_new_tokens=policy.sampling.max_new_tokens,
         suppress_tokens=list(policy.sampling.suppressed),
     )
-    policy._said = {r: (_turn(p, out[r, width:].tolist()), None) for r, p in enumerate(prompts)}
-    if policy.layout == "fresh":
-        policy._said = {}
-
-
-def _turn(prompt: Prompt, completion: list[int]) -> Any:
-    from ivt_agents.vlm.turns import Turn
-
-    return Turn(prompt, completion)
+    if policy.layout == "prefix":
+        policy._said = {r: (Turn(p, out[r, width:].tolist()), None) for r, p in enumerate(prompts)}
 
 
 def fixed_length(policy: VLMPolicy, tokens: int) -> None:
