@@ -10,7 +10,7 @@ import importlib
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _STATUS = "exit status: 0 done, 1 data unfit for use, 2 an error to fix, 130 interrupted"
@@ -104,10 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(chosen: str, place: int, words: list[str]) -> int:
-    if not COMMANDS[chosen].script:
+    command = COMMANDS[chosen]
+    if not command.script:
         return _run_parsed(build_parser(chosen), words)
     _log(build_parser().parse_args(words[: place + 1]).verbose)
-    return _run_script(chosen, words[place + 1 :])
+    parse = importlib.import_module("ivt_agents.command").parse
+    module = importlib.import_module(command.module)
+    words = words[place + 1 :]
+    given, sys.argv = sys.argv, [f"ivt {chosen}", *words]  # the name that help and errors show
+    try:
+        done = module.main(parse(module.Args, words, command.section))
+        return done if type(done) is int else 0  # a training script returns where it wrote
+    finally:
+        sys.argv = given
 
 
 def _run_parsed(parser: argparse.ArgumentParser, words: list[str]) -> int:
@@ -120,20 +129,7 @@ def _run_parsed(parser: argparse.ArgumentParser, words: list[str]) -> int:
     if args.command is None:
         parser.error("the following arguments are required: COMMAND (ivt --help lists them)")
     _log(args.verbose)
-    run: Callable[[argparse.Namespace], int] = args.run
-    return int(run(args))
-
-
-def _run_script(name: str, words: list[str]) -> int:
-    """Run a script as ``python script.py WORDS`` would."""
-    command = importlib.import_module("ivt_agents.command")
-    module = importlib.import_module(COMMANDS[name].module)
-    given, sys.argv = sys.argv, [f"ivt {name}", *words]  # the name that help and errors show
-    try:
-        done = module.main(command.parse(module.Args, words, COMMANDS[name].section))
-        return done if type(done) is int else 0  # a training script returns where it wrote
-    finally:
-        sys.argv = given
+    return int(args.run(args))
 
 
 def _log(verbose: bool) -> None:

@@ -90,8 +90,7 @@ class KeysOnce(yaml.SafeLoader):  # type: ignore[misc]
 def load_config(path: Path, args: type[T], section: str, base: T | None = None) -> T:
     """``args`` with the values of a ``section`` (``ConfigError``), else those of ``base`` or the defaults."""
     content = _read(path)
-    values = content.get(section)
-    if values is None:
+    if (values := content.get(section)) is None:
         raise ConfigError(f"{path} has no part {section!r}, which this script reads; it has: {', '.join(content)}")
     names = {f.name for f in fields(args)} - {"config"}  # type: ignore[arg-type]
     for key in values if isinstance(values, dict) else ():

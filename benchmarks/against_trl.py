@@ -7,9 +7,8 @@ three turns, then one optimizer step on all of them. TRL plays through its envir
 (`agents/trl/environment.py`); its rollouts are the conversations of the `prefix` layout, token for token.
 This project is measured in that layout and in its default one, `fresh`.
 
-Each measurement is a process of its own. One step warms up; each later one is timed as a whole, rollout and
-update. Sides take turns, so that a slow minute of the machine hits them all; medians are given. Memory
-is what the process's peak rises by, from the loaded model and the built trainer to the end.
+Each measurement is a process of its own, and sides take turns. One step warms up; each later one is timed as a whole.
+Memory is what the process's peak rises by, from the loaded model and the built trainer to the end.
 """
 
 from __future__ import annotations

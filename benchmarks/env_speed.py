@@ -2,18 +2,10 @@
 
     python benchmarks/env_speed.py
 
-Everything runs in this process on the same made-up images of 640 x 480 and the same random boxes, and
-in turns: each repetition measures every way once, and medians over the repetitions are printed. The
-ratios to the plain Pillow loop are what counts; absolute times depend on the machine. Beside the wall
-time stands the CPU time of the process, which other programs on the machine disturb less.
-
-The process is a plain one, without variables that make the allocator keep its memory.
-
-Steps are proposals of valid boxes. The first rows know no resets, as the plain loop opens its image once;
-rows named "episodes" are episodes of 3 steps with their resets (the image is placed on a new canvas; the
-vector environment plays groups of 8 on one sample and places it once for them). The last columns compare
-with one environment at the same work. The close-up's time is given separately: nearly all of it is Pillow's
-bicubic resize of the region, which the plain loop lacks.
+Every way plays the same random boxes on the same made-up images, in turns. The ratios to the plain Pillow loop are
+what counts; the CPU time of the process is disturbed less by other programs. The first rows know no resets, as the
+plain loop opens its image once; rows named "episodes" are episodes of 3 steps with their resets (the vector environment
+plays groups of 8 on one sample, and places its image once for them). `docs/benchmarks.md` says what was found.
 """
 
 from __future__ import annotations

@@ -2,13 +2,10 @@
 
     python benchmarks/rollouts.py
 
-The same episodes three ways, in turn, in this process: with everything shared (equal prompts computed
-once, image encodings kept, conversations continued on their caches), without any of it (the policy's
-own ``reuse=False``: every member of a group runs its own prompt, every turn runs the whole conversation and
-all its images again), and with the library's ``generate`` on the whole conversation, its images prepared
-anew each turn, which is what one writes first. Answers are cut off
-at a fixed length and boxes are drawn at random, so that all ways play three turns of equally many tokens.
-The ratios are what counts: absolute times depend on the machine.
+The same episodes three ways, in turn: with everything shared (equal prompts computed once, image encodings kept,
+conversations continued on their caches), without any of it (the policy's own ``reuse=False``), and with the library's
+``generate`` on the whole conversation, which is what one writes first. Answers are cut off at a fixed length and boxes
+are drawn at random, so that all ways play three turns of equally many tokens.
 
 The floor of a rollout and of a training step is the time of its matrix products alone: every product that torch was
 asked for is recorded with its shapes, and all are made again, with nothing between them.

@@ -52,13 +52,11 @@ def collect(
     ``format_bonus`` is added to the last reward of an episode all of whose answers were usable; with
     ``require_format`` an episode with an unusable one earns nothing.
     """
-    watch = watch or Stopwatch()
-    count = len(indices) * group_size
+    watch, count = watch or Stopwatch(), len(indices) * group_size
     if env.num_envs != count:
         raise ValueError(f"{env.num_envs} environments for {len(indices)} groups of {group_size}")
-    horizon = env.max_steps
-    rewards, taken = np.zeros((count, horizon)), np.zeros((count, horizon), dtype=bool)
-    ious = np.zeros((count, horizon))
+    rewards, ious = np.zeros((2, count, env.max_steps))
+    taken = np.zeros((count, env.max_steps), dtype=bool)
     turns: list[list[Turn]] = [[] for _ in range(count)]
     unusable: list[str] = []
     failures, usable = 0, np.ones(count, dtype=bool)
@@ -80,7 +78,7 @@ def collect(
         rewards[~usable] = 0.0
     policy.reset(np.ones(count, dtype=bool))  # conversations are over; their caches would stay for the update
     watch.lap("rollout_environment")
-    shape = (len(indices), group_size, horizon)
+    shape = (len(indices), group_size, env.max_steps)
     stopped = np.array([game.terminated for game in env.games]).reshape(shape[:2])
     return Groups(turns, rewards.reshape(shape), taken.reshape(shape), ious.reshape(shape), stopped, failures, unusable)
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -170,7 +169,16 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     args.optim = args.optim or ("adamw" if args.lora_r else "muon")
     args.epsilon = low if args.epsilon is None else args.epsilon
     args.epsilon_high = high if args.epsilon_high is None else args.epsilon_high
-    options = _begin(args, accelerator.num_processes)
+    options: dict[str, Any] = {**asdict(args), PROCESSES: accelerator.num_processes}
+    if args.resume:
+        recorded = recorded_options(args.out)
+        # The run recorded what its policy said; that folder may say something else by now.
+        for name in ("model", "view", "layout"):
+            options[name] = options[name] or recorded.get(name)
+            setattr(args, name, options[name])
+        check_run(recorded, options, args.out)
+    elif not args.overwrite:
+        check_new(args.out, ["policy"])
     measured_on = args.measured_on()
     args.model = args.model or _warm_start(args, accelerator)
     seed_everything(args.seed)
@@ -190,8 +198,8 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
         if not args.resume:
             forget_run(args.out, RESULTS)
         write_json(args.out / CONFIG, options)
-    keep_until = trainer.step if args.resume else None
-    trainer.log = log = MetricsLog(args.out, chief, args.report_to, keep_until, config=options)
+    kept = trainer.step if args.resume else None
+    trainer.log = log = MetricsLog(args.out, chief, args.report_to, kept, config=options)
 
     def evaluate(step: int) -> None:
         due = step in (0, args.steps) or (args.eval_steps and step % args.eval_steps == 0)
@@ -214,40 +222,26 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     folder = args.out / "policy"
     trained = gathered_parameters(policy.model) if trainer.sharded else None
     if chief:
-        if trained is not None:
-            # The sharded model is of no use to one process alone: the same policy again, whole.
+        if trained is not None:  # the sharded model is of no use to one process alone: the same again, whole
             policy = _load(args, "cpu")
             fill_parameters(policy.model, trained)
-        if args.lora_r:
-            drop_reference(policy.model)
-            if not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is not the one it names
-                policy.save(args.out / "adapter", options)
-            policy.model = merged(policy.model)
+        drop_reference(policy.model)
+        if args.lora_r and not (Path(str(args.model)) / "adapter_config.json").exists():  # else its base is another
+            policy.save(args.out / "adapter", options)
+        policy.model = merged(policy.model)
         policy.save(folder, options)
     log.close()
     accelerator.wait_for_everyone()
     if chief:
-        _report(args, folder)
+        # Read back from the run's own metrics.
+        measured = [row for row in read_metrics(args.out / "metrics.jsonl") if "eval/final_iou" in row]
+        if len(measured) > 1:
+            ends = (measured[0], measured[-1])
+            first, last = ({k[5:]: v for k, v in row.items() if k.startswith("eval/")} for row in ends)
+            train_sft.report(args.out, first, last)
+        print(f"policy saved to {folder}")
     end_training(accelerator)
     return folder
-
-
-def _begin(args: Args, processes: int) -> dict[str, Any]:
-    """The options as they are recorded.
-
-    RunError where a resumed run's options differ from the recorded ones, or a new run would overwrite an old one.
-    """
-    given: dict[str, Any] = {**asdict(args), PROCESSES: processes}
-    if args.resume:
-        recorded = recorded_options(args.out)
-        args.model = given["model"] = args.model or recorded.get("model")
-        # The run recorded what its policy said; that folder may say something else by now.
-        args.view = given["view"] = args.view or recorded.get("view")
-        args.layout = given["layout"] = args.layout or recorded.get("layout")
-        check_run(recorded, given, args.out)
-    elif not args.overwrite:
-        check_new(args.out, ["policy"])
-    return given
 
 
 def _load(args: Args, device: str) -> VLMPolicy:
@@ -301,17 +295,6 @@ def _evaluate(policy: VLMPolicy, args: Args, indices: range, step: int) -> dict[
     return {f"eval/{k}": v for k, v in summary(episodes).items()}
 
 
-def _report(args: Args, folder: Path) -> None:
-    """The table of before and after, read back from the run's own metrics."""
-    rows = read_metrics(args.out / "metrics.jsonl")
-    measured = [r for r in rows if "eval/final_iou" in r]
-    if len(measured) > 1:
-        first, last = ({k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in (measured[0], measured[-1]))
-        write_json(args.out / "before_after.json", {"before": first, "after": last})
-        print(train_sft.before_and_after(first, last))
-    print(f"policy saved to {folder}")
-
-
 def check_run(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:
     """Refuse to go on with a run under other options (``check_resume``)."""
     # With a cooldown, the learning rate depends on the number of steps.
@@ -326,25 +309,19 @@ def check_options(args: Args, processes: int = 1) -> None:
             f"prompts {args.prompts} on {processes} processes: {over} processes would play one more than the others,"
             f" and environments are made for equal shares; give a multiple of {processes}"
         )
-    for wrong, why in chain(_reward(args), _advantage(args), _step(args), _loss(args)):
+    for wrong, why in _contradictions(args):
         if wrong:
             raise RunError(why)
 
 
-Refusals = Iterator[tuple[bool, str]]
-"""Whether to refuse, and why. Conditions refuse NaN, too."""
-
-
-def _reward(a: Args) -> Refusals:
+def _contradictions(a: Args) -> Iterator[tuple[bool, str]]:
+    """Whether to refuse, and why. Conditions refuse NaN, too."""
     bonus, penalty = f"format_bonus {a.format_bonus:g}", f"invalid_penalty {a.invalid_penalty:g}"
     yield not 0 <= a.format_bonus < inf, f"{bonus}: unusable answers would be paid for; give 0 or more"
     ignored = "an episode with an unusable answer earns nothing, the penalty neither; add --invalid-penalty 0"
     yield a.require_format and a.invalid_penalty != 0, f"require_format with {penalty}: {ignored}"
     twice = "an unusable answer would cost both; give --invalid-penalty 0, or no bonus"
     yield a.format_bonus != 0 and a.invalid_penalty != 0, f"{bonus} with {penalty}: {twice}"
-
-
-def _advantage(a: Args) -> Refusals:
     alike = "all members of a group would be equal and every advantage 0"
     yield not a.temperature > 0, f"temperature {a.temperature:g}: {alike}"
     alone = "with no other members to compare with every advantage is 0"
@@ -361,17 +338,11 @@ def _advantage(a: Args) -> Refusals:
         yield a.loss_type == "dr_grpo", f"scale_rewards group with loss_type dr_grpo: {not_it}"
         weight = f"the KL penalty's weight would be anything from {a.beta:g} to {a.beta / SCALE_FLOOR:g}"
         yield a.kl_in == "reward", f"scale_rewards group with kl_in reward: {weight}; use --kl-in loss"
-
-
-def _step(a: Args) -> Refusals:
     lost = "the weights would stay, go uphill or be lost; give more than 0"
     yield not a.max_grad_norm > 0, f"max_grad_norm {a.max_grad_norm:g}: {lost}"
     left = "it trains the layers' own matrices, of which an adapter leaves none; add --lora-r 0"
     yield a.optim == "muon" and a.lora_r > 0, f"optim muon with lora_r {a.lora_r}: {left}"
     yield not 0 <= a.cooldown <= a.steps, f"cooldown {a.cooldown} of {a.steps} steps: give 0 to {a.steps}"
-
-
-def _loss(a: Args) -> Refusals:
     length = a.max_completion_length
     for name, value in (("epsilon", a.epsilon), ("epsilon_high", a.epsilon_high)):
         if value is not None:

@@ -147,26 +147,23 @@ class GRPOTrainer:
         self.step = load_state(self.folder, self.policy.model, [self.optimizer], self.accelerator, steps, updates)
 
     def train(self, on_step: Callable[[int, dict[str, Any]], None]) -> None:
-        """Run the remaining steps; ``on_step`` gets the step's number and metrics."""
+        """Run the remaining steps; ``on_step`` gets the step's number and metrics. Warns where nothing is learned."""
         while self.step < self.config.steps:
             metrics = self.train_step()
             self.step += 1
-            self._warn_of_equal_groups(metrics["rollout/zero_variance_groups"])
+            nothing_learned = metrics["rollout/zero_variance_groups"] == 1
+            self._without_variance = self._without_variance + 1 if nothing_learned else 0
+            if self._without_variance == WITHOUT_VARIANCE and self.accelerator.is_main_process:
+                log.warning(
+                    "steps %d to %d: in every group all episodes had the same return, so nothing was learned. Likely"
+                    " causes: unusable answers, a low --temperature, samples that are too easy or too hard",
+                    self.step - WITHOUT_VARIANCE + 1,
+                    self.step,
+                )
             self.log.write(self.step, metrics)
             if self.step % self.config.save_steps == 0 or self.step == self.config.steps:
                 save_state(self.folder, self.step, self.policy.model, [self.optimizer], self.accelerator, self.log)
             on_step(self.step, metrics)
-
-    def _warn_of_equal_groups(self, share: float) -> None:
-        """Warn once per streak of steps in which nothing is learned."""
-        self._without_variance = self._without_variance + 1 if share == 1 else 0
-        if self._without_variance == WITHOUT_VARIANCE and self.accelerator.is_main_process:
-            log.warning(
-                "steps %d to %d: in every group all episodes had the same return, so nothing was learned. Likely"
-                " causes: unusable answers, a low --temperature, samples that are too easy or too hard",
-                self.step - WITHOUT_VARIANCE + 1,
-                self.step,
-            )
 
     def train_step(self) -> dict[str, Any]:
         """One rollout and ``iterations`` optimizer steps on it."""
@@ -178,15 +175,8 @@ class GRPOTrainer:
         drawn = np.random.SeedSequence((config.seed, 22, self.step, rank)).generate_state(1, np.uint64)[0]
         self.policy.generator.manual_seed(int(drawn >> np.uint64(1)))
         with self.whole_weights():
-            groups = collect(
-                self.env,
-                self.policy,
-                indices.tolist(),
-                config.num_generations,
-                watch,
-                format_bonus=config.format_bonus,
-                require_format=config.require_format,
-            )
+            paid: dict[str, Any] = {"format_bonus": config.format_bonus, "require_format": config.require_format}
+            groups = collect(self.env, self.policy, indices.tolist(), config.num_generations, watch, **paid)
             if not self._answers_checked:  # a policy whose first answers cannot be used is refused in all processes
                 counts = self._summed({"unusable": len(groups.unusable), "answers": groups.taken.sum()})
                 unusable, answers = int(counts["unusable"]), int(counts["answers"])
@@ -198,10 +188,8 @@ class GRPOTrainer:
         check_finite(self.step + 1, found, what_is_kept(self.folder, config.learning_rate), accelerator)
         credit = self._credit(groups, rewards)
         watch.lap("reward")
-        left = config.steps - self.step
-        lr = config.learning_rate * min(
-            1.0, (self.step + 1) / max(1, config.warmup_steps), left / max(1, config.cooldown)
-        )
+        rising, left = (self.step + 1) / max(1, config.warmup_steps), config.steps - self.step
+        lr = config.learning_rate * min(1.0, rising, left / max(1, config.cooldown))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         totals = self._totals(groups, credit)
@@ -210,12 +198,10 @@ class GRPOTrainer:
             metrics |= self._update(credit.rows, credit.advantages, spare, totals["denominator"], iteration == 0)
         watch.lap("update")
         metrics |= {"time/" + k: v for k, v in watch.seconds.items()}
-        metrics |= self._describe(groups, totals, credit)
+        metrics |= self._describe(groups, totals, credit) | {"train/lr": lr}
         seconds = sum(watch.seconds.values())
-        metrics |= {"train/lr": lr, "speed/episodes_per_second": totals["episodes"] / seconds}
-        metrics["speed/tokens_per_second"] = totals["sampled"] / seconds
-        metrics["speed/images_per_second"] = totals["images"] / seconds
-        return metrics
+        speeds = {"episodes": "episodes", "tokens": "sampled", "images": "images"}
+        return metrics | {f"speed/{k}_per_second": totals[v] / seconds for k, v in speeds.items()}
 
     def _rewards(self, groups: Groups) -> tuple[NDArray[np.float64], dict[str, Any]]:
         """The rewards that are credited, (P, G, T), and metrics of the KL penalty where it is one of them.
@@ -260,7 +246,10 @@ class GRPOTrainer:
         """Turns that carry a gradient, with their advantages."""
         config, out = self.config, Credit([], [], 0, 0)
         count, size, horizon = rewards.shape
-        batch_spread = self._batch_spread(rewards) if config.scale_rewards == "batch" else 1.0
+        batch_spread = 1.0
+        if config.scale_rewards == "batch":  # over all episodes of all processes
+            returns = torch.tensor(rewards.sum(-1).ravel(), dtype=torch.float32, device=self.accelerator.device)
+            batch_spread = spread(self.accelerator.gather(returns).double().cpu().numpy(), SCALE_FLOOR)
         for g in range(count):
             if zero_variance(rewards[g]):
                 out.skipped += 1
@@ -275,18 +264,11 @@ class GRPOTrainer:
             for m, episode in enumerate(episodes):
                 for t, turn in enumerate(episode):
                     if config.mask_truncated_completions and not turn.finished:
-                        out.masked_tokens += len(turn.completion)
-                        continue  # a turn cut off by the limit was not an answer
-                    if self._is_by_opener(turn):
-                        continue
-                    out.rows.append(turn)
-                    out.advantages.append(float(values[m, t]))
+                        out.masked_tokens += len(turn.completion)  # a turn cut off by the limit was not an answer
+                    elif not self._is_by_opener(turn):
+                        out.rows.append(turn)
+                        out.advantages.append(float(values[m, t]))
         return out
-
-    def _batch_spread(self, rewards: NDArray[np.float64]) -> float:
-        """Spread of the returns of all episodes of all processes."""
-        returns = torch.tensor(rewards.sum(-1).ravel(), dtype=torch.float32, device=self.accelerator.device)
-        return spread(self.accelerator.gather(returns).double().cpu().numpy(), SCALE_FLOOR)
 
     def _totals(self, groups: Groups, credit: Credit) -> dict[str, float]:
         """Counts over all processes: the loss's denominator must not depend on how work is shared."""
@@ -322,33 +304,31 @@ class GRPOTrainer:
         self.policy.model.train()
         for number in range(most):
             idle = number >= len(parts)
-            # A process that has run out of rows goes through the motions with weight 0.
             turns = [spare] if idle else [rows[i] for i in parts[number]]
             weights = [0.0] if idle else [advantages[i] for i in parts[number]]
-            last = number == most - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.scorer), accelerator.autocast():
+            alone = contextlib.nullcontext() if number == most - 1 else accelerator.no_sync(self.scorer)
+            with alone, accelerator.autocast():
                 loss, stats, drift = self._loss(turns, weights)
                 loss = loss / divisor * accelerator.num_processes * (0.0 if idle else 1.0)
             accelerator.backward(loss)
             sums += 0.0 if idle else stats
             worst = worst if idle else max(worst, drift)
-        norm = torch.tensor(0.0)
+        norm = 0.0
         if most:
-            norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+            norm = float(accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm))
             step, remedy = self.step + 1, what_is_kept(self.folder, config.learning_rate)
             learned = {"an advantage": sum(map(abs, advantages)), "the loss": float(sums[0])}
-            check_finite(step, learned | {"the gradient's norm": float(norm)}, remedy, accelerator)
+            check_finite(step, learned | {"the gradient's norm": norm}, remedy, accelerator)
             self.optimizer.step()
             check_weights(step, self.policy.model, remedy, accelerator)
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.model.eval()
-        names = ("loss", "entropy", "low", "high", "kl", "drifts", "count")
-        reduced = self._summed(dict(zip(names, sums.tolist(), strict=True)))
-        loss_sum, entropy, low, high, kl, drifts, count = reduced.values()
-        count = max(count, 1.0)
+        reduced = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
+        loss_sum, entropy, low, high, kl, drifts = reduced[:6]
+        count = max(reduced[6], 1.0)
         found = {
             "train/loss": loss_sum / divisor,
-            "train/grad_norm": float(norm),
+            "train/grad_norm": norm,
             "train/entropy": entropy / count,
             "train/clip_fraction": (low + high) / count,
             "train/clip_fraction_low": low / count,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def easy_indices(dataset: Dataset, count: int) -> list[int]:
         raise ValueError(f"easy scenes are picked from the scenes, not from {dataset.name}: use --no-easy there")
     metas = ((index, dataset[index].meta) for index in range(len(dataset)))
     easy = (index for index, meta in metas if meta["things"] <= MAX_THINGS and meta["kind"] == KIND)
-    found = list(itertools.islice(easy, count))
+    found = list(islice(easy, count))
     if len(found) < count:
         raise ValueError(f"{dataset.name} {dataset.split} has {len(found)} easy samples, {count} were asked for")
     return found
@@ -96,9 +96,9 @@ def table(found: Mapping[str, Any]) -> str:
     name = f"scenes/{found['split']}, {'easy' if found['easy'] else 'as they are'}, n = {found['samples']}"
     lines = [name, f"{'':8}{'final IoU':>28}{'Acc@0.5':>9}{'proposals':>11}{'ppo minus it':>36}"]
     for agent, mean in found["mean_final_iou"].items():
-        difference = found["ppo_minus"].get(agent)
-        said = "" if difference is None else _interval(difference["diff"], difference, "+")
-        said += "" if difference is None or difference["shown"] else " not shown"
+        said = ""
+        if difference := found["ppo_minus"].get(agent):
+            said = _interval(difference["diff"], difference, "+") + ("" if difference["shown"] else " not shown")
         lines.append(
             f"{agent:8}{_interval(mean['value'], mean):>28}{100 * found['acc50'][agent]:>9.1f}"
             f"{found['proposals'][agent]:>11.2f}{said:>36}"

@@ -52,8 +52,7 @@ class SB3Agent:
         """``box`` (N, 4), ``stop`` (N,); SB3Error at a step or for a view that the policy was not trained for."""
         active = np.asarray(observations["active"])
         actions = no_actions(len(active))
-        rows = np.flatnonzero(active)
-        if not len(rows):
+        if not len(rows := np.flatnonzero(active)):
             return actions
         if "window" in observations:
             raise SB3Error("this policy was trained on whole images: play it with view='overlay'")

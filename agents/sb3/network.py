@@ -30,10 +30,7 @@ class WordsLookAtImage(BaseFeaturesExtractor):
         super().__init__(observation_space, features_dim=4 * heads + words + 4 + step_size)
         self.channels, self.heads = channels, heads
         self.pixels = nn.Sequential(
-            nn.Conv2d(3, 16, 5, stride=2, padding=2),
-            nn.ReLU(),
-            nn.Conv2d(16, channels, 3, padding=1),
-            nn.ReLU(),
+            nn.Conv2d(3, 16, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(16, channels, 3, padding=1), nn.ReLU()
         )
         self.queries = nn.Linear(text_size, heads * channels)
         # Whatever differs from the rest of the image, to begin with.

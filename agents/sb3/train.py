@@ -4,16 +4,8 @@
     python -m ivt_agents.sb3.train --no-easy --steps 400000 --out runs/sb3-all
     ivt evaluate --policies random=random centre=centre ppo=sb3:runs/sb3
 
-Easy scenes have two objects and an expression that names what one of them looks like. The reward is the gain
-in a potential, GIoU by default: IoU is 0 wherever a box misses, and at first almost all do. With `--gamma 0`,
-the default, every action is credited with its own gain and nothing else, so a stop (which earns 0) is right
-as soon as no gain is to be expected. Scores are always IoU.
-
 It ends with the final IoU beside those of the random and the centre agent on held-out samples, with paired
-intervals, and writes `results.json`. It is a baseline: hashed words and one small network.
-
-PyTorch gets one thread, unless OMP_NUM_THREADS or MKL_NUM_THREADS says otherwise: in a network this small, threads
-mostly wait for each other.
+intervals, and writes `results.json`. `docs/sb3.md` gives the reasons for the defaults, and what came of them.
 """
 
 from __future__ import annotations
@@ -96,7 +88,7 @@ class Args:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, PyTorch computes in one thread, unless the user has chosen a number."""
+    """Inside, PyTorch computes in one thread, unless the user has chosen a number: more would wait for each other."""
     before = torch.get_num_threads()
     if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
         torch.set_num_threads(1)
@@ -145,12 +137,11 @@ def _train(args: Args) -> dict[str, Any]:
 
     def save() -> dict[str, Any]:
         if name := unusable_weight(model.policy.named_parameters()):
-            raise ValueError(
-                f"weight {name} is not finite after {model.num_timesteps} actions; give a lower learning rate"
-            )
-        spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - computed}
+            told = f"after {model.num_timesteps} actions; give a lower learning rate"
+            raise ValueError(f"weight {name} is not finite {told}")
         record = asdict(args) | {"out": str(args.out), "actions": model.num_timesteps}
-        record |= {key: round(value, 1) for key, value in spent.items()}
+        record["seconds"] = round(time.perf_counter() - started, 1)
+        record["cpu_seconds"] = round(time.process_time() - computed, 1)
         save_sb3(args.out, model.policy, shape, record)
         return record
 
@@ -190,11 +181,8 @@ class _Report(BaseCallback):
         if self._updates % UPDATES_A_LINE or not self._final:
             return
         self._save()
-        print(
-            f"{self.num_timesteps:>8} of {self._steps} actions   sampled final IoU {np.mean(self._final):.3f}"
-            f"   stopped {np.mean(self._stopped):.2f}",
-            flush=True,
-        )
+        sampled = f"sampled final IoU {np.mean(self._final):.3f}   stopped {np.mean(self._stopped):.2f}"
+        print(f"{self.num_timesteps:>8} of {self._steps} actions   {sampled}", flush=True)
         self._final.clear()
         self._stopped.clear()
 

@@ -57,11 +57,8 @@ def load_demonstrations(path: str | Path, dataset: Dataset) -> list[Demonstratio
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no demonstrations at {path}: give a JSON-lines file, or leave --demonstrations out")
-    found = []
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                found.append(_parse(line, f"{path}:{number}", dataset))
+        found = [_parse(line, f"{path}:{number}", dataset) for number, line in enumerate(file, 1) if line.strip()]
     if not found:
         raise DataError(f"{path} holds no demonstrations")
     return found
@@ -74,11 +71,9 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
             row[key] = None if row[key] is None else tuple(float(v) for v in row[key])
         row["before"] = tuple(tuple(float(v) for v in box) for box in row.get("before", ()))
         demonstration = Demonstration(**row)
-    if (demonstration.dataset, demonstration.split) != (dataset.name, dataset.split):
-        raise DataError(
-            f"{where}: made for {demonstration.dataset}/{demonstration.split}, "
-            f"but {dataset.name}/{dataset.split} is being served"
-        )
+    made_for, served = f"{demonstration.dataset}/{demonstration.split}", f"{dataset.name}/{dataset.split}"
+    if made_for != served:
+        raise DataError(f"{where}: made for {made_for}, but {served} is being served")
     named = [("shown", demonstration.shown), ("answer", demonstration.answer)]
     for name, box in [*named, *(("before", b) for b in demonstration.before)]:
         if box is not None and (why := boxes.invalid_reason(box)):
@@ -95,10 +90,7 @@ def _parse(line: str, where: str, dataset: Dataset) -> Demonstration:
 
 
 def teach_as_the_paper(
-    dataset: Dataset,
-    indices: Sequence[int],
-    student_boxes: Sequence[Sequence[float] | None],
-    steps: int = 2,
+    dataset: Dataset, indices: Sequence[int], student_boxes: Sequence[Sequence[float] | None], steps: int = 2
 ) -> list[Demonstration]:
     """The trajectories of arXiv 2606.13156: refinements of the student's own bad first boxes, and nothing else.
 
@@ -138,15 +130,12 @@ def demonstration(
     before: Sequence[Sequence[float] | np.ndarray] = (),
 ) -> Demonstration:
     """A demonstration for ``sample``, its boxes rounded for the file."""
-    history = tuple(box for box in map(_box, before) if box is not None)
-    return Demonstration(
-        dataset.name, dataset.split, index, sample.sample_id, _box(shown), _box(answer), trace, image, history
-    )
+    name, split, history = dataset.name, dataset.split, tuple(map(_box, before))
+    drawn, right = (None if box is None else _box(box) for box in (shown, answer))
+    return Demonstration(name, split, index, sample.sample_id, drawn, right, trace, image, history)
 
 
-def _box(box: Sequence[float] | np.ndarray | None) -> Box | None:
-    if box is None:
-        return None
+def _box(box: Sequence[float] | np.ndarray) -> Box:
     x1, y1, x2, y2 = (round(float(v), 6) for v in box)
     return (x1, y1, x2, y2)
 

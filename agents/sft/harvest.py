@@ -43,8 +43,6 @@ def write_traces(
     teacher: Teacher,
     path: Path,
     cache: AnswerCache,
-    *,
-    unusable_limit: float = UNUSABLE_LIMIT,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Demonstration]:
     """The drafts with the teacher's words; those it had no usable words for are left out.
@@ -52,7 +50,7 @@ def write_traces(
     First answers and stops need no words of the teacher's, and in search scenes the words must say what is seen, not
     where the target is: these drafts stay as they are. ``path`` gets JSON lines one by one; what is there from an
     earlier run is kept, also after a ServedError. TeacherError for a file of another harvest, and for a share of
-    unusable texts above ``unusable_limit``. ``on_progress`` gets the number of drafts finished since the last call.
+    unusable texts above ``UNUSABLE_LIMIT``. ``on_progress`` gets the number of drafts finished since the last call.
     """
     done = _begin(path, drafts, dataset, teacher)
     todo = [d for d in drafts if _key(d) not in done]
@@ -75,10 +73,10 @@ def write_traces(
                     if why := unusable_reason(text):
                         unusable += 1
                         log.warning("%s on %s: text not used, it %s", teacher.name, draft.sample_id, why)
-                        if asked >= _UNUSABLE_AFTER and unusable > unusable_limit * asked:
+                        if asked >= _UNUSABLE_AFTER and unusable > UNUSABLE_LIMIT * asked:
                             raise TeacherError(
                                 f"{unusable} of {asked} texts of {teacher.name} could not be used (limit"
-                                f" {unusable_limit:.0%}; reasons are logged): it is not fit for this; what could be"
+                                f" {UNUSABLE_LIMIT:.0%}; reasons are logged): it is not fit for this; what could be"
                                 f" used is in {path}"
                             )
                         continue
@@ -96,28 +94,25 @@ def write_traces(
 
 def _texts(drafts: Sequence[Demonstration], dataset: Dataset, teacher: Teacher, cache: AnswerCache) -> list[str | None]:
     """Tidied texts; None for a draft that needs no words."""
-    asked: list[tuple[int, TraceRequest, str]] = []
-    texts: dict[int, str] = {}
+    asked: list[tuple[int, TraceRequest]] = []
+    texts: list[str | None] = [None] * len(drafts)
     for k, draft in enumerate(drafts):
         search = dataset[draft.index].meta.get("kind") == "mark"
-        if not draft.trace or draft.shown is None or draft.answer is None or search:
-            continue
-        request = trace_request(dataset, draft.index, draft.shown)
-        key = request.key(teacher.name)
-        stored = cache.get(key)
-        if stored is None:
-            asked.append((k, request, key))
-        else:
-            texts[k] = stored["text"]
+        if draft.trace and draft.shown is not None and draft.answer is not None and not search:
+            request = trace_request(dataset, draft.index, draft.shown)
+            if (stored := cache.get(request.key(teacher.name))) is None:
+                asked.append((k, request))
+            else:
+                texts[k] = stored["text"]
 
     def keep(place: int, text: str) -> None:
-        k, _, key = asked[place]
-        cache.put(key, {"teacher": teacher.name, "text": text})
+        k, request = asked[place]
+        cache.put(request.key(teacher.name), {"teacher": teacher.name, "text": text})
         texts[k] = text
 
     if asked:
-        teacher.write([request for _, request, _ in asked], keep)
-    return [tidy(texts[k]) if k in texts else None for k in range(len(drafts))]
+        teacher.write([request for _, request in asked], keep)
+    return [text if text is None else tidy(text) for text in texts]
 
 
 def _begin(

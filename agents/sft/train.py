@@ -53,6 +53,7 @@ from ivt_agents.training.folder import (
     check_resume,
     checkpoints,
     forget_run,
+    number_of,
     recorded_options,
     write_json,
 )
@@ -192,8 +193,8 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
             forget_run(args.out, [name for name in made if (args.out / name).resolve() != given])
         write_json(args.out / CONFIG, options)
     found = checkpoints(args.out) if args.resume else []
-    keep_until = (int(found[-1].name[5:]) if found else 0) if args.resume else None
-    log = MetricsLog(args.out, chief, args.report_to, keep_until, config=asdict(args))
+    kept = (number_of(found[-1]) if found else 0) if args.resume else None
+    log = MetricsLog(args.out, chief, args.report_to, kept, config=asdict(args))
     with progress_bars(note=True, disable=not chief) as progress:
         first = args.out / "before.json"
         if chief and not (args.resume and first.exists()):  # measured once, however often the run is cut off
@@ -242,15 +243,13 @@ def _train(args: Args, teacher: Teacher | None, measured_on: range, accelerator:
                 policy = _student(args, "cpu")
                 _prepare_parameters(policy, args)
                 fill_parameters(policy.model, trained)
-            if args.lora_r:
-                policy.model = merged(policy.model)
+            policy.model = merged(policy.model)
             policy.save(folder, options)
             after = _measure(policy, args, measured_on, progress, "after")
     log.close()
     accelerator.wait_for_everyone()
     if chief and before:
-        write_json(args.out / "before_after.json", {"before": before, "after": after})
-        print(before_and_after(before, after))
+        report(args.out, before, after)
         print(f"policy saved to {folder}")
     end_training(accelerator)
     return folder
@@ -315,16 +314,8 @@ def _demonstrations(
         boxes = saved["boxes"]
     else:
         task = progress.add_task("harvesting", total=len(indices), note="")
-        episodes = play(
-            policy,
-            args.env,
-            indices=indices,
-            ignore_stop=True,
-            max_steps=1,
-            max_unusable=args.max_unusable,
-            on_progress=lambda n: progress.advance(task, n),
-            **env_kwargs,
-        )
+        how: dict[str, Any] = {"ignore_stop": True, "max_steps": 1, "max_unusable": args.max_unusable, **env_kwargs}
+        episodes = play(policy, args.env, indices=indices, on_progress=partial(progress.advance, task), **how)
         boxes = [episode.steps[0].box for episode in episodes]
     if args.lessons == "paper":
         drafts = teach_as_the_paper(dataset, indices, boxes)
@@ -342,7 +333,7 @@ def _demonstrations(
     write_json(boxes_file, made_for | {"boxes": boxes})
     task = progress.add_task("teaching", total=len(drafts), note="")
     cache, path = AnswerCache(args.teacher_cache), args.out / "harvest.jsonl"
-    return write_traces(drafts, dataset, teacher, path, cache, on_progress=lambda n: progress.advance(task, n))
+    return write_traces(drafts, dataset, teacher, path, cache, on_progress=partial(progress.advance, task))
 
 
 def _measure(policy: VLMPolicy, args: Args, indices: range, progress: Progress, name: str) -> dict[str, float]:
@@ -355,8 +346,9 @@ def _measure(policy: VLMPolicy, args: Args, indices: range, progress: Progress, 
     return dict(summary(args.measure(policy, indices, on_progress=advance, max_unusable=taken)))
 
 
-def before_and_after(before: dict[str, float], after: dict[str, float]) -> str:
-    """The closing table of a training command: greedy answers, without ground truth, and what refinement adds."""
+def report(out: Path, before: dict[str, float], after: dict[str, float]) -> None:
+    """Write and print the end of a training command: greedy answers without ground truth, what refinement adds."""
+    write_json(out / "before_after.json", {"before": before, "after": after})
     before, after = (d | {"refinement (final - step 0 IoU)": d["final_iou"] - d["step0_iou"]} for d in (before, after))
     lines = [[k, f"{before[k]:.3f}", f"{after[k]:.3f}", f"{after[k] - before[k]:+.3f}"] for k in before]
-    return render(["without ground truth, greedy", "before", "after", "change"], lines)
+    print(render(["without ground truth, greedy", "before", "after", "change"], lines))

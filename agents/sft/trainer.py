@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -23,12 +22,13 @@ from ivt_agents.training.muon import Muon
 from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.adapters import layer_matrices
 from ivt_agents.vlm.codec import STOP_TEXT
+from ivt_agents.vlm.dialogue import View
 from ivt_agents.vlm.generation import Sampling, TokenScorer
 from ivt_agents.vlm.load import can_pack
 from ivt_agents.vlm.packing import micro_batches
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.prompts import images_of, looks_of
-from ivt_agents.vlm.turns import Box, Turn
+from ivt_agents.vlm.turns import Box, Prompt, Turn
 from ivt_env.data.sample import Dataset
 from ivt_env.game import Game
 from ivt_env.grounding import LiveEpisode, Screen
@@ -42,9 +42,7 @@ def to_turns(
 ) -> list[Turn]:
     """Demonstrations as turns: what the policy would have seen in its layout, and the answer's ids."""
     dialogue = policy.dialogue
-    states: list[list[Box | None]] = []
-    shown: list[list[tuple[Hashable, Box]]] = []
-    looks: list[int] = []
+    asked: list[list[tuple[Box | None, list[tuple[Hashable, Box]], int]]] = []
     opened: dict[str, Any] = {}
     images: dict[Hashable, NDArray[np.uint8]] = {}
     for demonstration in demonstrations:
@@ -54,36 +52,35 @@ def to_turns(
         boxes_shown: list[Box | None] = [demonstration.shown]
         if policy.layout == "prefix" and demonstration.shown is not None:
             boxes_shown = [None, *demonstration.before, demonstration.shown]
-        states.append(boxes_shown)
+        asked.append([])
         for number, box in enumerate(boxes_shown):
             earlier = boxes_shown[1:number] if len(boxes_shown) > 1 else demonstration.before
             game = Game.with_history(sample, [*(b for b in earlier if b is not None), *([] if box is None else [box])])
             observation = LiveEpisode(screen, 0, game, opened[sample.image_id]).observe()
             one = {key: [value] for key, value in observation.items()}
-            seen = images_of(one, 0)
-            looks.append(looks_of(one, 0))
             # Demonstrations about one image with one box drawn share it, and so its encoding.
             trail = tuple(earlier) if screen.overlay.trail else ()
-            names = [(sample.image_id, box, trail, k) for k in range(len(seen))]
-            images |= {name: image for name, (image, _) in zip(names, seen, strict=True)}
-            shown.append([(name, window) for name, (_, window) in zip(names, seen, strict=True)])
+            seen = {(sample.image_id, box, trail, k): view for k, view in enumerate(images_of(one, 0))}
+            images |= {name: image for name, (image, _) in seen.items()}
+            asked[-1].append((box, [(name, window) for name, (_, window) in seen.items()], looks_of(one, 0)))
     encoded = dict(zip(images, dialogue.process(list(images.values())), strict=True))
-    views = ([(encoded[name], window) for name, window in seen] for seen in shown)
-    counts = iter(looks)
     turns = []
-    for demonstration, boxes_shown in zip(demonstrations, states, strict=True):
+    for demonstration, questions in zip(demonstrations, asked, strict=True):
         expression = dataset[demonstration.index].expression
-        current = next(views)
-        prompt = dialogue.prompt(expression, boxes_shown[0], current, next(counts))
-        for box in boxes_shown[1:]:
-            assert box is not None
-            said = Turn(prompt, dialogue.completion(dialogue.action_text(box, current)), finished=True)
-            current = next(views)
-            prompt = dialogue.following(said, expression, box, current, next(counts))
-        if demonstration.answer is None:
-            text = STOP_TEXT
-        else:
-            text = dialogue.action_text(demonstration.answer, current, demonstration.image)
+        prompt: Prompt | None = None
+        views: list[View] = []
+        for box, named, looks in questions:
+            before, views = views, [(encoded[name], window) for name, window in named]
+            if prompt is None:
+                prompt = dialogue.prompt(expression, box, views, looks)
+            else:
+                assert box is not None
+                said = Turn(prompt, dialogue.completion(dialogue.action_text(box, before)), finished=True)
+                prompt = dialogue.following(said, expression, box, views, looks)
+        assert prompt is not None
+        text = STOP_TEXT
+        if demonstration.answer is not None:
+            text = dialogue.action_text(demonstration.answer, views, demonstration.image)
         if demonstration.trace:
             text = f"{demonstration.trace}\n{text}"
         turns.append(Turn(prompt, dialogue.completion(text), finished=True))
@@ -257,10 +254,11 @@ def _prepared(
     """This process's turns of each batch, the next one made in a thread while the current one is trained on."""
     rank, world = accelerator.process_index, accelerator.num_processes
     with ThreadPoolExecutor(1) as thread:
-        waiting: deque[Future[list[Turn]]] = deque()
+        ready: Future[list[Turn]] | None = None
         for batch in chosen:
-            waiting.append(thread.submit(make_turns, [int(i) for i in batch[rank::world]]))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            following = thread.submit(make_turns, [int(i) for i in batch[rank::world]])
+            if ready is not None:
+                yield ready.result()
+            ready = following
+        if ready is not None:
+            yield ready.result()

@@ -102,13 +102,11 @@ class MetricsLog:
         """One line; None means *not measured* and is left out. NotFiniteError on all processes."""
         values = {k: float(v) for k, v in metrics.items() if v is not None}
         check_finite(step, values, "It can neither be logged nor learned from.")
-        if not values:
-            return
-        if self._file is not None:
+        if values and self._file is not None:
             with naming(Path(self._file.name)):
                 self._file.write(json.dumps({"step": step, **values}) + "\n")
                 self._file.flush()
-        if self._tracker is not None:
+        if values and self._tracker is not None:
             self._tracker.log(values, step=step)
 
     def sync(self) -> None:

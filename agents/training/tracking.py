@@ -28,11 +28,8 @@ def check_tracker(name: str) -> None:
     """Refuse (``TrackerError``) a tracker that is unknown or not installed, before anything is loaded."""
     if name not in TRACKERS:
         raise TrackerError(f"tracker {name!r}: choose one of {', '.join(TRACKERS)}")
-    if name == "none":
-        return
-    found = importlib.util.find_spec(name)
     # A folder of that name in the working directory (wandb makes one) is found, too, but has no origin.
-    if found is None or found.origin is None:
+    if name != "none" and getattr(importlib.util.find_spec(name), "origin", None) is None:
         raise TrackerError(
             f'tracker {name}: its package is not installed; pip install "ivt-env[{_EXTRA[name]}]" (or pip install'
             f" {name}), or give --report-to none: metrics.jsonl is written in any case"

@@ -29,7 +29,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import gymnasium as gym
 import numpy as np
@@ -39,7 +39,7 @@ from transformers import Qwen3VLProcessor
 import ivt_env  # noqa: F401  registers the ids
 from ivt_agents.vlm.codec import parse_action
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.prompts import looks_of
+from ivt_agents.vlm.prompts import PromptFile
 
 TOOL = "answer"
 
@@ -60,18 +60,16 @@ class TRLGrounding:
 
     def __init__(self, policy: VLMPolicy, env_id: str, **kwargs: Any) -> None:
         """Make ``env_id`` with ``kwargs`` of ``gym.make``; ``policy`` gives wording and codec (``ValueError``)."""
-        self._prompts, self._codec = policy.dialogue.prompts, policy.codec
-        if self._codec.frame != "relative_1000":
+        self._asked = PromptFile(policy.dialogue.prompts, policy.codec)
+        if policy.codec.frame != "relative_1000":
             raise ValueError(
-                f"frame {self._codec.frame}: boxes in pixels of the resized image cannot be read here, because a tool"
+                f"frame {policy.codec.frame}: boxes in pixels of the resized image cannot be read here, because a tool"
                 " never sees how the processor resized it; use a model that writes 0..1000"
             )
         if kwargs.get("view", "overlay") != "overlay":
             raise ValueError(f"view {kwargs['view']!r}: only the whole image is offered here; leave view='overlay'")
         self._env = gym.make(env_id, **kwargs)
         self._over = True
-        self._played = 0
-        self._total = 0.0
 
     def reset(self, index: int, **_: Any) -> list[dict[str, Any]]:
         """Begin with sample ``index``, the one column of the row that is needed; content blocks of the user's turn.
@@ -93,10 +91,9 @@ class TRLGrounding:
         """
         if self._over:
             raise RuntimeError("the episode is over: set max_tool_calling_iterations to the limit of actions less one")
-        action = parse_action(text)
+        box, stop = self._question.read(text)
         # A box that is none is refused by the environment, with the reason in its info; the step counts.
-        box = [np.nan] * 4 if action.numbers is None or action.image != 1 else self._codec.decode(action.numbers, ())
-        step = {"box": np.array(box, dtype=np.float32), "stop": int(action.stop)}
+        step = {"box": np.array(box or [np.nan] * 4, dtype=np.float32), "stop": int(stop)}
         observation, reward, terminated, truncated, _ = self._env.step(step)
         self._played += 1
         self._total += float(reward)
@@ -104,13 +101,9 @@ class TRLGrounding:
         return self._shown(observation)
 
     def _shown(self, observation: dict[str, Any]) -> list[dict[str, Any]]:
-        height, width = observation["extent"]
-        box = observation["box"]
-        current = self._codec.box_text(box.tolist(), ()) if box.any() else None
-        looks = looks_of({key: [value] for key, value in observation.items()}, 0)
-        text = self._prompts.fill(observation["expression"], current, looks=looks)
-        image = Image.fromarray(observation["image"][:height, :width])
-        return [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        self._question = self._asked.question({key: [value] for key, value in observation.items()}, 0)
+        image = Image.fromarray(self._question.images[0])
+        return [{"type": "image", "image": image}, {"type": "text", "text": self._question.text}]
 
 
 def episode_reward(
@@ -134,22 +127,26 @@ def rows(indices: Iterable[int]) -> list[dict[str, Any]]:
 class ImageProcessor(Qwen3VLProcessor):
     """Qwen3-VL's processor for images alone: transformers builds the video part only with torchvision."""
 
+    @classmethod
+    def of(cls, policy: VLMPolicy) -> Self:
+        """With a policy's parts, and the template of its conversations."""
+        tokenizer = copy.deepcopy(policy.tokenizer)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return cls(image_processor=policy.image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """Accept each part as it is, the missing video part among them."""
         return type(argument)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
         """Save the parts beside each other, as ``load_policy`` reads them."""
-        return [
-            *self.image_processor.save_pretrained(save_directory),
-            *self.tokenizer.save_pretrained(save_directory),
-        ]
+        return [*self.image_processor.save_pretrained(save_directory), *self.tokenizer.save_pretrained(save_directory)]
 
 
 def processor_for(policy: VLMPolicy) -> ImageProcessor:
     """A processor for TRL that speaks the policy's action format."""
-    tokenizer = copy.deepcopy(policy.tokenizer)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    processor = ImageProcessor.of(policy)
+    tokenizer = processor.tokenizer
     # TRL asks the tokenizer for tool calls if it has a template to find them with; it is not used.
     tokenizer.response_template = {}
 
@@ -166,4 +163,4 @@ def processor_for(policy: VLMPolicy) -> ImageProcessor:
         return message
 
     tokenizer.parse_response = parse_response
-    return ImageProcessor(image_processor=policy.image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+    return processor

@@ -20,20 +20,18 @@ positions to images of the prompt only, so a hook in front of the forward pass m
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import BatchFeature
 
 from ivt_agents.grpo.collect import collect
-from ivt_agents.trl.environment import CHAT_TEMPLATE, ImageProcessor
+from ivt_agents.trl.environment import ImageProcessor
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.turns import EncodedImage, Turn
 from ivt_env.rollouts import make_vector_env
-from ivt_env.vector_env import GroundingVectorEnv
 
 
 class RolloutImages(Sequence[EncodedImage]):
@@ -58,24 +56,22 @@ class RolloutImages(Sequence[EncodedImage]):
     def __getitem__(self, at: Any) -> Any:
         return self._held[at]
 
-    def __copy__(self) -> RolloutImages:
+    def __deepcopy__(self, memo: Any = None) -> RolloutImages:
         return self
 
-    def __deepcopy__(self, memo: Any) -> RolloutImages:
-        return self
+    __copy__ = __deepcopy__
 
 
 def rollout_rows(indices: Iterable[int]) -> Any:
     """A ``datasets.Dataset`` with a row for each sample index; every look at a row gives it room for its images."""
     from datasets import Dataset  # type: ignore[import-untyped]
 
-    def row(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        rooms = [RolloutImages() for _ in batch["index"]]
-        both = zip(batch["index"], rooms, strict=True)
-        prompts = [[{"role": "user", "content": "", "index": i, "images": room}] for i, room in both]
-        return {"prompt": prompts, "images": list(rooms), "index": batch["index"]}
+    def with_rooms(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        messages = [{"role": "user", "content": "", "index": i, "images": RolloutImages()} for i in batch["index"]]
+        images = [message["images"] for message in messages]
+        return {"prompt": [[message] for message in messages], "images": images, "index": batch["index"]}
 
-    return Dataset.from_dict({"index": [int(i) for i in indices]}).with_transform(row)
+    return Dataset.from_dict({"index": [int(i) for i in indices]}).with_transform(with_rooms)
 
 
 class TRLRollout:
@@ -90,8 +86,8 @@ class TRLRollout:
             raise ValueError(
                 f"layout {policy.layout!r}: a rollout of TRL is one growing sequence; load_policy(..., layout='prefix')"
             )
-        self._policy, self._env_id, self._kwargs = policy, env_id, kwargs
-        self._envs: dict[int, GroundingVectorEnv] = {}
+        self._policy = policy
+        self._env = cache(partial(make_vector_env, env_id, **kwargs))  # by their number
         self._model: Any = None
 
     def __call__(self, prompts: Sequence[Sequence[dict[str, Any]]], trainer: Any) -> dict[str, list[Any]]:
@@ -104,9 +100,8 @@ class TRLRollout:
             and ``actions``.
         """
         self._take(trainer)
-        found = [prompt[-1].get("images") for prompt in prompts]
-        rooms = [room for room in found if isinstance(room, RolloutImages)]
-        if len(rooms) != len(prompts):
+        rooms: list[Any] = [prompt[-1].get("images") for prompt in prompts]
+        if not all(isinstance(room, RolloutImages) for room in rooms):
             raise ValueError("the trainer's data set has to be made by rollout_rows(): a rollout puts images there")
         groups = collect(self._env(len(prompts)), self._policy, [prompt[-1]["index"] for prompt in prompts], 1)
         for room, turns in zip(rooms, groups.turns, strict=True):
@@ -116,13 +111,8 @@ class TRLRollout:
         return {name: list(values) for name, values in zip(columns, rows, strict=True)} | {
             "total_reward": groups.rewards.sum(-1).reshape(-1).tolist(),
             "final_iou": groups.ious[..., -1].reshape(-1).tolist(),
-            "actions": np.asarray(groups.taken).sum(-1).reshape(-1).tolist(),
+            "actions": groups.taken.sum(-1).reshape(-1).tolist(),
         }
-
-    def _env(self, count: int) -> GroundingVectorEnv:
-        if count not in self._envs:
-            self._envs[count] = make_vector_env(self._env_id, count, **self._kwargs)
-        return self._envs[count]
 
     def _take(self, trainer: Any) -> None:
         """Play with the trainer's model from now on."""
@@ -182,6 +172,4 @@ class RolloutProcessor(ImageProcessor):
 
 def rollout_processor(policy: VLMPolicy) -> RolloutProcessor:
     """The ``processing_class`` that goes with ``TRLRollout``."""
-    tokenizer = copy.deepcopy(policy.tokenizer)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return RolloutProcessor(image_processor=policy.image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+    return RolloutProcessor.of(policy)

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -119,30 +118,20 @@ def unusable_reason(text: str) -> str | None:
     return None if len(_WORD.findall(text)) >= 3 else f"holds no sentence ({text!r})"
 
 
-class Teacher(Protocol):
-    """Writes remarks on students' boxes."""
-
-    name: str
-    """Says who wrote a trace; part of the cache's key."""
-    batch: int
-    """How many requests it likes to be given at once."""
-
-    def write(self, requests: Sequence[TraceRequest], keep: Callable[[int, str], None]) -> None:
-        """Call ``keep`` with the place of each request and its text, unchecked, as soon as it is there.
-
-        It may be called in other threads; what was kept before an error stays.
-        """
-        ...
-
-
 class ServedTeacher:
-    """The ``openai:`` teacher: any server that speaks chat completions with images."""
+    """The ``openai:`` teacher: any server that speaks chat completions with images.
+
+    ``name`` says who wrote a trace and is part of the cache's key; ``batch`` requests are given to it at once.
+    """
 
     def __init__(self, client: ChatClient) -> None:
         self._client, self.name, self.batch = client, client.name, client.concurrency
 
     def write(self, requests: Sequence[TraceRequest], keep: Callable[[int, str], None]) -> None:
-        """As many requests at a time as the client sends."""
+        """Call ``keep`` with the place of each request and its text, unchecked, as soon as it is there.
+
+        As many requests at a time as the client sends; ``keep`` is called in its threads.
+        """
         self._client.run([partial(self._write, k, request, keep) for k, request in enumerate(requests)])
 
     def _write(self, place: int, request: TraceRequest, keep: Callable[[int, str], None]) -> None:
@@ -176,6 +165,9 @@ class HFTeacher:
         turns = generate(policy.core, prompts, policy.sampling, policy.generator, keep=False)
         for place, turn in enumerate(turns):
             keep(place, policy.text(turn) if turn.finished else "")
+
+
+Teacher = ServedTeacher | HFTeacher
 
 
 def load_teacher(name: str, budget: Budget | None = None) -> Teacher:

@@ -43,14 +43,12 @@ def critique(box: ArrayLike, target: ArrayLike, siblings: Sequence[Sequence[floa
     growth = (t[2:] - t[:2]) - (b[2:] - b[:2])  # positive: the target is wider or taller
     found: list[tuple[float, str, str, str]] = []
     for axis in (0, 1):
-        wrong, way = _SHIFT[2 * axis + (0 if shift[axis] > 0 else 1)]
-        found.append((abs(float(shift[axis])), wrong, "move", way))
-        wrong, way = _SIZE[2 * axis + (1 if growth[axis] > 0 else 0)]
-        found.append((abs(float(growth[axis])) / 2, wrong, "make it", way))
+        found.append((abs(float(shift[axis])), *_SHIFT[2 * axis + (0 if shift[axis] > 0 else 1)], "move"))
+        found.append((abs(float(growth[axis])) / 2, *_SIZE[2 * axis + (1 if growth[axis] > 0 else 0)], "make it"))
     # The two largest errors only: a short trace that names the point is what a reader wants.
     worst = [f for f in sorted(found, key=lambda f: -f[0]) if f[0] >= TOLERANCE][:2]
     if not worst:
         return FITS
     problems = " and ".join(wrong for _, wrong, _, _ in worst)
-    remedies = " and ".join(f"{verb} {way}" for _, _, verb, way in worst)
+    remedies = " and ".join(f"{verb} {way}" for _, _, way, verb in worst)
     return f"{problems[0].upper()}{problems[1:]}; {remedies}."
