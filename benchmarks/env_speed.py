@@ -119,39 +119,28 @@ def single(dataset: MadeUp, boxes: np.ndarray, view: str = "overlay", max_steps:
     return play
 
 
-def batched(dataset: MadeUp, boxes: np.ndarray, num_envs: int, copy: bool) -> Way:
-    """The vector environment; the boxes of a batch differ."""
-    env = GroundingVectorEnv(num_envs, dataset, max_steps=ENDLESS, copy=copy)
+def batched(dataset: MadeUp, boxes: np.ndarray, num_envs: int, copy: bool, episode: int | None = None) -> Way:
+    """The vector environment; the boxes of a batch differ.
+
+    With ``episode`` steps it plays whole episodes with their resets, in groups of 8 on one sample, as GRPO does.
+    """
+    env = GroundingVectorEnv(num_envs, dataset, max_steps=episode or ENDLESS, copy=copy, autoreset_mode="Disabled")
     env.reset(seed=0)
-    batches = max(1, len(boxes) // num_envs)
-    chosen = np.resize(boxes, (batches * num_envs, 4)).reshape(batches, num_envs, 4)
-    stops = np.zeros(num_envs, dtype=np.int64)
-
-    def play() -> int:
-        for batch in chosen:
-            observations, *_ = env.step({"box": batch, "stop": stops})  # held during the next step, as agents do
-        return batches * num_envs
-
-    return play
-
-
-def groups(dataset: MadeUp, boxes: np.ndarray, num_envs: int, copy: bool, size: int = 8) -> Way:
-    """Whole episodes of 3 steps with their resets, in groups of ``size`` on one sample, as GRPO plays them."""
-    env = GroundingVectorEnv(num_envs, dataset, max_steps=3, copy=copy, autoreset_mode="Disabled")
-    episodes = max(1, len(boxes) // (3 * num_envs))
-    chosen = np.resize(boxes, (episodes * 3 * num_envs, 4)).reshape(episodes, 3, num_envs, 4)
+    length = episode or max(1, len(boxes) // num_envs)
+    count = max(1, len(boxes) // (length * num_envs))
+    chosen = np.resize(boxes, (count * length * num_envs, 4)).reshape(count, length, num_envs, 4)
     stops = np.zeros(num_envs, dtype=np.int64)
     played = 0
 
     def play() -> int:
         nonlocal played
-        for three in chosen:
-            seeds = [played + i // size for i in range(num_envs)]
-            observations, _ = env.reset(seed=seeds)
-            played += num_envs
-            for batch in three:
-                observations, *_ = env.step({"box": batch, "stop": stops})
-        return episodes * 3 * num_envs
+        for batches in chosen:
+            if episode:
+                observations, _ = env.reset(seed=[played + i // 8 for i in range(num_envs)])
+                played += num_envs
+            for batch in batches:
+                observations, *_ = env.step({"box": batch, "stop": stops})  # held during the next step, as agents do
+        return count * length * num_envs
 
     return play
 
@@ -222,7 +211,7 @@ def main(args: Args) -> None:
     }
     ways |= {name: batched(dataset, boxes, *batch) for name, batch in batches.items()}
     ways[EPISODES] = single(dataset, boxes, max_steps=3)
-    ways |= {f"episodes, {name}": groups(dataset, boxes, *batch) for name, batch in batches.items()}
+    ways |= {f"episodes, {name}": batched(dataset, boxes, *batch, episode=3) for name, batch in batches.items()}
     ways['one environment, view="closeup"'] = single(dataset, boxes, view="closeup")
     speed = measured(ways, args.repetitions)
     base = speed["plain Pillow"]

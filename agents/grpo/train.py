@@ -202,12 +202,19 @@ def _train(args: Args, accelerator: Accelerator) -> Path:
     trainer.log = log = MetricsLog(args.out, chief, args.report_to, kept, config=options)
 
     def evaluate(step: int) -> None:
+        """Greedy episodes on the validation split, where they are due."""
         due = step in (0, args.steps) or (args.eval_steps and step % args.eval_steps == 0)
         # A run that was killed after a checkpoint may have one evaluation still to make.
         if due and measured_on and not trainer.agreed(log.holds(step, "eval/")):
             with trainer.whole_weights():
-                if chief:
-                    log.write(step, _evaluate(policy, args, measured_on, step))
+                if not chief:
+                    return
+                sampling, generator = policy.sampling, policy.generator
+                policy.set_temperature(0.0)
+                episodes = args.measure(policy, measured_on, agent_name=f"step {step}")
+                policy.sampling, policy.generator = sampling, generator
+                save_episodes(args.out / "episodes" / f"step-{step:06d}", episodes[:50], None)  # to be looked at
+                log.write(step, {f"eval/{k}": v for k, v in summary(episodes).items()})
 
     with progress_bars(note=True, disable=not chief) as progress:
         task = progress.add_task("GRPO", total=args.steps, completed=trainer.step, note="")
@@ -283,16 +290,6 @@ def _warm_start(args: Args, accelerator: Accelerator) -> str:
     refuse_other(out / "policy", made, taught | {"lessons": lessons}, remedy)
     print(f"warm start: using {out / 'policy'}")
     return str(out / "policy")
-
-
-def _evaluate(policy: VLMPolicy, args: Args, indices: range, step: int) -> dict[str, float]:
-    """Greedy episodes on the validation split; the last ones are kept to be looked at."""
-    sampling, generator = policy.sampling, policy.generator
-    policy.set_temperature(0.0)
-    episodes = args.measure(policy, indices, agent_name=f"step {step}")
-    policy.sampling, policy.generator = sampling, generator
-    save_episodes(args.out / "episodes" / f"step-{step:06d}", episodes[:50], None)
-    return {f"eval/{k}": v for k, v in summary(episodes).items()}
 
 
 def check_run(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:

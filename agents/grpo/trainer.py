@@ -376,39 +376,25 @@ class GRPOTrainer:
         by_step = {t: gains[:, :, t - 1][refined[:, :, t - 1]] for t in range(1, gains.shape[-1] + 1)}
         # Episodes that acted again while the current box was already good, so that they could have stopped.
         could = (groups.taken[:, :, 1:] & (ious[:, :, :-1] >= GOOD)).any(-1)
-        values = {
-            "final": last.sum(),
-            "first": first.sum(),
-            "gain": gains[refined].sum(),
-            "refinements": refined.sum(),
-            "stops": groups.stopped.sum(),
-            "right": (last[groups.stopped] >= GOOD).sum(),
-            "chances": could.sum(),
-            "unparsable": groups.parse_failures,
-            "flat": credit.skipped,
-            "reward": groups.rewards.sum(),
-            **{f"gain {t}": found.sum() for t, found in by_step.items()},
-            **{f"refinements {t}": len(found) for t, found in by_step.items()},
+        right, episodes = (last[groups.stopped] >= GOOD).sum(), len(groups.turns)
+        shares = {
+            "final_iou": (last.sum(), episodes),
+            "step0_iou": (first.sum(), episodes),
+            "gain_per_refinement": (gains[refined].sum(), refined.sum()),
+            "stop_rate": (groups.stopped.sum(), episodes),
+            "stop_precision": (right, groups.stopped.sum()),
+            "stop_recall": (right, could.sum()),
+            **{f"gain_step_{t}": (found.sum(), len(found)) for t, found in by_step.items()},
+            "parse_failure_rate": (groups.parse_failures, groups.taken.sum()),
+            "zero_variance_groups": (credit.skipped, len(groups.rewards)),
+            "reward": (groups.rewards.sum(), episodes),
         }
-        sums = self._summed(values) | totals
-
-        def share(part: str, whole: str) -> float | None:
-            return sums[part] / sums[whole] if sums[whole] else None
-
-        return {
-            "rollout/final_iou": share("final", "episodes"),
-            "rollout/step0_iou": share("first", "episodes"),
-            "rollout/gain_per_refinement": share("gain", "refinements"),
-            "rollout/stop_rate": share("stops", "episodes"),
-            "rollout/stop_precision": share("right", "stops"),
-            "rollout/stop_recall": share("right", "chances"),
-            **{f"rollout/gain_step_{t}": share(f"gain {t}", f"refinements {t}") for t in by_step},
-            "rollout/parse_failure_rate": share("unparsable", "actions"),
-            "rollout/zero_variance_groups": sums["flat"] / self.config.prompts,
-            "rollout/reward": share("reward", "episodes"),
-            "rollout/actions_per_episode": share("actions", "episodes"),
-            "rollout/tokens_per_action": share("sampled", "actions"),
-            "rollout/truncated_turns": share("truncated", "actions"),
+        parts = self._summed({name: part for name, (part, _) in shares.items()})
+        wholes = self._summed({name: whole for name, (_, whole) in shares.items()})
+        return {f"rollout/{name}": parts[name] / whole if whole else None for name, whole in wholes.items()} | {
+            "rollout/actions_per_episode": totals["actions"] / totals["episodes"],
+            "rollout/tokens_per_action": totals["sampled"] / totals["actions"],
+            "rollout/truncated_turns": totals["truncated"] / totals["actions"],
             "train/masked_tokens": totals["masked_tokens"],
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -99,57 +99,53 @@ def _check_fit(
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before, values, saved = gathered_parameters(model), state["parameters"], state["optimizers"]
 
-    def refuse(what: str) -> NoReturn:
-        raise RunError(f"{path / 'state.pt'}: {what}; remove {path} to resume from the one before")
+    def require(right: bool, otherwise: str) -> None:
+        if not right:
+            raise RunError(f"{path / 'state.pt'}: {otherwise}; remove {path} to resume from the one before")
 
-    def check_tensor(name: str, value: Any, like: torch.Tensor) -> None:
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            refuse(f"{name} is not a tensor")
-        if value.shape != like.shape or value.dtype != like.dtype:
-            found, wanted = (f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in (value, like))
-            refuse(f"{name} is {found}, and the model has {wanted} there")
-        if not bool(torch.isfinite(value).all()):
-            refuse(f"{name} is not finite")
+    def require_tensor(name: str, value: Any, like: torch.Tensor) -> None:
+        require(isinstance(value, torch.Tensor) and value.layout == torch.strided, f"{name} is not a tensor")
+        found, wanted = (f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in (value, like))
+        require(found == wanted, f"{name} is {found}, and the model has {wanted} there")
+        require(bool(torch.isfinite(value).all()), f"{name} is not finite")
 
     if not isinstance(values, dict) or set(values) != set(named):
         folder = path.parent.parent
         raise RunError(f"the checkpoint in {folder} was written with another --model or other LoRA options")
     for name, parameter in named.items():
-        check_tensor(name, values[name], parameter)
-    if not isinstance(saved, list) or len(saved) != len(optimizers):
-        refuse("it was written with another --optim")
+        require_tensor(name, values[name], parameter)
+    require(isinstance(saved, list) and len(saved) == len(optimizers), "it was written with another --optim")
     names = {id(p): n for n, p in named.items()}
     for optimizer, its in zip(optimizers, saved, strict=True):
         kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
-        groups = optimizer.state_dict()["param_groups"]
-        if not isinstance(its, dict) or its.keys() != {"state", "param_groups"}:
-            refuse("its optimizer state is none")
+        require(isinstance(its, dict) and its.keys() == {"state", "param_groups"}, "its optimizer state is none")
         theirs, moments = its["param_groups"], its["state"]
-        if not isinstance(theirs, list) or [_settings(g) for g in theirs] != [_settings(g) for g in groups]:
-            refuse("it was written with another --optim, or with other settings of it")
-        if not all(isinstance(g["lr"], float) and math.isfinite(g["lr"]) for g in theirs):
-            refuse("a learning rate is not a finite number")
+        mine = [_settings(g) for g in optimizer.state_dict()["param_groups"]]
+        same = isinstance(theirs, list) and [_settings(g) for g in theirs] == mine
+        require(same, "it was written with another --optim, or with other settings of it")
+        finite = all(isinstance(g["lr"], float) and math.isfinite(g["lr"]) for g in theirs)
+        require(finite, "a learning rate is not a finite number")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if not isinstance(moments, dict) or not moments.keys() <= set(range(len(parameters))):
-            refuse("its optimizer state is none")
+        known = isinstance(moments, dict) and moments.keys() <= set(range(len(parameters)))
+        require(known, "its optimizer state is none")
         for number, parameter in enumerate(parameters):
             name = names[id(parameter)]
             if number not in moments:  # right where no step has moved it
-                if not torch.equal(values[name], before[name]):
-                    refuse(f"the optimizer knows nothing of {name}, which was trained")
+                unmoved = torch.equal(values[name], before[name])
+                require(unmoved, f"the optimizer knows nothing of {name}, which was trained")
                 continue
             kept = moments[number]
-            if not isinstance(kept, dict) or kept.keys() != _MOMENTS[kind]:
-                refuse(f"the optimizer's state of {name} is not that of {kind}")
-            for key, value in kept.items():
+            complete = isinstance(kept, dict) and kept.keys() == _MOMENTS[kind]
+            require(complete, f"the optimizer's state of {name} is not that of {kind}")
+            for key in kept:
                 if key != "step":
-                    check_tensor(f"{key} of {name}", value, parameter)
-                    continue
-                count = float(value) if isinstance(value, torch.Tensor) and value.numel() == 1 else math.nan
-                if not (1 <= count <= most_updates and count.is_integer()):
-                    refuse(f"step {value!r} of the optimizer for {name} is none of 1 to {most_updates}")
-            if kind == "AdamW" and bool((kept["exp_avg_sq"] < 0).any()):
-                refuse(f"exp_avg_sq of {name} is negative")
+                    require_tensor(f"{key} of {name}", kept[key], parameter)
+            if kind == "AdamW":
+                made = kept["step"]
+                count = float(made) if isinstance(made, torch.Tensor) and made.numel() == 1 else math.nan
+                whole = 1 <= count <= most_updates and count.is_integer()
+                require(whole, f"step {made!r} of the optimizer for {name} is none of 1 to {most_updates}")
+                require(not bool((kept["exp_avg_sq"] < 0).any()), f"exp_avg_sq of {name} is negative")
 
 
 def _settings(group: Any) -> Any:
