@@ -200,10 +200,7 @@ def main(args: Args) -> None:
     """Measure and print."""
     in_a_plain_process()
     dataset, boxes = MadeUp(), random_boxes(args.steps)
-    ways: dict[str, Way] = {
-        "plain Pillow": plain(dataset.images[0], boxes),
-        "one environment": single(dataset, boxes),
-    }
+    ways: dict[str, Way] = {"plain Pillow": plain(dataset.images[0], boxes), "one environment": single(dataset, boxes)}
     batches = {
         f"num_envs={number}{'' if copy else ', copy=False'}": (number, copy)
         for number in args.num_envs

@@ -67,20 +67,15 @@ class Args:
 def timed(args: Args, run: Callable[[], Any], repeats: int) -> float:
     """Median seconds of ``run`` after one call that warms up."""
     run()
+    wait = (lambda: None) if args.small else torch.cuda.synchronize  # until the device has done what it was given
     seconds = []
     for _ in range(repeats):
-        wait(args)
+        wait()
         start = time.perf_counter()
         run()
-        wait(args)
+        wait()
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds))
-
-
-def wait(args: Args) -> None:
-    """Until the device has done what it was given."""
-    if not args.small:
-        torch.cuda.synchronize()
 
 
 def card(args: Args) -> dict[str, Any]:
@@ -343,14 +338,14 @@ def main(args: Args) -> int:
         found = table(args)
         write_json(args.out / "gpu.json", found)
         return int(any("error" in part or part.get("wrong") for part in found.values()))
+    kept = args.out / f"{args.part}.json"
     try:
         found = PARTS[args.part](args)
     except Exception as error:
         # The other parts go on: each costs time on a machine that may be lent for minutes.
-        found = {"error": f"{type(error).__name__}: {str(error).strip()}"[:300]}
-        write_json(args.out / f"{args.part}.json", found)
+        write_json(kept, {"error": f"{type(error).__name__}: {str(error).strip()}"[:300]})
         raise
-    write_json(args.out / f"{args.part}.json", json.loads(json.dumps(found, default=str)))
+    write_json(kept, found)
     return int(bool(found.get("wrong")))
 
 

@@ -39,7 +39,6 @@ head and the sampling are part of the recorded pass, so the phase `decode` holds
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import resource
 import tempfile
@@ -436,9 +435,7 @@ def estimated_gb(args: Args, base: Parts, adapters: int, shape: Shape) -> float:
 
 def report(found: Mapping[str, Any]) -> str:
     """The table."""
-    peak = found["options"]["peak_tflops"] * 1e12
-    cuda = found["device"] != "CPU"
-    rows = []
+    peak, cuda, rows = found["options"]["peak_tflops"] * 1e12, found["device"] != "CPU", []
     for name, seconds in sorted(found["seconds"].items(), key=lambda item: -item[1]):
         flops = found["flops"].get(name, 0.0)
         share = f"{flops / seconds / peak:.1%}" if flops and cuda else ""
@@ -477,7 +474,7 @@ def main(args: Args) -> dict[str, Any]:
         raise SystemExit("error: no GPU here; --size tiny --device cpu runs the same code, shrunken")
     found = measure(args)
     print(report(found))
-    write_json(args.out, json.loads(json.dumps(found, default=str)))
+    write_json(args.out, found)
     print(f"written to {args.out}")
     return found
 

@@ -52,8 +52,7 @@ def main(args: Args) -> None:
             out, before = folder / str(at_a_time), len(log.read_text().split())
             command = [sys.executable, str(ROOT / "evaluate.py"), "--split", "val", "--samples", str(args.samples)]
             command += ["--policies", f"m=openai:http://127.0.0.1:{port}/v1#m", "--prompt-file", "tiny"]
-            command += ["--out", str(out)]
-            command += ["--concurrency", str(at_a_time)] + ([] if args.forced else ["--no-forced"])
+            command += ["--out", str(out), "--concurrency", str(at_a_time), *([] if args.forced else ["--no-forced"])]
             start, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             subprocess.run(command, check=True, capture_output=True, env=os.environ | {"no_proxy": "*"})
             seconds, used = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used

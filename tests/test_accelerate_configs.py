@@ -18,10 +18,7 @@ from ivt_agents.vlm.load import load_policy
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs" / "accelerate"
-TYPES = {
-    "ddp": DistributedType.MULTI_GPU,
-    "fsdp": DistributedType.FSDP,
-}
+TYPES = {"ddp": DistributedType.MULTI_GPU, "fsdp": DistributedType.FSDP}
 
 
 def launched_with(name: str, monkeypatch) -> dict[str, str]:

@@ -28,13 +28,7 @@ def test_every_part_runs_on_a_cpu_and_the_table_has_its_figures(out, capsys):
     said = capsys.readouterr().out
     found = json.loads((out / "gpu.json").read_text())
     assert list(found) == list(PARTS)
-    for words in (
-        "sdpa, fixed, prefix",
-        "utilisation of update",
-        "growing / fixed",
-        "images a second",
-        "Acc@0.5",
-    ):
+    for words in ("sdpa, fixed, prefix", "utilisation of update", "growing / fixed", "images a second", "Acc@0.5"):
         assert words in said
     assert found["step"]["peak_gb"] > 0 and found["step"]["estimated_gb"] > 0
     for row in found["agreement"]["rows"]:

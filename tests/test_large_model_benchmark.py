@@ -20,9 +20,7 @@ def small(**changes) -> Args:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"layout": "prefix", "checkpointing": True, "beta": 0.0}],
-    ids=["fresh", "prefix, checkpointed"],
+    "options", [{}, {"layout": "prefix", "checkpointing": True, "beta": 0.0}], ids=["fresh", "prefix, checkpointed"]
 )
 def test_it_runs_to_its_end_on_a_cpu_and_every_phase_has_a_time(options, tmp_path, capsys):
     found = main(small(out=tmp_path / "found.json", **options))
