@@ -1,7 +1,8 @@
 """The columns of an evaluation: which box each rule answers with.
 
 If one of these claims is false nothing crashes: a table merely credits a label-free rule with a box
-that it could not have picked, or drops the episodes that went wrong.
+that it could not have picked, or drops the episodes that went wrong. A verifier's score that is read one action too
+early speaks of another box, and its rule then looks like noise or, worse, like a gain.
 """
 
 from __future__ import annotations
@@ -12,8 +13,16 @@ import numpy as np
 import pytest
 from test_metrics_records import REFUSED, STOP, UNPARSED, episode, random_pair
 
+from ivt_env import boxes
 from ivt_env.metrics import columns as module
-from ivt_env.metrics.columns import check_same_samples, columns, outcomes, prefix_agreement
+from ivt_env.metrics.columns import (
+    check_same_samples,
+    columns,
+    outcomes,
+    prefix_agreement,
+    stop_verification,
+    verifier_gated,
+)
 from ivt_env.metrics.scores import hits
 
 
@@ -106,6 +115,34 @@ def test_the_oracle_bounds_every_column_and_is_the_only_one_marked() -> None:
     assert (found["oracle_best"].iou > found["last_step"].iou).any()
     never = columns(episodes_forced=forced, episodes_stopping=forced)
     np.testing.assert_array_equal(never["learned_stop"].iou, never["last_step"].iou)
+
+
+def test_a_box_is_judged_by_what_is_said_when_it_is_shown() -> None:
+    forced = [episode([0.3, 0.8, 0.6], stop_probability=[0.9, 0.2, 0.7]), episode([0.5], "s1", stop_probability=[0.4])]
+    said = stop_verification(outcomes(forced))
+    np.testing.assert_array_equal(said, [[0.2, 0.7, np.nan], [np.nan, np.nan, np.nan]])
+    assert verifier_gated(outcomes(forced)).tolist() == [0.8, 0.5]
+    stopping = [episode([0.4, 0.6, STOP], stop_probability=[0.0, 0.1, 0.8])]
+    assert verifier_gated(outcomes(stopping)).tolist() == [0.6], "a stop is no new box"
+    for nothing in (UNPARSED, REFUSED):  # then the next box is taken
+        played = outcomes([episode([nothing, 0.7, 0.4], stop_probability=[0.1, 0.1, 0.2])])
+        assert verifier_gated(played).tolist() == [0.7]
+
+
+def test_the_rule_equals_a_plain_loop() -> None:
+    forced, _ = random_pair(300, 4)
+    played = outcomes(forced)
+    scores = stop_verification(played)
+    assert np.isnan(scores).any() and not np.isnan(scores).all()
+    found = verifier_gated(played)
+    for i in range(len(forced)):
+        kept = 0
+        for t in range(1, played.iou.shape[1]):
+            no_box_yet = boxes.is_no_box(played.box[i, kept])
+            if played.accepted[i, t] and (no_box_yet or scores[i, t] > scores[i, kept]):
+                kept = t
+        assert found[i] == played.iou[i, kept], i
+    assert "verifier_gated" not in columns(episodes_forced=[episode([0.5, 0.6])])
 
 
 A, B = episode([0.5], "s0"), episode([0.5], "s1")
