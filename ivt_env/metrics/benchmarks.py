@@ -137,8 +137,7 @@ def _mdetr(rows: _Rows) -> None:
 
     GIoU = IoU - (hull - union) / hull (Rezatofighi et al., arXiv 1902.09630) is never above IoU: the harder rule.
     """
-    usable = boxes.area(rows.predicted) > 0
-    giou = np.where(usable, boxes.giou(np.where(usable[:, None], rows.predicted, rows.targets), rows.targets), -1.0)
+    giou = np.where(boxes.area(rows.predicted) > 0, boxes.giou(rows.predicted, rows.targets), -1.0)
     rows.add("Acc@0.5", hits(giou, 0.5, strict=False), "GIoU >= 0.5")
 
 
@@ -239,8 +238,7 @@ def overlap(predicted_px: ArrayLike, target_px: ArrayLike) -> Array:
     """IoU of each prediction with its target, both (n, 4) xyxy in pixels; 0 for an unusable one. (n,)."""
     targets = np.asarray(target_px, dtype=np.float64)
     predicted = _checked(predicted_px, targets)
-    usable = boxes.area(predicted) > 0
-    return np.where(usable, boxes.iou(np.where(usable[:, None], predicted, 0.0), targets), 0.0)
+    return np.where(boxes.area(predicted) > 0, boxes.iou(predicted, targets), 0.0)
 
 
 def hits(overlaps: ArrayLike, threshold: float, *, strict: bool) -> Array:

@@ -9,10 +9,9 @@ A file is JSON lines, one object per prediction, or one JSON array of such objec
 ``id`` and ``bbox`` are read alike. So is a file of the project's own data (``ivt_env.data.custom``): its
 ``dataset.json`` declares the boxes, and a line without an id goes by its number. Other keys do no harm.
 
-What the four numbers mean is **declared** (by the caller, the header or a published layout) and
-never guessed. A guess goes by magnitude, and pixels of a small image look like thousandths:
-scores would be wrong by points, with nothing to see. A declaration that does not fit many of the
-boxes is refused in the same spirit.
+What the four numbers mean is **declared** (by the caller, the header or a published layout) and never guessed. A guess
+goes by magnitude, and pixels of a small image look like thousandths: scores would be wrong by points, with nothing to
+see. A declaration that does not fit many of the boxes is refused in the same spirit.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from ivt_env.boxes import frame_unit
 from ivt_env.data.checked import MAX_LINE_BYTES, json_lines, short
 from ivt_env.data.custom import read_declared
 from ivt_env.data.sample import Sample
+from ivt_env.failures import reading
 
 Array = NDArray[np.float64]
 Numbers = tuple[float, ...]
@@ -83,10 +83,9 @@ LAYOUTS = {
     "refl4": Layout("id", "pred_bbox", frame="px", format_field="format"),
     "refadv": Layout("row_idx", "pred_box_xyxy_first", "xyxy", "px"),
 }
-"""Published layouts by name. ``refl4``: what Ref-L4's evaluator reads, a JSON array of ``id``,
-``pred_bbox`` and ``format`` (xyxy or xywh). ``refadv``: the ``outputs/*_predictions.jsonl`` of
-Ref-Adv's repository, with the first box in pixels, already clamped, and an empty list for an
-unreadable answer."""
+"""Published layouts by name. ``refl4``: what Ref-L4's evaluator reads, a JSON array of ``id``, ``pred_bbox`` and
+``format`` (xyxy or xywh). ``refadv``: the ``outputs/*_predictions.jsonl`` of Ref-Adv's repository, with the first box
+in pixels, already clamped, and an empty list for an unreadable answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +162,13 @@ def read_predictions(
     if header:
         first = next(rows, None)
         fields = _spelt(fields, first)
-    claims = {"--{}": (box_format, frame), "the header line": (header.get("format"), header.get("frame"))}
+    claims = {"": (box_format, frame), "the header line": (header.get("format"), header.get("frame"))}
     claims[f"the layout {layout}"] = fields.box_format, fields.frame
     if layout == "ivt" and first and "image" in first[1] and (beside := where.with_name("dataset.json")).is_file():
         own = read_declared(beside)
         claims[str(beside)] = own.box, own.frame
-    declared_format = _agreed(where, "format", _format_of, {who.format("format"): c for who, (c, _) in claims.items()})
-    declared_frame = _agreed(where, "frame", _frame_of, {who.format("frame"): c for who, (_, c) in claims.items()})
+    declared_format = _agreed(where, "format", _format_of, {who or "--format": c for who, (c, _) in claims.items()})
+    declared_frame = _agreed(where, "frame", _frame_of, {who or "--frame": c for who, (_, c) in claims.items()})
     if declared_format is None and fields.format_field is None:
         raise PredictionError(_undeclared(where, "format", FORMATS))
     if declared_frame is None:
@@ -270,18 +269,13 @@ def to_xyxy_px(row: Prediction, sample: Sample) -> Numbers:
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file with their row numbers from 1."""
-    try:
+    with reading(path, "give a file of predictions as JSON lines", PredictionError, "not UTF-8 text"):
         with path.open("rb") as file:
             is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-        rows = enumerate(_whole(path), 1) if is_array else _parsed_lines(path)
-        for number, row in rows:
+        for number, row in enumerate(_whole(path), 1) if is_array else _parsed_lines(path):
             if not isinstance(row, dict):
                 raise PredictionError(f"{path}: row {number} is {short(row)}, not a JSON object; write one per line")
             yield number, row
-    except OSError as error:
-        raise PredictionError(f"{path}: cannot be read ({error.strerror}); give a file of predictions") from error
-    except UnicodeDecodeError as error:
-        raise PredictionError(f"{path}: not UTF-8 text ({error}); write the predictions as JSON lines") from error
 
 
 def _parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -311,10 +305,9 @@ def _whole(path: Path) -> Any:
             f"{_MAX_ARRAY_BYTES >> 20} MB); write the predictions as JSON lines"
         )
     text = path.read_bytes().decode("utf-8-sig")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PredictionError(f"{path}: not a whole JSON array ({error}); {_REMEDY}") from error
+    with reading(path, _REMEDY, PredictionError, "not a whole JSON array"):
+        found = json.loads(text)
+    return found
 
 
 def _spread(path: Path) -> str | None:
@@ -412,16 +405,13 @@ def _row(
                 f"{here} has no field {field!r}, only {short(sorted(row))}; name it with {option}{inner}"
             )
     sample_id = row[fields.id_field]
+    why = None
     if not isinstance(sample_id, str) and type(sample_id) is not int:  # bool is an int, and is no id
-        raise PredictionError(
-            f"{here}: {fields.id_field} is {short(sample_id)}, neither a text nor a whole number; "
-            "name the field of the id with --id-field"
-        )
-    if len(str(sample_id)) > _LONGEST_ID:
-        raise PredictionError(
-            f"{here}: {fields.id_field} has {len(str(sample_id))} characters, too many for an id (at "
-            f"most {_LONGEST_ID}); name the field of the id with --id-field"
-        )
+        why = f"is {short(sample_id)}, neither a text nor a whole number"
+    elif len(str(sample_id)) > _LONGEST_ID:
+        why = f"has {len(str(sample_id))} characters, too many for an id (at most {_LONGEST_ID})"
+    if why:
+        raise PredictionError(f"{here}: {fields.id_field} {why}; name the field of the id with --id-field")
     stated = row.get(fields.format_field or "format")
     known = isinstance(stated, str) and stated in FORMATS
     if fields.format_field is not None and not known:
@@ -433,11 +423,9 @@ def _row(
     if isinstance(stated, str) and stated in FRAMES and _frame_of(stated) != frame:
         raise PredictionError(f"{here} says frame {stated}, but {frame} is declared; correct one of them")
     value = row[fields.box_field]
-    if box_format == "xy" and isinstance(value, list) and len(value) == 2:
-        value = [*value, *value]  # a box without area, whose centre is the point
-    elif box_format == "xy":
-        value = None
-    numbers = _numbers(value, 4, -_LARGEST, _LARGEST) if not _is_mark(value) else None
+    if box_format == "xy":  # a box without area, whose centre is the point
+        value = value * 2 if isinstance(value, list) and len(value) == 2 else None
+    numbers = None if _is_mark(value) else _numbers(value, 4, -_LARGEST, _LARGEST)
     size = None
     if frame == "resized" and numbers is not None:
         size = _numbers(row.get("input_size"), 2, 0, 1e6)

@@ -37,8 +37,7 @@ class Calibration:
     ece: float
     """Expected calibration error in [0, 1], NaN over no pairs."""
     pearson: float
-    """Correlation in [-1, 1] with right (1) or wrong (0), the point-biserial r; NaN where either side
-    is constant."""
+    """Correlation in [-1, 1] with right (1) or wrong (0), the point-biserial r; NaN where either side is constant."""
     auroc: float
     """How often a right one is stated higher than a wrong one, a tie counting half; NaN where all are
     right or all are wrong."""
