@@ -142,23 +142,19 @@ def day(draw: Draw) -> str:
     return f"{draw.randint(1, 28)} {month} {draw.randint(7, 19)}:{draw.randint(10, 59)}"
 
 
-def some(draw: Draw, names: Sequence[str], count: int) -> list[str]:
-    return draw.sample(names, min(count, len(names)))
-
-
 def mail(draw: Draw) -> str:
     rows = [
         ['<input type="checkbox" aria-label="Select">', icons({"Star": "☆", "Flag": "⚑"}), f'<a href="#m">{subject}</a>',
          sender, f"{draw.randint(2, 980)} kB", day(draw)]
-        for subject, sender in zip(some(draw, SUBJECTS, 30), some(draw, PEOPLE, 30), strict=True)
+        for subject, sender in zip(draw.sample(SUBJECTS, 30), draw.sample(PEOPLE, 30), strict=True)
     ]  # fmt: skip
-    folders = some(draw, ("Inbox", "Drafts", "Sent", "Archive", "Spam", "Trash", "Templates", "Outbox"), 8)
+    folders = draw.sample(("Inbox", "Drafts", "Sent", "Archive", "Spam", "Trash", "Templates", "Outbox"), 8)
     tools = {"Compose": "✎", "Refresh": "⟳", "Print": "⎙", "Settings": "⚙", "Undo": "↶"}
     return (
         f"<header>{icons(tools)}{buttons(('Reply', 'Reply all', 'Forward', 'Move', 'Mark as read'))}{search('Search mail')}"
-        f"</header><main><nav><h2>Folders</h2>{links(folders)}<h2>Labels</h2>{links(some(draw, CITIES, 7))}</nav><section>"
+        f"</header><main><nav><h2>Folders</h2>{links(folders)}<h2>Labels</h2>{links(draw.sample(CITIES, 7))}</nav><section>"
         f"{table(('', '', 'Subject', 'From', 'Size', 'Received'), rows, 2)}</section><aside><h2>{rows[3][3]}</h2>"
-        f"<p>The figures are attached. Please send remarks by {day(draw)}.</p>{links(some(draw, FILES, 5))}</aside></main>"
+        f"<p>The figures are attached. Please send remarks by {day(draw)}.</p>{links(draw.sample(FILES, 5))}</aside></main>"
     )
 
 
@@ -168,7 +164,7 @@ def sheet(draw: Draw) -> str:
         [item, f"PO-{draw.randint(1000, 9999)}", str(draw.randint(0, 400)), f"{draw.uniform(3, 900):.2f}",
          f"{draw.uniform(0.1, 60):.1f} kg", draw.choice(PEOPLE), draw.choice(CITIES), day(draw),
          f"{draw.randint(5, 60)} %", f"{draw.choice('ABCDE')}{draw.randint(10, 99)}"]
-        for item in some(draw, THINGS, 30)
+        for item in draw.sample(THINGS, 30)
     ]  # fmt: skip
     menu = buttons(("File", "Edit", "View", "Insert", "Format", "Data", "Tools", "Help"), "menuitem")
     tools = {"Bold": "𝐁", "Align left": "⇤", "Align right": "⇥", "Sum": "∑", "Chart": "▤", "Filter": "▽", "Undo": "↶",
@@ -181,15 +177,15 @@ def sheet(draw: Draw) -> str:
 
 
 def settings(draw: Draw) -> str:
-    groups = some(draw, ("Display", "Sound", "Network", "Privacy", "Updates", "Keyboard", "Backup", "Storage"), 6)
+    groups = draw.sample(("Display", "Sound", "Network", "Privacy", "Updates", "Keyboard", "Backup", "Storage"), 6)
     lines = ("Enabled", "Start with the system", "Show in the menu", "Send reports", "Use less power", "Ask first")
     cards = "".join(
         f'<div class="card"><h2>{group}</h2>'
-        + "".join(f'<label>{buttons((), "")}<button role="switch" aria-checked="true" aria-label="{line}">◉</button> '
-                  f"<span>{line}</span></label>" for line in some(draw, lines, 4))
+        + "".join(f'<label><button role="switch" aria-checked="true" aria-label="{line}">◉</button> '
+                  f"<span>{line}</span></label>" for line in draw.sample(lines, 4))
         + choice("Profile", ("Default", "Travel", "Office"))
         + field("Limit", str(draw.randint(5, 500)), "number")
-        + "".join(box(each, "radio") for each in some(draw, ("Always", "Never", "On battery", "At night"), 3))
+        + "".join(box(each, "radio") for each in draw.sample(("Always", "Never", "On battery", "At night"), 3))
         + buttons(("Reset", "Apply")) + "</div>"
         for group in groups
     )  # fmt: skip
@@ -215,8 +211,8 @@ def calendar(draw: Draw) -> str:
     return (
         f"<header>{icons({'Previous month': '◀', 'Next month': '▶', 'New event': '✚', 'Print': '⎙'})}<h1>October</h1>"
         f"{buttons(('Today', 'Day', 'Week', 'Month', 'Year', 'Agenda'))}{search('Find an event')}</header><main><nav>"
-        f"<h2>Calendars</h2>{''.join(map(box, some(draw, CITIES, 6)))}<h2>People</h2>"
-        f"{''.join(map(box, some(draw, PEOPLE, 9)))}</nav><section>"
+        f"<h2>Calendars</h2>{''.join(map(box, draw.sample(CITIES, 6)))}<h2>People</h2>"
+        f"{''.join(map(box, draw.sample(PEOPLE, 9)))}</nav><section>"
         f"{table(('', 'Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun'), weeks)}</section></main>"
     )
 
@@ -226,12 +222,12 @@ def files(draw: Draw) -> str:
     rows = [
         ['<input type="checkbox" aria-label="Select">', f'<a href="#f">{name}</a>', f"{draw.randint(1, 900)} kB",
          draw.choice(("Document", "Image", "Archive", "Text")), draw.choice(PEOPLE), day(draw), icons(tools)]
-        for name in some(draw, FILES, 24)
+        for name in draw.sample(FILES, 24)
     ]  # fmt: skip
     places = ("Home", "Desktop", "Documents", "Downloads", "Music", "Pictures", "Videos", "Network", "Bin")
     return (
         f"<header>{icons({'Back': '◀', 'Forward': '▶', 'Up': '▲', 'Reload': '⟳', 'List view': '☰', 'Grid view': '▦'})}"
-        f"{links(('/', 'home', *some(draw, CITIES, 2)))}{search('Search this folder')}</header><main><nav><h2>Places</h2>"
+        f"{links(('/', 'home', *draw.sample(CITIES, 2)))}{search('Search this folder')}</header><main><nav><h2>Places</h2>"
         f"{links(places)}<h2>Tags</h2>{links(('Red', 'Green', 'Blue', 'Work', 'Private'))}</nav><section>"
         f"{table(('', 'Name', 'Size', 'Type', 'Owner', 'Changed', 'Actions'), rows, 1)}</section></main>"
         f"<footer>{buttons(('New folder', 'Upload', 'Select all', 'Sort'))} 24 items, 9.4 MB free</footer>"
@@ -243,7 +239,7 @@ def users(draw: Draw) -> str:
         [f"{draw.randint(100, 999)}", person, f"{person.split()[0].lower()}@example.org", draw.choice(CITIES),
          draw.choice(("Owner", "Editor", "Reader")), day(draw), draw.choice(("Active", "Invited", "Locked")),
          buttons(("Edit", "Reset", "Delete"))]
-        for person in some(draw, PEOPLE, 26)
+        for person in draw.sample(PEOPLE, 26)
     ]  # fmt: skip
     return (
         f"<header><h1>Users</h1>{search('Name or address')}{buttons(('Invite user', 'Export as CSV', 'Filter'))}</header>"
@@ -277,7 +273,7 @@ def dialog(draw: Draw) -> str:
         f"<h2>Export {draw.choice(FILES)}</h2>{field('File name', 'export')}{choice('Format', ('CSV', 'JSON', 'PDF'))}"
         f"{choice('Encoding', ('UTF-8', 'Latin-1'))}{field('First page', '1', 'number')}{field('Last page', '9', 'number')}"
         + "".join(
-            map(box, some(draw, ("With header", "Compress", "Open when done", "Only selected", "Embed fonts"), 4))
+            map(box, draw.sample(("With header", "Compress", "Open when done", "Only selected", "Embed fonts"), 4))
         )
         + "".join(box(each, "radio") for each in ("Portrait", "Landscape"))
         + f"<p>{buttons(('Export', 'Preview', 'Cancel', 'More options'))} {links(('Help on exporting',))}"
@@ -288,18 +284,18 @@ def dialog(draw: Draw) -> str:
 
 
 def board(draw: Draw) -> str:
-    tasks = iter(some(draw, TASKS, 24))
+    tasks = iter(draw.sample(TASKS, 24))
     columns = "".join(
         f'<div class="card"><h2>{name}</h2>'
         + "".join(
             f'<div class="card"><a href="#t">{next(tasks)}</a><p>{draw.choice(PEOPLE)}, {day(draw)}</p>'
             f"{icons({'Move': '➦', 'Comment': '✎', 'Archive': '▣'})}</div>" for _ in range(draw.randint(3, 5)))
         + buttons(("Add card", "Sort")) + "</div>"
-        for name in some(draw, ("Ideas", "Next", "Doing", "Review", "Blocked", "Done", "Later"), 5)
+        for name in draw.sample(("Ideas", "Next", "Doing", "Review", "Blocked", "Done", "Later"), 5)
     )  # fmt: skip
     return (
         f"<header><h1>Board</h1>{buttons(('Filter', 'Group', 'Automate', 'Share'))}{search('Find a card')}"
-        f'{links(some(draw, PEOPLE, 5))}</header><main><section><div class="grid">{columns}</div></section></main>'
+        f'{links(draw.sample(PEOPLE, 5))}</header><main><section><div class="grid">{columns}</div></section></main>'
     )
 
 
@@ -307,9 +303,9 @@ def shop(draw: Draw) -> str:
     goods = "".join(
         f'<div class="card"><h2>{thing}</h2><p>{draw.uniform(5, 900):.2f} euros, {draw.randint(1, 400)} reviews</p>'
         f"{links(('Details', 'Reviews'))} {buttons(('Add to basket',))} {icons({'Remember': '♡', 'Compare': '⚖'})}</div>"
-        for thing in some(draw, THINGS, 28)
+        for thing in draw.sample(THINGS, 28)
     )
-    filters = "".join(map(box, ("In stock", "On sale", "New", "Second hand", "Free delivery", *some(draw, CITIES, 6))))
+    filters = "".join(map(box, ("In stock", "On sale", "New", "Second hand", "Free delivery", *draw.sample(CITIES, 6))))
     return (
         f"<header><h1>Furniture</h1>{search('Search the shop')}{links(('Basket', 'Orders', 'Sign in', 'Wish list'))}"
         f"{choice('Sort by', ('Price', 'Name', 'Rating'))}</header><main><nav><h2>Filters</h2>{filters}"
@@ -326,12 +322,12 @@ def dashboard(draw: Draw) -> str:
     )
     rows = [
         [city, *(f"{draw.randint(1, 9999):,}" for _ in range(7)), f"{draw.uniform(0, 9):.2f} %"]
-        for city in some(draw, CITIES, 12)
+        for city in draw.sample(CITIES, 12)
     ]
     head = ("Site", "Visits", "Orders", "Returns", "Baskets", "Searches", "Reviews", "Calls", "Rate")
     return (
         f"<header><h1>Overview</h1>{buttons(('Last day', 'Last week', 'Last month', 'Compare'))}{search('Find a figure')}"
-        f"{links(('Alerts', 'Reports', 'Team', 'Profile'))}</header><main><nav>{links(some(draw, THINGS, 12))}</nav><section>"
+        f"{links(('Alerts', 'Reports', 'Team', 'Profile'))}</header><main><nav>{links(draw.sample(THINGS, 12))}</nav><section>"
         f'<div class="grid">{figures}</div><h2>By site</h2>{table(head, rows)}</section></main>'
     )
 
@@ -342,7 +338,7 @@ def issues(draw: Draw) -> str:
         [f"#{draw.randint(100, 999)}", f'<a href="#i">{task}</a>', links([draw.choice(labels)]),
          f'<a href="#p">{draw.choice(PEOPLE)}</a>', str(draw.randint(0, 40)), day(draw),
          icons({"Watch": "◉", "Close issue": "✓", "Pin": "⚑"})]
-        for task in some(draw, TASKS, 24)
+        for task in draw.sample(TASKS, 24)
     ]  # fmt: skip
     return (
         f"<header><h1>Issues</h1>{buttons(('New issue', 'Labels', 'Milestones'))}{search('Search issues')}"
@@ -356,13 +352,13 @@ def chat(draw: Draw) -> str:
     said = "".join(
         f"<h2>{person}, {day(draw)}</h2><p>{subject}: see {links([draw.choice(FILES)])}, please."
         f" {icons({'Answer': '↶', 'React': '☺', 'Copy': '⧉', 'More': '…'})}</p>"
-        for person, subject in zip(some(draw, PEOPLE, 17), some(draw, SUBJECTS, 17), strict=True)
+        for person, subject in zip(draw.sample(PEOPLE, 17), draw.sample(SUBJECTS, 17), strict=True)
     )
     return (
         f"<header><h1>{draw.choice(CITIES)} office</h1>{icons({'Call': '☎', 'Pin': '⚑', 'Mute': '♪'})}{search('Search')}"
-        f"</header><main><nav><h2>Rooms</h2>{links(some(draw, CITIES, 11))}<h2>People</h2>{links(some(draw, PEOPLE, 12))}"
+        f"</header><main><nav><h2>Rooms</h2>{links(draw.sample(CITIES, 11))}<h2>People</h2>{links(draw.sample(PEOPLE, 12))}"
         f"</nav><section>{said}<label class='above'>Message <textarea cols='60'></textarea></label>"
-        f"{buttons(('Send', 'Attach', 'Schedule'))}</section><aside><h2>Files</h2>{links(some(draw, FILES, 9))}</aside></main>"
+        f"{buttons(('Send', 'Attach', 'Schedule'))}</section><aside><h2>Files</h2>{links(draw.sample(FILES, 9))}</aside></main>"
     )
 
 
@@ -386,7 +382,7 @@ def drawing(draw: Draw) -> str:
              "Triangle": "▲", "Text": "✍", "Fill": "◧", "Zoom in": "⊕", "Zoom out": "⊖", "Rotate": "⟳", "Mirror": "⇋"}  # fmt: skip
     layers = [
         [name, icons({"Show": "◉", "Lock": "⚿", "Move up": "▲", "Move down": "▼", "Remove": "✖"})]
-        for name in some(draw, THINGS, 22)
+        for name in draw.sample(THINGS, 22)
     ]
     numbers = "".join(field(each, str(draw.randint(0, 900)), "number") for each in ("Left", "Top", "Width", "Height"))
     shapes = "".join(
@@ -406,12 +402,12 @@ def music(draw: Draw) -> str:
         [icons({"Play": "▶"}), f"{draw.choice(('Slow', 'Late', 'Blue', 'First', 'Last'))} {thing.lower()}",
          f'<a href="#a">{draw.choice(PEOPLE)}</a>', f"{draw.randint(1, 9)}:{draw.randint(10, 59)}",
          str(draw.randint(1960, 2025)), icons({"Like": "♡", "Queue": "☰", "Share": "➦"})]
-        for thing in some(draw, THINGS, 28)
+        for thing in draw.sample(THINGS, 28)
     ]  # fmt: skip
     keys = {"Previous": "⏮", "Pause": "⏸", "Next": "⏭", "Shuffle": "⤮", "Repeat": "↻", "Louder": "♫"}
     return (
         f"<header><h1>Library</h1>{search('Songs and artists')}{buttons(('Import', 'Rip a disc', 'Equaliser'))}</header>"
-        f"<main><nav><h2>Lists</h2>{links(some(draw, SUBJECTS, 14))}{buttons(('New list',))}</nav><section>"
+        f"<main><nav><h2>Lists</h2>{links(draw.sample(SUBJECTS, 14))}{buttons(('New list',))}</nav><section>"
         f"{table(('', 'Title', 'Artist', 'Length', 'Year', ''), rows, 1)}</section></main><footer>{icons(keys)}</footer>"
     )
 

@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ TIMES = (1, 2, 4, 8)
 LOOKS = 5
 SAME = "as many pixels as the loop"
 LOOP = "the loop"
-_CLOSEUP = {"square": True}
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,21 @@ def way(times: int) -> str:
     return "one look" if times == 1 else f"one look, {times} x the pixels"
 
 
-_held: dict[str, Any] = {}
-
-
+@cache
 def _dataset() -> Any:
-    return _held.setdefault("dataset", load_dataset("screens", "test"))
+    return load_dataset("screens", "test")
+
+
+@cache
+def _agent() -> Any:
+    """One reader, and one memory of what it read."""
+    return load_agent("ocr")
 
 
 def _play(numbers: list[int], canvas: int, single: bool) -> list[Episode]:
-    if "agent" not in _held:
-        _held["agent"] = load_agent("ocr")
-    _held["agent"].looks = 0 if single else LOOKS
-    # One reader, and one memory of what it read.
-    agent = _held["agent"] if not single else StopAfter(_held["agent"], 1)
-    options: dict[str, Any] = {"canvas": canvas, "max_steps": LOOKS + 2, "view": "closeup", "closeup": _CLOSEUP}
+    _agent().looks = 0 if single else LOOKS
+    agent = StopAfter(_agent(), 1) if single else _agent()
+    options: dict[str, Any] = {"canvas": canvas, "max_steps": LOOKS + 2, "view": "closeup", "closeup": {"square": True}}
     return play(agent, "IVT-Screens-v0", "test", numbers, num_envs=4, **options)
 
 

@@ -6,6 +6,7 @@ Silent when false: the loop is set against another page, or wins by pixels that 
 from __future__ import annotations
 
 import json
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +36,7 @@ def test_the_tables_count_what_was_corrected_and_what_regressed():
 
 def test_it_measures_a_page_counts_every_pixel_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(ocr, "_reader", lambda threads: lambda image: SimpleNamespace(boxes=None, txts=None))
-    monkeypatch.setattr(screens, "_held", {})
+    monkeypatch.setattr(screens, "_agent", cache(screens._agent.__wrapped__))
     numbers = [n for n, page in enumerate(screens._dataset().image_ids()) if page == "sqlite-json1"][:2]
     path = screens.measure("sqlite-json1", numbers, tmp_path)
     answers = [Answer(**each) for each in json.loads(path.read_text())["answers"]]
