@@ -22,7 +22,6 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from experiments.study_tables import last_screen, plot_map, summary
@@ -189,12 +188,7 @@ def _scoring(args: Args) -> list[Job]:
 
 
 def _job(
-    args: Args,
-    where: str,
-    module: str,
-    options: list[object],
-    made: str = "results.json",
-    needs: tuple[str, ...] = (),
+    args: Args, where: str, module: str, options: list[object], made: str = "results.json", needs: tuple[str, ...] = ()
 ) -> Job:
     out = args.out / where
     name = where.replace("/", "-")
@@ -213,42 +207,33 @@ def run_jobs(jobs: list[Job], out: Path, workers: int) -> None:
     # torch's threads wait for each other actively: two commands with two threads each take far longer than
     # the same commands with one.
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-    lock = Lock()
-    running: list[subprocess.Popen[bytes]] = []
-
-    def run(job: Job) -> Job | None:
-        log, started = out / f"{job.name}.log", time.time()
-        with lock, (out / "commands.txt").open("a", encoding="utf-8") as file:  # commands begin and end at any moment
-            print(f"{job.name}: {shlex.join(job.command[1:])}", flush=True)
-            file.write(f"python {shlex.join(job.command[1:])}\n")
-        with log.open("w", encoding="utf-8") as file:
-            kept: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment}
-            process = subprocess.Popen(job.command, preexec_fn=end_with_parent, **kept)
-            running.append(process)
-            status = process.wait()
-        with lock:
-            print(f"{job.name}: status {status} after {(time.time() - started) / 60:.1f} minutes", flush=True)
-            times = out / "minutes.json"
-            known = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
-            write_json(times, known | {job.name: round((time.time() - started) / 60, 2)})
-        return job if status else None
-
-    running_now: dict[Future[Job | None], Job] = {}
+    running: dict[Future[int], tuple[Job, subprocess.Popen[bytes], float]] = {}
     failed: list[Job] = []
     with ThreadPoolExecutor(workers) as pool:
         try:
-            while running_now or (missing and not failed):
+            while running or (missing and not failed):
                 ready = [] if failed else [job for job in missing if done.issuperset(job.needs)]
-                for job in ready[: workers - len(running_now)]:
+                for job in ready[: workers - len(running)]:
                     missing.remove(job)
-                    running_now[pool.submit(run, job)] = job
-                for future in wait(running_now, return_when=FIRST_COMPLETED).done:
-                    job = running_now.pop(future)
+                    words = shlex.join(job.command[1:])
+                    print(f"{job.name}: {words}", flush=True)
+                    with (out / "commands.txt").open("a", encoding="utf-8") as file:
+                        file.write(f"python {words}\n")
+                    with (out / f"{job.name}.log").open("wb") as log:
+                        kept: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+                        process = subprocess.Popen(job.command, preexec_fn=end_with_parent, **kept)
+                    running[pool.submit(process.wait)] = job, process, time.time()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, _, started = running.pop(future)
+                    minutes = (time.time() - started) / 60
+                    print(f"{job.name}: status {future.result()} after {minutes:.1f} minutes", flush=True)
+                    times = out / "minutes.json"
+                    known = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+                    write_json(times, known | {job.name: round(minutes, 2)})
                     failed += [job] if future.result() else []
                     done.add(job.name)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
+            for _, process, _ in running.values():
                 process.terminate()
             raise
     if failed:
