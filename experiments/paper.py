@@ -18,7 +18,6 @@ done is not done again, and GRPO that was cut off goes on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -120,8 +119,7 @@ def _run(args: Args, recipe: Recipe, count: int) -> dict[str, Any]:
     found = results(played)
     text = report(played, f"{recipe.sft.env}, split {args.split}, n = {len(played['base'].episodes)}")
     write_whole(args.out / "table.txt", text + "\n")
-    options = {"args": asdict(args), **asdict(recipe)}
-    write_json(args.out / "results.json", json.loads(json.dumps(options, default=str)) | found)
+    write_json(args.out / "results.json", {"args": asdict(args), **asdict(recipe), **found})
     for claim in found["claims"]:
         print(f"[{'yes' if claim['holds'] else 'NO'}] {claim['text']}")
     print(f"both tables, and the figures of each claim: {args.out / 'table.txt'}")
