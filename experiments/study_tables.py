@@ -45,8 +45,7 @@ def _verdict(results: Mapping[str, Any], split: str) -> str:
         found = {m: _compared(results, f"{other} step_0", m)["difference"] for m in METRICS}
         better = any(d["low"] > 0 for d in found.values())
         worse = any(d["high"] < 0 for d in found.values())
-        word = "above" if better and not worse else "below" if worse and not better else "level with"
-        word = "mixed against" if better and worse else word
+        word = ("mixed against" if worse else "above") if better else "below" if worse else "level with"
         told = [f"{m} {difference(d['diff'], d['shown'], d['num_clusters'], m)}" for m, d in found.items()]
         parts.append(f"{word} {other} ({', '.join(told)})")
     return f"{split}, without ground truth: the loop is {parts[0]}\n    and {parts[1]}"
@@ -106,15 +105,14 @@ def _swap_table(results: Mapping[str, Any]) -> str:
 
 def plot_map(out: Path, marks: Sequence[int]) -> None:
     """Accuracy against the size of the mark, for single shots and the loop: where a second look pays."""
-    from ivt_agents.evaluation.plots import STYLE, plt, save_figure
+    from ivt_agents.evaluation.plots import drawing
 
     labels = {
         "base": "base, one look at 96 px",
         "control-pixels-0": "trained control, one look at 288 px",
         "grpo-0": "loop, looks of 96 px",
     }
-    with plt.style.context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    with drawing(out / "map.png", 1, 1, figsize=(7, 4.4)) as (figure, axes):
         for name, label in labels.items():
             column = ANSWERS.get(name.rpartition("-")[0] or name, "step_0")
             rows = [_scores(_read(out / "map" / str(m) / name), name, column)["Acc@0.5"] for m in marks]
@@ -128,7 +126,6 @@ def plot_map(out: Path, marks: Sequence[int]) -> None:
         axes.set(title="Where a second look pays", xlabel=label, ylabel="Acc@0.5, without ground truth (%)")
         axes.set(xticks=list(marks), ylim=(0, 100))
         figure.legend(loc="outside lower center", fontsize=9)
-        save_figure(figure, out / "map.png")
 
 
 def _pixels(out: Path, name: str, marks: Sequence[int]) -> str:

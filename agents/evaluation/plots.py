@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,13 @@ def save_figure(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _series(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of every metric of a run folder."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for row in read_metrics(run / "metrics.jsonl"):
-        step = int(row.pop("step"))
-        for key, value in row.items():
-            steps, values = found.setdefault(key, ([], []))
-            steps.append(step)
-            values.append(float(value))
-    return found
+@contextmanager
+def drawing(path: Path, rows: int, columns: int, **options: Any) -> Iterator[tuple[Figure, Any]]:
+    """A figure in this module's style and its axes, as ``plt.subplots``; written to ``path`` when the block ends."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, constrained_layout=True, **options)
+        yield figure, axes
+        save_figure(figure, path)
 
 
 _DASHES: Any = ("-", (0, (5, 3)), (0, (2, 2)), (0, (7, 2, 2, 2)))
@@ -76,15 +74,15 @@ def plot_training(runs: Sequence[Path], path: Path) -> None:
         ("behaviour", (("rollout/stop_rate", "stop rate"), ("rollout/parse_failure_rate", "unparsable"))),
         ("entropy of a token", (("train/entropy", "entropy"),)),
     )
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), constrained_layout=True)
+    with drawing(path, 1, len(panels), figsize=(4 * len(panels), 3.2)) as (_, axes):
         for axis, (title, series) in zip(axes, panels, strict=True):
             for number, run in enumerate(runs):
-                metrics = _series(run)
+                rows = read_metrics(run / "metrics.jsonl")
                 for line, (key, label) in enumerate(series):
-                    if key not in metrics:
+                    logged = [(row["step"], float(row[key])) for row in rows if key in row]
+                    if not logged:
                         continue
-                    steps, values = metrics[key]
+                    steps, values = zip(*logged, strict=True)
                     name = label if len(runs) == 1 else f"{label}, {run.name}"
                     colour, dash = f"C{number if len(runs) > 1 else line}", ("-", "--")[line % 2]
                     style: dict[str, Any] = {"color": colour, "linestyle": dash}
@@ -96,13 +94,11 @@ def plot_training(runs: Sequence[Path], path: Path) -> None:
             axis.set(title=title, xlabel="training step")
             if axis.lines:
                 axis.legend(fontsize=7)
-        save_figure(figure, path)
 
 
 def plot_accuracy_by_step(forced: Mapping[str, Sequence[Episode]], path: Path) -> None:
     """Accuracy after each action when every refinement is made, and what an oracle would pick."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True, sharex=True)
+    with drawing(path, 1, 2, figsize=(9, 3.6), sharex=True) as (_, axes):
         for axis, threshold in zip(axes, (0.5, 0.9), strict=True):
             for number, (name, episodes) in enumerate(forced.items()):
                 longest = max(len(e.steps) for e in episodes)
@@ -116,7 +112,6 @@ def plot_accuracy_by_step(forced: Mapping[str, Sequence[Episode]], path: Path) -
             title, label = f"Acc@{threshold} (%), forced to refine", "step;  x: oracle's best step (uses the target)"
             axis.set(title=title, xlabel=label, xticks=range(longest))
         axes[0].legend(fontsize=8)
-        save_figure(figure, path)
 
 
 def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None:
@@ -127,9 +122,7 @@ def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> 
     """
     wide = min(len(episodes), 4)
     high = -(-len(episodes) // wide)
-    with plt.rc_context(STYLE):
-        size = (3.5 * wide + 1, 3.7 * high)
-        figure, axes = plt.subplots(high, wide, figsize=size, constrained_layout=True, squeeze=False)
+    with drawing(path, high, wide, figsize=(3.5 * wide + 1, 3.7 * high), squeeze=False) as (figure, axes):
         drawn = []
         for axis, (name, played) in zip(axes.flat, episodes.items(), strict=False):
             first, last = np.array([e.steps[0].iou for e in played]), np.array([e.final_iou for e in played])
@@ -144,32 +137,26 @@ def plot_before_after(episodes: Mapping[str, Sequence[Episode]], path: Path) -> 
             axis.set_aspect("equal")
         for axis in axes.flat[len(episodes) :]:
             axis.set_visible(False)
-        top = max(float(shown.get_array().max()) for shown in drawn)
+        top = max(2.0, *(float(shown.get_array().max()) for shown in drawn))
         for shown in drawn:
-            shown.set_clim(1, max(top, 2))
+            shown.set_clim(1, top)
         figure.colorbar(drawn[0], ax=axes, label="episodes", shrink=0.85)
         figure.set_layout_engine("constrained", h_pad=0.12)
-        save_figure(figure, path)
 
 
 def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: Path) -> None:
     """Reliability diagrams: how often a box was correct, against how sure the policy said it was.
 
     On the diagonal a policy means what it says. Below each diagram stands how its statements are spread: a point
-    over few statements tells little. What is stated has a panel each, a policy a line.
+    over few statements tells little. What is stated has a panel each, a policy a line; none is without statements.
     """
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            2, len(statements), figsize=(4.6 * len(statements), 5.4), sharex=True, squeeze=False,
-            constrained_layout=True, height_ratios=(3, 1),
-        )  # fmt: skip
+    size: dict[str, Any] = {"figsize": (4.6 * len(statements), 5.4), "height_ratios": (3, 1)}
+    with drawing(path, 2, len(statements), sharex=True, squeeze=False, **size) as (_, axes):
         for column, (title, by_policy) in enumerate(statements.items()):
             upper, lower = axes[0, column], axes[1, column]
             upper.plot([0, 1], [0, 100], color="0.5", linewidth=0.8)
             for number, (name, found) in enumerate(by_policy.items()):
                 used = [b for b in found.bins if b.num]
-                if not used:
-                    continue
                 label = f"{name}: ECE {found.ece:.2f}, r {found.pearson:.2f}"
                 style = line_style(number, len(by_policy))
                 dots: dict[str, Any] = {"marker": "o", "markersize": 3 + style["linewidth"], "label": label}
@@ -178,10 +165,8 @@ def plot_reliability(statements: Mapping[str, Mapping[str, Calibration]], path: 
                 lower.stairs(shares, [*(b.low for b in found.bins), 1.0], **style)
             upper.set(title=title, ylabel="correct (IoU >= 0.5), %", ylim=(-3, 103))
             lower.set(ylabel="statements, %", ylim=(0, 105), xlabel="stated", xlim=(0, 1))
-            if len(upper.lines) > 1:  # beside the diagonal
-                # Under the axes' title nothing is free in every case, so the lines are named outside.
-                upper.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.1), frameon=False)
-        save_figure(figure, path)
+            # Under the axes' title nothing is free in every case, so the lines are named outside.
+            upper.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.1), frameon=False)
 
 
 def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path) -> None:
@@ -191,13 +176,16 @@ def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path) -> None:
     """
     kinds = {"dataset": "data set", "size": "box, pixels (COCO)", "side": "box, share of the side"}
     kinds["siblings"] = "siblings"
-    with plt.rc_context(STYLE):
-        found = {name: _by_group(of_policy) for name, of_policy in rows.items()}
-        groups = list(dict.fromkeys(group for by_group in found.values() for group in by_group))
-        of_kind = {kind: [g for g in groups if g.startswith(f"{kind}:")] for kind in kinds}
-        # Two panels side by side, so that the text keeps its size on a page.
-        size: dict[str, Any] = {"figsize": (9, 0.8 + 4.6 * len(found)), "constrained_layout": True}
-        figure, axes = plt.subplots(2 * len(found), 2, sharey=True, squeeze=False, **size)
+    found: dict[str, dict[str, list[GroupRow]]] = {name: {} for name in rows}
+    for name, of_policy in rows.items():
+        answer = "learned_stop" if any(r.column == "learned_stop" for r in of_policy) else "last_step"
+        for row in (r for wanted in ("step_0", answer) for r in of_policy if r.column == wanted):
+            found[name].setdefault(row.group, []).append(row)
+    groups = list(dict.fromkeys(group for by_group in found.values() for group in by_group))
+    of_kind = {kind: [g for g in groups if g.startswith(f"{kind}:")] for kind in kinds}
+    # Two panels side by side, so that the text keeps its size on a page.
+    size = (9, 0.8 + 4.6 * len(found))
+    with drawing(path, 2 * len(found), 2, figsize=size, sharey=True, squeeze=False) as (figure, axes):
         for place_of_policy, (name, by_group) in enumerate(found.items()):
             panels = axes[2 * place_of_policy : 2 * place_of_policy + 2].flat
             for axis, (kind, members) in zip(panels, of_kind.items(), strict=True):
@@ -217,16 +205,6 @@ def plot_groups(rows: Mapping[str, Sequence[GroupRow]], path: Path) -> None:
                 axis.grid(axis="x", visible=False)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        save_figure(figure, path)
-
-
-def _by_group(rows: Sequence[GroupRow]) -> dict[str, list[GroupRow]]:
-    """The rows of the first box and of the answer, by stratum."""
-    answer = "learned_stop" if any(r.column == "learned_stop" for r in rows) else "last_step"
-    found: dict[str, list[GroupRow]] = {}
-    for row in (r for wanted in ("step_0", answer) for r in rows if r.column == wanted):
-        found.setdefault(row.group, []).append(row)
-    return found
 
 
 _SHARES = (("stopped", "stopped"), ("left", "left the shown box"), ("towards", "moved towards the target"))
@@ -241,17 +219,16 @@ def plot_swaps(scores: Sequence[VariantScores], swaps: Mapping[str, Sequence[Swa
     """
     step = min(row.step for row in scores)
     at = [row for row in scores if row.step == step]
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(2, 2, figsize=(10, 8), constrained_layout=True, sharey=True)
+    shown = [v for v in VARIANTS if any(row.variant == v for row in at)]
+    with drawing(path, 2, 2, figsize=(10, 8), sharey=True) as (figure, panels):
         axes = panels.flat
-        shown = [v for v in VARIANTS if any(row.variant == v for row in at)]
         for axis, (name, title) in zip(axes, _SHARES, strict=False):
             places = [v for v in shown if name != "left" or v != "none"]
             for number, policy in enumerate(swaps):
-                rows = {row.variant: getattr(row, name) for row in at if row.policy == policy}
+                rows = [row for row in at if row.policy == policy and row.variant in places]
                 width = 0.8 / len(swaps)
-                x = [places.index(v) + (number - (len(swaps) - 1) / 2) * width for v in rows if v in places]
-                held = [rows[v] for v in rows if v in places]
+                x = [places.index(row.variant) + (number - (len(swaps) - 1) / 2) * width for row in rows]
+                held = [getattr(row, name) for row in rows]
                 heights = [100 * i.value for i in held]
                 axis.bar(x, heights, width, color=f"C{number}", label=policy)
                 axis.errorbar(x, heights, yerr=_reach(held), fmt="none", ecolor="0.25", linewidth=0.9, capsize=2)
@@ -264,7 +241,6 @@ def plot_swaps(scores: Sequence[VariantScores], swaps: Mapping[str, Sequence[Swa
         label = "IoU of the shown box with the target; dotted: stated probability"
         axes[3].set(title=f"stopped (%) by IoU of the shown box, step {step}", xlabel=label, xlim=(-0.02, 1.02))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(swaps), frameon=False)
-        save_figure(figure, path)
 
 
 def _plot_stops(axis: plt.Axes, swaps: Sequence[Swap], style: dict[str, Any], label: str) -> None:
