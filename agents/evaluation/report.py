@@ -14,6 +14,7 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from tyro.conf import Positional
@@ -24,13 +25,12 @@ from ivt_env.data.sample import DataError, DataMissingError, ImageArray
 from ivt_env.episodes import Episode, Step, load_episodes
 from ivt_env.failures import read_json
 from ivt_env.files import asked_of, write_whole
+from ivt_env.metrics.swaps import RIGHT_FROM as RIGHT
 from ivt_env.metrics.swaps import SHARES
 from ivt_env.metrics.table import difference, each_seed, headline, interval, number, own_gains, p_value, verdict
 from ivt_env.viewer.images import ImageFinder
 from ivt_env.viewer.page import image_jpeg
 
-RIGHT = 0.5
-"""A box is correct from this IoU on."""
 KINDS: tuple[tuple[str, str, Callable[[Episode], bool]], ...] = (
     ("corrected", "the first box was wrong, the answer is correct", lambda e: _first(e) < RIGHT <= e.final_iou),
     ("regressed", "the first box was correct, the answer is wrong", lambda e: e.final_iou < RIGHT <= _first(e)),
@@ -40,16 +40,14 @@ KINDS: tuple[tuple[str, str, Callable[[Episode], bool]], ...] = (
     ("unparsable", "an action that held no usable box", lambda e: any(s.parse_failure or s.invalid for s in e.steps)),
 )
 """Outcomes that a reader should see: name, meaning, and which episodes are of it. An episode may be of several."""
-PLOTS = (
-    ("accuracy_by_step.png", "Accuracy by step, every refinement made. Where refinement helps, it does not fall."),
-    ("before_after.png", "IoU of the first box against IoU of the answer. Below the diagonal refinement hurt."),
-    ("reliability.png", "What the policy states about its boxes against how often they were correct."),
-    (
-        "groups.png",
-        "By data set, size of the target's box and number of same-class distractors: first box and learned stop.",
-    ),
-    ("training.png", "Training runs."),
-)
+PLOTS = {
+    "accuracy_by_step.png": "Accuracy by step, every refinement made. Where refinement helps, it does not fall.",
+    "before_after.png": "IoU of the first box against IoU of the answer. Below the diagonal refinement hurt.",
+    "reliability.png": "What the policy states about its boxes against how often they were correct.",
+    "groups.png": "By data set, size of the target's box and number of same-class distractors: "
+    "first box and learned stop.",
+    "training.png": "Training runs.",
+}
 COLUMNS = {
     "step_0": ("the first box", "what a single shot gives; the base of every difference", "-"),
     "last_step": ("the box after the last action, none left out", "what iterating blindly does", "a policy that stops"),
@@ -138,7 +136,8 @@ def write_report(
     parts += [_examples(episodes, image_of, examples), _methods()]
     head = f"served: {results['served']}, n = {_count(results)} samples. Intervals: 95 %, over images."
     title = f"Evaluation: {', '.join(results['policies'])}"
-    page = _PAGE.format(title=_text(title), head=_text(head), style=_STYLE, parts="\n".join(parts))
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    page = template.substitute(title=_text(title), head=_text(head), parts="\n".join(parts))
     path = out or folder / "report.html"
     write_whole(path, page.encode("utf-8", "xmlcharrefreplace"))
     return path
@@ -214,14 +213,13 @@ def _scores(results: Mapping[str, Any]) -> Html:
     return _section("Every rule", Html("".join(tables)), note)
 
 
-def _plots(folder: Path, plots: Sequence[tuple[str, str]]) -> Html:
+def _plots(folder: Path, plots: Mapping[str, str]) -> Html:
     figures = []
-    for name, caption in plots:
+    for name, caption in plots.items():
         if (folder / name).exists():
             encoded = base64.b64encode((folder / name).read_bytes()).decode("ascii")
-            image = f'<img src="data:image/png;base64,{encoded}" alt="{_text(caption)}">'
-            scrolled = f'<div class="wide many">{image}</div>'
-            figures.append(f"<figure>{scrolled}<figcaption>{_text(caption)}</figcaption></figure>")
+            image = f'<div class="wide many"><img src="data:image/png;base64,{encoded}" alt="{_text(caption)}"></div>'
+            figures.append(f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>")
     return _section("Plots", Html("".join(figures)))
 
 
@@ -261,7 +259,7 @@ def _swaps(folder: Path, evaluation: Mapping[str, Any]) -> Html:
     body: str = _table(head, lines, left=3)
     body += "<h3>Does the answer depend on how good the drawn box is?</h3>"
     body += _table(["policy", "step", "statistic", "of", "value", "if it did not", ""], depends, left=4)
-    body += _plots(folder, [("swaps.png", "What the policy does, by the box that is drawn for it.")])
+    body += _plots(folder, {"swaps.png": "What the policy does, by the box that is drawn for it."})
     note = f"Another box is drawn for one action; served: {results['served']}. Shares in percent with 95 % intervals."
     return _section("Overlay swaps", Html(body), note)
 
@@ -275,7 +273,8 @@ def _examples(episodes: Mapping[str, Sequence[Episode]], image_of: Callable[[Epi
             if not of_kind:
                 continue
             share = f"{len(of_kind)} of {len(played)}"
-            strips = "".join(_strip(e, image_of, f"p{place}-{kind}-{k}") for k, e in enumerate(of_kind[:count]))
+            name_of_kind = f"p{place}-{kind.replace(' ', '-')}"
+            strips = "".join(_strip(e, image_of, f"{name_of_kind}-{k}") for k, e in enumerate(of_kind[:count]))
             found.append(f"<h4>{_text(kind)}: {share}</h4><p>{_text(meaning)}</p>{strips}")
         shown = " open" if place == min(1, len(episodes) - 1) else ""  # the first that is not the base
         blocks.append(f"<details{shown}><summary>{_text(name)}</summary>{''.join(found)}</details>")
@@ -291,7 +290,6 @@ def _strip(episode: Episode, image_of: Callable[[Episode], ImageArray], name: st
     except DataMissingError as error:
         return f'<p class="missing">{_text(str(error))}</p>'
     # The page holds the image once; every panel refers to it.
-    name = "".join(c if c.isalnum() else "-" for c in name)
     source = f'<image id="{name}" width="{width}" height="{height}" href="data:image/jpeg;base64,{jpeg}"/>'
     panels, before = [], episode.initial_box
     for place, step in enumerate(episode.steps):
@@ -340,14 +338,11 @@ def _methods() -> Html:
 
 def episode_folders(folder: Path, results: Mapping[str, Any]) -> dict[str, Path]:
     """The stopping episodes of each policy's first seed, where they were saved."""
-    found = {}
-    for name, seeds in results["policies"].items():
-        path = folder / "episodes" / (name if len(seeds) == 1 else f"{name}-seed0")
-        if results["args"]["episodes"]:  # they were given, not played
-            path = Path(seeds[0])
-        if path.exists():
-            found[name] = path
-    return found
+    found = {name: Path(seeds[0]) for name, seeds in results["policies"].items()}
+    if not results["args"]["episodes"]:  # they were played, not given
+        for name, seeds in results["policies"].items():
+            found[name] = folder / "episodes" / (name if len(seeds) == 1 else f"{name}-seed0")
+    return {name: path for name, path in found.items() if path.exists()}
 
 
 def _read(path: Path, maker: str) -> Any:
@@ -409,58 +404,6 @@ def _section(title: str, body: Html, note: str = "") -> Html:
     under = f"<p>{_text(note)}</p>" if note else ""
     return Html(f"<section><h2>{_text(title)}</h2>{under}{_text(body)}</section>")
 
-
-_STYLE = r"""
-:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --line: #d9dde3; --ink: #1b2430; --soft: #566172;
-  --gain: #11652f; --loss: #a11b1b; --edge: #7f8b9a; }
-@media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1a2028; --line: #333d4a; --ink: #e6eaf0;
-  --soft: #a3afbf; --edge: #4a5666; --gain: #8fe3ac; --loss: #ffb3ad; } }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--page); color: var(--ink);
-  font: 0.9375rem/1.5 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.25rem;
-  margin: 1rem 0; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin: 0 0 0.5rem; } h3, h4 { margin: 1rem 0 0.25rem; }
-p { margin: 0.25rem 0 0.75rem; color: var(--soft); max-width: 60rem; }
-.wide { overflow-x: auto; background:
-  linear-gradient(to right, var(--card) 40%, transparent) left / 3rem 100% no-repeat local,
-  linear-gradient(to left, var(--card) 40%, transparent) right / 3rem 100% no-repeat local,
-  linear-gradient(to right, var(--edge), transparent) left / 1rem 100% no-repeat scroll,
-  linear-gradient(to left, var(--edge), transparent) right / 1rem 100% no-repeat scroll; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { text-align: left; color: var(--soft); font-weight: 600; }
-.number { text-align: right; white-space: nowrap; } .number small { display: block; }
-.gain { color: var(--gain); font-weight: 600; } .loss { color: var(--loss); font-weight: 600; }
-.open, small { color: var(--soft); font-weight: 400; } .oracle * { color: var(--soft); font-weight: 400; }
-summary { cursor: pointer; font-weight: 600; padding: 0.25rem 0; }
-figure { margin: 0.75rem 0; } figure img { max-width: 100%; height: auto; }
-@media (prefers-color-scheme: dark) { figure img { filter: invert(0.9) hue-rotate(180deg); } }
-figcaption { color: var(--soft); font-size: 0.85rem; }
-.strip { display: flex; flex-wrap: wrap; gap: 0.75rem; } .panel { width: 15rem; margin: 0; }
-.episode { margin: 0 0 1rem; } .episode > p { margin: 0; color: var(--ink); } .missing { color: var(--loss); }
-@media (max-width: 40rem) {
-  body { padding: 0.5rem; } section { padding: 0.75rem; } td.text { min-width: 5rem; }
-  .wide > img { max-width: none; width: 46rem; }
-  .many::before { content: "\21C6 scroll sideways"; position: sticky; left: 0; font-size: 0.8rem; color: var(--soft); }
-  .key thead { display: none; } .key table, .key tbody { display: block; }
-  .key tr { display: block; border: 1px solid var(--line); border-radius: 6px; margin: 0.5rem 0; padding: 0.25rem; }
-  .key td { display: flex; justify-content: space-between; gap: 1rem; text-align: right; border: 0; }
-  .key td::before { content: attr(data-name); color: var(--soft); text-align: left; }
-  .key .number { white-space: normal; }
-}
-svg { width: 100%; height: auto; display: block; }
-rect { fill: none; stroke-width: 3; vector-effect: non-scaling-stroke; }
-.target { stroke: #12a150; } .before { stroke: #e5261f; stroke-dasharray: 5 4; stroke-width: 2; opacity: 0.7; }
-.after { stroke: #e5261f; }
-"""
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>{style}</style></head>
-<body><h1>{title}</h1><p>{head}</p>
-{parts}
-</body></html>
-"""
 
 if __name__ == "__main__":
     run_command(main, Args)
