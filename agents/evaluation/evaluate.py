@@ -6,17 +6,11 @@
     ivt evaluate --policies vlm='openai:http://127.0.0.1:8000/v1#MODEL' --prompt-file qwen3-vl
     ivt evaluate --episodes base=runs/evaluation/episodes/base loop=runs/other/episodes/loop
 
-Each policy is played twice on the same samples: with its stop honoured, and forced to make every
-refinement (``--no-forced`` leaves this out). In the second rollout a greedy policy without a conversation is asked
-only for what comes after its stop: until then both are the same. From these come step 0, the last step, the learned
-stop, the other rules without ground truth, a random step and the oracle's best step. Only the last of them looks at
-the target; it is there to be distrusted. Differences are paired over images; beside one whose 95 % interval holds
-zero stands *n.s.*, or *n too small* with fewer than 10 images.
+Each policy is played twice on the same samples: with its stop honoured, and forced to make every refinement
+(``--no-forced`` leaves this out). In the second rollout a greedy policy without a conversation is asked only for what
+comes after its stop: until then both are the same. A name that is given several times is one policy of several seeds.
 
-A name that is given several times is one policy of several seeds: its scores are means over them.
-
-Every figure is explained in ``docs/methods.md``. The same audit is there as a library over saved
-episodes: ``ivt_env.metrics.audit``.
+``docs/methods.md`` explains every figure; ``ivt_env.metrics.audit`` gives them from saved episodes.
 """
 
 from __future__ import annotations
@@ -25,16 +19,16 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from dataclasses import fields as dataclass_fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from ivt_agents.command import progress_bars
 from ivt_agents.evaluation import plots
-from ivt_agents.evaluation.report import episode_folders, last_screen, write_report
+from ivt_agents.evaluation.report import PLOTS, episode_folders, last_screen, write_report
 from ivt_agents.play.by_name import load_agent
 from ivt_agents.play.continued import Continued
-from ivt_agents.play.cost import Cost, Metered
+from ivt_agents.play.cost import Metered
 from ivt_agents.play.on_split import Stages, check_episodes, samples_to_compare
 from ivt_agents.play.served import ANSWERS, PROMPTS, FrameCheck, Served, ServedOptions, served_by
 from ivt_agents.play.served import MAY_CHANGE as SERVED_MAY_CHANGE
@@ -51,12 +45,12 @@ from ivt_agents.training.folder import (
 from ivt_agents.vlm.prompts import TINY_NAME
 from ivt_env.episodes import Episode, load_episodes, save_episodes
 from ivt_env.failures import read_json
-from ivt_env.files import asked_of, forget, lock_folder, whole_file, whole_folder, write_whole
+from ivt_env.files import asked_of, forget, lock_folder, whole_folder, write_lines, write_whole
 from ivt_env.metrics import table
-from ivt_env.metrics.audit import GAIN_METRICS, Audit, Run, audit_runs, behaviour_lines
+from ivt_env.metrics.audit import Audit, Run, audit_runs, behaviour_lines
 from ivt_env.metrics.breakdown import group_table
 from ivt_env.metrics.columns import check_same_samples, outcomes
-from ivt_env.metrics.scores import METRICS
+from ivt_env.metrics.scores import HEADLINE_METRICS, METRICS
 from ivt_env.metrics.stopping import confidence_calibration, stop_calibration
 from ivt_env.rollouts import make_vector_env, rollout
 from ivt_env.vector_env import GroundingVectorEnv
@@ -65,14 +59,12 @@ from ivt_env.viewer.images import ImageFinder
 
 MAY_CHANGE = SERVED_MAY_CHANGE | {"out", "config", "resume", "overwrite", "runs", "page_episodes"}
 """Options that may change on `--resume`, because the episodes do not depend on them."""
-_PLOTS = ("accuracy_by_step.png", "before_after.png", "groups.png", "reliability.png", "training.png")
 PREDICTIONS = "predictions"
 """Folder of a JSON line per sample, for each policy."""
 _PLAYED = ("episodes", ANSWERS, PROMPTS)
 """Episodes and completions that are on disk already; `--resume` continues from them."""
-RESULTS = ("results.json", "table.txt", "report.html", "episodes.html", *_PLOTS, PREDICTIONS, *_PLAYED)
+RESULTS = ("results.json", "table.txt", "report.html", "episodes.html", *PLOTS, PREDICTIONS, *_PLAYED)
 """What an evaluation writes. A new evaluation removes these in this order."""
-DEFAULT_POLICY = "base=tiny"
 RESAMPLES = 1000
 COST = "cost.json"
 """What an episode cost, beside the episodes."""
@@ -182,9 +174,13 @@ def _evaluate(args: Args) -> dict[str, Played]:
     costs: dict[str, list[dict[str, float]]] = {}
     if args.episodes:
         sources = named("episodes", args.episodes)
-        runs = {name: [_load(folder) for folder in folders] for name, folders in sources.items()}
+        runs: dict[str, list[Run]] = {name: [] for name in sources}
+        for name, folders in sources.items():
+            for folder in folders:
+                forced = Path(f"{folder.rstrip('/')}-forced")
+                runs[name].append(Run(load_episodes(folder), load_episodes(forced) if forced.exists() else None))
     else:
-        sources = named("policies", args.policies or [DEFAULT_POLICY])
+        sources = named("policies", args.policies or ["base=tiny"])
         served = Served(args, args.out / ANSWERS)
         with served.run(f", finished episodes in {args.out / 'episodes'}", "--resume"):
             runs, costs = _play(args, sources, served)
@@ -202,22 +198,16 @@ def _evaluate(args: Args) -> dict[str, Played]:
 def named(option: str, texts: Sequence[str]) -> dict[str, list[str]]:
     """What stands for each name, in order: several entries are seeds."""
     found: dict[str, list[str]] = {}
+    examples = {"policies": "name=policy, for example base=tiny"}
+    examples["episodes"] = "name=folder, for example base=runs/evaluation/episodes/base"
     for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name or not value:
-            example = "policies: write name=policy, for example base=tiny"
-            if option == "episodes":
-                example = "episodes: write name=folder, for example base=runs/evaluation/episodes/base"
-            raise ValueError(f"{example}, not {text!r}")
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise ValueError(f"{option}: write {examples[option]}, not {text!r}")
         if value in found.setdefault(name, []):
             raise ValueError(f"{option}: {text!r} must be given once; a name that is given again is another seed")
         found[name].append(value)
     return found
-
-
-def _load(folder: str) -> Run:
-    forced = Path(f"{folder.rstrip('/')}-forced")
-    return Run(load_episodes(folder), load_episodes(forced) if forced.exists() else None)
 
 
 def _folders(names: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], str]:
@@ -228,9 +218,8 @@ def _folders(names: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], str]:
         for number in range(len(seeds))
     }
     taken = [*found.values(), *(f"{folder}-forced" for folder in found.values())]
-    for folder in taken:
-        if taken.count(folder) > 1:
-            raise ValueError(f"policies: two of {', '.join(names)} would be saved as {folder!r}: rename one")
+    if twice := [folder for folder in taken if taken.count(folder) > 1]:
+        raise ValueError(f"policies: two of {', '.join(names)} would be saved as {twice[0]!r}: rename one")
     return found
 
 
@@ -238,7 +227,7 @@ def _play(
     args: Args, names: Mapping[str, Sequence[str]], served: Served
 ) -> tuple[dict[str, list[Run]], dict[str, list[dict[str, float]]]]:
     """The runs of each policy, saved as they come, and what its answers cost."""
-    folders = _folders(names)
+    seeds = [(name, folder, policy_spec(names[name][number])) for (name, number), folder in _folders(names).items()]
     indices, envs = args.stages()
     count = len(indices)
 
@@ -247,8 +236,7 @@ def _play(
 
     passes = (False, True) if args.forced else (False,)
     begun = False
-    for (name, number), folder in folders.items():  # a server that is not there is found before anything is played
-        spec = policy_spec(names[name][number])
+    for _, folder, spec in seeds:  # a server that is not there is found before anything is played
         if "openai:" in spec and not all(args.resume and asked_of(saved_at(folder, one)) for one in passes):
             load_agent(spec, env=envs.of(None), seed=args.seed, served=served)
             if not begun:  # its answers are kept from the first on
@@ -260,7 +248,7 @@ def _play(
     runs: dict[str, list[Run]] = {}
     costs: dict[str, list[dict[str, float]]] = {}
     with progress_bars(note=begun) as progress:
-        for (name, number), folder in folders.items():
+        for name, folder, spec in seeds:
             found: list[list[Episode]] = []
             for forced in passes:
                 saved = saved_at(folder, forced)
@@ -274,7 +262,6 @@ def _play(
                 served.usage.on_change = lambda task=task: progress.update(task, note=str(served.usage))  # type: ignore[misc]
                 # Each rollout gets a fresh agent, so that a sampling agent draws the same each time. Its view is known
                 # only after it is made, so it is made with the default environment, which the oracle alone uses.
-                spec = policy_spec(names[name][number])
                 agent = Metered(load_agent(spec, env=envs.of(None), seed=args.seed, served=served))
                 env = envs.of(agent)
                 if forced and getattr(agent.agent, "repeats_itself", False):
@@ -373,20 +360,19 @@ def _write(
 
 def _write_predictions(path: Path, episodes: Sequence[Episode]) -> None:
     """A JSON line per sample, as `ivt score` reads it: the answer, and what led to it, step by step."""
-    with whole_file(path, "w") as file:
-        file.write(json.dumps({"format": "xyxy", "frame": "relative"}) + "\n")
-        for episode in episodes:
-            steps = episode.steps
-            row = {
-                "sample_id": episode.sample_id,
-                "box": steps[-1].box if steps else episode.initial_box,
-                "boxes": [step.box for step in steps],
-                "stopped": episode.terminated,
-                "texts": [step.text for step in steps],
-                "tokens": [step.tokens for step in steps],
-                "seconds": [step.seconds for step in steps],
-            }
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+    rows = (
+        {
+            "sample_id": episode.sample_id,
+            "box": episode.steps[-1].box,
+            "boxes": [step.box for step in episode.steps],
+            "stopped": episode.terminated,
+            "texts": [step.text for step in episode.steps],
+            "tokens": [step.tokens for step in episode.steps],
+            "seconds": [step.seconds for step in episode.steps],
+        }
+        for episode in episodes
+    )
+    write_lines(path, chain([{"format": "xyxy", "frame": "relative"}], rows))
 
 
 def _report(
@@ -395,7 +381,7 @@ def _report(
     first = next(iter(audits.values()))
     rows = [row for one in audits.values() for row in one.rows]
     # The three headline metrics, so that their intervals fit on a line.
-    short = [replace(row, scores={m: row.scores[m] for m in GAIN_METRICS}) for row in rows]
+    short = [replace(row, scores={m: row.scores[m] for m in HEADLINE_METRICS}) for row in rows]
     several = {name: len(one.runs) for name, one in audits.items() if len(one.runs) > 1}
     longest = max(len(e.steps) for one in played.values() for e in one.stopping + one.forced)
     source = "saved episodes" if args.episodes else args.env
@@ -405,9 +391,9 @@ def _report(
     text += ["", *(table.policy_table(rows, metric) + "\n" for metric in (*METRICS, "hit"))]
     text += ["with their 95 % intervals over images:", table.score_table(short), ""]
     if several:
-        text += [table.seed_table(rows, metric) + "\n" for metric in GAIN_METRICS]
+        text += [table.seed_table(rows, metric) + "\n" for metric in HEADLINE_METRICS]
     text += ["paired differences over images, 95 % bootstrap intervals:", ""]
-    text += [table.difference_table([c for c in comparisons if c.metric == m]) + "\n" for m in GAIN_METRICS]
+    text += [table.difference_table([c for c in comparisons if c.metric == m]) + "\n" for m in HEADLINE_METRICS]
     text += ["how the steps were used, and what the policy knows of its boxes:"]
     text += [table.render(["figure", *audits], behaviour_lines(audits)), ""]
     groups = {name: [g for g in one.groups if g.column in ("step_0", "learned_stop")] for name, one in audits.items()}
@@ -419,9 +405,11 @@ def _costs(costs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """A table of what an episode cost, of the policies that show it; means over seeds."""
     if not costs:
         return []
-    fields, lines = [f.name for f in dataclass_fields(Cost)], []
-    for name, seeds in costs.items():
-        lines.append([name, *(f"{sum(seed[field] for seed in seeds) / len(seeds):.1f}" for field in fields)])
+    fields = next(iter(costs.values()))[0]
+    lines = [
+        [name, *(f"{sum(seed[field] for seed in seeds) / len(seeds):.1f}" for field in fields)]
+        for name, seeds in costs.items()
+    ]
     return ["", "what an episode cost, with its stop honoured:", table.render(["policy", *fields], lines)]
 
 
@@ -435,7 +423,7 @@ def _comparisons(audits: Mapping[str, Audit], seed: int) -> list[table.Compariso
         pairs += [((name, "learned_stop"), other) for other in others]
         pairs += [((name, "step_0"), (base, "step_0"))] if name != base else []
     found = []
-    for metric in (*GAIN_METRICS, "Acc@0.7"):
+    for metric in (*HEADLINE_METRICS, "Acc@0.7"):
         for a, b in pairs:
             first, second = (audits[policy].columns[column] for policy, column in (a, b))
             images = audits[base].image_ids
@@ -458,9 +446,7 @@ def _plot(args: Args, played: Mapping[str, Played]) -> None:
         "confidence, in the box that is given": {k: confidence_calibration(v) for k, v in found.items()},
     }
     stated = {title: {k: c for k, c in of.items() if c.num} for title, of in stated.items()}
-    path = args.out / "reliability.png"
-    path.unlink(missing_ok=True)
     if any(stated.values()):  # agents without probabilities have nothing to draw
-        plots.plot_reliability({title: of for title, of in stated.items() if of}, path)
+        plots.plot_reliability({title: of for title, of in stated.items() if of}, args.out / "reliability.png")
     if args.runs:
         plots.plot_training(args.runs, args.out / "training.png")

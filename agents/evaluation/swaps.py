@@ -47,9 +47,6 @@ from ivt_env.vector_env import GroundingVectorEnv
 MOVED_IOU = (0.3, 0.8)
 """IoU of a moved box (``shifted``, ``near``) with the box that it was."""
 
-_GREY = 128
-_NAN = np.full(4, np.nan, dtype=np.float32)
-
 
 class BlankImages:
     """A data set with every image uniformly grey; all else as it is."""
@@ -66,7 +63,7 @@ class BlankImages:
 
     def image(self, sample: Sample) -> ImageArray:
         """Grey, RGB uint8 (height, width, 3), of the size of the sample's image."""
-        return np.full((*sample.size, 3), _GREY, dtype=np.uint8)
+        return np.full((*sample.size, 3), 128, dtype=np.uint8)
 
 
 class _OwnPlay(NamedTuple):
@@ -93,7 +90,7 @@ def play_swaps(
     indices: Sequence[int],
     seed: int = 0,
     *,
-    variants: Sequence[str] = tuple(VARIANTS),
+    variants: Sequence[str] = VARIANTS,
     steps: Sequence[int] = (1, 2),
     replay: bool = True,
     agent_name: str = "",
@@ -116,7 +113,7 @@ def play_swaps(
     """
     if not len(indices) or len(set(indices)) != len(indices):
         raise ValueError(f"indices: give each sample once, and at least one; these are {len(indices)}")
-    if not variants or not set(variants) <= VARIANTS.keys():
+    if not variants or not set(variants) <= set(VARIANTS):
         raise ValueError(f"variants {list(variants)}: choose from {', '.join(VARIANTS)}")
     if not steps or not all(1 <= s < env.max_steps for s in steps):
         raise ValueError(
@@ -131,22 +128,14 @@ def play_swaps(
         for step in sorted(set(steps))
         for index, play in zip(indices, plays, strict=True)
         for variant in order
-        for there, box in [_box_of(variant, env.dataset[int(index)], play.boxes[step - 1], [seed, int(index), step])]
-        if there
+        for box in _boxes_of(variant, env.dataset[int(index)], play.boxes[step - 1], [seed, int(index), step])
     ]
     answers: dict[tuple[int, int, str], Swap] = {}
+    screen = env.screen
+    shown: dict[str, Any] = {"canvas": screen.side, "view": screen.view, "overlay": screen.overlay}
+    shown |= {"closeup": screen.around, "max_steps": env.max_steps, "autoreset_mode": AutoresetMode.DISABLED}
     for blank in (False, True):
-        dataset = BlankImages(env.dataset) if blank else env.dataset
-        stage = GroundingVectorEnv(
-            env.num_envs,
-            dataset=dataset,
-            max_steps=env.max_steps,
-            canvas=env.screen.side,
-            view=env.screen.view,
-            overlay=env.screen.overlay,
-            closeup=env.screen.around,
-            autoreset_mode=AutoresetMode.DISABLED,
-        )
+        stage = GroundingVectorEnv(env.num_envs, dataset=BlankImages(env.dataset) if blank else env.dataset, **shown)
         for step in sorted(set(steps)):
             # Answers about one sample side by side: its image is decoded, and a model's prompt computed, once.
             chosen = [j for j in jobs if j.step == step and (j.variant == "blank") == blank]
@@ -187,41 +176,35 @@ def elsewhere(target: ArrayLike, rng: np.random.Generator) -> NDArray[np.float64
             return found
 
 
-def _box_of(variant: str, sample: Sample, own: Box | None, key: Sequence[int]) -> tuple[bool, Box | None]:
-    """Whether the sample has this variant, and the box to draw."""
+def _boxes_of(variant: str, sample: Sample, own: Box | None, key: Sequence[int]) -> list[Box | None]:
+    """The box to draw; nothing where the sample has not this variant."""
     # A stream of its own for each variant, so that leaving one out changes no other.
-    rng = np.random.default_rng([*key, list(VARIANTS).index(variant)])
+    rng = np.random.default_rng([*key, VARIANTS.index(variant)])
     target = boxes.visible_part(sample.box)
     if variant == "none":
-        return True, None
-    if variant in ("own", "blank"):
-        return own is not None, own
-    if variant == "shifted":
-        return own is not None, None if own is None else box_tuple(moved(own, rng))
+        return [None]
     if variant == "target":
-        return True, target
+        return [target]
     if variant == "random":
-        return True, box_tuple(elsewhere(target, rng))
-    if variant == "near":
-        return True, box_tuple(moved(target, rng))
-    apart = [boxes.visible_part(b) for b in sample.siblings if float(boxes.iou(b, sample.box)) < BAD_BELOW]
-    return bool(apart), apart[int(rng.integers(len(apart)))] if apart else None
+        return [box_tuple(elsewhere(target, rng))]
+    if variant == "sibling":
+        apart = [boxes.visible_part(b) for b in sample.siblings if float(boxes.iou(b, sample.box)) < BAD_BELOW]
+        return [apart[int(rng.integers(len(apart)))]] if apart else []
+    known = target if variant == "near" else own
+    if known is None:
+        return []
+    return [known if variant in ("own", "blank") else box_tuple(moved(known, rng))]
 
 
 def _own_plays(env: GroundingVectorEnv, agent: Agent, indices: Sequence[int], actions: int) -> list[_OwnPlay]:
     """The agent's own first actions on each sample, a stop replaced by keeping the box."""
     plays = []
     for wave, active in waves(list(indices), env.num_envs):
-        moments = play(env, agent, options={"index": wave}, active=active, ignore_stop=True)
-        held: list[list[Box | None]] = []
-        wishes: list[NDArray[np.bool_]] = []
-        for moment in islice(moments, actions):
-            held.append([_held(game) for game in env.games])
-            wishes.append(np.asarray(moment.actions["stop"], dtype=bool))
-        plays += [
-            _OwnPlay(tuple(boxes[i] for boxes in held), tuple(bool(stops[i]) for stops in wishes))
-            for i in range(int(active.sum()))
-        ]
+        moments = islice(play(env, agent, options={"index": wave}, active=active, ignore_stop=True), actions)
+        played = [([_held(game) for game in env.games], np.array(m.actions["stop"], dtype=bool)) for m in moments]
+        held, wishes = zip(*played, strict=True)
+        by_sample = zip(zip(*held, strict=True), zip(*wishes, strict=True), strict=True)
+        plays += [_OwnPlay(*one) for one in islice(by_sample, int(active.sum()))]
     return plays
 
 
@@ -290,7 +273,7 @@ def _answers(
 
 def _stack(wanted: Sequence[Box | None]) -> NDArray[np.float32]:
     """Boxes (n, 4) to propose; NaN, which is refused, for none."""
-    return np.stack([_NAN if b is None else np.asarray(b, dtype=np.float32) for b in wanted])
+    return np.array([[np.nan] * 4 if b is None else b for b in wanted], dtype=np.float32)
 
 
 def _held(game: Game) -> Box | None:

@@ -21,15 +21,9 @@ import numpy as np
 from ivt_env.episodes import Episode
 from ivt_env.metrics import table
 from ivt_env.metrics.breakdown import GroupRow, breakdown
-from ivt_env.metrics.columns import (
-    Column,
-    check_same_samples,
-    columns,
-    outcomes,
-    pool_seeds,
-    prefix_agreement,
-)
+from ivt_env.metrics.columns import Column, check_same_samples, columns, outcomes, pool_seeds, prefix_agreement
 from ivt_env.metrics.scores import (
+    HEADLINE_METRICS,
     METRICS,
     Nsri,
     RolloutSummary,
@@ -42,9 +36,6 @@ from ivt_env.metrics.scores import (
     step_changes,
 )
 from ivt_env.metrics.stopping import Calibration, confidence_calibration, stop_calibration, stop_precision, stop_recall
-
-GAIN_METRICS = ("Acc@0.5", "Acc@0.9", "mIoU")
-"""Metrics of the differences to the policy's own first box."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +160,7 @@ def audit_runs(
     boot: Any = {"n_boot": n_boot, "seed": seed}
     gains = [
         table.compare(key, column, "step_0", pooled["step_0"], images, metric, **boot)
-        for metric in GAIN_METRICS
+        for metric in HEADLINE_METRICS
         for key, column in pooled.items()
         if key != "step_0"
     ]

@@ -13,13 +13,9 @@ import numpy as np
 
 from ivt_env.episodes import Episode
 from ivt_env.metrics.columns import Column, select, strata
-from ivt_env.metrics.scores import Share, per_episode
+from ivt_env.metrics.scores import HEADLINE_METRICS, Share, per_episode
 from ivt_env.metrics.statistics import Interval, mean_interval
 from ivt_env.metrics.table import marked, render, score_cells, score_heads, with_note
-
-ALL = "all"
-"""The stratum of every episode."""
-GROUP_METRICS = ("Acc@0.5", "Acc@0.9", "mIoU")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +39,7 @@ class GroupRow:
 def breakdown(
     columns: Mapping[str, Column],
     runs: Sequence[Sequence[Episode]],
-    metrics: Sequence[str] = GROUP_METRICS,
+    metrics: Sequence[str] = HEADLINE_METRICS,
     *,
     n_boot: int = 2000,
     seed: int = 0,
@@ -58,7 +54,7 @@ def breakdown(
     actions = np.array([[len(e.steps) for e in run] for run in runs]).sum(axis=0)
     images = np.array([e.image_id for e in episodes])
     rows = []
-    for group, mask in {ALL: np.ones(len(episodes), dtype=bool), **strata(episodes)}.items():
+    for group, mask in {"all": np.ones(len(episodes), dtype=bool), **strata(episodes)}.items():
         inside = images[mask].tolist()
         failures = Share(int(unparsed[mask].sum()), int(actions[mask].sum()))
         for name, column in columns.items():

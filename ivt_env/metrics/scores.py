@@ -11,11 +11,12 @@ import numpy as np
 from ivt_env import boxes
 from ivt_env.metrics.columns import Array, Column, Outcomes
 
-THRESHOLDS = (0.5, 0.7, 0.75, 0.9)
-"""IoU thresholds that are reported one by one."""
 MEAN_THRESHOLDS = tuple(k / 100 for k in range(50, 100, 5))
 """0.50, 0.55, ..., 0.95: averaged in mAcc, after COCO's average precision."""
-METRICS = (*(f"Acc@{t:g}" for t in THRESHOLDS), "mAcc", "mIoU")
+METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.75", "Acc@0.9", "mAcc", "mIoU")
+"""What tables report of every column; see ``per_episode``."""
+HEADLINE_METRICS = ("Acc@0.5", "Acc@0.9", "mIoU")
+"""What differences and strata are reported in."""
 
 
 @dataclass(frozen=True, slots=True)

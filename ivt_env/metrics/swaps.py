@@ -23,19 +23,9 @@ from ivt_env.metrics.table import MOST_POLICIES, interval, number, render, score
 Array = NDArray[np.float64]
 Box = tuple[float, float, float, float]
 
-VARIANTS = {
-    "own": "the box that the policy's own actions led to",
-    "target": "the ground truth",
-    "sibling": "the box of another object of the target's class",
-    "random": "a box anywhere",
-    "shifted": "the own box, moved and scaled",
-    "near": "the ground truth, moved and scaled",
-    "none": "no box",
-    "blank": "the own box on a uniformly grey image",
-}
-"""What can be drawn in place of the own box."""
-ACTIONS = ("stop", "propose", "refused", "unparsable")
-"""What a policy can do: stop, propose a usable box, propose an unusable one, or say nothing usable."""
+VARIANTS = ("own", "target", "sibling", "random", "shifted", "near", "none", "blank")
+"""What can be drawn: the own box or in its place the ground truth, the box of another object of the target's class, a
+box anywhere, the own box or the ground truth moved and scaled, no box, or the own box on a uniformly grey image."""
 
 LEFT_BELOW = 0.3
 """A proposal has left the shown box if its IoU with it is below this."""
@@ -72,7 +62,7 @@ class Swap:
     """IoU of the shown box with the target, 0 without a box."""
     target: Box
     action: str
-    """One of ``ACTIONS``."""
+    """``stop``, ``propose`` (a usable box), ``refused`` (an unusable one) or ``unparsable``."""
     new_box: Box | None
     """The current box after the answer: the proposal, or else still the shown box."""
     new_iou: float
@@ -208,7 +198,9 @@ def dependence(policy: str, swaps: Sequence[Swap], *, n_boot: int = 2000, seed: 
         found: list[tuple[str, str, float, Interval]] = []
         for high, low in (("good", "bad"), ("target", "near"), ("target", "sibling"), ("target", "random")):
             measure = _measure([s for i in by[high].keys() & by[low].keys() for s in (*by[high][i], *by[low][i])])
-            values, images = _paired(by[high], by[low], measure, _auroc_of_two)
+            values, images = _paired(
+                by[high], by[low], measure, lambda a, b: auroc([*a, *b], [1] * len(a) + [0] * len(b))
+            )
             found.append((f"AUROC {high} / {low}", measure, 0.5, _bounded(values, images, (0, 1), n_boot, seed)))
         measure = _measure(of_step["own"])
         across = _auroc_across(of_step["own"], measure, n_boot, seed)
@@ -325,10 +317,6 @@ def _paired(
     both = [id_ for id_ in high if id_ in low]
     values = [statistic(_scores(high[id_], measure), _scores(low[id_], measure)) for id_ in both]
     return values, [high[id_][0].image_id for id_ in both]
-
-
-def _auroc_of_two(high: Array, low: Array) -> float:
-    return auroc(np.concatenate([high, low]), np.arange(len(high) + len(low)) < len(high))
 
 
 def _measure(swaps: Sequence[Swap]) -> str:
