@@ -69,7 +69,7 @@ from ivt_agents.vlm.load import checkpoint_layers
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, use_float32_head
 from ivt_agents.vlm.prompts import TINY
-from ivt_agents.vlm.tiny import SPECIALS, build_image_processor, build_tokenizer
+from ivt_agents.vlm.tiny import tiny_image_processor, tiny_tokenizer
 from ivt_env.metrics.table import render
 from ivt_env.rollouts import make_vector_env
 
@@ -140,9 +140,9 @@ def architecture(size: str, tokenizer: Any) -> Any:
         text.vocab_size = len(tokenizer)
         vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 2, 64, 128, 4
         vision.out_hidden_size, vision.deepstack_visual_indexes = 64, [0]
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
-    config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
-    config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
+    config.image_token_id, config.video_token_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    ends = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+    config.vision_start_token_id, config.vision_end_token_id = ends
     return config
 
 
@@ -181,7 +181,7 @@ class ForcedPolicy(VLMPolicy):
 
 def make_policy(args: Args) -> ForcedPolicy:
     """The policy with its adapter."""
-    tokenizer = build_tokenizer()
+    tokenizer = tiny_tokenizer()
     config = architecture(args.size, tokenizer)
     model = random_model(config, args.device, DTYPES[args.precision], tokenizer.eos_token_id)
     model.set_attn_implementation(args.attention)
@@ -189,7 +189,7 @@ def make_policy(args: Args) -> ForcedPolicy:
     model = make_trainable(model, args.lora_rank)
     if args.checkpointing:
         checkpoint_layers(model)
-    processor = build_image_processor()
+    processor = tiny_image_processor()
     processor.patch_size = 16
     processor.size = {"shortest_edge": args.pixels, "longest_edge": int(args.pixels * 1.1)}
     plain = len(tokenizer(TINY.text)["input_ids"])

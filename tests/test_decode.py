@@ -16,7 +16,7 @@ from ivt_agents.vlm.decode import decode_fixed, fixed_decoder
 from ivt_agents.vlm.generation import Sampling, TokenScorer, core_of, generate
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import VLMPolicy
-from ivt_agents.vlm.tiny import build_model, build_tokenizer
+from ivt_agents.vlm.tiny import build_model, tiny_tokenizer
 from ivt_env.rollouts import make_vector_env
 
 
@@ -135,7 +135,7 @@ def test_a_replayed_graph_gives_the_log_probabilities_of_the_scorer(layout):
 
 def test_the_pass_of_a_token_never_waits_for_the_device():
     """On the meta device a number that is read, or a tensor that lies elsewhere, is an error; so it is in a graph."""
-    model = build_model(build_tokenizer()).requires_grad_(False)
+    model = build_model(tiny_tokenizer()).requires_grad_(False)
     model.set_attn_implementation("sdpa")
     model = add_lora(model, 4)
     core = core_of(model.to("meta"))

@@ -13,18 +13,18 @@ from ivt_agents.vlm.generation import TokenScorer, encode_images, generate, log_
 from ivt_agents.vlm.packing import pack
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_agents.vlm.prompts import TINY
-from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, number_ids
+from ivt_agents.vlm.tiny import build_model, number_ids, tiny_image_processor, tiny_tokenizer
 from ivt_agents.vlm.turns import WHOLE
 
 
 @pytest.fixture(scope="module")
 def policy() -> VLMPolicy:
-    tokenizer = build_tokenizer()
+    tokenizer = tiny_tokenizer()
     model = build_model(tokenizer, seed=3).eval()
     # An untrained model hardly ever samples one of two ids, so two hundred numbers end its turns, too.
     ends = [*tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), *number_ids(tokenizer)[:200]]
     policy = VLMPolicy(
-        model, tokenizer, build_image_processor(), TINY, BoxCodec(), max_new_tokens=12, temperature=1.0, seed=0
+        model, tokenizer, tiny_image_processor(), TINY, BoxCodec(), max_new_tokens=12, temperature=1.0, seed=0
     )
     policy.sampling = replace(policy.sampling, end_ids=tuple(ends))
     return policy
@@ -158,7 +158,7 @@ def test_an_expression_that_spells_a_special_token_stays_text(policy, prompts):
 
 
 def test_tokenizer_gives_back_any_text_and_holds_every_number_whole():
-    tokenizer = build_tokenizer()
+    tokenizer = tiny_tokenizer()
     for text in ("ünï 日本 \t\n x", "Too far left; move right.", '{"bbox_2d": [0, 7, 999, 1000]}', "a  b", "1234"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert all(len(tokenizer(str(n))["input_ids"]) == 1 for n in range(1001))

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.large_model import Args, Counter, Phases, architecture, main, make_policy, random_model
 from ivt_agents.vlm.generation import core_of
-from ivt_agents.vlm.tiny import build_tokenizer
+from ivt_agents.vlm.tiny import tiny_tokenizer
 from ivt_env.rollouts import make_vector_env
 
 
@@ -64,7 +64,7 @@ def test_operations_of_the_decoder_agree_with_those_that_torch_counts():
 
 
 def test_a_true_size_has_its_true_number_of_parameters():
-    model = random_model(architecture("4b", build_tokenizer()), "meta", torch.bfloat16, 2)
+    model = random_model(architecture("4b", tiny_tokenizer()), "meta", torch.bfloat16, 2)
     assert sum(p.numel() for p in model.parameters()) == 4_437_815_808
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 

@@ -18,7 +18,7 @@ from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.dry_run import shipped_config
 from ivt_agents.vlm.generation import TokenScorer
 from ivt_agents.vlm.load import load_policy
-from ivt_agents.vlm.tiny import SPECIALS, build_image_processor, build_tokenizer
+from ivt_agents.vlm.tiny import tiny_image_processor, tiny_tokenizer
 from ivt_env.rollouts import make_vector_env
 
 FAMILIES = {
@@ -41,7 +41,7 @@ FORMATS = [
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory):
     name, kind, patch = FAMILIES[request.param]
-    tokenizer, config = build_tokenizer(), shipped_config(name)
+    tokenizer, config = tiny_tokenizer(), shipped_config(name)
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size = 64, 128, 2, len(tokenizer)
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, 2, 16
@@ -53,13 +53,13 @@ def folder(request, tmp_path_factory):
         vision.deepstack_visual_indexes = [0]
     else:
         vision.fullatt_block_indexes = [1]
-    ids = {s: tokenizer.convert_tokens_to_ids(s) for s in SPECIALS}
-    config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
-    config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
+    config.image_token_id, config.video_token_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    ends = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+    config.vision_start_token_id, config.vision_end_token_id = ends
     torch.manual_seed(0)
     model = kind(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    processor = build_image_processor()
+    processor = tiny_image_processor()
     processor.patch_size, processor.size = patch, {"shortest_edge": 56 * 56, "longest_edge": 160 * 160}
     path = tmp_path_factory.mktemp(request.param)
     for part in (model, tokenizer, processor):

@@ -25,7 +25,7 @@ from ivt_agents.vlm.adapters import make_trainable
 from ivt_agents.vlm.generation import generate
 from ivt_agents.vlm.load import PolicyError, load_policy
 from ivt_agents.vlm.prompts import Prompts
-from ivt_agents.vlm.tiny import build_image_processor, weights_folder
+from ivt_agents.vlm.tiny import tiny_image_processor, weights_folder
 from ivt_env.rendering import Overlay
 
 IMAGE = [np.zeros((384, 384, 3), np.uint8)]
@@ -76,7 +76,7 @@ def test_a_processor_that_does_not_heed_its_budget_is_refused(folder, monkeypatc
     change(folder / "preprocessor_config.json", do_resize=False)
     with pytest.raises(PolicyError, match="image processor of "):
         load_policy(folder)
-    settings = build_image_processor().to_dict()
+    settings = tiny_image_processor().to_dict()
     monkeypatch.setattr(sources.AutoImageProcessor, "from_pretrained", lambda name, **options: Deaf(**settings))
     load_policy("tiny")
     with pytest.raises(PolicyError, match="visual tokens, and Deaf makes 36: it does not do as it is told"):

@@ -32,7 +32,7 @@ from ivt_agents.vlm.pretrain_pool import (
     search_views,
     standard_views,
 )
-from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer, number_ids
+from ivt_agents.vlm.tiny import build_model, number_ids, tiny_image_processor, tiny_tokenizer
 from ivt_agents.vlm.turns import WHOLE
 from ivt_env import boxes
 from ivt_env.data.scenes import make_scene
@@ -43,7 +43,7 @@ ASKED = [("the red ring", (0.1, 0.2, 0.3, 0.4)), ("the blue star marked with a h
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer()
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_every_expression_of_the_scenes_fits_its_slot_and_is_read_back_as_it_was
 
 def test_images_are_cut_into_patches_as_the_image_processor_does():
     images = np.random.default_rng(0).integers(0, 255, (3, 96, 96, 3), dtype=np.uint8)
-    wanted = build_image_processor()(images=list(images), return_tensors="pt")
+    wanted = tiny_image_processor()(images=list(images), return_tensors="pt")
     assert torch.equal(wanted["pixel_values"], patchify(torch.from_numpy(images)))
     assert torch.equal(wanted["image_grid_thw"], grid_of(3))
 
@@ -165,9 +165,9 @@ def test_a_close_up_is_what_the_window_says_and_its_questions_are_about_what_it_
             mean = view.scene.image()[y1:y2, x1:x2].mean((0, 1))
             assert np.abs(mean - view.image.mean((0, 1))).max() < 2
             closeups += view.window != (0, 0, 1, 1)
-    with Drawing(words_of(build_tokenizer()), 12, 12, 1) as drawing:
+    with Drawing(words_of(tiny_tokenizer()), 12, 12, 1) as drawing:
         drawing.until(1.0)
-        pool, number = drawing.pool, number_ids(build_tokenizer())
+        pool, number = drawing.pool, number_ids(tiny_tokenizer())
         for kind in range(len(KINDS)):
             for scene in range(12):
                 row = pool.row(kind, scene)
@@ -253,7 +253,7 @@ SHRUNKEN |= {"questions_per_image": 2, "pair_steps": 3, "pair_batch": 2, "questi
 
 def run(out, **options):
     args = Args(out=out, **{**SHRUNKEN, **options})
-    words = words_of(build_tokenizer())
+    words = words_of(tiny_tokenizer())
     with Drawing(words, 0, 12, 1, split="val") as held_out, Drawing(words, 16, 8, 1) as drawing:
         with progress_bars(note=True, disable=True) as progress:
             train(args, drawing, held_out, progress)
@@ -300,7 +300,7 @@ def test_the_third_stage_names_its_own_rate_where_it_diverges_and_keeps_what_was
 
 
 def test_weights_that_overflow_in_half_precision_are_not_saved(tmp_path):
-    model, tokenizer = build_model(build_tokenizer(), seed=0), build_tokenizer()
+    model, tokenizer = build_model(tiny_tokenizer(), seed=0), tiny_tokenizer()
     next(model.parameters()).data.view(-1)[0] = 1e5
     with pytest.raises(NotFiniteError, match="not finite in half precision"):
         save(model, tokenizer, Args(out=tmp_path / "run"), {})

@@ -20,7 +20,7 @@ from ivt_agents.sft.trainer import batches, to_turns, train
 from ivt_agents.training.run import MetricsLog
 from ivt_agents.vlm.codec import parse_action
 from ivt_agents.vlm.load import load_policy
-from ivt_agents.vlm.tiny import build_tokenizer
+from ivt_agents.vlm.tiny import tiny_tokenizer
 from ivt_agents.vlm.turns import Turn
 from ivt_env.data.sample import DataError
 from ivt_env.data.scenes import Scenes
@@ -73,7 +73,7 @@ def test_every_trace_is_made_of_words_the_tokenizer_knows_whole(values):
     text = critique(box, TARGET)
     words = [w.strip(".;") for w in text.split()]
     assert set(words) <= set(teacher_words())
-    assert len(build_tokenizer()(text)["input_ids"]) <= len(words) + text.count(";") + text.count(".")
+    assert len(tiny_tokenizer()(text)["input_ids"]) <= len(words) + text.count(";") + text.count(".")
 
 
 def test_demonstrations_survive_the_file(tmp_path, dataset):

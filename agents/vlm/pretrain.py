@@ -39,7 +39,7 @@ from ivt_agents.vlm.precision import bf16_pays
 from ivt_agents.vlm.pretrain_model import CellHead, SlotModel, words_of
 from ivt_agents.vlm.pretrain_pool import KINDS, LABELS, NUMBERS, SEARCH_FROM, SLOT, Drawing, Words
 from ivt_agents.vlm.prompts import load_prompts
-from ivt_agents.vlm.tiny import build_image_processor, build_model, build_tokenizer
+from ivt_agents.vlm.tiny import build_model, tiny_image_processor, tiny_tokenizer
 from ivt_env.failures import read_json
 from ivt_env.files import whole_folder, write_whole
 
@@ -317,7 +317,7 @@ def save(
     with whole_folder(args.out, asdict(args)) as partial:
         model.save_pretrained(partial, state_dict=half)
         tokenizer.save_pretrained(partial)
-        build_image_processor().save_pretrained(partial)
+        tiny_image_processor().save_pretrained(partial)
         write_whole(partial / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
         write_whole(partial / "training.json", json.dumps(record, indent=1, default=str) + "\n")
 
@@ -439,7 +439,7 @@ def train(
     """
     start = time.monotonic() if start is None else start
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
+    tokenizer = tiny_tokenizer()
     model = build_model(tokenizer, args.seed) if args.model is None else load_policy(str(args.model)).model.float()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -487,7 +487,7 @@ def train(
 def main(args: Args) -> None:
     """Draw the scenes, run all stages and save."""
     start = time.monotonic()
-    words = words_of(build_tokenizer())
+    words = words_of(tiny_tokenizer())
     with ExitStack() as stack:
         # First, so that the processes are made before anything starts a thread or takes a GPU.
         held_out = stack.enter_context(Drawing(words, 0, min(300, args.search_scenes or 300), 1, split="val"))

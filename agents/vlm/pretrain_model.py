@@ -21,7 +21,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 from ivt_agents.vlm.pretrain_pool import ANSWER, CELLS, NUMBERS, SLOT, Words
 from ivt_agents.vlm.prompts import TINY
 from ivt_agents.vlm.tiny import INPUT_SIDE, number_ids
-from ivt_env.data.scenes.language import search_vocabulary, vocabulary
 from ivt_env.data.scenes.world import COLOURS, MARKS, SHAPES, TEXTURES
 
 GRID = INPUT_SIDE // 8
@@ -34,8 +33,7 @@ def words_of(tokenizer: PreTrainedTokenizerFast) -> Words:
     before, behind = (tokenizer(part)["input_ids"] for part in TINY.fill("\x00", None).split("\x00"))
     # A word is one token with the space before it; the text before the expression ends with a space.
     assert tokenizer.convert_ids_to_tokens(before)[-1] == "Ġ"
-    words = [*vocabulary(), *search_vocabulary()]
-    of = {w: int(tokenizer.convert_tokens_to_ids("Ġ" + w)) for w in words}
+    of = {piece[1:]: number for piece, number in tokenizer.get_vocab().items() if piece.startswith("Ġ")}
     numbers = number_ids(tokenizer)
     answer = tokenizer('{"bbox_2d": [0, 0, 0, 0]}')["input_ids"] + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert len(answer) == ANSWER and all(answer[place] == numbers[0] for place in NUMBERS)
