@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,17 +15,9 @@ WRONG_OBJECT = "Wrong object; look again."
 
 _SHIFT = (("too far left", "right"), ("too far right", "left"), ("too high", "down"), ("too low", "up"))
 _SIZE = (("too wide", "narrower"), ("too narrow", "wider"), ("too tall", "shorter"), ("too short", "taller"))
-_EXTRA = "slightly almost much a bit the it is on move make larger smaller larger nearer and Keep Stop"
 
 TOLERANCE = 0.02
 """Errors below this share of the image's side are not worth a word."""
-
-
-def teacher_words() -> list[str]:
-    """Every word that a trace can hold; the tiny model's tokenizer knows them whole."""
-    text = " ".join([FITS, MISSES, WRONG_OBJECT, _EXTRA, *(w for pair in (*_SHIFT, *_SIZE) for w in pair)])
-    words = set(re.findall(r"[A-Za-z]+", text))
-    return sorted(words | {w.capitalize() for w in words})
 
 
 def critique(box: ArrayLike, target: ArrayLike, siblings: Sequence[Sequence[float]] = ()) -> str:

@@ -189,20 +189,3 @@ _KINDS = {
     "closest": _closest,
     "negation": _negation,
 }
-
-
-def search_vocabulary() -> list[str]:
-    """Words that only search scenes use, in an order that stays."""
-    from ivt_env.data.scenes.world import MARKS
-
-    return ["marked", "with", *(kind for kind in MARKS if kind not in vocabulary())]
-
-
-def vocabulary() -> list[str]:
-    """Every word of an expression about any scene but a search scene, sorted; the tiny model's tokenizer knows them."""
-    from ivt_env.data.scenes.world import COLOURS, SHAPES, TEXTURES
-
-    articles = "the object small large largest smallest that is not a"
-    places = "closest to of from left right top bottom above below"
-    words = {*articles.split(), *places.split(), *SHAPES, *COLOURS, *TEXTURES, *_ORDINALS, *_EXTREME_WORDS.values()}
-    return sorted(words)
