@@ -18,8 +18,8 @@ import torch
 from ivt_agents.command import progress_bars
 from ivt_agents.training.finite import NotFiniteError
 from ivt_agents.vlm.load import load_policy
-from ivt_agents.vlm.pretrain import Args, Images, pair_questions, save, train
-from ivt_agents.vlm.pretrain_model import SlotModel, grid_of, patchify, words_of
+from ivt_agents.vlm.pretrain import Args, pair_questions, questions, save, train
+from ivt_agents.vlm.pretrain_model import GRID, SlotModel, patchify, words_of
 from ivt_agents.vlm.pretrain_pool import (
     ANSWER,
     KINDS,
@@ -37,6 +37,11 @@ from ivt_agents.vlm.turns import WHOLE
 from ivt_env import boxes
 from ivt_env.data.scenes import make_scene
 from ivt_env.data.scenes.world import MARKS
+
+
+def grid_of(count):
+    return torch.tensor([[1, GRID, GRID]] * count)
+
 
 ASKED = [("the red ring", (0.1, 0.2, 0.3, 0.4)), ("the blue star marked with a hoop", (0.0, 0.5, 0.2, 1.0))]
 
@@ -137,9 +142,9 @@ def test_the_pass_over_slots_equals_the_models_own_over_each_question_alone(mode
 def test_pairs_are_a_scene_and_a_close_up_of_it_and_questions_say_in_which_frame_they_are_answered(words, tokenizer):
     with Drawing(words, 8, 8, 1) as drawing:
         drawing.until(1.0)
-        images, rng = Images(drawing, torch.device("cpu"), copied=False), np.random.default_rng(0)
-        pairs = images.pool.sample_pairs(rng, 200, 0.3)
-        asked, lengths = pair_questions(images, pairs, 4, words, rng)
+        rng = np.random.default_rng(0)
+        pairs = drawing.pool.sample_pairs(rng, 200, 0.3)
+        asked, lengths = pair_questions(drawing.pool, pairs, 4, words, rng)
     kind, scene = pairs // 8, pairs % 8  # rows of one kind lie together
     assert (scene[:, 0] == scene[:, 1]).all() and len(set(scene[:, 0])) == 8
     search = kind[:, 0] == KINDS.index("search whole")
@@ -208,21 +213,16 @@ def test_cell_labels_put_every_object_somewhere_it_is():
         assert found <= known and len(found) >= 0.8 * len(known)
 
 
-def test_a_copy_of_the_pool_on_a_device_gives_the_rows_of_the_pool(words):
+def test_scenes_come_while_others_are_waited_for_and_questions_that_there_are_come_first(words):
     with Drawing(words, 30, 30, 1) as drawing:
-        copied = Images(drawing, torch.device("cpu"), copied=True)
-        copied.until(0.5)
-        assert 15 <= drawing.pool.drawn[0] < 30, "all is there at once: this test would show nothing"
-        copied.until(1.0)
-        plain, rng = Images(drawing, torch.device("cpu"), copied=False), np.random.default_rng(0)
+        drawing.until(0.5)
+        assert 15 <= drawing.pool.drawn[0] < 30
+        drawing.until(1.0)
+        rng = np.random.default_rng(0)
         rows = drawing.pool.sample(rng, 64, (0.2,) * 5)
-        picks = drawing.pool.choose(rng, rows, 3)
-        for name in ("images", "cells"):
-            assert torch.equal(copied.take(name, rows), plain.take(name, rows))
-        for name in ("slots", "lengths"):
-            assert torch.equal(copied.take(name, rows, picks), plain.take(name, rows, picks))
+        _, lengths = questions(drawing.pool, rng, rows, 3)
         assert len({drawing.pool.images[row].tobytes() for row in rows}) > 30
-        assert (plain.take("lengths", rows, picks)[:, 0] > 0).all(), "a question that there is not comes before one"
+        assert (lengths[:, 0] > 0).all(), "a question that there is not comes before one"
 
 
 def test_a_folder_without_room_for_the_pool_is_named_before_anything_is_drawn(tmp_path, monkeypatch):

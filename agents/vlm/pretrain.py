@@ -37,7 +37,7 @@ from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import POLICY_FILE
 from ivt_agents.vlm.precision import bf16_pays
 from ivt_agents.vlm.pretrain_model import CellHead, SlotModel, words_of
-from ivt_agents.vlm.pretrain_pool import KINDS, LABELS, NUMBERS, SEARCH_FROM, SLOT, Drawing, Words
+from ivt_agents.vlm.pretrain_pool import KINDS, LABELS, NUMBERS, SEARCH_FROM, SLOT, Drawing, Pool, Words
 from ivt_agents.vlm.prompts import load_prompts
 from ivt_agents.vlm.tiny import build_model, tiny_image_processor, tiny_tokenizer
 from ivt_env.failures import read_json
@@ -106,37 +106,12 @@ class Args:
     """Processes that draw the scenes."""
 
 
-class Images:
-    """A pool on the device that trains: on a CPU the pool itself, on a GPU a copy that grows with it."""
-
-    def __init__(self, drawing: Drawing, device: torch.device, *, copied: bool) -> None:
-        self.drawing, self.pool, self.device = drawing, drawing.pool, device
-        self._copies: dict[str, torch.Tensor] = {}
-        if copied:
-            for name in ("images", "cells", "slots", "lengths", "descriptions"):
-                array = getattr(self.pool, name)
-                like = torch.from_numpy(array[:0])
-                self._copies[name] = torch.empty(array.shape, dtype=like.dtype, device=device)
-
-    def until(self, share: float) -> None:
-        """Wait until this share of the scenes is drawn."""
-        before = list(self.pool.drawn)
-        self.drawing.until(share)
-        for kind in range(len(KINDS)):
-            search = kind >= SEARCH_FROM
-            low, high = self.pool.row(kind, before[search]), self.pool.row(kind, self.pool.drawn[search])
-            for name, copied in self._copies.items():
-                copied[low:high].copy_(torch.from_numpy(getattr(self.pool, name)[low:high]))
-
-    def take(self, name: str, rows: NDArray[np.int64], index: NDArray[np.int64] | None = None) -> torch.Tensor:
-        """Rows of one of the pool's arrays, on the device; with ``index`` (rows, k) those entries of each."""
-        if not self._copies:
-            array = getattr(self.pool, name)
-            return torch.from_numpy(array[rows] if index is None else array[rows[:, None], index])
-        at = torch.from_numpy(rows if index is None else np.stack([np.broadcast_to(rows[:, None], index.shape), index]))
-        # Without waiting: the device is still at the step before.
-        there = at.to(self.device, non_blocking=True)
-        return self._copies[name][there if index is None else (there[0], there[1])]
+def questions(
+    pool: Pool, rng: np.random.Generator, rows: NDArray[np.int64], count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``count`` questions about each of some images: token ids (rows, count, SLOT) and ``lengths`` (rows, count)."""
+    chosen = rows[:, None], pool.choose(rng, rows, count)
+    return torch.from_numpy(pool.slots[chosen]).long(), torch.from_numpy(pool.lengths[chosen]).long()
 
 
 def cell_loss(head: CellHead, merged: torch.Tensor, deep: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -197,10 +172,10 @@ class Updates:
 
 
 def train_vision(
-    slots: SlotModel, head: CellHead, images: Images, args: Args, progress: Progress
+    slots: SlotModel, head: CellHead, pool: Pool, args: Args, progress: Progress
 ) -> list[dict[str, float]]:
     """First stage: labels of cells from the vision tower."""
-    device, pool = images.device, images.pool
+    device = slots.model.device
     parameters = [*slots.model.model.visual.parameters(), *head.parameters()]
     updates = Updates(slots.model, parameters, args.vision_steps, args.lr, weight_decay=0.01)
     rng = np.random.default_rng(args.seed)
@@ -208,8 +183,8 @@ def train_vision(
     for step in range(args.vision_steps):
         rows = pool.sample(rng, args.vision_batch, args.vision_shares)
         with autocast(device):
-            merged, deep = slots.see(images.take("images", rows))
-        loss = cell_loss(head, merged, deep, images.take("cells", rows))
+            merged, deep = slots.see(torch.from_numpy(pool.images[rows]).to(device))
+        loss = cell_loss(head, merged, deep, torch.from_numpy(pool.cells[rows]).to(device))
         updates.take(step, loss)
         if step % 20 == 0 or step == args.vision_steps - 1:
             log.append({"stage": 1, "step": step, "loss": float(loss.detach())})
@@ -263,7 +238,7 @@ def answer_loss(
 def train_grounding(
     slots: SlotModel,
     head: CellHead,
-    images: Images,
+    drawing: Drawing,
     args: Args,
     progress: Progress,
     log: list[dict[str, float]],
@@ -274,7 +249,7 @@ def train_grounding(
 
     ``keep`` is called every ``save_seconds``; it ends after ``only`` steps where that is given.
     """
-    model, device, pool = slots.model, images.device, images.pool
+    model, device, pool = slots.model, slots.model.device, drawing.pool
     parameters = [*model.parameters(), *head.parameters()]
     updates = Updates(model, parameters, args.steps, args.lr, args.matrix_lr, clipped=model.parameters())
     rng = np.random.default_rng(args.seed + 1)
@@ -285,14 +260,14 @@ def train_grounding(
             sigma = args.smoothing[0] * (1 - share) + args.smoothing[1] * share
             targets = smoothed_targets(sigma, torch.device("cpu")).to(device)
             if only is None:
-                images.until(args.drawn_first + (1 - args.drawn_first) * min(1.0, 1.5 * share))
+                drawing.until(args.drawn_first + (1 - args.drawn_first) * min(1.0, 1.5 * share))
         rows = pool.sample(rng, args.batch, args.shares)
-        picks = pool.choose(rng, rows, args.questions_per_image)
-        asked, lengths = images.take("slots", rows, picks).long(), images.take("lengths", rows, picks).long()
+        asked, lengths = (found.to(device) for found in questions(pool, rng, rows, args.questions_per_image))
         with autocast(device):
-            merged, deep = slots.see(images.take("images", rows))
+            merged, deep = slots.see(torch.from_numpy(pool.images[rows]).to(device))
         boxes, words = answer_loss(slots, merged, deep, asked, lengths, targets)
-        loss = boxes + words + args.cell_weight * cell_loss(head, merged, deep, images.take("cells", rows))
+        seen = cell_loss(head, merged, deep, torch.from_numpy(pool.cells[rows]).to(device))
+        loss = boxes + words + args.cell_weight * seen
         updates.take(step, loss)
         if step % 20 == 0 or step == args.steps - 1:
             log.append({"stage": 2, "step": step, "loss": float(boxes.detach()), "sigma": sigma})
@@ -323,7 +298,7 @@ def save(
 
 
 def pair_questions(
-    images: Images, pairs: NDArray[np.int64], count: int, words: Words, rng: np.random.Generator
+    pool: Pool, pairs: NDArray[np.int64], count: int, words: Words, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is asked about scenes and their close-ups: token ids (B, count + 1, SLOT) and ``lengths`` (B, count + 1).
 
@@ -331,23 +306,21 @@ def pair_questions(
     of the close-up; the last question asks for a description of the close-up.
     """
     scenes, closeups = pairs.T
-    picks = ((scenes, count - count // 2), (closeups, count // 2))
-    chosen = [(rows, images.pool.choose(rng, rows, number)) for rows, number in picks]
-    asked = [images.take("slots", rows, index).long() for rows, index in chosen]
-    lengths = [images.take("lengths", rows, index).long() for rows, index in chosen]
-    asked[1].scatter_(2, lengths[1][:, :, None], words.in_closeup)
-    said = images.take("descriptions", closeups).long()[:, None]  # (B, 1, ANSWER)
-    describe = torch.tensor(words.describe, device=images.device).expand(len(said), 1, -1)
-    described = torch.cat([describe, said], 2)
-    asked.append(nn.functional.pad(described, (0, SLOT - described.shape[2])))
-    lengths.append(len(words.describe) * (said[:, :, 0] != 0).long())
-    return torch.cat(asked, 1), torch.cat(lengths, 1)
+    of_scenes, scene_lengths = questions(pool, rng, scenes, count - count // 2)
+    of_closeups, closeup_lengths = questions(pool, rng, closeups, count // 2)
+    of_closeups.scatter_(2, closeup_lengths[:, :, None], words.in_closeup)
+    said = torch.from_numpy(pool.descriptions[closeups]).long()[:, None]  # (B, 1, ANSWER)
+    described = torch.cat([torch.tensor(words.describe).expand(len(said), 1, -1), said], 2)
+    described = nn.functional.pad(described, (0, SLOT - described.shape[2]))
+    described_lengths = len(words.describe) * (said[:, :, 0] != 0).long()
+    asked = torch.cat([of_scenes, of_closeups, described], 1)
+    return asked, torch.cat([scene_lengths, closeup_lengths, described_lengths], 1)
 
 
 def train_pairs(
     model: Qwen3VLForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
-    images: Images,
+    drawing: Drawing,
     args: Args,
     progress: Progress,
     log: list[dict[str, float]],
@@ -358,9 +331,9 @@ def train_pairs(
     described. The answers to one image are kept: what the model expected before this stage is their target. Only the
     language model is trained. The losses go into ``log``.
     """
-    device, pool, per = images.device, images.pool, args.questions_per_pair
+    device, pool, per = model.device, drawing.pool, args.questions_per_pair
     one, two = SlotModel(model, tokenizer, per), SlotModel(model, tokenizer, per + 1, images=2)
-    before = SlotModel(copy.deepcopy(model), tokenizer, per)
+    before = copy.deepcopy(one)
     matrix_lr, lr = args.pair_lr
     language = model.model.language_model.parameters()
     updates = Updates(model, language, args.pair_steps, lr, matrix_lr, remedy=PAIR_REMEDY)
@@ -369,16 +342,16 @@ def train_pairs(
     task = progress.add_task("two images", total=args.pair_steps, note="")
     for step in range(args.pair_steps):
         if step % 100 == 0:
-            images.until(args.drawn_first + (1 - args.drawn_first) * min(1.0, 1.5 * step / args.pair_steps))
+            drawing.until(args.drawn_first + (1 - args.drawn_first) * min(1.0, 1.5 * step / args.pair_steps))
         rows = pool.sample(rng, args.pair_batch, args.shares)
         pairs = pool.sample_pairs(rng, args.pair_batch, sum(args.shares[SEARCH_FROM:]))  # (B, 2)
-        picks = pool.choose(rng, rows, per)
-        asked, lengths = pair_questions(images, pairs, per, one.words, rng)
+        single = [found.to(device) for found in questions(pool, rng, rows, per)]
+        asked, lengths = (found.to(device) for found in pair_questions(pool, pairs, per, one.words, rng))
+        shown = torch.from_numpy(pool.images[np.concatenate([rows, pairs.ravel()])]).to(device)
         with torch.no_grad(), autocast(device):
-            merged, deep = one.see(images.take("images", np.concatenate([rows, pairs.ravel()])))
+            merged, deep = one.see(shown)
         merged_pairs, deep_pairs = merged[len(rows) :], [d[len(rows) :] for d in deep]
         boxes, words = answer_loss(two, merged_pairs, deep_pairs, asked, lengths, targets, descriptions=1)
-        single = images.take("slots", rows, picks).long(), images.take("lengths", rows, picks).long()
         seen = merged[: len(rows)], [d[: len(rows)] for d in deep]
         with torch.no_grad():
             _, wanted = token_log_probs(before, *seen, *single)
@@ -411,18 +384,16 @@ def marks_read(slots: SlotModel, head: CellHead, held_out: Drawing) -> dict[str,
     return found
 
 
-def steps_within(
-    seconds: float, model: Qwen3VLForConditionalGeneration, slots: Callable[..., SlotModel], images: Images, args: Args
-) -> int:
+def steps_within(seconds: float, slots: SlotModel, drawing: Drawing, args: Args) -> int:
     """Steps of the second stage that fit into ``seconds``, measured on a copy of the model."""
+    device = slots.model.device
     start, rates = time.monotonic(), []
     with progress_bars(note=True, disable=True) as unseen:
         for steps in (10, 40):  # the first ones wait for memory and kernels
             began = time.monotonic()
-            twin = copy.deepcopy(model)
-            head = CellHead(twin.config.vision_config.out_hidden_size).to(twin.device)
-            train_grounding(slots(twin), head, images, args, unseen, [], lambda: None, only=steps)
-            if twin.device.type == "cuda":
+            head = CellHead(slots.model.config.vision_config.out_hidden_size).to(device)
+            train_grounding(copy.deepcopy(slots), head, drawing, args, unseen, [], lambda: None, only=steps)
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             rates.append(steps / (time.monotonic() - began))
     # A few parts in a hundred for what is drawn, copied and saved on the way.
@@ -445,8 +416,7 @@ def train(
     model.to(device)
     # Plain matrix products on a CPU: at these sizes the fused kernel's backward pass is twice as slow.
     model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
-    images = Images(drawing, device, copied=device.type != "cpu")
-    images.until(args.drawn_first)
+    drawing.until(args.drawn_first)
     drawn = time.monotonic()
     seconds, log = {"drawing": drawn - start}, list[dict[str, float]]()
     record: dict[str, Any] = {
@@ -462,24 +432,21 @@ def train(
 
     if args.model is None:
         head = CellHead(model.config.vision_config.out_hidden_size).to(device)
-
-        def slots(of: Qwen3VLForConditionalGeneration) -> SlotModel:
-            return SlotModel(of, tokenizer, args.questions_per_image)
-
-        log += train_vision(slots(model), head, images, args, progress)
-        record["marks read"] = read = {"first stage": marks_read(slots(model), head, held_out)}
+        slots = SlotModel(model, tokenizer, args.questions_per_image)
+        log += train_vision(slots, head, drawing.pool, args, progress)
+        record["marks read"] = read = {"first stage": marks_read(slots, head, held_out)}
         seen = time.monotonic()
         seconds["vision"] = seen - drawn
         if args.seconds is not None:
-            args = replace(args, steps=steps_within(args.seconds - (seen - start), model, slots, images, args))
-        train_grounding(slots(model), head, images, args, progress, log, lambda: keep("grounding", seen))
+            args = replace(args, steps=steps_within(args.seconds - (seen - start), slots, drawing, args))
+        train_grounding(slots, head, drawing, args, progress, log, lambda: keep("grounding", seen))
         keep("grounding", seen)
-        read["end"] = marks_read(slots(model), head, held_out)
+        read["end"] = marks_read(slots, head, held_out)
     else:
         before = args.model / "training.json"
         record["before"] = read_json(before, "give a folder that this command wrote", ValueError)
     begun = time.monotonic()
-    train_pairs(model, tokenizer, images, args, progress, log)
+    train_pairs(model, tokenizer, drawing, args, progress, log)
     keep("two images", begun)
     return seconds
 

@@ -18,9 +18,10 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     get_vision_position_ids,
 )
 
-from ivt_agents.vlm.pretrain_pool import ANSWER, CELLS, NUMBERS, SLOT, Words
+from ivt_agents.vlm.pretrain_pool import ANSWER, CELLS, INPUT_SIDE, SLOT, Words
 from ivt_agents.vlm.prompts import TINY
-from ivt_agents.vlm.tiny import INPUT_SIDE, number_ids
+from ivt_agents.vlm.tiny import number_ids
+from ivt_agents.vlm.turns import EncodedImage, mrope_positions
 from ivt_env.data.scenes.world import COLOURS, MARKS, SHAPES, TEXTURES
 
 GRID = INPUT_SIDE // 8
@@ -29,22 +30,22 @@ TOKENS = CELLS * CELLS
 
 def words_of(tokenizer: PreTrainedTokenizerFast) -> Words:
     """What the processes that draw must know of a tokenizer."""
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text)["input_ids"])
+
+    before, behind = TINY.fill("\x00", None).split("\x00")
     _, after = _chat(tokenizer, 1)
-    before, behind = (tokenizer(part)["input_ids"] for part in TINY.fill("\x00", None).split("\x00"))
-    # A word is one token with the space before it; the text before the expression ends with a space.
-    assert tokenizer.convert_ids_to_tokens(before)[-1] == "Ġ"
-    of = {piece[1:]: number for piece, number in tokenizer.get_vocab().items() if piece.startswith("Ġ")}
-    numbers = number_ids(tokenizer)
-    answer = tokenizer('{"bbox_2d": [0, 0, 0, 0]}')["input_ids"] + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    assert len(answer) == ANSWER and all(answer[place] == numbers[0] for place in NUMBERS)
-    after_ids = tokenizer(TINY.fill("\x00", None).split("\x00")[1] + after)["input_ids"]
-    assert after_ids[: len(behind)] == behind
-    describe = tokenizer("Describe image 2." + after)["input_ids"]
-    pieces = {piece: tuple(tokenizer(piece)["input_ids"]) for piece in ("A", "An", ".")}
-    in_closeup = tokenizer('{"image": 2, "bbox_2d": [')["input_ids"]
-    assert len(in_closeup) == 1
-    parts = tuple(before[:-1]), tuple(after_ids), of, tuple(answer), tuple(numbers)
-    return Words(*parts, in_closeup[0], tuple(describe), pieces)
+    return Words(
+        before=ids(before)[:-1],  # without the space at its end: a word is one token with the space before it
+        after=ids(behind + after),
+        of={piece[1:]: number for piece, number in tokenizer.get_vocab().items() if piece.startswith("Ġ")},
+        answer=ids('{"bbox_2d": [0, 0, 0, 0]}<|im_end|>'),
+        numbers=tuple(number_ids(tokenizer)),
+        in_closeup=ids('{"image": 2, "bbox_2d": [')[0],
+        describe=ids("Describe image 2." + after),
+        pieces={piece: ids(piece) for piece in ("A", "An", ".")},
+    )
 
 
 def _chat(tokenizer: PreTrainedTokenizerFast, images: int) -> tuple[str, str]:
@@ -65,11 +66,6 @@ def patchify(images: torch.Tensor) -> torch.Tensor:
     x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)  # (B, block row, block column, m, m, 3, p, p)
     x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)  # the image stands for two frames
     return x.reshape(len(images) * GRID * GRID, 3 * 2 * p * p)
-
-
-def grid_of(count: int) -> torch.Tensor:
-    """``image_grid_thw`` of ``count`` square images, (count, 3)."""
-    return torch.tensor([[1, GRID, GRID]]).expand(count, 3)
 
 
 class CellHead(nn.Module):
@@ -135,9 +131,13 @@ class SlotModel:
         visible = (segment[:, None] == segment) | (segment == 0)
         visible &= torch.ones(length, length, dtype=torch.bool).tril()
         self.attention = torch.zeros(1, 1, length, length).masked_fill_(~visible, -1e9).to(device)
-        self.positions = self._positions(len(prefix), self.starts, questions, len(self.tail)).to(device)
-        grid = grid_of(1)
         merge = model.config.vision_config.spatial_merge_size
+        shown = [EncodedImage(torch.empty(0), (1, GRID, GRID))] * images
+        asked = torch.from_numpy(mrope_positions(prefix, shown, pad, merge))  # (3, prefix)
+        slot = asked[0, -1] + 1 + torch.arange(SLOT)  # every question goes on where the prefix ended
+        rest = torch.cat([slot.repeat(questions), torch.zeros(len(self.tail), dtype=torch.long)])
+        self.positions = torch.cat([asked, rest.expand(3, -1)], dim=1)[:, None].to(device)  # (3, 1, L)
+        grid = torch.tensor([[1, GRID, GRID]])
         visual: Any = model.model.visual
         index, weight = get_vision_interpolation_indices_and_weights(
             grid,
@@ -149,22 +149,6 @@ class SlotModel:
         )
         self.interpolation = index.to(device), weight.to(device)[:, :, None]
         self.places = get_vision_position_ids(grid, merge, kwargs={}).to(device)
-
-    @staticmethod
-    def _positions(prefix: int, starts: list[int], questions: int, padding: int) -> torch.Tensor:
-        """M-RoPE positions: text goes on where an image ended, every question where the prefix ended; (3, 1, L)."""
-        cell = torch.arange(TOKENS)
-        grid = torch.stack([torch.zeros_like(cell), cell // CELLS, cell % CELLS])
-        parts, place, at = [], 0, 0  # in the sequence, and as a position
-        for start in [*starts, prefix]:
-            parts.append((torch.arange(start - place) + at).expand(3, -1))
-            at += start - place
-            if start < prefix:
-                parts.append(grid + at)
-                place, at = start + TOKENS, at + CELLS
-        slot = torch.arange(SLOT) + at
-        parts.append(torch.cat([slot.repeat(questions), torch.zeros(padding)]).long().expand(3, -1))
-        return torch.cat(parts, dim=1)[:, None]
 
     def see(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The vision tower: merged tokens (B, 36, width), and those of the deep-stack mergers."""

@@ -15,9 +15,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-INPUT_SIDE = 96
-"""A square image reaches the model as 96 x 96 pixels: 36 merged tokens."""
-
 
 def weights_folder() -> Path:
     """Folder of the shipped tiny model."""
