@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from ivt_agents.vlm import sources
 from ivt_agents.vlm.generation import core_of
 from ivt_agents.vlm.policy import OWN, VLMPolicy
 from ivt_agents.vlm.precision import DTYPES, can_merge, stored_as, use_float32_head
-from ivt_agents.vlm.prompts import LAYOUTS, PromptFile
+from ivt_agents.vlm.prompts import LAYOUTS
 from ivt_agents.vlm.sources import AGAIN, CONFIG, PolicyError
 from ivt_env.failures import reading
 
@@ -80,6 +80,10 @@ def load_policy(
     if quantize == "none":  # quantised weights were made where they are to stay
         model.to(device)
     fit_threads(model)
+    shown = asked.shown
+    if view not in (None, asked.view):
+        # In another view than its own, its overlay may hide what no close-up shows.
+        shown |= {"view": view, "overlay": {"trail": bool((asked.overlay or {}).get("trail"))}}
     with reading(source.name, AGAIN, PolicyError):
         core_of(model).set_attn_implementation(attention)
         use_float32_head(model)
@@ -96,7 +100,7 @@ def load_policy(
             seed=seed,
             batch_size=batch_size,
             layout=layout or asked.layout,
-            shown=asked.shown | _another_view(asked, view),
+            shown=shown,
             reuse=reuse,
             name=str(name),
         )
@@ -107,13 +111,6 @@ def load_policy(
         with reading(source.name, kind=PolicyError):
             policy.opener = load_policy(opener, **same, max_new_tokens=max_new_tokens, reuse=reuse)
     return policy
-
-
-def _another_view(asked: PromptFile, view: str | None) -> dict[str, Any]:
-    """What another view than the model's own changes: there, its overlay may hide what no close-up shows."""
-    if view in (None, asked.view):
-        return {}
-    return {"view": view, "overlay": {"trail": bool((asked.overlay or {}).get("trail"))}}
 
 
 def _read_back(model: Any, source: sources.Source, held: dict[str, str], attention: str) -> None:
@@ -155,7 +152,16 @@ def _load_model(source: sources.Source, dtype: str, quantize: str, device: str) 
         transformers_logging.disable_progress_bar()  # a local file is read in a blink
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True}
     if quantize == "nf4":
-        options |= {"quantization_config": nf4_config(), "device_map": {"": device}}
+        # Vision tower, embeddings, norms and output head stay in bfloat16: together they are a fifth of a 4B model, and
+        # errors there reach every token.
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["model.visual", "lm_head"],
+        )
+        options |= {"quantization_config": four_bits, "device_map": {"": device}}
     with reading(source.base, f"is it complete, and do weights and {CONFIG} belong together? {AGAIN}", PolicyError):
         model, report = AutoModelForImageTextToText.from_pretrained(source.base, **options)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -195,23 +201,6 @@ def _put_on(model: Any, folder: Path) -> Any:
             f" weights, and {len(stored - held)} weights have no matrix; {AGAIN}"
         )
     return model
-
-
-def nf4_config() -> Any:
-    """Four bits for the decoder's matrices, computed with in bfloat16, scales quantised once more.
-
-    Vision tower, embeddings, norms and output head stay in bfloat16: together they are a fifth of a 4B
-    model, and errors there reach every token.
-    """
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )
 
 
 def fit_threads(model: Any) -> None:
