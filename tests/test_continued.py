@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ivt_agents.play.continued import Continued
 from ivt_agents.play.cost import Metered
+from ivt_agents.play.scripted import Continued
 from ivt_agents.vlm.load import load_policy
 from ivt_agents.vlm.policy import VLMPolicy
 from ivt_env.rollouts import make_vector_env, rollout

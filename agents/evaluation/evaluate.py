@@ -27,9 +27,9 @@ from ivt_agents.command import progress_bars
 from ivt_agents.evaluation import plots
 from ivt_agents.evaluation.report import PLOTS, episode_folders, last_screen, write_report
 from ivt_agents.play.by_name import load_agent
-from ivt_agents.play.continued import Continued
 from ivt_agents.play.cost import Metered
 from ivt_agents.play.on_split import Stages, check_episodes, samples_to_compare
+from ivt_agents.play.scripted import Continued
 from ivt_agents.play.served import ANSWERS, PROMPTS, FrameCheck, Served, ServedOptions, served_by
 from ivt_agents.play.served import MAY_CHANGE as SERVED_MAY_CHANGE
 from ivt_agents.training.folder import (

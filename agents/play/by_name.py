@@ -39,12 +39,7 @@ _TRAINED = {
 
 
 def load_agent(
-    spec: str,
-    *,
-    env: GroundingVectorEnv | None = None,
-    seed: int = 0,
-    served: Served | None = None,
-    **options: Any,
+    spec: str, *, env: GroundingVectorEnv | None = None, seed: int = 0, served: Served | None = None, **options: Any
 ) -> Agent:
     """The agent that ``spec`` names.
 
