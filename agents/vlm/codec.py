@@ -100,10 +100,7 @@ class BoxCodec:
         return ParsedAction(numbers=tuple(by_place[place] for place in _PLACES), image=action.image)
 
     def box_of(
-        self,
-        action: ParsedAction,
-        sizes: Sequence[Sequence[int]],
-        windows: Sequence[Box],
+        self, action: ParsedAction, sizes: Sequence[Sequence[int]], windows: Sequence[Box]
     ) -> list[float] | None:
         """The box of an answer, relative to the whole image; None for none, or one of an image that is not there.
 

@@ -54,22 +54,14 @@ class VLMPolicy:
     ) -> None:
         """Wrap a loaded model; ``load_policy`` is the usual way here.
 
-        Args:
-            model: Qwen-VL for conditional generation, or a peft model around one.
-            tokenizer: its tokenizer, with a chat template.
-            image_processor: its image processor.
-            prompts: what is asked.
-            codec: how its boxes are written.
-            max_new_tokens: limit of a turn; a turn that runs into it has no action.
-            temperature: 0 for greedy.
-            seed: of the sampling.
-            batch_size: rows in one forward pass of generation.
-            layout: ``fresh``, a prompt of its own each step, or ``prefix``, one growing conversation.
-            shown: keywords of the environment that the policy was trained for (``view``, ``overlay``, ``closeup``,
-                ``canvas``); for those who make one for it.
-            reuse: compute equal prompts once, keep image encodings, and continue conversations on
-                their key-value caches. False computes everything anew each time: slower, the same.
-            name: under which it was loaded.
+        ``model`` is a Qwen-VL for conditional generation or a peft model around one, ``prompts`` are what it is asked,
+        and ``codec`` says how its boxes are written. A turn that runs into ``max_new_tokens`` has no action. With
+        ``temperature`` 0 it is greedy, else ``seed`` decides. ``batch_size`` rows share a forward pass of generation.
+
+        ``layout`` is ``fresh``, a prompt of its own each step, or ``prefix``, one growing conversation. ``shown`` are
+        keywords of the environment that the policy was trained for (``view``, ``overlay``, ``closeup``, ``canvas``),
+        for those who make one for it. With ``reuse`` equal prompts are computed once, image encodings are kept, and
+        conversations continue on their key-value caches; without, all is computed anew each time: slower, the same.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r}: choose fresh or prefix")
@@ -269,8 +261,7 @@ class VLMPolicy:
             raise NotFiniteError(
                 f"weight {name} is not finite, so {folder} is not written; train with a lower learning rate"
             )
-        around = {"around": self.shown["closeup"]} if "closeup" in self.shown else {}
-        seen = {key: value for key, value in self.shown.items() if key != "closeup"} | around
+        seen = {"around" if key == "closeup" else key: value for key, value in self.shown.items()}
         asked = PromptFile(self.dialogue.prompts, self.codec, self.layout, **seen)
         settings = asked.settings() | {"first_answers": self.first_answers} | stored_as(self.model)
         for adapter in getattr(self.model, "peft_config", {}).values():

@@ -229,10 +229,7 @@ def answer_loss(
     wanted = targets[slots.value_of[told[:, :boxes, at_number]]]  # (B, boxes, 4, 1001)
     smooth = (log_probs[:, :boxes, at_number].index_select(-1, numbers) * wanted).sum(-1).mean(-1)
     located = real[:, :boxes]
-    return (
-        -(smooth * located).sum() / located.sum().clamp(min=1),
-        -(plain * real).sum() / real.sum().clamp(min=1),
-    )
+    return -(smooth * located).sum() / located.sum().clamp(min=1), -(plain * real).sum() / real.sum().clamp(min=1)
 
 
 def train_grounding(

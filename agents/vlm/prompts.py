@@ -217,9 +217,8 @@ def load_prompts(name: str | Path) -> PromptFile:
 def prompt_file(found: Mapping[str, Any]) -> PromptFile:
     """What the keys of a prompt file say; ValueError names the key that cannot be meant."""
     found = {key: value for key, value in found.items() if key not in HELD}
-    kinds: dict[str, type] = dict.fromkeys(("prompt", "first", "closeup", "with_closeup", "system"), str)
-    kinds |= dict.fromkeys(("layout", "view", "frame", "answer"), str)
-    kinds |= dict.fromkeys(("max_tokens", "canvas"), int)
+    words = ("prompt", "first", "closeup", "with_closeup", "system", "layout", "view", "frame", "answer")
+    kinds: dict[str, type] = dict.fromkeys(words, str) | dict.fromkeys(("max_tokens", "canvas"), int)
     kinds |= dict.fromkeys(("overlay", "around", "image", "request"), dict)
     for key, value in found.items():
         if key not in kinds:
@@ -229,14 +228,13 @@ def prompt_file(found: Mapping[str, Any]) -> PromptFile:
     for key in ("prompt", "first"):
         if "{expression}" not in found.get(key, "") and (key == "prompt" or found.get(key)):
             raise ValueError(f"{key} is {found.get(key, '')!r:.80}, expected a text that asks for {{expression}}")
-    if found.get("layout", LAYOUTS[0]) not in LAYOUTS:
-        raise ValueError(f"layout is {found['layout']!r}, expected one of {', '.join(LAYOUTS)}")
+    for key, known in (("layout", LAYOUTS), ("view", VIEWS)):
+        if found.get(key, known[0]) not in known:
+            raise ValueError(f"{key} is {found[key]!r}, expected one of {', '.join(known)}")
     if found.get("max_tokens", 1) < 1:
         raise ValueError(f"max_tokens is {found['max_tokens']}, expected at least 1")
     if "frame" not in found:
         raise ValueError("frame is not declared, and it is never guessed: relative_1000, resized_pixels, ...")
-    if found.get("view", VIEWS[0]) not in VIEWS:
-        raise ValueError(f"view is {found['view']!r}, expected one of {', '.join(VIEWS)}")
     overlay = from_options(Overlay, "overlay", found.get("overlay"))
     if "{looks}" in found["prompt"] and not overlay.trail:
         raise ValueError("prompt counts {looks}, which are known with overlay: {trail: true} only")
