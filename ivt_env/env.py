@@ -38,8 +38,9 @@ class GroundingEnv(Grounding, gym.Env[Observation, Action]):
     IoU gain, `phi(new) - phi(old)` with `phi(no box) = 0`; a stop earns 0. See `RewardConfig`.
 
     ## Episodes
-    A sample is drawn uniformly from the split, or is that of `options={"index": i}`. There is no box yet, or that of
-    `options={"initial_box": [x1, y1, x2, y2]}`. A stop terminates an episode, and `max_steps` actions truncate it.
+    A sample is drawn uniformly from the split; `options={"index": i}` chooses it. The episode begins without a box;
+    `options={"initial_box": [x1, y1, x2, y2]}` gives one. A stop terminates an episode, and `max_steps` actions
+    truncate it.
     A proposal that is not a box (NaN, outside [0, 1], `x2 <= x1`, `y2 <= y1`) uses up its step, changes
     nothing, and is explained in `info["invalid"]`.
 

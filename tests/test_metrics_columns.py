@@ -123,7 +123,7 @@ def test_a_box_is_judged_by_what_is_said_when_it_is_shown() -> None:
     np.testing.assert_array_equal(said, [[0.2, 0.7, np.nan], [np.nan, np.nan, np.nan]])
     assert verifier_gated(outcomes(forced)).tolist() == [0.8, 0.5]
     stopping = [episode([0.4, 0.6, STOP], stop_probability=[0.0, 0.1, 0.8])]
-    assert verifier_gated(outcomes(stopping)).tolist() == [0.6], "a stop is no new box"
+    assert verifier_gated(outcomes(stopping)).tolist() == [0.6], "a stop adds no box"
     for nothing in (UNPARSED, REFUSED):  # then the next box is taken
         played = outcomes([episode([nothing, 0.7, 0.4], stop_probability=[0.1, 0.1, 0.2])])
         assert verifier_gated(played).tolist() == [0.7]

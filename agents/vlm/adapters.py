@@ -18,7 +18,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from ivt_agents.training.folder import RunError
-from ivt_agents.vlm.footprint import LORA_MODULES
+from ivt_agents.vlm.footprint import LORA_MODULES, lora_parameters
 from ivt_agents.vlm.precision import can_merge, stored_as
 
 # peft imports bitsandbytes where it is installed, and that warns of a kernel for CPUs that nobody asked for.
@@ -40,7 +40,12 @@ def add_lora(model: Any, rank: int, alpha: int | None = None) -> Any:
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 by a name that is being retired; nothing a user can do.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return get_peft_model(model, config)
+        wanted = lora_parameters(model, rank)
+        model = get_peft_model(model, config)
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if found != wanted:
+        raise RunError(f"lora_r {rank}: {wanted:,} parameters of adapters were asked for, and peft made {found:,}")
+    return model
 
 
 def make_trainable(model: Any, rank: int, alpha: int | None = None, reference: bool = False) -> Any:

@@ -18,7 +18,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     get_vision_position_ids,
 )
 
-from ivt_agents.vlm.pretrain_pool import ANSWER, CELLS, INPUT_SIDE, SLOT, Words
+from ivt_agents.vlm.pretrain_pool import ANSWER, CELLS, INPUT_SIDE, NUMBERS, SLOT, Words
 from ivt_agents.vlm.prompts import TINY
 from ivt_agents.vlm.tiny import number_ids
 from ivt_agents.vlm.turns import EncodedImage, mrope_positions
@@ -36,13 +36,18 @@ def words_of(tokenizer: PreTrainedTokenizerFast) -> Words:
 
     before, behind = TINY.fill("\x00", None).split("\x00")
     _, after = _chat(tokenizer, 1)
+    numbers, answer = number_ids(tokenizer), ids('{"bbox_2d": [0, 0, 0, 0]}<|im_end|>')
+    in_closeup = ids('{"image": 2, "bbox_2d": [')
+    assert tokenizer.convert_ids_to_tokens(ids(before))[-1] == "Ġ"
+    assert len(answer) == ANSWER and all(answer[place] == numbers[0] for place in NUMBERS)
+    assert ids(behind + after)[: len(ids(behind))] == ids(behind) and len(in_closeup) == 1
     return Words(
         before=ids(before)[:-1],  # without the space at its end: a word is one token with the space before it
         after=ids(behind + after),
         of={piece[1:]: number for piece, number in tokenizer.get_vocab().items() if piece.startswith("Ġ")},
-        answer=ids('{"bbox_2d": [0, 0, 0, 0]}<|im_end|>'),
-        numbers=tuple(number_ids(tokenizer)),
-        in_closeup=ids('{"image": 2, "bbox_2d": [')[0],
+        answer=answer,
+        numbers=tuple(numbers),
+        in_closeup=in_closeup[0],
         describe=ids("Describe image 2." + after),
         pieces={piece: ids(piece) for piece in ("A", "An", ".")},
     )
